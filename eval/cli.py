@@ -1,0 +1,198 @@
+"""hfsparse eval ruler|needle MODEL [--plan plan.yaml] [-o DIR]"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfsparse.loading import UsageError
+
+from .tasks import TASKS, Niah
+
+app = typer.Typer(help=__doc__.partition("\n")[0], no_args_is_help=True)
+GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.keys == 1]
+
+
+class Chat(str, Enum):
+    auto = "auto"
+    never = "never"
+
+
+ModelArg = Annotated[str, typer.Argument(help="A Hugging Face model: folder or hub name.")]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="Run a second, sparse arm under this plan.")
+]
+Lengths = Annotated[str, typer.Option(help="Tokens of prompt and answer, by commas.")]
+Samples = Annotated[int, typer.Option(help="Samples for each task and length (and depth).")]
+Seed = Annotated[int, typer.Option(help="Of every sample; the same seed gives the same prompts.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="Results directory; an unfinished run goes on.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
+ChatOption = Annotated[Chat, typer.Option(help="Use the tokenizer's chat template if it has one.")]
+Cap = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", help="Cap answers below RULER's 128 (vt: 30) tokens."),
+]
+
+
+@app.command()
+def ruler(
+    model: ModelArg,
+    plan: PlanOption = None,
+    lengths: Lengths = "4096",
+    samples: Samples = 8,
+    tasks: Annotated[str, typer.Option(help="RULER names, by commas.")] = ",".join(TASKS),
+    seed: Seed = 0,
+    output: Output = Path("eval-ruler"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+    max_new_tokens: Cap = None,
+) -> None:
+    """RULER's retrieval tasks: table of scores, dense beside sparse, with intervals."""
+    with one_line_errors():
+        run = Run("ruler", model, plan, lengths, samples, seed, output, max_new_tokens)
+        run.go(_tasks(tasks, list(TASKS)), (None,), device, dtype, chat.value)
+
+
+@app.command()
+def needle(
+    model: ModelArg,
+    plan: PlanOption = None,
+    lengths: Lengths = "1024,2048,4096",
+    depths: Annotated[str, typer.Option(help="Percent of the haystack.")] = "0,25,50,75,100",
+    samples: Samples = 2,
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID_TASKS)}.")] = "niah_single_2",
+    seed: Seed = 0,
+    output: Output = Path("eval-needle"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+    max_new_tokens: Cap = None,
+) -> None:
+    """One needle at each depth and length: table and heat map, dense beside sparse."""
+    with one_line_errors():
+        places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
+        run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
+        run.go(_tasks(task, GRID_TASKS), places, device, dtype, chat.value)
+
+
+class Run:
+    """What both commands do: check, load, run, write."""
+
+    def __init__(self, kind, model, plan, lengths, samples, seed, output, cap):
+        from .results import writable
+
+        self.kind, self.model, self.seed, self.output, self.cap = kind, model, seed, output, cap
+        self.lengths = _numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
+        if samples < 1:
+            raise UsageError(f"samples is {samples}: give 1 or more")
+        if cap is not None and cap < 1:
+            raise UsageError(f"max-new-tokens is {cap}: give 1 or more")
+        self.samples = samples
+        self.plan = _plan(plan)
+        writable(output)
+
+    def go(self, tasks, depths, device, dtype, chat) -> None:
+        from hfsparse.loading import load
+        from hfsparse.plan import ModelId
+
+        from . import heatmap, report, runner, text
+        from .results import Results, Settings
+        from .samples import Prompter, Suite
+
+        model, tokenizer = load(self.model, device, dtype)
+        _check_window(model, self.lengths)
+        if self.plan:
+            self.plan.check(model)
+        settings = Settings(
+            kind=self.kind,
+            model=self.model,
+            fingerprint=ModelId.of(model).fingerprint,
+            dtype=str(model.dtype).removeprefix("torch."),
+            seed=self.seed,
+            chat=chat,
+            max_new_tokens=self.cap,
+            prose=text.prose_source(),
+        )
+        prompter = Prompter(tokenizer, chat)
+        suite = Suite(tasks, self.lengths, self.samples, prompter, self.seed, depths)
+        results = Results(self.output, settings, runner.session(model.device))
+        runner.run(model, tokenizer, suite, results, self.plan, self.cap)
+        plan = self.plan.hash() if self.plan else None
+        path = self.output / "report.md"
+        path.write_text(report.write(results.lines, settings, results.sessions, plan), "utf-8")
+        typer.echo(path)
+        if self.kind == "needle":
+            picture = self.output / "heatmap.png"
+            heatmap.save(results.lines, plan, f"{self.model}, {tasks[0].name}", picture)
+            typer.echo(picture)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input becomes one line and exit code 1; Ctrl-C says that the run can go on."""
+    from hfsparse.plan import PlanError
+
+    try:
+        yield
+    except (UsageError, PlanError) as problem:
+        typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted: give the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def _tasks(names: str, known: list[str]) -> list:
+    chosen = []
+    for name in _split(names):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UsageError(f"unknown task {name}: did you mean {near[0]}? ({', '.join(known)})")
+        chosen.append(TASKS[name])
+    if not chosen:
+        raise UsageError(f"no task given: give some of {', '.join(known)}")
+    return chosen
+
+
+def _numbers(name: str, given: str, kind: type, fits: Callable, wanted: str) -> list:
+    try:
+        numbers = [kind(word) for word in _split(given)]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(fits, numbers)):
+        raise UsageError(f"{name} is {given!r}: give numbers {wanted}, by commas")
+    return numbers
+
+
+def _split(words: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
+
+
+def _plan(path: Path | None):
+    from hfsparse.plan import Plan
+
+    if path is None:
+        return None
+    try:
+        return Plan.load(path)
+    except OSError as problem:
+        raise UsageError(f"cannot read the plan {path}: {problem.strerror}") from problem
+
+
+def _check_window(model, lengths: list[int]) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and max(lengths) > window:
+        raise UsageError(
+            f"length {max(lengths)} is beyond this model's window of {window} tokens: "
+            f"give lengths up to {window}"
+        )

@@ -1,0 +1,68 @@
+"""The needle grid as a picture: depth by length, one panel an arm and one for their difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .report import cells
+
+
+def draw(lines: Sequence[dict], plan: str | None, title: str):
+    """A matplotlib Figure: dense alone, or dense, sparse, and sparse - dense."""
+    from matplotlib.figure import Figure
+
+    grid, _ = cells(lines, plan)
+    pairs = grid[-1]
+    depths = sorted({line["depth"] for line in pairs.dense})
+    lengths = sorted({line["length"] for line in pairs.dense})
+    panels = {"dense": _grid(pairs.dense, depths, lengths)}
+    if plan:
+        panels["sparse"] = _grid(pairs.sparse, depths, lengths)
+        panels["sparse − dense"] = panels["sparse"] - panels["dense"]
+    figure = Figure(figsize=(1.2 + len(panels) * (1 + 0.8 * len(lengths)), 1.6 + 0.5 * len(depths)))
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, scores) in zip(row, panels.items(), strict=True):
+        _panel(axes, name, scores, depths, lengths)
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def save(lines: Sequence[dict], plan: str | None, title: str, path: Path) -> None:
+    draw(lines, plan, title).savefig(path, dpi=120)
+
+
+def _grid(lines: Sequence[dict], depths: list[float], lengths: list[int]) -> np.ndarray:
+    """Mean score in percent, `[depth, length]`; NaN where nothing was run."""
+    total = np.zeros((len(depths), len(lengths)))
+    count = np.zeros_like(total)
+    for line in lines:
+        at = depths.index(line["depth"]), lengths.index(line["length"])
+        total[at] += 100 * line["score"]
+        count[at] += 1
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _panel(axes, name: str, scores: np.ndarray, depths: list[float], lengths: list[int]) -> None:
+    change = name not in ("dense", "sparse")
+    low, colours = (-100, "RdBu") if change else (0, "viridis")
+    image = axes.imshow(scores, vmin=low, vmax=100, cmap=colours, aspect="auto")
+    for row, column in np.argwhere(~np.isnan(scores)):
+        value = scores[row, column]
+        light = sum(image.cmap(image.norm(value))[:3]) > 1.5
+        axes.text(
+            column,
+            row,
+            f"{value:+.0f}" if change else f"{value:.0f}",
+            ha="center",
+            va="center",
+            color="black" if light else "white",
+        )
+    axes.set_title(name)
+    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("depth")

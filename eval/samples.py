@@ -1,0 +1,176 @@
+"""Samples: a task's draft made to fit a length in a model's own tokens.
+
+The length counts as in RULER: the prompt with chat template and answer prefix, without the BOS
+token, plus the tokens reserved for the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from hfsparse.loading import UsageError
+
+from .tasks import Draft, Task, largest
+
+
+@dataclass(frozen=True)
+class Sample:
+    id: str
+    task: str
+    seed: int
+    length: int  # tokens asked for
+    real: int  # tokens of the prompt and the room for the answer
+    ids: tuple[int, ...]
+    answers: tuple[str, ...]
+    gold: tuple[tuple[int, int], ...]  # of `ids`: the needles that hold the answers
+    depth: float
+    metric: str
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names a sample before it is made."""
+
+    task: str
+    length: int
+    depth: float | None  # percent, where a grid sets it
+    index: int
+
+    @property
+    def id(self) -> str:
+        place = "" if self.depth is None else f"-at{self.depth:g}"
+        return f"{self.task}-{self.length}{place}-{self.index:04d}"
+
+
+class Prompter:
+    """Turns drafts into token ids, with the tokenizer's chat template if it has one."""
+
+    def __init__(self, tokenizer, chat: str = "auto"):
+        if not tokenizer.is_fast:
+            raise UsageError("this model's tokenizer gives no offsets: a fast tokenizer is needed")
+        self.tokenizer = tokenizer
+        self.chat = chat == "auto" and bool(tokenizer.chat_template)
+        first = tokenizer("").input_ids[:1]
+        self.bos = first if first == [tokenizer.bos_token_id] else []
+
+    def text(self, draft: Draft) -> str:
+        """The whole prompt but for a BOS token that the tokenizer would put first itself."""
+        if not self.chat:
+            return draft.message + draft.prefix
+        turns = [{"role": "user", "content": draft.message}]
+        prompt = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return prompt.removeprefix(self.tokenizer.bos_token if self.bos else "") + draft.prefix
+
+    def tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode(self, draft: Draft) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the span of ids that touches each gold needle."""
+        prompt = self.text(draft)
+        start = prompt.rindex(draft.context)
+        coded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        spans = []
+        for low, high in draft.gold:
+            touched = [
+                i
+                for i, (a, b) in enumerate(coded.offset_mapping)
+                if a < start + high and b > start + low and b > a
+            ]
+            spans.append((touched[0] + len(self.bos), touched[-1] + 1 + len(self.bos)))
+        return self.bos + coded.input_ids, spans
+
+
+class Maker:
+    """Makes the samples of one task at one length; the haystack's size is found once, then kept."""
+
+    def __init__(self, task: Task, length: int, prompter: Prompter, seed: int = 0):
+        self.task = task.fitted(prompter.tokens)
+        self.length = length
+        self.prompter = prompter
+        self.seed = seed
+        self.step = task.step(length)
+        self.size = self._size()
+
+    def sample(self, case: Case) -> Sample:
+        seed = _seed(self.seed, case.id)
+        for size in range(self.size, 0, -self.step):
+            draft = self.task.draw(Random(seed), size, case.depth)
+            if (real := self._real(draft)) <= self.length:
+                break
+        else:
+            raise self._too_short()
+        ids, gold = self.prompter.encode(draft)
+        return Sample(
+            id=case.id,
+            task=self.task.name,
+            seed=seed,
+            length=self.length,
+            real=real,
+            ids=tuple(ids),
+            answers=draft.answers,
+            gold=tuple(gold),
+            depth=draft.depth,
+            metric=self.task.metric,
+            new_tokens=self.task.new_tokens,
+        )
+
+    def _real(self, draft: Draft) -> int:
+        return self.prompter.tokens(self.prompter.text(draft)) + self.task.new_tokens
+
+    def _size(self) -> int:
+        """The largest haystack that fits, from one step to three times an estimate."""
+        seed = _seed(self.seed, f"{self.task.name}-{self.length}-size")
+
+        def real(size: int) -> int:
+            return self._real(self.task.draw(Random(seed), size))
+
+        per_unit = (real(2 * self.step) - real(self.step)) / self.step
+        most = max(int(self.length / max(per_unit, 0.5) * 3), self.step)
+        size = largest(lambda size: real(size) <= self.length, self.step, most)
+        if size is None:
+            raise self._too_short()
+        return size
+
+    def _too_short(self) -> UsageError:
+        return UsageError(
+            f"{self.task.name} does not fit {self.length} tokens even with its smallest haystack: "
+            "give a longer length"
+        )
+
+
+class Suite:
+    """Every sample of a run, by case; a sample depends on its own id and the seed, nothing else."""
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        lengths: Iterable[int],
+        count: int,
+        prompter: Prompter,
+        seed: int = 0,
+        depths: Iterable[float | None] = (None,),
+    ):
+        if count < 1:
+            raise UsageError(f"samples is {count}: give 1 or more")
+        tasks, depths = list(tasks), list(depths)
+        self.makers: dict[tuple[str, int], Maker] = {}
+        self.cases: list[Case] = []
+        for length in sorted(set(lengths)):
+            for task in tasks:
+                self.makers[task.name, length] = Maker(task, length, prompter, seed)
+                self.cases += [
+                    Case(task.name, length, depth, i) for depth in depths for i in range(count)
+                ]
+
+    def sample(self, case: Case) -> Sample:
+        return self.makers[case.task, case.length].sample(case)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")

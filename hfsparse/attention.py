@@ -1,0 +1,336 @@
+"""The attention and mask functions that a patched model calls.
+
+`attend` is registered with transformers' AttentionInterface. It shifts left-padded rows to column
+0, appends the new keys to the cache layer, and sends each head's queries to a pattern and a
+kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from hfsparse import kernels
+from hfsparse.cache import Group, Layer, Ring, take_layer
+from hfsparse.lists import FAR, PAGE, BlockLists, Grid, default_block
+from hfsparse.plan import Below
+
+NAME = "hfsparse"
+STEP = 16  # a call with a past and at most so many new tokens is decode, any other prefill
+
+
+class Counts:
+    """What one layer computed since the last reset, and what dense attention would have."""
+
+    def __init__(self, q_heads: int, kv_heads: int):
+        self.prefill = torch.zeros(4, q_heads, dtype=torch.float64)  # pairs, dense, blocks, dense
+        self.reads = torch.zeros(
+            2, kv_heads, dtype=torch.float64
+        )  # keys read by decode steps, dense
+
+    def reset(self) -> None:
+        self.prefill.zero_()
+        self.reads.zero_()
+
+    def add_prefill(self, heads: list[int], pairs: Tensor, blocks: Tensor, grid: Grid) -> None:
+        """pairs, blocks [B, heads] kept."""
+        self.prefill = self.prefill.to(pairs.device)
+        self.prefill[0, heads] += pairs.sum(0)
+        self.prefill[1, heads] += grid.pairs().sum()
+        self.prefill[2, heads] += blocks.sum(0)
+        self.prefill[3, heads] += grid.blocks().sum()
+
+    def add_reads(self, heads: tuple[int, ...], reads: Tensor, total: Tensor) -> None:
+        """reads [B] or [B, heads], total [B]: keys read by the newest query, keys it could see."""
+        self.reads = self.reads.to(reads.device)
+        self.reads[0, heads] += reads.sum(0)
+        self.reads[1, heads] += total.sum()
+
+
+@dataclass
+class LayerPlan:
+    """What the attention function needs of a plan, for one layer; set on the attention module."""
+
+    owner: str
+    index: int
+    prefill: tuple[Any, ...]  # a q head's pattern, None: full
+    groups: tuple[Group, ...]  # kv heads by how their cache is kept and read
+    rings: frozenset[int]  # kv heads whose cache the plan makes a ring
+    below: Below
+    window: int | None  # the model's own sliding window
+    counts: Counts
+
+    def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
+        below = self.below.cache if self.window is None else 0
+        return Layer(self.owner, self.groups, below, reserve, expected, self.window)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a model turns q · k into logits."""
+
+    scale: float
+    softcap: float | None
+    s_aux: Tensor | None  # [Hq] sink logits
+
+    def of(self, heads: list[int]) -> dict[str, Any]:
+        """Keyword arguments for a kernel that serves these q heads."""
+        if not self.special:
+            return {"scale": self.scale}
+        sinks = None if self.s_aux is None else self.s_aux[heads]
+        return {"scale": self.scale, "softcap": self.softcap, "s_aux": sinks}
+
+    @property
+    def special(self) -> bool:
+        return self.softcap is not None or self.s_aux is not None
+
+
+def mask_start(
+    *args,
+    attention_mask: Tensor | None = None,
+    kv_length: int | None = None,
+    allow_is_causal_skip: bool = True,
+    mask_function=None,
+    **kwargs,
+) -> Tensor | None:
+    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask is built."""
+    bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
+    if not allow_is_causal_skip or bidirectional:
+        raise ValueError(
+            "this call asks for more than causal attention (packed sequences, prefix or image blocks, "
+            "bidirectional). hfsparse follows causal and sliding-window attention only: pass one "
+            "sequence a row with an attention_mask, or run it on the unpatched model (handle.undo())."
+        )
+    if attention_mask is None or attention_mask.ndim == 1:
+        return attention_mask
+    if kv_length is not None and attention_mask.shape[1] != kv_length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} columns, past and input together have "
+            f"{kv_length}: pass the mask of the whole conversation"
+        )
+    real = attention_mask.bool()
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError(
+            "attention_mask has holes or right padding. hfsparse supports left padding only: set "
+            "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
+        )
+    return (~real).sum(1)
+
+
+def attend(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of query `[B, Hq, Q, D]` over the cache and key, value `[B, Hkv, Q, D]`: `[B, Q, Hq, Dv]`."""
+    plan: LayerPlan = module._hfsparse
+    layer = take_layer()
+    B, _, Q, D = query.shape
+    _refuse(plan, attention_mask, dropout, sliding_window, key.shape[2] == Q)
+    logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
+    starts = None if attention_mask is None else attention_mask.tolist()
+    if layer is None:
+        past, new = [0] * B, [Q - s for s in starts or [0] * B]
+    else:
+        past, new = layer.advance(starts, Q)
+    pads = torch.tensor([Q - n for n in new], device=query.device)
+    padded = min(new) < Q
+    if padded:
+        query, key, value = (_shift(t, pads) for t in (query, key, value))
+    if layer is not None and layer.seen > Q and Q <= STEP:
+        out = _decode(plan, layer, query, key, value, past, new, logits)
+    else:
+        out = _prefill(plan, layer, query, key, value, past, new, logits)
+    if padded:
+        out = _shift(out, -pads)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(plan, mask, dropout, window, plain) -> None:
+    if mask is not None and mask.ndim != 1:
+        raise ValueError(
+            f"a {mask.ndim}D attention mask reached hfsparse, which follows [batch, columns] masks with left "
+            "padding only: pass such a mask, or run this on the unpatched model (handle.undo())."
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
+        )
+    if window != plan.window:
+        raise ValueError(
+            f"layer {plan.index} was called with a sliding window of {window}, its config says "
+            f"{plan.window}: please report this model to hfsparse"
+        )
+    if not plain:
+        raise ValueError(
+            f"layer {plan.index} got more keys than queries: this cache does not belong to hfsparse"
+        )
+
+
+def _shift(t: Tensor, by: Tensor) -> Tensor:
+    """t `[B, H, S, D]` with row b moved `by[b]` places towards the front, zeros behind."""
+    at = torch.arange(t.shape[2], device=t.device) + by[:, None]
+    real = (at >= 0) & (at < t.shape[2])
+    at = at.clamp(0, t.shape[2] - 1)[:, None, :, None]
+    return t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) * real[:, None, :, None]
+
+
+def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
+    return [h * ratio + i for h in kv_heads for i in range(ratio)]
+
+
+def _alike(keys: list) -> Iterator[tuple[Any, Tensor | None]]:
+    """Batch rows of equal key: (key, row indices), or (key, None) when all are."""
+    for key in dict.fromkeys(keys):
+        rows = [b for b, other in enumerate(keys) if other == key]
+        yield key, None if len(rows) == len(keys) else torch.tensor(rows)
+
+
+def _put(out: Tensor, rows: Tensor | None, heads: list[int], part: Tensor) -> None:
+    """Write a part's result into `[B, H, Q, D]` at some rows and heads."""
+    if rows is None:
+        out[:, heads] = part
+    else:
+        out[rows[:, None], torch.tensor(heads)] = part
+
+
+def _some(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if rows is None else tuple(t[rows] for t in tensors)
+
+
+def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
+    """A prompt, or a chunk behind a past: patterns choose the blocks. Returns `[B, Hq, Q, Dv]`."""
+    Q, ratio = q.shape[2], q.shape[1] // k.shape[1]
+    total = [p + n for p, n in zip(past, new, strict=True)]
+    whole = total  # tokens of each row's whole prompt, as far as it is known
+    if layer is not None and layer.expected:
+        whole = [max(t, layer.expected - layer.seen + t) for t in total]
+    window = plan.window if plan.window is not None and max(total) > plan.window else None
+    q_len, k_len = (torch.tensor(t, device=q.device) for t in (new, total))
+    grid = Grid(q_len, k_len, Q, Q, default_block(max(whole)), window)
+    below = [(n < plan.below.prefill, n < plan.below.cache) for n in whole]
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for kv_heads, keys, values, spot in _segments(layer, k, v, past, new, grid):
+        heads = _q_heads(kv_heads, ratio)
+        for (short, kept), rows in _alike(below):
+            patterns = [
+                None if (kept if h // ratio in plan.rings else short) else plan.prefill[h]
+                for h in heads
+            ]
+            place = spot if rows is None else spot.take(rows)
+            part = _some(rows, q[:, heads], keys, values)
+            _put(out, rows, heads, _patterned(plan, *part, place, heads, patterns, logits))
+    return out
+
+
+def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
+    """Append a chunk to the cache; yield (kv heads, keys, values, grid) for it to attend to."""
+    if layer is None or not any(past):
+        yield tuple(range(k.shape[1])), k, v, grid
+    for store in () if layer is None else layer.stores:
+        heads = store.group.heads
+        chunk = k[:, heads], v[:, heads]
+        if isinstance(store, Ring):
+            if any(past):
+                yield heads, *store.with_chunk(*chunk, past, new, grid)
+            store.append(*chunk, past, new)
+        else:
+            store.append(*chunk, past, new)
+            if any(past):
+                total = max(layer.rows)
+                yield heads, *store.view(total), replace(grid, Sk=total)
+
+
+def _patterned(plan, q, k, v, grid, heads, patterns, logits) -> Tensor:
+    """Attention of some q heads `[B, H, Q, D]` over their kv heads, each by its pattern (None: full)."""
+    ratio = q.shape[1] // k.shape[1]
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    parts, order = [], []
+    for pattern in dict.fromkeys(patterns):
+        at = [i for i, other in enumerate(patterns) if other == pattern]
+        pick = slice(None) if len(at) == len(patterns) else [i // ratio for i in at]
+        if pattern is None and grid.window is None and not logits.special:
+            kernel = kernels.pick(kernels.PREFILL, lists=False, logits=False)
+            out[:, at] = kernel.run(q[:, at], k[:, pick], v[:, pick], grid, scale=logits.scale)
+            own = [heads[i] for i in at]
+            plan.counts.add_prefill(own, grid.pairs()[:, None], grid.blocks()[:, None], grid)
+            continue
+        if pattern is None:
+            parts.append(BlockLists.of(grid, len(at)))
+        else:
+            parts.append(pattern.lists(q[:, at], k[:, pick], grid, logits.scale))
+        order += at
+    if parts:
+        lists = BlockLists.cat(parts)
+        kernel = kernels.pick(kernels.PREFILL, lists=True, logits=logits.special)
+        kv = torch.tensor(order, device=q.device) // ratio
+        own = [heads[i] for i in order]
+        out[:, order] = kernel.run(q[:, order], k, v, lists, kv, **logits.of(own))
+        plan.counts.add_prefill(own, lists.pairs(), lists.blocks(), grid)
+    return out
+
+
+def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
+    """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    past, length, new = (torch.tensor(t, device=q.device) for t in (past, layer.rows, new))
+    lane = torch.arange(q.shape[2], device=q.device)
+    query_pos = torch.where(lane < new[:, None], past[:, None] + lane, -1)
+    for store in layer.stores:
+        heads = store.group.heads
+        store.append(k[:, heads], v[:, heads], past.tolist(), new.tolist())
+        limit = store.below if isinstance(store, Ring) else plan.below.decode
+        own = _q_heads(heads, q.shape[1] // k.shape[1])
+        for short, rows in _alike([n < limit for n in layer.rows]):
+            read = _read_ring if isinstance(store, Ring) else _read_full
+            part, reads = read(store, short, rows, q[:, own], query_pos, length, logits.of(own))
+            _put(out, rows, own, part)
+            (total,) = _some(rows, length)
+            plan.counts.add_reads(heads, reads, total.clamp(max=plan.window or FAR))
+    return out
+
+
+def _read_ring(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
+    """Attention over sink and window (short rows: all they hold), and how many keys that read."""
+    held = store.positions(length.tolist())
+    q, k, v, query_pos, held, length = _some(rows, q, store.k, store.v, query_pos, held, length)
+    kernel = kernels.pick(kernels.DECODE, lists=False, logits=len(logits) > 1)
+    if short:
+        return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
+    band = store.band
+    start = band.start(query_pos)
+    reads = torch.minimum(length, band.sink + band.span(length - 1))
+    out = kernel.run(q, k, v, query_pos, held, start=start, sink=band.sink, **logits)
+    return out, reads[:, None]
+
+
+def _read_full(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, or over the pages that the selector chooses."""
+    k, v = store.view(int(length.max()))
+    held = torch.arange(k.shape[2], device=k.device)
+    held = torch.where(held < length[:, None], held, -1)
+    q, k, v, query_pos, held, length = _some(rows, q, k, v, query_pos, held, length)
+    selector = store.group.selector
+    if selector is None or short:
+        kernel = kernels.pick(kernels.DECODE, lists=False, logits=len(logits) > 1)
+        return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
+    count = -(-k.shape[2] // PAGE)
+    low, high = _some(rows, store.low[:, :, :count], store.high[:, :, :count])
+    pages = selector.pages(q, low, high, length, logits["scale"])
+    kernel = kernels.pick(kernels.DECODE, lists=True, logits=len(logits) > 1)
+    tail = -length % PAGE  # the row's last page is always read
+    reads = pages.count * PAGE - tail[:, None]
+    return kernel.run(q, k, v, query_pos, held, pages, **logits), reads

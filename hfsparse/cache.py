@@ -1,0 +1,369 @@
+"""The KV cache of a patched model: per-layer stores that keep whole rows or only sink + recent.
+
+`Layer` is what transformers sees in `cache.layers`; `update` hands the new keys straight through
+and the attention function appends and reads the stores. Rows are stored row-relative, so left
+padding takes no room, and a row's history never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hfsparse.lists import FULL, PAGE, Band, Grid
+
+SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
+
+_here = (
+    threading.local()
+)  # .owner: the patch whose model is running; .layer: the layer updated last
+
+
+class CacheError(ValueError):
+    """A cache is used in a way that would give wrong answers."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The kv heads of a layer that share one way of being kept and read."""
+
+    heads: tuple[int, ...]
+    band: Band = FULL  # FULL: every key is kept
+    selector: Any = None  # chooses pages for decode; its store keeps each page's minima and maxima
+
+
+def enter(owner: str | None) -> None:
+    """Say which patch's model runs in this thread from now on (None: none)."""
+    _here.owner, _here.layer = owner, None
+
+
+def take_layer() -> Layer | None:
+    """The layer that this thread's last `update` went to, once; None when there is no cache."""
+    layer, _here.layer = getattr(_here, "layer", None), None
+    return layer
+
+
+class Layer(CacheLayerMixin):
+    """One decoder layer's cache: a store a group of kv heads, and how long each row is."""
+
+    is_sliding = False  # also for rings: mask code takes a True as the model's own window
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        owner: str,
+        groups: tuple[Group, ...],
+        below: int = 0,
+        reserve: int = 0,
+        expected: int = 0,
+        window: int | None = None,
+    ):
+        self.owner = owner
+        self.window = window  # the model's own sliding window
+        self.expected = expected  # columns of the whole prompt, when it comes in chunks
+        self.stores = [Full(g, reserve) if g.band == FULL else Ring(g, below) for g in groups]
+        self.seen = 0  # columns, padding included
+        self.rows: list[int] = []  # tokens in each row
+        self.is_initialized = False
+
+    # -- what transformers calls ----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.rows = [0] * len(key_states)
+        for store in self.stores:
+            store.create(key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Note the new columns and return them untouched; history stays in the stores."""
+        if getattr(_here, "owner", None) != self.owner:
+            raise CacheError(
+                "this cache was filled under an hfsparse patch that is no longer on the model "
+                "(undone, replaced, or switched off by set_attn_implementation). It holds only what "
+                "that plan kept: start again from the prompt with a new cache."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != len(self.rows):
+            raise CacheError(
+                f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
+                "pass a batch of the same size, or a new cache"
+            )
+        self.seen += key_states.shape[-2]
+        _here.layer = self
+        return key_states, value_states
+
+    def get_seq_length(self, *args) -> int:
+        """Tokens seen, dropped ones included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.stores[0].k
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.stores[0].v
+
+    def crop(self, length) -> None:
+        """Take back the newest tokens: all beyond `length`, or `-length` of them."""
+        length = int(length)
+        drop = -length if length < 0 else max(self.seen - length, 0) if length else 0
+        rows = [max(n - drop, 0) for n in self.rows]
+        for store in self.stores:
+            store.check_crop(rows)
+        self.seen, self.rows = max(self.seen - drop, 0), rows
+
+    def reset(self) -> None:
+        self.seen, self.rows = 0, [0] * len(self.rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        picked = torch.arange(len(self.rows))[indices.cpu()].tolist()
+        self.rows = [self.rows[i] for i in picked]
+        for store in self.stores:
+            store.select(picked)
+
+    def offload(self) -> None:
+        raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")
+
+    # -- what the attention function calls -------------------------------------------------------
+
+    def bytes(self) -> int:
+        """Bytes allocated for keys, values and summaries."""
+        return sum(t.nbytes for store in self.stores for t in store.tensors())
+
+    def dense_bytes(self) -> int:
+        """Bytes that the stock cache would hold: every column, or the model's window, of every row and head."""
+        heads = sum(len(store.group.heads) for store in self.stores)
+        width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+        columns = self.seen if self.window is None else min(self.seen, self.window)
+        return len(self.rows) * heads * columns * width
+
+    def advance(self, starts: list[int] | None, new_columns: int) -> tuple[list[int], list[int]]:
+        """Past and new tokens of each row, given the first real column of each (None: all 0)."""
+        before = self.seen - new_columns
+        starts = starts or [0] * len(self.rows)
+        past = [max(before - s, 0) for s in starts]
+        if past != self.rows:
+            raise CacheError(
+                f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
+                f"hold {past}: pass the mask of the whole conversation, the earlier padding included"
+            )
+        new = [self.seen - max(before, s) for s in starts]
+        self.rows = [p + n for p, n in zip(past, new, strict=True)]
+        return past, new
+
+
+class Full:
+    """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by an eighth."""
+
+    def __init__(self, group: Group, reserve: int):
+        self.group, self.reserve = group, reserve
+        self.k = self.v = self.low = self.high = None
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        shape = (len(k), len(self.group.heads), 0)
+        self.k, self.v = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
+        if self.group.selector:
+            self.low = self.high = self.k
+
+    def tensors(self) -> list[Tensor]:
+        own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
+        return [t for t in own if t is not None]
+
+    def check_crop(self, rows: list[int]) -> None:
+        """Any prefix of a full row is held."""
+
+    def select(self, picked: list[int]) -> None:
+        for name in ("k", "v", "low", "high") if self.group.selector else ("k", "v"):
+            setattr(self, name, getattr(self, name)[picked])
+
+    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind `past[b]` tokens of row b."""
+        need = max(p + n for p, n in zip(past, new, strict=True))
+        if need > self.k.shape[2]:
+            self._grow(max(need, self.reserve, self.k.shape[2] * 9 // 8))
+        for rows, p, n in _alike(past, new):
+            self.k[rows, :, p : p + n] = k[rows, :, :n]
+            self.v[rows, :, p : p + n] = v[rows, :, :n]
+            if self.group.selector and n:
+                self._summarise(rows, p // PAGE, p + n)
+
+    def _grow(self, tokens: int) -> None:
+        capacity = -(-tokens // PAGE) * PAGE
+        self.k, self.v = _longer(self.k, capacity), _longer(self.v, capacity)
+        if self.group.selector:
+            self.low, self.high = (_longer(t, capacity // PAGE) for t in (self.low, self.high))
+
+    def _summarise(self, rows: slice, page: int, length: int) -> None:
+        """Minima and maxima of the pages from `page` to the end of rows of `length` tokens."""
+        last = -(-length // PAGE)
+        keys = self.k[rows, :, page * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
+        at = torch.arange(page * PAGE, last * PAGE, device=keys.device).view(-1, PAGE)
+        empty = (at >= length)[..., None]
+        self.low[rows, :, page:last] = keys.masked_fill(empty, torch.inf).amin(3)
+        self.high[rows, :, page:last] = keys.masked_fill(empty, -torch.inf).amax(3)
+
+    def view(self, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens of every row."""
+        return self.k[:, :, :length], self.v[:, :, :length]
+
+
+class Ring:
+    """The first `sink` keys of its heads and the recent ones, in buffers `[B, H, sink + size, D]`.
+
+    Position p beyond the sink lies in slot `sink + (p - sink) % size`, so a slot's position follows
+    from its row's length alone. Rows under `below` tokens drop nothing.
+    """
+
+    def __init__(self, group: Group, below: int):
+        self.group, self.band, self.below = group, group.band, below
+        self.k = self.v = None
+        self.size = 0
+        self.low: list[int] = []  # first position beyond the sink that each row still holds
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        shape = (len(k), len(self.group.heads), self.band.sink)
+        self.k, self.v = k.new_zeros(*shape, k.shape[-1]), v.new_zeros(*shape, v.shape[-1])
+        self.low = [self.band.sink] * len(k)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.k, self.v) if t is not None]
+
+    def select(self, picked: list[int]) -> None:
+        self.k, self.v = self.k[picked], self.v[picked]
+        self.low = [self.low[i] for i in picked]
+
+    def oldest(self, position: int, total: int) -> int:
+        """First key beyond the sink read by a query at `position`, in a call that ends at `total`."""
+        if total < self.below:
+            return self.band.sink
+        return max(self.band.sink, position - self.band.span(position) + 1)
+
+    def check_crop(self, rows: list[int]) -> None:
+        for n, low in zip(rows, self.low, strict=True):
+            if self.oldest(n, n + 1) < min(n, low):
+                raise CacheError(
+                    f"cannot go back to {n} tokens: a ring keeps {SLACK} tokens beyond its window and "
+                    "the rest is gone. Start again from the prompt, or use a plan whose cache is full"
+                )
+
+    def slots(self, position: Tensor) -> Tensor:
+        """Where positions lie in the buffers."""
+        sink = self.band.sink
+        return torch.where(position < sink, position, sink + (position - sink) % max(self.size, 1))
+
+    def positions(self, rows: list[int]) -> Tensor:
+        """[B, sink + size] position held by each slot for rows of these lengths, -1 for none."""
+        device, sink = self.k.device, self.band.sink
+        length, low = (torch.tensor(t, device=device)[:, None] for t in (rows, self.low))
+        slot = torch.arange(sink + self.size, device=device)
+        newest = length - 1 - sink  # counted, like the slots, from the sink's end
+        rest = sink + newest - (newest - (slot - sink)) % max(self.size, 1)
+        at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
+        return torch.where(at < length, at, -1)
+
+    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; forget what the window has passed."""
+        rows = [p + n for p, n in zip(past, new, strict=True)]
+        self._resize(past, rows)
+        sink = self.band.sink
+        for at, p, n in _alike(past, new):
+            kept = torch.arange(p, p + n, device=k.device)
+            kept = kept[(kept < sink) | (kept >= p + n - self.size)]
+            slot = self.slots(kept)
+            self.k[at, :, slot], self.v[at, :, slot] = k[at, :, kept - p], v[at, :, kept - p]
+        self.low = [
+            max(min(low, max(p, sink)), n - self.size, sink)
+            for low, p, n in zip(self.low, past, rows, strict=True)
+        ]
+
+    def _resize(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows of these lengths; trim once all have passed `below`."""
+        spans = [self.band.span(n) + SLACK for n in rows]
+        if all(n >= self.below for n in rows):
+            need = max(spans)
+            size = -(-need // PAGE) * PAGE if self.band.rate else need
+            if need <= self.size <= size:
+                return
+        else:
+            need = max(
+                s if n >= self.below else n - self.band.sink
+                for s, n in zip(spans, rows, strict=True)
+            )
+            if need <= self.size:
+                return
+            size = -(-max(need, self.size * 9 // 8) // PAGE) * PAGE
+        held, old_k, old_v = self.positions(past), self.k, self.v
+        self.size = size
+        self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]
+        shape = (*old_k.shape[:2], self.band.sink + size)
+        self.k, self.v = (t.new_zeros(*shape, t.shape[-1]) for t in (old_k, old_v))
+        for b, low in enumerate(self.low):
+            source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
+            slot = self.slots(held[b, source])
+            self.k[b, :, slot], self.v[b, :, slot] = old_k[b, :, source], old_v[b, :, source]
+
+    def with_chunk(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], grid: Grid
+    ) -> tuple[Tensor, Tensor, Grid]:
+        """What a chunk attends to before it is stored: sink, window and the chunk itself, and its grid."""
+        sink, block, device = self.band.sink, grid.block, k.device
+        total = [p + n for p, n in zip(past, new, strict=True)]
+        low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, self.low, strict=True)]
+        total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
+        blocks = -(-int((total - low).clamp(min=0).max()) // block)
+        head = torch.arange(-(-sink // block), device=device) * block
+        tail = low + torch.arange(blocks, device=device) * block
+        first = torch.cat([head.expand(len(total), -1), tail], 1)
+        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), total.expand(-1, blocks)], 1)
+        live = (ends - first).clamp(0, block)
+        grid = replace(grid, Sk=first.shape[1] * block, key_first=first, key_live=live)
+        at = grid.key_pos
+        source = torch.where(at < past, self.slots(at), self.k.shape[2] + at - past).clamp(min=0)
+        source = source.masked_fill(at < 0, 0)[:, None, :, None]
+
+        def gather(held: Tensor, chunk: Tensor) -> Tensor:
+            both = torch.cat([held, chunk], 2)
+            return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
+
+        return gather(self.k, k), gather(self.v, v), grid
+
+
+def _alike(past: list[int], new: list[int]):
+    """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
+    if len(set(past)) == len(set(new)) == 1:
+        yield slice(None), past[0], new[0]
+        return
+    for b, (p, n) in enumerate(zip(past, new, strict=True)):
+        yield slice(b, b + 1), p, n
+
+
+def _longer(t: Tensor, size: int) -> Tensor:
+    """t `[B, H, n, D]` copied into a buffer of `size` slots."""
+    out = t.new_zeros(*t.shape[:2], size, t.shape[3])
+    out[:, :, : t.shape[2]] = t
+    return out

@@ -1,0 +1,300 @@
+"""The command line: hfsparse profile, show, check, generate, eval.
+
+torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from hfsparse.loading import DTYPES, UsageError
+
+
+class Commands(TyperGroup):
+    """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if not type(error).__module__.startswith("hfsparse"):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Sparse attention for Hugging Face models: profile each head, then run the plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
+
+
+def _version(wanted: bool) -> None:
+    from importlib.metadata import version
+
+    if wanted:
+        typer.echo(f"hfsparse {version('hfsparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of a sample, by commas.")] = "1024,2048",
+    samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 4,
+    prefill_density: Annotated[
+        float, typer.Option(help="Share of query-key pairs to compute in the prefill.")
+    ] = 0.4,
+    cache_share: Annotated[float, typer.Option(help="Share of the KV cache to keep.")] = 0.8,
+    decode_share: Annotated[
+        float, typer.Option(help="Share of the keys to read in decode.")
+    ] = 0.25,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Your own texts: "text", or "prompt" and perhaps "answer", one object a line.',
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="How patterns are chosen.")] = "minference",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure how each head attends and write a plan."""
+    sizes = _lengths(lengths)
+    budgets = {
+        "prefill_density": prefill_density,
+        "cache_share": cache_share,
+        "decode_share": decode_share,
+    }
+    for name, share in budgets.items():
+        if not 0 < share <= 1:
+            raise UsageError(f"{name.replace('_', '-')} is {share}: give more than 0 and at most 1")
+    check_writable(output)
+    if data is not None:
+        from hfsparse.profiler.prompts import read_jsonl
+
+        read_jsonl(data)
+
+    import hfsparse
+    from hfsparse import headmap
+    from hfsparse.loading import load
+
+    loaded, tokenizer = load(model, device, dtype)
+    _check_window(loaded, max(sizes), "the samples")
+    plan = hfsparse.profile(
+        loaded,
+        tokenizer,
+        out=output,
+        lengths=sizes,
+        samples=samples,
+        seed=seed,
+        data=data,
+        method=method,
+        **budgets,
+    )
+    _print(headmap.legend(plan))
+    written = shlex.quote(str(output))
+    typer.echo(f"\nwrote {output}. Look at it, then run it:")
+    typer.echo(f"  hfsparse show {written}")
+    typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
+
+
+@app.command()
+def show(
+    plan: PlanFile,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, too.")] = None,
+) -> None:
+    """Print a plan's head map: layers x heads."""
+    from hfsparse import headmap
+    from hfsparse.plan import Plan
+
+    loaded = Plan.load(plan)
+    if png is not None:
+        check_writable(png)
+        headmap.png(loaded, png)
+    _print(headmap.text(loaded))
+
+
+@app.command()
+def check(plan: PlanFile, model: Model) -> None:
+    """Say whether a plan fits a model, and why not; reads no weights."""
+    from hfsparse.plan import Plan
+
+    Plan.load(plan).check(_config(model))
+    typer.echo(f"{plan} fits {model}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
+    plan: Annotated[Path | None, typer.Option(help="Without a plan every head is full.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer a prompt under a plan, greedily, and print what was computed and kept."""
+    prompt = _read_prompt(prompt_file)
+
+    import hfsparse
+    from hfsparse.loading import load
+    from hfsparse.plan import Plan
+
+    chosen = Plan.load(plan) if plan is not None else None
+    loaded, tokenizer = load(model, device, dtype)
+    inputs = _tokens(tokenizer, prompt).to(loaded.device)
+    _check_window(loaded, inputs["input_ids"].shape[1] + max_new_tokens, "prompt and answer")
+    with hfsparse.patch(loaded, chosen) as handle:
+        _stream(loaded, tokenizer, inputs, max_new_tokens)
+        typer.echo(f"\n{handle.stats()}")
+
+
+@app.command(
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def evaluate(context: typer.Context) -> None:
+    """Retrieval tasks, dense beside sparse: hfsparse eval ruler|needle."""
+    try:
+        from hfsparse_eval.cli import app as tasks
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"hfsparse eval needs the module {error.name}: pip install 'hfsparse[eval]'"
+        ) from None
+    tasks(context.args, prog_name="hfsparse eval")
+
+
+def main() -> None:
+    app(prog_name="hfsparse")
+
+
+# ---- input
+
+
+def check_writable(file: Path) -> None:
+    """Raise unless `file` can be written: asked before hours of work, not after."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder: give a file name")
+    if not file.parent.is_dir():
+        raise UsageError(f"there is no folder {file.parent} to write {file.name} in: make it first")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"can't write in {file.parent}: {error.strerror}; give another path"
+        ) from None
+
+
+def _lengths(words: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(dict.fromkeys(int(word) for word in words.split(",")))
+    except ValueError:
+        lengths = (0,)
+    if min(lengths) < 1:
+        raise UsageError(f"lengths is {words!r}: give token counts by commas, such as 1024,2048")
+    return lengths
+
+
+def _config(model: str):
+    from transformers import AutoConfig
+
+    from hfsparse.loading import _check_folder, _first_line
+
+    local = _check_folder(model)
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=local)
+    except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
+        raise UsageError(
+            f"cannot load the configuration of {model}: {_first_line(problem)}"
+        ) from problem
+
+
+def _check_window(model, tokens: int, what: str) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and tokens > window:
+        raise UsageError(
+            f"{what} take {tokens} tokens, {tokens - window} more than this model's window "
+            f"of {window}"
+        )
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        prompt = file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise UsageError(f"there is no prompt file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the prompt file {file}: {error}") from None
+    if not prompt:
+        raise UsageError(f"the prompt file {file} is empty")
+    return prompt
+
+
+def _tokens(tokenizer, prompt: str):
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt", verbose=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+
+
+# ---- output
+
+
+def _stream(model, tokenizer, inputs, max_new_tokens: int) -> None:
+    from transformers import TextStreamer
+
+    model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,  # a model may bring its own for sampling, and would warn
+        top_p=None,
+        top_k=None,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def _print(text) -> None:
+    from rich.console import Console
+
+    Console().print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Plain PyTorch attention over BlockLists (prefill) and PageLists (decode): the truth for every kernel.
+
+Exact over the keys the lists keep, float32 inside, online softmax (Milakov and Gimelshein, arXiv
+1805.02867) in tiles of bounded size: no tensor of queries x keys is ever built. Runs on any
+device and under autograd. Bound by FLOPs; query blocks with lists of like length share a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hfsparse.lists import PAGE, BlockLists, PageLists
+
+TILE = 1 << 21  # float32 numbers in the largest temporary
+
+
+class _Softmax:
+    """Running maximum, sum and weighted values of R query tiles `[R, n, D]`."""
+
+    def __init__(self, q: Tensor, value_dim: int, softcap: float | None):
+        self.q, self.softcap = q, softcap
+        self.top = q.new_full((*q.shape[:2], 1), -torch.inf)
+        self.sum = q.new_zeros(*q.shape[:2], 1)
+        self.out = q.new_zeros(*q.shape[:2], value_dim)
+
+    def add(self, k: Tensor, v: Tensor, kept: Tensor | None) -> None:
+        """Attend to more keys: k, v `[R, m, D]`, kept bool `[R, n or 1, m]` or None for all."""
+        logits = self.q @ k.float().transpose(1, 2)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if kept is not None:
+            logits = logits.masked_fill(~kept, -torch.inf)
+        top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
+        base = top.masked_fill(top == -torch.inf, 0)  # rows that have seen nothing yet
+        weight = torch.exp(logits - base)
+        fade = torch.exp(self.top - base)
+        self.sum = self.sum * fade + weight.sum(-1, keepdim=True)
+        self.out = self.out * fade + weight @ v.float()
+        self.top = top
+
+    def result(self, sink: Tensor | None = None) -> Tensor:
+        """The attention `[R, n, D]`, zeros where nothing was kept; `sink` `[R, n or 1, 1]`: a bare logit."""
+        total = self.sum
+        if sink is not None:
+            base = torch.maximum(self.top, sink)
+            total = total * torch.exp(self.top - base) + torch.exp(sink - base)
+            return self.out * torch.exp(self.top - base) / total
+        return self.out / total.masked_fill(total == 0, 1)
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    kv_heads: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`: `[B, H, Sq, Dv]`.
+
+    kv_heads [H]: the kv head that each q head reads. s_aux [H]: sink logits (gpt-oss).
+    Queries past a row's end give zeros.
+    """
+    grid, block = lists.grid, lists.grid.block
+    B, H, Sq, D = q.shape
+    nq, nk = grid.nq, grid.nk
+    q = pad(q.float() * scale, (0, 0, 0, nq * block - Sq)).view(B * H * nq, block, D)
+    k, v = (pad(t, (0, 0, 0, nk * block - t.shape[2])).unflatten(2, (nk, block)) for t in (k, v))
+    row = torch.arange(B * H * nq, device=q.device)
+    b, h, i = row // (H * nq), row // nq % H, row % nq
+    kv = kv_heads.to(q.device)[h]
+    at = grid.query_pos(torch.arange(nq * block, device=q.device)).view(B, nq, block)[b, i]
+    held = grid.key_pos.view(B, nk, block)
+    sink, recent, rate = torch.tensor(
+        [(band.sink, band.recent, band.rate) for band in lists.bands], device=q.device
+    ).T[:, h]
+    start = at - (recent[:, None] + at * rate[:, None] // 65536) + 1  # as Band.start
+
+    def flat(t: Tensor) -> Tensor:
+        return t.expand(B, *t.shape[1:]).reshape(B * H * nq, *t.shape[3:])
+
+    work = flat(lists.full_count) + flat(lists.part_count)
+    order = torch.argsort(work, descending=True, stable=True)
+    out = q.new_zeros(B * H * nq, block, v.shape[-1])
+    done, per_block = 0, block * max(block, D, v.shape[-1])
+    while done < len(order):
+        heaviest = max(1, int(work[order[done]]))
+        rows = order[done : done + max(1, TILE // (per_block * heaviest))]
+        done += len(rows)
+        state = _Softmax(q[rows], v.shape[-1], softcap)
+        for count, index, tested in (
+            (lists.full_count, lists.full_index, False),
+            (lists.part_count, lists.part_index, True),
+        ):
+            count = flat(count)[rows]
+            width, step = int(count.max()), max(1, TILE // (per_block * len(rows)))
+            index = flat(index)[rows, :width].long()
+            for j in range(0, width, step):
+                blocks = index[:, j : j + step]
+                used = torch.arange(j, j + blocks.shape[1], device=q.device) < count[:, None]
+                kept = None
+                if tested:
+                    key = held[b[rows, None], blocks].flatten(1)[:, None]  # [R, 1, m]
+                    query, first = at[rows, :, None], start[rows, :, None]
+                    kept = (
+                        (key >= 0)
+                        & (key <= query)
+                        & ((key < sink[rows, None, None]) | (key >= first))
+                    )
+                    kept &= used.repeat_interleave(block, 1)[:, None]
+                    if grid.window is not None:
+                        kept &= query - key < grid.window
+                elif not bool(used.all()):
+                    kept = used.repeat_interleave(block, 1)[:, None]
+                pick = (b[rows, None], kv[rows, None], blocks)
+                state.add(k[pick].flatten(1, 2), v[pick].flatten(1, 2), kept)
+        if lists.columns is not None:
+            _add_columns(state, k, v, lists, rows, (b[rows], h[rows], i[rows]), kv[rows], at[rows])
+        bare = None if s_aux is None else s_aux.float().to(q.device)[h[rows], None, None]
+        out[rows] = state.result(bare)
+    out = out.view(B, H, nq * block, -1)[:, :, :Sq]
+    return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0).to(v.dtype)
+
+
+def _add_columns(state, k, v, lists, rows, place, kv, at) -> None:
+    """Gathered single keys, tiled over both columns and rows."""
+    b, h, i = place
+    columns, covered = (
+        t.expand(len(lists.grid.q_len), *t.shape[1:]) for t in (lists.columns, lists.covered)
+    )
+    total, block = columns.shape[-1], lists.grid.block
+    step = max(1, TILE // (len(rows) * max(block, k.shape[-1], v.shape[-1])))
+    for n in range(0, total, step):
+        column = columns[b, h, n : n + step]  # [R, m]
+        key, query = column[:, None], at[..., None]
+        kept = (key <= query) & ~covered[b, h, i, n : n + step][:, None]
+        if lists.grid.window is not None:
+            kept &= query - key < lists.grid.window
+        column = column.clamp(max=lists.grid.nk * block - 1)
+        pick = (b[:, None], kv[:, None], column // block, column % block)
+        state.add(k[pick], v[pick], kept)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_pos: Tensor,
+    key_pos: Tensor,
+    pages: PageLists | None = None,
+    *,
+    scale: float,
+    start: Tensor | None = None,
+    sink: int = 0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """A few new queries q `[B, Hq, Q, D]` over a cache k, v `[B, Hkv, S, D]`: `[B, Hq, Q, Dv]`.
+
+    query_pos [B, Q] and key_pos [B, S]: positions in the row, -1 in dead slots. A key is read if
+    it is not after the query, lies in a listed page (pages=None: all), and is among the first
+    `sink` tokens or not before `start` [B, Q].
+    """
+    B, Hq, Q, D = q.shape
+    Hkv, S = k.shape[1:3]
+    short = -S % PAGE
+    k, v = (pad(t, (0, 0, 0, short)).unflatten(2, (-1, PAGE)).flatten(0, 1) for t in (k, v))
+    held = pad(key_pos, (0, short), value=-1).view(B, -1, PAGE)
+    n, device = k.shape[1], q.device
+    if pages is None:
+        everything = torch.arange(n, device=device).expand(B, Hkv, -1)
+        pages = PageLists(everything, torch.full((B, Hkv), n, device=device))
+    group = Hq // Hkv
+    tile = (q.float() * scale).view(B * Hkv, group * Q, D)
+    state = _Softmax(tile, v.shape[-1], softcap)
+    row = torch.arange(B * Hkv, device=device)[:, None]
+    query = query_pos[:, None, None].expand(B, Hkv, group, Q).reshape(B * Hkv, -1, 1)
+    if start is not None:
+        start = start[:, None, None].expand(B, Hkv, group, Q).reshape(B * Hkv, -1, 1)
+    listed, count = pages.pages.reshape(B * Hkv, -1), pages.count.reshape(B * Hkv, 1)
+    step = max(1, TILE // (B * Hkv * PAGE * max(D, v.shape[-1], group * Q)))
+    for j in range(0, listed.shape[1], step):
+        page = listed[:, j : j + step]
+        key = held[row // Hkv, page].flatten(1)[:, None]
+        used = torch.arange(j, j + page.shape[1], device=device) < count
+        kept = (key >= 0) & (key <= query) & used.repeat_interleave(PAGE, 1)[:, None]
+        if start is not None:
+            kept &= (key < sink) | (key >= start)
+        state.add(k[row, page].flatten(1, 2), v[row, page].flatten(1, 2), kept)
+    bare = None
+    if s_aux is not None:
+        bare = s_aux.float().to(device).view(1, Hkv, group, 1).expand(B, -1, -1, Q)
+        bare = bare.reshape(B * Hkv, -1, 1)
+    return state.result(bare).view(B, Hq, Q, -1).to(v.dtype)

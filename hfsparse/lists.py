@@ -1,0 +1,339 @@
+"""The forms in which patterns, selectors, caches and kernels meet: Grid, BlockLists, PageLists.
+
+Everything is row-relative: a batch row's first real token is position 0, whatever padding stood
+before it. Densities count query-key pairs (budgets use these) and blocks (speed follows these).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+PAGE = 64  # tokens in a decode page
+RATE_ONE = 1 << 16  # `recent_per_token` is held as a fraction of this, so that spans are exact
+ANY = 1 << 40  # a recent window that never ends
+FAR = 1 << 40  # the position of a column slot that holds no column
+
+
+def default_block(tokens: int) -> int:
+    """Block edge of the reference path: finer for short rows, where 128 would keep too much."""
+    return 32 if tokens < 4096 else 128
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys a streaming head reads: the first `sink` and the last `recent + rate * position`."""
+
+    sink: int = 0
+    recent: int = ANY
+    rate: int = 0  # in 1/65536 tokens of window per token of position
+
+    def start(self, position: Tensor) -> Tensor:
+        """First key of the recent window of queries at `position`; never decreases."""
+        return position - self.span(position) + 1
+
+    def span(self, position):
+        """Length of the recent window, the query included. Takes ints and integer tensors."""
+        return self.recent + position * self.rate // RATE_ONE
+
+
+FULL = Band()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the queries and keys of a batch stand.
+
+    Query i of row b is at position `k_len[b] - q_len[b] + i`; rows are padded to `Sq` and `Sk`.
+    Key slots come in blocks: block j of row b holds positions `first[b, j] ..` in its leading
+    `live[b, j]` slots. By default block j begins at position `j * block`; a ring that has dropped
+    keys says otherwise.
+    """
+
+    q_len: Tensor  # [B] new queries
+    k_len: Tensor  # [B] tokens in the row, the new ones included
+    Sq: int
+    Sk: int
+    block: int = 32
+    window: int | None = None  # the model's own sliding window, in tokens
+    key_first: Tensor | None = None  # [B, nk]
+    key_live: Tensor | None = None  # [B, nk]
+
+    @classmethod
+    def causal(cls, B: int, S: int, block: int = 32, device=None, window: int | None = None):
+        """The grid of prompts of S tokens without padding or past."""
+        length = torch.full((B,), S, device=device)
+        return cls(length, length, S, S, block, window)
+
+    @property
+    def nq(self) -> int:
+        return -(-self.Sq // self.block)
+
+    @property
+    def nk(self) -> int:
+        return -(-self.Sk // self.block)
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """[B] position of each row's first new query."""
+        return self.k_len - self.q_len
+
+    @cached_property
+    def first(self) -> Tensor:
+        """[B, nk] position of each key block's first slot."""
+        if self.key_first is not None:
+            return self.key_first
+        starts = torch.arange(self.nk, device=self.k_len.device) * self.block
+        return starts.expand(len(self.k_len), -1)
+
+    @cached_property
+    def live(self) -> Tensor:
+        """[B, nk] keys held by each block."""
+        if self.key_live is not None:
+            return self.key_live
+        return (self.k_len[:, None] - self.first).clamp(0, self.block)
+
+    @cached_property
+    def q_rows(self) -> Tensor:
+        """[B, nq] queries in each query block."""
+        starts = torch.arange(self.nq, device=self.q_len.device) * self.block
+        return (self.q_len[:, None] - starts).clamp(0, self.block)
+
+    @cached_property
+    def q_first(self) -> Tensor:
+        """[B, nq] position of each query block's first query."""
+        starts = torch.arange(self.nq, device=self.q_len.device) * self.block
+        return self.offset[:, None] + starts
+
+    @property
+    def q_last(self) -> Tensor:
+        """[B, nq] position of each query block's last query."""
+        return self.q_first + self.q_rows - 1
+
+    @cached_property
+    def key_pos(self) -> Tensor:
+        """[B, nk * block] position of each key slot, -1 where it holds none."""
+        lane = torch.arange(self.block, device=self.first.device)
+        pos = self.first[..., None] + lane
+        return torch.where(lane < self.live[..., None], pos, -1).flatten(1)
+
+    def query_pos(self, rows: Tensor | None = None) -> Tensor:
+        """[B, R] positions of the queries `rows` (all), -1 past the row's end."""
+        rows = torch.arange(self.Sq, device=self.q_len.device) if rows is None else rows
+        return torch.where(rows < self.q_len[:, None], self.offset[:, None] + rows, -1)
+
+    def reach(self, band: Band = FULL) -> tuple[Tensor, Tensor]:
+        """Block maps [B, nq, nk]: some pair is kept by causality, window and band; every pair is."""
+        q0, q1 = self.q_first[..., None], self.q_last[..., None]
+        k0, k1 = self.first[:, None], (self.first + self.live - 1)[:, None]
+        some = (k0 <= q1) & (self.q_rows[..., None] > 0) & (self.live[:, None] > 0)
+        some &= (k0 < band.sink) | (k1 >= band.start(q0))
+        every = (k1 <= q0) & (self.live[:, None] == self.block)
+        every &= (k1 < band.sink) | (k0 >= band.start(q1))
+        if self.window is not None:
+            some &= q0 - k1 < self.window
+            every &= q1 - k0 < self.window
+        return some, some & every
+
+    def take(self, rows: Tensor) -> Grid:
+        """The grid of some of the batch's rows."""
+        some = [None if t is None else t[rows] for t in (self.key_first, self.key_live)]
+        q_len, k_len = self.q_len[rows], self.k_len[rows]
+        return replace(self, q_len=q_len, k_len=k_len, key_first=some[0], key_live=some[1])
+
+    def pairs(self) -> Tensor:
+        """[B] query-key pairs of dense attention, dropped keys included."""
+        seen = self.query_pos() + 1
+        return (seen if self.window is None else seen.clamp(max=self.window)).sum(1)
+
+    def blocks(self) -> Tensor:
+        """[B] blocks of dense attention, dropped keys included."""
+        if self.key_first is None:
+            return self.reach()[0].sum((1, 2))
+        whole = int(self.k_len.max())
+        return replace(self, Sk=whole, key_first=None, key_live=None).blocks()
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Which key blocks each query block reads; H is a set of q heads, B may be 1 for all rows.
+
+    Blocks in `full` are read whole; blocks in `part` are tested by causality, window, live slots
+    and `bands`. `columns` are single keys read by every later query of the head, except where
+    `covered` says that a kept block already holds them.
+    """
+
+    grid: Grid
+    full_count: Tensor  # [B, H, nq] int32
+    full_index: Tensor  # [B, H, nq, width] int32, ascending
+    part_count: Tensor
+    part_index: Tensor
+    bands: tuple[Band, ...]  # one a head
+    columns: Tensor | None = None  # [B, H, n] positions, ascending, FAR where there is none
+    covered: Tensor | None = None  # [B, H, nq, n] bool
+
+    @classmethod
+    def of(
+        cls,
+        grid: Grid,
+        heads: int,
+        keep: Tensor | None = None,
+        band: Band = FULL,
+        columns: Tensor | None = None,
+    ) -> BlockLists:
+        """Lists from a block map `keep` [B, H, nq, nk] (all blocks), cut to what the band reaches."""
+        some, every = (m[:, None] for m in grid.reach(band))
+        if keep is None:
+            keep = torch.ones((), dtype=torch.bool, device=some.device)
+        kept = (keep & some).expand(-1, heads, -1, -1)
+        full, part = kept & every, kept & ~every
+        covered = None
+        if columns is not None:
+            home = (
+                (columns // grid.block)
+                .clamp(max=grid.nk - 1)[:, :, None]
+                .expand(-1, -1, grid.nq, -1)
+            )
+            covered = kept.expand(len(columns), -1, -1, -1).gather(3, home)
+        bands = (band,) * heads
+        return cls(grid, *_ascending(full), *_ascending(part), bands, columns, covered)
+
+    @classmethod
+    def cat(cls, parts: list[BlockLists]) -> BlockLists:
+        """One set of lists for the heads of several, in order, over the same grid."""
+        if len(parts) == 1:
+            return parts[0]
+        B = max(len(p.full_count) for p in parts)
+        some = [p for p in parts if p.columns is not None]
+        if some:
+            parts = [p if p.columns is not None else p._without_columns() for p in parts]
+
+        def join(name: str, fill: int | bool | None) -> Tensor:
+            found = [getattr(p, name) for p in parts]
+            found = [t.expand(B, *t.shape[1:]) for t in found]
+            if fill is not None:
+                width = max(t.shape[-1] for t in found)
+                found = [pad(t, (0, width - t.shape[-1]), value=fill) for t in found]
+            return torch.cat(found, 1)
+
+        return cls(
+            parts[0].grid,
+            join("full_count", None),
+            join("full_index", 0),
+            join("part_count", None),
+            join("part_index", 0),
+            tuple(band for p in parts for band in p.bands),
+            join("columns", FAR) if some else None,
+            join("covered", True) if some else None,
+        )
+
+    def _without_columns(self) -> BlockLists:
+        B, H, nq = self.full_count.shape
+        none = torch.zeros(B, H, 0, dtype=torch.int64, device=self.full_count.device)
+        return replace(self, columns=none, covered=none[:, :, None].bool().expand(-1, -1, nq, -1))
+
+    @property
+    def heads(self) -> int:
+        return len(self.bands)
+
+    def kept_blocks(self) -> Tensor:
+        """[B, H, nq, nk] map of the blocks in either list."""
+        shape = (*self.full_count.shape, self.grid.nk + 1)
+        kept = torch.zeros(shape, dtype=torch.bool, device=self.full_count.device)
+        for count, index in (
+            (self.full_count, self.full_index),
+            (self.part_count, self.part_index),
+        ):
+            used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+            kept.scatter_(3, torch.where(used, index, self.grid.nk).long(), True)
+        return kept[..., : self.grid.nk]
+
+    def mask(self, rows: Tensor | None = None) -> Tensor:
+        """bool [B, H, R, Sk]: the keys kept for the queries `rows` (all of them)."""
+        grid = self.grid
+        rows = torch.arange(grid.Sq, device=grid.q_len.device) if rows is None else rows
+        q, k = grid.query_pos(rows)[:, None, :, None], grid.key_pos[:, None, None, :]
+        kept = self.kept_blocks()[:, :, rows // grid.block].repeat_interleave(grid.block, 3)
+        inside = [(k < b.sink) | (k >= b.start(q)) for b in self.bands]
+        kept = kept & torch.cat([t.expand(-1, 1, -1, -1) for t in inside], 1)
+        if self.columns is not None:
+            slots = torch.zeros(
+                *self.columns.shape[:2], kept.shape[-1] + 1, dtype=torch.bool, device=kept.device
+            )
+            slots.scatter_(2, self.columns.clamp(max=kept.shape[-1]), True)
+            kept = kept | slots[:, :, None, :-1]
+        kept = kept & (k <= q) & (k >= 0) & (q >= 0)
+        if grid.window is not None:
+            kept = kept & (q - k < grid.window)
+        return kept[..., : grid.Sk]
+
+    def blocks(self) -> Tensor:
+        """[B, H] blocks computed; gathered columns count by their share of a block."""
+        count = (self.full_count + self.part_count).sum(2, dtype=torch.float64)
+        if self.columns is not None:
+            last = self.grid.q_last[:, None, :, None]
+            alone = ~self.covered & (self.columns[:, :, None] <= last) & (last >= 0)
+            count = count + alone.sum((2, 3)) / self.grid.block
+        return count.expand(len(self.grid.q_len), -1)
+
+    def pairs(self) -> Tensor:
+        """[B, H] query-key pairs kept."""
+        grid, block = self.grid, self.grid.block
+        total = (self.full_count * grid.q_rows[:, None]).sum(2) * block
+        lane = torch.arange(block, device=grid.q_first.device)
+        q = (grid.q_first[..., None] + lane)[:, None, :, None]  # [B, 1, nq, 1, block]
+        real = (lane < grid.q_rows[..., None])[:, None, :, None]
+        width = int(self.part_count.max()) if self.part_count.numel() else 0
+        index = self.part_index[..., :width].long().expand(len(grid.q_len), -1, -1, -1)
+        used = torch.arange(width, device=index.device) < self.part_count[..., None]
+        table = grid.first[:, None, None].expand(-1, *index.shape[1:3], -1)
+        k0 = table.gather(3, index)[..., None]  # [B, H, nq, width, 1]
+        live = grid.live[:, None, None].expand(-1, *index.shape[1:3], -1).gather(3, index)
+        k1 = k0 + live[..., None] - 1
+        oldest = 0 if grid.window is None else q - grid.window + 1
+        parts = []
+        for band in dict.fromkeys(self.bands):
+            head = [i for i, b in enumerate(self.bands) if b == band]
+            a, b = k0[:, head], k1[:, head]
+            sink = _overlap(a, b, oldest, q.clamp(max=band.sink - 1))
+            newest = band.start(q).clamp(min=band.sink)
+            if grid.window is not None:
+                newest = torch.maximum(newest, oldest)
+            both = (sink + _overlap(a, b, newest, q)) * (real & used[:, head][..., None])
+            parts.append((head, both.sum((2, 3, 4))))
+        for head, count in parts:
+            total = total.index_add(
+                1, torch.tensor(head, device=total.device), count.to(total.dtype)
+            )
+        if self.columns is not None:
+            q0, q1 = grid.q_first[:, None, :, None], grid.q_last[:, None, :, None]
+            col = self.columns[:, :, None]
+            last = q1 if grid.window is None else torch.minimum(q1, col + grid.window - 1)
+            readers = (last - torch.maximum(q0, col) + 1).clamp(min=0)
+            total = total + (readers * ~self.covered).sum((2, 3))
+        return total
+
+
+@dataclass(frozen=True)
+class PageLists:
+    """Which pages of a kv head's cache a decode step reads; ties went to the lower page."""
+
+    pages: Tensor  # [B, Hkv, width] int64, ascending
+    count: Tensor  # [B, Hkv]
+
+
+def _overlap(a, b, low, high) -> Tensor:
+    """How many integers lie in both [a, b] and [low, high]."""
+    top = torch.minimum(b, high) if isinstance(high, Tensor) else b.clamp(max=high)
+    bottom = torch.maximum(a, low) if isinstance(low, Tensor) else a.clamp(min=low)
+    return (top - bottom + 1).clamp(min=0)
+
+
+def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A map [..., n] as counts [...] and ascending indices [..., n], both int32."""
+    index = torch.sort(~kept, dim=-1, stable=True).indices
+    return kept.sum(-1, dtype=torch.int32), index.to(torch.int32)

@@ -1,0 +1,362 @@
+"""Make a model follow a plan, and give it back exactly as it was.
+
+    with hfsparse.patch(model, "plan.yaml") as handle:
+        model.generate(**inputs)
+        print(handle.stats())
+
+Nothing in transformers is replaced: one attention and one mask function are registered under a
+name of ours, the model is switched to it, and a hook on the text decoder puts our layers into the
+cache. All state lies on the model, so `unpatch(model)` needs no handle.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hfsparse import kernels
+from hfsparse.attention import NAME, Counts, LayerPlan, attend, mask_start
+from hfsparse.cache import CacheError, Group, Layer, enter
+from hfsparse.fingerprint import attention_values
+from hfsparse.lists import FULL, Band
+from hfsparse.plan import ModelId, Plan
+from hfsparse.stats import LayerStats, Stats
+
+CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
+SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+class PatchError(ValueError):
+    """A model that can't be patched, or is used in a way its patch can't follow."""
+
+
+@dataclass
+class State:
+    """What a patch leaves on the text decoder (as `_hfsparse`)."""
+
+    owner: str
+    plan: Plan
+    layers: list[LayerPlan]
+    implementations: list[tuple[Any, str]]  # every config and the attention it asked for
+    hooks: list[Any] = field(default_factory=list)
+    held: list[list[tuple[tuple[int, ...], int]]] = field(
+        default_factory=list
+    )  # bytes of the last call
+    dense_bytes: int = 0
+
+    def new_layers(self, reserve: int, expected: int) -> list[Layer]:
+        return [layer.new_cache(reserve, expected) for layer in self.layers]
+
+
+class Patched:
+    """A patched model's handle and context manager; leaving the context undoes the patch."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        if is_patched(self.model):
+            unpatch(self.model)
+
+    def stats(self) -> Stats:
+        """Densities since the last reset, and KV bytes held after the last call with a cache."""
+        state = _state(self.model)
+        layers = []
+        for index, layer in enumerate(state.layers):
+            pairs, dense_pairs, blocks, dense_blocks = layer.counts.prefill.cpu()
+            reads, dense_reads = layer.counts.reads.cpu()
+            kv_bytes = [0] * len(reads)
+            for heads, size in state.held[index] if state.held else ():
+                for head in heads:
+                    kv_bytes[head] = size // len(heads)
+            layers.append(
+                LayerStats(
+                    (pairs / dense_pairs).tolist(),
+                    (blocks / dense_blocks).tolist(),
+                    (reads / dense_reads).tolist(),
+                    kv_bytes,
+                )
+            )
+        return Stats(layers, state.dense_bytes)
+
+    def reset_stats(self) -> None:
+        """Forget the densities counted so far."""
+        for layer in _state(self.model).layers:
+            layer.counts.reset()
+
+    def explain(self) -> str:
+        """What runs where and why, in words."""
+        return explain(self.model)
+
+
+def patch(
+    model: PreTrainedModel,
+    plan: Plan | str | os.PathLike | None = None,
+    allow: Collection[str] = (),
+) -> Patched:
+    """Make `model` follow `plan` (a Plan or its file) until `undo()`; None keeps every key and pair.
+
+    allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
+    PlanError or PatchError before anything changes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise PatchError(f"got {type(model).__name__}: give a transformers model (PreTrainedModel)")
+    if is_patched(model):
+        raise PatchError(
+            f"this {type(model).__name__} is patched already: call handle.undo() or "
+            "hfsparse.unpatch(model) first"
+        )
+    if plan is None:
+        plan = Plan.full(ModelId.of(model))
+    elif not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    plan.validate()
+    plan.check(model, allow)
+    modules = _attention_modules(model)
+    layers = _layer_plans(plan, model.config.get_text_config(decoder=True), uuid.uuid4().hex)
+    decoder = model.get_decoder()
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask_start)
+    state = State(layers[0].owner, plan, layers, before)
+    try:
+        for config, _ in before:
+            if config is modules[0].config:
+                config._attn_implementation_internal = NAME
+        decoder._hfsparse = state
+        for module, layer in zip(modules, layers, strict=True):
+            module._hfsparse = layer
+        state.hooks += [
+            decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        ]
+        model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
+        for name in SERVING:
+            if hasattr(type(model), name):
+                setattr(model, name, MethodType(_no_serving, model))
+        wrong = [m.layer_idx for m in modules if m.config._attn_implementation != NAME]
+        if wrong:
+            raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
+    except BaseException:
+        unpatch(model)
+        raise
+    return Patched(model)
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Give a patched model back as it was: names, hooks and functions."""
+    state = _state(model)
+    for hook in state.hooks:
+        hook.remove()
+    for config, name in state.implementations:
+        config._attn_implementation_internal = name
+    for module in model.modules():
+        module.__dict__.pop("_hfsparse", None)
+    for name in ("_prepare_cache_for_generation", *SERVING, "_compiled_call", "_cache"):
+        model.__dict__.pop(name, None)
+
+
+def is_patched(model: Any) -> bool:
+    return any("_hfsparse" in module.__dict__ for module in model.modules())
+
+
+def explain(model: PreTrainedModel) -> str:
+    """What runs where in a patched model and why, in words."""
+    state = _state(model)
+    plan = state.plan
+    kinds = {
+        "full heads, prompt": (kernels.PREFILL, False),
+        "patterned heads, prompt": (kernels.PREFILL, True),
+        "full and ring heads, new tokens": (kernels.DECODE, False),
+        "selected pages, new tokens": (kernels.DECODE, True),
+    }
+    lines = [f"plan {plan.hash()[:19]} for {plan.model.class_name}, {plan.model.layers} layers"]
+    made = plan.made.get("model")
+    if made != _weights_name(model):
+        lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
+    lines.append(f"below {plan.below} tokens in the row a head is computed or kept in full")
+    for what, (table, lists) in kinds.items():
+        chosen = kernels.pick(table, lists=lists, logits=False)
+        why = [f"not {k.name}: {k.why_not(lists, False)}" for k in table if k.why_not(lists, False)]
+        lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
+    windows = [layer.index for layer in state.layers if layer.window is not None]
+    if windows:
+        lines.append(f"layers {windows} keep the model's own sliding window, as a ring")
+    return "\n".join(lines)
+
+
+def _weights_name(model: PreTrainedModel) -> str:
+    return os.path.basename(os.path.normpath(model.config._name_or_path or "")) or ""
+
+
+def _state(model: PreTrainedModel) -> State:
+    state = model.get_decoder().__dict__.get("_hfsparse") if is_patched(model) else None
+    if state is None:
+        raise PatchError(
+            f"this {type(model).__name__} is not patched: call hfsparse.patch(model) first"
+        )
+    return state
+
+
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The text decoder's self-attention modules in layer order; PatchError if hfsparse can't follow them."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    values = attention_values(config)
+    other = sorted(set(values["kinds"]) - {"full_attention", "sliding_attention"})
+    reasons = [
+        (getattr(model.config, "is_encoder_decoder", False), "it is an encoder-decoder"),
+        (getattr(config, "kv_lora_rank", None), "its cache holds latents (MLA), not keys per head"),
+        (getattr(config, "num_kv_shared_layers", 0), "layers share keys and values"),
+        (bool(other), f"it has layers of kind {', '.join(other)}"),
+    ]
+    modules = [
+        m
+        for m in model.get_decoder().modules()
+        if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
+    ]
+    modules.sort(key=lambda m: m.layer_idx)
+    found = [m.layer_idx for m in modules]
+    wanted = list(range(values["layers"]))
+    reasons.append((found != wanted, f"its attention layers are {found}, its config says {wanted}"))
+    reasons.append((not model._can_set_attn_implementation(), "its attention can't be exchanged"))
+    for holds, why in reasons:
+        if holds:
+            raise PatchError(
+                f"{name} can't be patched: {why}. Supported: decoders of transformers with full or "
+                "sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
+            )
+    return modules
+
+
+def _layer_plans(plan: Plan, config: Any, owner: str) -> list[LayerPlan]:
+    values = attention_values(config)
+    plans = []
+    for index, (words, kind) in enumerate(zip(plan.layers, values["kinds"], strict=True)):
+        window = values["window"] if kind == "sliding_attention" else None
+        if window is not None and {*words.cache, *words.decode} != {"full"}:
+            raise PatchError(
+                f"layer {index} has the model's own window of {window} tokens and keeps no more than "
+                "that: write full for its cache and decode"
+            )
+        rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
+        groups: dict[Group, list[int]] = {}
+        for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
+            band = plan.patterns[cache].band if head in rings else FULL
+            band = Band(0, window) if window is not None else band
+            selector = None if decode in ("full", "ring") else plan.patterns[decode]
+            groups.setdefault(Group((), band, selector), []).append(head)
+        plans.append(
+            LayerPlan(
+                owner,
+                index,
+                tuple(plan.patterns.get(word) for word in words.prefill),
+                tuple(Group(tuple(heads), g.band, g.selector) for g, heads in groups.items()),
+                rings,
+                plan.below,
+                window,
+                Counts(plan.model.q_heads, plan.model.kv_heads),
+            )
+        )
+    return plans
+
+
+def _before_forward(decoder, args, kwargs):
+    """Pre-hook on the text decoder: give it a cache of ours, and tell that cache who is running."""
+    state: State = decoder._hfsparse
+    if decoder.config._attn_implementation != NAME:
+        raise PatchError(
+            f"the attention implementation was set to {decoder.config._attn_implementation} under an "
+            "hfsparse patch: call handle.undo() first, then set it"
+        )
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    use_cache = kwargs.get("use_cache")
+    use_cache = decoder.config.use_cache if use_cache is None else use_cache
+    if cache is None and use_cache:
+        cache = DynamicCache()
+        names = inspect.signature(decoder.forward).parameters
+        kwargs[next(name for name in CACHES if name in names)] = cache
+    if cache is not None:
+        _adopt(cache, state)
+    enter(state.owner)
+    return args, kwargs
+
+
+def _after_forward(decoder, args, kwargs, output) -> None:
+    """Hook behind the text decoder, also when it raised: note what the cache holds."""
+    state: State = decoder._hfsparse
+    enter(None)
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    if cache is None or output is None:
+        return
+    layers = cache.layers
+    state.held = [
+        [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
+        for layer in layers
+    ]
+    state.dense_bytes = sum(layer.dense_bytes() for layer in layers)
+
+
+def _adopt(cache: Any, state: State, reserve: int = 0, expected: int = 0) -> None:
+    """Put our layers into an empty cache; refuse one that isn't ours and isn't empty."""
+    kind = type(cache).__name__
+    if not isinstance(cache, Cache):
+        raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
+    ours = [isinstance(layer, Layer) for layer in cache.layers]
+    if ours and all(ours):
+        if len({layer.seen for layer in cache.layers}) > 1:
+            raise CacheError(
+                "this cache is broken: a forward pass was interrupted half-way through its layers. "
+                "Start again from the prompt with a new cache"
+            )
+        for layer in cache.layers:
+            layer.expected = expected or layer.expected
+        return
+    if "Quant" in kind or "EncoderDecoder" in kind or getattr(cache, "offloading", False):
+        what = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {kind}"
+        raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
+    if cache.get_seq_length():
+        raise CacheError(
+            f"this cache holds {cache.get_seq_length()} tokens of the unpatched model, which hfsparse can't "
+            "go on from: start again from the prompt with a new cache"
+        )
+    cache.layers = state.new_layers(reserve, expected)
+    cache.layer_class_to_replicate = None
+
+
+def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
+    """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
+    original = type(self)._prepare_cache_for_generation
+    result = original(self, generation_config, model_kwargs, *args, **kwargs)
+    cache = next((model_kwargs[n] for n in CACHES if model_kwargs.get(n) is not None), None)
+    if cache is not None:
+        mask, chunked = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+        expected = mask.shape[1] if chunked and mask is not None else 0
+        reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
+        _adopt(cache, self.get_decoder()._hfsparse, reserve, expected)
+    return result
+
+
+def _no_serving(self, *args, **kwargs):
+    raise PatchError(
+        "continuous batching keeps its own paged cache, which hfsparse can't shape: use model.generate, "
+        "or handle.undo() first"
+    )

@@ -1,0 +1,64 @@
+"""Block-sparse heads: the best key blocks by mean-pooled q and k (MInference, arXiv 2407.02490).
+
+The score is also MoBA's (arXiv 2502.13189). Each query block keeps a share of the blocks it can
+see; the row's first block and those that hold its own queries always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from hfsparse.lists import BlockLists, Grid
+from hfsparse.patterns import register, require
+
+
+@register("block_topk")
+@dataclass(frozen=True)
+class BlockTopK:
+    """Share of the visible blocks kept, never fewer than `min_blocks` (where so many are visible)."""
+
+    share: float = 0.1
+    min_blocks: int = 16
+
+    def __post_init__(self):
+        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
+        require(self.min_blocks >= 1, f"min_blocks is {self.min_blocks}: give 1 or more")
+
+    def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
+        """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
+        score = scores(q, k, grid)
+        seen, whole = grid.reach()
+        forced = seen & ~whole  # the diagonal and the row's end
+        forced[..., 0] |= seen[..., 0]
+        score = score.masked_fill(forced[:, None], torch.inf)
+        score = score.masked_fill(~seen[:, None], -torch.inf)
+        visible = seen.sum(-1)[:, None]
+        budget = (visible * self.share - 1e-6).ceil().clamp(min=self.min_blocks)
+        width = min(grid.nk, max(self.min_blocks, ceil(grid.nk * self.share)) + 2)
+        best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :width]
+        rank = torch.arange(width, device=q.device)
+        ours = rank < torch.maximum(budget, forced.sum(-1)[:, None])[..., None]
+        keep = torch.zeros(*score.shape[:3], grid.nk + 1, dtype=torch.bool, device=q.device)
+        keep.scatter_(3, torch.where(ours, best, grid.nk), True)
+        return BlockLists.of(grid, q.shape[1], keep[..., : grid.nk])
+
+
+def scores(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
+    """Dot products of mean queries and mean keys by block, `[B, H, nq, nk]`; pads left out."""
+    B, H = q.shape[:2]
+    queries = _block_means(q, grid.q_rows, grid.block).view(B, k.shape[1], -1, grid.nq, q.shape[-1])
+    keys = _block_means(k, grid.live, grid.block)
+    return torch.einsum("bkgqd,bknd->bkgqn", queries, keys).reshape(B, H, grid.nq, grid.nk)
+
+
+def _block_means(x: Tensor, live: Tensor, block: int) -> Tensor:
+    """Mean over the live tokens of each block: x `[B, H, S, D]`, live `[B, n]` → `[B, H, n, D]`."""
+    B, H, S, D = x.shape
+    x = torch.nn.functional.pad(x.float(), (0, 0, 0, live.shape[1] * block - S))
+    real = torch.arange(block, device=x.device) < live[..., None]  # [B, n, block]
+    x = x.view(B, H, -1, block, D) * real[:, None, ..., None]
+    return x.sum(3) / live.clamp(min=1)[:, None, :, None]

@@ -1,0 +1,137 @@
+"""The plan: how every head of a model attends, as a YAML file that people read, diff and share.
+
+    plan = Plan.load("plan.yaml")     # PlanError names everything wrong, each with its line
+    plan.check(model)                 # PlanMismatch if it was made for another model
+    plan.save("copy.yaml")            # atomic
+
+`plan_rules` states what holds for any plan; `plan_yaml` reads and writes the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hfsparse import plan_yaml
+from hfsparse.plan_rules import (
+    MAX_BYTES,
+    MAX_PROBLEMS,
+    Below,
+    Layer,
+    ModelId,
+    PlanError,
+    PlanMismatch,
+    parameters,
+    rules,
+)
+
+__all__ = ["Below", "Layer", "ModelId", "Plan", "PlanError", "PlanMismatch"]
+
+
+@dataclass
+class Plan:
+    """How every head attends. `patterns` holds named pattern and selector instances."""
+
+    model: ModelId
+    patterns: dict[str, Any]
+    layers: tuple[Layer, ...]
+    below: Below = Below()
+    expected: dict[int, dict[str, float]] = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
+    made: dict = field(default_factory=dict)
+
+    @classmethod
+    def full(cls, model: ModelId) -> Plan:
+        """The plan that drops nothing."""
+        kv = ("full",) * model.kv_heads
+        return cls(model, {}, (Layer(("full",) * model.q_heads, kv, kv),) * model.layers)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan file; PlanError names everything wrong with it."""
+        try:
+            with open(path, "rb") as file:
+                text = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path}: can't read it: {_why(error)}. Give a plan file") from error
+        return plan_yaml.read(cls, text, str(path))
+
+    @classmethod
+    def loads(cls, text: str | bytes) -> Plan:
+        """Read a plan from its YAML; PlanError names everything wrong with it."""
+        return plan_yaml.read(cls, text, "plan")
+
+    def dumps(self) -> str:
+        """The plan as YAML, one line a layer or a range of equal layers."""
+        self.validate()
+        return plan_yaml.write(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole file or, on failure, leave what was there untouched."""
+        data = self.dumps().encode()
+        draft = None
+        try:
+            target = Path(os.path.realpath(path))
+            draft = target.with_name(f".{secrets.token_hex(8)}.tmp")
+            with open(draft, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path}: can't write it: {_why(error)}. Give another path") from error
+        finally:
+            if draft and draft.exists():
+                draft.unlink()
+
+    def validate(self) -> None:
+        """Raise PlanError naming every rule that this plan breaks."""
+        if problems := list(islice(rules(self), MAX_PROBLEMS)):
+            raise PlanError.of("plan", problems)
+
+    def hash(self) -> str:
+        """Identity of what is computed: `expected`, `measured` and `made` are left out."""
+        identity = {
+            "version": plan_yaml.VERSION,
+            "model": dataclasses.asdict(self.model),
+            "patterns": {name: parameters(pattern) for name, pattern in self.patterns.items()},
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "below": dataclasses.asdict(self.below),
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
+        """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape."""
+        ours, theirs = self.model, ModelId.of(model_or_config)
+        units = {"layers": "layers", "q_heads": "q heads", "kv_heads": "kv heads"}
+        units["head_dim"] = "dims a head"
+        renew = "Profile this model: hfsparse profile <model> -o plan.yaml"
+        or_allow = ', or use the plan all the same: patch(..., allow={"fingerprint"})'
+        if differ := [key for key in units if getattr(ours, key) != getattr(theirs, key)]:
+            have = " with " + ", ".join(f"{getattr(ours, key)} {units[key]}" for key in differ)
+            found = " with " + ", ".join(str(getattr(theirs, key)) for key in differ)
+        elif "fingerprint" in allow or ours == theirs:
+            return
+        elif ours.class_name != theirs.class_name:
+            have, found, renew = "", "", renew + or_allow
+        else:
+            have = f" with fingerprint {ours.fingerprint}"
+            found = f" with {theirs.fingerprint}: its rope, window or layer kinds differ"
+            renew += or_allow
+        raise PlanMismatch(
+            f"plan was made for {ours.class_name}{have}; "
+            f"this model is {theirs.class_name}{found}. {renew}"
+        )
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,406 @@
+"""A plan's YAML, read with the line of every key and written one line a layer.
+
+Reading goes from text to nodes (`_Strict`), to plain data and lines (`_plain`), to the parts of a
+plan (`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from itertools import groupby
+from typing import Any
+
+import yaml
+
+import hfsparse
+from hfsparse.plan_rules import (
+    BAD,
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_PROBLEMS,
+    NAME,
+    TAKES,
+    Below,
+    Layer,
+    ModelId,
+    PlanError,
+    dotted,
+    hints,
+    key_of,
+    kinds,
+    nearest,
+    parameters,
+    rules,
+    show,
+    span,
+    wrong_value,
+)
+
+VERSION = 1
+REQUIRED, OPTIONAL = ("model", "layers"), ("patterns", "below", "expected", "measured", "made")
+WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
+RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
+TAG = "tag:yaml.org,2002:"
+BOOLS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+
+Say = Callable[[Any, str], None]  # (a path of keys or a line, a sentence)
+
+
+def read(make: type, text: str | bytes, name: str) -> Any:
+    """`make(**parts)` of the plan in `text`; PlanError with `name`, every problem and its line."""
+    problems: list[tuple[int | None, str]] = []
+    lines: dict[tuple, int] = {}
+
+    def line_of(*path: Any) -> int:
+        while path and path not in lines:
+            path = path[:-1]
+        return lines.get(path, 1)
+
+    def say(where: tuple | int, sentence: str) -> None:
+        problems.append((where if isinstance(where, int) else line_of(*where), sentence))
+        if len(problems) >= MAX_PROBLEMS:
+            raise PlanError.of(name, problems)
+
+    try:
+        raw = _plain(_compose(_decode(text), say), (), lines, say)
+    except PlanError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        say(mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")
+        raise PlanError.of(name, problems) from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        say(1, f"not a text that YAML can hold: {' '.join(str(error).split())[:200]}")
+        raise PlanError.of(name, problems) from error
+    if type(raw) is not dict:
+        what = "empty" if raw is None else show(raw)
+        say(1, f"the file is {what}: give a mapping that starts with hfsparse: {VERSION}")
+        raise PlanError.of(name, problems)
+    version = raw.pop("hfsparse", BAD)
+    if type(version) is int and version > VERSION:
+        ours = getattr(hfsparse, "__version__", "this one")
+        newer = f"needs a newer hfsparse than {ours}; this one reads version {VERSION}"
+        line = line_of("hfsparse")
+        raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
+    if type(version) is not int or version != VERSION:
+        given = "missing" if version is BAD else show(version)
+        say(("hfsparse",), f"hfsparse is {given}: give the plan version, hfsparse: {VERSION}")
+    plan = make(**_parts(raw, lines, say))
+    for problem in rules(plan, line_of):
+        say(*problem)
+    if problems:
+        raise PlanError.of(name, problems)
+    return plan
+
+
+# --- text to plain data
+
+
+class _Strict:
+    """Composer mixin: aliases, anchors and deep nesting are reported, so no file can blow up."""
+
+    depth = 0
+    say: Say
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None):
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            self.say(line, f"{sign}{event.anchor}: plans have no anchors and aliases, write it out")
+            event.anchor = None
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()
+            return yaml.ScalarNode(None, "", event.start_mark, event.end_mark)
+        if self.depth > MAX_DEPTH:
+            text = f"nested deeper than {MAX_DEPTH}: give flatter data"
+            raise yaml.composer.ComposerError(None, None, text, event.start_mark)
+        self.depth += 1
+        node = yaml.composer.Composer.compose_node(self, parent, index)
+        self.depth -= 1
+        return node
+
+
+class PythonLoader(_Strict, yaml.SafeLoader):
+    """PyYAML's own."""
+
+
+Loader = PythonLoader
+if hasattr(yaml, "CSafeLoader"):
+
+    class FastLoader(_Strict, yaml.composer.Composer, yaml.CSafeLoader):
+        """libyaml's events under PyYAML's composer: the same nodes and lines, ten times faster."""
+
+        def __init__(self, stream: str):
+            yaml.CSafeLoader.__init__(self, stream)
+            yaml.composer.Composer.__init__(self)
+
+    Loader = FastLoader
+
+
+def _decode(text: str | bytes) -> str:
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it is longer than {MAX_BYTES} bytes")
+    return text.decode() if isinstance(text, bytes) else text
+
+
+def _compose(text: str, say: Say) -> yaml.Node | None:
+    loader = Loader(text)
+    loader.say = say
+    return loader.get_single_node()
+
+
+def _plain(node: yaml.Node | None, path: tuple, lines: dict[tuple, int], say: Say) -> Any:
+    """A node as plain data; `lines` gets the line of every path of keys."""
+    if node is None:
+        return None
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, say)
+    if node.tag not in (TAG + "map", TAG + "seq"):
+        say(line, f"tag {show(node.tag)}: plans hold no tagged values, write it plainly")
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, i), lines, say) for i, item in enumerate(node.value)]
+    mapping = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = _scalar(key_node, say) if isinstance(key_node, yaml.ScalarNode) else None
+        if key is BAD:
+            continue
+        if type(key) not in (str, int):
+            place = dotted(path) or "the plan"
+            say(line, f"{place} has the key {show(key)}: give text (in quotes) or a whole number")
+        elif key in mapping:
+            say(line, f"{dotted((*path, key))} is given twice: keep one")
+        else:
+            lines[(*path, key)] = line
+            mapping[key] = _plain(value_node, (*path, key), lines, say)
+    return mapping
+
+
+def _scalar(node: yaml.ScalarNode, say: Say) -> Any:
+    """Text, bool, null or number; dates, 010, 1:30 and the like stay the text they are."""
+    if node.tag is None:  # an alias
+        return BAD
+    kind, text = node.tag.removeprefix(TAG), node.value
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return BOOLS.get(text.lower(), text)
+    if kind in ("int", "float") and len(text) <= 64:
+        try:
+            return (
+                int(text, 0) if kind == "int" else float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+            )
+        except ValueError:
+            return text
+    if kind not in ("str", "int", "float", "timestamp", "merge", "value"):
+        say(node.start_mark.line + 1, f"tag {show(node.tag)}: plans hold no tagged values")
+    return text
+
+
+# --- plain data to the parts of a plan
+
+
+def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
+    given = _mapping(raw, (), REQUIRED, OPTIONAL, say)
+    sections = {key: {} if given.get(key) is None else given[key] for key in REQUIRED + OPTIONAL}
+    model = _values(ModelId, sections["model"], ("model",), say)
+    below = _values(Below, sections["below"], ("below",), say)
+    patterns = sections["patterns"]
+    if type(patterns) is dict:
+        patterns = {
+            name: _pattern(each, ("patterns", name), say) for name, each in patterns.items()
+        }
+    return {
+        **sections,
+        "model": _make(ModelId, model),
+        "below": _make(Below, below),
+        "patterns": patterns,
+        "layers": _layers(sections["layers"], model["layers"], lines, say),
+    }
+
+
+def _mapping(
+    raw: Any, path: tuple, required: Iterable[str], optional: Iterable[str], say: Say
+) -> dict[str, Any]:
+    """The values under the known keys, BAD where a required one is missing."""
+    known = dict.fromkeys((*required, *optional))
+    if type(raw) is not dict:
+        if raw is not BAD:
+            say(path, f"{dotted(path)} is {show(raw)}: give a mapping of {', '.join(known)}")
+        return dict.fromkeys(required, BAD)
+    for key in raw:
+        if key not in known:
+            say((*path, key), f"unknown key {dotted((*path, key))}: {nearest(key, known)}")
+    for key in required:
+        if key not in raw:
+            say(path, f"{dotted((*path, key))} is missing: add it")
+    return {key: raw.get(key, BAD) for key in known if key in raw or key in required}
+
+
+def _values(cls: type, raw: Any, path: tuple, say: Say) -> dict[str, Any]:
+    """The fields of a dataclass from a mapping; those that can't be used are BAD."""
+    names = {key_of(each.name): each.name for each in fields(cls)}
+    needed = [key_of(each.name) for each in fields(cls) if each.default is MISSING]
+    optional = [key for key in names if key not in needed]
+    values = {}
+    for key, value in _mapping(raw, path, needed, optional, say).items():
+        name = names[key]
+        if wrong := wrong_value(cls, name, value):
+            say((*path, key), f"{dotted((*path, key))} {wrong}")
+            value = BAD
+        floated = hints(cls)[name] is float and value is not BAD
+        values[name] = float(value) if floated else value
+    return values
+
+
+def _make(cls: type, values: dict[str, Any]) -> Any:
+    return BAD if any(value is BAD for value in values.values()) else cls(**values)
+
+
+def _pattern(raw: Any, path: tuple, say: Say) -> Any:
+    """An instance of the kind that `raw` names; each number out of range is reported by itself."""
+    known = kinds()
+    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
+    if kind is BAD:
+        return BAD
+    if type(kind) is not str or kind not in known:
+        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(kind, known)}")
+        return BAD
+    cls = known[kind]
+    values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
+    for name in [name for name, value in values.items() if value is not BAD]:
+        try:
+            cls(**{name: values[name]})
+        except ValueError as error:
+            say((*path, name), f"{dotted(path)}: {error}")
+            values[name] = BAD
+    return _make(cls, values)
+
+
+def _layers(raw: Any, count: int, lines: dict[tuple, int], say: Say) -> tuple:
+    """Every layer once; BAD where none is given."""
+    if type(raw) is not dict:
+        if raw is not BAD:
+            say(("layers",), f"layers is {show(raw)}: give one line a layer or a range of layers")
+        return BAD
+    layers: dict[int, Any] = {}
+    for key, value in raw.items():
+        path = ("layers", key)
+        match = RANGE.fullmatch(str(key))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            say(path, f"layer {show(key)}: give a number or a range such as 1-29")
+            continue
+        words = _mapping(value, path, TAKES, (), say)
+        layer = Layer(**{part: _words(text, (*path, part), say) for part, text in words.items()})
+        most = MAX_LAYERS if count is BAD else count
+        if last >= most:
+            say(path, f"layer {key}: layers go from 0 to {most - 1}")
+        taken = [i for i in range(first, min(last + 1, most)) if i in layers]
+        if taken:
+            say(path, f"layer {span(taken)} is given twice: keep one")
+        for i in range(first, min(last + 1, most)):
+            layers[i] = layer
+            lines["layers", i] = lines[path]
+            for part in TAKES:
+                lines["layers", i, part] = lines.get((*path, part), lines[path])
+    total = max(layers, default=-1) + 1 if count is BAD else count
+    missing = [i for i in range(total) if i not in layers]
+    if missing:
+        say(("layers",), f"layers {', '.join(map(str, missing[:20]))} are missing: give each once")
+    return tuple(layers.get(i, BAD) for i in range(total))
+
+
+def _words(text: Any, path: tuple, say: Say) -> Any:
+    """`full*2 vs` as ("full", "full", "vs")."""
+    if text is BAD:
+        return BAD
+    if type(text) is not str:
+        say(path, f"{dotted(path)} is {show(text)}: give words such as full*3")
+        return BAD
+    matches = [(item, WORD.fullmatch(item)) for item in text.split()]
+    if wrong := [item for item, match in matches if not match]:
+        say(path, f"{dotted(path)} says {show(wrong[0])}: give words such as full or full*3")
+        return BAD
+    counts = [(match[1], int(match[2] or 1)) for _, match in matches]
+    if sum(count for _, count in counts) > MAX_HEADS:
+        say(path, f"{dotted(path)} has more than {MAX_HEADS} words: give one a head")
+        return BAD
+    return tuple(word for word, count in counts for _ in range(count))
+
+
+# --- writing
+
+
+class _Row(dict):
+    """A mapping that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _row(dumper: _Dumper, row: _Row) -> yaml.Node:
+    return dumper.represent_mapping(TAG + "map", row, flow_style=True)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    """On one line, and quoted where another YAML reader would see a number."""
+    quote = not text.isprintable() or NUMBER.fullmatch(text)
+    return dumper.represent_scalar(TAG + "str", text, style='"' if quote else None)
+
+
+_Dumper.add_representer(_Row, _row)
+_Dumper.add_representer(str, _text)
+
+
+def write(plan: Any) -> str:
+    """A valid plan as YAML: one line a pattern, one a run of equal layers, nothing empty."""
+    document = {
+        "hfsparse": VERSION,
+        "model": _Row({key_of(name): getattr(plan.model, name) for name in hints(ModelId)}),
+        "patterns": {name: _pattern_row(each) for name, each in plan.patterns.items()},
+        "below": _Row(vars(plan.below) if plan.below != Below() else {}),
+        "layers": _layer_rows(plan.layers),
+        "expected": _Row(plan.expected),
+        "measured": _Row(plan.measured),
+        "made": _Row(plan.made),
+    }
+    return yaml.dump(
+        {key: value for key, value in document.items() if value},
+        Dumper=_Dumper,
+        default_flow_style=False,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+    )
+
+
+def _pattern_row(pattern: Any) -> _Row:
+    """Every parameter, but those that are off (zero) unless set."""
+    off = {each.name for each in fields(pattern) if each.default == 0}
+    return _Row({k: v for k, v in parameters(pattern).items() if k not in off or v != 0})
+
+
+def _layer_rows(layers: tuple[Layer, ...]) -> dict[int | str, _Row]:
+    rows: dict[int | str, _Row] = {}
+    for layer, run in groupby(range(len(layers)), key=layers.__getitem__):
+        numbers = list(run)
+        key = span(numbers) if len(numbers) > 1 else numbers[0]
+        rows[key] = _Row({part: _joined(getattr(layer, part)) for part in TAKES})
+    return rows
+
+
+def _joined(words: tuple[str, ...]) -> str:
+    runs = [(word, len(list(run))) for word, run in groupby(words)]
+    return " ".join(f"{word}*{count}" if count > 1 else word for word, count in runs)

@@ -1,0 +1,124 @@
+"""Questions about facts hidden in a text: looked up directly, or followed from one to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+
+FIRST = (
+    "Adaeze Amira Anselm Birgit Bogdan Camila Chiara Dalia Dmitri Elif Esteban Farida Goran Hana "
+    "Henrik Ingrid Ismael Jolanta Kofi Leila Lorenzo Marta Mateus Nadia Niamh Oskar Petra Priya "
+    "Quentin Rashid Rosalind Sanna Soren Tamar Tomas Ulrike Viktor Wanjiru Yusuf Zofia"
+).split()
+LAST = (
+    "Abara Almeida Bergstrom Castellan Dahl Eriksen Ferreira Gallo Haddad Ibarra Janssen Kowalski "
+    "Lindqvist Marchetti Novak Okafor Petrov Quispe Rahimi Sandoval Takeda Ueland Varga Whitlock "
+    "Yilmaz Zeman"
+).split()
+THINGS = (
+    "brass compass,ivory chess set,red toolbox,silver harmonica,walnut violin,copper kettle,"
+    "green sextant,leather atlas,porcelain owl,field telescope"
+).split(",")
+NAMES = (
+    "alder aspen birch cedar cypress elder hazel hickory hornbeam juniper laurel linden maple "
+    "mulberry osier poplar quince rowan sorrel spruce sumac tamarack willow yew"
+).split()
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Facts to hide, in this order, and what is asked about them."""
+
+    task: str  # said before the text
+    facts: tuple[str, ...]
+    question: str
+    answer: str
+
+
+def _code(rng: Random) -> str:
+    """A value that nothing else in the text resembles, such as `K7-402QX`."""
+    letters = [rng.choice("BCDFGHKMPQRTVWXZ") for _ in range(3)]
+    return f"{letters[0]}{rng.randrange(2, 10)}-{rng.randrange(100, 1000)}{letters[1]}{letters[2]}"
+
+
+def _people(rng: Random, count: int) -> list[str]:
+    firsts, lasts = rng.sample(FIRST, count), rng.sample(LAST, count)
+    return [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
+
+
+def _asked(rng: Random, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Half of the facts, in an order that isn't the text's."""
+    return rng.sample(rows, (len(rows) + 1) // 2)
+
+
+def _listed(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def rooms(rng: Random, facts: int) -> Puzzle:
+    """Who has moved to which room; several people asked about."""
+    rows = [(person, _code(rng)) for person in _people(rng, facts)]
+    asked = _asked(rng, rows)
+    return Puzzle(
+        task="Read the manual below. Notes about staff and their rooms are mixed into it.",
+        facts=tuple(f"Staff note: {person} has moved to room {room}." for person, room in rows),
+        question=f"Which room did each move to: {_listed([person for person, _ in asked])}?",
+        answer="\n".join(f"{person} is in room {room}." for person, room in asked),
+    )
+
+
+def badges(rng: Random, facts: int) -> Puzzle:
+    """Entries of a table spread over source code; several looked up."""
+    rows = [(person, _code(rng)) for person in _people(rng, facts)]
+    asked = _asked(rng, rows)
+    return Puzzle(
+        task="Read the source code below. It fills the table BADGES in several places.",
+        facts=tuple(f'BADGES["{person}"] = "{badge}"' for person, badge in rows),
+        question=f"What does BADGES hold for {_listed([person for person, _ in asked])}?",
+        answer="\n".join(f'BADGES["{person}"] is "{badge}".' for person, badge in asked),
+    )
+
+
+def hands(rng: Random, facts: int) -> Puzzle:
+    """Two things go from hand to hand; one's whole way is asked."""
+    thing, other = rng.sample(THINGS, 2)
+    people = _people(rng, facts + 2)
+    mine, theirs = people[: len(people) // 2 + 1], people[len(people) // 2 + 1 :]
+    passed = [f"{giver} gave the {thing} to {taker}." for giver, taker in pairwise(mine)]
+    noise = [f"{giver} gave the {other} to {taker}." for giver, taker in pairwise(theirs)]
+    return Puzzle(
+        task="Read the manual below. Somewhere in it, people give things to one another.",
+        facts=tuple(_interleave(passed, noise)),
+        question=f"Through whose hands did the {thing} go, and who has it now?",
+        answer=f"{', then '.join(mine)}. Now {mine[-1]} has it.",
+    )
+
+
+def aliases(rng: Random, facts: int) -> Puzzle:
+    """Names bound to names in source code; the value of the last one is asked."""
+    names = rng.sample(NAMES, facts + 1)
+    mine, theirs = names[: facts // 2 + 1], names[facts // 2 + 1 :]
+    value, other = _code(rng), _code(rng)
+    bound = [f'{mine[0]} = "{value}"'] + [f"{new} = {old}" for old, new in pairwise(mine)]
+    noise = [f'{theirs[0]} = "{other}"'] + [f"{new} = {old}" for old, new in pairwise(theirs)]
+    return Puzzle(
+        task="Read the source code below. It binds a few names of trees.",
+        facts=tuple(_interleave(bound, noise)),
+        question=f"What is the value of {mine[-1]}, and through which names did it get there?",
+        answer=f'{", then ".join(mine)}. The value of {mine[-1]} is "{value}".',
+    )
+
+
+def _interleave(a: list[str], b: list[str]) -> list[str]:
+    """Both chains in their own order, one step of each in turn."""
+    pairs = [[*a[i : i + 1], *b[i : i + 1]] for i in range(max(len(a), len(b)))]
+    return [step for pair in pairs for step in pair]
+
+
+PUZZLES = {
+    ("retrieval", "prose"): rooms,
+    ("retrieval", "code"): badges,
+    ("multihop", "prose"): hands,
+    ("multihop", "code"): aliases,
+}

@@ -1,0 +1,25 @@
+"""Decode selectors: which pages of a kv head's cache a decode step reads. One file a selector.
+
+A selector is a frozen dataclass of its parameters with one method,
+`pages(q, summary, length) -> PageLists`; it knows nothing of models, caches or kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+SELECTORS: dict[str, type] = {}
+
+
+def register(kind: str) -> Callable[[type], type]:
+    """Make a selector known to plans under `kind:`."""
+
+    def add(cls: type) -> type:
+        cls.kind = kind
+        SELECTORS[kind] = cls
+        return cls
+
+    return add
+
+
+from hfsparse.selectors import quest  # noqa: E402, F401

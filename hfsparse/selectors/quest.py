@@ -1,0 +1,67 @@
+"""Quest: read the pages whose keys could score highest (arXiv 2406.10774).
+
+A page's bound for a query is the dot product with, channel by channel, the page's smallest or
+largest key value, whichever is larger. The q heads of a group vote with the softmax of their
+bounds; the row's first and last pages are always read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from hfsparse.lists import PAGE, PageLists
+from hfsparse.patterns import require
+from hfsparse.selectors import register
+
+
+@register("quest")
+@dataclass(frozen=True)
+class Quest:
+    """Share of a row's pages read by a decode step, never fewer than `min_pages`."""
+
+    share: float = 0.06
+    min_pages: int = 16
+
+    def __post_init__(self):
+        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
+        require(self.min_pages >= 2, f"min_pages is {self.min_pages}: give 2 or more")
+
+    def pages(
+        self, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
+    ) -> PageLists:
+        """Pages read by the new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
+
+        low, high `[B, Hkv, P, D]`: each page's smallest and largest key value a channel.
+        """
+        B, _, Q, _ = q.shape
+        Hkv, P = low.shape[1:3]
+        page = torch.arange(P, device=q.device)
+        total = -(-length // PAGE)  # [B] pages in the row
+        bound = page_bounds(q, low, high) * scale
+        beyond = (page >= total[:, None])[:, None, None]
+        vote = torch.softmax(bound.masked_fill(beyond, -torch.inf), -1)
+        vote = vote.view(B, Hkv, -1, P).amax(2)
+        newest = (length - Q).clamp(min=0)[:, None] // PAGE  # pages that hold the new queries
+        forced = (page == 0) | ((page >= newest) & (page < total[:, None]))
+        vote = vote.masked_fill(forced[:, None], torch.inf)
+        vote = vote.masked_fill((page >= total[:, None])[:, None], -torch.inf)
+        budget = (total * self.share - 1e-6).ceil().long().clamp(min=self.min_pages)
+        count = torch.minimum(torch.maximum(budget, forced.sum(1)), total)
+        width = min(P, max(self.min_pages, ceil(P * self.share)) + 1 + -(-Q // PAGE) + 1)
+        best = torch.sort(vote, dim=-1, descending=True, stable=True).indices[..., :width]
+        used = torch.arange(width, device=q.device) < count[:, None]
+        pages = torch.where(used[:, None], best, P).sort(-1).values
+        return PageLists(pages.clamp(max=P - 1), count[:, None].expand(B, Hkv))
+
+
+def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Upper bounds of q · k over each page: q `[B, Hq, Q, D]` → `[B, Hq, Q, P]`, float32."""
+    B, Hq, Q, D = q.shape
+    q = q.float().view(B, low.shape[1], -1, Q, D)
+    up = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(min=0), high.float())
+    down = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(max=0), low.float())
+    return (up + down).reshape(B, Hq, Q, -1)

@@ -1,0 +1,269 @@
+"""The command line: help at once, and one line, no traceback, for whatever can't be used."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from hfsparse.cli import app
+from hfsparse.plan import ModelId, Plan
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def plan(model, tmp_path):
+    """The full plan of the tiny model."""
+    file = tmp_path / "plan.yaml"
+    Plan.full(ModelId.of(tiny.llama())).save(file)
+    return file
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("What is at the end of a long text?\n")
+    return file
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def error(*words):
+    """The one line that a refused command prints."""
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    *progress, last = result.stderr.splitlines()
+    assert all("Loading weights" in line for line in progress if line)
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+# ---- help
+
+
+def test_help_takes_under_a_second_and_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['hfsparse', '--help']\nfrom hfsparse.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    for command in ("profile", "show", "check", "generate", "eval"):
+        assert f" {command} " in done.stdout
+    assert done.stdout.endswith("[]\n")
+    assert seconds < 1
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"hfsparse {version('hfsparse')}\n"
+
+
+def test_eval_hands_its_words_and_its_exit_code_on():
+    assert "hfsparse eval ruler" in run("eval", "ruler", "--help").stdout
+    unknown = run("eval", "nonsense")
+    assert unknown.exit_code == 2
+    assert "nonsense" in unknown.output
+
+
+def test_eval_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hfsparse_eval.cli", None)
+    assert "pip install 'hfsparse[eval]'" in error("eval", "ruler", "x")
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch, plan):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "load", interrupted)
+    result = run("show", plan)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, plan):
+    monkeypatch.setattr(Plan, "load", lambda path: {}["absent"])
+    assert isinstance(run("show", plan).exception, KeyError)
+
+
+# ---- show and check
+
+
+def test_show_prints_the_map_and_draws_it(plan, tmp_path):
+    result = run("show", plan, "--png", tmp_path / "heads.png")
+    assert result.exit_code == 0
+    assert "    0  ## ##    ##     ##" in result.stdout
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_refuses_a_file_that_is_no_plan(tmp_path):
+    assert "absent.yaml" in error("show", tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "list.yaml" in error("show", tmp_path / "list.yaml")
+
+
+def test_check_says_that_a_plan_fits(plan, model):
+    result = run("check", plan, model)
+    assert (result.exit_code, result.stdout) == (0, f"{plan} fits {model}\n")
+
+
+def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
+    Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
+    assert "3 layers" in error("check", tmp_path / "three.yaml", model)
+
+
+def test_check_reads_no_weights(plan, model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((model / "config.json").read_text())
+    assert run("check", plan, tmp_path / "bare").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["check", "generate", "profile"])
+def test_no_such_model_folder(command, plan, prompt, tmp_path):
+    absent = tmp_path / "absent"
+    words = {
+        "check": [plan, absent],
+        "generate": [absent, "--plan", plan, "--prompt-file", prompt],
+        "profile": [absent, "-o", tmp_path / "new.yaml"],
+    }
+    assert error(command, *words[command]) == f"no such model folder: {absent}"
+
+
+def test_a_broken_config_is_one_line(plan, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot load the configuration" in error("check", plan, tmp_path)
+
+
+# ---- generate
+
+
+def test_generate_prints_the_answer_and_what_was_kept(plan, model, prompt):
+    words = ["generate", model, "--plan", plan, "--prompt-file", prompt, "--max-new-tokens", 5]
+    sparse, dense = run(*words), run(*words[:2], *words[4:])
+    assert sparse.exit_code == dense.exit_code == 0, sparse.output
+    answer = sparse.stdout.splitlines()[0]
+    assert answer == dense.stdout.splitlines()[0]
+    assert "cache" in sparse.stdout
+
+
+def test_generate_gives_the_prompt_its_chat_template(model, prompt, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    seen = {}
+
+    def generate(self, input_ids, **options):
+        seen["prompt"] = tiny.tokenizer().decode(input_ids[0])
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    run("generate", model, "--prompt-file", prompt)
+    assert seen["prompt"] == "<s><user>What is at the end of a long text?\n<assistant>"
+
+
+def test_generate_refuses_a_prompt_longer_than_the_window(model, prompt):
+    prompt.write_text("word " * 2000)
+    message = error("generate", model, "--prompt-file", prompt, "--max-new-tokens", 5)
+    whole = f"<s><user>{prompt.read_text().strip()}\n<assistant>"
+    tokens = 5 + len(tiny.tokenizer(chat=True)(whole)["input_ids"])
+    over = f"{tokens - 512} more than this model's window of 512"
+    assert message == f"prompt and answer take {tokens} tokens, {over}"
+
+
+def test_generate_refuses_a_plan_for_another_model(model, prompt, tmp_path):
+    Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
+    words = ["--plan", tmp_path / "three.yaml", "--prompt-file", prompt]
+    assert "3 layers" in error("generate", model, *words)
+
+
+def test_generate_refuses_a_prompt_file_that_is_absent_empty_or_no_text(tmp_path):
+    file = tmp_path / "p.txt"
+    assert error("generate", "m", "--prompt-file", file) == f"there is no prompt file {file}"
+    file.write_text(" \n")
+    assert error("generate", "m", "--prompt-file", file) == f"the prompt file {file} is empty"
+    file.write_bytes(b"\xff\xfe")
+    assert "can't read the prompt file" in error("generate", "m", "--prompt-file", file)
+
+
+# ---- profile
+
+
+def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_path, monkeypatch):
+    given = {}
+
+    def measure(loaded, tokenizer, **options):
+        given.update(options)
+        return Plan.full(ModelId.of(loaded))
+
+    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps({"text": "x"}))
+    out = tmp_path / "a plan.yaml"
+    shares = ["--prefill-density", 0.3, "--cache-share", 0.5, "--decode-share", 0.1]
+    options = ["--lengths", "256,128", "--samples", 3, "--seed", 7, "--data", data]
+    result = run("profile", model, "-o", out, *shares, *options)
+    assert result.exit_code == 0, result.output
+    assert given == {
+        "out": out,
+        "lengths": (256, 128),
+        "samples": 3,
+        "prefill_density": 0.3,
+        "cache_share": 0.5,
+        "decode_share": 0.1,
+        "seed": 7,
+        "data": data,
+        "method": "minference",
+    }
+    assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "1024,many"], "lengths is '1024,many': give token counts"),
+        (["--lengths", "0"], "lengths is '0': give token counts"),
+        (["--lengths", ""], "lengths is '': give token counts"),
+        (["--prefill-density", "0"], "prefill-density is 0.0: give more than 0 and at most 1"),
+        (["--cache-share", "1.5"], "cache-share is 1.5: give more than 0 and at most 1"),
+        (["--decode-share", "nan"], "decode-share is nan: give more than 0 and at most 1"),
+        (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
+        (["--lengths", "128,2048"], "1536 more than this model's window of 512"),
+        (["--dtype", "int3"], "unknown dtype int3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_profile_refuses_what_it_cannot_use(model, tmp_path, options, message):
+    assert message in error("profile", model, "-o", tmp_path / "plan.yaml", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_profile_refuses_an_unwritable_output_before_it_loads_the_model(tmp_path, monkeypatch):
+    def opened(model, *rest):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("hfsparse.loading.load", opened)
+    (tmp_path / "file").touch()
+    absent, inside = tmp_path / "absent" / "plan.yaml", tmp_path / "file" / "plan.yaml"
+    assert "make it first" in error("profile", "m", "-o", absent)
+    assert "make it first" in error("profile", "m", "-o", inside)
+    assert "is a folder" in error("profile", "m", "-o", tmp_path)
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    message = error("profile", "m", "-o", tmp_path / "plan.yaml")
+    assert "can't write in" in message
+    assert "No space left on device" in message
