@@ -15,7 +15,12 @@ from hfsparse.loading import UsageError
 
 from .tasks import TASKS, Niah
 
-app = typer.Typer(help=__doc__.partition("\n")[0], no_args_is_help=True)
+app = typer.Typer(
+    help="Retrieval tasks, dense beside sparse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.keys == 1]
 
 
@@ -140,16 +145,16 @@ class Run:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad input becomes one line and exit code 1; Ctrl-C says that the run can go on."""
-    from hfsparse.plan import PlanError
-
     try:
         yield
-    except (UsageError, PlanError) as problem:
-        typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted: give the same command again to go on", err=True)
         raise typer.Exit(130) from None
+    except Exception as problem:
+        if not type(problem).__module__.startswith("hfsparse"):
+            raise
+        typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _tasks(names: str, known: list[str]) -> list:
@@ -181,12 +186,7 @@ def _split(words: str) -> list[str]:
 def _plan(path: Path | None):
     from hfsparse.plan import Plan
 
-    if path is None:
-        return None
-    try:
-        return Plan.load(path)
-    except OSError as problem:
-        raise UsageError(f"cannot read the plan {path}: {problem.strerror}") from problem
+    return Plan.load(path) if path else None
 
 
 def _check_window(model, lengths: list[int]) -> None:

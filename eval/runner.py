@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -104,15 +104,8 @@ def session(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "hfsparse": _own_version(),
+        "hfsparse": hfsparse.__version__,
     }
-
-
-def _own_version() -> str:
-    try:
-        return version("hfsparse")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:

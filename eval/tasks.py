@@ -59,7 +59,7 @@ class Niah:
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
         """`size` counts words of prose, or lines. `depth` (percent) places a single needle."""
         lines = size if self.haystack == "needles" else 0
-        keys = [text.key(n) for n in rng.sample(text.keys(), self.keys + lines)]
+        keys = [text.key(n) for n in rng.sample(text.KEYS, self.keys + lines)]
         values = [str(n) for n in rng.sample(range(10**6, 10**7), self.keys + lines)]
         needles = [_needle(*pair) for pair in zip(keys, values, strict=True)]
         asked = rng.sample(range(self.keys), self.queries)

@@ -18,6 +18,12 @@ from .words import ADJECTIVES, NOUNS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
+_WELL_DOCUMENTED = """
+argparse configparser difflib doctest pickle pickletools mailbox _pydecimal turtle subprocess typing
+inspect tarfile zipfile threading datetime _pydatetime statistics optparse logging/__init__ random
+shutil ssl socket tempfile unittest/case unittest/mock xmlrpc/client urllib/request
+""".split()
+KEYS = range(len(ADJECTIVES) * len(NOUNS))  # each needle key as a number, which `key` spells
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PLAIN = re.compile(r"[A-Z][A-Za-z0-9_ ,;:'’\"()\-./]+\.")
 _LAYOUT = re.compile(r">>>|::=|^\s*[-=*]{3,}", re.MULTILINE)  # code, grammars, underlined titles
@@ -35,11 +41,6 @@ def prose_source() -> str:
     text = " ".join(prose())
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"CPython {_source()[0]}, {len(text.split())} words, sha256:{digest}"
-
-
-def keys() -> range:
-    """Every needle key as a number: `key(n)` spells it. Over 100,000, drawn without repeats."""
-    return range(len(ADJECTIVES) * len(NOUNS))
 
 
 def key(number: int) -> str:
@@ -61,7 +62,10 @@ def _source() -> tuple[str, Iterable[str]]:
 
 
 def _docstrings() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in (library / f"{name}.py" for name in _WELL_DOCUMENTED):
+        if not path.exists():
+            continue
         tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):

@@ -21,7 +21,9 @@ from hfsparse.lists import FAR, PAGE, BlockLists, Grid, default_block
 from hfsparse.plan import Below
 
 NAME = "hfsparse"
-STEP = 16  # a call with a past and at most so many new tokens is decode, any other prefill
+STEP = (
+    16  # behind a past or a prompt in chunks, at most so many new tokens are decode, more prefill
+)
 
 
 class Counts:
@@ -64,6 +66,7 @@ class LayerPlan:
     below: Below
     window: int | None  # the model's own sliding window
     counts: Counts
+    observe: Any = None  # the profiler's eye: called with the module and its q, k, v, Logits
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
@@ -94,6 +97,8 @@ def mask_start(
     *args,
     attention_mask: Tensor | None = None,
     kv_length: int | None = None,
+    q_length: int | None = None,
+    q_offset: int = 0,
     allow_is_causal_skip: bool = True,
     mask_function=None,
     **kwargs,
@@ -108,10 +113,13 @@ def mask_start(
         )
     if attention_mask is None or attention_mask.ndim == 1:
         return attention_mask
-    if kv_length is not None and attention_mask.shape[1] != kv_length:
+    if attention_mask.ndim != 2:
+        raise ValueError(_wrong_mask(attention_mask))
+    columns = kv_length if q_length is None else q_offset + q_length
+    if columns is not None and attention_mask.shape[1] != columns:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} columns, past and input together have "
-            f"{kv_length}: pass the mask of the whole conversation"
+            f"{int(columns)}: pass the mask of the whole conversation, no more and no less"
         )
     real = attention_mask.bool()
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
@@ -136,11 +144,18 @@ def attend(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of query `[B, Hq, Q, D]` over the cache and key, value `[B, Hkv, Q, D]`: `[B, Q, Hq, Dv]`."""
-    plan: LayerPlan = module._hfsparse
+    plan: LayerPlan | None = getattr(module, "_hfsparse", None)
+    if plan is None:
+        raise ValueError(
+            f"this model's attention was set to {NAME} without a plan: choose another, as in "
+            "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
+        )
     layer = take_layer()
     B, _, Q, D = query.shape
     _refuse(plan, attention_mask, dropout, sliding_window, key.shape[2] == Q)
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
+    if plan.observe is not None:
+        plan.observe(module, query, key, value, logits)
     starts = None if attention_mask is None else attention_mask.tolist()
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
@@ -150,21 +165,20 @@ def attend(
     padded = min(new) < Q
     if padded:
         query, key, value = (_shift(t, pads) for t in (query, key, value))
-    if layer is not None and layer.seen > Q and Q <= STEP:
+    if layer is not None and Q <= STEP and layer.seen > max(Q, layer.expected):
         out = _decode(plan, layer, query, key, value, past, new, logits)
     else:
         out = _prefill(plan, layer, query, key, value, past, new, logits)
     if padded:
         out = _shift(out, -pads)
+    if layer is not None:
+        layer.stored = layer.seen
     return out.transpose(1, 2).contiguous(), None
 
 
 def _refuse(plan, mask, dropout, window, plain) -> None:
     if mask is not None and mask.ndim != 1:
-        raise ValueError(
-            f"a {mask.ndim}D attention mask reached hfsparse, which follows [batch, columns] masks with left "
-            "padding only: pass such a mask, or run this on the unpatched model (handle.undo())."
-        )
+        raise ValueError(_wrong_mask(mask))
     if dropout:
         raise ValueError(
             f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
@@ -178,6 +192,13 @@ def _refuse(plan, mask, dropout, window, plain) -> None:
         raise ValueError(
             f"layer {plan.index} got more keys than queries: this cache does not belong to hfsparse"
         )
+
+
+def _wrong_mask(mask) -> str:
+    return (
+        f"got an attention mask of shape {list(mask.shape)}: hfsparse follows [batch, columns] masks "
+        "with left padding only. Pass such a mask, or run this on the unpatched model (handle.undo())."
+    )
 
 
 def _shift(t: Tensor, by: Tensor) -> Tensor:
@@ -221,16 +242,21 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
     window = plan.window if plan.window is not None and max(total) > plan.window else None
     q_len, k_len = (torch.tensor(t, device=q.device) for t in (new, total))
     grid = Grid(q_len, k_len, Q, Q, default_block(max(whole)), window)
-    below = [(n < plan.below.prefill, n < plan.below.cache) for n in whole]
+    # What a row reads depends on its own length only, never on its neighbours'.
+    kinds = [(n < plan.below.prefill, n < plan.below.cache, default_block(n)) for n in whole]
     out = q.new_empty(*q.shape[:3], v.shape[3])
     for kv_heads, keys, values, spot in _segments(layer, k, v, past, new, grid):
         heads = _q_heads(kv_heads, ratio)
-        for (short, kept), rows in _alike(below):
+        for (short, kept, block), rows in _alike(kinds):
             patterns = [
                 None if (kept if h // ratio in plan.rings else short) else plan.prefill[h]
                 for h in heads
             ]
             place = spot if rows is None else spot.take(rows)
+            if place.key_first is None:
+                place = replace(place, block=block)
+            else:  # a window layer's ring: its slots are no place for patterns that rank them
+                patterns = [p if hasattr(p, "band") else None for p in patterns]
             part = _some(rows, q[:, heads], keys, values)
             _put(out, rows, heads, _patterned(plan, *part, place, heads, patterns, logits))
     return out

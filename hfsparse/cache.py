@@ -69,6 +69,7 @@ class Layer(CacheLayerMixin):
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
         self.stores = [Full(g, reserve) if g.band == FULL else Ring(g, below) for g in groups]
         self.seen = 0  # columns, padding included
+        self.stored = 0  # of these, how many the attention function has put away
         self.rows: list[int] = []  # tokens in each row
         self.is_initialized = False
 
@@ -87,6 +88,12 @@ class Layer(CacheLayerMixin):
                 "this cache was filled under an hfsparse patch that is no longer on the model "
                 "(undone, replaced, or switched off by set_attn_implementation). It holds only what "
                 "that plan kept: start again from the prompt with a new cache."
+            )
+        if getattr(_here, "layer", None) is not None:
+            raise CacheError(
+                "hfsparse's cache is filled, but another attention function reads it: a forward was "
+                "interrupted, or part of the model was switched back. Start again from the prompt "
+                "with a new cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -127,10 +134,12 @@ class Layer(CacheLayerMixin):
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(rows)
-        self.seen, self.rows = max(self.seen - drop, 0), rows
+        self.seen = self.stored = max(self.seen - drop, 0)
+        self.rows = rows
 
     def reset(self) -> None:
-        self.seen, self.rows = 0, [0] * len(self.rows)
+        self.seen = self.stored = 0
+        self.rows = [0] * len(self.rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -304,19 +313,16 @@ class Ring:
     def _resize(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows of these lengths; trim once all have passed `below`."""
         spans = [self.band.span(n) + SLACK for n in rows]
-        if all(n >= self.below for n in rows):
-            need = max(spans)
-            size = -(-need // PAGE) * PAGE if self.band.rate else need
-            if need <= self.size <= size:
-                return
-        else:
-            need = max(
-                s if n >= self.below else n - self.band.sink
-                for s, n in zip(spans, rows, strict=True)
-            )
-            if need <= self.size:
-                return
-            size = -(-max(need, self.size * 9 // 8) // PAGE) * PAGE
+        lengths = [max(n - self.band.sink, 1) for n in rows]
+        short = [n < self.below for n in rows]
+        need = max(
+            n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
+        )
+        most = max(spans) if not self.band.rate else -(-max(spans) // PAGE) * PAGE
+        if need <= self.size and (any(short) or self.size <= most):
+            return
+        size = -(-max(need, self.size * 9 // 8) // PAGE) * PAGE
+        size = size if any(short) else min(size, most)
         held, old_k, old_v = self.positions(past), self.k, self.v
         self.size = size
         self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]

@@ -119,6 +119,7 @@ def profile(
         seed=seed,
         data=data,
         method=method,
+        progress=True,
         **budgets,
     )
     _print(headmap.legend(plan))

@@ -258,8 +258,10 @@ class BlockLists:
         rows = torch.arange(grid.Sq, device=grid.q_len.device) if rows is None else rows
         q, k = grid.query_pos(rows)[:, None, :, None], grid.key_pos[:, None, None, :]
         kept = self.kept_blocks()[:, :, rows // grid.block].repeat_interleave(grid.block, 3)
-        inside = [(k < b.sink) | (k >= b.start(q)) for b in self.bands]
-        kept = kept & torch.cat([t.expand(-1, 1, -1, -1) for t in inside], 1)
+        for band in dict.fromkeys(self.bands):
+            if band != FULL:
+                heads = [h for h, other in enumerate(self.bands) if other == band]
+                kept[:, heads] &= (k < band.sink) | (k >= band.start(q))
         if self.columns is not None:
             slots = torch.zeros(
                 *self.columns.shape[:2], kept.shape[-1] + 1, dtype=torch.bool, device=kept.device

@@ -11,6 +11,7 @@ cache. All state lies on the model, so `unpatch(model)` needs no handle.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import uuid
@@ -60,8 +61,9 @@ class State:
 class Patched:
     """A patched model's handle and context manager; leaving the context undoes the patch."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, state: State):
         self.model = model
+        self._patch = state
 
     def __enter__(self) -> Patched:
         return self
@@ -70,13 +72,13 @@ class Patched:
         self.undo()
 
     def undo(self) -> None:
-        """Give the model back as it was; a second call does nothing."""
-        if is_patched(self.model):
+        """Give the model back as it was; a second call does nothing, nor touches a later patch."""
+        if self.model.get_decoder().__dict__.get("_hfsparse") is self._patch:
             unpatch(self.model)
 
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
-        state = _state(self.model)
+        state = self._own()
         layers = []
         for index, layer in enumerate(state.layers):
             pairs, dense_pairs, blocks, dense_blocks = layer.counts.prefill.cpu()
@@ -97,12 +99,21 @@ class Patched:
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
-        for layer in _state(self.model).layers:
+        for layer in self._own().layers:
             layer.counts.reset()
 
     def explain(self) -> str:
         """What runs where and why, in words."""
+        self._own()
         return explain(self.model)
+
+    def _own(self) -> State:
+        if self.model.get_decoder().__dict__.get("_hfsparse") is not self._patch:
+            raise PatchError(
+                f"this handle's patch is no longer on the {type(self.model).__name__}: ask before "
+                "undo(), or ask the handle of the patch that is on it now"
+            )
+        return self._patch
 
 
 def patch(
@@ -156,14 +167,24 @@ def patch(
         if wrong:
             raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
     except BaseException:
-        unpatch(model)
+        _restore(model, state)
         raise
-    return Patched(model)
+    return Patched(model, state)
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Give a patched model back as it was: names, hooks and functions."""
     state = _state(model)
+    if "_prepare_cache_for_generation" not in model.__dict__:
+        raise PatchError(
+            f"this {type(model).__name__} is part of a patched model: give hfsparse.unpatch the model "
+            "that was patched, or call handle.undo()"
+        )
+    _restore(model, state)
+
+
+def _restore(model: PreTrainedModel, state: State) -> None:
+    enter(None)  # an interrupted forward may have left this thread inside
     for hook in state.hooks:
         hook.remove()
     for config, name in state.implementations:
@@ -199,7 +220,10 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     windows = [layer.index for layer in state.layers if layer.window is not None]
     if windows:
-        lines.append(f"layers {windows} keep the model's own sliding window, as a ring")
+        lines.append(
+            f"layers {windows} keep the model's own sliding window, as a ring; behind a past, heads "
+            "that choose by content read all of it"
+        )
     return "\n".join(lines)
 
 
@@ -236,6 +260,8 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     modules.sort(key=lambda m: m.layer_idx)
     found = [m.layer_idx for m in modules]
     wanted = list(range(values["layers"]))
+    both_ways = not all(m.is_causal for m in modules)
+    reasons.append((both_ways, "its tokens attend to later ones too"))
     reasons.append((found != wanted, f"its attention layers are {found}, its config says {wanted}"))
     reasons.append((not model._can_set_attn_implementation(), "its attention can't be exchanged"))
     for holds, why in reasons:
@@ -279,6 +305,11 @@ def _layer_plans(plan: Plan, config: Any, owner: str) -> list[LayerPlan]:
     return plans
 
 
+@functools.cache
+def _parameters(decoder: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(decoder.forward).parameters)[1:]
+
+
 def _before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: give it a cache of ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
@@ -287,12 +318,13 @@ def _before_forward(decoder, args, kwargs):
             f"the attention implementation was set to {decoder.config._attn_implementation} under an "
             "hfsparse patch: call handle.undo() first, then set it"
         )
+    names = _parameters(type(decoder))
+    args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     use_cache = kwargs.get("use_cache")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache:
         cache = DynamicCache()
-        names = inspect.signature(decoder.forward).parameters
         kwargs[next(name for name in CACHES if name in names)] = cache
     if cache is not None:
         _adopt(cache, state)
@@ -305,8 +337,8 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     state: State = decoder._hfsparse
     enter(None)
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-    if cache is None or output is None:
-        return
+    if cache is None or output is None or not all(layer.is_initialized for layer in cache.layers):
+        return  # no cache, an error, or gradient checkpointing, which goes without
     layers = cache.layers
     state.held = [
         [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
@@ -322,7 +354,7 @@ def _adopt(cache: Any, state: State, reserve: int = 0, expected: int = 0) -> Non
         raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
     ours = [isinstance(layer, Layer) for layer in cache.layers]
     if ours and all(ours):
-        if len({layer.seen for layer in cache.layers}) > 1:
+        if len({n for layer in cache.layers for n in (layer.seen, layer.stored)}) > 1:
             raise CacheError(
                 "this cache is broken: a forward pass was interrupted half-way through its layers. "
                 "Start again from the prompt with a new cache"

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,6 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from hfsparse import plan_yaml
@@ -43,7 +43,7 @@ class Plan:
     model: ModelId
     patterns: dict[str, Any]
     layers: tuple[Layer, ...]
-    below: Below = Below()
+    below: Below = field(default_factory=Below)
     expected: dict[int, dict[str, float]] = field(default_factory=dict)
     measured: dict = field(default_factory=dict)
     made: dict = field(default_factory=dict)
@@ -72,25 +72,31 @@ class Plan:
     def dumps(self) -> str:
         """The plan as YAML, one line a layer or a range of equal layers."""
         self.validate()
-        return plan_yaml.write(self)
+        text = plan_yaml.write(self)
+        if (size := len(text.encode())) > MAX_BYTES:
+            raise PlanError(
+                f"plan takes {size} bytes of YAML, over {MAX_BYTES}: "
+                "keep large data in a file beside it"
+            )
+        return text
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the whole file or, on failure, leave what was there untouched."""
         data = self.dumps().encode()
-        draft = None
         try:
-            target = Path(os.path.realpath(path))
-            draft = target.with_name(f".{secrets.token_hex(8)}.tmp")
-            with open(draft, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
+            target = os.path.realpath(path)
+            draft = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
+            try:
+                with open(draft, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(draft, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft)
         except (OSError, ValueError) as error:
             raise PlanError(f"{path}: can't write it: {_why(error)}. Give another path") from error
-        finally:
-            if draft and draft.exists():
-                draft.unlink()
 
     def validate(self) -> None:
         """Raise PlanError naming every rule that this plan breaks."""

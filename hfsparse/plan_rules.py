@@ -110,7 +110,7 @@ class Below:
 def rules(plan: Any, line_of: Callable[..., int | None] = lambda *path: None) -> Iterator[Problem]:
     """Every rule that `plan` breaks, one after the other; parts that are BAD are passed over."""
     model_problems = _model_rules(plan.model)
-    model = None if model_problems or plan.model is BAD else plan.model
+    model = None if model_problems else plan.model
     patterns = plan.patterns if type(plan.patterns) is dict else {}
     for path, text in chain(
         model_problems,
@@ -126,7 +126,8 @@ def rules(plan: Any, line_of: Callable[..., int | None] = lambda *path: None) ->
 
 def _model_rules(model: ModelId) -> list[Placed]:
     broken = list(_field_rules(model, ModelId, ("model",)))
-    if not broken and model is not BAD and model.q_heads % model.kv_heads:
+    heads = () if broken else (model.q_heads, model.kv_heads)
+    if heads and BAD not in heads and model.q_heads % model.kv_heads:
         given = f"{model.q_heads} q heads over {model.kv_heads} kv heads"
         broken = [(("model", "q_heads"), f"{given}: give a multiple of kv_heads")]
     return broken
@@ -148,8 +149,6 @@ def _pattern_rules(patterns: dict[str, Any]) -> Iterator[Placed]:
 
 
 def _field_rules(value: Any, cls: type, path: tuple) -> Iterator[Placed]:
-    if value is BAD:
-        return
     if type(value) is not cls:
         yield path, f"{dotted(path)} is {show(value)}: give a {cls.__name__}"
         return
@@ -166,7 +165,7 @@ def _layers_rules(
     if type(layers) is not tuple:
         yield ("layers",), f"layers is {show(layers)}: give a tuple of Layer"
         return
-    if model and len(layers) != model.layers:
+    if model and model.layers not in (len(layers), BAD):
         yield ("layers",), f"{len(layers)} layers: the model has {model.layers}, give each once"
     runs = groupby(enumerate(layers), key=lambda pair: (line_of("layers", pair[0]), pair[1]))
     for (_, layer), run in runs:
@@ -188,7 +187,7 @@ def _layer_rules(layer: Layer, model: ModelId | None, patterns: dict) -> Iterato
         for text in _word_rules(part, words, model, patterns):
             sound = False
             yield (part,), text
-    if sound and model:
+    if sound and model and BAD not in (model.q_heads, model.kv_heads):
         yield from _ring_rules(layer, patterns)
 
 
@@ -202,8 +201,9 @@ def _word_rules(
         yield f"{part} is {show(words)}: give a tuple of words"
         return
     heads = "q_heads" if part == "prefill" else "kv_heads"
-    if model and len(words) != getattr(model, heads):
-        yield f"{part} has {len(words)} words: give {getattr(model, heads)}, one a head ({heads})"
+    count = getattr(model, heads, BAD)
+    if count not in (len(words), BAD):
+        yield f"{part} has {len(words)} words: give {count}, one a head ({heads})"
     takes = {
         "prefill": tuple(PATTERNS.values()),
         "cache": (Streaming,),
@@ -243,7 +243,7 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
 
 def _held(pattern: Any, ring: Streaming) -> bool:
     """Whether every key that `pattern` reads is still in `ring`."""
-    return pattern is BAD or (
+    return (pattern is BAD) or (
         isinstance(pattern, Streaming)
         and pattern.sink <= ring.sink
         and pattern.recent <= ring.recent
@@ -263,7 +263,7 @@ def _expected_rules(expected: dict[int, dict[str, float]]) -> Iterator[Placed]:
             yield path, f"{dotted(path)} is {show(figures)}: give a mapping from figure to number"
             continue
         for name, value in figures.items():
-            if type(name) is not str or type(value) not in (int, float) and value is not BAD:
+            if type(name) is not str or (type(value) not in (int, float) and value is not BAD):
                 place = (*path, name)
                 yield place, f"{dotted(place)} is {show(value)}: give a name and its number"
 

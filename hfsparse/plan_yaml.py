@@ -221,8 +221,8 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
         }
     return {
         **sections,
-        "model": _make(ModelId, model),
-        "below": _make(Below, below),
+        "model": ModelId(**model),
+        "below": Below(**below),
         "patterns": patterns,
         "layers": _layers(sections["layers"], model["layers"], lines, say),
     }
@@ -262,10 +262,6 @@ def _values(cls: type, raw: Any, path: tuple, say: Say) -> dict[str, Any]:
     return values
 
 
-def _make(cls: type, values: dict[str, Any]) -> Any:
-    return BAD if any(value is BAD for value in values.values()) else cls(**values)
-
-
 def _pattern(raw: Any, path: tuple, say: Say) -> Any:
     """An instance of the kind that `raw` names; each number out of range is reported by itself."""
     known = kinds()
@@ -283,7 +279,7 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
         except ValueError as error:
             say((*path, name), f"{dotted(path)}: {error}")
             values[name] = BAD
-    return _make(cls, values)
+    return BAD if any(value is BAD for value in values.values()) else cls(**values)
 
 
 def _layers(raw: Any, count: int, lines: dict[tuple, int], say: Say) -> tuple:

@@ -225,6 +225,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "seed": 7,
         "data": data,
         "method": "minference",
+        "progress": True,
     }
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
 

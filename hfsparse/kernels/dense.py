@@ -16,14 +16,15 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Ten
 
     Without a past the kernel's own causal form serves, padded rows too: their pads stand at the end.
     """
-    if grid.Sq == grid.Sk and grid.key_first is None:
+    key = grid.key_pos[:, : grid.Sk]
+    k, v = _clean(k, v, key)
+    if grid.Sq == grid.Sk and grid.key_first is None and not bool(grid.offset.any()):
         out = _attend(q, k, v, scale=scale, is_causal=grid.Sq > 1)
     else:
         step = max(1, MASK // (len(q) * grid.Sk))
-        key = grid.key_pos[:, : grid.Sk]
         pieces = torch.arange(grid.Sq, device=q.device).split(step)
         out = [
-            decode(q[:, :, rows], k, v, grid.query_pos(rows), key, scale=scale) for rows in pieces
+            _masked(q[:, :, rows], k, v, grid.query_pos(rows), key, scale) for rows in pieces
         ]
         out = torch.cat(out, 2)
     return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0)
@@ -40,7 +41,17 @@ def decode(
     start: Tensor | None = None,
     sink: int = 0,
 ) -> Tensor:
-    """As `reference.decode` without page lists: one masked call, or none masked where nothing is hidden."""
+    """As `reference.decode` without page lists: one masked call."""
+    return _masked(q, *_clean(k, v, key_pos), query_pos, key_pos, scale, start, sink)
+
+
+def _clean(k: Tensor, v: Tensor, key_pos: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with zeros in dead slots, whose NaN a mask would not hold back."""
+    dead = (key_pos < 0)[:, None, :, None]
+    return (k.masked_fill(dead, 0), v.masked_fill(dead, 0)) if bool(dead.any()) else (k, v)
+
+
+def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:
     key, query = key_pos[:, None, None, :], query_pos[:, None, :, None]
     kept = (key >= 0) & (key <= query)
     if start is not None:

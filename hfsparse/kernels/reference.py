@@ -32,6 +32,7 @@ class _Softmax:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if kept is not None:
             logits = logits.masked_fill(~kept, -torch.inf)
+            v = v.masked_fill(~kept.any(1)[..., None], 0)  # dead slots: 0 · NaN would be NaN
         top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
         base = top.masked_fill(top == -torch.inf, 0)  # rows that have seen nothing yet
         weight = torch.exp(logits - base)

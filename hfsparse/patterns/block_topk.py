@@ -31,8 +31,9 @@ class BlockTopK:
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         score = scores(q, k, grid)
-        seen, whole = grid.reach()
-        forced = seen & ~whole  # the diagonal and the row's end
+        seen, _ = grid.reach()
+        newest = (grid.first + grid.live - 1)[:, None]
+        forced = seen & (newest >= grid.q_first[..., None])  # its own queries: at most two blocks
         forced[..., 0] |= seen[..., 0]
         score = score.masked_fill(forced[:, None], torch.inf)
         score = score.masked_fill(~seen[:, None], -torch.inf)
@@ -60,5 +61,5 @@ def _block_means(x: Tensor, live: Tensor, block: int) -> Tensor:
     B, H, S, D = x.shape
     x = torch.nn.functional.pad(x.float(), (0, 0, 0, live.shape[1] * block - S))
     real = torch.arange(block, device=x.device) < live[..., None]  # [B, n, block]
-    x = x.view(B, H, -1, block, D) * real[:, None, ..., None]
+    x = x.view(B, H, -1, block, D).masked_fill(~real[:, None, ..., None], 0)
     return x.sum(3) / live.clamp(min=1)[:, None, :, None]

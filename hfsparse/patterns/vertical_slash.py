@@ -77,8 +77,9 @@ def _slashes(diagonals: Tensor, grid: Grid) -> Tensor:
     kept.scatter_(2, diagonals.clamp(max=grid.Sk), 1.0)
     kept[..., grid.Sk] = 0
     before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))  # kept diagonals below a distance
-    nearest = grid.q_first[:, :, None] - (grid.first + grid.block - 1)[:, None]
-    farthest = nearest + 2 * grid.block - 2  # distances inside a block pair: nearest .. farthest
+    # distances inside a block pair, pads left out: nearest .. farthest
+    nearest = grid.q_first[:, :, None] - (grid.first + grid.live - 1)[:, None]
+    farthest = grid.q_last[:, :, None] - grid.first[:, None]
     low, high = (t.clamp(0, size)[:, None] for t in (nearest, farthest + 1))
     shape = (*diagonals.shape[:2], grid.nq * grid.nk)
 

@@ -1,0 +1,242 @@
+"""Offline calibration: look at how each head attends, and write a plan.
+
+    plan = hfsparse.profile(model, tokenizer, out="plan.yaml", lengths=(2048,))
+
+capture (one dense forward a prompt) → measure (what candidates keep and lose) → allocate (one
+choice a head under the budgets). Each prompt's measurements are kept beside `out` until the plan
+is written, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+import hfsparse
+from hfsparse.cache import SLACK
+from hfsparse.fingerprint import attention_values
+from hfsparse.loading import UsageError
+from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.profiler import measure, minference
+from hfsparse.profiler.allocate import Budget, Choice, Infeasible, allocate
+from hfsparse.profiler.capture import capture
+from hfsparse.profiler.prompts import Prompt, samples
+
+METHODS = {"minference": minference}
+
+
+def profile(
+    model: PreTrainedModel,
+    tokenizer,
+    *,
+    out: str | Path | None = None,
+    lengths: tuple[int, ...] = (1024, 2048),
+    samples: int = 4,
+    prefill_density: float = 0.4,
+    cache_share: float = 0.8,
+    decode_share: float = 0.25,
+    seed: int = 0,
+    data: str | Path | None = None,
+    method: str = "minference",
+    progress: bool = False,
+) -> Plan:
+    """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
+
+    Budgets are shares of dense attention, met at the longest of `lengths` (tokens): query-key pairs of
+    a prompt, bytes of cache, keys read by a decode step. `samples` prompts a length, made offline
+    or taken from `data` (JSONL with "text" or "prompt"). Raises UsageError for what can't be done.
+    """
+    _check(model, lengths, samples, method)
+    budget = Budget(prefill_density, cache_share, decode_share)
+    start, lengths = time.time(), tuple(sorted(set(lengths)))
+    candidates = METHODS[method].candidates(lengths[-1])
+    prompts = [p for n in lengths for p in prompts_of(tokenizer, n, samples, seed, data)]
+    parts = _Parts(out, _settings(model, candidates, prompts))
+    found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in lengths}
+    for index, prompt in _progress(prompts, progress):
+        found[prompt.ids.shape[1]].append(parts.get(index, lambda p=prompt: _measure(model, p, candidates)))
+    means = {n: _mean(each) for n, each in found.items()}
+    plan = _plan(model, method, candidates, means, budget)
+    plan.made = {
+        "version": hfsparse.__version__,
+        "method": method,
+        "recipe": None,
+        "model": Path(model.config._name_or_path or "unnamed").name,
+        "seed": seed,
+        "samples": samples,
+        "seconds": round(time.time() - start, 1),
+        "peak_gib": round(_peak_bytes(model) / 2**30, 2),
+    }
+    plan.validate()
+    if out is not None:
+        plan.save(out)
+        parts.remove()
+    return plan
+
+
+prompts_of = samples  # `profile` has an argument of that name
+
+
+def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, method: str) -> None:
+    window = model.config.get_text_config(decoder=True).max_position_embeddings
+    problems = [
+        (not lengths, "no lengths given: name at least one, in tokens"),
+        (samples < 1, f"samples is {samples}: give 1 or more"),
+        (method not in METHODS, f"no method {method}: there is {', '.join(METHODS)}"),
+        (any(n < 256 for n in lengths), f"lengths {lengths}: give 256 tokens or more"),
+        (any(n > window for n in lengths), f"lengths {lengths}: the model's window is {window} tokens"),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UsageError(sentence)
+
+
+def _measure(model: PreTrainedModel, prompt: Prompt, candidates: Any) -> dict[str, np.ndarray]:
+    """Arrays `[layers, candidates, heads]` of one prompt; layers with a window of their own give zeros."""
+    layers: list[dict[str, np.ndarray]] = []
+
+    def observe(module, q, k, v, logits) -> None:
+        layers.append(measure.layer(module, q, k, v, logits, candidates))
+
+    capture(model, prompt.ids, observe)
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _mean(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+
+
+def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget) -> Plan:
+    """Allocate on the mean over lengths of errors, with the costs of the longest."""
+    longest = max(means)
+    costs = ("pattern_pairs", "ring_pairs", "page_share")
+    merged = _mean(list(means.values())) | {name: means[longest][name] for name in costs}
+    values = attention_values(model.config.get_text_config(decoder=True))
+    free = np.array([kind == "full_attention" for kind in values["kinds"]])
+    options = METHODS[method].options({name: t[free] for name, t in merged.items()}, candidates)
+    kept, read = ([min(1.0, n / longest) for n in sizes] for sizes in _ring_sizes(candidates))
+    try:
+        chosen = iter(allocate(options, budget, kept, read))
+    except Infeasible as error:
+        raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
+    full = Choice(("full",) * values["q_heads"], *[("full",) * values["kv_heads"]] * 2)
+    choices = [next(chosen) if sparse else full for sparse in free]
+    layers = tuple(Layer(c.prefill, c.cache, c.decode) for c in choices)
+    used = {word for c in choices for word in (*c.prefill, *c.cache, *c.decode)}
+    known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
+    patterns = {name: pattern for name, pattern in known.items() if name in used}
+    floor = min(means) // 2  # shorter rows were not looked at
+    expected = {n: _expected(choices, candidates, found, n) for n, found in means.items()}
+    return Plan(ModelId.of(model), patterns, layers, Below(floor, floor, floor), expected)
+
+
+def _ring_sizes(candidates) -> tuple[list[int], list[int]]:
+    """Tokens that each ring keeps, and that a decode step reads of them."""
+    rings = candidates.rings.values()
+    return [r.sink + r.recent + SLACK for r in rings], [r.sink + r.recent for r in rings]
+
+
+def _expected(choices: list[Choice], candidates, found: dict, length: int) -> dict[str, float]:
+    """Mean densities, shares and recall of a choice at one length, as measured."""
+    patterns, rings, pages = (
+        {name: i for i, name in enumerate(t)}
+        for t in (candidates.patterns, candidates.rings, candidates.selectors)
+    )
+    kept, read = ([min(1.0, n / length) for n in sizes] for sizes in _ring_sizes(candidates))
+    rows: dict[str, list[float]] = {
+        name: [] for name in ("pair_density", "block_density", "cache_share", "decode_share", "recall")
+    }
+    for layer, choice in enumerate(choices):
+        group = len(choice.prefill) // len(choice.cache)
+        for h, word in enumerate(choice.prefill):
+            if word in rings:
+                table, i, at = "ring", rings[word], h // group
+            elif word in patterns:
+                table, i, at = "pattern", patterns[word], h
+            values = [1.0] * 3
+            if word != "full":
+                values = [found[f"{table}_{x}"][layer, i, at] for x in ("pairs", "blocks", "recall")]
+            for name, value in zip(("pair_density", "block_density", "recall"), values, strict=True):
+                rows[name].append(float(value))
+        for g, (cache, decode) in enumerate(zip(choice.cache, choice.decode, strict=True)):
+            rows["cache_share"].append(1.0 if cache == "full" else kept[rings[cache]])
+            share = 1.0 if decode == "full" else read[rings[cache]] if decode == "ring" else None
+            if share is None:
+                share = float(found["page_share"][layer, pages[decode], g])
+            rows["decode_share"].append(share)
+    return {name: round(float(np.mean(values)), 4) for name, values in rows.items()}
+
+
+class _Parts:
+    """Measurements of the prompts done so far, in a folder beside the plan, valid for one setting."""
+
+    def __init__(self, out: str | Path | None, settings: str):
+        self.folder = None if out is None else Path(f"{out}.parts")
+        if self.folder is None:
+            return
+        mark = self.folder / "settings.json"
+        if mark.is_file() and mark.read_text() == settings:
+            return
+        self.remove()
+        self.folder.mkdir(parents=True)
+        mark.write_text(settings)
+
+    def get(self, index: int, compute) -> dict[str, np.ndarray]:
+        if self.folder is None:
+            return compute()
+        file = self.folder / f"{index}.npz"
+        if not file.is_file():
+            draft = file.with_suffix(".draft.npz")
+            np.savez(draft, **compute())
+            draft.replace(file)
+        with np.load(file) as saved:
+            return dict(saved)
+
+    def remove(self) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+
+def _settings(model: PreTrainedModel, candidates, prompts: list[Prompt]) -> str:
+    """What measurements depend on: weights (a sample of each), candidates, prompts, version."""
+    seen = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+        seen.update(name.encode() + few.float().cpu().numpy().tobytes())
+    for prompt in prompts:
+        seen.update(prompt.ids.cpu().numpy().tobytes())
+    settings = {"version": hfsparse.__version__, "dtype": str(model.dtype), "seen": seen.hexdigest()}
+    return json.dumps(settings | {"candidates": repr(candidates)}, sort_keys=True)
+
+
+def _progress(prompts: list[Prompt], show: bool) -> Iterator[tuple[int, Prompt]]:
+    if not show:
+        yield from enumerate(prompts)
+        return
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("profile", total=len(prompts))
+        for index, prompt in enumerate(prompts):
+            bar.update(task, description=f"{prompt.name}, {prompt.ids.shape[1]} tokens")
+            yield index, prompt
+            bar.advance(task)
+
+
+def _peak_bytes(model: PreTrainedModel) -> int:
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

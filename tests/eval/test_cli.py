@@ -1,0 +1,131 @@
+import json
+
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from hfsparse.plan import ModelId, Plan
+from hfsparse_eval.cli import app
+from tests import tiny
+
+
+@pytest.fixture
+def call(folder, tmp_path):
+    def run(command, *options, model=folder):
+        words = [command, str(model), "-o", str(tmp_path / "out"), *map(str, options)]
+        return CliRunner().invoke(app, words)
+
+    return run
+
+
+def sentence(result):
+    """The one line a refused command says."""
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tasks", "niah_single_7"], "unknown task niah_single_7: did you mean niah_single_"),
+        (["--tasks", "variable"], "unknown task variable: did you mean "),
+        (["--tasks", ","], "no task given: give some of niah_single_1, "),
+        (["--samples", "0"], "samples is 0: give 1 or more"),
+        (["--samples", "-3"], "samples is -3: give 1 or more"),
+        (["--max-new-tokens", "0"], "max-new-tokens is 0: give 1 or more"),
+        (["--lengths", "1k"], "lengths is '1k': give numbers above 0, by commas"),
+        (["--lengths", ""], "lengths is '': give numbers above 0, by commas"),
+        (["--lengths", "-5"], "lengths is '-5': give numbers above 0, by commas"),
+        (["--lengths", "512,4096"], "length 4096 is beyond this model's window of 2048 tokens"),
+        (["--lengths", "150"], "niah_single_1 does not fit 150 tokens"),
+        (["--device", "abacus"], "device abacus can't be used"),
+        (["--dtype", "int3"], "unknown dtype int3: give one of auto, float32"),
+        (["--plan", "absent.yaml"], "absent.yaml: can't read"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options, expected, call):
+    assert sentence(call("ruler", *options)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--depths", "0,120"], "depths is '0,120': give numbers 0 to 100, by commas"),
+        (["--task", "vt"], "unknown task vt: did you mean niah_"),
+    ],
+)
+def test_bad_grids_are_one_clear_sentence(options, expected, call):
+    assert sentence(call("needle", *options)).startswith(expected)
+
+
+def test_models_that_are_none_are_one_clear_sentence(call, tmp_path, folder):
+    assert sentence(call("ruler", model="./absent")) == "no such model folder: ./absent"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert sentence(call("ruler", model=empty)).startswith(f"{empty} has no config.json")
+    (empty / "config.json").write_text("{}")
+    assert sentence(call("ruler", model=empty)).startswith("cannot load the ")
+    file = empty / "config.json"
+    assert sentence(call("ruler", model=file)).startswith(f"{file} is a file")
+
+
+def test_an_output_that_cannot_be_written_is_one_clear_sentence(call, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert sentence(call("ruler")).startswith(f"cannot write to {tmp_path / 'out'}: ")
+
+
+def test_a_plan_for_another_model_is_one_clear_sentence(call, tmp_path):
+    other = Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3)))
+    other.save(tmp_path / "plan.yaml")
+    said = sentence(call("ruler", "--lengths", 512, "--plan", tmp_path / "plan.yaml"))
+    assert "3 layers" in said
+    assert "with 2" in said
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_another_seed_in_the_same_directory_is_refused(call):
+    options = ["--lengths", "512", "--samples", 1, "--tasks", "niah_single_1"]
+    small = [*options, "--max-new-tokens", 2]
+    assert call("ruler", *small).exit_code == 0
+    refused = sentence(call("ruler", *small, "--seed", 1))
+    assert refused.endswith("holds results with seed 0, this run has 1: give another -o")
+
+
+def test_ruler_runs_every_task_and_reports_it(call, tmp_path):
+    result = call("ruler", "--lengths", "1024", "--samples", 1, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "out" / "report.md") in result.stdout
+    report = (tmp_path / "out" / "report.md").read_text()
+    names = ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2"]
+    for name in [*names, "niah_multiquery", "vt", "all"]:
+        assert f"| {name} | " in report
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arm"] for line in lines] == ["dense"] * 6
+
+
+def test_needle_draws_its_grid(call, tmp_path):
+    options = ["--lengths", "400,512", "--depths", "0,50,100", "--samples", 1]
+    result = call("needle", *options, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    cells = {(row["depth"], row["length"]) for row in map(json.loads, lines)}
+    assert cells == {(d, length) for d in (0, 50, 100) for length in (400, 512)}
+    picture = imread(tmp_path / "out" / "heatmap.png")
+    assert picture.ndim == 3
+    assert picture.shape[0] > 100
+
+
+def test_ctrl_c_says_that_the_run_can_go_on(call, monkeypatch):
+    from hfsparse_eval import runner
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "answer", stop)
+    result = call("ruler", "--lengths", "512", "--tasks", "niah_single_1")
+    assert result.exit_code == 130
+    assert "interrupted: give the same command again to go on" in result.stderr

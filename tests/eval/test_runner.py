@@ -1,0 +1,207 @@
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+import hfsparse
+from hfsparse.loading import UsageError
+from hfsparse_eval import generate, runner
+from hfsparse_eval.results import Results, Settings
+from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.tasks import TASKS
+
+SETTINGS = Settings("ruler", "tiny", "sha256:m", "float32", 0, "auto", 4, "prose")
+TIMES = ("seconds", "first_token_seconds")
+
+
+class FakePlan:
+    def hash(self):
+        return "sha256:p"
+
+
+@pytest.fixture
+def suite(tokenizer):
+    tasks = [TASKS["niah_single_1"], TASKS["niah_single_2"]]
+    return Suite(tasks, [512, 600], 2, Prompter(tokenizer))
+
+
+@pytest.fixture
+def patched(monkeypatch):
+    """Stands for hfsparse.patch: notes what it was asked, and measures 0.25 of everything."""
+    calls = []
+
+    @contextmanager
+    def patch(model, plan):
+        stats = SimpleNamespace(**dict.fromkeys(runner.MEASURED, 0.25))
+        yield SimpleNamespace(reset_stats=lambda: calls.append("reset"), stats=lambda: stats)
+        calls.append(plan.hash())
+
+    monkeypatch.setattr(hfsparse, "patch", patch, raising=False)
+    return calls
+
+
+def results(folder, **changed):
+    return Results(folder, replace(SETTINGS, **changed), {"machine": "this"})
+
+
+def timeless(lines):
+    """Lines as a set, without the times, which no two runs share."""
+    bare = ({k: v for k, v in line.items() if k not in TIMES} for line in lines)
+    return sorted(json.dumps(line, sort_keys=True) for line in bare)
+
+
+def stored(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_each_sample_is_run_dense_and_sparse_on_the_same_prompt(
+    tmp_path, model, tokenizer, suite, patched
+):
+    runner.run(model, tokenizer, suite, results(tmp_path), FakePlan(), 4)
+    lines = stored(tmp_path)
+    assert len(lines) == 16
+    assert len({(line["id"], line["arm"]) for line in lines}) == 16
+    assert patched == ["reset"] * 4 + ["sha256:p"] + ["reset"] * 4 + ["sha256:p"]
+    for line in lines:
+        sparse = line["arm"] == "sparse"
+        assert line["plan"] == ("sha256:p" if sparse else None)
+        assert [line[name] for name in runner.MEASURED] == [0.25 if sparse else None] * 4
+        assert line["new_tokens"] <= 4
+        assert 0 < line["first_token_seconds"] <= line["seconds"]
+        assert line["real"] <= line["length"]
+    dense, sparse = (
+        {line["id"]: line for line in lines if line["arm"] == arm} for arm in ("dense", "sparse")
+    )
+    assert all(dense[i]["output"] == sparse[i]["output"] for i in dense)  # the fake drops nothing
+
+
+@pytest.mark.parametrize("after", [1, 5, 9])
+def test_a_run_cut_off_goes_on_and_ends_with_the_same_lines(
+    after, tmp_path, monkeypatch, model, tokenizer, suite, patched
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    runner.run(model, tokenizer, suite, results(whole), FakePlan(), 4)
+    count = 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return generate.answer(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(model, tokenizer, suite, results(cut), FakePlan(), 4)
+    assert len(stored(cut)) == after
+
+    runner.run(model, tokenizer, suite, results(cut), FakePlan(), 4)
+    assert timeless(stored(cut)) == timeless(stored(whole))
+
+
+def test_a_finished_run_generates_nothing_again(tmp_path, monkeypatch, model, tokenizer, suite):
+    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "answer", None)
+    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_is_dropped_and_its_sample_run_again(tmp_path, model, tokenizer, suite):
+    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    path = tmp_path / "results.jsonl"
+    whole = timeless(stored(tmp_path))
+    path.write_bytes(path.read_bytes()[:-40])
+    again = results(tmp_path)
+    assert len(again.lines) == 7
+    runner.run(model, tokenizer, suite, again, None, 4)
+    assert timeless(stored(tmp_path)) == whole
+
+
+def test_more_samples_and_a_second_plan_join_a_finished_run(
+    tmp_path, model, tokenizer, suite, patched
+):
+    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    larger = Suite([TASKS["niah_single_1"]], [512], 3, suite.makers["niah_single_1", 512].prompter)
+    runner.run(model, tokenizer, larger, results(tmp_path), FakePlan(), 4)
+    lines = stored(tmp_path)
+    assert [line["arm"] for line in lines] == ["dense"] * 9 + ["sparse"] * 3
+    assert lines[8]["id"] == "niah_single_1-512-0002"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model": "other"}, "holds results with model tiny, this run has other: give another -o"),
+        ({"seed": 1}, "holds results with seed 0, this run has 1: give another -o"),
+        ({"fingerprint": "x"}, "holds results with fingerprint sha256:m, this run has x"),
+        ({"max_new_tokens": None}, "holds results with max_new_tokens 4, this run has None"),
+        ({"kind": "needle"}, "holds results with kind ruler, this run has needle"),
+    ],
+)
+def test_a_directory_of_another_run_is_refused(changed, sentence, tmp_path):
+    results(tmp_path)
+    with pytest.raises(UsageError, match=sentence):
+        results(tmp_path, **changed)
+
+
+def test_results_without_their_settings_are_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match=r"holds results without a run\.json"):
+        results(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"settings": 1}'])
+def test_a_broken_run_json_is_refused(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run\.json is not a run's settings"):
+        results(tmp_path)
+
+
+def test_a_broken_line_that_is_not_the_last_is_an_error_with_its_number(tmp_path):
+    results(tmp_path)
+    good = json.dumps({"id": "a", "arm": "dense", "plan": None, "model": "m"})
+    (tmp_path / "results.jsonl").write_text(f"{good}\n{good[:9]}\n{good}\n")
+    with pytest.raises(UsageError, match=r"results\.jsonl, line 2: not a result"):
+        results(tmp_path)
+
+
+def test_every_session_is_noted_once(tmp_path):
+    for machine in ("this", "that", "this"):
+        Results(tmp_path, SETTINGS, {"machine": machine})
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["sessions"] == [{"machine": "this"}, {"machine": "that"}]
+
+
+def test_stopping_once_every_answer_was_said_keeps_the_score(model, tokenizer, suite):
+    case = suite.cases[0]
+    sample = replace(suite.sample(case), new_tokens=24)
+    full = generate.answer(model, tokenizer, sample)
+    assert full.new_tokens == 24
+    middle = len(full.text) // 2
+    known = replace(sample, answers=(full.text[middle - 2 : middle + 2],))
+    early = generate.answer(model, tokenizer, known)
+    assert early.new_tokens < 24
+    assert full.text.startswith(early.text)
+    assert runner.score(early.text, known.answers) == runner.score(full.text, known.answers) == 1.0
+
+
+def test_generation_is_greedy_whatever_the_models_settings_say(model, tokenizer, suite):
+    sample = replace(suite.sample(suite.cases[0]), new_tokens=8)
+    plain = generate.answer(model, tokenizer, sample).text
+    own = model.generation_config
+    own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 9.0
+    try:
+        assert [generate.answer(model, tokenizer, sample).text for _ in range(3)] == [plain] * 3
+    finally:
+        own.do_sample, own.temperature, own.repetition_penalty = False, 1.0, 1.0
+
+
+def test_the_cap_only_shortens(model, tokenizer, suite):
+    sample = replace(suite.sample(suite.cases[0]), new_tokens=6)
+    assert generate.answer(model, tokenizer, sample, cap=3).new_tokens == 3
+    assert generate.answer(model, tokenizer, sample, cap=99).new_tokens == 6

@@ -1,0 +1,124 @@
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from hfsparse.loading import UsageError
+from hfsparse_eval.samples import Case, Maker, Prompter, Suite
+from hfsparse_eval.tasks import TASKS
+from tests.eval.conftest import CHAT
+
+
+def case(maker, index=0, depth=None):
+    return Case(maker.task.name, maker.length, depth, index)
+
+
+@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("name", TASKS)
+def test_samples_keep_the_budget_and_come_close_to_it(name, length, prompter):
+    maker = Maker(TASKS[name], length, prompter)
+    for index in range(4):
+        sample = maker.sample(case(maker, index))
+        counted = len(sample.ids) - 1 + sample.new_tokens  # the BOS is not counted
+        assert sample.ids[0] == prompter.tokenizer.bos_token_id
+        assert sample.ids[1] != sample.ids[0]
+        assert sample.real == counted <= length
+        assert counted > 0.75 * length
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gold_spans_decode_to_the_needles_and_are_tight(name, prompter):
+    maker = Maker(TASKS[name], 1024, prompter)
+    decode = prompter.tokenizer.decode
+    sample = maker.sample(case(maker, 3))
+    assert len(sample.gold) == len(sample.answers)
+    for (start, end), answer in zip(sample.gold, sample.answers, strict=True):
+        shown = decode(sample.ids[start:end]).strip()
+        first = "VAR" if name == "vt" else "One of the special magic numbers for"
+        assert shown.startswith(first)
+        assert answer in shown
+        assert not decode(sample.ids[start + 1 : end]).strip().startswith(first)
+        assert answer not in decode(sample.ids[start:end]).replace(shown, "")
+        assert answer in decode(sample.ids[start : end - (name != "vt")])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_sample_is_the_same_whatever_was_made_before(name, prompter):
+    one, other = (Maker(TASKS[name], 1024, prompter, seed=5) for _ in range(2))
+    expected = one.sample(case(one, 2))
+    other.sample(case(other, 0))
+    other.sample(case(other, 1))
+    assert other.sample(case(other, 2)) == expected
+    assert other.sample(case(other, 3)).ids != expected.ids
+    assert Maker(TASKS[name], 1024, prompter, seed=6).sample(case(one, 2)).ids != expected.ids
+
+
+def test_the_chat_template_wraps_the_message_and_the_prefix_follows_its_header(tokenizer):
+    maker = Maker(TASKS["niah_single_1"], 1024, Prompter(tokenizer))
+    shown = tokenizer.decode(maker.sample(case(maker)).ids)
+    assert shown.startswith("<|bos|><|user|>\nA special magic number")
+    assert "in the provided text?<|end|>\n<|assistant|>\n The special magic number for" in shown
+    plain = Maker(TASKS["niah_single_1"], 1024, Prompter(tokenizer, "never"))
+    shown = tokenizer.decode(plain.sample(case(plain)).ids)
+    assert shown.startswith("<|bos|>A special magic number")
+    assert "in the provided text? The special magic number for" in shown
+
+
+def test_a_tokenizer_without_a_template_gets_plain_prompts(tokenizer):
+    tokenizer.chat_template = None
+    try:
+        assert not Prompter(tokenizer).chat
+    finally:
+        tokenizer.chat_template = CHAT
+
+
+def test_a_tokenizer_without_offsets_is_refused_in_a_sentence():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UsageError, match="a fast tokenizer is needed"):
+        Prompter(Slow())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_length_that_fits_nothing_is_one_error_not_a_loop(name, prompter):
+    with pytest.raises(UsageError, match=f"{name} does not fit 150 tokens"):
+        Maker(TASKS[name], 150, prompter)
+
+
+def test_an_overlong_sample_is_drawn_again_a_step_shorter(prompter):
+    maker = Maker(TASKS["niah_single_1"], 1024, prompter)
+    fits = maker.sample(case(maker))
+    maker.size += 2 * maker.step
+    shorter = maker.sample(case(maker))
+    assert shorter.real <= 1024
+    assert shorter.answers == fits.answers
+
+
+def test_when_no_step_fits_a_sample_the_error_says_so(prompter):
+    maker = Maker(TASKS["niah_single_1"], 1024, prompter)
+    maker.length = 100
+    with pytest.raises(UsageError, match="does not fit 100 tokens"):
+        maker.sample(case(maker))
+
+
+def test_vt_fits_its_example_into_500_tokens(prompter):
+    task = Maker(TASKS["vt"], 2048, prompter).task
+    assert task.example_lines > 5
+    longer = replace(task, example_lines=task.example_lines + 1)
+    assert prompter.tokens(task._example(Random(0), task.example_lines)) <= 500
+    assert prompter.tokens(longer._example(Random(0), longer.example_lines)) > 500
+
+
+def test_a_suite_names_every_case_once(prompter):
+    tasks = [TASKS["niah_single_1"], TASKS["niah_single_2"]]
+    suite = Suite(tasks, [2048, 1024, 1024], 2, prompter, depths=[0, 50])
+    ids = [case.id for case in suite.cases]
+    assert len(ids) == len(set(ids)) == 2 * 2 * 2 * 2
+    assert ids[0] == "niah_single_1-1024-at0-0000"
+    assert suite.sample(suite.cases[2]).depth == 50
+
+
+def test_a_suite_of_no_samples_is_refused(prompter):
+    with pytest.raises(UsageError, match="samples is 0: give 1 or more"):
+        Suite([TASKS["vt"]], [1024], 0, prompter)

@@ -1,0 +1,301 @@
+"""The reference kernels against plain float32 attention under the mask that the lists mean."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfsparse import kernels
+from hfsparse.kernels import dense, reference
+from hfsparse.lists import PAGE, Band, BlockLists, PageLists
+from tests.helpers import ROWS, batch, causal, close, truth
+from tests.patterns.matrix import SETTINGS
+
+EXTRAS = {  # what a model adds to plain attention, and shapes that are not square
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "sink_logits": {"s_aux": True},
+    "window": {"window": 70},
+    "wide_values": {"value_dim": 24},
+    "all_at_once": {"softcap": 5.0, "s_aux": True, "window": 99, "value_dim": 8},
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(length: int, extras: str, **more):
+    """A batch, its q heads' kv heads, and the keyword arguments of a kernel."""
+    extra = dict(EXTRAS[extras])
+    logits = {"softcap": extra.pop("softcap", None), "s_aux": extra.pop("s_aux", None)}
+    it = batch(length, **extra, **more)
+    H = it.q.shape[1]
+    if logits["s_aux"]:
+        logits["s_aux"] = torch.linspace(-2, 3, H)
+    return it, torch.arange(H) // (H // it.k.shape[1]), {"scale": it.scale, **logits}
+
+
+# -- prefill ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_prefill_matches_plain_attention(name, extras, dtype):
+    it, kv, logits = inputs(150, extras, past=45, rows="left_padded", group=3, dtype=dtype)
+    lists = SETTINGS[name].lists(it.q, it.k, it.grid, it.scale)
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
+    assert out.dtype == dtype
+    assert close(out, truth(it.q, it.k, it.v, lists.mask(), **logits))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("past", [0, 45])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 127, 128, 129])
+def test_prefill_over_mixed_heads_matches_plain_attention(length, group, past, block, rows):
+    """Each q head a pattern of its own, one of them full, two q heads reading other kv heads."""
+    it, kv, logits = inputs(length, "plain", past=past, rows=rows, group=group, block=block)
+    names = [None, *SETTINGS]
+    parts = []
+    for h in range(len(kv)):
+        name = names[h % len(names)]
+        q, k = it.q[:, h : h + 1], it.k[:, kv[h] : kv[h] + 1]
+        full = BlockLists.of(it.grid, 1)
+        parts.append(SETTINGS[name].lists(q, k, it.grid, it.scale) if name else full)
+    lists = BlockLists.cat(parts)
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
+    assert close(out, truth(it.q, it.k, it.v, lists.mask(), it.scale))
+
+
+def test_prefill_of_1037_tokens_matches_plain_attention_in_any_tile_size(monkeypatch):
+    it, kv, logits = inputs(1037, "all_at_once", rows="left_padded", group=1, kv_heads=1)
+    picked = ("streaming_growing", "vertical_slash", "block_topk")
+    q, kv = it.q, kv.repeat(3)
+    lists = BlockLists.cat([SETTINGS[n].lists(q, it.k, it.grid, it.scale) for n in picked])
+    q, logits["s_aux"] = q.repeat(1, 3, 1, 1), logits["s_aux"].repeat(3)
+    expected = truth(q, it.k.repeat(1, 3, 1, 1), it.v.repeat(1, 3, 1, 1), lists.mask(), **logits)
+    for tile in (1, 1 << 15, 1 << 21):  # one block at a time, a few, all
+        monkeypatch.setattr(reference, "TILE", tile)
+        assert close(reference.prefill(q, it.k, it.v, lists, kv, **logits), expected)
+
+
+def test_q_heads_may_read_kv_heads_in_any_order():
+    it, _, logits = inputs(70, "plain", group=2)
+    kv = torch.tensor([1, 0, 0, 1])
+    lists = BlockLists.of(it.grid, 4, band=Band(3, 20))
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
+    assert close(out, truth(it.q, it.k[:, kv], it.v[:, kv], lists.mask(), it.scale))
+
+
+def test_huge_logits_stay_finite():
+    it, kv, _ = inputs(100, "plain", group=1)
+    lists = BlockLists.of(it.grid, 2)
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, scale=1e4)
+    assert close(out, truth(it.q, it.k, it.v, lists.mask(), 1e4))
+
+
+def test_prefill_passes_gradients():
+    it, kv, logits = inputs(70, "all_at_once", group=3, poison=0.0)
+    lists = SETTINGS["vertical_slash_few"].lists(it.q, it.k, it.grid, it.scale)
+    found = []
+    for attention in ("kernel", "truth"):
+        q, k, v = (t.clone().requires_grad_() for t in (it.q, it.k, it.v))
+        if attention == "kernel":
+            out = reference.prefill(q, k, v, lists, kv, **logits)
+        else:
+            out = truth(q, k, v, lists.mask(), **logits)
+        out.sin().sum().backward()
+        found.append((q.grad, k.grad, v.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert close(ours, theirs)
+
+
+# -- dense ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("past", [0, 45])
+@pytest.mark.parametrize("length", [1, 33, 150])
+def test_dense_prefill_matches_plain_attention(length, past, rows, dtype):
+    it, _, logits = inputs(length, "wide_values", past=past, rows=rows, dtype=dtype)
+    out = dense.prefill(it.q, it.k, it.v, it.grid, scale=it.scale)
+    assert close(out, truth(it.q, it.k, it.v, causal(it.grid, 6), it.scale))
+    assert not out[-1, :, int(it.grid.q_len[-1]) :].any()
+
+
+def test_dense_prefill_in_pieces_matches_plain_attention(monkeypatch):
+    it, _, _ = inputs(70, "plain", past=45, rows="left_padded")
+    monkeypatch.setattr(dense, "MASK", 1000)
+    out = dense.prefill(it.q, it.k, it.v, it.grid, scale=it.scale)
+    assert close(out, truth(it.q, it.k, it.v, causal(it.grid, 6), it.scale))
+
+
+def test_dense_prefill_sees_a_past_in_a_grid_as_wide_as_its_queries():
+    """Two rows of which the longer is all new: Sq == Sk, and yet the other has a past."""
+    it, _, _ = inputs(40, "plain", rows="equal")
+    grid = type(it.grid)(torch.tensor([40, 12]), torch.tensor([40, 40]), 40, 40)
+    out = dense.prefill(it.q, it.k, it.v, grid, scale=it.scale)
+    assert close(out, truth(it.q, it.k, it.v, causal(grid, 6), it.scale))
+
+
+def test_the_first_kernel_that_can_serve_is_chosen():
+    for table, name in ((kernels.PREFILL, "prefill"), (kernels.DECODE, "decode")):
+        own, other = getattr(dense, name), getattr(reference, name)
+        assert kernels.pick(table, lists=False, logits=False).run is own
+        for lists, logits in ((True, False), (False, True), (True, True)):
+            assert kernels.pick(table, lists=lists, logits=logits).run is other
+
+
+# -- decode -----------------------------------------------------------------------------------------
+
+
+def step(queries: int, lengths: list[int], extras: str, group: int = 3, dtype=torch.float32):
+    """New queries at the ends of rows of these lengths, NaN in dead slots: batch, positions, arguments."""
+    it, _, logits = inputs(max(lengths), extras, group=group, dtype=dtype)
+    length = torch.tensor(lengths)
+    slot = torch.arange(max(lengths))
+    key_pos = torch.where(slot < length[:, None], slot, -1)
+    for t in (it.k, it.v):
+        t.masked_fill_((key_pos < 0)[:, None, :, None], torch.nan)
+    query_pos = (length[:, None] - queries + torch.arange(queries)).clamp(min=-1)
+    return it.q[:, :, :queries], it.k, it.v, query_pos, key_pos, logits
+
+
+def readable(query_pos, key_pos, heads: int):
+    """bool [B, heads, Q, S]: keys held and not after the query."""
+    key, query = key_pos[:, None, None], query_pos[:, None, :, None]
+    return ((key >= 0) & (key <= query)).expand(-1, heads, -1, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("extras", ["plain", "softcap", "sink_logits", "wide_values"])
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_decode_over_every_key_matches_plain_attention(queries, extras, dtype):
+    q, k, v, query, key, logits = step(queries, [200, 9], extras, dtype=dtype)
+    expected = truth(q, k, v, readable(query, key, 6), **logits)
+    assert close(reference.decode(q, k, v, query, key, **logits), expected)
+    if extras in ("plain", "wide_values"):
+        assert close(dense.decode(q, k, v, query, key, scale=logits["scale"]), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_decode_over_a_ring_matches_plain_attention(group, queries):
+    """Slots in a ring's order; the window counts from each query's own start."""
+    q, k, v, query, key, logits = step(queries, [190, 64], "plain", group)
+    turn = torch.arange(190).roll(77)
+    k, v, key = k[:, :, turn], v[:, :, turn], key[:, turn]
+    band = Band(sink=5, recent=40, rate=6554)
+    start = band.start(query)
+    kept = (key < 5)[:, None, None] | (key[:, None, None] >= start[:, None, :, None])
+    expected = truth(q, k, v, readable(query, key, 2 * group) & kept, **logits)
+    for kernel in (reference.decode, dense.decode):
+        args = {"scale": logits["scale"], "start": start, "sink": 5}
+        assert close(kernel(q, k, v, query, key, **args), expected)
+
+
+def paged(pages: PageLists, slots: int, group: int) -> torch.Tensor:
+    """bool [B, H, 1, S]: slots in a listed page of the head's kv head."""
+    kept = torch.zeros(*pages.count.shape, -(-slots // PAGE) * PAGE, dtype=torch.bool)
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in pages.count.shape)).tolist():
+        for page in pages.pages[b, h, : pages.count[b, h]].tolist():
+            kept[b, h, page * PAGE : (page + 1) * PAGE] = True
+    return kept[..., :slots].repeat_interleave(group, 1)[:, :, None]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_decode_over_pages_matches_plain_attention(data):
+    """Any ascending pages, other ones in each row and kv head, behind them what was not counted."""
+    lengths = data.draw(st.lists(st.integers(1, 400), min_size=2, max_size=2))
+    queries = data.draw(st.sampled_from([1, 3, 16]))
+    extras = data.draw(st.sampled_from(["plain", "softcap", "sink_logits"]))
+    q, k, v, query, key, logits = step(queries, lengths, extras)
+    width = -(-max(lengths) // PAGE)
+    pages = torch.full((2, 2, width), width - 1)
+    count = torch.zeros(2, 2, dtype=torch.int64)
+    for b in range(2):
+        for h in range(2):
+            chosen = data.draw(st.sets(st.integers(0, width - 1), min_size=1))
+            count[b, h] = len(chosen)
+            pages[b, h, : len(chosen)] = torch.tensor(sorted(chosen))
+    pages = PageLists(pages, count)
+    mask = readable(query, key, 6) & paged(pages, max(lengths), 3)
+    out = reference.decode(q, k, v, query, key, pages, **logits)
+    assert close(out, truth(q, k, v, mask, **logits))
+
+
+def test_decode_in_any_tile_size_gives_the_same(monkeypatch):
+    q, k, v, query, key, logits = step(3, [300, 200], "plain")
+    expected = truth(q, k, v, readable(query, key, 6), **logits)
+    for tile in (1, 1 << 16):
+        monkeypatch.setattr(reference, "TILE", tile)
+        assert close(reference.decode(q, k, v, query, key, **logits), expected)
+
+
+def test_a_row_without_keys_decodes_to_zeros():
+    q, k, v, query, key, logits = step(2, [50, 1], "plain")
+    query[1], key[1] = -1, -1
+    for kernel in (reference.decode, dense.decode):
+        out = kernel(q, k, v, query, key, scale=logits["scale"])
+        assert not out[1].any()
+        assert out[0].all()
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+MEMORY = """
+    import resource, sys, torch
+    from hfsparse.kernels import reference
+    from hfsparse.lists import Grid
+    from hfsparse.patterns import PATTERNS
+    from hfsparse.selectors.quest import Quest
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def run(S):
+        grid, kv, scale = Grid.causal(1, S, 128), torch.arange(9) // 3, 0.125
+        q, k, v = (torch.randn(1, h, S, 64) for h in (9, 3, 3))
+        before = peak()
+        for pattern in sys.argv[1:]:
+            if pattern == "naive":
+                (q[:, :1] @ k[:, :1].mT).masked_fill(torch.ones(S, S).tril() == 0, -9).softmax(-1)
+                continue
+            lists = PATTERNS[pattern]().lists(q, k, grid, scale)
+            lists.pairs(), lists.blocks()
+            reference.prefill(q, k, v, lists, kv, scale=scale)
+        at = torch.arange(S)[None]
+        low, high = (getattr(k.unflatten(2, (-1, 64)), f)(3) for f in ("amin", "amax"))
+        pages = Quest().pages(q[:, :, -1:], low, high, torch.tensor([S]), scale)
+        reference.decode(q[:, :, -1:], k, v, at[:, -1:], at, pages, scale=scale)
+        return peak() - before
+
+    run(256)  # libraries are loaded, threads are up
+    print(run(8192))
+"""
+
+
+def extra_mib(*patterns: str) -> float:
+    """MiB that prefill by these patterns and one decode step need above 8,192 tokens of q, k, v."""
+    code = textwrap.dedent(MEMORY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *patterns], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["streaming", "vertical_slash", "block_topk"])
+def test_8192_tokens_need_less_than_300_mib_above_the_inputs(pattern):
+    assert extra_mib(pattern) < 300
+
+
+@pytest.mark.slow
+def test_one_head_with_all_pairs_in_memory_would_fail_the_memory_test():
+    assert extra_mib("naive") > 300

@@ -1,0 +1,174 @@
+"""Tiny random models of each family, plans that really drop something, and inputs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hfsparse import Plan
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import Below, Layer, ModelId
+from hfsparse.selectors import SELECTORS
+
+VOCAB, LAYERS, WINDOW = 100, 3, 40
+SIZES = dict(
+    vocab_size=VOCAB,
+    num_hidden_layers=LAYERS,
+    hidden_size=64,
+    intermediate_size=64,
+    head_dim=16,
+    max_position_embeddings=1024,
+    initializer_range=0.12,  # sharp attention: a key dropped by mistake shows
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+FAMILIES = {  # name: model, config, q heads, kv heads, more
+    "llama": (LlamaForCausalLM, LlamaConfig, 4, 2, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, 6, 2, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, 3, 3, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, 8, 2, dict(sliding_window=None)),
+    "mistral-window": (MistralForCausalLM, MistralConfig, 4, 2, dict(sliding_window=WINDOW)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        4,
+        1,
+        dict(
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            query_pre_attn_scalar=20,
+        ),
+    ),
+}
+
+
+@cache
+def tiny(family: str):
+    """A family's tiny model with the weights of one seed. Shared: leave it as you found it."""
+    model, config, q_heads, kv_heads, more = FAMILIES[family]
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
+    built = model(config(**SIZES, **heads, **more)).eval()
+    for name, parameter in built.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(0 if "gemma" in family else 1, 0.1)
+    return built
+
+
+def own_window(model) -> list[bool]:
+    """Which layers have the model's own sliding window."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def wide_window():
+    """A window so wide that vertical_slash and block_topk drop keys inside it."""
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=170)
+    return MistralForCausalLM(MistralConfig(**SIZES, **heads)).eval()
+
+
+def by_content_in_windows(model) -> Plan:
+    """Heads that choose by content, beside streaming ones, in layers with the model's own window."""
+
+    def layer(index, windowed):
+        assert windowed
+        return ["vs", "blocks", "s", "full"], ["full"] * 2, ["full"] * 2
+
+    return plan_of(model, layer, s=STREAM, vs=VS, blocks=BLOCKS)
+
+
+def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
+    """A plan from `layer(index, windowed) -> (prefill, cache, decode)` and `name=(kind, {…})`."""
+    known = {**PATTERNS, **SELECTORS}
+    words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
+    layers = [Layer(*map(tuple, layer(i, w))) for i, w in enumerate(own_window(model))]
+    plan = Plan(ModelId.of(model), words, tuple(layers), Below(*below))
+    plan.validate()
+    return plan
+
+
+def full(model) -> Plan:
+    return Plan.full(ModelId.of(model))
+
+
+STREAM = ("streaming", dict(sink=2, recent=5))
+GROW = ("streaming", dict(sink=2, recent=5, recent_per_token=0.25))
+VS = ("vertical_slash", dict(columns=30, diagonals=100))
+BLOCKS = ("block_topk", dict(share=0.1, min_blocks=2))
+QUEST = ("quest", dict(share=0.06, min_pages=2))
+
+
+def streaming(model, below=(0, 0, 0), pattern=STREAM) -> Plan:
+    """Every second kv head a ring, the others full; layers with a window stream their prompt."""
+    Hq, Hkv = model.config.num_attention_heads, model.config.num_key_value_heads
+
+    def layer(index, windowed):
+        rings = [(g + index) % 2 == 0 for g in range(Hkv)]
+        prefill = ["s" if rings[h * Hkv // Hq] else "full" for h in range(Hq)]
+        if windowed:
+            return prefill, ["full"] * Hkv, ["full"] * Hkv
+        return (
+            prefill,
+            ["s" if r else "full" for r in rings],
+            ["ring" if r else "full" for r in rings],
+        )
+
+    return plan_of(model, layer, below, s=pattern)
+
+
+def growing(model) -> Plan:
+    return streaming(model, pattern=GROW)
+
+
+def mixed(model, below=(0, 0, 0)) -> Plan:
+    """Rings, vertical_slash, block_topk, full and quest side by side, other heads in each layer."""
+    Hq, Hkv = model.config.num_attention_heads, model.config.num_key_value_heads
+
+    def layer(index, windowed):
+        rings = [Hkv > 1 and (g + index) % 2 == 0 for g in range(Hkv)]
+        rings = [r or (Hkv == 1 and index == LAYERS - 1) for r in rings]
+        free = ["vs", "blocks", "s", "full"]
+        if windowed:
+            free = ["s", "full"]
+        prefill = [
+            "s" if rings[h * Hkv // Hq] else free[(h + index) % len(free)] for h in range(Hq)
+        ]
+        if windowed:
+            return prefill, ["full"] * Hkv, ["full"] * Hkv
+        decode = ["ring" if r else "quest" for r in rings]
+        return prefill, ["s" if r else "full" for r in rings], decode
+
+    return plan_of(model, layer, below, s=STREAM, vs=VS, blocks=BLOCKS, quest=QUEST)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, shape, generator=generator)
+
+
+def left_padded(length: int, pads=(0, 7, 13), seed: int = 0):
+    """(ids, mask) of `len(pads)` rows, row b beginning with pads[b] pad tokens."""
+    ids, mask = tokens(len(pads), length, seed=seed), torch.ones(len(pads), length).long()
+    for b, n in enumerate(pads):
+        ids[b, :n] = 0
+        mask[b, :n] = 0
+    return ids, mask

@@ -1,0 +1,175 @@
+"""The dense model under a plan's equivalent boolean mask: what every patched model must equal.
+
+    with oracle(model, plan) as truth:
+        model(ids, **whole_cache())
+    truth.pairs[layer, q_head]      # pairs that prompts may read
+
+transformers' own cache keeps every key; this attention function builds, row by row and head by
+head, the mask of what the plan says that the call reads, and takes a plain float32 softmax.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
+
+from hfsparse.lists import Grid, default_block
+
+NAME = "plan_oracle"
+PAGE = 64
+DECODE = 16  # a call with a past and at most so many new tokens is decode
+CACHE = (
+    "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+)
+
+_now: list[Truth] = []
+
+
+class Truth:
+    """The plan that the oracle follows, and what it lets heads read."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self.calls = 0
+        self.pairs = defaultdict(int)  # (layer, q head) → pairs kept for prompts
+        self.causal = defaultdict(int)  # (layer, q head) → pairs of dense attention
+        self.reads = defaultdict(int)  # (layer, kv head) → keys read by each step's newest query
+        self.total = defaultdict(int)  # (layer, kv head) → keys it could see
+
+
+@contextmanager
+def oracle(model, plan):
+    """Run the unpatched `model` under the plan's boolean mask."""
+    assert "_hfsparse" not in model.get_decoder().__dict__
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _keep_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    _now.append(Truth(plan))
+    try:
+        yield _now[-1]
+        assert _now[-1].calls, "the oracle's attention was never called"
+    finally:
+        model.set_attn_implementation(before)
+        _now.pop()
+
+
+def whole_cache() -> dict:
+    """A cache argument that keeps every key, of window layers too."""
+    return {CACHE: DynamicCache()}
+
+
+def _keep_mask(*args, attention_mask=None, **kwargs):
+    return attention_mask
+
+
+def _attend(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
+    truth = _now[-1]
+    truth.calls += 1
+    B, Hq, Q, _ = query.shape
+    columns = key.shape[2]
+    starts = [0] * B
+    if attention_mask is not None:
+        assert attention_mask.shape == (B, columns)
+        starts = [int((~row.bool()).sum()) for row in attention_mask]
+    out = query.new_zeros(B, Hq, Q, value.shape[3])
+    for b, start in enumerate(starts):
+        pads = max(0, start - (columns - Q))  # of these new columns
+        q, k, v = query[b, :, pads:], key[b, :, start:], value[b, :, start:]
+        if not q.shape[1]:
+            continue
+        past = columns > Q
+        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past)
+        k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
+        logits = (q.float() @ k.transpose(1, 2) * scaling).masked_fill(~kept, -torch.inf)
+        out[b, :, pads:] = (torch.softmax(logits, -1) @ v).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(truth, layer, q, k, scale, window, past) -> torch.Tensor:
+    """bool [Hq, n, total]: what one row's new queries q `[Hq, n, D]` read of its keys k `[Hkv, total, D]`."""
+    (Hq, n, _), (Hkv, total, _) = q.shape, k.shape
+    at, key = torch.arange(total - n, total)[:, None], torch.arange(total)
+    seen = key <= at
+    if window is not None:
+        seen = seen & (at - key < window)
+    decode = past and n <= DECODE
+    masks = []
+    for head in range(Hq):
+        group = head * Hkv // Hq
+        if decode:
+            own = q[group * Hq // Hkv : (group + 1) * Hq // Hkv]
+            kept = _decode(truth.plan, layer, group, own, k[group], scale)
+        elif past and window is not None and not _streams(truth.plan, layer, head):
+            kept = torch.ones(n, total, dtype=torch.bool)  # the window's ring is read whole
+        else:
+            kept = _prompt(truth.plan, layer, head, group, q[head], k[group], scale, window)
+        masks.append(seen & kept)
+        if decode and head % (Hq // Hkv) == 0:
+            truth.reads[layer, group] += int(masks[-1][-1].sum())
+            truth.total[layer, group] += int(seen[-1].sum())
+        if not decode:
+            truth.pairs[layer, head] += int(masks[-1].sum())
+            truth.causal[layer, head] += int(seen.sum())
+    return torch.stack(masks)
+
+
+def _streams(plan, layer, head) -> bool:
+    pattern = plan.patterns.get(plan.layers[layer].prefill[head])
+    return pattern is not None and pattern.kind == "streaming"
+
+
+def _prompt(plan, layer, head, group, q, k, scale, window) -> torch.Tensor:
+    n, total = len(q), len(k)
+    words = plan.layers[layer]
+    ring = words.cache[group] != "full"
+    limit = plan.below.cache if ring else plan.below.prefill
+    if words.prefill[head] == "full" or total < limit:
+        return torch.ones(n, total, dtype=torch.bool)
+    pattern = plan.patterns[words.prefill[head]]
+    if pattern.kind == "streaming":
+        return _stream(pattern, n, total)
+    lengths = torch.tensor([n]), torch.tensor([total])
+    grid = Grid(*lengths, n, total, default_block(total), window)
+    return pattern.lists(q[None, None], k[None, None], grid, scale).mask()[0, 0]
+
+
+def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
+    n, total = q.shape[1], len(k)
+    words = plan.layers[layer]
+    kept = torch.ones(n, total, dtype=torch.bool)
+    if words.cache[group] != "full":
+        ring = plan.patterns[words.cache[group]]
+        return kept if total < plan.below.cache else _stream(ring, n, total)
+    if words.decode[group] == "full" or total < plan.below.decode:
+        return kept
+    pages = k.split(PAGE)
+    low, high = (torch.stack([f(page, 0) for page in pages])[None, None] for f in (_min, _max))
+    selector = plan.patterns[words.decode[group]]
+    lists = selector.pages(q[None], low, high, torch.tensor([total]), scale)
+    chosen = lists.pages[0, 0, : lists.count[0, 0]]
+    return kept & torch.isin(torch.arange(total) // PAGE, chosen)
+
+
+def _min(page, dim):
+    return page.min(dim).values
+
+
+def _max(page, dim):
+    return page.max(dim).values
+
+
+@lru_cache(256)
+def _stream(pattern, n: int, total: int) -> torch.Tensor:
+    """Written out: the first `sink` keys and the last recent + floor(position * rate)."""
+    rows = []
+    for p in range(total - n, total):
+        span = pattern.recent + math.floor(p * pattern.recent_per_token)
+        rows.append([k < pattern.sink or p - k < span for k in range(total)])
+    return torch.tensor(rows)

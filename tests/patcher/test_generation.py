@@ -1,0 +1,136 @@
+"""Ways of generating that reorder, repeat, copy or take back cached rows."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import hfsparse
+from hfsparse.patcher import SERVING, PatchError
+from tests.patcher.families import growing, left_padded, mixed, streaming, tiny, tokens
+from tests.patcher.runs import both, close, forward, generate, same_generation
+
+PLANS = {"streaming": streaming, "growing": growing, "mixed": mixed}
+every_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@every_plan
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_beam_search_equals_the_oracle(family, plan):
+    model = tiny(family)
+    ids, mask = left_padded(230)
+    got, want, _ = both(
+        model, PLANS[plan](model), lambda m, cache: generate(m, ids, mask, num_beams=3, **cache)
+    )
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert len(set(got.beam_indices.flatten().tolist())) > 3  # beams really changed places
+    close(torch.stack(got.logits, 1), torch.stack(want.logits, 1))
+
+
+@every_plan
+def test_several_returned_sequences_equal_the_oracle(plan):
+    model = tiny("llama")
+    ids, mask = left_padded(230)
+    got, want, _ = both(
+        model,
+        PLANS[plan](model),
+        lambda m, cache: generate(m, ids, mask, do_sample=True, num_return_sequences=3, **cache),
+    )
+    assert len(got.sequences) == 9
+    same_generation(got, want)
+
+
+@pytest.mark.parametrize("plan", ["streaming", "growing"])
+def test_prompt_lookup_takes_tokens_back_and_equals_greedy(plan):
+    model = tiny("llama")
+    ids = tokens(1, 20).repeat(1, 4)
+    with hfsparse.patch(model, PLANS[plan](model)):
+        want = generate(model, ids, new=40)
+        got = generate(model, ids, new=40, prompt_lookup_num_tokens=5)
+    assert got.sequences.tolist() == want.sequences.tolist()
+
+
+def test_taking_back_more_than_a_ring_keeps_is_an_error():
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)):
+        cache = forward(model, tokens(1, 100)).past_key_values
+        with pytest.raises(ValueError, match="a ring keeps 32 tokens beyond its window"):
+            cache.crop(-60)
+
+
+def test_embeddings_as_input_equal_tokens():
+    model, ids = tiny("llama"), tokens(1, 90)
+    with hfsparse.patch(model, streaming(model)):
+        want = generate(model, ids)
+        torch.manual_seed(0)
+        got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=12)
+    assert got.tolist() == want.sequences[:, 90:].tolist()
+
+
+def test_threads_share_a_patched_model():
+    model = tiny("llama")
+    prompts = [tokens(1, 60 + 7 * n, seed=n) for n in range(4)]
+    with hfsparse.patch(model, mixed(model)):
+        want = [generate(model, ids).sequences.tolist() for ids in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda ids: generate(model, ids).sequences.tolist(), prompts))
+    assert got == want
+
+
+def test_continuous_batching_is_refused():
+    model = tiny("llama")
+    with hfsparse.patch(model):
+        assert "generate_batch" in SERVING
+        for name in SERVING:
+            if hasattr(type(model), name):
+                with pytest.raises(PatchError, match="continuous batching.*use model.generate"):
+                    getattr(model, name)([[1, 2, 3]])
+
+
+def test_training_gradients_equal_the_oracles():
+    """With the default cache, without one, and with gradient checkpointing."""
+    model, ids = tiny("llama"), tokens(2, 260)
+
+    def gradients(m, cache):
+        m.zero_grad(set_to_none=True)
+        m(ids, labels=ids, **cache).loss.backward()
+        return torch.cat([p.grad.flatten() for p in m.parameters()])
+
+    try:
+        got, want, _ = both(model, mixed(model), gradients)
+        assert want.abs().max() > 1e-3
+        close(got, want)
+        with hfsparse.patch(model, mixed(model)):
+            close(gradients(model, {"use_cache": False}), want)
+            model.train().gradient_checkpointing_enable()
+            close(gradients(model, {}), want)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval().zero_grad(set_to_none=True)
+
+
+def test_generation_steps_with_gradients_on_give_the_same_logits():
+    model, ids = tiny("llama"), tokens(1, 260)
+    with hfsparse.patch(model, mixed(model)):
+        with torch.no_grad():
+            first = model(ids)
+            want = model(ids[:, :1], past_key_values=first.past_key_values).logits
+        first = model(ids)
+        got = model(ids[:, :1], past_key_values=first.past_key_values).logits
+    close(got.detach(), want)
+
+
+def test_attention_dropout_is_refused():
+    model = tiny("llama")
+    attention = model.model.layers[0].self_attn
+    attention.attention_dropout = 0.1
+    try:
+        with hfsparse.patch(model):
+            model.train()
+            with pytest.raises(ValueError, match=r"dropout is 0\.1.*call model\.eval"):
+                model(tokens(1, 9))
+    finally:
+        model.eval()
+        attention.attention_dropout = 0.0

@@ -1,0 +1,158 @@
+"""stats() counts what was really computed and held; explain() says what runs and why."""
+
+from __future__ import annotations
+
+from math import isnan
+
+import pytest
+
+import hfsparse
+from hfsparse.patcher import PatchError
+from tests.patcher.families import (
+    FAMILIES,
+    growing,
+    left_padded,
+    mixed,
+    own_window,
+    streaming,
+    tiny,
+    tokens,
+)
+from tests.patcher.oracle import oracle, whole_cache
+from tests.patcher.runs import continue_with, forward, generate
+
+
+def straddled(model):
+    return mixed(model, below=(250, 262, 256))
+
+
+PLANS = {"growing": growing, "mixed": mixed, "straddled": straddled}
+
+
+def talk(model, cache):
+    """A left-padded prompt, six greedy steps, then a chunk and a step."""
+    ids, mask = left_padded(260)
+    out = generate(model, ids, mask, new=6, **cache)
+    mask = continue_with(ids, mask, 5 + 40)
+    cache = out.past_key_values
+    forward(model, tokens(3, 40), mask, cache=cache)
+    forward(model, tokens(3, 1), continue_with(ids, mask, 1), cache=cache)
+    return cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_densities_equal_the_oracles_masks_exactly(family, plan):
+    model = tiny(family)
+    plan = PLANS[plan](model)
+    with oracle(model, plan) as truth:
+        talk(model, whole_cache())
+    with hfsparse.patch(model, plan) as handle:
+        talk(model, {})
+        stats = handle.stats()
+    for index, layer in enumerate(stats.layers):
+        kept = [truth.pairs[index, h] for h in range(len(layer.pair_density))]
+        causal = [truth.causal[index, h] for h in range(len(layer.pair_density))]
+        assert layer.pair_density == [a / b for a, b in zip(kept, causal, strict=True)]
+        read = [truth.reads[index, g] for g in range(len(layer.decode_share))]
+        total = [truth.total[index, g] for g in range(len(layer.decode_share))]
+        assert layer.decode_share == [a / b for a, b in zip(read, total, strict=True)]
+    every = [d for layer in stats.layers for d in layer.pair_density]
+    assert stats.pair_density == pytest.approx(sum(every) / len(every))
+    assert stats.pair_density < 0.95
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_density_lies_between_pair_density_and_one(family):
+    model = tiny(family)
+    with hfsparse.patch(model, mixed(model)) as handle:
+        forward(model, tokens(1, 500))
+        for layer in handle.stats().layers:
+            for pairs, blocks in zip(layer.pair_density, layer.block_density, strict=True):
+                assert 0 < pairs <= 1
+                assert pairs == 1 or 0.5 * pairs < blocks <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_kv_bytes_are_the_bytes_of_the_real_tensors(family, plan):
+    model = tiny(family)
+    with hfsparse.patch(model, PLANS[plan](model)) as handle:
+        cache = talk(model, {})
+        stats = handle.stats()
+    tensors = {
+        id(tensor): tensor
+        for layer in cache.layers
+        for store in layer.stores
+        for tensor in vars(store).values()
+        if hasattr(tensor, "nbytes")
+    }
+    assert stats.kv_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())
+    width = 2 * 16 * 4 * 3 * model.config.num_key_value_heads  # keys and values, 3 rows, float32
+    columns = [min(306, 40) if windowed else 306 for windowed in own_window(model)]
+    assert stats.kv_bytes_dense == width * sum(columns)
+    assert stats.cache_share == stats.kv_bytes / stats.kv_bytes_dense
+
+
+def test_half_the_heads_streaming_hold_little_more_than_half_the_bytes():
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        forward(model, tokens(1, 960))
+        share = handle.stats().cache_share
+        rows = [layer.kv_bytes for layer in handle.stats().layers]
+    assert 0.5 < share < 0.56
+    assert all(max(row) > 15 * min(row) for row in rows)  # rings against full heads
+
+
+def test_a_reset_forgets_densities():
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        assert isnan(handle.stats().pair_density)
+        assert isnan(handle.stats().cache_share)
+        generate(model, tokens(1, 200), new=3)
+        long = handle.stats()
+        handle.reset_stats()
+        assert isnan(handle.stats().pair_density)
+        assert isnan(handle.stats().decode_share)
+        generate(model, tokens(1, 20), new=3)
+        assert handle.stats().pair_density > long.pair_density + 0.1
+        assert str(handle.stats()).splitlines()[0].startswith("pair density 0.")
+        assert len(str(handle.stats()).splitlines()) == 2 + 3
+
+
+def test_calls_without_a_cache_count_pairs_and_leave_the_held_bytes():
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        generate(model, tokens(1, 100), new=2)
+        held = handle.stats().kv_bytes
+        handle.reset_stats()
+        forward(model, tokens(1, 300), use_cache=False)
+        stats = handle.stats()
+    assert stats.pair_density < 0.6
+    assert isnan(stats.decode_share)
+    assert stats.kv_bytes == held > 0
+
+
+def test_a_failed_call_leaves_the_held_bytes():
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        forward(model, tokens(1, 100))
+        held = handle.stats().kv_bytes
+        with pytest.raises(IndexError):
+            forward(model, tokens(1, 9) + 1000)
+        assert handle.stats().kv_bytes == held > 0
+
+
+def test_explain_names_kernels_reasons_and_windows():
+    model = tiny("gemma3")
+    with hfsparse.patch(model, mixed(model)) as handle:
+        text = handle.explain()
+        assert text == hfsparse.explain(model)
+    assert mixed(model).hash()[:19] in text
+    assert "full heads, prompt: torch sdpa" in text
+    assert "patterned heads, prompt: reference (PyTorch) (not torch sdpa: reads every key" in text
+    assert "new tokens: torch sdpa" in text
+    assert "layers [0] keep the model's own sliding window" in text
+    assert "not verified on these weights" in text
+    with pytest.raises(PatchError, match="is not patched"):
+        hfsparse.explain(model)

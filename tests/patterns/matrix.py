@@ -1,0 +1,148 @@
+"""One row a pattern and a selector: settings worth testing, and for patterns the plain mask they mean.
+
+An oracle sees one row and one head, without padding: q `[Q, D]`, k `[S, D]`, queries at positions
+`S - Q ..`. It answers two boolean `[Q, S]` masks in double precision, written from the definition:
+the pairs that must be kept and those that may be. They differ only where scores tie to 1e-5, which
+float32 can't tell apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.selectors.quest import Quest
+
+Masks = tuple[np.ndarray, np.ndarray]
+
+
+def best(scores: np.ndarray, count: int, forced) -> Masks:
+    """The places `forced`, then the highest scores until `count` are kept: surely, perhaps."""
+    kept = np.isin(np.arange(len(scores)), forced)
+    left = min(count, len(scores)) - kept.sum()
+    if left <= 0:
+        return kept, kept
+    border = np.sort(scores[~kept])[-left]
+    slack = 1e-5 * abs(border)
+    surely, perhaps = kept | (scores > border + slack), kept | (scores >= border - slack)
+    return (perhaps if perhaps.sum() == kept.sum() + left else surely), perhaps
+
+
+def positions(q, k) -> tuple[np.ndarray, np.ndarray]:
+    """Query positions `[Q, 1]` and key positions `[1, S]`."""
+    return np.arange(len(k) - len(q), len(k))[:, None], np.arange(len(k))[None]
+
+
+def streaming(pattern: Streaming, q, k, block: int, scale: float) -> Masks:
+    kept = np.zeros((len(q), len(k)), bool)
+    rate = round(pattern.recent_per_token * 65536)  # rates are held in 1/65536
+    for i, query in enumerate(range(len(k) - len(q), len(k))):
+        span = pattern.recent + query * rate // 65536
+        kept[i, : min(pattern.sink, query + 1)] = True
+        kept[i, max(query - span + 1, 0) : query + 1] = True
+    return kept, kept
+
+
+def vertical_slash(pattern: VerticalSlash, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    logits = np.where(key <= query, q @ k.T * scale, -np.inf)[-64:]
+    weight = np.exp(logits - logits.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    distance = (query - key)[-64:]
+    by_column = weight.sum(0)
+    by_diagonal = np.array([weight[distance == d].sum() for d in range(len(k))])
+    columns = best(by_column, pattern.columns, range(min(30, pattern.columns)))
+    diagonals = best(by_diagonal, pattern.diagonals, range(min(100, pattern.diagonals)))
+    masks = []
+    for column, diagonal in zip(columns, diagonals, strict=True):
+        kept = np.zeros((len(q), len(k)), bool)
+        for i in range(0, len(q), block):
+            for j in range(0, len(k), block):
+                far = (query[i : i + block] - key[:, j : j + block]).ravel()
+                kept[i : i + block, j : j + block] = diagonal[far[far >= 0]].any()
+        masks.append((kept | column) & (key <= query))
+    return masks[0], masks[1]
+
+
+def block_topk(pattern: BlockTopK, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    key_means = np.stack([k[j : j + block].mean(0) for j in range(0, len(k), block)])
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        visible = at[-1] // block + 1
+        own = range(at[0] // block, visible)
+        forced = sorted({0, *own})
+        count = max(pattern.min_blocks, ceil(round(pattern.share * visible, 6)), len(forced))
+        scores = key_means[:visible] @ q[i : i + block].mean(0)
+        scores -= scores.min() - 1  # about 1, so that the tolerance means something
+        for mask, blocks in zip(masks, best(scores, count, forced), strict=True):
+            for j in np.flatnonzero(blocks):
+                mask[i : i + block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Settings by name, and the oracle that they are all held against."""
+
+    settings: dict[str, object]
+    oracle: object
+
+
+PATTERN_ROWS = {
+    "streaming": Row(
+        {
+            "streaming": Streaming(sink=8, recent=40),
+            "streaming_growing": Streaming(sink=5, recent=20, recent_per_token=0.3),
+            "streaming_without_sink": Streaming(sink=0, recent=1),
+        },
+        streaming,
+    ),
+    "vertical_slash": Row(
+        {
+            "vertical_slash": VerticalSlash(columns=45, diagonals=130),
+            "vertical_slash_few": VerticalSlash(columns=7, diagonals=1),
+        },
+        vertical_slash,
+    ),
+    "block_topk": Row(
+        {
+            "block_topk": BlockTopK(share=0.25, min_blocks=2),
+            "block_topk_one": BlockTopK(share=0.01, min_blocks=1),
+        },
+        block_topk,
+    ),
+}
+
+SELECTOR_ROWS = {
+    "quest": {
+        "quest": Quest(share=0.2, min_pages=2),
+        "quest_few": Quest(share=0.01, min_pages=3),
+        "quest_all": Quest(share=1.0, min_pages=2),
+    }
+}
+
+SETTINGS = {name: p for row in PATTERN_ROWS.values() for name, p in row.settings.items()}
+EVERYTHING = {  # settings of each pattern that keep every causal pair of up to 2,000 tokens
+    "streaming": Streaming(sink=0, recent=2000),
+    "streaming_all_sink": Streaming(sink=2000, recent=1),
+    "streaming_growing": Streaming(sink=0, recent=1, recent_per_token=1.0),
+    "vertical_slash": VerticalSlash(columns=1, diagonals=2000),
+    "vertical_slash_columns": VerticalSlash(columns=2000, diagonals=1),
+    "block_topk": BlockTopK(share=1.0, min_blocks=1),
+    "block_topk_min": BlockTopK(share=0.01, min_blocks=2000),
+}
+
+
+def oracle_masks(name: str, q, k, block: int, scale: float) -> Masks:
+    """The masks of a named setting for one row and head, tensors in."""
+    pattern = SETTINGS[name]
+    q, k = (t.to(torch.float64).numpy() for t in (q, k))
+    return PATTERN_ROWS[pattern.kind].oracle(pattern, q, k, block, scale)

@@ -1,0 +1,142 @@
+"""Quest's pages against its definition in plain loops."""
+
+from math import ceil, inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfsparse.kernels import reference
+from hfsparse.lists import PAGE
+from hfsparse.selectors.quest import Quest, page_bounds
+from tests.helpers import close, truth
+from tests.patterns.matrix import SELECTOR_ROWS
+
+SETTINGS = SELECTOR_ROWS["quest"]
+
+
+def rows(lengths: list[int], queries: int = 1, group: int = 3, seed: int = 0, spread: float = 1.0):
+    """q, k, v of rows of these lengths (2 kv heads), and each page's minima and maxima."""
+    made = torch.Generator().manual_seed(seed)
+    P = -(-max(lengths) // PAGE)
+    q = torch.randn(len(lengths), 2 * group, queries, 8, generator=made) * spread
+    k, v = torch.randn(2, len(lengths), 2, P * PAGE, 8, generator=made).unbind()
+    length = torch.tensor(lengths)
+    dead = (torch.arange(P * PAGE) >= length[:, None])[:, None, :, None]
+    low = k.masked_fill(dead, inf).unflatten(2, (P, PAGE)).amin(3)
+    high = k.masked_fill(dead, -inf).unflatten(2, (P, PAGE)).amax(3)
+    none = (torch.arange(P) * PAGE >= length[:, None])[:, None, :, None]  # as new buffers: zeros
+    return q, k, v, low.masked_fill(none, 0), high.masked_fill(none, 0), length
+
+
+def chosen(pages, b: int, h: int) -> list[int]:
+    return pages.pages[b, h, : pages.count[b, h]].tolist()
+
+
+@given(st.integers(0, 500), st.integers(1, 200), st.sampled_from([1, 2, 4]), st.floats(0.01, 100))
+def test_a_pages_bound_is_not_below_the_score_of_any_of_its_keys(seed, length, group, spread):
+    q, k, _, low, high, _ = rows([length], 2, group, seed, spread)
+    bound = page_bounds(q, low, high)
+    score = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(group, 1))[..., :length]
+    for page in range(low.shape[2]):
+        best = score[..., page * PAGE : (page + 1) * PAGE].amax(-1)
+        assert (bound[..., page] >= best - 1e-5 * spread).all()
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pages_equal_the_plain_definition(name, group, queries):
+    """Forced pages, then the best votes: the largest softmax of bounds over the group and its queries."""
+    quest = SETTINGS[name]
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17], queries, group)
+    scale = 0.7
+    pages = quest.pages(q, low, high, length, scale)
+    for b, n in enumerate(length.tolist()):
+        total = ceil(n / PAGE)
+        forced = {0, *range(max(n - queries, 0) // PAGE, total)}
+        count = min(total, max(ceil(round(quest.share * total, 6)), quest.min_pages, len(forced)))
+        for h in range(2):
+            vote = torch.zeros(total, dtype=torch.float64)
+            for g in range(h * group, (h + 1) * group):
+                for query in q[b, g].double():
+                    a, z = (query * m[b, h, :total].double() for m in (low, high))
+                    weight = torch.softmax(torch.maximum(a, z).sum(1) * scale, 0)
+                    vote = torch.maximum(vote, weight)
+            rest = sorted(set(range(total)) - forced, key=lambda page: -vote[page])
+            expected = sorted([*forced, *rest[: count - len(forced)]])
+            assert chosen(pages, b, h) == expected
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 1500), min_size=1, max_size=3).filter(any),
+    st.integers(1, 16),
+    st.builds(Quest, st.floats(0.001, 1), st.integers(2, 30)),
+)
+def test_pages_keep_the_invariants(lengths, queries, quest):
+    q, _, _, low, high, length = rows(lengths, queries, 2)
+    pages = quest.pages(q, low, high, length, 1.0)
+    assert pages.pages.shape[-1] <= low.shape[2]
+    assert ((pages.pages >= 0) & (pages.pages < low.shape[2])).all()
+    for b, n in enumerate(lengths):
+        total = ceil(n / PAGE)
+        for h in range(2):
+            read = chosen(pages, b, h)
+            assert len(read) == pages.count[b, h] <= total
+            assert read == sorted(set(read))
+            assert set(read) <= set(range(total))
+            assert len(read) >= min(total, quest.min_pages)
+            if n:
+                newest = range(max(n - queries, 0) // PAGE, total)
+                assert {0, total - 1, *newest} <= set(read)
+
+
+def test_equal_votes_go_to_the_lower_page():
+    q, _, _, low, high, length = rows([64 * 12])
+    low, high = torch.full_like(low, -1), torch.ones_like(high)
+    pages = Quest(share=0.01, min_pages=5).pages(q, low, high, length, 1.0)
+    assert chosen(pages, 0, 0) == [0, 1, 2, 3, 11]
+
+
+@pytest.mark.parametrize(("queries", "newest"), [(1, [11]), (2, [10, 11]), (16, [10, 11])])
+def test_new_queries_that_span_two_pages_keep_both(queries, newest):
+    q, _, _, low, high, length = rows([64 * 11 + 1], queries)
+    low[:, :, -4:], high[:, :, -4:] = 0, 0  # nothing else speaks for them
+    pages = Quest(share=0.01, min_pages=2).pages(q, low, high, length, 1.0)
+    assert chosen(pages, 0, 0)[-len(newest) :] == newest
+    assert chosen(pages, 0, 0)[0] == 0
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_a_share_of_1_equals_dense_decode(queries):
+    q, k, v, low, high, length = rows([64 * 6 + 9, 200], queries)
+    pages = Quest(share=1.0, min_pages=2).pages(q, low, high, length, 0.4)
+    at = torch.arange(k.shape[2]).expand(2, -1)
+    key = torch.where(at < length[:, None], at, -1)
+    query = length[:, None] - queries + torch.arange(queries)
+    mask = (key[:, None, None] >= 0) & (key[:, None, None] <= query[:, None, :, None])
+    out = reference.decode(q, k, v, query, key, pages, scale=0.4)
+    assert close(out, truth(q, k, v, mask.expand(-1, 6, -1, -1), 0.4))
+
+
+def test_a_longer_row_beside_it_does_not_change_a_rows_pages():
+    q, _, _, low, high, length = rows([64 * 20, 64 * 7 + 3])
+    both = SETTINGS["quest"].pages(q, low, high, length, 1.0)
+    alone = SETTINGS["quest"].pages(q[1:], low[1:, :, :8], high[1:, :, :8], length[1:], 1.0)
+    assert [chosen(both, 1, h) for h in (0, 1)] == [chosen(alone, 0, h) for h in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ({"share": 0}, "share is 0"),
+        ({"share": 1.1}, "share is 1.1"),
+        ({"min_pages": 1}, "min_pages is 1"),
+    ],
+    ids=["no_share", "share_above_1", "too_few_pages"],
+)
+def test_a_number_out_of_range_is_refused(numbers, says):
+    with pytest.raises(ValueError, match=says):
+        Quest(**numbers)
