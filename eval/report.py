@@ -58,7 +58,8 @@ def difference(dense: Sequence[float], sparse: Sequence[float]) -> str:
     if not n:
         return "–"
     if not any(changes):
-        return f"0.0, no difference seen; up to {min(100, 300 / n):.0f} % of samples could differ"
+        unseen = 100 * (1 - 0.05 ** (1 / n))  # exact; the rule of three, 300 / n, for large n
+        return f"0.0, no difference seen; up to {unseen:.0f} % of samples could differ"
     if len(set(changes)) == 1:
         return f"{changes[0]:+.1f}, all {n} alike" if n > 1 else f"{changes[0]:+.1f}, one sample"
     low, high = interval(changes)

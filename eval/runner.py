@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -66,7 +67,7 @@ def _measure(model, tokenizer, sample: Sample, results, plan, handle, cap) -> di
         "new_tokens": said.new_tokens,
         "seconds": said.seconds,
         "first_token_seconds": said.first_token_seconds,
-        **{name: getattr(stats, name) if stats else None for name in MEASURED},
+        **{name: _number(stats, name) for name in MEASURED},
         "device": device_name(model.device),
     }
 
@@ -75,6 +76,12 @@ def _missing(cases: Iterable[Case], length: int, plan, results: Results) -> Iter
     rest = (_name(plan), plan.hash() if plan else None, results.settings.fingerprint)
     ours = (case for case in cases if case.length == length)
     return (case for case in ours if (case.id, *rest) not in results.done)
+
+
+def _number(stats, name: str) -> float | None:
+    """What was measured; None where nothing ran, as NaN is no JSON."""
+    value = getattr(stats, name, math.nan)
+    return None if math.isnan(value) else round(value, 6)
 
 
 def _name(plan) -> str:
@@ -94,7 +101,7 @@ def _progress() -> Progress:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, threads: {torch.get_num_threads()}"
 
 
 def session(device: torch.device) -> dict[str, str]:

@@ -311,10 +311,10 @@ class Ring:
         ]
 
     def _resize(self, past: list[int], rows: list[int]) -> None:
-        """Make room for rows of these lengths; trim once all have passed `below`."""
+        """Make room for rows of these lengths; trim once a crop can't lead back under `below`."""
         spans = [self.band.span(n) + SLACK for n in rows]
         lengths = [max(n - self.band.sink, 1) for n in rows]
-        short = [n < self.below for n in rows]
+        short = [n < self.below + SLACK for n in rows] if self.below else [False] * len(rows)
         need = max(
             n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
         )
@@ -339,7 +339,8 @@ class Ring:
         """What a chunk attends to before it is stored: sink, window and the chunk itself, and its grid."""
         sink, block, device = self.band.sink, grid.block, k.device
         total = [p + n for p, n in zip(past, new, strict=True)]
-        low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, self.low, strict=True)]
+        held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
+        low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
         total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
         blocks = -(-int((total - low).clamp(min=0).max()) // block)
         head = torch.arange(-(-sink // block), device=device) * block

@@ -155,10 +155,10 @@ def patch(
         decoder._hfsparse = state
         for module, layer in zip(modules, layers, strict=True):
             module._hfsparse = layer
-        state.hooks += [
-            decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        ]
+        state.hooks.append(decoder.register_forward_pre_hook(_before_forward, with_kwargs=True))
+        state.hooks.append(
+            decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+        )
         model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
         for name in SERVING:
             if hasattr(type(model), name):

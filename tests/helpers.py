@@ -33,7 +33,7 @@ def truth(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Attention in float32 of q `[B, H, Q, D]` over the keys that mask `[B, H, Q, S]` keeps; else zeros.
+    """Float32 attention of q `[B, H, Q, D]` over the keys that mask `[B, H, Q, S]` keeps, else 0.
 
     k, v `[B, Hkv, S, D]` where no pair is kept may hold anything, NaN included.
     """
@@ -53,7 +53,7 @@ def truth(
 
 @dataclass(frozen=True)
 class Batch:
-    """Random prompts, or chunks behind a past, shifted to column 0; slots past a row's end are NaN."""
+    """Random prompts, or chunks behind a past, shifted to column 0; slots past a row's end: NaN."""
 
     q: Tensor  # [B, H, Sq, D]
     k: Tensor  # [B, Hkv, Sk, D]
@@ -95,7 +95,7 @@ def batch(
     poison: float = torch.nan,
     seed: int = 0,
 ) -> Batch:
-    """Random q, k, v of a few rows, `group` q heads to a kv head, with `poison` in every dead slot."""
+    """Random q, k, v of a few rows, `group` q heads to a kv head; `poison` in every dead slot."""
     made = torch.Generator().manual_seed(seed)
     new, total = (torch.tensor(t) for t in lengths(length, past, rows))
     B, Sq, Sk = len(new), int(new.max()), int(total.max())

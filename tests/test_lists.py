@@ -152,9 +152,7 @@ def test_queries_past_a_rows_end_give_zeros(case, pattern):
         assert out[b, :, :new].any(-1).all()
 
 
-@given(
-    st.integers(0, 10), st.integers(1, 50), st.integers(0, 1 << 16), st.integers(0, 300_000)
-)
+@given(st.integers(0, 10), st.integers(1, 50), st.integers(0, 1 << 16), st.integers(0, 300_000))
 def test_a_window_never_grows_faster_than_its_row(sink, recent, rate, position):
     band = Band(sink, recent, rate)
     start = band.start(torch.arange(position, position + 50))

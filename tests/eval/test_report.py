@@ -41,8 +41,8 @@ LINES = [
     line(2, "dense", 0.8, output=" \n"),
     line(9, "dense", 0.0),  # its sparse arm is still to come
     sparse(0, 1.0, seconds=1.6, first_token_seconds=0.6),
-    sparse(1, 0.2, pair_density=0.2, first_token_seconds=0.6, output=""),
-    sparse(2, 0.8, first_token_seconds=0.6),
+    sparse(1, 0.2, pair_density=0.2, decode_share=0.35, first_token_seconds=0.6, output=""),
+    sparse(2, 0.8, first_token_seconds=0.6, decode_share=None),  # no decode step: no share
     {**sparse(2, 0.0), "plan": "sha256:another"},
 ]
 
@@ -65,7 +65,7 @@ def test_scores_differences_and_empty_answers_of_the_pairs():
 def test_measured_densities_shares_and_times():
     text = report.write(LINES, SETTINGS, [SESSION], "sha256:p")
     _, _, vt, _ = rows(text, "Measured")
-    # pair density (0.5 + 0.2 + 0.5) / 3; first token 1.0 and 0.6
+    # pair density (0.5 + 0.2 + 0.5) / 3; decode share (0.25 + 0.35) / 2; first token 1.0 and 0.6
     # next token: dense (1 + 2 + 2) s / 30, sparse (1 + 2.4 + 2.4) s / 30
     # whole: dense (2 + 3 + 3) / 3, sparse (1.6 + 3 + 3) / 3
     assert vt == [
@@ -75,7 +75,7 @@ def test_measured_densities_shares_and_times():
         "0.400",
         "0.600",
         "0.750",
-        "0.250",
+        "0.300",
         "1.00 / 0.60",
         "167 / 193",
         "2.67 / 2.53",
@@ -118,8 +118,9 @@ def test_rows_are_by_task_then_length_as_numbers():
     ("dense", "sparse", "expected"),
     [
         ([], [], "–"),
-        ([1.0] * 8, [1.0] * 8, "0.0, no difference seen; up to 38 % of samples could differ"),
-        ([1.0], [1.0], "0.0, no difference seen; up to 100 % of samples could differ"),
+        ([1.0] * 8, [1.0] * 8, "0.0, no difference seen; up to 31 % of samples could differ"),
+        ([1.0], [1.0], "0.0, no difference seen; up to 95 % of samples could differ"),
+        ([0.2] * 300, [0.2] * 300, "0.0, no difference seen; up to 1 % of samples could differ"),
         ([1.0], [0.5], "-50.0, one sample"),
         ([0.5, 0.5], [1.0, 1.0], "+50.0, all 2 alike"),
     ],

@@ -1,4 +1,5 @@
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ import pytest
 
 import hfsparse
 from hfsparse.loading import UsageError
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval import generate, runner
 from hfsparse_eval.results import Results, Settings
 from hfsparse_eval.samples import Prompter, Suite
@@ -177,6 +180,13 @@ def test_every_session_is_noted_once(tmp_path):
     assert run["sessions"] == [{"machine": "this"}, {"machine": "that"}]
 
 
+def test_a_share_of_nothing_is_stored_as_null():
+    stats = SimpleNamespace(decode_share=math.nan, cache_share=1 / 3)
+    assert runner._number(stats, "decode_share") is None
+    assert runner._number(stats, "cache_share") == 0.333333
+    assert runner._number(None, "pair_density") is None
+
+
 def test_stopping_once_every_answer_was_said_keeps_the_score(model, tokenizer, suite):
     case = suite.cases[0]
     sample = replace(suite.sample(case), new_tokens=24)
@@ -205,3 +215,36 @@ def test_the_cap_only_shortens(model, tokenizer, suite):
     sample = replace(suite.sample(suite.cases[0]), new_tokens=6)
     assert generate.answer(model, tokenizer, sample, cap=3).new_tokens == 3
     assert generate.answer(model, tokenizer, sample, cap=99).new_tokens == 6
+
+
+def test_a_plan_that_drops_nothing_answers_as_dense_under_the_real_patch(
+    tmp_path, model, tokenizer, suite
+):
+    plan = Plan.full(ModelId.of(model))
+    runner.run(model, tokenizer, suite, results(tmp_path), plan, 4)
+    lines = stored(tmp_path)
+    dense, sparse = (
+        {line["id"]: line["output"] for line in lines if line["arm"] == arm}
+        for arm in ("dense", "sparse")
+    )
+    assert dense == sparse
+    assert len(dense) == 8
+    measured = [line for line in lines if line["arm"] == "sparse"]
+    assert {line["plan"] for line in measured} == {plan.hash()}
+    assert {(line["pair_density"], line["decode_share"]) for line in measured} == {(1.0, 1.0)}
+    assert all(line["cache_share"] >= 1.0 for line in measured)
+
+
+def test_a_streaming_plan_is_measured_below_full(tmp_path, model, tokenizer, suite):
+    full = Plan.full(ModelId.of(model))
+    layer = Layer(("s",) * 4, ("s",) * 2, ("ring",) * 2)
+    plan = replace(full, patterns={"s": Streaming(sink=8, recent=32)}, layers=(layer,) * 2)
+    runner.run(model, tokenizer, suite, results(tmp_path), plan, 4)
+    measured = [line for line in stored(tmp_path) if line["arm"] == "sparse"]
+    assert len(measured) == 8
+    for line in measured:
+        queries = line["prompt_tokens"]
+        # a query keeps 8 sinks and 32 recent keys; the first 40 have fewer keys than that
+        expected = (sum(range(1, 41)) + 40 * (queries - 40)) / (queries * (queries + 1) / 2)
+        assert line["pair_density"] == pytest.approx(expected, rel=1e-4)
+        assert line["block_density"] >= line["pair_density"]

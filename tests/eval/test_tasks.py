@@ -127,6 +127,12 @@ def test_vt_never_names_a_variable_var(monkeypatch):
 def test_needles_in_prose_take_distinct_depth_slots():
     assert len(SLOTS) == len(set(SLOTS)) == 40
     assert (SLOTS[0], SLOTS[-1]) == (0, 100)
+    for seed in range(40):  # in 2000 words, two needles side by side would share a slot
+        made = TASKS["niah_multikey_1"].draw(Random(seed), 2000)
+        assert not re.search(rf"{NEEDLE.pattern} {NEEDLE.pattern}", made.context)
+
+
+def test_a_given_depth_halves_the_prose():
     made = draft("niah_single_2", 3, depth=50)
     before = text.split_sentences(made.context[: made.gold[0][0]].strip())
     after = text.split_sentences(made.context[made.gold[0][1] :].strip())

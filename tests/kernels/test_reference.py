@@ -37,7 +37,7 @@ def inputs(length: int, extras: str, **more):
     return it, torch.arange(H) // (H // it.k.shape[1]), {"scale": it.scale, **logits}
 
 
-# -- prefill ---------------------------------------------------------------------------------------
+# -- prefill -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -114,7 +114,7 @@ def test_prefill_passes_gradients():
         assert close(ours, theirs)
 
 
-# -- dense ------------------------------------------------------------------------------------------
+# -- dense ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -122,7 +122,7 @@ def test_prefill_passes_gradients():
 @pytest.mark.parametrize("past", [0, 45])
 @pytest.mark.parametrize("length", [1, 33, 150])
 def test_dense_prefill_matches_plain_attention(length, past, rows, dtype):
-    it, _, logits = inputs(length, "wide_values", past=past, rows=rows, dtype=dtype)
+    it, _, _ = inputs(length, "wide_values", past=past, rows=rows, dtype=dtype)
     out = dense.prefill(it.q, it.k, it.v, it.grid, scale=it.scale)
     assert close(out, truth(it.q, it.k, it.v, causal(it.grid, 6), it.scale))
     assert not out[-1, :, int(it.grid.q_len[-1]) :].any()
@@ -151,11 +151,11 @@ def test_the_first_kernel_that_can_serve_is_chosen():
             assert kernels.pick(table, lists=lists, logits=logits).run is other
 
 
-# -- decode -----------------------------------------------------------------------------------------
+# -- decode --------------------------------------------------------------------------------------
 
 
 def step(queries: int, lengths: list[int], extras: str, group: int = 3, dtype=torch.float32):
-    """New queries at the ends of rows of these lengths, NaN in dead slots: batch, positions, arguments."""
+    """New queries at the ends of rows of these lengths, NaN in dead slots, and what a kernel takes."""
     it, _, logits = inputs(max(lengths), extras, group=group, dtype=dtype)
     length = torch.tensor(lengths)
     slot = torch.arange(max(lengths))
@@ -247,7 +247,7 @@ def test_a_row_without_keys_decodes_to_zeros():
         assert out[0].all()
 
 
-# -- memory ------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 MEMORY = """
     import resource, sys, torch

@@ -59,7 +59,12 @@ FAMILIES = {  # name: model, config, q heads, kv heads, more
 
 @cache
 def tiny(family: str):
-    """A family's tiny model with the weights of one seed. Shared: leave it as you found it."""
+    """A family's tiny model. Shared: leave it as you found it."""
+    return fresh(family)
+
+
+def fresh(family: str):
+    """A new tiny model with the weights of one seed."""
     model, config, q_heads, kv_heads, more = FAMILIES[family]
     torch.manual_seed(0)
     heads = dict(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
@@ -87,7 +92,7 @@ def wide_window():
 
 
 def by_content_in_windows(model) -> Plan:
-    """Heads that choose by content, beside streaming ones, in layers with the model's own window."""
+    """Heads that choose by content beside streaming ones, in layers with their own window."""
 
     def layer(index, windowed):
         assert windowed
@@ -114,7 +119,7 @@ STREAM = ("streaming", dict(sink=2, recent=5))
 GROW = ("streaming", dict(sink=2, recent=5, recent_per_token=0.25))
 VS = ("vertical_slash", dict(columns=30, diagonals=100))
 BLOCKS = ("block_topk", dict(share=0.1, min_blocks=2))
-QUEST = ("quest", dict(share=0.06, min_pages=2))
+QUEST = ("quest", dict(share=0.06, min_pages=3))  # first, last and one that it chooses
 
 
 def streaming(model, below=(0, 0, 0), pattern=STREAM) -> Plan:

@@ -93,7 +93,7 @@ def _attend(module, query, key, value, attention_mask, scaling, sliding_window=N
 
 
 def _mask(truth, layer, q, k, scale, window, past) -> torch.Tensor:
-    """bool [Hq, n, total]: what one row's new queries q `[Hq, n, D]` read of its keys k `[Hkv, total, D]`."""
+    """bool [Hq, n, total]: what a row's new queries q `[Hq, n, D]` read of k `[Hkv, total, D]`."""
     (Hq, n, _), (Hkv, total, _) = q.shape, k.shape
     at, key = torch.arange(total - n, total)[:, None], torch.arange(total)
     seen = key <= at

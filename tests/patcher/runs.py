@@ -36,10 +36,12 @@ def forward(model, ids, mask=None, cache=None, **more):
     return model(ids, **more)
 
 
-def generate(model, ids, mask=None, new=12, seed=0, **more):
+def generate(model, ids, mask=None, cache=None, new=12, seed=0, **more):
     """Generation that returns its logits and cache; sampled runs of one seed draw alike."""
     torch.manual_seed(seed)
     mask = torch.ones_like(ids) if mask is None else mask
+    if cache is not None:
+        more[CACHE] = cache
     wanted = dict(return_dict_in_generate=True, output_logits=True, max_new_tokens=new)
     return model.generate(ids, attention_mask=mask, **{**wanted, "do_sample": False, **more})
 

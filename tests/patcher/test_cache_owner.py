@@ -25,7 +25,7 @@ def go_on_is_refused(model, cache, error=CacheError, match=GONE):
         with pytest.raises(error, match=match):
             forward(model, tokens(1, new), cache=copy.deepcopy(cache))
     with pytest.raises(error, match=match):
-        generate(model, tokens(1, 90), past_key_values=copy.deepcopy(cache), new=2)
+        generate(model, tokens(1, 90), cache=copy.deepcopy(cache), new=2)
 
 
 def filled(model, length=80):
@@ -151,7 +151,7 @@ def test_a_refused_mask_leaves_the_cache_usable():
         cache = forward(model, ids, mask).past_key_values
         more, longer = tokens(3, 5), continue_with(ids, mask, 5)
         spare = copy.deepcopy(cache)
-        with pytest.raises(ValueError, match="covers 80 columns.*85"):
+        with pytest.raises(ValueError, match=r"covers 80 columns.*85"):
             model(more, attention_mask=mask, **{CACHE: cache})
         got = forward(model, more, longer, cache=cache).logits
         assert torch.equal(got, forward(model, more, longer, cache=spare).logits)
@@ -183,7 +183,9 @@ def test_quantised_and_offloaded_caches_are_refused():
     offloaded.offloading = True
     with hfsparse.patch(model):
         for cache, name in ((quantised, "a QuantizedCache"), (offloaded, "an offloaded cache")):
-            with pytest.raises(CacheError, match=f"{name} is not supported.*use the default cache"):
+            with pytest.raises(
+                CacheError, match=rf"{name} is not supported.*use the default cache"
+            ):
                 forward(model, tokens(1, 5), cache=cache)
         with pytest.raises(CacheError, match="an offloaded cache is not supported"):
             generate(model, tokens(1, 5), cache_implementation="offloaded")
@@ -194,7 +196,7 @@ def test_the_users_own_empty_cache_is_filled():
     for empty in (DynamicCache(), DynamicCache(config=model.config)):
         with hfsparse.patch(model, streaming(model)):
             want = generate(model, ids)
-            out = generate(model, ids, past_key_values=empty)
+            out = generate(model, ids, cache=empty)
             assert out.past_key_values is empty
             assert all(isinstance(layer, Layer) for layer in empty.layers)
             assert empty.get_seq_length() == 60 + 11
@@ -220,7 +222,7 @@ def test_static_caches_hold_our_layers():
         assert isinstance(got.past_key_values, StaticCache)
         same_generation(got, want)
         own = StaticCache(config=model.config, max_cache_len=300)
-        same_generation(generate(model, ids, mask, past_key_values=own), want)
+        same_generation(generate(model, ids, mask, cache=own), want)
         assert all(isinstance(layer, Layer) for layer in own.layers)
 
 

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 import hfsparse
 from tests.patcher.families import (
-    by_content_in_windows,
     FAMILIES,
+    by_content_in_windows,
     full,
     growing,
     left_padded,
@@ -119,9 +119,7 @@ def test_a_conversation_of_four_turns_equals_the_oracle(plan):
         for turn, new in enumerate((9, 40, 1)):
             ids = torch.cat([turns[-1].sequences, tokens(3, new, seed=turn)], 1)
             mask = continue_with(ids, mask, ids.shape[1] - mask.shape[1])
-            turns.append(
-                generate(m, ids, mask, past_key_values=turns[-1].past_key_values, do_sample=True)
-            )
+            turns.append(generate(m, ids, mask, cache=turns[-1].past_key_values, do_sample=True))
         return turns
 
     got, want, _ = both(model, PLANS[plan](model), talk)
@@ -206,6 +204,19 @@ def test_prefill_in_chunks_equals_one_shot(family, plan, chunk):
         once = generate(model, ids, mask)
         pieces = generate(model, ids, mask, prefill_chunk_size=chunk)
     same_generation(pieces, once)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_in_chunks_equals_the_oracle_fed_the_same_chunks(family):
+    """Heads that choose by content choose anew in each chunk, over all that came before."""
+    model = tiny(family)
+    ids, mask = left_padded(260)
+    got, want, _ = both(
+        model,
+        mixed(model),
+        lambda m, cache: generate(m, ids, mask, prefill_chunk_size=65, **cache),
+    )
+    same_generation(got, want)
 
 
 @pytest.mark.parametrize("chunk", [9, 40])

@@ -10,6 +10,7 @@ import torch
 import hfsparse
 from hfsparse.patcher import SERVING, PatchError
 from tests.patcher.families import growing, left_padded, mixed, streaming, tiny, tokens
+from tests.patcher.oracle import CACHE
 from tests.patcher.runs import both, close, forward, generate, same_generation
 
 PLANS = {"streaming": streaming, "growing": growing, "mixed": mixed}
@@ -85,8 +86,15 @@ def test_continuous_batching_is_refused():
         assert "generate_batch" in SERVING
         for name in SERVING:
             if hasattr(type(model), name):
-                with pytest.raises(PatchError, match="continuous batching.*use model.generate"):
+                with pytest.raises(PatchError, match=r"continuous batching.*use model\.generate"):
                     getattr(model, name)([[1, 2, 3]])
+
+
+def checkpointing(model, on):
+    """5.24 renamed gradient to activation checkpointing."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    kind = "activation" if new else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
 
 
 def test_training_gradients_equal_the_oracles():
@@ -104,10 +112,11 @@ def test_training_gradients_equal_the_oracles():
         close(got, want)
         with hfsparse.patch(model, mixed(model)):
             close(gradients(model, {"use_cache": False}), want)
-            model.train().gradient_checkpointing_enable()
+            model.train()
+            checkpointing(model, True)
             close(gradients(model, {}), want)
     finally:
-        model.gradient_checkpointing_disable()
+        checkpointing(model, False)
         model.eval().zero_grad(set_to_none=True)
 
 
@@ -116,9 +125,9 @@ def test_generation_steps_with_gradients_on_give_the_same_logits():
     with hfsparse.patch(model, mixed(model)):
         with torch.no_grad():
             first = model(ids)
-            want = model(ids[:, :1], past_key_values=first.past_key_values).logits
+            want = model(ids[:, :1], **{CACHE: first.past_key_values}).logits
         first = model(ids)
-        got = model(ids[:, :1], past_key_values=first.past_key_values).logits
+        got = model(ids[:, :1], **{CACHE: first.past_key_values}).logits
     close(got.detach(), want)
 
 

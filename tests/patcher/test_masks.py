@@ -28,7 +28,7 @@ def test_holes_in_a_mask_are_refused(model):
     mask = ones(1, 30)
     mask[0, 10:12] = 0
     for run in (forward, generate):
-        with pytest.raises(ValueError, match="has holes or right padding.*padding_side = 'left'"):
+        with pytest.raises(ValueError, match=r"has holes or right padding.*padding_side = 'left'"):
             run(model, tokens(1, 30), mask)
 
 
@@ -50,7 +50,7 @@ def test_masks_of_more_dimensions_are_refused(model, shape, more):
 
 def test_packed_sequences_without_a_cache_are_refused(model):
     packed = torch.arange(15).repeat(2)[None]
-    with pytest.raises(ValueError, match="more than causal attention.*one sequence a row"):
+    with pytest.raises(ValueError, match=r"more than causal attention.*one sequence a row"):
         model(tokens(1, 30), position_ids=packed, use_cache=False)
 
 
@@ -61,12 +61,12 @@ def second_turn(model, mask):
 
 
 def test_a_second_turn_without_the_mask_is_refused(model):
-    with pytest.raises(CacheError, match="should hold.*earlier padding included"):
+    with pytest.raises(CacheError, match=r"should hold.*earlier padding included"):
         second_turn(model, None)
 
 
 def test_a_second_turn_with_the_new_tokens_mask_is_refused(model):
-    with pytest.raises(ValueError, match="covers 5 columns.*have 65"):
+    with pytest.raises(ValueError, match=r"covers 5 columns.*have 65"):
         second_turn(model, ones(3, 5))
 
 
@@ -79,7 +79,7 @@ def test_a_second_turn_with_other_padding_is_refused(model):
 def test_a_mask_wider_than_the_input_is_refused(model):
     wide = torch.cat([torch.zeros(1, 35), torch.ones(1, 5)], 1).long()
     for more in ({}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="covers 40 columns.*have 30"):
+        with pytest.raises(ValueError, match=r"covers 40 columns.*have 30"):
             model(tokens(1, 30), attention_mask=wide, **more)
 
 

@@ -1,12 +1,14 @@
 """Each way in which a patch could quietly not apply is seen: by an error or by other numbers.
 
-Every test here breaks one link of the patch on purpose. `holds` is what all equivalence tests
-rest on; it must fail, or the model must refuse to run.
+Every test here breaks one link of the patch on purpose: then the model refuses to run, or
+`holds`, the comparison that all equivalence tests rest on, fails.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -24,113 +26,108 @@ IDS, MASK = left_padded(260)
 
 @pytest.fixture
 def model():
-    return tiny("llama")
+    """A model of this test's own: it will be broken."""
+    return copy.deepcopy(tiny("llama"))
 
 
-def holds(model, plan) -> None:
-    """The patched model, as it is, equals the oracle of the plan."""
-    state = model.get_decoder().__dict__.pop("_hfsparse")
-    name = model.config._attn_implementation
-    hooks = [(d, dict(d)) for d in (model.model._forward_hooks, model.model._forward_pre_hooks)]
-    shadowed = model.__dict__.pop("_prepare_cache_for_generation")
-    for hook, _ in hooks:
-        hook.clear()
-    with oracle(model, plan):
-        want = generate(model, IDS, MASK, new=4, **whole_cache())
-    for hook, content in hooks:
-        hook.update(content)
-    model.config._attn_implementation_internal = name
-    model.get_decoder()._hfsparse = state
-    model._prepare_cache_for_generation = shadowed
-    same_generation(generate(model, IDS, MASK, new=4), want)
+@pytest.fixture
+def sparse(model):
+    """Its mixed plan, patched in."""
+    handle = hfsparse.patch(model, mixed(model))
+    yield handle
+    handle.undo()
 
 
-def test_the_check_holds_when_nothing_is_broken(model):
-    with hfsparse.patch(model, mixed(model)):
-        holds(model, mixed(model))
+@cache
+def truth(below=(0, 0, 0)):
+    model = tiny("llama")
+    with oracle(model, mixed(model, below)):
+        return generate(model, IDS, MASK, new=4, **whole_cache())
+
+
+def holds(model, below=(0, 0, 0)) -> None:
+    """The patched model, as it is, equals the oracle of the mixed plan."""
+    same_generation(generate(model, IDS, MASK, new=4), truth(below))
+
+
+def fails(model, plan, below=(0, 0, 0)) -> None:
+    """Another plan patched in is told from the mixed one."""
+    with hfsparse.patch(model, plan), pytest.raises(AssertionError):
+        holds(model, below)
+
+
+def test_the_check_holds_when_nothing_is_broken(model, sparse):
+    holds(model)
 
 
 def test_a_dense_answer_does_not_pass(model):
-    with hfsparse.patch(model), pytest.raises(AssertionError):
-        holds(model, mixed(model))
+    fails(model, None)
 
 
-def test_an_attention_name_that_is_not_used_is_noticed(model):
-    with (
-        hfsparse.patch(model, mixed(model)),
-        pytest.MonkeyPatch.context() as broken,
-    ):
-        broken.setattr(model.config, "_attn_implementation_internal", "sdpa")
-        with pytest.raises(patcher.PatchError, match="set to sdpa under an hfsparse patch"):
-            forward(model, IDS, MASK)
+def test_an_attention_name_that_is_not_used_is_noticed(model, sparse):
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(patcher.PatchError, match="set to sdpa under an hfsparse patch"):
+        forward(model, IDS, MASK)
 
 
-def test_one_layer_switched_back_is_noticed(model):
-    """A layer with a config of its own, set to sdpa behind the patch's back."""
-    import copy
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_layer_switched_back_is_noticed(model, sparse, index):
+    """A layer given a config of its own, behind the patch's back."""
+    other = copy.deepcopy(model.config)
+    other._attn_implementation_internal = "sdpa"
+    model.model.layers[index].self_attn.config = other
+    with pytest.raises(CacheError, match="another attention function reads it"):
+        forward(model, IDS)
 
-    layer = model.model.layers[1].self_attn
-    with hfsparse.patch(model, mixed(model)), pytest.MonkeyPatch.context() as broken:
-        other = copy.copy(model.config)
-        other._attn_implementation_internal = "sdpa"
-        broken.setattr(layer, "config", other)
-        with pytest.raises(CacheError, match="another attention function reads it"):
-            forward(model, IDS, MASK)
+
+def test_the_last_layer_switched_back_is_noticed(model, sparse):
+    """No later layer is there to see it: the next call finds the cache broken."""
+    other = copy.deepcopy(model.config)
+    other._attn_implementation_internal = "sdpa"
+    model.model.layers[-1].self_attn.config = other
+    with pytest.raises(CacheError, match="this cache is broken"):
+        generate(model, IDS)
 
 
 def test_a_layer_with_a_config_of_its_own_is_refused_by_patch(model):
-    import copy
-
-    with pytest.MonkeyPatch.context() as odd:
-        odd.setattr(model.model.layers[1].self_attn, "config", copy.deepcopy(model.config))
-        with pytest.raises(patcher.PatchError, match=r"layers \[1\] .* kept their own attention"):
-            hfsparse.patch(model, mixed(model))
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+    with pytest.raises(patcher.PatchError, match=r"layers \[1\] .* kept their own attention"):
+        hfsparse.patch(model, mixed(model))
     assert not patcher.is_patched(model)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_missing_hook_is_noticed(model):
-    """Without the hook the model makes a stock cache."""
-    handle = hfsparse.patch(model, mixed(model))
-    handle._patch.hooks[0].remove()
-    cache = forward(model, IDS, MASK).past_key_values
+def test_a_missing_hook_is_noticed(model, sparse):
+    """Without the hook the model makes a stock cache, and the second call is refused."""
+    model.model._forward_pre_hooks.clear()
+    cache = forward(model, IDS).past_key_values
     with pytest.raises(ValueError, match="got more keys than queries: this cache does not belong"):
-        forward(model, IDS[:, :1], torch.cat([MASK, MASK[:, :1]], 1), cache=cache)
-    handle.undo()
+        forward(model, IDS[:, :1], cache=cache)
 
 
-def test_a_missing_generate_wrapper_is_no_silent_loss(model):
+def test_a_missing_generate_wrapper_is_no_loss(model, sparse):
     """`_prepare_cache_for_generation` only reserves room; the hook alone gives the same answer."""
-    with hfsparse.patch(model, mixed(model)):
-        want = generate(model, IDS, MASK)
-        own = model.__dict__.pop("_prepare_cache_for_generation")
-        same_generation(generate(model, IDS, MASK), want)
-        model._prepare_cache_for_generation = own
+    wrapper = model.__dict__.pop("_prepare_cache_for_generation")
+    holds(model)
+    model._prepare_cache_for_generation = wrapper
 
 
-def test_another_attention_function_under_our_name_is_noticed(model):
-    with hfsparse.patch(model, mixed(model)):
-        AttentionInterface.register(attention.NAME, AttentionInterface()["sdpa"])
-        try:
-            with pytest.raises(CacheError, match="another attention function reads it"):
-                forward(model, IDS, MASK)
-        finally:
-            AttentionInterface.register(attention.NAME, attention.attend)
+def test_another_attention_function_under_our_name_is_noticed(model, sparse):
+    AttentionInterface.register(attention.NAME, AttentionInterface()["sdpa"])
+    try:
+        with pytest.raises(CacheError, match="another attention function reads it"):
+            forward(model, IDS)
+    finally:
+        AttentionInterface.register(attention.NAME, attention.attend)
 
 
-def test_an_ignored_padding_mask_is_noticed(model, monkeypatch):
-    with hfsparse.patch(model, mixed(model)):
-        monkeypatch.setitem(
-            AttentionMaskInterface._global_mapping, attention.NAME, lambda *a, **kw: None
-        )
+def test_an_ignored_padding_mask_is_noticed(model, sparse):
+    AttentionMaskInterface.register(attention.NAME, lambda *args, **kwargs: None)
+    try:
         with pytest.raises(AssertionError):
-            holds(model, mixed(model))
-
-
-def swapped(plan, **changes):
-    return dataclasses.replace(
-        plan, layers=tuple(dataclasses.replace(each, **changes) for each in plan.layers)
-    )
+            holds(model)
+    finally:
+        AttentionMaskInterface.register(attention.NAME, attention.mask_start)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -138,11 +135,8 @@ def test_a_layer_with_another_layers_words_is_noticed(model, index):
     plan = mixed(model)
     layers = list(plan.layers)
     layers[index] = layers[(index + 1) % 3]
-    with (
-        hfsparse.patch(model, dataclasses.replace(plan, layers=tuple(layers))),
-        pytest.raises(AssertionError),
-    ):
-        holds(model, plan)
+    assert layers[index] != plan.layers[index]
+    fails(model, dataclasses.replace(plan, layers=tuple(layers)))
 
 
 def test_prefill_words_swapped_between_heads_are_noticed(model):
@@ -153,11 +147,7 @@ def test_prefill_words_swapped_between_heads_are_noticed(model):
     words[free[0]], words[free[1]] = words[free[1]], words[free[0]]
     assert words != list(first.prefill)
     other = (dataclasses.replace(first, prefill=tuple(words)), *plan.layers[1:])
-    with (
-        hfsparse.patch(model, dataclasses.replace(plan, layers=other)),
-        pytest.raises(AssertionError),
-    ):
-        holds(model, plan)
+    fails(model, dataclasses.replace(plan, layers=other))
 
 
 @pytest.mark.parametrize("name", ["s", "vs", "blocks", "quest"])
@@ -171,19 +161,15 @@ def test_a_pattern_ignored_is_noticed(model, name):
         "quest": dict(share=1.0),
     }[name]
     patterns = {**plan.patterns, name: dataclasses.replace(plan.patterns[name], **everything)}
-    with (
-        hfsparse.patch(model, dataclasses.replace(plan, patterns=patterns)),
-        pytest.raises(AssertionError),
-    ):
-        holds(model, plan)
+    fails(model, dataclasses.replace(plan, patterns=patterns))
 
 
 @pytest.mark.parametrize("which", ["prefill", "decode", "cache"])
 def test_a_threshold_ignored_is_noticed(model, which):
-    limits = {"prefill": 0, "decode": 0, "cache": 0, which: 9999}
-    plan = mixed(model, below=tuple(limits[key] for key in ("prefill", "decode", "cache")))
-    with hfsparse.patch(model, mixed(model)), pytest.raises(AssertionError):
-        holds(model, plan)
+    below = tuple(9999 if each == which else 0 for each in ("prefill", "decode", "cache"))
+    fails(model, mixed(model), below)
+    with hfsparse.patch(model, mixed(model, below)):
+        holds(model, below)
 
 
 def test_a_ring_that_keeps_everything_is_noticed(model):
@@ -199,11 +185,8 @@ def test_a_ring_that_keeps_everything_is_noticed(model):
 def test_our_name_without_a_plan_is_refused(model):
     hfsparse.patch(model).undo()
     model.set_attn_implementation(attention.NAME)
-    try:
-        with pytest.raises(ValueError, match="set to hfsparse without a plan: choose another"):
-            forward(model, IDS, MASK)
-    finally:
-        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="set to hfsparse without a plan: choose another"):
+        forward(model, IDS, MASK)
 
 
 def test_close_fails_on_a_difference_and_on_nan():

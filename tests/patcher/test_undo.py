@@ -23,6 +23,7 @@ from hfsparse.patcher import PatchError, is_patched
 from hfsparse.plan import PlanMismatch
 from tests.patcher.families import (
     FAMILIES,
+    fresh,
     full,
     left_padded,
     mixed,
@@ -63,7 +64,7 @@ def test_the_full_plan_generates_the_unpatched_models_tokens(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_undo_leaves_nothing_and_logits_are_bit_equal(family, implementation):
-    model, ids = copy.deepcopy(tiny(family)), tokens(2, 90)
+    model, ids = fresh(family), tokens(2, 90)
     model.set_attn_implementation(implementation)
     before, logits = trace(model), forward(model, ids).logits
     handle = hfsparse.patch(model, mixed(model))
@@ -90,9 +91,14 @@ def test_a_plan_is_taken_from_its_file(tmp_path):
 def test_leaving_the_context_undoes_the_patch_also_after_an_exception():
     model, ids = tiny("llama"), tokens(1, 50)
     before, logits = trace(model), forward(model, ids).logits
-    with pytest.raises(KeyError), hfsparse.patch(model, mixed(model)):
-        forward(model, ids)
-        raise KeyError
+
+    def fail_inside():
+        with hfsparse.patch(model, mixed(model)):
+            forward(model, ids)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert trace(model) == before
     assert torch.equal(forward(model, ids).logits, logits)
 
@@ -173,10 +179,12 @@ def refused_models():
     yield "attend to later ones", BertForMaskedLM(BertConfig(**small))
 
 
-@pytest.mark.parametrize(("why", "model"), refused_models(), ids=["t5", "mla", "llama4", "bert"])
+@pytest.mark.parametrize(
+    ("why", "model"), list(refused_models()), ids=["t5", "mla", "llama4", "bert"]
+)
 def test_an_unsupported_model_is_refused_and_left_alone(why, model):
     before = trace(model)
-    with pytest.raises(PatchError, match=f"can't be patched: .*{why}.*Supported: "):
+    with pytest.raises(PatchError, match=rf"can't be patched: .*{why}.*Supported: "):
         hfsparse.patch(model)
     assert trace(model) == before
 
@@ -206,7 +214,7 @@ def test_a_ring_in_a_layer_with_its_own_window_is_refused_and_the_model_left_alo
     rings = plan_of(
         model, lambda i, w: (["s"] * 4, ["s"] * 2, ["ring"] * 2), s=("streaming", dict(recent=5))
     )
-    with pytest.raises(PatchError, match="own window of 40 tokens.*write full"):
+    with pytest.raises(PatchError, match=r"own window of 40 tokens.*write full"):
         hfsparse.patch(model, rings)
     assert trace(model) == before
 

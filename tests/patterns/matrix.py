@@ -1,4 +1,4 @@
-"""One row a pattern and a selector: settings worth testing, and for patterns the plain mask they mean.
+"""One row a pattern and a selector: settings worth testing, and the plain mask a pattern means.
 
 An oracle sees one row and one head, without padding: q `[Q, D]`, k `[S, D]`, queries at positions
 `S - Q ..`. It answers two boolean `[Q, S]` masks in double precision, written from the definition:

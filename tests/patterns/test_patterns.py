@@ -38,9 +38,7 @@ def shapes():
 def made(shape, **more):
     length, past, rows, group, block = shape
     kv_heads = 1 if group == 8 or length > 1000 else 2
-    return batch(
-        length, past=past, rows=rows, group=group, kv_heads=kv_heads, block=block, **more
-    )
+    return batch(length, past=past, rows=rows, group=group, kv_heads=kv_heads, block=block, **more)
 
 
 def test_every_pattern_and_selector_has_a_row_in_the_matrix():

@@ -48,7 +48,7 @@ def test_a_pages_bound_is_not_below_the_score_of_any_of_its_keys(seed, length, g
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pages_equal_the_plain_definition(name, group, queries):
-    """Forced pages, then the best votes: the largest softmax of bounds over the group and its queries."""
+    """Forced pages, then the best votes: the group's largest softmax of bounds over all queries."""
     quest = SETTINGS[name]
     q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17], queries, group)
     scale = 0.7

@@ -1,0 +1,117 @@
+"""The main job on a real model, start to end: profile → show → generate → eval, then one table.
+
+    make demo            # = python benchmarks/demo.py --model .cache/smollm2 --out demo-out
+
+Runs the commands a user would run, prints each, and ends with dense and sparse side by side.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import hfsparse
+from hfsparse.cli import app
+from hfsparse.loading import load
+from hfsparse.plan import Plan
+from hfsparse_eval.generate import answer
+from hfsparse_eval.report import cells
+from hfsparse_eval.results import parse
+from hfsparse_eval.runner import session
+from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.tasks import TASKS
+
+LENGTH, SAMPLES = 2048, 8
+TASK_NAMES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
+BUDGETS = "--prefill-density 0.4 --cache-share 0.45 --decode-share 0.3"
+NEW_TOKENS = 32  # an answer is a number of seven digits
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of SmolLM2-135M-Instruct.")],
+    out: Annotated[Path, typer.Option(help="Where plan, pictures and tables go.")],
+) -> None:
+    start = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    plan, results = out / "plan.yaml", out / "eval"
+    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 4 {BUDGETS}")
+    command(f"show {plan} --png {out / 'heads.png'}")
+    command(f"check {plan} {model}")
+    side_by_side(str(model), Plan.load(plan))
+    command(
+        f"eval ruler {model} --plan {plan} --lengths {LENGTH} --samples {SAMPLES} "
+        f"--tasks {','.join(TASK_NAMES)} --max-new-tokens {NEW_TOKENS} -o {results}"
+    )
+    depths = "--depths 0,50,100 --samples 1"
+    command(
+        f"eval needle {model} --plan {plan} --lengths {LENGTH // 2},{LENGTH} {depths} "
+        f"--max-new-tokens {NEW_TOKENS} -o {out / 'needle'}"
+    )
+    lines = parse((results / "results.jsonl").read_text("utf-8"), results)
+    table = summary(lines, Plan.load(plan).hash())
+    (out / "demo.md").write_text(table + facts(start), encoding="utf-8")
+    print(f"\n{table}{facts(start)}\nplan, pictures and reports: {out}/")
+
+
+def command(line: str) -> None:
+    """Run one hfsparse command as the shell would."""
+    print(f"\n$ hfsparse {line}", flush=True)
+    app(shlex.split(line), prog_name="hfsparse", standalone_mode=False)
+
+
+def side_by_side(folder: str, plan: Plan) -> None:
+    """One needle prompt, answered by the model as it is and under the plan."""
+    model, tokenizer = load(folder)
+    task = TASKS["niah_single_2"]
+    suite = Suite([task], [LENGTH], 1, Prompter(tokenizer, "auto"), 1, (50.0,))
+    sample = suite.sample(suite.cases[0])
+    dense = answer(model, tokenizer, sample, NEW_TOKENS)
+    with hfsparse.patch(model, plan) as handle:
+        sparse = answer(model, tokenizer, sample, NEW_TOKENS)
+        stats = handle.stats()
+    again = answer(model, tokenizer, sample, NEW_TOKENS)
+    rows = Table("", "answer", "seconds", title=f"needle in {len(sample.ids)} tokens")
+    rows.add_row("hidden", sample.answers[0], "")
+    for name, said in (("dense", dense), ("under the plan", sparse), ("after undo", again)):
+        rows.add_row(name, said.text.strip(), f"{said.seconds:.1f}")
+    Console().print(rows)
+    print(str(stats).splitlines()[0])
+
+
+def summary(lines: list[dict], plan: str) -> str:
+    """The closing table, in Markdown, from the eval's result lines."""
+    rows = [
+        "| task | dense | sparse | pair density | cache share | seconds dense | seconds sparse |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def mean(arm: list[dict], name: str) -> float:
+        return sum(line[name] for line in arm) / len(arm)
+
+    for cell in cells(lines, plan)[0]:
+        right = [f"{sum(x['score'] for x in arm):g}/{len(arm)}" for arm in (cell.dense, cell.sparse)]
+        shares = [f"{mean(cell.sparse, name):.2f}" for name in ("pair_density", "cache_share")]
+        times = [f"{mean(arm, 'seconds'):.1f}" for arm in (cell.dense, cell.sparse)]
+        rows.append("| " + " | ".join([cell.task, *right, *shares, *times]) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def facts(start: float) -> str:
+    """What and where it was measured."""
+    where = session(torch.device("cpu"))
+    versions = ", ".join(f"{k} {where[k]}" for k in ("python", "torch", "transformers", "hfsparse"))
+    return (
+        f"\nSmolLM2-135M-Instruct, float32, {LENGTH} tokens, {SAMPLES} samples a task. "
+        f"{where['machine']}; {versions}. The whole demo took {time.time() - start:.0f} s.\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,112 @@
+"""profile(): from a tiny model to a plan, resumed runs, refused settings."""
+
+import pytest
+
+import hfsparse
+from hfsparse import profiler
+from hfsparse.loading import UsageError
+from hfsparse.plan import Plan
+from tests import tiny
+
+SETTINGS = dict(lengths=(512,), samples=2, cache_share=0.7, decode_share=0.6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama(window=1024)
+
+
+@pytest.fixture(scope="module")
+def plan(model):
+    return hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
+
+
+def test_a_plan_meets_its_budgets_and_says_what_it_expects(model, plan):
+    plan.check(model)
+    expected = plan.expected[512]
+    assert expected["pair_density"] <= 0.4 + 1e-3
+    assert expected["cache_share"] <= 0.7 + 1e-3
+    assert expected["decode_share"] <= 0.6 + 1e-3
+    assert 0.3 < expected["recall"] < 1
+    assert plan.made["method"] == "minference"
+    assert plan.made["samples"] == 2
+
+
+def test_what_a_plan_expects_is_what_the_patched_model_measures(model, plan):
+    prompt = profiler.prompts_of(tiny.tokenizer(), 512, 2, 3)[0]
+    with hfsparse.patch(model, plan) as handle:
+        model(prompt.ids)
+        stats = handle.stats()
+    assert stats.pair_density == pytest.approx(plan.expected[512]["pair_density"], abs=0.03)
+    assert stats.block_density == pytest.approx(plan.expected[512]["block_density"], abs=0.03)
+    assert stats.cache_share == pytest.approx(plan.expected[512]["cache_share"], abs=0.03)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, monkeypatch):
+    out, seen = tmp_path / "plan.yaml", []
+    measure = profiler._measure
+
+    def killed(*args):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return measure(*args)
+
+    monkeypatch.setattr(profiler, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    assert not out.exists()
+    again = []
+    monkeypatch.setattr(profiler, "_measure", lambda *args: again.append(1) or measure(*args))
+    resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    assert len(again) == 1  # the first of two prompts was not measured twice
+    assert resumed.hash() == plan.hash() == Plan.load(out).hash()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_measurements_of_other_settings_are_not_taken_up(model, tmp_path, monkeypatch):
+    out = tmp_path / "plan.yaml"
+    parts = profiler._Parts(out, "other settings")
+    parts.get(0, lambda: {"pattern_recall": [[1.0]]})
+    counted, measure = [], profiler._measure
+    monkeypatch.setattr(profiler, "_measure", lambda *args: counted.append(1) or measure(*args))
+    hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    assert len(counted) == 2
+
+
+def test_profiling_leaves_the_model_as_it_was(model, plan):
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="not patched"):
+        hfsparse.unpatch(model)
+
+
+def test_layers_with_a_window_of_their_own_stay_full():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=400, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = Gemma3TextConfig(**sizes, **heads, sliding_window=64, layer_types=kinds)
+    model = Gemma3ForCausalLM(config).eval()
+    plan = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
+    assert {*plan.layers[0].prefill, *plan.layers[0].cache, *plan.layers[0].decode} == {"full"}
+    assert {*plan.layers[1].cache} != {"full"}
+    with hfsparse.patch(model, plan):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(lengths=()), "no lengths given"),
+        (dict(lengths=(4096,)), "the model's window is 1024"),
+        (dict(lengths=(128,)), "give 256 tokens or more"),
+        (dict(samples=0), "give 1 or more"),
+        (dict(method="magic"), "there is minference"),
+        (dict(cache_share=0.05), "Give larger budgets"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused_in_a_sentence(model, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **settings})

@@ -1,0 +1,432 @@
+"""The cache layer against a plain history of every key, through any sequence of what callers do."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import hfsparse
+from hfsparse.attention import STEP
+from hfsparse.cache import SLACK, CacheError, Full, Group, Layer, Ring, enter
+from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Layer as Words
+from hfsparse.plan import ModelId, Plan
+from hfsparse.selectors.quest import Quest
+from tests.tiny import llama
+
+GROUPS = (
+    Group((0,), Band(3, 10)),
+    Group((1, 3), FULL, Quest()),
+    Group((2,), Streaming(5, 6, 0.25).band),
+    Group((4,), FULL),
+)
+HEADS, DIM = 5, 3
+
+
+def layer(below: int = 0, reserve: int = 0, groups=GROUPS) -> Layer:
+    return Layer("plan", groups, below, reserve)
+
+
+def append(to: Layer, k, v, starts=None, check: bool = True) -> None:
+    """As the attention function does it, columns in: row-relative, then into every store."""
+    enter("plan")
+    to.update(k, v)
+    enter(None)
+    past, new = to.advance(starts, k.shape[2])
+    k, v = (row_relative(t, new) for t in (k, v))
+    for store in to.stores:
+        heads = store.group.heads
+        if check and isinstance(store, Ring) and any(past):
+            check_chunk(store, k[:, heads], v[:, heads], past, new)
+        store.append(k[:, heads], v[:, heads], past, new)
+        if check and isinstance(store, Ring) and max(new) <= STEP:
+            check_step(store, past, new)
+
+
+def row_relative(t, new: list[int]):
+    """Padded rows moved to column 0, NaN behind them."""
+    out = torch.full_like(t, torch.nan)
+    for b, n in enumerate(new):
+        out[b, :, :n] = t[b, :, t.shape[2] - n :]
+    return out
+
+
+def window(band: Band, position: int) -> set[int]:
+    """Positions read by a query, from the definition."""
+    span = band.recent + position * band.rate // 65536
+    return {p for p in range(position + 1) if p < band.sink or p > position - span}
+
+
+def needed(store: Ring, length: int) -> set[int]:
+    """Positions that the next query of a row reads beside its own."""
+    short = length + 1 < store.below
+    return set(range(length)) if short else window(store.band, length) - {length}
+
+
+def check_step(ring: Ring, past, new) -> None:
+    """A few new tokens are stored, then read what is held: none of their windows has a gap."""
+    total = [p + n for p, n in zip(past, new, strict=True)]
+    for p, n, at in zip(past, total, ring.positions(total).tolist(), strict=True):
+        for query in range(p, n):
+            assert window(ring.band, query) <= set(at)
+        if n < ring.below:
+            assert set(range(n)) <= set(at)
+
+
+def check_chunk(ring: Ring, k, v, past, new) -> None:
+    """A chunk finds each key of its window once, in whichever block, and nothing else."""
+    total = [p + n for p, n in zip(past, new, strict=True)]
+    plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], k.shape[2], 16)
+    held, _, grid = ring.with_chunk(k, v, past, new, plain)
+    mask = BlockLists.of(grid, 1, band=ring.band).mask()
+    for b, (p, n) in enumerate(zip(past, new, strict=True)):
+        at = grid.key_pos[b]
+        for i in range(n):
+            read = at[mask[b, 0, i]].tolist()
+            assert sorted(read) == sorted(window(ring.band, p + i))
+        fresh = at >= p
+        assert torch.equal(held[b, :, fresh], k[b][:, at[fresh] - p])
+        if total[b] < ring.below:
+            assert sorted(at[at >= 0].tolist()) == list(range(total[b]))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random walks: `history[b]` holds all keys and values of row b, `[2, HEADS, n, DIM]`."""
+
+    @initialize(
+        below=st.sampled_from([0, 60, 150]),
+        reserve=st.sampled_from([0, 200]),
+        pads=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+        seed=st.integers(0, 1000),
+    )
+    def start(self, below, reserve, pads, seed):
+        self.layer = layer(below, reserve)
+        self.made = torch.Generator().manual_seed(seed)
+        self.starts = [n - min(pads) for n in pads]
+        self.history = [torch.zeros(2, HEADS, 0, DIM) for _ in pads]
+        self.seen = self.undone = 0  # columns; tokens taken back since the last append
+        self.exact = True  # page summaries are up to date
+
+    @rule(columns=st.integers(1, 70))
+    def append(self, columns):
+        B = len(self.history)
+        new = torch.randn(2, B, HEADS, columns, DIM, generator=self.made)
+        self.seen += columns
+        for b, start in enumerate(self.starts):
+            real = min(columns, max(self.seen - start, 0))
+            tail = new[:, b, :, columns - real :]
+            self.history[b] = torch.cat([self.history[b], tail], 2)
+        starts = [min(start, self.seen) for start in self.starts] if any(self.starts) else None
+        append(self.layer, new[0], new[1], starts)
+        self.undone, self.exact = 0, True
+        self.check_summaries()
+
+    def check_summaries(self):
+        store = self.layer.stores[1]
+        for b, row in enumerate(self.history):
+            for page, keys in enumerate(row[0, (1, 3)].split(PAGE, 1)):
+                if keys.shape[1]:
+                    assert torch.equal(store.low[b, :, page], keys.amin(1))
+                    assert torch.equal(store.high[b, :, page], keys.amax(1))
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def crop(self, data):
+        drop = data.draw(st.integers(1, min(self.seen, SLACK)) | st.integers(1, self.seen))
+        rows = [max(row.shape[2] - drop, 0) for row in self.history]
+        rings = [store for store in self.layer.stores if isinstance(store, Ring)]
+        held = [ring.positions(self.layer.rows).tolist() for ring in rings]
+        kept = all(
+            needed(ring, n) <= set(at[b])
+            for ring, at in zip(rings, held, strict=True)
+            for b, n in enumerate(rows)
+        )
+        assert kept or drop + self.undone > SLACK, "tokens within the slack can't be taken back"
+        length = data.draw(
+            st.sampled_from([-drop, self.seen - drop]) if drop < self.seen else st.just(-drop)
+        )
+        if not kept:
+            before = self.snapshot()
+            with pytest.raises(CacheError, match="Start again"):
+                self.layer.crop(length)
+            assert before == self.snapshot()
+            return
+        self.layer.crop(length)
+        self.seen, self.undone = self.seen - drop, self.undone + drop
+        self.history = [row[:, :, :n] for row, n in zip(self.history, rows, strict=True)]
+
+    def snapshot(self):
+        tensors = [t.tolist() for store in self.layer.stores for t in store.tensors()]
+        lows = [store.low for store in self.layer.stores if isinstance(store, Ring)]
+        return self.layer.seen, list(self.layer.rows), [list(low) for low in lows], str(tensors)
+
+    def pick(self, rows):
+        self.history = [self.history[b] for b in rows]
+        self.starts = [self.starts[b] for b in rows]
+
+    @rule(data=st.data())
+    def reorder(self, data):
+        B = len(self.history)
+        rows = data.draw(st.lists(st.integers(0, B - 1), min_size=B, max_size=B))
+        self.layer.reorder_cache(torch.tensor(rows))
+        self.pick(rows)
+
+    @precondition(lambda self: len(self.history) <= 2)
+    @rule()
+    def repeat(self):
+        self.layer.batch_repeat_interleave(2)
+        self.pick([b for b in range(len(self.history)) for _ in (0, 1)])
+
+    @precondition(lambda self: len(self.history) > 1)
+    @rule(data=st.data())
+    def select(self, data):
+        rows = data.draw(st.sets(st.integers(0, len(self.history) - 1), min_size=1).map(sorted))
+        self.layer.batch_select_indices(torch.tensor(rows))
+        self.pick(rows)
+
+    @rule()
+    def reset(self):
+        self.layer.reset()
+        self.history = [row[:, :, :0] for row in self.history]
+        self.seen = self.undone = 0
+
+    @invariant()
+    def lengths_are_those_of_the_history(self):
+        assert self.layer.get_seq_length() == self.seen
+        if self.layer.is_initialized:
+            assert self.layer.rows == [row.shape[2] for row in self.history]
+
+    @invariant()
+    def full_stores_hold_the_history(self):
+        if not self.layer.is_initialized:
+            return
+        for store in self.layer.stores:
+            if isinstance(store, Full):
+                k, v = store.view(max(self.layer.rows))
+                for b, row in enumerate(self.history):
+                    held = torch.stack([k[b], v[b]])[:, :, : row.shape[2]]
+                    assert torch.equal(held, row[:, store.group.heads])
+
+    @invariant()
+    def rings_hold_what_the_next_query_needs(self):
+        if not self.layer.is_initialized:
+            return
+        for store in self.layer.stores:
+            if not isinstance(store, Ring):
+                continue
+            for b, at in enumerate(store.positions(self.layer.rows)):
+                row = self.history[b]
+                assert len(at) == store.k.shape[2]
+                held = at[at >= 0].tolist()
+                assert len(held) == len(set(held)), "a position lies in two slots"
+                assert needed(store, row.shape[2]) <= set(held) <= set(range(row.shape[2]))
+                ours = torch.stack([store.k[b], store.v[b]])[:, :, at >= 0]
+                assert torch.equal(ours, row[:, store.group.heads][:, :, held])
+
+    @invariant()
+    def bytes_are_those_of_the_storages(self):
+        tensors = [t for store in self.layer.stores for t in store.tensors()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        assert self.layer.bytes() == sum(s.nbytes() for s in storages.values())
+
+
+TestTheCacheEqualsAPlainHistory = CacheMachine.TestCase
+TestTheCacheEqualsAPlainHistory.settings = settings(
+    max_examples=100, stateful_step_count=20, deadline=None
+)
+
+
+def filled(tokens: int, by: int = 0, below: int = 0, groups=GROUPS, pads=None) -> Layer:
+    """A cache that has seen so many columns, all at once or `by` at a time; keys are positions."""
+    it = layer(below, groups=groups)
+    heads = sum(len(group.heads) for group in groups)
+    for at in range(0, tokens, by or tokens):
+        n = min(by or tokens, tokens - at)
+        k = torch.arange(at, at + n)[None, None, :, None].float().expand(1, heads, n, DIM)
+        append(it, k, k, pads and [min(p, at + n) for p in pads])
+    return it
+
+
+# -- rings and `below` ---------------------------------------------------------------------------
+
+
+def test_a_ring_drops_nothing_until_its_row_passes_below_and_then_trims_once():
+    it = layer(below=200, groups=(Group((0,), Band(3, 10)),))
+    (ring,) = it.stores
+    sizes = []
+    for n in range(1, 400):
+        key = torch.full((1, 1, 1, DIM), float(n))
+        append(it, key, key)
+        at = ring.positions(it.rows)[0]
+        if n < 200:
+            assert sorted(at[at >= 0].tolist()) == list(range(n))
+        sizes.append(ring.size)
+    shrunk = [n for n, (a, b) in enumerate(pairwise(sizes)) if b < a]
+    assert len(shrunk) == 1
+    assert 200 <= shrunk[0] <= 200 + SLACK + 1
+    assert sizes[-1] == 10 + SLACK
+
+
+@pytest.mark.parametrize("below", [0, 200])
+def test_as_many_tokens_as_the_slack_can_be_taken_back_anywhere(below):
+    for tokens in (50, 199, 200, 201, 230, 240, 500):
+        it = filled(tokens, below=below)
+        it.crop(-SLACK)
+        assert it.rows == [tokens - SLACK]
+        append(it, *torch.zeros(2, 1, HEADS, 2, DIM))
+
+
+def test_a_crop_past_the_slack_raises_and_changes_nothing():
+    it = filled(300)
+    before = [t.clone() for store in it.stores for t in store.tensors()]
+    with pytest.raises(CacheError, match=r"cannot go back to 200 tokens.*32 tokens.*Start again"):
+        it.crop(-100)
+    assert (it.seen, it.rows) == (300, [300])
+    after = [t for store in it.stores for t in store.tensors()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    append(it, *torch.zeros(2, 1, HEADS, 1, DIM))
+
+
+def test_a_chunk_after_a_crop_into_the_sink_sees_all_of_itself():
+    it = filled(300)
+    it.crop(-298)
+    append(it, *torch.randn(2, 1, HEADS, 60, DIM))  # checks the chunk's keys itself
+
+
+def test_crop_says_how_many_tokens_stay_or_go():
+    for length, left in ((-3, 47), (47, 47), (0, 50), (50, 50), (60, 50), (-50, 0), (-70, 0)):
+        it = filled(50)
+        it.crop(length)
+        assert it.get_seq_length() == left
+        assert it.rows == [left]
+
+
+# -- growth --------------------------------------------------------------------------------------
+
+
+def test_single_tokens_are_stored_without_copying_the_row():
+    """4,096 single appends: a buffer moves a logarithmic number of times, seldom near the end."""
+    it, moves = layer(), {}
+    key = torch.zeros(1, HEADS, 1, DIM)
+    for n in range(1, 4097):
+        append(it, key, key, check=False)
+        for i, store in enumerate(it.stores):
+            for j, t in enumerate(store.tensors()):
+                places = moves.setdefault((i, j), [])
+                if not places or places[-1][1] != t.data_ptr():
+                    places.append((n, t.data_ptr()))
+    for (i, _), places in moves.items():
+        late = [n for n, _ in places if n > 2048]
+        ring = it.stores[i]
+        assert len(places) <= 32
+        assert len(late) <= 8 if isinstance(ring, Full) or ring.band.rate else not late
+    for store in it.stores:
+        if isinstance(store, Full):
+            assert store.k.shape[2] <= 4096 * 9 // 8 + PAGE
+
+
+def test_room_for_the_whole_generation_is_reserved_at_once():
+    it = layer(reserve=1000)
+    append(it, *torch.zeros(2, 1, HEADS, 100, DIM))
+    places = [t.data_ptr() for t in it.stores[3].tensors()]
+    for _ in range(900):
+        append(it, *torch.zeros(2, 1, HEADS, 1, DIM), check=False)
+    assert it.stores[3].k.shape[2] == 1024
+    assert [t.data_ptr() for t in it.stores[3].tensors()] == places
+
+
+# -- page summaries ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [1, 5, 36, 64, 100, 163])
+def test_page_summaries_forget_what_was_taken_back(crop):
+    """200 tokens, some of them loud and taken back: the next token's page knows nothing of them."""
+    it = layer(groups=(Group((0, 1), FULL, Quest()),))
+    keys = torch.randn(1, 2, 200, DIM)
+    keys[:, :, -crop:] *= 100
+    append(it, keys, keys)
+    it.crop(-crop)
+    append(it, *torch.zeros(2, 1, 2, 1, DIM))
+    (store,) = it.stores
+    left = torch.cat([keys[:, :, : 200 - crop], torch.zeros(1, 2, 1, DIM)], 2)
+    for page, keys in enumerate(left.split(PAGE, 2)):
+        assert torch.equal(store.low[:, :, page], keys.amin(2))
+        assert torch.equal(store.high[:, :, page], keys.amax(2))
+
+
+# -- who may use a cache -------------------------------------------------------------------------
+
+
+def test_a_cache_of_another_patch_is_refused():
+    it = filled(5)
+    for owner in (None, "another plan"):
+        enter(owner)
+        with pytest.raises(CacheError, match="start again from the prompt"):
+            it.update(*torch.zeros(2, 1, HEADS, 1, DIM))
+    enter(None)
+    assert it.seen == 5
+
+
+def test_another_batch_size_is_refused():
+    it = filled(5)
+    enter("plan")
+    with pytest.raises(CacheError, match="holds 1 rows and the input has 2"):
+        it.update(*torch.zeros(2, 2, HEADS, 1, DIM))
+    enter(None)
+    assert it.seen == 5
+
+
+def test_a_mask_that_forgets_the_padding_is_refused():
+    it = filled(20, pads=[7])
+    assert it.rows == [13]
+    with pytest.raises(CacheError, match="pass the mask of the whole conversation"):
+        append(it, *torch.zeros(2, 1, HEADS, 1, DIM))
+
+
+# -- bytes ---------------------------------------------------------------------------------------
+
+
+def held_bytes(layers) -> int:
+    """Bytes of the storages behind all tensors."""
+    tensors = [t for it in layers for store in it.stores for t in store.tensors()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+HALF = (Group((0,), Band(64, 256)), Group((1,), FULL, Quest()))
+
+
+@pytest.mark.parametrize(
+    ("first", "reserve", "share"),
+    [(4096, 0, 0.58), (3000, 4096, 0.58), (3000, 0, 0.62)],
+    ids=["one_prompt", "generation_of_known_length", "growing_by_an_eighth"],
+)
+def test_half_the_heads_streaming_hold_little_more_than_half(first, reserve, share):
+    """4,096 tokens, at once or single ones behind a prompt; page summaries are counted."""
+    it = layer(reserve=reserve, groups=HALF)
+    append(it, *torch.zeros(2, 1, 2, first, DIM))
+    for _ in range(4096 - first):
+        append(it, *torch.zeros(2, 1, 2, 1, DIM), check=False)
+    assert it.dense_bytes() == 4096 * 2 * 2 * DIM * 4
+    assert it.bytes() == held_bytes([it])
+    assert 0.5 < it.bytes() / it.dense_bytes() <= share
+
+
+def test_stats_of_a_patched_model_agree_with_its_tensors():
+    model = llama(window=8192)
+    words = Words(("stream", "stream", "full", "full"), ("stream", "full"), ("ring", "quest"))
+    patterns = {"stream": Streaming(64, 256), "quest": Quest()}
+    plan = Plan(ModelId.of(model), patterns, (words, words))
+    ids = torch.arange(4096)[None] % 400
+    with hfsparse.patch(model, plan) as handle, torch.no_grad():
+        cache = model(ids, logits_to_keep=1).past_key_values
+        stats = handle.stats()
+        assert stats.kv_bytes == held_bytes(cache.layers)
+        assert stats.kv_bytes_dense == 2 * 4096 * 2 * 2 * 16 * 4
+        assert 0.5 < stats.cache_share <= 0.58
+        ring, full = stats.layers[1].kv_bytes
+        assert ring < 0.1 * full
