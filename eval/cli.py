@@ -87,7 +87,10 @@ def needle(
     with one_line_errors():
         places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
         run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
-        run.go(_tasks(task, GRID_TASKS), places, device, dtype, chat.value)
+        chosen = _tasks(task, GRID_TASKS)
+        if len(chosen) > 1:
+            raise UsageError(f"task is {task}: a grid is of one task")
+        run.go(chosen, places, device, dtype, chat.value)
 
 
 class Run:

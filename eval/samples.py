@@ -158,7 +158,7 @@ class Suite:
     ):
         if count < 1:
             raise UsageError(f"samples is {count}: give 1 or more")
-        tasks, depths = list(tasks), list(depths)
+        tasks, depths = list(tasks), list(dict.fromkeys(depths))
         self.makers: dict[tuple[str, int], Maker] = {}
         self.cases: list[Case] = []
         for length in sorted(set(lengths)):

@@ -103,13 +103,14 @@ def mask_start(
     mask_function=None,
     **kwargs,
 ) -> Tensor | None:
-    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask is built."""
+    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask."""
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     if not allow_is_causal_skip or bidirectional:
         raise ValueError(
-            "this call asks for more than causal attention (packed sequences, prefix or image blocks, "
-            "bidirectional). hfsparse follows causal and sliding-window attention only: pass one "
-            "sequence a row with an attention_mask, or run it on the unpatched model (handle.undo())."
+            "this call asks for more than causal attention (packed sequences, prefix or image "
+            "blocks, bidirectional). hfsparse follows causal and sliding-window attention only: "
+            "pass one sequence a row with an attention_mask, or run it on the unpatched model "
+            "(handle.undo())."
         )
     if attention_mask is None or attention_mask.ndim == 1:
         return attention_mask
@@ -118,8 +119,8 @@ def mask_start(
     columns = kv_length if q_length is None else q_offset + q_length
     if columns is not None and attention_mask.shape[1] != columns:
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} columns, past and input together have "
-            f"{int(columns)}: pass the mask of the whole conversation, no more and no less"
+            f"attention_mask covers {attention_mask.shape[1]} columns, past and input together "
+            f"have {int(columns)}: pass the mask of the whole conversation, no more and no less"
         )
     real = attention_mask.bool()
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
@@ -143,7 +144,10 @@ def attend(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of query `[B, Hq, Q, D]` over the cache and key, value `[B, Hkv, Q, D]`: `[B, Q, Hq, Dv]`."""
+    """Attention of query `[B, Hq, Q, D]` over the cache and key, value `[B, Hkv, Q, D]`.
+
+    Returns `[B, Q, Hq, Dv]`.
+    """
     plan: LayerPlan | None = getattr(module, "_hfsparse", None)
     if plan is None:
         raise ValueError(
@@ -196,8 +200,9 @@ def _refuse(plan, mask, dropout, window, plain) -> None:
 
 def _wrong_mask(mask) -> str:
     return (
-        f"got an attention mask of shape {list(mask.shape)}: hfsparse follows [batch, columns] masks "
-        "with left padding only. Pass such a mask, or run this on the unpatched model (handle.undo())."
+        f"got an attention mask of shape {list(mask.shape)}: hfsparse follows [batch, columns] "
+        "masks with left padding only. Pass such a mask, or run this on the unpatched model "
+        "(handle.undo())."
     )
 
 
@@ -281,7 +286,7 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
 
 
 def _patterned(plan, q, k, v, grid, heads, patterns, logits) -> Tensor:
-    """Attention of some q heads `[B, H, Q, D]` over their kv heads, each by its pattern (None: full)."""
+    """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
     ratio = q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:3], v.shape[3])
     parts, order = [], []

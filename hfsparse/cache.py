@@ -86,14 +86,14 @@ class Layer(CacheLayerMixin):
         if getattr(_here, "owner", None) != self.owner:
             raise CacheError(
                 "this cache was filled under an hfsparse patch that is no longer on the model "
-                "(undone, replaced, or switched off by set_attn_implementation). It holds only what "
-                "that plan kept: start again from the prompt with a new cache."
+                "(undone, replaced, or switched off by set_attn_implementation). It holds only "
+                "what that plan kept: start again from the prompt with a new cache."
             )
         if getattr(_here, "layer", None) is not None:
             raise CacheError(
-                "hfsparse's cache is filled, but another attention function reads it: a forward was "
-                "interrupted, or part of the model was switched back. Start again from the prompt "
-                "with a new cache"
+                "hfsparse's cache is filled, but another attention function reads it: a forward "
+                "was interrupted, or part of the model was switched back. Start again from the "
+                "prompt with a new cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

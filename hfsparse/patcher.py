@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -121,7 +120,7 @@ def patch(
     plan: Plan | str | os.PathLike | None = None,
     allow: Collection[str] = (),
 ) -> Patched:
-    """Make `model` follow `plan` (a Plan or its file) until `undo()`; None keeps every key and pair.
+    """Make `model` follow `plan` (a Plan or its file) until `undo()`; None drops nothing.
 
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
     PlanError or PatchError before anything changes.
@@ -177,8 +176,8 @@ def unpatch(model: PreTrainedModel) -> None:
     state = _state(model)
     if "_prepare_cache_for_generation" not in model.__dict__:
         raise PatchError(
-            f"this {type(model).__name__} is part of a patched model: give hfsparse.unpatch the model "
-            "that was patched, or call handle.undo()"
+            f"this {type(model).__name__} is part of a patched model: give hfsparse.unpatch the "
+            "model that was patched, or call handle.undo()"
         )
     _restore(model, state)
 
@@ -221,8 +220,8 @@ def explain(model: PreTrainedModel) -> str:
     windows = [layer.index for layer in state.layers if layer.window is not None]
     if windows:
         lines.append(
-            f"layers {windows} keep the model's own sliding window, as a ring; behind a past, heads "
-            "that choose by content read all of it"
+            f"layers {windows} keep the model's own sliding window, as a ring; behind a past, "
+            "heads that choose by content read all of it"
         )
     return "\n".join(lines)
 
@@ -241,7 +240,7 @@ def _state(model: PreTrainedModel) -> State:
 
 
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The text decoder's self-attention modules in layer order; PatchError if hfsparse can't follow them."""
+    """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     values = attention_values(config)
@@ -280,8 +279,8 @@ def _layer_plans(plan: Plan, config: Any, owner: str) -> list[LayerPlan]:
         window = values["window"] if kind == "sliding_attention" else None
         if window is not None and {*words.cache, *words.decode} != {"full"}:
             raise PatchError(
-                f"layer {index} has the model's own window of {window} tokens and keeps no more than "
-                "that: write full for its cache and decode"
+                f"layer {index} has the model's own window of {window} tokens and keeps no more "
+                "than that: write full for its cache and decode"
             )
         rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
         groups: dict[Group, list[int]] = {}
@@ -315,8 +314,8 @@ def _before_forward(decoder, args, kwargs):
     state: State = decoder._hfsparse
     if decoder.config._attn_implementation != NAME:
         raise PatchError(
-            f"the attention implementation was set to {decoder.config._attn_implementation} under an "
-            "hfsparse patch: call handle.undo() first, then set it"
+            f"the attention implementation was set to {decoder.config._attn_implementation} under "
+            "an hfsparse patch: call handle.undo() first, then set it"
         )
     names = _parameters(type(decoder))
     args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
@@ -367,8 +366,8 @@ def _adopt(cache: Any, state: State, reserve: int = 0, expected: int = 0) -> Non
         raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
     if cache.get_seq_length():
         raise CacheError(
-            f"this cache holds {cache.get_seq_length()} tokens of the unpatched model, which hfsparse can't "
-            "go on from: start again from the prompt with a new cache"
+            f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "
+            "hfsparse can't go on from: start again from the prompt with a new cache"
         )
     cache.layers = state.new_layers(reserve, expected)
     cache.layer_class_to_replicate = None
@@ -389,6 +388,6 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
 
 def _no_serving(self, *args, **kwargs):
     raise PatchError(
-        "continuous batching keeps its own paged cache, which hfsparse can't shape: use model.generate, "
-        "or handle.undo() first"
+        "continuous batching keeps its own paged cache, which hfsparse can't shape: use "
+        "model.generate, or handle.undo() first"
     )

@@ -108,8 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.made = torch.Generator().manual_seed(seed)
         self.starts = [n - min(pads) for n in pads]
         self.history = [torch.zeros(2, HEADS, 0, DIM) for _ in pads]
-        self.seen = self.undone = 0  # columns; tokens taken back since the last append
-        self.exact = True  # page summaries are up to date
+        self.seen = self.furthest = 0  # columns; the most there have been
 
     @rule(columns=st.integers(1, 70))
     def append(self, columns):
@@ -122,7 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.history[b] = torch.cat([self.history[b], tail], 2)
         starts = [min(start, self.seen) for start in self.starts] if any(self.starts) else None
         append(self.layer, new[0], new[1], starts)
-        self.undone, self.exact = 0, True
+        self.furthest = max(self.furthest, self.seen)
         self.check_summaries()
 
     def check_summaries(self):
@@ -145,7 +144,8 @@ class CacheMachine(RuleBasedStateMachine):
             for ring, at in zip(rings, held, strict=True)
             for b, n in enumerate(rows)
         )
-        assert kept or drop + self.undone > SLACK, "tokens within the slack can't be taken back"
+        far = self.furthest - (self.seen - drop)
+        assert kept or far > SLACK, "tokens within the slack can't be taken back"
         length = data.draw(
             st.sampled_from([-drop, self.seen - drop]) if drop < self.seen else st.just(-drop)
         )
@@ -156,7 +156,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert before == self.snapshot()
             return
         self.layer.crop(length)
-        self.seen, self.undone = self.seen - drop, self.undone + drop
+        self.seen -= drop
         self.history = [row[:, :, :n] for row, n in zip(self.history, rows, strict=True)]
 
     def snapshot(self):
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
     def reset(self):
         self.layer.reset()
         self.history = [row[:, :, :0] for row in self.history]
-        self.seen = self.undone = 0
+        self.seen = self.furthest = 0
 
     @invariant()
     def lengths_are_those_of_the_history(self):

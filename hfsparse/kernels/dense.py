@@ -23,9 +23,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Ten
     else:
         step = max(1, MASK // (len(q) * grid.Sk))
         pieces = torch.arange(grid.Sq, device=q.device).split(step)
-        out = [
-            _masked(q[:, :, rows], k, v, grid.query_pos(rows), key, scale) for rows in pieces
-        ]
+        out = [_masked(q[:, :, rows], k, v, grid.query_pos(rows), key, scale) for rows in pieces]
         out = torch.cat(out, 2)
     return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0)
 

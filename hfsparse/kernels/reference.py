@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from hfsparse.lists import PAGE, BlockLists, PageLists
 
-TILE = 1 << 21  # float32 numbers in the largest temporary
+TILE = 1 << 19  # float32 numbers in the largest temporary: 2 MiB stay in a core's cache
 
 
 class _Softmax:
@@ -32,7 +32,6 @@ class _Softmax:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if kept is not None:
             logits = logits.masked_fill(~kept, -torch.inf)
-            v = v.masked_fill(~kept.any(1)[..., None], 0)  # dead slots: 0 · NaN would be NaN
         top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
         base = top.masked_fill(top == -torch.inf, 0)  # rows that have seen nothing yet
         weight = torch.exp(logits - base)
@@ -70,13 +69,14 @@ def prefill(
     grid, block = lists.grid, lists.grid.block
     B, H, Sq, D = q.shape
     nq, nk = grid.nq, grid.nk
-    q = pad(q.float() * scale, (0, 0, 0, nq * block - Sq)).view(B * H * nq, block, D)
+    q = pad(q.float() * scale, (0, 0, 0, nq * block - Sq)).reshape(B * H * nq, block, D)
     k, v = (pad(t, (0, 0, 0, nk * block - t.shape[2])).unflatten(2, (nk, block)) for t in (k, v))
     row = torch.arange(B * H * nq, device=q.device)
     b, h, i = row // (H * nq), row // nq % H, row % nq
     kv = kv_heads.to(q.device)[h]
     at = grid.query_pos(torch.arange(nq * block, device=q.device)).view(B, nq, block)[b, i]
     held = grid.key_pos.view(B, nk, block)
+    v = v.masked_fill((held < 0)[:, None, ..., None], 0)  # in dead slots 0 · NaN would be NaN
     sink, recent, rate = torch.tensor(
         [(band.sink, band.recent, band.rate) for band in lists.bands], device=q.device
     ).T[:, h]
@@ -134,12 +134,12 @@ def _add_columns(state, k, v, lists, rows, place, kv, at) -> None:
     columns, covered = (
         t.expand(len(lists.grid.q_len), *t.shape[1:]) for t in (lists.columns, lists.covered)
     )
-    total, block = columns.shape[-1], lists.grid.block
+    total, block = int((columns[b, h] <= at.max()).sum(-1).max()), lists.grid.block
     step = max(1, TILE // (len(rows) * max(block, k.shape[-1], v.shape[-1])))
     for n in range(0, total, step):
-        column = columns[b, h, n : n + step]  # [R, m]
+        column = columns[b, h, n : min(n + step, total)]  # [R, m]
         key, query = column[:, None], at[..., None]
-        kept = (key <= query) & ~covered[b, h, i, n : n + step][:, None]
+        kept = (key <= query) & ~covered[b, h, i, n : min(n + step, total)][:, None]
         if lists.grid.window is not None:
             kept &= query - key < lists.grid.window
         column = column.clamp(max=lists.grid.nk * block - 1)
@@ -177,7 +177,7 @@ def decode(
         everything = torch.arange(n, device=device).expand(B, Hkv, -1)
         pages = PageLists(everything, torch.full((B, Hkv), n, device=device))
     group = Hq // Hkv
-    tile = (q.float() * scale).view(B * Hkv, group * Q, D)
+    tile = (q.float() * scale).reshape(B * Hkv, group * Q, D)
     state = _Softmax(tile, v.shape[-1], softcap)
     row = torch.arange(B * Hkv, device=device)[:, None]
     query = query_pos[:, None, None].expand(B, Hkv, group, Q).reshape(B * Hkv, -1, 1)
@@ -192,7 +192,8 @@ def decode(
         kept = (key >= 0) & (key <= query) & used.repeat_interleave(PAGE, 1)[:, None]
         if start is not None:
             kept &= (key < sink) | (key >= start)
-        state.add(k[row, page].flatten(1, 2), v[row, page].flatten(1, 2), kept)
+        values = v[row, page].flatten(1, 2).masked_fill_((key < 0).mT, 0)  # as in prefill
+        state.add(k[row, page].flatten(1, 2), values, kept)
     bare = None
     if s_aux is not None:
         bare = s_aux.float().to(device).view(1, Hkv, group, 1).expand(B, -1, -1, Q)

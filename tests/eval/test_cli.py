@@ -56,6 +56,7 @@ def test_bad_options_are_one_clear_sentence(options, expected, call):
     [
         (["--depths", "0,120"], "depths is '0,120': give numbers 0 to 100, by commas"),
         (["--task", "vt"], "unknown task vt: did you mean niah_"),
+        (["--task", "niah_single_1,niah_single_2"], "task is niah_single_1,niah_single_2: a grid"),
     ],
 )
 def test_bad_grids_are_one_clear_sentence(options, expected, call):

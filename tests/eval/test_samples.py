@@ -116,7 +116,7 @@ def test_vt_fits_its_example_into_500_tokens(prompter):
 
 def test_a_suite_names_every_case_once(prompter):
     tasks = [TASKS["niah_single_1"], TASKS["niah_single_2"]]
-    suite = Suite(tasks, [2048, 1024, 1024], 2, prompter, depths=[0, 50])
+    suite = Suite(tasks, [2048, 1024, 1024], 2, prompter, depths=[0, 50, 0.0])
     ids = [case.id for case in suite.cases]
     assert len(ids) == len(set(ids)) == 2 * 2 * 2 * 2
     assert ids[0] == "niah_single_1-1024-at0-0000"

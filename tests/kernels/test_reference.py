@@ -83,6 +83,20 @@ def test_prefill_of_1037_tokens_matches_plain_attention_in_any_tile_size(monkeyp
         assert close(reference.prefill(q, it.k, it.v, lists, kv, **logits), expected)
 
 
+def test_columns_without_any_block_are_read_by_every_later_query():
+    it, kv, logits = inputs(70, "plain", group=1)
+    columns = torch.tensor([0, 5, 31, 32, 69, 1 << 40]).expand(2, 2, -1)
+    nothing = torch.zeros(2, 2, it.grid.nq, it.grid.nk, dtype=torch.bool)
+    lists = BlockLists.of(it.grid, 2, nothing, columns=columns)
+    mask = torch.zeros(70, 70, dtype=torch.bool)
+    mask[:, columns[0, 0, :-1]] = True
+    mask = mask.tril().expand(2, 2, -1, -1)
+    assert torch.equal(lists.mask(), mask)
+    assert torch.equal(lists.pairs(), mask.sum((2, 3)))
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
+    assert close(out, truth(it.q, it.k, it.v, mask, it.scale))
+
+
 def test_q_heads_may_read_kv_heads_in_any_order():
     it, _, logits = inputs(70, "plain", group=2)
     kv = torch.tensor([1, 0, 0, 1])
@@ -155,10 +169,10 @@ def test_the_first_kernel_that_can_serve_is_chosen():
 
 
 def step(queries: int, lengths: list[int], extras: str, group: int = 3, dtype=torch.float32):
-    """New queries at the ends of rows of these lengths, NaN in dead slots, and what a kernel takes."""
-    it, _, logits = inputs(max(lengths), extras, group=group, dtype=dtype)
+    """New queries at the ends of rows of these lengths; dead slots hold NaN."""
+    it, _, logits = inputs(max(queries, *lengths), extras, group=group, dtype=dtype)
     length = torch.tensor(lengths)
-    slot = torch.arange(max(lengths))
+    slot = torch.arange(it.k.shape[2])
     key_pos = torch.where(slot < length[:, None], slot, -1)
     for t in (it.k, it.v):
         t.masked_fill_((key_pos < 0)[:, None, :, None], torch.nan)
@@ -216,7 +230,7 @@ def test_decode_over_pages_matches_plain_attention(data):
     queries = data.draw(st.sampled_from([1, 3, 16]))
     extras = data.draw(st.sampled_from(["plain", "softcap", "sink_logits"]))
     q, k, v, query, key, logits = step(queries, lengths, extras)
-    width = -(-max(lengths) // PAGE)
+    width = -(-k.shape[2] // PAGE)
     pages = torch.full((2, 2, width), width - 1)
     count = torch.zeros(2, 2, dtype=torch.int64)
     for b in range(2):
@@ -225,7 +239,7 @@ def test_decode_over_pages_matches_plain_attention(data):
             count[b, h] = len(chosen)
             pages[b, h, : len(chosen)] = torch.tensor(sorted(chosen))
     pages = PageLists(pages, count)
-    mask = readable(query, key, 6) & paged(pages, max(lengths), 3)
+    mask = readable(query, key, 6) & paged(pages, k.shape[2], 3)
     out = reference.decode(q, k, v, query, key, pages, **logits)
     assert close(out, truth(q, k, v, mask, **logits))
 

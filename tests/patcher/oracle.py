@@ -149,20 +149,22 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
         return kept if total < plan.below.cache else _stream(ring, n, total)
     if words.decode[group] == "full" or total < plan.below.decode:
         return kept
-    pages = k.split(PAGE)
-    low, high = (torch.stack([f(page, 0) for page in pages])[None, None] for f in (_min, _max))
-    selector = plan.patterns[words.decode[group]]
-    lists = selector.pages(q[None], low, high, torch.tensor([total]), scale)
-    chosen = lists.pages[0, 0, : lists.count[0, 0]]
-    return kept & torch.isin(torch.arange(total) // PAGE, chosen)
+    chosen = _quest(plan.patterns[words.decode[group]], q, k, scale)
+    return kept & torch.isin(torch.arange(total) // PAGE, torch.tensor(chosen))
 
 
-def _min(page, dim):
-    return page.min(dim).values
-
-
-def _max(page, dim):
-    return page.max(dim).values
+def _quest(quest, q, k, scale) -> list[int]:
+    """Pages by the largest softmax of their bounds over the group's heads and the new queries."""
+    bounds = []
+    for page in k.split(PAGE):
+        low, high = page.min(0).values, page.max(0).values
+        bounds.append(torch.maximum(q * low, q * high).sum(-1) * scale)  # [heads, n]
+    vote = torch.softmax(torch.stack(bounds, -1), -1).flatten(0, 1).max(0).values
+    count = len(bounds)
+    forced = {0, *range((len(k) - q.shape[1]) // PAGE, count)}  # first, and the new queries' own
+    ranked = sorted(range(count), key=lambda p: (p not in forced, -vote[p].item(), p))
+    wanted = max(math.ceil(count * quest.share - 1e-6), quest.min_pages, len(forced))
+    return ranked[:wanted]
 
 
 @lru_cache(256)

@@ -176,7 +176,7 @@ def refused_models():
     yield "MLA", DeepseekV3ForCausalLM(DeepseekV3Config(**small, **ranks, **experts, **more))
     more = dict(num_key_value_heads=2, head_dim=16, intermediate_size_mlp=64, num_local_experts=2)
     yield "chunked_attention", Llama4ForCausalLM(Llama4TextConfig(**small, **more))
-    yield "attend to later ones", BertForMaskedLM(BertConfig(**small))
+    yield "attend to later ones|its attention layers are", BertForMaskedLM(BertConfig(**small))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def refused_models():
 )
 def test_an_unsupported_model_is_refused_and_left_alone(why, model):
     before = trace(model)
-    with pytest.raises(PatchError, match=rf"can't be patched: .*{why}.*Supported: "):
+    with pytest.raises(PatchError, match=rf"can't be patched: .*({why}).*Supported: "):
         hfsparse.patch(model)
     assert trace(model) == before
 
@@ -200,7 +200,10 @@ def test_a_plan_for_another_model_is_refused_and_the_model_left_alone():
 def test_a_plan_for_another_rope_needs_leave():
     model = tiny("llama")
     other = copy.deepcopy(model.config)
-    other.rope_parameters = {**other.rope_parameters, "rope_theta": 5e5}
+    if hasattr(other, "rope_parameters"):
+        other.rope_parameters = {**other.rope_parameters, "rope_theta": 5e5}
+    else:  # 4.57
+        other.rope_theta = 5e5
     plan = streaming(type(model)(other))
     with pytest.raises(PlanMismatch, match="fingerprint"):
         hfsparse.patch(model, plan)
