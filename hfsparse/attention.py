@@ -66,7 +66,7 @@ class LayerPlan:
     below: Below
     window: int | None  # the model's own sliding window
     counts: Counts
-    observe: Any = None  # the profiler's eye: called with the module and its q, k, v, Logits
+    observe: Any = None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
@@ -158,8 +158,7 @@ def attend(
     B, _, Q, D = query.shape
     _refuse(plan, attention_mask, dropout, sliding_window, key.shape[2] == Q)
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
-    if plan.observe is not None:
-        plan.observe(module, query, key, value, logits)
+    watch = plan.observe and plan.observe(module, query, key, value, logits)
     starts = None if attention_mask is None else attention_mask.tolist()
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
@@ -173,6 +172,8 @@ def attend(
         out = _decode(plan, layer, query, key, value, past, new, logits)
     else:
         out = _prefill(plan, layer, query, key, value, past, new, logits)
+    if watch:
+        watch(out)
     if padded:
         out = _shift(out, -pads)
     if layer is not None:

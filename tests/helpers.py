@@ -99,8 +99,10 @@ def batch(
     made = torch.Generator().manual_seed(seed)
     new, total = (torch.tensor(t) for t in lengths(length, past, rows))
     B, Sq, Sk = len(new), int(new.max()), int(total.max())
-    shapes = (kv_heads * group, Sq, dim), (kv_heads, Sk, dim), (kv_heads, Sk, value_dim or dim)
-    q, k, v = (torch.randn(B, *shape, generator=made).to(dtype) for shape in shapes)
+    shapes = (Sq, kv_heads * group, dim), (Sk, kv_heads, dim), (Sk, kv_heads, value_dim or dim)
+    q, k, v = (  # heads lie inside tokens in memory, as models have them
+        torch.randn(B, *shape, generator=made).to(dtype).transpose(1, 2) for shape in shapes
+    )
     for tensor, held in ((q, new), (k, total), (v, total)):
         dead = torch.arange(tensor.shape[2]) >= held[:, None]
         tensor.masked_fill_(dead[:, None, :, None], poison)

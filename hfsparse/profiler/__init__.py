@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,17 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
 
 
 def _measure(model: PreTrainedModel, prompt: Prompt, candidates: Any) -> dict[str, np.ndarray]:
-    """Arrays `[layers, candidates, heads]` of one prompt; layers with a window of their own give zeros."""
-    layers: list[dict[str, np.ndarray]] = []
-
-    def observe(module, q, k, v, logits) -> None:
-        layers.append(measure.layer(module, q, k, v, logits, candidates))
-
-    capture(model, prompt.ids, observe)
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    """Arrays `[layers, candidates, heads]` of one prompt."""
+    length = prompt.ids.shape[1]
+    seen, felt = capture(
+        model,
+        prompt.ids,
+        prompt.answer_span or (length - measure.LAST, length),
+        partial(measure.layer, candidates=candidates),
+        partial(measure.ring_effects, candidates),
+    )
+    found = {name: np.stack([layer[name] for layer in seen]) for name in seen[0]}
+    return found | {"ring_effect": np.stack(felt)}
 
 
 def _mean(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -124,10 +128,12 @@ def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget
     merged = _mean(list(means.values())) | {name: means[longest][name] for name in costs}
     values = attention_values(model.config.get_text_config(decoder=True))
     free = np.array([kind == "full_attention" for kind in values["kinds"]])
-    options = METHODS[method].options({name: t[free] for name, t in merged.items()}, candidates)
-    kept, read = ([min(1.0, n / longest) for n in sizes] for sizes in _ring_sizes(candidates))
+    kept_and_read = _ring_shares(candidates, longest)
+    options = METHODS[method].options(
+        {name: t[free] for name, t in merged.items()}, candidates, *kept_and_read
+    )
     try:
-        chosen = iter(allocate(options, budget, kept, read))
+        chosen = iter(allocate(options, budget))
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
     full = Choice(("full",) * values["q_heads"], *[("full",) * values["kv_heads"]] * 2)
@@ -141,10 +147,10 @@ def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget
     return Plan(ModelId.of(model), patterns, layers, Below(floor, floor, floor), expected)
 
 
-def _ring_sizes(candidates) -> tuple[list[int], list[int]]:
-    """Tokens that each ring keeps, and that a decode step reads of them."""
-    rings = candidates.rings.values()
-    return [r.sink + r.recent + SLACK for r in rings], [r.sink + r.recent for r in rings]
+def _ring_shares(candidates, length: int) -> tuple[list[float], list[float]]:
+    """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads of it."""
+    sizes = [ring.sink + ring.recent for ring in candidates.rings.values()]
+    return [min(1.0, (n + SLACK) / length) for n in sizes], [min(1.0, n / length) for n in sizes]
 
 
 def _expected(choices: list[Choice], candidates, found: dict, length: int) -> dict[str, float]:
@@ -153,7 +159,7 @@ def _expected(choices: list[Choice], candidates, found: dict, length: int) -> di
         {name: i for i, name in enumerate(t)}
         for t in (candidates.patterns, candidates.rings, candidates.selectors)
     )
-    kept, read = ([min(1.0, n / length) for n in sizes] for sizes in _ring_sizes(candidates))
+    kept, read = _ring_shares(candidates, length)
     rows: dict[str, list[float]] = {
         name: [] for name in ("pair_density", "block_density", "cache_share", "decode_share", "recall")
     }

@@ -1,13 +1,14 @@
-"""One choice a head under budgets, as an integer programme (scipy's HiGHS).
+"""One choice a head under budgets, as two integer programmes (scipy's HiGHS).
 
-A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each of
-its q heads takes a prefill option and the kv head a page selector; both may stay full. The sum of
-output errors is least; mean pair density, cache share and decode share stay within their budgets.
+First which kv heads become rings, of what size: the sum of their effects on the answers is least, within
+the cache budget, and within the pair and decode budgets even if all other heads took their cheapest
+choice. Then a prefill pattern for each other q head and a page selector for each other kv head: the sum of
+output errors is least, within what the rings leave of the pair and decode budgets.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -16,7 +17,7 @@ from scipy.sparse import coo_array
 
 @dataclass(frozen=True)
 class Budget:
-    """Greatest mean shares of dense attention, over all heads of the layers that may be sparse."""
+    """Greatest mean shares of dense attention, over all heads that may be sparse."""
 
     pairs: float
     cache: float
@@ -25,14 +26,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Options:
-    """Measured choices: names, errors (relative, after o_proj) and costs, by layer and head."""
+    """Measured choices: names, what they lose and what they cost, by layer and head."""
 
     prefill: np.ndarray  # [layers, options, q heads] names of patterns
-    prefill_error: np.ndarray
+    prefill_error: np.ndarray  # relative, after o_proj
     prefill_cost: np.ndarray
     rings: list[str]
-    ring_error: np.ndarray  # [layers, rings, kv heads], of the whole group
+    ring_effect: np.ndarray  # [layers, rings, kv heads], of the whole group on the answer's margin
     ring_cost: np.ndarray
+    ring_kept: list[float]  # share of a row that each ring keeps, and that a decode step reads of it
+    ring_read: list[float]
     selectors: list[str]
     page_error: np.ndarray  # [layers, selectors, kv heads]
     page_share: np.ndarray
@@ -51,87 +54,101 @@ class Infeasible(ValueError):
     """No choice meets the budgets."""
 
 
-def allocate(
-    options: Options, budget: Budget, ring_share: list[float], ring_read: list[float]
-) -> list[Choice]:
-    """The choice of least error. ring_share, ring_read: share of a row that each ring keeps and reads."""
+@dataclass
+class _Programme:
+    """Variables that are 0 or 1: one of each group is taken, and uses stay within limits."""
+
+    limits: dict[str, float]
+    loss: list[float] = field(default_factory=list)
+    names: list[tuple] = field(default_factory=list)
+    uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
+
+    def add(self, group: tuple, name: str, loss: float, **uses: float) -> None:
+        at = len(self.loss)
+        self.uses.append((group, at, 1.0))
+        self.uses.extend((key, at, float(use)) for key, use in uses.items())
+        self.loss.append(float(loss))
+        self.names.append((group, name))
+
+    def solve(self) -> dict[tuple, str]:
+        """What each group takes, at least loss."""
+        rows = {key: i for i, key in enumerate(dict.fromkeys(key for key, _, _ in self.uses))}
+        keys, columns, values = zip(*self.uses, strict=True)
+        shape = (len(rows), len(self.loss))
+        use = coo_array((values, ([rows[key] for key in keys], columns)), shape=shape).tocsr()
+        low = [-np.inf if key in self.limits else 1.0 for key in rows]
+        high = [self.limits.get(key, 1.0) for key in rows]
+        found = milp(
+            np.array(self.loss),
+            constraints=LinearConstraint(use, low, high),
+            integrality=np.ones(len(self.loss)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-3, "time_limit": 60},
+        )
+        if found.x is None:
+            raise Infeasible(found.message)
+        return dict(self.names[i] for i in np.flatnonzero(found.x > 0.5))
+
+
+def allocate(options: Options, budget: Budget) -> list[Choice]:
+    """The choice of least loss, a Choice a layer; Infeasible where no choice meets the budgets."""
     layers, _, q_heads = options.prefill.shape
-    kv_heads = options.ring_error.shape[2]
+    kv_heads = options.ring_effect.shape[2]
     group = q_heads // kv_heads
-    cost, rows = [], []  # objective, and (constraint, variable, coefficient)
-    choices = []  # (layer, kind, head, name) of each variable
-    limits = {"pairs": budget.pairs, "cache": budget.cache, "decode": budget.decode}
+    try:
+        cache = _rings(options, budget, group).solve()
+        rest = _rest(options, budget, group, cache).solve()
+    except Infeasible as error:
+        raise Infeasible(
+            f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
+            f"{budget.cache}, decode share {budget.decode}): {error}"
+        ) from None
+    choices = []
+    for layer in range(layers):
+        kept = [cache["cache", layer, g] for g in range(kv_heads)]
+        prefill = [rest.get(("prefill", layer, h), kept[h // group]) for h in range(q_heads)]
+        decode = [rest.get(("decode", layer, g), "ring") for g in range(kv_heads)]
+        choices.append(Choice(tuple(prefill), tuple(kept), tuple(decode)))
+    return choices
 
-    def variable(place: tuple, error: float, exactly_one: tuple, **uses: float) -> None:
-        rows.extend((key, len(cost), 1.0) for key in exactly_one)
-        rows.extend((key, len(cost), use) for key, use in uses.items() if use)
-        cost.append(error)
-        choices.append(place)
 
+def _rings(options: Options, budget: Budget, group: int) -> _Programme:
+    layers, _, kv_heads = options.ring_effect.shape
+    one = 1 / (layers * kv_heads)  # a kv head's part of a mean
+    cheapest = options.prefill_cost.min(1).reshape(layers, kv_heads, group).mean(2)
+    fewest = options.page_share.min(1)
+    programme = _Programme({"pairs": budget.pairs, "cache": budget.cache, "decode": budget.decode})
     for layer in range(layers):
         for g in range(kv_heads):
-            heads = range(g * group, (g + 1) * group)
-            cache_of = ("cache", layer, g)
-            prefill_of = [("prefill", layer, h) for h in heads]
+            key = ("cache", layer, g)
+            pairs, pages = one * cheapest[layer, g], one * fewest[layer, g]
+            programme.add(key, "full", 0.0, pairs=pairs, cache=one, decode=pages)
             for i, name in enumerate(options.rings):
-                variable(
-                    (layer, "ring", g, name),
-                    float(options.ring_error[layer, i, g]),
-                    (cache_of, ("decode", layer, g), *prefill_of),
-                    pairs=float(options.ring_cost[layer, i, g]) / (layers * kv_heads),
-                    cache=ring_share[i] / (layers * kv_heads),
-                    decode=ring_read[i] / (layers * kv_heads),
-                )
-            variable((layer, "cache", g, "full"), 0.0, (cache_of,), cache=1 / (layers * kv_heads))
-            pages = [("full", 0.0, 1.0)]
-            for i, name in enumerate(options.selectors):
-                pages.append((name, options.page_error[layer, i, g], options.page_share[layer, i, g]))
-            for name, error, share in pages:
-                use = float(share) / (layers * kv_heads)
-                variable((layer, "decode", g, name), float(error), (("decode", layer, g),), decode=use)
-            for h, key in zip(heads, prefill_of, strict=True):
-                variable((layer, "prefill", h, "full"), 0.0, (key,), pairs=1 / (layers * q_heads))
-                for i, name in enumerate(options.prefill[layer, :, h]):
-                    use = float(options.prefill_cost[layer, i, h]) / (layers * q_heads)
-                    error = float(options.prefill_error[layer, i, h])
-                    variable((layer, "prefill", h, name), error, (key,), pairs=use)
-    picked = _solve(cost, rows, limits)
-    return _choices([choices[i] for i in picked], layers, q_heads, kv_heads)
+                pairs = one * options.ring_cost[layer, i, g]
+                kept, read = one * options.ring_kept[i], one * options.ring_read[i]
+                effect = options.ring_effect[layer, i, g]
+                programme.add(key, name, effect, pairs=pairs, cache=kept, decode=read)
+    return programme
 
 
-def _solve(cost: list[float], rows: list[tuple], limits: dict[str, float]) -> np.ndarray:
-    """Variables that are one in the cheapest choice: budgets at most, every other constraint exactly one."""
-    keys = {key: i for i, key in enumerate(dict.fromkeys(key for key, _, _ in rows))}
-    at = [keys[key] for key, _, _ in rows]
-    use = coo_array(
-        ([u for _, _, u in rows], (at, [i for _, i, _ in rows])), shape=(len(keys), len(cost))
-    ).tocsr()
-    low = np.array([-np.inf if key in limits else 1.0 for key in keys])
-    high = np.array([limits.get(key, 1.0) if isinstance(key, str) else 1.0 for key in keys])
-    found = milp(
-        np.array(cost),
-        constraints=LinearConstraint(use, low, high),
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-3, "time_limit": 60},
-    )
-    if found.x is None:
-        least = ", ".join(f"{name} {limit}" for name, limit in limits.items())
-        raise Infeasible(f"no choice of patterns meets the budgets ({least}): {found.message}")
-    return np.flatnonzero(found.x > 0.5)
-
-
-def _choices(picked: list[tuple], layers: int, q_heads: int, kv_heads: int) -> list[Choice]:
-    prefill = [["full"] * q_heads for _ in range(layers)]
-    cache = [["full"] * kv_heads for _ in range(layers)]
-    decode = [["full"] * kv_heads for _ in range(layers)]
-    group = q_heads // kv_heads
-    for layer, kind, head, name in picked:
-        if kind == "ring":
-            cache[layer][head], decode[layer][head] = name, "ring"
-            prefill[layer][head * group : (head + 1) * group] = [name] * group
-        elif kind == "decode":
-            decode[layer][head] = name
-        elif kind == "prefill":
-            prefill[layer][head] = name
-    return [Choice(tuple(p), tuple(c), tuple(d)) for p, c, d in zip(prefill, cache, decode, strict=True)]
+def _rest(options: Options, budget: Budget, group: int, cache: dict[tuple, str]) -> _Programme:
+    layers, _, q_heads = options.prefill.shape
+    kv = 1 / (layers * q_heads // group)
+    ring = {name: i for i, name in enumerate(options.rings)}
+    taken = [(layer, ring[name], g) for (_, layer, g), name in cache.items() if name in ring]
+    pairs = budget.pairs - kv * sum(options.ring_cost[at] for at in taken)
+    decode = budget.decode - kv * sum(options.ring_read[i] for _, i, _ in taken)
+    programme = _Programme({"pairs": pairs, "decode": decode})
+    for (_, layer, g), name in cache.items():
+        if name in ring:
+            continue
+        programme.add(("decode", layer, g), "full", 0.0, decode=kv)
+        for i, selector in enumerate(options.selectors):
+            share, error = options.page_share[layer, i, g], options.page_error[layer, i, g]
+            programme.add(("decode", layer, g), selector, error, decode=kv * share)
+        for h in range(g * group, (g + 1) * group):
+            programme.add(("prefill", layer, h), "full", 0.0, pairs=kv / group)
+            for i, pattern in enumerate(options.prefill[layer, :, h]):
+                cost, error = options.prefill_cost[layer, i, h], options.prefill_error[layer, i, h]
+                programme.add(("prefill", layer, h), pattern, error, pairs=kv / group * cost)
+    return programme

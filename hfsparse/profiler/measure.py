@@ -1,12 +1,16 @@
 """What each candidate would keep and lose in one layer, on sampled query rows.
 
 The rows' exact attention over all keys is the yardstick: recall is the share of its mass kept,
-error the change of the layer's attention output after `o_proj`, relative to that output. Work goes
-kv head by kv head, so that no tensor is larger than a group's rows x keys.
+error the change of the layer's attention output after `o_proj`, relative to that output.
+
+A ring is for good, so it is judged by what it does to the answer: the change it makes to the outputs of
+its group, over all rows, times the gradient there of the answer's margin (to first order, what the margin
+loses). A relative error can't tell a head that carries the answer from one that carries nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfsparse import kernels
 from hfsparse.attention import Logits
 from hfsparse.lists import PAGE, Grid, default_block
 
@@ -43,8 +48,8 @@ def layer(
 ) -> dict[str, np.ndarray]:
     """Measurements of one layer: arrays `[candidates, heads]` by name.
 
-    `pattern_*` per q head: recall, error, pairs and blocks (densities); `ring_*` per kv head: error of
-    the group, pairs, blocks; `page_*` per kv head: recall, error of the group, share of keys read.
+    `pattern_*` per q head: recall, error, pairs and blocks (densities); `ring_*` per kv head: recall,
+    pairs, blocks; `page_*` per kv head: recall, error of the group, share of keys read.
     """
     L, Hkv = k.shape[2], k.shape[1]
     grid = Grid.causal(1, L, default_block(L), k.device)
@@ -93,11 +98,9 @@ def layer(
         )
     for ring in candidates.rings.values():
         lists = ring.lists(q, k, grid, logits.scale)
-        recall, delta = change(lists.mask(rows)[0])
+        recall = change(lists.mask(rows)[0])[0].view(Hkv, group, -1).mean((1, 2))
         pairs, blocks = (d.view(Hkv, group).mean(1) for d in densities(lists))
-        error = group_error(delta)[:, newest].mean(1)
-        recall = recall.view(Hkv, group, -1).mean((1, 2))
-        note(ring_error=error, ring_recall=recall, ring_pairs=pairs, ring_blocks=blocks)
+        note(ring_recall=recall, ring_pairs=pairs, ring_blocks=blocks)
     for selector in candidates.selectors.values():
         kept, share = _pages_kept(selector, q, k, rows[newest], logits.scale)
         everything = kept.new_ones(kept.shape[0], len(rows), L)
@@ -106,6 +109,28 @@ def layer(
         recall = recall[:, newest].view(Hkv, group, -1).mean((1, 2))
         note(page_recall=recall, page_error=group_error(delta)[:, newest].mean(1), page_share=share)
     return {name: torch.stack(values).numpy() for name, values in found.items()}
+
+
+def ring_effects(
+    candidates: Candidates, out: Tensor, q: Tensor, k: Tensor, v: Tensor, logits: Logits
+) -> Callable[[Tensor], np.ndarray]:
+    """A function of the gradient of out `[1, Hq, L, Dv]`: each ring's effect `[rings, kv heads]`."""
+    L, Hkv = k.shape[2], k.shape[1]
+    group = q.shape[1] // Hkv
+    heads = list(range(q.shape[1]))
+    kv = torch.arange(Hkv, device=q.device).repeat_interleave(group)
+    grid = Grid.causal(1, L, default_block(L), k.device)
+    kernel = kernels.pick(kernels.PREFILL, lists=True, logits=logits.special)
+    changes = [
+        out - kernel.run(q, k, v, ring.lists(q, k, grid, logits.scale), kv, **logits.of(heads))
+        for ring in candidates.rings.values()
+    ]
+
+    def effects(grad: Tensor) -> np.ndarray:
+        felt = [(grad * change).float().sum((0, 2, 3)).view(Hkv, group).sum(1) for change in changes]
+        return torch.stack(felt).abs().cpu().numpy()
+
+    return effects
 
 
 def _attention(q, k, rows, head, kv_head, logits: Logits, grid: Grid) -> Tensor:
