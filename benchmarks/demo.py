@@ -30,7 +30,7 @@ from hfsparse_eval.tasks import TASKS
 
 LENGTH, SAMPLES = 2048, 8
 TASK_NAMES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
-BUDGETS = "--prefill-density 0.4 --cache-share 0.45 --decode-share 0.3"
+BUDGETS = "--prefill-density 0.38 --cache-share 0.43 --decode-share 0.3"
 NEW_TOKENS = 32  # an answer is a number of seven digits
 
 
@@ -41,18 +41,13 @@ def main(
     start = time.time()
     out.mkdir(parents=True, exist_ok=True)
     plan, results = out / "plan.yaml", out / "eval"
-    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 4 {BUDGETS}")
+    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 8 {BUDGETS}")
     command(f"show {plan} --png {out / 'heads.png'}")
     command(f"check {plan} {model}")
     side_by_side(str(model), Plan.load(plan))
     command(
         f"eval ruler {model} --plan {plan} --lengths {LENGTH} --samples {SAMPLES} "
         f"--tasks {','.join(TASK_NAMES)} --max-new-tokens {NEW_TOKENS} -o {results}"
-    )
-    depths = "--depths 0,50,100 --samples 1"
-    command(
-        f"eval needle {model} --plan {plan} --lengths {LENGTH // 2},{LENGTH} {depths} "
-        f"--max-new-tokens {NEW_TOKENS} -o {out / 'needle'}"
     )
     lines = parse((results / "results.jsonl").read_text("utf-8"), results)
     table = summary(lines, Plan.load(plan).hash())
@@ -96,7 +91,9 @@ def summary(lines: list[dict], plan: str) -> str:
         return sum(line[name] for line in arm) / len(arm)
 
     for cell in cells(lines, plan)[0]:
-        right = [f"{sum(x['score'] for x in arm):g}/{len(arm)}" for arm in (cell.dense, cell.sparse)]
+        right = [
+            f"{sum(x['score'] for x in arm):g}/{len(arm)}" for arm in (cell.dense, cell.sparse)
+        ]
         shares = [f"{mean(cell.sparse, name):.2f}" for name in ("pair_density", "cache_share")]
         times = [f"{mean(arm, 'seconds'):.1f}" for arm in (cell.dense, cell.sparse)]
         rows.append("| " + " | ".join([cell.task, *right, *shares, *times]) + " |")

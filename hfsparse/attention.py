@@ -66,7 +66,9 @@ class LayerPlan:
     below: Below
     window: int | None  # the model's own sliding window
     counts: Counts
-    observe: Any = None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
+    observe: Any = (
+        None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
+    )
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0

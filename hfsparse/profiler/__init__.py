@@ -30,7 +30,7 @@ from hfsparse.fingerprint import attention_values
 from hfsparse.loading import UsageError
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler import measure, minference
-from hfsparse.profiler.allocate import Budget, Choice, Infeasible, allocate
+from hfsparse.profiler.allocate import Budget, Infeasible, allocate
 from hfsparse.profiler.capture import capture
 from hfsparse.profiler.prompts import Prompt, samples
 
@@ -66,7 +66,9 @@ def profile(
     parts = _Parts(out, _settings(model, candidates, prompts))
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in lengths}
     for index, prompt in _progress(prompts, progress):
-        found[prompt.ids.shape[1]].append(parts.get(index, lambda p=prompt: _measure(model, p, candidates)))
+        found[prompt.ids.shape[1]].append(
+            parts.get(index, lambda p=prompt: _measure(model, p, candidates))
+        )
     means = {n: _mean(each) for n, each in found.items()}
     plan = _plan(model, method, candidates, means, budget)
     plan.made = {
@@ -96,7 +98,10 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
         (samples < 1, f"samples is {samples}: give 1 or more"),
         (method not in METHODS, f"no method {method}: there is {', '.join(METHODS)}"),
         (any(n < 256 for n in lengths), f"lengths {lengths}: give 256 tokens or more"),
-        (any(n > window for n in lengths), f"lengths {lengths}: the model's window is {window} tokens"),
+        (
+            any(n > window for n in lengths),
+            f"lengths {lengths}: the model's window is {window} tokens",
+        ),
     ]
     for wrong, sentence in problems:
         if wrong:
@@ -105,16 +110,27 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
 
 def _measure(model: PreTrainedModel, prompt: Prompt, candidates: Any) -> dict[str, np.ndarray]:
     """Arrays `[layers, candidates, heads]` of one prompt."""
-    length = prompt.ids.shape[1]
-    seen, felt = capture(
-        model,
-        prompt.ids,
-        prompt.answer_span or (length - measure.LAST, length),
-        partial(measure.layer, candidates=candidates),
-        partial(measure.ring_effects, candidates),
-    )
-    found = {name: np.stack([layer[name] for layer in seen]) for name in seen[0]}
-    return found | {"ring_effect": np.stack(felt)}
+    short_sighted = _short_sighted(model, candidates)
+    look = partial(measure.layer, candidates=candidates)
+    layers = capture(model, prompt.ids, short_sighted, look)
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _short_sighted(model: PreTrainedModel, candidates: Any) -> Plan:
+    """Every head a ring, the smallest, in layers that have no window of their own."""
+    this = ModelId.of(model)
+    name, ring = min(candidates.rings.items(), key=lambda item: item[1].recent)
+    kv = this.kv_heads
+    short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
+    free = _free(model)
+    layers = [short if f else full for f, full in zip(free, Plan.full(this).layers, strict=True)]
+    return Plan(this, {name: ring}, tuple(layers))
+
+
+def _free(model: PreTrainedModel) -> np.ndarray:
+    """Layers without a window of their own, whose heads may be sparse."""
+    kinds = attention_values(model.config.get_text_config(decoder=True))["kinds"]
+    return np.array([kind == "full_attention" for kind in kinds])
 
 
 def _mean(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -126,8 +142,7 @@ def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget
     longest = max(means)
     costs = ("pattern_pairs", "ring_pairs", "page_share")
     merged = _mean(list(means.values())) | {name: means[longest][name] for name in costs}
-    values = attention_values(model.config.get_text_config(decoder=True))
-    free = np.array([kind == "full_attention" for kind in values["kinds"]])
+    free = _free(model)
     kept_and_read = _ring_shares(candidates, longest)
     options = METHODS[method].options(
         {name: t[free] for name, t in merged.items()}, candidates, *kept_and_read
@@ -136,15 +151,15 @@ def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget
         chosen = iter(allocate(options, budget))
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
-    full = Choice(("full",) * values["q_heads"], *[("full",) * values["kv_heads"]] * 2)
-    choices = [next(chosen) if sparse else full for sparse in free]
-    layers = tuple(Layer(c.prefill, c.cache, c.decode) for c in choices)
+    this = ModelId.of(model)
+    full = Plan.full(this).layers[0]
+    choices = tuple(next(chosen) if sparse else full for sparse in free)
     used = {word for c in choices for word in (*c.prefill, *c.cache, *c.decode)}
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
     patterns = {name: pattern for name, pattern in known.items() if name in used}
     floor = min(means) // 2  # shorter rows were not looked at
     expected = {n: _expected(choices, candidates, found, n) for n, found in means.items()}
-    return Plan(ModelId.of(model), patterns, layers, Below(floor, floor, floor), expected)
+    return Plan(this, patterns, choices, Below(floor, floor, floor), expected)
 
 
 def _ring_shares(candidates, length: int) -> tuple[list[float], list[float]]:
@@ -153,7 +168,7 @@ def _ring_shares(candidates, length: int) -> tuple[list[float], list[float]]:
     return [min(1.0, (n + SLACK) / length) for n in sizes], [min(1.0, n / length) for n in sizes]
 
 
-def _expected(choices: list[Choice], candidates, found: dict, length: int) -> dict[str, float]:
+def _expected(choices: tuple[Layer, ...], candidates, found: dict, length: int) -> dict[str, float]:
     """Mean densities, shares and recall of a choice at one length, as measured."""
     patterns, rings, pages = (
         {name: i for i, name in enumerate(t)}
@@ -161,7 +176,8 @@ def _expected(choices: list[Choice], candidates, found: dict, length: int) -> di
     )
     kept, read = _ring_shares(candidates, length)
     rows: dict[str, list[float]] = {
-        name: [] for name in ("pair_density", "block_density", "cache_share", "decode_share", "recall")
+        name: []
+        for name in ("pair_density", "block_density", "cache_share", "decode_share", "recall")
     }
     for layer, choice in enumerate(choices):
         group = len(choice.prefill) // len(choice.cache)
@@ -172,8 +188,12 @@ def _expected(choices: list[Choice], candidates, found: dict, length: int) -> di
                 table, i, at = "pattern", patterns[word], h
             values = [1.0] * 3
             if word != "full":
-                values = [found[f"{table}_{x}"][layer, i, at] for x in ("pairs", "blocks", "recall")]
-            for name, value in zip(("pair_density", "block_density", "recall"), values, strict=True):
+                values = [
+                    found[f"{table}_{x}"][layer, i, at] for x in ("pairs", "blocks", "recall")
+                ]
+            for name, value in zip(
+                ("pair_density", "block_density", "recall"), values, strict=True
+            ):
                 rows[name].append(float(value))
         for g, (cache, decode) in enumerate(zip(choice.cache, choice.decode, strict=True)):
             rows["cache_share"].append(1.0 if cache == "full" else kept[rings[cache]])
@@ -222,7 +242,11 @@ def _settings(model: PreTrainedModel, candidates, prompts: list[Prompt]) -> str:
         seen.update(name.encode() + few.float().cpu().numpy().tobytes())
     for prompt in prompts:
         seen.update(prompt.ids.cpu().numpy().tobytes())
-    settings = {"version": hfsparse.__version__, "dtype": str(model.dtype), "seen": seen.hexdigest()}
+    settings = {
+        "version": hfsparse.__version__,
+        "dtype": str(model.dtype),
+        "seen": seen.hexdigest(),
+    }
     return json.dumps(settings | {"candidates": repr(candidates)}, sort_keys=True)
 
 

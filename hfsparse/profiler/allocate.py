@@ -1,9 +1,8 @@
-"""One choice a head under budgets, as two integer programmes (scipy's HiGHS).
+"""One choice a head under budgets, as an integer programme (scipy's HiGHS).
 
-First which kv heads become rings, of what size: the sum of their effects on the answers is least, within
-the cache budget, and within the pair and decode budgets even if all other heads took their cheapest
-choice. Then a prefill pattern for each other q head and a page selector for each other kv head: the sum of
-output errors is least, within what the rings leave of the pair and decode budgets.
+A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each of
+its q heads takes a prefill pattern and the kv head a page selector; all may stay full. The sum of effects
+is least; mean pair density, cache share and decode share stay within their budgets.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
+
+from hfsparse.plan import Layer
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Options:
-    """Measured choices: names, what they lose and what they cost, by layer and head."""
+    """Measured choices: names, effects (what is lost) and costs, by layer and head."""
 
     prefill: np.ndarray  # [layers, options, q heads] names of patterns
-    prefill_error: np.ndarray  # relative, after o_proj
+    prefill_effect: np.ndarray
     prefill_cost: np.ndarray
     rings: list[str]
-    ring_effect: np.ndarray  # [layers, rings, kv heads], of the whole group on the answer's margin
+    ring_effect: np.ndarray  # [layers, rings, kv heads], of the whole group
     ring_cost: np.ndarray
-    ring_kept: list[float]  # share of a row that each ring keeps, and that a decode step reads of it
+    ring_kept: list[float]  # share of a row that each ring keeps, and that a decode step reads
     ring_read: list[float]
     selectors: list[str]
-    page_error: np.ndarray  # [layers, selectors, kv heads]
+    page_effect: np.ndarray  # [layers, selectors, kv heads], of the whole group
     page_share: np.ndarray
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one layer's heads do, in the words of a plan."""
-
-    prefill: tuple[str, ...]
-    cache: tuple[str, ...]
-    decode: tuple[str, ...]
 
 
 class Infeasible(ValueError):
@@ -56,19 +48,20 @@ class Infeasible(ValueError):
 
 @dataclass
 class _Programme:
-    """Variables that are 0 or 1: one of each group is taken, and uses stay within limits."""
+    """Variables that are 0 or 1: one in each group is taken, and uses stay within limits."""
 
     limits: dict[str, float]
     loss: list[float] = field(default_factory=list)
-    names: list[tuple] = field(default_factory=list)
+    names: list[tuple[tuple, str]] = field(default_factory=list)
     uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
 
-    def add(self, group: tuple, name: str, loss: float, **uses: float) -> None:
+    def add(self, groups: list[tuple], name: str, loss: float, **uses: float) -> None:
+        """A choice called `name`, which counts in each of `groups`."""
         at = len(self.loss)
-        self.uses.append((group, at, 1.0))
+        self.uses.extend((group, at, 1.0) for group in groups)
         self.uses.extend((key, at, float(use)) for key, use in uses.items())
         self.loss.append(float(loss))
-        self.names.append((group, name))
+        self.names.append((groups, name))
 
     def solve(self) -> dict[tuple, str]:
         """What each group takes, at least loss."""
@@ -87,17 +80,16 @@ class _Programme:
         )
         if found.x is None:
             raise Infeasible(found.message)
-        return dict(self.names[i] for i in np.flatnonzero(found.x > 0.5))
+        taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
+        return {group: name for groups, name in taken for group in groups}
 
 
-def allocate(options: Options, budget: Budget) -> list[Choice]:
-    """The choice of least loss, a Choice a layer; Infeasible where no choice meets the budgets."""
+def allocate(options: Options, budget: Budget) -> list[Layer]:
+    """The choice of least effect, a Layer each; Infeasible where no choice meets the budgets."""
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
-    group = q_heads // kv_heads
     try:
-        cache = _rings(options, budget, group).solve()
-        rest = _rest(options, budget, group, cache).solve()
+        taken = _programme(options, budget).solve()
     except Infeasible as error:
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
@@ -105,50 +97,43 @@ def allocate(options: Options, budget: Budget) -> list[Choice]:
         ) from None
     choices = []
     for layer in range(layers):
-        kept = [cache["cache", layer, g] for g in range(kv_heads)]
-        prefill = [rest.get(("prefill", layer, h), kept[h // group]) for h in range(q_heads)]
-        decode = [rest.get(("decode", layer, g), "ring") for g in range(kv_heads)]
-        choices.append(Choice(tuple(prefill), tuple(kept), tuple(decode)))
+        prefill = tuple(taken["prefill", layer, h] for h in range(q_heads))
+        cache = tuple(taken["cache", layer, g] for g in range(kv_heads))
+        decode = tuple(
+            "ring" if kept in options.rings else taken["decode", layer, g]
+            for g, kept in enumerate(cache)
+        )
+        choices.append(Layer(prefill, cache, decode))
     return choices
 
 
-def _rings(options: Options, budget: Budget, group: int) -> _Programme:
-    layers, _, kv_heads = options.ring_effect.shape
-    one = 1 / (layers * kv_heads)  # a kv head's part of a mean
-    cheapest = options.prefill_cost.min(1).reshape(layers, kv_heads, group).mean(2)
-    fewest = options.page_share.min(1)
+def _programme(options: Options, budget: Budget) -> _Programme:
+    layers, _, q_heads = options.prefill.shape
+    kv_heads = options.ring_effect.shape[2]
+    group, one = q_heads // kv_heads, 1 / (layers * kv_heads)  # one: a kv head's part of a mean
     programme = _Programme({"pairs": budget.pairs, "cache": budget.cache, "decode": budget.decode})
     for layer in range(layers):
         for g in range(kv_heads):
-            key = ("cache", layer, g)
-            pairs, pages = one * cheapest[layer, g], one * fewest[layer, g]
-            programme.add(key, "full", 0.0, pairs=pairs, cache=one, decode=pages)
+            cache, decode = ("cache", layer, g), ("decode", layer, g)
+            prefill = [("prefill", layer, h) for h in range(g * group, (g + 1) * group)]
             for i, name in enumerate(options.rings):
-                pairs = one * options.ring_cost[layer, i, g]
-                kept, read = one * options.ring_kept[i], one * options.ring_read[i]
-                effect = options.ring_effect[layer, i, g]
-                programme.add(key, name, effect, pairs=pairs, cache=kept, decode=read)
-    return programme
-
-
-def _rest(options: Options, budget: Budget, group: int, cache: dict[tuple, str]) -> _Programme:
-    layers, _, q_heads = options.prefill.shape
-    kv = 1 / (layers * q_heads // group)
-    ring = {name: i for i, name in enumerate(options.rings)}
-    taken = [(layer, ring[name], g) for (_, layer, g), name in cache.items() if name in ring]
-    pairs = budget.pairs - kv * sum(options.ring_cost[at] for at in taken)
-    decode = budget.decode - kv * sum(options.ring_read[i] for _, i, _ in taken)
-    programme = _Programme({"pairs": pairs, "decode": decode})
-    for (_, layer, g), name in cache.items():
-        if name in ring:
-            continue
-        programme.add(("decode", layer, g), "full", 0.0, decode=kv)
-        for i, selector in enumerate(options.selectors):
-            share, error = options.page_share[layer, i, g], options.page_error[layer, i, g]
-            programme.add(("decode", layer, g), selector, error, decode=kv * share)
-        for h in range(g * group, (g + 1) * group):
-            programme.add(("prefill", layer, h), "full", 0.0, pairs=kv / group)
-            for i, pattern in enumerate(options.prefill[layer, :, h]):
-                cost, error = options.prefill_cost[layer, i, h], options.prefill_error[layer, i, h]
-                programme.add(("prefill", layer, h), pattern, error, pairs=kv / group * cost)
+                programme.add(
+                    [cache, decode, *prefill],
+                    name,
+                    options.ring_effect[layer, i, g],
+                    pairs=one * options.ring_cost[layer, i, g],
+                    cache=one * options.ring_kept[i],
+                    decode=one * options.ring_read[i],
+                )
+            programme.add([cache], "full", 0.0, cache=one)
+            programme.add([decode], "full", 0.0, decode=one)
+            for i, name in enumerate(options.selectors):
+                share = options.page_share[layer, i, g]
+                programme.add([decode], name, options.page_effect[layer, i, g], decode=one * share)
+            for key in prefill:
+                programme.add([key], "full", 0.0, pairs=one / group)
+                for i, name in enumerate(options.prefill[layer, :, key[2]]):
+                    cost = options.prefill_cost[layer, i, key[2]]
+                    effect = options.prefill_effect[layer, i, key[2]]
+                    programme.add([key], name, effect, pairs=one / group * cost)
     return programme

@@ -1,16 +1,18 @@
-"""Run a prompt through a model and show every layer's attention to an observer, one at a time.
+"""Run a prompt through a model and measure every layer's attention, one at a time.
 
-Forward, `see` gets each layer's q, k, v. Backward, from the margin of the tokens to predict, `effects`
-gets them again with the attention's output and its gradient. Layers are recomputed one by one on the way
-back (reentrant checkpointing), so that memory is one layer's and the hidden states between layers.
+Two forward passes find the prompt's key tokens: those that the model predicts well, and badly when
+every head is short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on
+few other tokens. The way back from their margin then visits each layer with its attention's output and
+gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's and
+the hidden states between layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,49 +22,79 @@ from transformers import PreTrainedModel
 
 from hfsparse.attention import Logits
 from hfsparse.patcher import patch
+from hfsparse.plan import Plan
 
-See = Callable[[Any, Tensor, Tensor, Tensor, Logits], dict[str, np.ndarray]]
-Effects = Callable[[Tensor, Tensor, Tensor, Tensor, Logits], Callable[[Tensor], np.ndarray]]
+KEYS = 48  # key tokens a prompt
+SURE = 6.0  # a margin beyond this is as good: e^6 to one
+SLICE = 256  # tokens whose logits exist at a time
+
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer's attention in one prompt."""
+
+    q: Tensor  # [1, Hq, L, D], post-RoPE
+    k: Tensor  # [1, Hkv, L, D]
+    v: Tensor  # [1, Hkv, L, Dv]
+    out: Tensor  # [1, Hq, L, Dv]
+    grad: Tensor  # [1, Hq, L, Dv], of the mean margin of the key tokens
+    logits: Logits
+    keys: Tensor  # [n] rows that predict the key tokens, ascending
 
 
 def capture(
-    model: PreTrainedModel, ids: Tensor, targets: tuple[int, int], see: See, effects: Effects
-) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
-    """What `see` and `effects` answer for every layer, over one dense pass of ids `[1, L]`.
-
-    `see(module, q, k, v, logits)`: q is `[1, Hq, L, D]`, k and v `[1, Hkv, L, D]`, post-RoPE.
-    `effects(out, q, k, v, logits)` answers a function of the gradient of out `[1, Hq, L, Dv]`. The gradient
-    is of the mean margin of the tokens at `targets` (first, past the last): logit over all others.
-    """
-    seen: dict[int, dict] = {}
-    felt: dict[int, np.ndarray] = {}
+    model: PreTrainedModel,
+    ids: Tensor,
+    short_sighted: Plan,
+    measure: Callable[[Seen], dict[str, np.ndarray]],
+) -> list[dict[str, np.ndarray]]:
+    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells the key tokens."""
+    found: dict[int, dict[str, np.ndarray]] = {}
     ids = ids.to(model.device)
-
-    def observe(module, q, k, v, logits):
-        if not torch.is_grad_enabled():  # the way forward
-            seen[module.layer_idx] = see(module, q, k, v, logits)
-            return None
-
-        def watch(out: Tensor) -> None:
-            with torch.no_grad():
-                effect = effects(out, q, k, v, logits)
-            out.register_hook(lambda grad: felt.__setitem__(module.layer_idx, effect(grad)))
-
-        return watch
-
+    decoder = model.get_decoder()
+    with patch(model, short_sighted), torch.no_grad():
+        without = _margins(model, decoder(input_ids=ids, use_cache=False).last_hidden_state, ids)
     with patch(model), _checkpointed(model):
-        decoder = model.get_decoder()
+        keys = without.new_empty(0)
+
+        def observe(module, q, k, v, logits):
+            if not torch.is_grad_enabled():  # the way forward
+                return None
+
+            def watch(out: Tensor) -> None:
+                def visit(grad: Tensor) -> None:
+                    seen = Seen(q, k, v, out, grad, logits, keys)
+                    with torch.no_grad():
+                        found[module.layer_idx] = measure(seen)
+
+                out.register_hook(visit)
+
+            return watch
+
         for module in decoder.modules():
             if module is not decoder and "_hfsparse" in module.__dict__:
                 module._hfsparse.observe = observe
-        first, last = targets
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            scores = model.get_output_embeddings()(hidden[:, first - 1 : last - 1])[0].float()
-            wanted = ids[0, first:last, None]
-            others = scores.scatter(1, wanted, -torch.inf).logsumexp(1)
-            (scores.gather(1, wanted)[:, 0] - others).mean().backward()
-    return [seen[i] for i in sorted(seen)], [felt[i] for i in sorted(felt)]
+            with torch.no_grad():
+                lost = _margins(model, hidden, ids) - without
+            keys = lost.topk(min(KEYS, len(lost))).indices.sort().values
+            _margin(model, hidden[:, keys], ids[0, keys + 1]).mean().backward()
+    return [found[layer] for layer in sorted(found)]
+
+
+def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Margin [L - 1] of each next token, a slice of the vocabulary's logits at a time."""
+    pairs = zip(hidden[:, :-1].split(SLICE, 1), ids[0, 1:].split(SLICE), strict=True)
+    return torch.cat([_margin(model, part, wanted) for part, wanted in pairs]).clamp(-SURE, SURE)
+
+
+def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Logit of the tokens wanted [n] over the log of the sum of all others; hidden `[1, n, hidden]`."""
+    scores = model.get_output_embeddings()(hidden)[0].float()
+    others = scores.scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
+    return scores.gather(1, wanted[:, None])[:, 0] - others
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The `minference` method: the best pattern a q head at equal cost (arXiv 2407.02490), and ring heads.
 
 At each cost level, every q head takes the pattern of highest recall among those that cost no more
-(measured pair density). Kv heads become rings where that moves the answer least. `allocate` then
+(measured pair density). Kv heads become rings where the key tokens feel it least. `allocate` then
 picks rings, levels and page shares under the budgets.
 """
 
@@ -21,22 +21,22 @@ from hfsparse.selectors.quest import Quest
 LEVELS = (0.15, 0.25, 0.4, 0.6)  # pair densities compared at equal cost
 OVER = 1.05  # a pattern may cost so much more than its level
 SHARES = (0.1, 0.2, 0.35, 0.5)  # of a row's pages
+SINK = 64
 RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 
 
 def candidates(longest: int) -> Candidates:
     """Patterns sized for prompts of `longest` tokens."""
-    sink = max(16, min(64, longest // 128))
     patterns = {}
     for level in LEVELS:
         # streaming keeps about recent * (2 - recent / L) / L of the pairs
-        recent = _round(longest * (1 - (1 - level) ** 0.5) - sink)
-        patterns[f"stream{recent}"] = Streaming(sink, recent)
+        recent = _round(longest * (1 - (1 - level) ** 0.5) - SINK)
+        patterns[f"stream{recent}"] = Streaming(SINK, recent)
         share = round(level * 0.9, 3)
         patterns[f"blocks{round(share * 100)}"] = BlockTopK(share, min_blocks=2)
         columns, diagonals = _round(longest * level * 0.6), _round(longest * level * 0.1)
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
-    rings = {f"ring{r}": Streaming(sink, r) for r in (_round(longest / part) for part in RINGS)}
+    rings = {f"ring{r}": Streaming(SINK, r) for r in (_round(longest / part) for part in RINGS)}
     selectors = {f"quest{round(s * 100)}": Quest(s, min_pages=4) for s in SHARES}
     return Candidates(patterns, rings, selectors)
 
@@ -48,7 +48,7 @@ def options(
     ring_read: list[float],
 ) -> Options:
     """What each head may choose, from measurements `[layers, candidates, heads]`."""
-    recall, error, pairs = (found[f"pattern_{x}"] for x in ("recall", "error", "pairs"))
+    recall, effect, pairs = (found[f"pattern_{x}"] for x in ("recall", "effect", "pairs"))
     best = np.zeros((len(LEVELS), recall.shape[0], recall.shape[2]), dtype=int)
     for i, level in enumerate(LEVELS):
         fits = np.where(pairs <= level * OVER, recall, -1.0 - pairs)  # none fits: the cheapest
@@ -56,7 +56,7 @@ def options(
     at = best.transpose(1, 0, 2)  # [layers, levels, q heads]
     return Options(
         prefill=np.array([*names.patterns, "full"], dtype=object)[at],
-        prefill_error=np.take_along_axis(error, at, 1),
+        prefill_effect=np.take_along_axis(effect, at, 1),
         prefill_cost=np.take_along_axis(pairs, at, 1),
         rings=list(names.rings),
         ring_effect=found["ring_effect"],
@@ -64,7 +64,7 @@ def options(
         ring_kept=ring_kept,
         ring_read=ring_read,
         selectors=list(names.selectors),
-        page_error=found["page_error"],
+        page_effect=found["page_effect"],
         page_share=found["page_share"],
     )
 

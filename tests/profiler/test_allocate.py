@@ -49,11 +49,11 @@ def price(o, choices, ring_share=0.15, ring_read=0.12):
 
 def every_choice():
     """All that one layer of two q heads and a kv head can do."""
-    from hfsparse.profiler.allocate import Choice
+    from hfsparse.plan import Layer
 
-    yield Choice(("ring", "ring"), ("ring",), ("ring",))
+    yield Layer(("ring", "ring"), ("ring",), ("ring",))
     for *prefill, read in product(*[("cheap", "fair", "full")] * 2, ("pages", "full")):
-        yield Choice(tuple(prefill), ("full",), (read,))
+        yield Layer(tuple(prefill), ("full",), (read,))
 
 
 @pytest.mark.parametrize("seed", range(8))
