@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
 from .tasks import TASKS, Niah
 
 app = typer.Typer(
+    cls=Commands,
     help="Retrieval tasks, dense beside sparse.",
     no_args_is_help=True,
     add_completion=False,
@@ -63,9 +64,8 @@ def ruler(
     max_new_tokens: Cap = None,
 ) -> None:
     """RULER's retrieval tasks: table of scores, dense beside sparse, with intervals."""
-    with one_line_errors():
-        run = Run("ruler", model, plan, lengths, samples, seed, output, max_new_tokens)
-        run.go(_tasks(tasks, list(TASKS)), (None,), device, dtype, chat.value)
+    run = Run("ruler", model, plan, lengths, samples, seed, output, max_new_tokens)
+    run.go(_tasks(tasks, list(TASKS)), (None,), device, dtype, chat.value)
 
 
 @app.command()
@@ -84,13 +84,12 @@ def needle(
     max_new_tokens: Cap = None,
 ) -> None:
     """One needle at each depth and length: table and heat map, dense beside sparse."""
-    with one_line_errors():
-        places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
-        run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
-        chosen = _tasks(task, GRID_TASKS)
-        if len(chosen) > 1:
-            raise UsageError(f"task is {task}: a grid is of one task")
-        run.go(chosen, places, device, dtype, chat.value)
+    places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
+    run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
+    chosen = _tasks(task, GRID_TASKS)
+    if len(chosen) > 1:
+        raise UsageError(f"task is {task}: a grid is of one task")
+    run.go(chosen, places, device, dtype, chat.value)
 
 
 class Run:
@@ -143,21 +142,6 @@ class Run:
             picture = self.output / "heatmap.png"
             heatmap.save(results.lines, plan, f"{self.model}, {tasks[0].name}", picture)
             typer.echo(picture)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input becomes one line and exit code 1; Ctrl-C says that the run can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("interrupted: give the same command again to go on", err=True)
-        raise typer.Exit(130) from None
-    except Exception as problem:
-        if not type(problem).__module__.startswith("hfsparse"):
-            raise
-        typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _tasks(names: str, known: list[str]) -> list:

@@ -214,7 +214,8 @@ def _shift(t: Tensor, by: Tensor) -> Tensor:
     at = torch.arange(t.shape[2], device=t.device) + by[:, None]
     real = (at >= 0) & (at < t.shape[2])
     at = at.clamp(0, t.shape[2] - 1)[:, None, :, None]
-    return t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) * real[:, None, :, None]
+    moved = t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3]))
+    return moved.masked_fill(~real[:, None, :, None], 0)
 
 
 def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
@@ -353,18 +354,19 @@ def _read_ring(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor
 
 def _read_full(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
     """Attention over all keys, or over the pages that the selector chooses."""
-    k, v = store.view(int(length.max()))
+    selector = None if short else store.group.selector
+    longest = int(length.max())
+    pages = -(-longest // PAGE)
+    k, v = store.view(longest if selector is None else pages * PAGE)
     held = torch.arange(k.shape[2], device=k.device)
     held = torch.where(held < length[:, None], held, -1)
     q, k, v, query_pos, held, length = _some(rows, q, k, v, query_pos, held, length)
-    selector = store.group.selector
-    if selector is None or short:
+    if selector is None:
         kernel = kernels.pick(kernels.DECODE, lists=False, logits=len(logits) > 1)
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
-    count = -(-k.shape[2] // PAGE)
-    low, high = _some(rows, store.low[:, :, :count], store.high[:, :, :count])
-    pages = selector.pages(q, low, high, length, logits["scale"])
+    low, high = _some(rows, store.low[:, :, :pages], store.high[:, :, :pages])
+    chosen = selector.pages(q, low, high, length, logits["scale"])
     kernel = kernels.pick(kernels.DECODE, lists=True, logits=len(logits) > 1)
     tail = -length % PAGE  # the row's last page is always read
-    reads = pages.count * PAGE - tail[:, None]
-    return kernel.run(q, k, v, query_pos, held, pages, **logits), reads
+    reads = chosen.count * PAGE - tail[:, None]
+    return kernel.run(q, k, v, query_pos, held, chosen, **logits), reads

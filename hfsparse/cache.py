@@ -165,7 +165,7 @@ class Layer(CacheLayerMixin):
         return sum(t.nbytes for store in self.stores for t in store.tensors())
 
     def dense_bytes(self) -> int:
-        """Bytes that the stock cache would hold: every column, or the model's window, of every row and head."""
+        """Bytes of the stock cache: every column, or the model's window, of every row and head."""
         heads = sum(len(store.group.heads) for store in self.stores)
         width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
         columns = self.seen if self.window is None else min(self.seen, self.window)
@@ -179,7 +179,7 @@ class Layer(CacheLayerMixin):
         if past != self.rows:
             raise CacheError(
                 f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
-                f"hold {past}: pass the mask of the whole conversation, the earlier padding included"
+                f"hold {past}: pass the mask of the whole conversation, earlier padding included"
             )
         new = [self.seen - max(before, s) for s in starts]
         self.rows = [p + n for p, n in zip(past, new, strict=True)]
@@ -187,7 +187,7 @@ class Layer(CacheLayerMixin):
 
 
 class Full:
-    """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by an eighth."""
+    """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
 
     def __init__(self, group: Group, reserve: int):
         self.group, self.reserve = group, reserve
@@ -211,10 +211,10 @@ class Full:
             setattr(self, name, getattr(self, name)[picked])
 
     def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind `past[b]` tokens of row b."""
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`."""
         need = max(p + n for p, n in zip(past, new, strict=True))
         if need > self.k.shape[2]:
-            self._grow(max(need, self.reserve, self.k.shape[2] * 9 // 8))
+            self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
         for rows, p, n in _alike(past, new):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
@@ -267,7 +267,7 @@ class Ring:
         self.low = [self.low[i] for i in picked]
 
     def oldest(self, position: int, total: int) -> int:
-        """First key beyond the sink read by a query at `position`, in a call that ends at `total`."""
+        """First key beyond the sink read by a query at `position`; its call ends at `total`."""
         if total < self.below:
             return self.band.sink
         return max(self.band.sink, position - self.band.span(position) + 1)
@@ -296,7 +296,7 @@ class Ring:
         return torch.where(at < length, at, -1)
 
     def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; forget what the window has passed."""
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; forget what the window passed."""
         rows = [p + n for p, n in zip(past, new, strict=True)]
         self._resize(past, rows)
         sink = self.band.sink
@@ -321,7 +321,7 @@ class Ring:
         most = max(spans) if not self.band.rate else -(-max(spans) // PAGE) * PAGE
         if need <= self.size and (any(short) or self.size <= most):
             return
-        size = -(-max(need, self.size * 9 // 8) // PAGE) * PAGE
+        size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
         size = size if any(short) else min(size, most)
         held, old_k, old_v = self.positions(past), self.k, self.v
         self.size = size
@@ -336,7 +336,7 @@ class Ring:
     def with_chunk(
         self, k: Tensor, v: Tensor, past: list[int], new: list[int], grid: Grid
     ) -> tuple[Tensor, Tensor, Grid]:
-        """What a chunk attends to before it is stored: sink, window and the chunk itself, and its grid."""
+        """What a chunk attends to before it is stored (sink, window, itself), and its grid."""
         sink, block, device = self.band.sink, grid.block, k.device
         total = [p + n for p, n in zip(past, new, strict=True)]
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop

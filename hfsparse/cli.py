@@ -23,7 +23,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+            typer.echo("interrupted: profile and eval go on when given the same command", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if not type(error).__module__.startswith("hfsparse"):
@@ -192,7 +192,8 @@ def evaluate(context: typer.Context) -> None:
         raise UsageError(
             f"hfsparse eval needs the module {error.name}: pip install 'hfsparse[eval]'"
         ) from None
-    tasks(context.args, prog_name="hfsparse eval")
+    code = tasks(context.args, prog_name="hfsparse eval", standalone_mode=False)
+    raise typer.Exit(code or 0)
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ class Grid:
         return torch.where(rows < self.q_len[:, None], self.offset[:, None] + rows, -1)
 
     def reach(self, band: Band = FULL) -> tuple[Tensor, Tensor]:
-        """Block maps [B, nq, nk]: some pair is kept by causality, window and band; every pair is."""
+        """Block maps [B, nq, nk]: causality, window and band keep some pair; they keep every pair."""
         q0, q1 = self.q_first[..., None], self.q_last[..., None]
         k0, k1 = self.first[:, None], (self.first + self.live - 1)[:, None]
         some = (k0 <= q1) & (self.q_rows[..., None] > 0) & (self.live[:, None] > 0)
@@ -185,7 +185,7 @@ class BlockLists:
         band: Band = FULL,
         columns: Tensor | None = None,
     ) -> BlockLists:
-        """Lists from a block map `keep` [B, H, nq, nk] (all blocks), cut to what the band reaches."""
+        """Lists from a block map `keep` [B, H, nq, nk] (all blocks), cut to the band's reach."""
         some, every = (m[:, None] for m in grid.reach(band))
         if keep is None:
             keep = torch.ones((), dtype=torch.bool, device=some.device)

@@ -92,7 +92,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, plan):
     monkeypatch.setattr(Plan, "load", interrupted)
     result = run("show", plan)
     assert result.exit_code == 130
-    assert result.stderr == "interrupted\n"
+    assert result.stderr == "interrupted: profile and eval go on when given the same command\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, plan):

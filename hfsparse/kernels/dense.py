@@ -1,4 +1,4 @@
-"""Dense causal attention through PyTorch's own kernels: full heads, rows under `below`, ring steps."""
+"""Dense causal attention by PyTorch's own kernels: full heads, rows under `below`, ring steps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MASK = 1 << 22  # booleans in the largest mask built at a time
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Tensor:
-    """Attention of q `[B, H, Sq, D]` over all earlier keys of k, v `[B, Hkv, Sk, D]`: `[B, H, Sq, Dv]`.
+    """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over all earlier keys of k, v `[B, Hkv, Sk, D]`.
 
-    Without a past the kernel's own causal form serves, padded rows too: their pads stand at the end.
+    Without a past the kernel's own causal form serves, padded rows too: their pads come last.
     """
     key = grid.key_pos[:, : grid.Sk]
     k, v = _clean(k, v, key)

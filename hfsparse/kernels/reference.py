@@ -1,4 +1,4 @@
-"""Plain PyTorch attention over BlockLists (prefill) and PageLists (decode): the truth for every kernel.
+"""Plain PyTorch attention over BlockLists (prefill) and PageLists (decode): every kernel's truth.
 
 Exact over the keys the lists keep, float32 inside, online softmax (Milakov and Gimelshein, arXiv
 1805.02867) in tiles of bounded size: no tensor of queries x keys is ever built. Runs on any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hfsparse.lists import PAGE, BlockLists, PageLists
+from hfsparse.lists import PAGE, RATE_ONE, BlockLists, PageLists
 
 TILE = 1 << 19  # float32 numbers in the largest temporary: 2 MiB stay in a core's cache
 
@@ -41,7 +41,7 @@ class _Softmax:
         self.top = top
 
     def result(self, sink: Tensor | None = None) -> Tensor:
-        """The attention `[R, n, D]`, zeros where nothing was kept; `sink` `[R, n or 1, 1]`: a bare logit."""
+        """Attention `[R, n, D]`, 0 where nothing was kept; `sink` `[R, n or 1, 1]`: a bare logit."""
         total = self.sum
         if sink is not None:
             base = torch.maximum(self.top, sink)
@@ -61,7 +61,7 @@ def prefill(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`: `[B, H, Sq, Dv]`.
+    """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
     kv_heads [H]: the kv head that each q head reads. s_aux [H]: sink logits (gpt-oss).
     Queries past a row's end give zeros.
@@ -80,7 +80,7 @@ def prefill(
     sink, recent, rate = torch.tensor(
         [(band.sink, band.recent, band.rate) for band in lists.bands], device=q.device
     ).T[:, h]
-    start = at - (recent[:, None] + at * rate[:, None] // 65536) + 1  # as Band.start
+    start = at - (recent[:, None] + at * rate[:, None] // RATE_ONE) + 1  # as Band.start
 
     def flat(t: Tensor) -> Tensor:
         return t.expand(B, *t.shape[1:]).reshape(B * H * nq, *t.shape[3:])

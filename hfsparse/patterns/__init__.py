@@ -21,7 +21,7 @@ class Pattern(Protocol):
     """What the patcher and the profiler ask of a pattern."""
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
-        """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`, both post-RoPE, row-relative."""
+        """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`: post-RoPE, row-relative."""
         ...
 
 

@@ -19,7 +19,7 @@ from hfsparse.patterns import register, require
 @register("block_topk")
 @dataclass(frozen=True)
 class BlockTopK:
-    """Share of the visible blocks kept, never fewer than `min_blocks` (where so many are visible)."""
+    """Share of the visible blocks kept, never fewer than `min_blocks` (where that many exist)."""
 
     share: float = 0.1
     min_blocks: int = 16

@@ -1,4 +1,4 @@
-"""Streaming heads: the first `sink` tokens and the last `recent` ones (StreamingLLM, arXiv 2309.17453).
+"""Streaming heads: the first `sink` and the last `recent` tokens (StreamingLLM, arXiv 2309.17453).
 
 With `recent_per_token` the window grows with the query's position, as in MoA (arXiv 2406.14909):
 span(p) = recent + recent_per_token * p, rounded down.
@@ -28,7 +28,7 @@ class Streaming:
         require(self.recent >= 1, f"recent is {self.recent}: give 1 or more tokens")
         require(
             0 <= self.recent_per_token <= 1,
-            f"recent_per_token is {self.recent_per_token}: give 0 to 1, or a dropped key comes back",
+            f"recent_per_token is {self.recent_per_token}: give 0 to 1, or dropped keys come back",
         )
 
     @property

@@ -54,9 +54,10 @@ def profile(
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
 
-    Budgets are shares of dense attention, met at the longest of `lengths` (tokens): query-key pairs of
-    a prompt, bytes of cache, keys read by a decode step. `samples` prompts a length, made offline
-    or taken from `data` (JSONL with "text" or "prompt"). Raises UsageError for what can't be done.
+    Budgets are shares of dense attention, met at the longest of `lengths` (tokens): query-key
+    pairs of a prompt, bytes of cache, keys read by a decode step. `samples` prompts a length, made
+    offline or taken from `data` (JSONL with "text" or "prompt"). Raises UsageError for what can't
+    be done.
     """
     _check(model, lengths, samples, method)
     budget = Budget(prefill_density, cache_share, decode_share)
@@ -163,7 +164,7 @@ def _plan(model, method: str, candidates, means: dict[int, dict], budget: Budget
 
 
 def _ring_shares(candidates, length: int) -> tuple[list[float], list[float]]:
-    """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads of it."""
+    """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads."""
     sizes = [ring.sink + ring.recent for ring in candidates.rings.values()]
     return [min(1.0, (n + SLACK) / length) for n in sizes], [min(1.0, n / length) for n in sizes]
 
@@ -205,7 +206,7 @@ def _expected(choices: tuple[Layer, ...], candidates, found: dict, length: int) 
 
 
 class _Parts:
-    """Measurements of the prompts done so far, in a folder beside the plan, valid for one setting."""
+    """Measurements of the prompts done so far, in a folder beside the plan, for one setting."""
 
     def __init__(self, out: str | Path | None, settings: str):
         self.folder = None if out is None else Path(f"{out}.parts")

@@ -1,8 +1,8 @@
 """One choice a head under budgets, as an integer programme (scipy's HiGHS).
 
-A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each of
-its q heads takes a prefill pattern and the kv head a page selector; all may stay full. The sum of effects
-is least; mean pair density, cache share and decode share stay within their budgets.
+A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each
+of its q heads takes a prefill pattern and the kv head a page selector; all may stay full. The sum
+of effects is least; mean pair density, cache share and decode share stay within their budgets.
 """
 
 from __future__ import annotations

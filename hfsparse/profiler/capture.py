@@ -1,10 +1,10 @@
 """Run a prompt through a model and measure every layer's attention, one at a time.
 
 Two forward passes find the prompt's key tokens: those that the model predicts well, and badly when
-every head is short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on
-few other tokens. The way back from their margin then visits each layer with its attention's output and
-gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's and
-the hidden states between layers.
+every head is short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and
+on few other tokens. The way back from their margin then visits each layer with its attention's
+output and gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is
+one layer's and the hidden states between layers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def capture(
     short_sighted: Plan,
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells the key tokens."""
+    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
     found: dict[int, dict[str, np.ndarray]] = {}
     ids = ids.to(model.device)
     decoder = model.get_decoder()
@@ -91,7 +91,7 @@ def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
 
 
 def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """Logit of the tokens wanted [n] over the log of the sum of all others; hidden `[1, n, hidden]`."""
+    """Log-odds of the tokens wanted [n] against all others; hidden `[1, n, hidden]`."""
     scores = model.get_output_embeddings()(hidden)[0].float()
     others = scores.scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
     return scores.gather(1, wanted[:, None])[:, 0] - others

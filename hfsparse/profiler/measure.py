@@ -2,10 +2,10 @@
 
 `effect` is what the margin of the prompt's key tokens loses, to first order: the change that a
 candidate makes to the attention's output, times the gradient there. (A relative error of the output
-can't tell a head that carries an answer from one that carries nothing.) `recall` is the share of the exact
-attention's mass that is kept. A ring's effect is summed over all rows. Patterns and pages are looked at
-on sampled rows: those that predict the key tokens and, for patterns, others over the depth, which stand
-for all the rest.
+can't tell a head that carries an answer from one that carries nothing.) `recall` is the share of
+the exact attention's mass that is kept. A ring's effect is summed over all rows. Patterns and pages
+are looked at on sampled rows: those that predict the key tokens and, for patterns, others over the
+depth, which stand for all the rest.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Candidates:
 def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
-    `pattern_*` per q head: effect, recall, pairs and blocks (densities); `ring_*` the same per kv head;
-    `page_*` per kv head: effect, recall, share of keys read.
+    `pattern_*` per q head: effect, recall, pairs and blocks (densities); `ring_*` the same per kv
+    head; `page_*` per kv head: effect, recall, share of keys read.
     """
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]

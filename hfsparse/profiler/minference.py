@@ -1,4 +1,4 @@
-"""The `minference` method: the best pattern a q head at equal cost (arXiv 2407.02490), and ring heads.
+"""The `minference` method: a q head's best pattern at equal cost (arXiv 2407.02490), and rings.
 
 At each cost level, every q head takes the pattern of highest recall among those that cost no more
 (measured pair density). Kv heads become rings where the key tokens feel it least. `allocate` then

@@ -33,7 +33,7 @@ class Quest:
     def pages(
         self, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
     ) -> PageLists:
-        """Pages read by the new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
+        """Pages read by new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
 
         low, high `[B, Hkv, P, D]`: each page's smallest and largest key value a channel.
         """

@@ -129,4 +129,4 @@ def test_ctrl_c_says_that_the_run_can_go_on(call, monkeypatch):
     monkeypatch.setattr(runner, "answer", stop)
     result = call("ruler", "--lengths", "512", "--tasks", "niah_single_1")
     assert result.exit_code == 130
-    assert "interrupted: give the same command again to go on" in result.stderr
+    assert "go on when given the same command" in result.stderr

@@ -1,0 +1,93 @@
+"""The whole job on SmolLM2-135M at 2,048 tokens: which heads a plan keeps decides everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+import hfsparse
+from hfsparse.loading import load
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Layer, Plan
+from hfsparse.stats import Stats
+from hfsparse_eval.generate import answer
+from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.tasks import TASKS
+
+pytestmark = pytest.mark.slow
+LENGTH, SAMPLES = 2048, 5
+BUDGETS = dict(prefill_density=0.38, cache_share=0.43, decode_share=0.3)
+
+
+@pytest.fixture(scope="module")
+def real(smollm2):
+    return load(str(smollm2))
+
+
+@pytest.fixture(scope="module")
+def plan(real) -> Plan:
+    return hfsparse.profile(*real, lengths=(LENGTH,), samples=4, **BUDGETS)
+
+
+@pytest.fixture(scope="module")
+def needles(real):
+    """Prompts that hide a number in prose; the dense model finds each (checked below)."""
+    prompter = Prompter(real[1], "auto")
+    suite = Suite([TASKS["niah_single_2"]], [LENGTH], SAMPLES, prompter, 0, (None,))
+    return [suite.sample(case) for case in suite.cases]
+
+
+def found(real, needles, plan: Plan | None) -> tuple[int, Stats | None]:
+    """How many needles are answered, and what the last answer measured."""
+    if plan is None:
+        return sum(n.answers[0] in answer(*real, n, 12).text for n in needles), None
+    with hfsparse.patch(real[0], plan) as handle:
+        count = sum(n.answers[0] in answer(*real, n, 12).text for n in needles)
+        return count, handle.stats()
+
+
+def shuffled(plan: Plan, seed: int) -> Plan:
+    """The same words for other heads: kv groups drawn at random, so every density is the same."""
+    group = plan.model.q_heads // plan.model.kv_heads
+    groups = [
+        (layer.prefill[g * group : (g + 1) * group], layer.cache[g], layer.decode[g])
+        for layer in plan.layers
+        for g in range(plan.model.kv_heads)
+    ]
+    Random(seed).shuffle(groups)
+    layers = []
+    for i in range(0, len(groups), plan.model.kv_heads):
+        prefill, cache, decode = zip(*groups[i : i + plan.model.kv_heads], strict=True)
+        layers.append(Layer(sum(prefill, ()), cache, decode))
+    return replace(plan, layers=tuple(layers))
+
+
+def test_the_dense_model_finds_every_needle(real, needles):
+    assert found(real, needles, None)[0] == SAMPLES
+
+
+def test_the_profiled_plan_keeps_the_needle_at_its_budgets(real, needles, plan):
+    count, stats = found(real, needles, plan)
+    assert count >= SAMPLES - 1
+    assert stats.pair_density <= 0.42
+    assert stats.cache_share <= 0.47
+    assert stats.decode_share <= 0.33
+
+
+def test_a_plan_of_streaming_heads_only_loses_the_needle(real, needles, plan):
+    model = plan.model
+    short = Layer(("s",) * model.q_heads, ("s",) * model.kv_heads, ("ring",) * model.kv_heads)
+    streaming = replace(plan, patterns={"s": Streaming(64, 256)}, layers=(short,) * model.layers)
+    assert found(real, needles, streaming)[0] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_densities_on_heads_drawn_at_random_lose_the_needle(real, needles, plan, seed):
+    drawn = shuffled(plan, seed)
+    count, stats = found(real, needles, drawn)
+    assert count <= 1
+    _, profiled = found(real, needles[:1], plan)
+    assert stats.cache_share == pytest.approx(profiled.cache_share, abs=0.02)
+    assert stats.pair_density == pytest.approx(profiled.pair_density, abs=0.05)
