@@ -1,0 +1,38 @@
+"""On a GPU, the patched model gives what it gives on the CPU (the plain PyTorch path, no kernels)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hfsparse
+from tests.patcher.families import FAMILIES, fresh, full, growing, left_padded, mixed, streaming
+from tests.patcher.runs import forward, generate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CLOSE = 1e-4  # float32 sums in another order
+
+
+def straddled(model):
+    return mixed(model, below=(250, 262, 256))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
+@pytest.mark.parametrize("chunk", [None, 96])
+def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    model, (ids, mask) = fresh(family), left_padded(260)
+    more = {} if chunk is None else {"prefill_chunk_size": chunk}
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        with hfsparse.patch(model, plan(model)) as handle:
+            scores = forward(model, ids.to(device), mask.to(device)).logits.cpu()
+            said = generate(model, ids.to(device), mask.to(device), **more)
+            results.append((scores, said.sequences.tolist(), handle.stats()))
+    (want, tokens, stats), (got, same_tokens, same_stats) = results
+    assert (got - want)[mask.bool()].abs().max() < CLOSE
+    assert same_tokens == tokens
+    assert same_stats.pair_density == pytest.approx(stats.pair_density, abs=0.01)
+    assert same_stats.kv_bytes == stats.kv_bytes
