@@ -62,11 +62,15 @@ def capture(
             if not torch.is_grad_enabled():  # the way forward
                 return None
 
+            # Detached: a hook that held its own tensor's graph would keep every layer alive.
+            seen = [t.detach() for t in (q, k, v)]
+
             def watch(out: Tensor) -> None:
+                value = out.detach()
+
                 def visit(grad: Tensor) -> None:
-                    seen = Seen(q, k, v, out, grad, logits, keys)
                     with torch.no_grad():
-                        found[module.layer_idx] = measure(seen)
+                        found[module.layer_idx] = measure(Seen(*seen, value, grad, logits, keys))
 
                 out.register_hook(visit)
 
