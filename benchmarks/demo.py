@@ -8,6 +8,7 @@ Runs the commands a user would run, prints each, and ends with dense and sparse 
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ from hfsparse.cli import app
 from hfsparse.loading import load
 from hfsparse.plan import Plan
 from hfsparse_eval.generate import answer
-from hfsparse_eval.report import cells
+from hfsparse_eval.report import Cell, cells
 from hfsparse_eval.results import parse
 from hfsparse_eval.runner import session
 from hfsparse_eval.samples import Prompter, Suite
@@ -39,7 +40,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Where plan, pictures and tables go.")],
 ) -> None:
     start = time.time()
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # old results are not this run's
+    out.mkdir(parents=True)
     plan, results = out / "plan.yaml", out / "eval"
     command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 8 {BUDGETS}")
     command(f"show {plan} --png {out / 'heads.png'}")
@@ -53,12 +55,14 @@ def main(
     table = summary(lines, Plan.load(plan).hash())
     (out / "demo.md").write_text(table + facts(start), encoding="utf-8")
     print(f"\n{table}{facts(start)}\nplan, pictures and reports: {out}/")
+    judge(cells(lines, Plan.load(plan).hash())[0][-1])
 
 
 def command(line: str) -> None:
     """Run one hfsparse command as the shell would."""
     print(f"\n$ hfsparse {line}", flush=True)
-    app(shlex.split(line), prog_name="hfsparse", standalone_mode=False)
+    if code := app(shlex.split(line), prog_name="hfsparse", standalone_mode=False):
+        raise SystemExit(code)
 
 
 def side_by_side(folder: str, plan: Plan) -> None:
@@ -87,9 +91,6 @@ def summary(lines: list[dict], plan: str) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
-    def mean(arm: list[dict], name: str) -> float:
-        return sum(line[name] for line in arm) / len(arm)
-
     for cell in cells(lines, plan)[0]:
         right = [
             f"{sum(x['score'] for x in arm):g}/{len(arm)}" for arm in (cell.dense, cell.sparse)
@@ -98,6 +99,21 @@ def summary(lines: list[dict], plan: str) -> str:
         times = [f"{mean(arm, 'seconds'):.1f}" for arm in (cell.dense, cell.sparse)]
         rows.append("| " + " | ".join([cell.task, *right, *shares, *times]) + " |")
     return "\n".join(rows) + "\n"
+
+
+def judge(whole: Cell) -> None:
+    """Exit with an error if the plan kept too much or lost more than one answer."""
+    pairs, cache = (mean(whole.sparse, name) for name in ("pair_density", "cache_share"))
+    lost = sum(x["score"] for x in whole.dense) - sum(x["score"] for x in whole.sparse)
+    if pairs > 0.40 or cache > 0.45 or lost > 1:
+        raise SystemExit(
+            "the demo promises pair density ≤ 0.40, cache share ≤ 0.45, at most one answer lost: "
+            f"got {pairs:.3f}, {cache:.3f} and {lost:g}"
+        )
+
+
+def mean(arm: list[dict], name: str) -> float:
+    return sum(line[name] for line in arm) / len(arm)
 
 
 def facts(start: float) -> str:

@@ -109,6 +109,8 @@ class Run:
         writable(output)
 
     def go(self, tasks, depths, device, dtype, chat) -> None:
+        import hfsparse
+        from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
         from hfsparse.plan import ModelId
 
@@ -124,6 +126,8 @@ class Run:
             kind=self.kind,
             model=self.model,
             fingerprint=ModelId.of(model).fingerprint,
+            weights=weights_mark(model),
+            version=hfsparse.__version__,
             dtype=str(model.dtype).removeprefix("torch."),
             seed=self.seed,
             chat=chat,

@@ -22,6 +22,8 @@ class Settings:
     kind: str  # ruler or needle
     model: str
     fingerprint: str
+    weights: str
+    version: str
     dtype: str
     seed: int
     chat: str

@@ -26,6 +26,10 @@ STEP = (
 )
 
 
+class PatchError(ValueError):
+    """A model that can't be patched, or is used in a way its patch can't follow."""
+
+
 class Counts:
     """What one layer computed since the last reset, and what dense attention would have."""
 
@@ -108,7 +112,7 @@ def mask_start(
     """Registered mask function: each row's first real column `[B]`, or None; no L x L mask."""
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     if not allow_is_causal_skip or bidirectional:
-        raise ValueError(
+        raise PatchError(
             "this call asks for more than causal attention (packed sequences, prefix or image "
             "blocks, bidirectional). hfsparse follows causal and sliding-window attention only: "
             "pass one sequence a row with an attention_mask, or run it on the unpatched model "
@@ -117,16 +121,16 @@ def mask_start(
     if attention_mask is None or attention_mask.ndim == 1:
         return attention_mask
     if attention_mask.ndim != 2:
-        raise ValueError(_wrong_mask(attention_mask))
+        raise PatchError(_wrong_mask(attention_mask))
     columns = kv_length if q_length is None else q_offset + q_length
     if columns is not None and attention_mask.shape[1] != columns:
-        raise ValueError(
+        raise PatchError(
             f"attention_mask covers {attention_mask.shape[1]} columns, past and input together "
             f"have {int(columns)}: pass the mask of the whole conversation, no more and no less"
         )
     real = attention_mask.bool()
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError(
+        raise PatchError(
             "attention_mask has holes or right padding. hfsparse supports left padding only: set "
             "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
         )
@@ -152,13 +156,13 @@ def attend(
     """
     plan: LayerPlan | None = getattr(module, "_hfsparse", None)
     if plan is None:
-        raise ValueError(
+        raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
     layer = take_layer()
     B, _, Q, D = query.shape
-    _refuse(plan, attention_mask, dropout, sliding_window, key.shape[2] == Q)
+    _refuse(plan, query, key, attention_mask, dropout, sliding_window, kwargs)
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
     watch = plan.observe and plan.observe(module, query, key, value, logits)
     starts = None if attention_mask is None else attention_mask.tolist()
@@ -183,20 +187,32 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(plan, mask, dropout, window, plain) -> None:
+def _refuse(plan, query, key, mask, dropout, window, more) -> None:
     if mask is not None and mask.ndim != 1:
-        raise ValueError(_wrong_mask(mask))
+        raise PatchError(_wrong_mask(mask))
+    heads = plan.counts.prefill.shape[1], plan.counts.reads.shape[1]
+    if (query.shape[1], key.shape[1]) != heads:
+        raise PatchError(
+            f"layer {plan.index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
+            f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model (is it tensor "
+            "parallel?)"
+        )
+    if more.get("cu_seq_lens_q") is not None:
+        raise PatchError(
+            "this call packs several sequences in a row (cu_seq_lens_q): pass one sequence a row "
+            "with an attention_mask, or run it on the unpatched model (handle.undo())"
+        )
     if dropout:
-        raise ValueError(
+        raise PatchError(
             f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
         )
     if window != plan.window:
-        raise ValueError(
+        raise PatchError(
             f"layer {plan.index} was called with a sliding window of {window}, its config says "
             f"{plan.window}: please report this model to hfsparse"
         )
-    if not plain:
-        raise ValueError(
+    if key.shape[2] != query.shape[2]:
+        raise PatchError(
             f"layer {plan.index} got more keys than queries: this cache does not belong to hfsparse"
         )
 

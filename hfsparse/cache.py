@@ -19,9 +19,8 @@ from hfsparse.lists import FULL, PAGE, Band, Grid
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
 
-_here = (
-    threading.local()
-)  # .owner: the patch whose model is running; .layer: the layer updated last
+# This thread's .owner: the patch whose model runs; .layer: updated last; .updates: in this call
+_here = threading.local()
 
 
 class CacheError(ValueError):
@@ -39,12 +38,17 @@ class Group:
 
 def enter(owner: str | None) -> None:
     """Say which patch's model runs in this thread from now on (None: none)."""
-    _here.owner, _here.layer = owner, None
+    _here.owner, _here.layer, _here.updates = owner, None, 0
 
 
 def take_layer() -> Layer | None:
     """The layer that this thread's last `update` went to, once; None when there is no cache."""
     layer, _here.layer = getattr(_here, "layer", None), None
+    if layer is None and getattr(_here, "updates", 0):
+        raise CacheError(
+            "attention was called twice for one cache update: this model calls it in a way that "
+            "hfsparse can't follow. Call handle.undo() and run it as it is"
+        )
     return layer
 
 
@@ -104,6 +108,7 @@ class Layer(CacheLayerMixin):
             )
         self.seen += key_states.shape[-2]
         _here.layer = self
+        _here.updates += 1
         return key_states, value_states
 
     def get_seq_length(self, *args) -> int:
@@ -276,8 +281,9 @@ class Ring:
         for n, low in zip(rows, self.low, strict=True):
             if self.oldest(n, n + 1) < min(n, low):
                 raise CacheError(
-                    f"cannot go back to {n} tokens: a ring keeps {SLACK} tokens beyond its window and "
-                    "the rest is gone. Start again from the prompt, or use a plan whose cache is full"
+                    f"cannot go back to {n} tokens: a ring keeps {SLACK} tokens beyond its window "
+                    "and the rest is gone. Start again from the prompt, or use a plan whose cache "
+                    "is full"
                 )
 
     def slots(self, position: Tensor) -> Tensor:
@@ -327,7 +333,7 @@ class Ring:
         self.size = size
         self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]
         shape = (*old_k.shape[:2], self.band.sink + size)
-        self.k, self.v = (t.new_zeros(*shape, t.shape[-1]) for t in (old_k, old_v))
+        self.k, self.v = (_zeros(t, *shape, t.shape[-1]) for t in (old_k, old_v))
         for b, low in enumerate(self.low):
             source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
             slot = self.slots(held[b, source])
@@ -371,6 +377,12 @@ def _alike(past: list[int], new: list[int]):
 
 def _longer(t: Tensor, size: int) -> Tensor:
     """t `[B, H, n, D]` copied into a buffer of `size` slots."""
-    out = t.new_zeros(*t.shape[:2], size, t.shape[3])
+    out = _zeros(t, *t.shape[:2], size, t.shape[3])
     out[:, :, : t.shape[2]] = t
     return out
+
+
+def _zeros(t: Tensor, *shape: int) -> Tensor:
+    """As `t.new_zeros`, and writable later also where this call runs under inference_mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=t.dtype, device=t.device)

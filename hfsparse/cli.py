@@ -95,13 +95,13 @@ def profile(
         "cache_share": cache_share,
         "decode_share": decode_share,
     }
-    for name, share in budgets.items():
-        if not 0 < share <= 1:
-            raise UsageError(f"{name.replace('_', '-')} is {share}: give more than 0 and at most 1")
     check_writable(output)
-    if data is not None:
-        from hfsparse.profiler.prompts import read_jsonl
 
+    from hfsparse.profiler import check_shares
+    from hfsparse.profiler.prompts import read_jsonl
+
+    check_shares(**budgets)
+    if data is not None:
         read_jsonl(data)
 
     import hfsparse

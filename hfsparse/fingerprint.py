@@ -29,6 +29,22 @@ def attention_values(config: Any) -> dict:
     }
 
 
+def windows(model_or_config: Any) -> list[int | None]:
+    """Each layer's own sliding window, in tokens."""
+    config = getattr(model_or_config, "config", model_or_config)
+    values = attention_values(config.get_text_config(decoder=True))
+    return [values["window"] if kind == "sliding_attention" else None for kind in values["kinds"]]
+
+
+def weights_mark(model: Any) -> str:
+    """Hash of a sample of every weight: tells a fine-tune from its base in a moment."""
+    seen = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+        seen.update(name.encode() + few.float().cpu().numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
 def shape(config: Any) -> dict[str, Any]:
     """Layers, heads and head dim; ValueError for a config that has no single number of them."""
     layers, q_heads = config.num_hidden_layers, config.num_attention_heads

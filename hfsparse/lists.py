@@ -127,7 +127,7 @@ class Grid:
         return torch.where(rows < self.q_len[:, None], self.offset[:, None] + rows, -1)
 
     def reach(self, band: Band = FULL) -> tuple[Tensor, Tensor]:
-        """Block maps [B, nq, nk]: causality, window and band keep some pair; they keep every pair."""
+        """Block maps [B, nq, nk]: causality, window and band keep some pair, and every pair."""
         q0, q1 = self.q_first[..., None], self.q_last[..., None]
         k0, k1 = self.first[:, None], (self.first + self.live - 1)[:, None]
         some = (k0 <= q1) & (self.q_rows[..., None] > 0) & (self.live[:, None] > 0)

@@ -44,9 +44,13 @@ def load(
 
 def _check_folder(model: str) -> bool:
     """Whether `model` is a folder here, not a hub name; raises when it can be neither."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        path = Path(model).expanduser()
+        found, whole = path.is_dir(), (path / "config.json").is_file()
+    except (OSError, RuntimeError) as problem:
+        raise UsageError(f"can't look for the model {model}: {_first_line(problem)}") from problem
+    if found:
+        if not whole:
             raise UsageError(f"{model} has no config.json: give the folder of a Hugging Face model")
         return True
     if path.exists():

@@ -24,19 +24,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import NAME, Counts, LayerPlan, attend, mask_start
+from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attend, mask_start
 from hfsparse.cache import CacheError, Group, Layer, enter
-from hfsparse.fingerprint import attention_values
+from hfsparse.fingerprint import attention_values, windows
 from hfsparse.lists import FULL, Band
 from hfsparse.plan import ModelId, Plan
 from hfsparse.stats import LayerStats, Stats
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
 SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
-
-class PatchError(ValueError):
-    """A model that can't be patched, or is used in a way its patch can't follow."""
 
 
 @dataclass
@@ -139,7 +135,7 @@ def patch(
     plan.validate()
     plan.check(model, allow)
     modules = _attention_modules(model)
-    layers = _layer_plans(plan, model.config.get_text_config(decoder=True), uuid.uuid4().hex)
+    layers = _layer_plans(plan, windows(model), uuid.uuid4().hex)
     decoder = model.get_decoder()
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -217,10 +213,12 @@ def explain(model: PreTrainedModel) -> str:
         chosen = kernels.pick(table, lists=lists, logits=False)
         why = [f"not {k.name}: {k.why_not(lists, False)}" for k in table if k.why_not(lists, False)]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    windows = [layer.index for layer in state.layers if layer.window is not None]
-    if windows:
+    plain = kernels.pick(kernels.PREFILL, lists=True, logits=True).name
+    lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
+    windowed = [layer.index for layer in state.layers if layer.window is not None]
+    if windowed:
         lines.append(
-            f"layers {windows} keep the model's own sliding window, as a ring; behind a past, "
+            f"layers {windowed} keep the model's own sliding window, as a ring; behind a past, "
             "heads that choose by content read all of it"
         )
     return "\n".join(lines)
@@ -272,16 +270,9 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     return modules
 
 
-def _layer_plans(plan: Plan, config: Any, owner: str) -> list[LayerPlan]:
-    values = attention_values(config)
+def _layer_plans(plan: Plan, own_windows: list[int | None], owner: str) -> list[LayerPlan]:
     plans = []
-    for index, (words, kind) in enumerate(zip(plan.layers, values["kinds"], strict=True)):
-        window = values["window"] if kind == "sliding_attention" else None
-        if window is not None and {*words.cache, *words.decode} != {"full"}:
-            raise PatchError(
-                f"layer {index} has the model's own window of {window} tokens and keeps no more "
-                "than that: write full for its cache and decode"
-            )
+    for index, (words, window) in enumerate(zip(plan.layers, own_windows, strict=True)):
         rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
         groups: dict[Group, list[int]] = {}
         for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):

@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Any
 
 from hfsparse import plan_yaml
+from hfsparse.fingerprint import windows
 from hfsparse.plan_rules import (
     MAX_BYTES,
     MAX_PROBLEMS,
@@ -116,7 +117,21 @@ class Plan:
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
     def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
-        """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape."""
+        """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
+
+        PlanError where the plan would drop keys in layers that have a window of their own.
+        """
+        self._check_identity(model_or_config, allow)
+        for index, (words, window) in enumerate(
+            zip(self.layers, windows(model_or_config), strict=True)
+        ):
+            if window is not None and {*words.cache, *words.decode} != {"full"}:
+                raise PlanError(
+                    f"layer {index} has the model's own window of {window} tokens and keeps no "
+                    "more than that: write full for its cache and decode"
+                )
+
+    def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:
         ours, theirs = self.model, ModelId.of(model_or_config)
         units = {"layers": "layers", "q_heads": "q heads", "kv_heads": "kv heads"}
         units["head_dim"] = "dims a head"

@@ -18,7 +18,7 @@ from hfsparse_eval.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 LENGTH, SAMPLES = 2048, 5
-BUDGETS = dict(prefill_density=0.38, cache_share=0.43, decode_share=0.3)
+BUDGETS = dict(prefill_density=0.37, cache_share=0.42, decode_share=0.3)  # the demo's
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def real(smollm2):
 
 @pytest.fixture(scope="module")
 def plan(real) -> Plan:
-    return hfsparse.profile(*real, lengths=(LENGTH,), samples=4, **BUDGETS)
+    return hfsparse.profile(*real, lengths=(LENGTH,), samples=8, **BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_the_dense_model_finds_every_needle(real, needles):
 def test_the_profiled_plan_keeps_the_needle_at_its_budgets(real, needles, plan):
     count, stats = found(real, needles, plan)
     assert count >= SAMPLES - 1
-    assert stats.pair_density <= 0.42
-    assert stats.cache_share <= 0.47
+    assert stats.pair_density <= 0.40
+    assert stats.cache_share <= 0.45
     assert stats.decode_share <= 0.33
 
 
@@ -80,7 +80,7 @@ def test_a_plan_of_streaming_heads_only_loses_the_needle(real, needles, plan):
     model = plan.model
     short = Layer(("s",) * model.q_heads, ("s",) * model.kv_heads, ("ring",) * model.kv_heads)
     streaming = replace(plan, patterns={"s": Streaming(64, 256)}, layers=(short,) * model.layers)
-    assert found(real, needles, streaming)[0] == 0
+    assert found(real, needles, streaming)[0] <= 1  # one of them stands near the end
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -12,7 +12,7 @@ MASK = 1 << 22  # booleans in the largest mask built at a time
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Tensor:
-    """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over all earlier keys of k, v `[B, Hkv, Sk, D]`.
+    """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over earlier keys of k, v `[B, Hkv, Sk, D]`.
 
     Without a past the kernel's own causal form serves, padded rows too: their pads come last.
     """

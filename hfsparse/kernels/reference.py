@@ -41,7 +41,7 @@ class _Softmax:
         self.top = top
 
     def result(self, sink: Tensor | None = None) -> Tensor:
-        """Attention `[R, n, D]`, 0 where nothing was kept; `sink` `[R, n or 1, 1]`: a bare logit."""
+        """Attention `[R, n, D]`, 0 where nothing is kept; `sink` `[R, n or 1, 1]`: a bare logit."""
         total = self.sum
         if sink is not None:
             base = torch.maximum(self.top, sink)

@@ -19,14 +19,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import hfsparse
 from hfsparse.cache import SLACK
-from hfsparse.fingerprint import attention_values
+from hfsparse.fingerprint import weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler import measure, minference
@@ -60,6 +62,9 @@ def profile(
     be done.
     """
     _check(model, lengths, samples, method)
+    check_shares(
+        prefill_density=prefill_density, cache_share=cache_share, decode_share=decode_share
+    )
     budget = Budget(prefill_density, cache_share, decode_share)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     candidates = METHODS[method].candidates(lengths[-1])
@@ -92,8 +97,16 @@ def profile(
 prompts_of = samples  # `profile` has an argument of that name
 
 
+def check_shares(**shares: float) -> None:
+    """Raise UsageError for a budget that is no share."""
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise UsageError(f"{name} is {share}: give more than 0 and at most 1")
+
+
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, method: str) -> None:
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "max_position_embeddings", None) or max(lengths, default=0)
     problems = [
         (not lengths, "no lengths given: name at least one, in tokens"),
         (samples < 1, f"samples is {samples}: give 1 or more"),
@@ -107,6 +120,11 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
+    if not _free(model).any():
+        raise UsageError(
+            f"every layer of this {type(model).__name__} has a sliding window of its own: there is "
+            "nothing to make sparse. hfsparse.patch(model) runs it without a plan"
+        )
 
 
 def _measure(model: PreTrainedModel, prompt: Prompt, candidates: Any) -> dict[str, np.ndarray]:
@@ -130,8 +148,7 @@ def _short_sighted(model: PreTrainedModel, candidates: Any) -> Plan:
 
 def _free(model: PreTrainedModel) -> np.ndarray:
     """Layers without a window of their own, whose heads may be sparse."""
-    kinds = attention_values(model.config.get_text_config(decoder=True))["kinds"]
-    return np.array([kind == "full_attention" for kind in kinds])
+    return np.array([window is None for window in windows(model)])
 
 
 def _mean(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -223,12 +240,20 @@ class _Parts:
         if self.folder is None:
             return compute()
         file = self.folder / f"{index}.npz"
-        if not file.is_file():
+        if not self._whole(file):
             draft = file.with_suffix(".draft.npz")
             np.savez(draft, **compute())
             draft.replace(file)
         with np.load(file) as saved:
             return dict(saved)
+
+    def _whole(self, file: Path) -> bool:
+        """Whether an earlier run wrote this file and it can be read."""
+        try:
+            with np.load(file) as saved:
+                return bool(dict(saved))
+        except (OSError, ValueError, EOFError, BadZipFile):
+            return False
 
     def remove(self) -> None:
         if self.folder is not None and self.folder.is_dir():
@@ -236,16 +261,13 @@ class _Parts:
 
 
 def _settings(model: PreTrainedModel, candidates, prompts: list[Prompt]) -> str:
-    """What measurements depend on: weights (a sample of each), candidates, prompts, version."""
+    """What measurements depend on: config, weights, candidates, prompts, versions."""
     seen = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        few = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
-        seen.update(name.encode() + few.float().cpu().numpy().tobytes())
     for prompt in prompts:
         seen.update(prompt.ids.cpu().numpy().tobytes())
     settings = {
-        "version": hfsparse.__version__,
-        "dtype": str(model.dtype),
+        "versions": [hfsparse.__version__, torch.__version__, transformers.__version__],
+        "model": [ModelId.of(model).fingerprint, weights_mark(model), str(model.dtype)],
         "seen": seen.hexdigest(),
     }
     return json.dumps(settings | {"candidates": repr(candidates)}, sort_keys=True)

@@ -78,7 +78,7 @@ class _Programme:
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-3, "time_limit": 60},
         )
-        if found.x is None:
+        if found.status != 0:  # infeasible, or not solved in time: half a search is no plan
             raise Infeasible(found.message)
         taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
         return {group: name for groups, name in taken for group in groups}

@@ -29,7 +29,6 @@ SURE = 6.0  # a margin beyond this is as good: e^6 to one
 SLICE = 256  # tokens whose logits exist at a time
 
 
-
 @dataclass(frozen=True)
 class Seen:
     """One layer's attention in one prompt."""

@@ -5,7 +5,9 @@ import pytest
 from hfsparse_eval import heatmap, report
 from hfsparse_eval.results import Settings
 
-SETTINGS = Settings("ruler", "some/model", "sha256:m", "bfloat16", 7, "auto", None, "CPython 3.x")
+SETTINGS = Settings(
+    "ruler", "some/model", "sha256:m", "w", "0.1.0", "bfloat16", 7, "auto", None, "CPython 3.x"
+)
 SESSION = {"machine": "a GPU, Linux x86_64", "python": "3.11", "torch": "2.9"}
 
 

@@ -15,7 +15,7 @@ from hfsparse_eval.results import Results, Settings
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
 
-SETTINGS = Settings("ruler", "tiny", "sha256:m", "float32", 0, "auto", 4, "prose")
+SETTINGS = Settings("ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "auto", 4, "prose")
 TIMES = ("seconds", "first_token_seconds")
 
 

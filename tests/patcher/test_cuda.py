@@ -1,4 +1,4 @@
-"""On a GPU, the patched model gives what it gives on the CPU (the plain PyTorch path, no kernels)."""
+"""On a GPU, the patched model gives what it gives on the CPU (plain PyTorch, no kernels)."""
 
 from __future__ import annotations
 

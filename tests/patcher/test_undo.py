@@ -20,7 +20,7 @@ from transformers import (
 
 import hfsparse
 from hfsparse.patcher import PatchError, is_patched
-from hfsparse.plan import PlanMismatch
+from hfsparse.plan import PlanError, PlanMismatch
 from tests.patcher.families import (
     FAMILIES,
     fresh,
@@ -217,7 +217,7 @@ def test_a_ring_in_a_layer_with_its_own_window_is_refused_and_the_model_left_alo
     rings = plan_of(
         model, lambda i, w: (["s"] * 4, ["s"] * 2, ["ring"] * 2), s=("streaming", dict(recent=5))
     )
-    with pytest.raises(PatchError, match=r"own window of 40 tokens.*write full"):
+    with pytest.raises(PlanError, match=r"own window of 40 tokens.*write full"):
         hfsparse.patch(model, rings)
     assert trace(model) == before
 
