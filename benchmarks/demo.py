@@ -43,7 +43,7 @@ def main(
     shutil.rmtree(out, ignore_errors=True)  # old results are not this run's
     out.mkdir(parents=True)
     plan, results = out / "plan.yaml", out / "eval"
-    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 8 {BUDGETS}")
+    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 6 {BUDGETS}")
     command(f"show {plan} --png {out / 'heads.png'}")
     command(f"check {plan} {model}")
     side_by_side(str(model), Plan.load(plan))

@@ -28,7 +28,7 @@ def real(smollm2):
 
 @pytest.fixture(scope="module")
 def plan(real) -> Plan:
-    return hfsparse.profile(*real, lengths=(LENGTH,), samples=8, **BUDGETS)
+    return hfsparse.profile(*real, lengths=(LENGTH,), samples=6, **BUDGETS)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
     window = getattr(config, "max_position_embeddings", None) or max(lengths, default=0)
     problems = [
         (not lengths, "no lengths given: name at least one, in tokens"),
+        (model.training, "the model is in training mode: call model.eval() first"),
         (samples < 1, f"samples is {samples}: give 1 or more"),
         (method not in METHODS, f"no method {method}: there is {', '.join(METHODS)}"),
         (any(n < 256 for n in lengths), f"lengths {lengths}: give 256 tokens or more"),

@@ -42,6 +42,7 @@ class Seen:
     keys: Tensor  # [n] rows that predict the key tokens, ascending
 
 
+@torch.inference_mode(False)
 def capture(
     model: PreTrainedModel,
     ids: Tensor,
@@ -50,7 +51,7 @@ def capture(
 ) -> list[dict[str, np.ndarray]]:
     """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
     found: dict[int, dict[str, np.ndarray]] = {}
-    ids = ids.to(model.device)
+    ids = ids.to(model.device).clone()  # an inference tensor can take no part in autograd
     decoder = model.get_decoder()
     with patch(model, short_sighted), torch.no_grad():
         without = _margins(model, decoder(input_ids=ids, use_cache=False).last_hidden_state, ids)

@@ -3,9 +3,9 @@
 `effect` is what the margin of the prompt's key tokens loses, to first order: the change that a
 candidate makes to the attention's output, times the gradient there. (A relative error of the output
 can't tell a head that carries an answer from one that carries nothing.) `recall` is the share of
-the exact attention's mass that is kept. A ring's effect is summed over all rows. Patterns and pages
-are looked at on sampled rows: those that predict the key tokens and, for patterns, others over the
-depth, which stand for all the rest.
+the exact attention's mass that is kept; what a sink logit takes always is. A ring's effect is
+summed over all rows. Patterns and pages are looked at on sampled rows: those that predict the key
+tokens and, for patterns, others over the depth, which stand for all the rest.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     mass = torch.stack([_attention(seen, rows, head) for head in range(q.shape[1])])  # [Hq, R, L]
     values = seen.v[0].float().repeat_interleave(group, 0)
     exact = mass @ values  # [Hq, R, Dv]
+    bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
     grad = seen.grad[0, :, rows].float()
     found: dict[str, list[Tensor]] = {}
 
@@ -56,7 +57,7 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     def kept(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Effect and recall [Hq] of keeping the keys of a mask [Hq, R, L]."""
         some = mass * mask
-        share = some.sum(-1)  # [Hq, R]
+        share = some.sum(-1) + bare  # [Hq, R]
         change = some @ values / share.clamp(min=1e-9)[..., None] - exact
         recall = (share * (weight > 0)).sum(1) / (weight > 0).sum()
         return ((grad * change).sum(-1) * weight).sum(1), recall
@@ -128,11 +129,17 @@ def _pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
     low = pages.nan_to_num(torch.inf).amin(2)
     high = pages.nan_to_num(-torch.inf).amax(2)
     steps = q[0, :, rows].transpose(0, 1)[:, :, None]  # each row a batch row with one new query
-    spread = (len(rows), -1, -1, -1)
-    chosen = selector.pages(steps, low.expand(spread), high.expand(spread), rows + 1, scale)
+    each, last = torch.arange(len(rows), device=rows.device), rows // PAGE
+    low, high = (t.repeat(len(rows), 1, 1, 1) for t in (low, high))  # [R, Hkv, P, D]
+    newest = pages[:, last].transpose(0, 1)  # [R, Hkv, PAGE, D]; a step has not seen all of it
+    later = torch.arange(PAGE, device=rows.device) > (rows % PAGE)[:, None]
+    later = later[:, None, :, None]
+    low[each, :, last] = newest.masked_fill(later, torch.inf).amin(2)
+    high[each, :, last] = newest.masked_fill(later, -torch.inf).amax(2)
+    chosen = selector.pages(steps, low, high, rows + 1, scale)
     used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
-    read = torch.zeros(len(rows), Hkv, low.shape[1] + 1, dtype=torch.bool, device=q.device)
-    read.scatter_(2, torch.where(used, chosen.pages, low.shape[1]), True)
+    read = torch.zeros(len(rows), Hkv, low.shape[2] + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(2, torch.where(used, chosen.pages, low.shape[2]), True)
     read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
     share = (read.sum(2) / (rows + 1)[:, None]).mean(0)

@@ -5,26 +5,32 @@ from itertools import product
 import numpy as np
 import pytest
 
+from hfsparse.plan import Layer
 from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate
 
+KEPT, READ = 0.15, 0.12  # of a row, by a ring
 
-def options(rng, layers=1, q_heads=2, kv_heads=1):
+
+def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
+    """Two patterns, a ring, a selector; what each loses is drawn, cheaper ones mostly more."""
     return Options(
         prefill=np.full((layers, 2, q_heads), [["cheap"], ["fair"]], dtype=object),
-        prefill_error=rng.random((layers, 2, q_heads)) * [[0.5], [0.2]],
-        prefill_cost=np.broadcast_to([[0.2], [0.5]], (layers, 2, q_heads)),
+        prefill_effect=rng.random((layers, 2, q_heads)) * [[0.5], [0.2]],
+        prefill_cost=rng.uniform(0.8, 1.2, (layers, 2, q_heads)) * [[0.2], [0.5]],
         rings=["ring"],
-        ring_error=rng.random((layers, 1, kv_heads)),
-        ring_cost=np.full((layers, 1, kv_heads), 0.1),
+        ring_effect=rng.random((layers, 1, kv_heads)),
+        ring_cost=rng.uniform(0.08, 0.12, (layers, 1, kv_heads)),
+        ring_kept=[KEPT],
+        ring_read=[READ],
         selectors=["pages"],
-        page_error=rng.random((layers, 1, kv_heads)) * 0.1,
-        page_share=np.full((layers, 1, kv_heads), 0.3),
+        page_effect=rng.random((layers, 1, kv_heads)) * 0.1,
+        page_share=rng.uniform(0.2, 0.4, (layers, 1, kv_heads)),
     )
 
 
-def price(o, choices, ring_share=0.15, ring_read=0.12):
-    """(error, pairs, cache, decode) of a list of choices, in plain words."""
-    error, pairs, cache, decode = 0.0, [], [], []
+def price(o: Options, choices: list[Layer]):
+    """(effect, pairs, cache, decode) of a list of choices, in plain words."""
+    effect, pairs, cache, decode = 0.0, [], [], []
     for layer, choice in enumerate(choices):
         group = len(choice.prefill) // len(choice.cache)
         for g, (kept, read) in enumerate(zip(choice.cache, choice.decode, strict=True)):
@@ -32,56 +38,94 @@ def price(o, choices, ring_share=0.15, ring_read=0.12):
             if kept == "ring":
                 assert read == "ring"
                 assert {choice.prefill[h] for h in heads} == {"ring"}
-                error += o.ring_error[layer, 0, g]
-                pairs += [0.1] * group
-                cache.append(ring_share)
-                decode.append(ring_read)
+                effect += o.ring_effect[layer, 0, g]
+                pairs += [o.ring_cost[layer, 0, g]] * group
+                cache.append(KEPT)
+                decode.append(READ)
                 continue
             cache.append(1.0)
-            error += o.page_error[layer, 0, g] if read == "pages" else 0
-            decode.append({"pages": 0.3, "full": 1.0}[read])
+            effect += o.page_effect[layer, 0, g] if read == "pages" else 0
+            decode.append({"pages": o.page_share[layer, 0, g], "full": 1.0}[read])
             for h in heads:
-                i = {"cheap": 0, "fair": 1}.get(choice.prefill[h])
-                error += 0 if i is None else o.prefill_error[layer, i, h]
+                i = {"cheap": 0, "fair": 1, "full": None}[choice.prefill[h]]
+                effect += 0 if i is None else o.prefill_effect[layer, i, h]
                 pairs.append(1.0 if i is None else o.prefill_cost[layer, i, h])
-    return error, np.mean(pairs), np.mean(cache), np.mean(decode)
+    return effect, np.mean(pairs), np.mean(cache), np.mean(decode)
 
 
 def every_choice():
     """All that one layer of two q heads and a kv head can do."""
-    from hfsparse.plan import Layer
-
     yield Layer(("ring", "ring"), ("ring",), ("ring",))
     for *prefill, read in product(*[("cheap", "fair", "full")] * 2, ("pages", "full")):
         yield Layer(tuple(prefill), ("full",), (read,))
 
 
+BUDGETS = [(1, 1, 1), (0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.5), (0.6, 1, 0.5), (0.4, 0.6, 1)]
+
+
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("budget", [Budget(1, 1, 1), Budget(0.6, 1, 0.5), Budget(0.4, 0.6, 1)])
-def test_the_choice_is_the_best_of_all_choices(seed, budget):
+@pytest.mark.parametrize("limits", BUDGETS, ids=str)
+def test_the_choice_is_the_best_of_all_choices(seed, limits):
     o = options(np.random.default_rng(seed), layers=2)
-    chosen = allocate(o, budget, [0.15], [0.12])
-    limits = (budget.pairs, budget.cache, budget.decode)
     best = min(
-        error
+        effect
         for both in product(every_choice(), repeat=2)
-        for error, *costs in [price(o, both)]
+        for effect, *costs in [price(o, both)]
         if all(c <= limit + 1e-9 for c, limit in zip(costs, limits, strict=True))
     )
-    error, *costs = price(o, chosen)
-    assert error == pytest.approx(best, rel=2e-3, abs=1e-9)
+    effect, *costs = price(o, allocate(o, Budget(*limits)))
+    assert effect == pytest.approx(best, rel=2e-3, abs=1e-9)
     assert all(c <= limit + 1e-6 for c, limit in zip(costs, limits, strict=True))
+    assert (best > 0) == (limits != (1, 1, 1))  # a budget that binds costs something
 
 
-def test_budgets_hold_on_a_whole_model():
+def test_a_budget_of_everything_keeps_everything():
+    o = options(np.random.default_rng(0), layers=3, q_heads=4, kv_heads=2)
+    assert allocate(o, Budget(1, 1, 1)) == [Layer(("full",) * 4, ("full",) * 2, ("full",) * 2)] * 3
+
+
+def test_rings_are_the_heads_that_lose_least_by_it():
+    o = options(np.random.default_rng(0), layers=4, q_heads=6, kv_heads=3)
+    o.ring_effect[:] = 10.0
+    o.ring_effect[1, 0, 2] = o.ring_effect[3, 0, 0] = 0.01
+    chosen = allocate(o, Budget(1, 1 - 2 * (1 - KEPT) / 12, 1))
+    rings = [
+        (i, g) for i, c in enumerate(chosen) for g, word in enumerate(c.cache) if word != "full"
+    ]
+    assert rings == [(1, 2), (3, 0)]
+
+
+def test_the_better_of_two_rings_and_of_two_selectors_is_taken():
+    o = Options(
+        prefill=np.full((2, 1, 2), "pattern", dtype=object),
+        prefill_effect=np.zeros((2, 1, 2)),
+        prefill_cost=np.full((2, 1, 2), 0.2),
+        rings=["long", "short"],
+        ring_effect=np.array([[[0.1], [0.3]], [[5.0], [9.0]]]),
+        ring_cost=np.array([[[0.3], [0.1]]] * 2),
+        ring_kept=[0.4, 0.2],
+        ring_read=[0.4, 0.2],
+        selectors=["few", "many"],
+        page_effect=np.array([[[0.4], [0.1]]] * 2),
+        page_share=np.array([[[0.1], [0.4]]] * 2),
+    )
+    wide, narrow = allocate(o, Budget(1, 0.7, 0.4)), allocate(o, Budget(1, 0.6, 0.15))
+    assert [(c.cache, c.decode) for c in wide] == [(("long",), ("ring",)), (("full",), ("many",))]
+    assert [(c.cache, c.decode) for c in narrow] == [(("short",), ("ring",)), (("full",), ("few",))]
+
+
+def test_budgets_hold_on_a_whole_model_and_are_used():
     o = options(np.random.default_rng(0), layers=30, q_heads=9, kv_heads=3)
-    _, pairs, cache, decode = price(o, allocate(o, Budget(0.35, 0.45, 0.3), [0.15], [0.12]))
+    chosen = allocate(o, Budget(0.35, 0.45, 0.3))
+    _, pairs, cache, decode = price(o, chosen)
     assert pairs <= 0.35 + 1e-6
     assert cache <= 0.45 + 1e-6
     assert decode <= 0.3 + 1e-6
-    assert cache > 0.4  # and are used: whatever is kept lowers the error
+    assert cache > 0.43  # whatever is kept lowers the effect
+    assert {len(c.prefill) for c in chosen} == {9}
 
 
-def test_budgets_that_cannot_be_met_are_refused():
-    with pytest.raises(Infeasible, match=r"pairs 0\.05, cache 1, decode 1"):
-        allocate(options(np.random.default_rng(0)), Budget(0.05, 1, 1), [0.15], [0.12])
+def test_budgets_that_cannot_be_met_are_refused_by_name():
+    sentence = r"pair density 0\.05, cache share 1, decode share 0\.5"
+    with pytest.raises(Infeasible, match=sentence):
+        allocate(options(np.random.default_rng(0)), Budget(0.05, 1, 0.5))

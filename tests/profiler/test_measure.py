@@ -1,6 +1,8 @@
-"""Measurements against the same numbers computed plainly, row by row."""
+"""Measurements against the same numbers computed plainly, row by row, in float64."""
 
-from types import SimpleNamespace
+from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,125 +12,198 @@ from hfsparse.attention import Logits
 from hfsparse.lists import PAGE, Grid
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler import measure
+from hfsparse.profiler.capture import Seen
 from hfsparse.selectors.quest import Quest
 
-L, HQ, HKV, D, HIDDEN = 300, 6, 2, 16, 40
+L, HQ, HKV, D, DV = 300, 6, 2, 16, 8
+GROUP, SCALE = HQ // HKV, 0.25
+KEYS = torch.tensor([70, 127, 128, 205, 299])  # in the middle, at the end and start of a page
+CANDIDATES = measure.Candidates(
+    {
+        "stream": Streaming(4, 20),
+        "blocks": BlockTopK(0.3, 2),
+        "vs": VerticalSlash(30, 40),
+        "every": BlockTopK(1.0, 2),
+    },
+    {"ring": Streaming(4, 20), "every": Streaming(0, L)},
+    {"quest": Quest(0.4, 2), "every": Quest(1.0, 2)},
+)
+LOGITS = {
+    "plain": Logits(SCALE, None, None),
+    "softcap": Logits(SCALE, 3.0, None),
+    "sink_logits": Logits(SCALE, None, torch.tensor([-2.0, 0.0, 1.0, 3.0, 5.0, 8.0])),
+    "softcap_and_sink_logits": Logits(SCALE, 3.0, torch.linspace(-1.0, 4.0, HQ)),
+}
+
+
+def attention(seen: Seen, head: int, row: int, keep=None) -> tuple[torch.Tensor, float]:
+    """One row of one head over the keys kept: its output, and the exact attention's mass kept.
+
+    A sink logit is a key without a value that is always kept.
+    """
+    k = seen.k[0, head // GROUP, : row + 1].double()
+    v = seen.v[0, head // GROUP, : row + 1].double()
+    scores = k @ seen.q[0, head, row].double() * seen.logits.scale
+    if seen.logits.softcap:
+        scores = seen.logits.softcap * torch.tanh(scores / seen.logits.softcap)
+    weight = scores.exp()
+    bare = 0.0 if seen.logits.s_aux is None else seen.logits.s_aux[head].double().exp()
+    some = weight if keep is None else weight * keep[: row + 1]
+    return some @ v / (some.sum() + bare), float((some.sum() + bare) / (weight.sum() + bare))
+
+
+def lost(seen: Seen, head: int, row: int, keep) -> float:
+    """Gradient x change of the output, of one row of one head."""
+    change = attention(seen, head, row, keep)[0] - attention(seen, head, row)[0]
+    return float(seen.grad[0, head, row].double() @ change)
+
+
+@pytest.fixture(scope="module", params=LOGITS)
+def seen(request) -> Seen:
+    torch.manual_seed(1)  # heads of a group differ in sign, for rings and for pages
+    q, k, v = (torch.randn(1, h, L, d) for h, d in ((HQ, D), (HKV, D), (HKV, DV)))
+    grad = torch.randn(1, HQ, L, DV)
+    made = Seen(2 * q, k, v, torch.empty(1, HQ, L, DV), grad, LOGITS[request.param], KEYS)
+    for head in range(HQ):
+        for row in range(L):
+            made.out[0, head, row] = attention(made, head, row)[0]
+    return made
 
 
 @pytest.fixture(scope="module")
-def layer():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, h, L, D) for h in (HQ, HKV, HKV))
-    module = torch.nn.Module()
-    module.o_proj = torch.nn.Linear(HQ * D, HIDDEN, bias=True)
-    return SimpleNamespace(module=module.requires_grad_(False), q=2 * q, k=k, v=v)
+def found(seen) -> dict[str, np.ndarray]:
+    return measure.layer(seen, CANDIDATES)
 
 
-CANDIDATES = measure.Candidates(
-    {"stream": Streaming(4, 20), "blocks": BlockTopK(0.3, 2)},
-    {"ring": Streaming(4, 20), "all": Streaming(0, L)},
-    {"quest": Quest(0.4, 2), "every": Quest(1.0, 2)},
-)
+def near(found, plain, rtol=1e-4):
+    """Sums of signed terms: compared against the largest, since one may nearly cancel."""
+    np.testing.assert_allclose(found, plain, rtol=rtol, atol=rtol * np.abs(plain).max())
 
 
-def attention(layer, keep, head, row, logits):
-    """One row of one head in plain words: (mass by key, output under `keep`, exact output)."""
-    k, v = layer.k[0, head // 3, : row + 1], layer.v[0, head // 3, : row + 1]
-    scores = k @ layer.q[0, head, row] * logits.scale
-    if logits.softcap:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
-    weight = scores.exp()
-    total = weight.sum() + (logits.s_aux[head].exp() if logits.s_aux is not None else 0)
-    mass = weight / total
-    some = mass * keep[: row + 1]
-    return some.sum(), some @ v / some.sum().clamp(min=1e-9), mass @ v
+def pattern_mask(seen: Seen, pattern) -> torch.Tensor:
+    return pattern.lists(seen.q, seen.k, Grid.causal(1, L, 32), SCALE).mask()[0]
 
 
-def projected(layer, outputs):
-    """o_proj without its bias, on `{head: output}`."""
-    whole = torch.zeros(HQ * D)
-    for head, out in outputs.items():
-        whole[head * D : (head + 1) * D] = out
-    return layer.module.o_proj.weight @ whole
+def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
+    rows, weight = measure.sampled_rows(L, KEYS)
+    assert rows.tolist() == sorted({*KEYS.tolist(), *np.linspace(0, L - 1, 48).astype(int)})
+    alone = torch.isin(rows, KEYS)
+    assert (weight[alone] == 1).all()
+    assert len(set(weight[~alone].tolist())) == 1
+    assert float(weight.sum()) == pytest.approx(L)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_recall_and_error_equal_the_plain_ones(layer, softcap):
-    logits = Logits(0.25, softcap, None)
-    found = measure.layer(layer.module, layer.q, layer.k, layer.v, logits, CANDIDATES)
-    rows = measure.rows_of(L).tolist()
-    pattern = CANDIDATES.patterns["blocks"]
-    mask = pattern.lists(layer.q, layer.k, Grid.causal(1, L, 32), 0.25).mask()[0]
-    recall, error = np.zeros((len(rows), HQ)), np.zeros((len(rows), HQ))
-    for i, row in enumerate(rows):
-        parts = [attention(layer, mask[h, row], h, row, logits) for h in range(HQ)]
-        norm = projected(layer, {h: exact for h, (_, _, exact) in enumerate(parts)}).norm()
-        for h, (kept, some, exact) in enumerate(parts):
-            recall[i, h] = kept
-            error[i, h] = projected(layer, {h: exact - some}).norm() / norm
-    np.testing.assert_allclose(found["pattern_recall"][1], recall.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(found["pattern_error"][1], error.mean(0), rtol=1e-4)
-    pairs = mask.sum((1, 2)) / (L * (L + 1) / 2)
-    np.testing.assert_allclose(found["pattern_pairs"][1], pairs, rtol=1e-5)
+def test_when_every_row_is_a_key_each_stands_for_itself():
+    rows, weight = measure.sampled_rows(20, torch.arange(20))
+    assert rows.tolist() == list(range(20))
+    assert weight.tolist() == [1.0] * 20
 
 
-def test_a_ring_is_judged_by_its_whole_group_on_the_newest_rows(layer):
-    logits = Logits(0.25, None, None)
-    found = measure.layer(layer.module, layer.q, layer.k, layer.v, logits, CANDIDATES)
-    errors = np.zeros((measure.LAST, HKV))
-    for i, row in enumerate(range(L - measure.LAST, L)):
-        at = torch.arange(L)
-        keep = (at <= row) & ((at < 4) | (row - at < 20))
-        parts = [attention(layer, keep, h, row, logits) for h in range(HQ)]
-        norm = projected(layer, {h: exact for h, (_, _, exact) in enumerate(parts)}).norm()
-        for g in range(HKV):
-            delta = {h: parts[h][2] - parts[h][1] for h in range(3 * g, 3 * g + 3)}
-            errors[i, g] = projected(layer, delta).norm() / norm
-    np.testing.assert_allclose(found["ring_error"][0], errors.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(found["ring_error"][1], 0, atol=1e-5)
-    np.testing.assert_allclose(found["ring_pairs"][1], 1)
+@pytest.mark.parametrize("name", CANDIDATES.patterns)
+def test_a_pattern_is_the_plain_weighted_sum_over_sampled_rows(seen, found, name):
+    pattern, at = CANDIDATES.patterns[name], list(CANDIDATES.patterns).index(name)
+    mask = pattern_mask(seen, pattern)
+    spread = sorted({*np.linspace(0, L - 1, 48).astype(int).tolist()} - {*KEYS.tolist()})
+    weights = dict.fromkeys(KEYS.tolist(), 1.0) | {
+        row: (L - len(KEYS)) / len(spread) for row in spread
+    }
+    effect, recall = np.zeros(HQ), np.zeros(HQ)
+    for head in range(HQ):
+        for row, weight in weights.items():
+            effect[head] += weight * lost(seen, head, row, mask[head, row])
+            recall[head] += attention(seen, head, row, mask[head, row])[1] / len(weights)
+    if name == "every":
+        np.testing.assert_allclose(found["pattern_effect"][at], 0, atol=2e-4)
+        np.testing.assert_allclose(found["pattern_recall"][at], 1, rtol=1e-5)
+    else:
+        assert np.abs(effect).max() > 1  # there is something to get wrong
+        near(found["pattern_effect"][at], np.abs(effect))
+        near(found["pattern_recall"][at], recall, 1e-5)
 
 
-def test_pages_are_those_that_a_decode_step_reads(layer):
-    logits = Logits(0.25, None, None)
-    found = measure.layer(layer.module, layer.q, layer.k, layer.v, logits, CANDIDATES)
-    np.testing.assert_allclose(found["page_error"][1], 0, atol=1e-5)
+def test_a_pattern_costs_the_pairs_and_blocks_of_its_mask(seen, found):
+    causal = torch.ones(L, L).tril().bool()
+    for at, pattern in enumerate(CANDIDATES.patterns.values()):
+        mask = pattern_mask(seen, pattern)
+        pairs = mask.sum((1, 2)) / causal.sum()
+        np.testing.assert_allclose(found["pattern_pairs"][at], pairs, rtol=1e-6)
+    for name in ("stream", "blocks", "every"):  # vs gathers columns outside of blocks
+        at = list(CANDIDATES.patterns).index(name)
+        tiles = torch.nn.functional.pad(pattern_mask(seen, CANDIDATES.patterns[name]), (0, 20) * 2)
+        whole = torch.nn.functional.pad(causal, (0, 20) * 2)
+        tiles, whole = (t.unflatten(-2, (10, 32)).unflatten(-1, (10, 32)) for t in (tiles, whole))
+        blocks = tiles.any(4).any(2).sum((1, 2)) / whole.any(3).any(1).sum()
+        np.testing.assert_allclose(found["pattern_blocks"][at], blocks, rtol=1e-6)
+
+
+def test_a_ring_is_judged_by_its_groups_signed_sum_over_every_row(seen, found):
+    at = torch.arange(L)
+    effect = np.zeros(HKV)
+    for head in range(HQ):
+        for row in range(L):
+            effect[head // GROUP] += lost(seen, head, row, (at < 4) | (row - at < 20))
+    assert np.abs(effect).max() > 1
+    near(found["ring_effect"][0], np.abs(effect))
+    np.testing.assert_allclose(found["ring_effect"][1], 0, atol=2e-4)
+    near(found["ring_recall"][0], found["pattern_recall"][0].reshape(HKV, GROUP).mean(1), 1e-6)
+    np.testing.assert_allclose(found["ring_recall"][1], 1, rtol=1e-5)
+    near(found["ring_pairs"][0], found["pattern_pairs"][0].reshape(HKV, GROUP).mean(1), 1e-6)
+    near(found["ring_blocks"][0], found["pattern_blocks"][0].reshape(HKV, GROUP).mean(1), 1e-6)
+    assert found["ring_pairs"][1].tolist() == found["ring_blocks"][1].tolist() == [1.0, 1.0]
+
+
+def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
+    effect, recall, share = np.zeros(HKV), np.zeros(HKV), np.zeros(HKV)
+    for row in KEYS.tolist():
+        held = seen.k[:, :, : row + 1].split(PAGE, 2)
+        low = torch.stack([page.amin(2) for page in held], 2)
+        high = torch.stack([page.amax(2) for page in held], 2)
+        query, length = seen.q[:, :, row : row + 1], torch.tensor([row + 1])
+        lists = CANDIDATES.selectors["quest"].pages(query, low, high, length, SCALE)
+        for group in range(HKV):
+            keep = torch.zeros(L, dtype=torch.bool)
+            for page in lists.pages[0, group, : lists.count[0, group]].tolist():
+                keep[page * PAGE : (page + 1) * PAGE] = True
+            share[group] += float(keep[: row + 1].double().mean()) / len(KEYS)
+            for head in range(group * GROUP, (group + 1) * GROUP):
+                effect[group] += lost(seen, head, row, keep)
+                recall[group] += attention(seen, head, row, keep)[1] / GROUP / len(KEYS)
+    assert share.max() < 0.9
+    near(found["page_share"][0], share, 1e-6)
+    near(found["page_effect"][0], np.abs(effect))
+    near(found["page_recall"][0], recall, 1e-5)
+    np.testing.assert_allclose(found["page_effect"][1], 0, atol=2e-5)
     np.testing.assert_allclose(found["page_recall"][1], 1, rtol=1e-5)
-    low, high, shares = [], [], []
-    for start in range(0, L, PAGE):
-        page = layer.k[0, :, start : start + PAGE]
-        low.append(page.amin(1))
-        high.append(page.amax(1))
-    low, high = (torch.stack(t, 1)[None] for t in (low, high))
-    for row in range(L - measure.LAST, L):
-        length = torch.tensor([row + 1])
-        lists = CANDIDATES.selectors["quest"].pages(
-            layer.q[:, :, row : row + 1], low, high, length, 0.25
-        )
-        read = [
-            sum(min(PAGE, row + 1 - PAGE * int(p)) for p in pages[:n])
-            for pages, n in zip(lists.pages[0], lists.count[0], strict=True)
-        ]
-        shares.append(np.array(read) / (row + 1))
-    np.testing.assert_allclose(found["page_share"][0], np.mean(shares, 0), rtol=1e-5)
-    assert found["page_recall"][0].max() < 0.99
+    np.testing.assert_allclose(found["page_share"][1], 1)
 
 
-def test_packed_output_weights_are_asked_for_through_the_module(layer):
-    class Packed(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.linear = linear
-            self.weight = torch.zeros(3, dtype=torch.uint8)
+def test_a_step_does_not_know_the_keys_after_it_on_its_own_page(seen):
+    told = torch.tensor([70])
+    later = seen.k.clone()
+    later[:, :, 71:] = 100.0  # would win every vote, were it seen
+    now = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, told, SCALE)
+    then = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, later, told, SCALE)
+    assert torch.equal(now[0], then[0])
 
-        def forward(self, x):
-            return self.linear(x)
 
-    packed = torch.nn.Module()
-    packed.o_proj = Packed(layer.module.o_proj)
-    logits = Logits(0.25, None, None)
-    args = (layer.q, layer.k, layer.v, logits, CANDIDATES)
-    plain, asked = measure.layer(layer.module, *args), measure.layer(packed, *args)
-    for name, values in plain.items():
-        np.testing.assert_allclose(asked[name], values, rtol=1e-3, atol=1e-6)
+def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
+    shapes = {"pattern": (4, HQ), "ring": (2, HKV), "page": (2, HKV)}
+    assert {name: array.shape for name, array in found.items()} == {
+        f"{kind}_{name}": shapes[kind]
+        for kind, names in {
+            "pattern": ("effect", "recall", "pairs", "blocks"),
+            "ring": ("effect", "recall", "pairs", "blocks"),
+            "page": ("effect", "recall", "share"),
+        }.items()
+        for name in names
+    }
+
+
+def test_half_precision_is_measured_in_single(seen):
+    half = {name: getattr(seen, name).bfloat16() for name in ("q", "k", "v", "out", "grad")}
+    up = {name: tensor.float() for name, tensor in half.items()}
+    found, single = (measure.layer(replace(seen, **tensors), CANDIDATES) for tensors in (half, up))
+    for name in ("pattern_effect", "pattern_recall", "page_effect", "page_recall"):
+        near(found[name], single[name], 1e-3)
