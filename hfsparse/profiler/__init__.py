@@ -251,7 +251,7 @@ class _Parts:
     def _whole(self, file: Path) -> bool:
         """Whether an earlier run wrote this file and it can be read."""
         try:
-            with np.load(file) as saved:
+            with file.open("rb") as opened, np.load(opened) as saved:
                 return bool(dict(saved))
         except (OSError, ValueError, EOFError, BadZipFile):
             return False
