@@ -21,7 +21,10 @@ FULL, RING = "full", "ring"
 PARTS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
 GREYS = "bright_black", "white"  # of full and ring in the terminal
-COLOURS = ("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2")  # Okabe and Ito's
+COLOURS = (  # Okabe and Ito's, then Tol's: a plan may have a dozen patterns
+    *("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442", "#332288"),
+    *("#AA4499", "#88CCEE", "#999933", "#882255", "#44AA99", "#DDCC77", "#117733", "#CC6677"),
+)
 
 
 def text(plan: Plan) -> Text:
