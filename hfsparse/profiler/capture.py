@@ -53,10 +53,14 @@ def capture(
     found: dict[int, dict[str, np.ndarray]] = {}
     ids = ids.to(model.device).clone()  # an inference tensor can take no part in autograd
     decoder = model.get_decoder()
-    with patch(model, short_sighted), torch.no_grad():
-        without = _margins(model, decoder(input_ids=ids, use_cache=False).last_hidden_state, ids)
+    margins = []
+    for plan in (short_sighted, None):
+        with patch(model, plan), torch.no_grad():
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            margins.append(_margins(model, hidden, ids))
+    lost = margins[1] - margins[0]
+    keys = lost.topk(min(KEYS, len(lost))).indices.sort().values
     with patch(model), _checkpointed(model):
-        keys = without.new_empty(0)
 
         def observe(module, q, k, v, logits):
             if not torch.is_grad_enabled():  # the way forward
@@ -81,9 +85,6 @@ def capture(
                 module._hfsparse.observe = observe
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            with torch.no_grad():
-                lost = _margins(model, hidden, ids) - without
-            keys = lost.topk(min(KEYS, len(lost))).indices.sort().values
             _margin(model, hidden[:, keys], ids[0, keys + 1]).mean().backward()
     return [found[layer] for layer in sorted(found)]
 

@@ -88,7 +88,9 @@ def pattern_mask(seen: Seen, pattern) -> torch.Tensor:
 
 def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
     rows, weight = measure.sampled_rows(L, KEYS)
-    assert rows.tolist() == sorted({*KEYS.tolist(), *np.linspace(0, L - 1, 48).astype(int)})
+    assert rows.tolist() == sorted(
+        {*KEYS.tolist(), *np.linspace(0, L - 1, measure.SPREAD).astype(int)}
+    )
     alone = torch.isin(rows, KEYS)
     assert (weight[alone] == 1).all()
     assert len(set(weight[~alone].tolist())) == 1
@@ -105,7 +107,9 @@ def test_when_every_row_is_a_key_each_stands_for_itself():
 def test_a_pattern_is_the_plain_weighted_sum_over_sampled_rows(seen, found, name):
     pattern, at = CANDIDATES.patterns[name], list(CANDIDATES.patterns).index(name)
     mask = pattern_mask(seen, pattern)
-    spread = sorted({*np.linspace(0, L - 1, 48).astype(int).tolist()} - {*KEYS.tolist()})
+    spread = sorted(
+        {*np.linspace(0, L - 1, measure.SPREAD).astype(int).tolist()} - {*KEYS.tolist()}
+    )
     weights = dict.fromkeys(KEYS.tolist(), 1.0) | {
         row: (L - len(KEYS)) / len(spread) for row in spread
     }
