@@ -7,7 +7,7 @@ kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -234,6 +234,12 @@ def _shift(t: Tensor, by: Tensor) -> Tensor:
     return moved.masked_fill(~real[:, None, :, None], 0)
 
 
+def _at(heads: Sequence[int]) -> slice | list[int]:
+    """An index for ascending heads that takes a view, not a copy, where they stand side by side."""
+    first, end = heads[0], heads[-1] + 1
+    return slice(first, end) if end - first == len(heads) else list(heads)
+
+
 def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
     return [h * ratio + i for h in kv_heads for i in range(ratio)]
 
@@ -248,7 +254,7 @@ def _alike(keys: list) -> Iterator[tuple[Any, Tensor | None]]:
 def _put(out: Tensor, rows: Tensor | None, heads: list[int], part: Tensor) -> None:
     """Write a part's result into `[B, H, Q, D]` at some rows and heads."""
     if rows is None:
-        out[:, heads] = part
+        out[:, _at(heads)] = part
     else:
         out[rows[:, None], torch.tensor(heads)] = part
 
@@ -282,7 +288,7 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
                 place = replace(place, block=block)
             else:  # a window layer's ring: its slots are no place for patterns that rank them
                 patterns = [p if hasattr(p, "band") else None for p in patterns]
-            part = _some(rows, q[:, heads], keys, values)
+            part = _some(rows, q[:, _at(heads)], keys, values)
             _put(out, rows, heads, _patterned(plan, *part, place, heads, patterns, logits))
     return out
 
@@ -293,7 +299,7 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
         yield tuple(range(k.shape[1])), k, v, grid
     for store in () if layer is None else layer.stores:
         heads = store.group.heads
-        chunk = k[:, heads], v[:, heads]
+        chunk = k[:, _at(heads)], v[:, _at(heads)]
         if isinstance(store, Ring):
             if any(past):
                 yield heads, *store.with_chunk(*chunk, past, new, grid)
@@ -313,16 +319,17 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits) -> Tensor:
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
         pick = slice(None) if len(at) == len(patterns) else [i // ratio for i in at]
+        some = q[:, _at(at)]
         if pattern is None and grid.window is None and not logits.special:
             kernel = kernels.pick(kernels.PREFILL, lists=False, logits=False)
-            out[:, at] = kernel.run(q[:, at], k[:, pick], v[:, pick], grid, scale=logits.scale)
+            out[:, _at(at)] = kernel.run(some, k[:, pick], v[:, pick], grid, scale=logits.scale)
             own = [heads[i] for i in at]
             plan.counts.add_prefill(own, grid.pairs()[:, None], grid.blocks()[:, None], grid)
             continue
         if pattern is None:
             parts.append(BlockLists.of(grid, len(at)))
         else:
-            parts.append(pattern.lists(q[:, at], k[:, pick], grid, logits.scale))
+            parts.append(pattern.lists(some, k[:, pick], grid, logits.scale))
         order += at
     if parts:
         lists = BlockLists.cat(parts)
@@ -342,12 +349,14 @@ def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     query_pos = torch.where(lane < new[:, None], past[:, None] + lane, -1)
     for store in layer.stores:
         heads = store.group.heads
-        store.append(k[:, heads], v[:, heads], past.tolist(), new.tolist())
+        store.append(k[:, _at(heads)], v[:, _at(heads)], past.tolist(), new.tolist())
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
         for short, rows in _alike([n < limit for n in layer.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
-            part, reads = read(store, short, rows, q[:, own], query_pos, length, logits.of(own))
+            part, reads = read(
+                store, short, rows, q[:, _at(own)], query_pos, length, logits.of(own)
+            )
             _put(out, rows, own, part)
             (total,) = _some(rows, length)
             plan.counts.add_reads(heads, reads, total.clamp(max=plan.window or FAR))
