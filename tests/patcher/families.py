@@ -165,6 +165,11 @@ def mixed(model, below=(0, 0, 0)) -> Plan:
     return plan_of(model, layer, below, s=STREAM, vs=VS, blocks=BLOCKS, quest=QUEST)
 
 
+def straddled(model) -> Plan:
+    """Thresholds between the rows of `left_padded(260)`, crossed by some while generating."""
+    return mixed(model, below=(250, 262, 256))
+
+
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB, shape, generator=generator)

@@ -6,15 +6,20 @@ import pytest
 import torch
 
 import hfsparse
-from tests.patcher.families import FAMILIES, fresh, full, growing, left_padded, mixed, streaming
+from tests.patcher.families import (
+    FAMILIES,
+    fresh,
+    full,
+    growing,
+    left_padded,
+    mixed,
+    straddled,
+    streaming,
+)
 from tests.patcher.runs import forward, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CLOSE = 1e-4  # float32 sums in another order
-
-
-def straddled(model):
-    return mixed(model, below=(250, 262, 256))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

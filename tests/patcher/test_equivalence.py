@@ -19,6 +19,7 @@ from tests.patcher.families import (
     left_padded,
     mixed,
     own_window,
+    straddled,
     streaming,
     tiny,
     tokens,
@@ -28,11 +29,6 @@ from tests.patcher.oracle import oracle
 from tests.patcher.runs import both, close, continue_with, far, forward, generate, same_generation
 
 LENGTH = 260  # with 0, 7 and 13 pads: rows of 260, 253 and 247 tokens
-
-
-def straddled(model):
-    """Thresholds between the rows, crossed by some of them while generating."""
-    return mixed(model, below=(250, 262, 256))
 
 
 def under(model):
