@@ -1,10 +1,11 @@
 """Run a prompt through a model and measure every layer's attention, one at a time.
 
-Two forward passes without gradients find the prompt's key tokens: those that the model predicts well, and badly when
-every head is short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and
-on few other tokens. The way back from their margin then visits each layer with its attention's
-output and gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is
-one layer's and the hidden states between layers.
+Two forward passes without gradients (apart, so that logits and graph never lie in memory together)
+find the prompt's key tokens: those that the model predicts well, and badly when every head is
+short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on few other
+tokens. The way back from their margin then visits each layer with its attention's output and
+gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's
+and the hidden states between layers.
 """
 
 from __future__ import annotations
