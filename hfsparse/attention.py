@@ -102,16 +102,13 @@ class Logits:
 def mask_start(
     *args,
     attention_mask: Tensor | None = None,
-    kv_length: int | None = None,
-    q_length: int | None = None,
-    q_offset: int = 0,
     allow_is_causal_skip: bool = True,
     mask_function=None,
     **kwargs,
 ) -> Tensor | None:
     """Registered mask function: each row's first real column `[B]`, or None; no L x L mask."""
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
-    if not allow_is_causal_skip or bidirectional:
+    if bidirectional or not (allow_is_causal_skip or _neighbours_causal(mask_function, **kwargs)):
         raise PatchError(
             "this call asks for more than causal attention (packed sequences, prefix or image "
             "blocks, bidirectional). hfsparse follows causal and sliding-window attention only: "
@@ -122,12 +119,6 @@ def mask_start(
         return attention_mask
     if attention_mask.ndim != 2:
         raise PatchError(_wrong_mask(attention_mask))
-    columns = kv_length if q_length is None else q_offset + q_length
-    if columns is not None and attention_mask.shape[1] != columns:
-        raise PatchError(
-            f"attention_mask covers {attention_mask.shape[1]} columns, past and input together "
-            f"have {int(columns)}: pass the mask of the whole conversation, no more and no less"
-        )
     real = attention_mask.bool()
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise PatchError(
@@ -135,6 +126,18 @@ def mask_start(
             "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
         )
     return (~real).sum(1)
+
+
+def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:
+    """Whether each token sees the one before it, and not the next: packs and blocks differ there.
+
+    transformers 4.57 composes a mask for packed sequences also where nothing is packed.
+    """
+    if cache_position is None:  # from 5.17 on only what differs is composed
+        return False
+    at, row = cache_position, torch.arange(batch_size, device=cache_position.device)[:, None]
+    seen = mask_function(row, 0, at[1:], at[:-1]), mask_function(row, 0, at[:-1], at[1:])
+    return bool(seen[0].all() and not seen[1].any())
 
 
 def attend(

@@ -6,6 +6,9 @@ import hashlib
 import json
 from typing import Any
 
+LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
+OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
+
 
 def fingerprint(config: Any) -> str:
     """Hash of `attention_values`; weights are not in it."""
@@ -19,10 +22,11 @@ def attention_values(config: Any) -> dict:
     window = getattr(config, "sliding_window", None) if windowed else None
     every = "sliding_attention" if window else "full_attention"
     kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
+    kinds = [OLD_NAMES.get(kind, kind) for kind in kinds]
     rotated = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rope
     return {
         **shape(config),
-        "kinds": list(kinds),
+        "kinds": kinds,
         "window": window if "sliding_attention" in kinds else None,
         "rope": {kind: _rope(config, kind) for kind in sorted(set(kinds))},
         "without_rope": [layer for layer, rope in enumerate(rotated) if not rope],
@@ -31,9 +35,18 @@ def attention_values(config: Any) -> dict:
 
 def windows(model_or_config: Any) -> list[int | None]:
     """Each layer's own sliding window, in tokens."""
-    config = getattr(model_or_config, "config", model_or_config)
-    values = attention_values(config.get_text_config(decoder=True))
+    values = _values(model_or_config)
     return [values["window"] if kind == "sliding_attention" else None for kind in values["kinds"]]
+
+
+def linear_layers(model_or_config: Any) -> list[int]:
+    """The layers of a hybrid that have no attention."""
+    return [i for i, kind in enumerate(_values(model_or_config)["kinds"]) if kind in LINEAR]
+
+
+def _values(model_or_config: Any) -> dict:
+    config = getattr(model_or_config, "config", model_or_config)
+    return attention_values(config.get_text_config(decoder=True))
 
 
 def weights_mark(model: Any) -> str:

@@ -15,18 +15,26 @@ import functools
 import inspect
 import os
 import uuid
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    cache_utils,
+)
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attend, mask_start
 from hfsparse.cache import CacheError, Group, Layer, enter
-from hfsparse.fingerprint import attention_values, windows
+from hfsparse.fingerprint import LINEAR, attention_values, windows
 from hfsparse.lists import FULL, Band
 from hfsparse.plan import ModelId, Plan
 from hfsparse.stats import LayerStats, Stats
@@ -41,16 +49,13 @@ class State:
 
     owner: str
     plan: Plan
-    layers: list[LayerPlan]
+    layers: list[LayerPlan]  # of the layers that have attention
     implementations: list[tuple[Any, str]]  # every config and the attention it asked for
     hooks: list[Any] = field(default_factory=list)
     held: list[list[tuple[tuple[int, ...], int]]] = field(
         default_factory=list
     )  # bytes of the last call
     dense_bytes: int = 0
-
-    def new_layers(self, reserve: int, expected: int) -> list[Layer]:
-        return [layer.new_cache(reserve, expected) for layer in self.layers]
 
 
 class Patched:
@@ -74,21 +79,19 @@ class Patched:
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
         state = self._own()
-        layers = []
-        for index, layer in enumerate(state.layers):
+        layers = [LayerStats([], [], [], []) for _ in state.plan.layers]
+        for at, layer in enumerate(state.layers):
             pairs, dense_pairs, blocks, dense_blocks = layer.counts.prefill.cpu()
             reads, dense_reads = layer.counts.reads.cpu()
             kv_bytes = [0] * len(reads)
-            for heads, size in state.held[index] if state.held else ():
+            for heads, size in state.held[at] if state.held else ():
                 for head in heads:
                     kv_bytes[head] = size // len(heads)
-            layers.append(
-                LayerStats(
-                    (pairs / dense_pairs).tolist(),
-                    (blocks / dense_blocks).tolist(),
-                    (reads / dense_reads).tolist(),
-                    kv_bytes,
-                )
+            layers[layer.index] = LayerStats(
+                (pairs / dense_pairs).tolist(),
+                (blocks / dense_blocks).tolist(),
+                (reads / dense_reads).tolist(),
+                kv_bytes,
             )
         return Stats(layers, state.dense_bytes)
 
@@ -135,7 +138,7 @@ def patch(
     plan.validate()
     plan.check(model, allow)
     modules = _attention_modules(model)
-    layers = _layer_plans(plan, windows(model), uuid.uuid4().hex)
+    layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model))
     decoder = model.get_decoder()
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -242,12 +245,18 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     values = attention_values(config)
-    other = sorted(set(values["kinds"]) - {"full_attention", "sliding_attention"})
+    other = sorted(set(values["kinds"]) - {"full_attention", "sliding_attention", *LINEAR})
+    wanted = [i for i, kind in enumerate(values["kinds"]) if kind not in LINEAR]
+    hybrid = len(wanted) < values["layers"]
     reasons = [
         (getattr(model.config, "is_encoder_decoder", False), "it is an encoder-decoder"),
         (getattr(config, "kv_lora_rank", None), "its cache holds latents (MLA), not keys per head"),
         (getattr(config, "num_kv_shared_layers", 0), "layers share keys and values"),
         (bool(other), f"it has layers of kind {', '.join(other)}"),
+        (
+            hybrid and not hasattr(cache_utils, "LinearAttentionLayer"),
+            "this transformers keeps the state of its linear layers in a cache of the model's own",
+        ),
     ]
     modules = [
         m
@@ -256,7 +265,6 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     ]
     modules.sort(key=lambda m: m.layer_idx)
     found = [m.layer_idx for m in modules]
-    wanted = list(range(values["layers"]))
     both_ways = not all(m.is_causal for m in modules)
     reasons.append((both_ways, "its tokens attend to later ones too"))
     reasons.append((found != wanted, f"its attention layers are {found}, its config says {wanted}"))
@@ -270,9 +278,10 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     return modules
 
 
-def _layer_plans(plan: Plan, own_windows: list[int | None], owner: str) -> list[LayerPlan]:
-    plans = []
-    for index, (words, window) in enumerate(zip(plan.layers, own_windows, strict=True)):
+def _layer_plans(plan: Plan, indices: list[int], windows: list[int | None]) -> list[LayerPlan]:
+    plans, owner = [], uuid.uuid4().hex
+    for index in indices:
+        words, window = plan.layers[index], windows[index]
         rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
         groups: dict[Group, list[int]] = {}
         for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
@@ -310,14 +319,21 @@ def _before_forward(decoder, args, kwargs):
         )
     names = _parameters(type(decoder))
     args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions", decoder.config.output_attentions):
+        warnings.warn(
+            "output_attentions: hfsparse computes no attention weights, they will be None. Call "
+            "handle.undo() to see the dense model's",
+            stacklevel=2,
+        )
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     use_cache = kwargs.get("use_cache")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache:
         cache = DynamicCache()
         kwargs[next(name for name in CACHES if name in names)] = cache
+    _check_width(kwargs, cache)
     if cache is not None:
-        _adopt(cache, state)
+        _adopt(cache, decoder)
     enter(state.owner)
     return args, kwargs
 
@@ -327,9 +343,11 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     state: State = decoder._hfsparse
     enter(None)
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-    if cache is None or output is None or not all(layer.is_initialized for layer in cache.layers):
-        return  # no cache, an error, or gradient checkpointing, which goes without
-    layers = cache.layers
+    if cache is None or output is None:
+        return  # no cache, or an error
+    layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    if not all(layer.is_initialized for layer in layers):
+        return  # gradient checkpointing goes without
     state.held = [
         [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
         for layer in layers
@@ -337,19 +355,34 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     state.dense_bytes = sum(layer.dense_bytes() for layer in layers)
 
 
-def _adopt(cache: Any, state: State, reserve: int = 0, expected: int = 0) -> None:
+def _check_width(given: dict, cache: Any) -> None:
+    """PatchError unless a mask `[B, columns]` covers exactly the past and the new tokens."""
+    mask = given.get("attention_mask")
+    new = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or new is None:
+        return
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    if mask.shape[1] != past + new.shape[1]:
+        raise PatchError(
+            f"attention_mask covers {mask.shape[1]} columns, past and input together have "
+            f"{past + new.shape[1]}: pass the mask of the whole conversation, no more and no less"
+        )
+
+
+def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None:
     """Put our layers into an empty cache; refuse one that isn't ours and isn't empty."""
+    state: State = decoder._hfsparse
     kind = type(cache).__name__
     if not isinstance(cache, Cache):
         raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
-    ours = [isinstance(layer, Layer) for layer in cache.layers]
-    if ours and all(ours):
-        if len({n for layer in cache.layers for n in (layer.seen, layer.stored)}) > 1:
+    ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    if ours:
+        if len({n for layer in ours for n in (layer.seen, layer.stored)}) > 1:
             raise CacheError(
                 "this cache is broken: a forward pass was interrupted half-way through its layers. "
                 "Start again from the prompt with a new cache"
             )
-        for layer in cache.layers:
+        for layer in ours:
             layer.expected = expected or layer.expected
         return
     if "Quant" in kind or "EncoderDecoder" in kind or getattr(cache, "offloading", False):
@@ -360,7 +393,12 @@ def _adopt(cache: Any, state: State, reserve: int = 0, expected: int = 0) -> Non
             f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "
             "hfsparse can't go on from: start again from the prompt with a new cache"
         )
-    cache.layers = state.new_layers(reserve, expected)
+    layers: list[Any] = [None] * len(state.plan.layers)
+    if len(state.layers) < len(layers):  # linear layers keep transformers' own
+        layers = cache.layers or DynamicCache(config=decoder.config).layers
+    for layer in state.layers:
+        layers[layer.index] = layer.new_cache(reserve, expected)
+    cache.layers = layers
     cache.layer_class_to_replicate = None
 
 
@@ -373,7 +411,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         mask, chunked = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
         expected = mask.shape[1] if chunked and mask is not None else 0
         reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
-        _adopt(cache, self.get_decoder()._hfsparse, reserve, expected)
+        _adopt(cache, self.get_decoder(), reserve, expected)
     return result
 
 

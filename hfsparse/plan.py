@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 from hfsparse import plan_yaml
-from hfsparse.fingerprint import windows
+from hfsparse.fingerprint import linear_layers, windows
 from hfsparse.plan_rules import (
     MAX_BYTES,
     MAX_PROBLEMS,
@@ -119,7 +119,7 @@ class Plan:
     def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
-        PlanError where the plan would drop keys in layers that have a window of their own.
+        PlanError where the plan would drop keys in layers that have a window of their own, or none.
         """
         self._check_identity(model_or_config, allow)
         for index, (words, window) in enumerate(
@@ -130,6 +130,10 @@ class Plan:
                     f"layer {index} has the model's own window of {window} tokens and keeps no "
                     "more than that: write full for its cache and decode"
                 )
+        for index in linear_layers(model_or_config):
+            words = self.layers[index]
+            if {*words.prefill, *words.cache, *words.decode} != {"full"}:
+                raise PlanError(f"layer {index} has no attention: write full for all its heads")
 
     def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:
         ours, theirs = self.model, ModelId.of(model_or_config)

@@ -8,7 +8,10 @@ from math import isnan, nan
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer. Densities are shares of dense attention, nan where nothing ran."""
+    """One layer. Densities are shares of dense attention, nan where nothing ran.
+
+    All four are empty for a layer without attention.
+    """
 
     pair_density: list[float]  # per q head: query-key pairs of prompts
     block_density: list[float]  # per q head: blocks computed for prompts
@@ -54,6 +57,7 @@ class Stats:
             f"{i:>5}  {_list(layer.pair_density)}  {_list(layer.block_density)}  "
             f"{_list(layer.decode_share)}  {' '.join(f'{b / 1024:.0f}' for b in layer.kv_bytes)}"
             for i, layer in enumerate(self.layers)
+            if layer.kv_bytes
         ]
         title = "layer  pair density (q heads)  block density  decode share (kv heads)  KiB"
         return "\n".join([head, title, *rows])
