@@ -1,4 +1,6 @@
-# make test   lint, format check, every test            make demo   the main job on a real model
+# make test          lint, format check, every test      make demo   the main job on a real model
+# make test-oldest   families and ways on the oldest transformers that is supported
+# make test-matrix   the same on each tested version; writes docs/support.md
 # Each sets up what it needs on first use: .venv (packages), .cache/smollm2 (SmolLM2-135M-Instruct).
 
 PYTHON ?= python3
@@ -7,10 +9,29 @@ BIN    := $(VENV)/bin
 MODEL  := .cache/smollm2
 READY  := $(VENV)/.ready
 
-.PHONY: test lint demo venv model clean
+# Other versions of transformers: side folders over the same torch, with what they need older.
+OLDER  := 4.57.6 5.0.0 5.17.0
+HTTP   := httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 sniffio==1.3.1
+WITH_4.57.6 := huggingface_hub==0.36.2 tokenizers==0.22.2
+WITH_5.0.0  := huggingface_hub==1.33.0 tokenizers==0.22.2 $(HTTP)
+WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
+SIDE   := .cache/transformers-
+MATRIX := $(BIN)/python -m pytest -n 2 tests/support
+
+.PHONY: test test-oldest test-matrix lint demo venv model clean
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+test-oldest: $(SIDE)4.57.6
+	PYTHONPATH=$< $(MATRIX)
+
+test-matrix: $(READY) $(addprefix $(SIDE),$(OLDER))
+	for v in $(OLDER); do PYTHONPATH=$(SIDE)$$v $(MATRIX) tests/patcher --write-support || exit; done
+	$(MATRIX) tests/patcher --write-support
+
+$(SIDE)%: | $(READY)
+	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==$* $(WITH_$*)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -140,6 +140,7 @@ def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, 
     return bool(seen[0].all() and not seen[1].any())
 
 
+@torch.compiler.disable  # a graph break a layer; traced, its Python takes longer than it saves
 def attend(
     module,
     query: Tensor,

@@ -140,10 +140,11 @@ class Layer(CacheLayerMixin):
         for store in self.stores:
             store.check_crop(rows)
         self.seen = self.stored = max(self.seen - drop, 0)
+        self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
 
     def reset(self) -> None:
-        self.seen = self.stored = 0
+        self.seen = self.stored = self.expected = 0
         self.rows = [0] * len(self.rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The command line: hfsparse profile, show, check, generate, eval.
+"""The command line: hfsparse profile, show, check, doctor, generate, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -152,6 +152,23 @@ def check(plan: PlanFile, model: Model) -> None:
 
     Plan.load(plan).check(_config(model))
     typer.echo(f"{plan} fits {model}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Also say whether this model can be patched, and why not.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print what a bug report needs: versions, devices, kernels; reads no weights."""
+    import json
+
+    from hfsparse.doctor import report, text
+
+    found = report(model)
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found))
+    raise typer.Exit(int(model is not None and not found["model"]["supported"]))
 
 
 @app.command()

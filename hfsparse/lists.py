@@ -17,6 +17,7 @@ PAGE = 64  # tokens in a decode page
 RATE_ONE = 1 << 16  # `recent_per_token` is held as a fraction of this, so that spans are exact
 ANY = 1 << 40  # a recent window that never ends
 FAR = 1 << 40  # the position of a column slot that holds no column
+EDGES = 8  # partial blocks of a query block, at most: its own, and where window and band begin
 
 
 def default_block(tokens: int) -> int:
@@ -175,6 +176,7 @@ class BlockLists:
     bands: tuple[Band, ...]  # one a head
     columns: Tensor | None = None  # [B, H, n] positions, ascending, FAR where there is none
     covered: Tensor | None = None  # [B, H, nq, n] bool
+    cut: Tensor | None = None  # [B, H] query blocks that a pattern's max_share cut short
 
     @classmethod
     def of(
@@ -187,10 +189,13 @@ class BlockLists:
     ) -> BlockLists:
         """Lists from a block map `keep` [B, H, nq, nk] (all blocks), cut to the band's reach."""
         some, every = (m[:, None] for m in grid.reach(band))
-        if keep is None:
-            keep = torch.ones((), dtype=torch.bool, device=some.device)
-        kept = (keep & some).expand(-1, heads, -1, -1)
-        full, part = kept & every, kept & ~every
+        kept = some if keep is None else keep & some  # without a map, one list serves all heads
+        wide = edges = grid.nk
+        if grid.key_first is None:
+            wide = sum(-(-tokens // grid.block) for tokens in (band.sink, band.span(grid.Sk))) + 2
+            edges = EDGES
+        lists = (*_ascending(kept & every, wide), *_ascending(kept & ~every, edges))
+        lists = (t.expand(-1, heads, *t.shape[2:]) for t in lists)
         covered = None
         if columns is not None:
             home = (
@@ -198,9 +203,8 @@ class BlockLists:
                 .clamp(max=grid.nk - 1)[:, :, None]
                 .expand(-1, -1, grid.nq, -1)
             )
-            covered = kept.expand(len(columns), -1, -1, -1).gather(3, home)
-        bands = (band,) * heads
-        return cls(grid, *_ascending(full), *_ascending(part), bands, columns, covered)
+            covered = kept.expand(len(columns), heads, -1, -1).gather(3, home)
+        return cls(grid, *lists, (band,) * heads, columns, covered)
 
     @classmethod
     def cat(cls, parts: list[BlockLists]) -> BlockLists:
@@ -208,9 +212,12 @@ class BlockLists:
         if len(parts) == 1:
             return parts[0]
         B = max(len(p.full_count) for p in parts)
-        some = [p for p in parts if p.columns is not None]
+        some = any(p.columns is not None for p in parts)
         if some:
             parts = [p if p.columns is not None else p._without_columns() for p in parts]
+        cut = any(p.cut is not None for p in parts)
+        if cut:
+            parts = [p if p.cut is not None else p._without_cut() for p in parts]
 
         def join(name: str, fill: int | bool | None) -> Tensor:
             found = [getattr(p, name) for p in parts]
@@ -229,12 +236,16 @@ class BlockLists:
             tuple(band for p in parts for band in p.bands),
             join("columns", FAR) if some else None,
             join("covered", True) if some else None,
+            join("cut", None) if cut else None,
         )
 
     def _without_columns(self) -> BlockLists:
         B, H, nq = self.full_count.shape
         none = torch.zeros(B, H, 0, dtype=torch.int64, device=self.full_count.device)
         return replace(self, columns=none, covered=none[:, :, None].bool().expand(-1, -1, nq, -1))
+
+    def _without_cut(self) -> BlockLists:
+        return replace(self, cut=self.full_count.new_zeros(self.full_count.shape[:2]).long())
 
     @property
     def heads(self) -> int:
@@ -289,9 +300,8 @@ class BlockLists:
         lane = torch.arange(block, device=grid.q_first.device)
         q = (grid.q_first[..., None] + lane)[:, None, :, None]  # [B, 1, nq, 1, block]
         real = (lane < grid.q_rows[..., None])[:, None, :, None]
-        width = int(self.part_count.max()) if self.part_count.numel() else 0
-        index = self.part_index[..., :width].long().expand(len(grid.q_len), -1, -1, -1)
-        used = torch.arange(width, device=index.device) < self.part_count[..., None]
+        index = self.part_index.long().expand(len(grid.q_len), -1, -1, -1)
+        used = torch.arange(index.shape[-1], device=index.device) < self.part_count[..., None]
         table = grid.first[:, None, None].expand(-1, *index.shape[1:3], -1)
         k0 = table.gather(3, index)[..., None]  # [B, H, nq, width, 1]
         live = grid.live[:, None, None].expand(-1, *index.shape[1:3], -1).gather(3, index)
@@ -335,7 +345,7 @@ def _overlap(a, b, low, high) -> Tensor:
     return (top - bottom + 1).clamp(min=0)
 
 
-def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A map [..., n] as counts [...] and ascending indices [..., n], both int32."""
-    index = torch.sort(~kept, dim=-1, stable=True).indices
+def _ascending(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """A map [..., n] as counts [...] and ascending indices [..., width or n], both int32."""
+    index = torch.sort(~kept, dim=-1, stable=True).indices[..., :width]
     return kept.sum(-1, dtype=torch.int32), index.to(torch.int32)

@@ -16,11 +16,12 @@ import inspect
 import os
 import uuid
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -131,13 +132,13 @@ def patch(
             f"this {type(model).__name__} is patched already: call handle.undo() or "
             "hfsparse.unpatch(model) first"
         )
+    modules = _attention_modules(model)
     if plan is None:
         plan = Plan.full(ModelId.of(model))
     elif not isinstance(plan, Plan):
         plan = Plan.load(plan)
     plan.validate()
     plan.check(model, allow)
-    modules = _attention_modules(model)
     layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model))
     decoder = model.get_decoder()
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -242,40 +243,52 @@ def _state(model: PreTrainedModel) -> State:
 
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    values = attention_values(config)
-    other = sorted(set(values["kinds"]) - {"full_attention", "sliding_attention", *LINEAR})
-    wanted = [i for i, kind in enumerate(values["kinds"]) if kind not in LINEAR]
-    hybrid = len(wanted) < values["layers"]
-    reasons = [
-        (getattr(model.config, "is_encoder_decoder", False), "it is an encoder-decoder"),
-        (getattr(config, "kv_lora_rank", None), "its cache holds latents (MLA), not keys per head"),
-        (getattr(config, "num_kv_shared_layers", 0), "layers share keys and values"),
-        (bool(other), f"it has layers of kind {', '.join(other)}"),
-        (
-            hybrid and not hasattr(cache_utils, "LinearAttentionLayer"),
-            "this transformers keeps the state of its linear layers in a cache of the model's own",
-        ),
-    ]
     modules = [
         m
         for m in model.get_decoder().modules()
         if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
     ]
     modules.sort(key=lambda m: m.layer_idx)
-    found = [m.layer_idx for m in modules]
-    both_ways = not all(m.is_causal for m in modules)
-    reasons.append((both_ways, "its tokens attend to later ones too"))
-    reasons.append((found != wanted, f"its attention layers are {found}, its config says {wanted}"))
-    reasons.append((not model._can_set_attn_implementation(), "its attention can't be exchanged"))
-    for holds, why in reasons:
-        if holds:
-            raise PatchError(
-                f"{name} can't be patched: {why}. Supported: decoders of transformers with full or "
-                "sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
-            )
+    why = next(_obstacles(model, modules), None)
+    if why is not None:
+        raise PatchError(
+            f"{type(model).__name__} can't be patched: {why}. Supported: decoders of transformers "
+            "with full or sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
+        )
     return modules
+
+
+def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
+    """Why this model's attention can't follow a plan."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        yield "it is an encoder-decoder"
+    if getattr(config, "kv_lora_rank", None):
+        yield "its cache holds latents (MLA), not keys per head"
+    if getattr(config, "num_kv_shared_layers", 0):
+        yield "layers share keys and values"
+    if any(getattr(m, "indexer", None) is not None for m in modules):
+        yield "an indexer of its own chooses the keys that it reads"
+    if config.model_type == "diffllama":
+        yield "it calls attention twice a layer"
+    try:
+        kinds = attention_values(config)["kinds"]
+    except (AttributeError, ValueError) as error:
+        yield f"its config gives no one shape for all layers ({error})"
+        return
+    if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
+        yield f"it has layers of kind {', '.join(other)}"
+    wanted = [i for i, kind in enumerate(kinds) if kind not in LINEAR]
+    if len(wanted) < len(kinds) and not hasattr(cache_utils, "LinearAttentionLayer"):
+        yield "this transformers keeps the state of linear layers in a cache of the model's own"
+    if not modules:
+        yield "it has no attention layers that hfsparse knows"
+    if not all(m.is_causal for m in modules):
+        yield "its tokens attend to later ones too"
+    if (found := [m.layer_idx for m in modules]) != wanted:
+        yield f"its attention layers are {found}, its config says {wanted}"
+    if not model._can_set_attn_implementation():
+        yield "its attention can't be exchanged"
 
 
 def _layer_plans(plan: Plan, indices: list[int], windows: list[int | None]) -> list[LayerPlan]:
@@ -309,6 +322,7 @@ def _parameters(decoder: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
 
 
+@torch.compiler.disable
 def _before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: give it a cache of ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
@@ -338,6 +352,7 @@ def _before_forward(decoder, args, kwargs):
     return args, kwargs
 
 
+@torch.compiler.disable
 def _after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
@@ -376,6 +391,7 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
     if not isinstance(cache, Cache):
         raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
     ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    layer_kinds = {type(layer).__name__ for layer in cache.layers}
     if ours:
         if len({n for layer in ours for n in (layer.seen, layer.stored)}) > 1:
             raise CacheError(
@@ -385,8 +401,9 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
         for layer in ours:
             layer.expected = expected or layer.expected
         return
-    if "Quant" in kind or "EncoderDecoder" in kind or getattr(cache, "offloading", False):
-        what = "an offloaded cache" if getattr(cache, "offloading", False) else f"a {kind}"
+    special = [name for name in (kind, *layer_kinds) if "Quant" in name or "EncoderDecoder" in name]
+    if special or getattr(cache, "offloading", False):
+        what = f"a {special[0]}" if special else "an offloaded cache"
         raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
     if cache.get_seq_length():
         raise CacheError(

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Before torch is imported: its threads and other processes slow each other down many times over.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples every time, however slow the machine; look for new ones with
 # `pytest --hypothesis-profile=explore`.
 settings.register_profile("same", deadline=None, derandomize=True)
@@ -22,3 +25,31 @@ def smollm2() -> Path:
     folder = Path(ready) if ready else Path(__file__).parents[1] / ".cache" / "smollm2"
     build(folder)
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
+
+
+def pytest_configure(config):
+    if config.getoption("--write-support") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportCells())
+
+
+class SupportCells:
+    """The cells of tests/support, gathered over all worker processes."""
+
+    def __init__(self):
+        self.cells = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            self.cells += [cell for name, cell in report.user_properties if name == "cell"]
+
+    def pytest_sessionfinish(self, exitstatus):
+        import transformers
+
+        from tests.support.table import write
+
+        if exitstatus == 0:
+            write(transformers.__version__, self.cells)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import pickle
 import random
 import re
 import time
@@ -705,6 +706,13 @@ def test_hash_leaves_out_expected_measured_and_made():
     bare = dataclasses.replace(plan, expected={}, measured={}, made={})
     assert plan.hash() == bare.hash()
     assert re.fullmatch("sha256:[0-9a-f]{64}", plan.hash())
+
+
+def test_a_pickled_plan_is_the_same():
+    plan = Plan.loads(TEXT)
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan
+    assert again.hash() == plan.hash()
 
 
 def test_hash_ignores_how_the_plan_is_spelled():

@@ -25,13 +25,15 @@ class _Softmax:
         self.sum = q.new_zeros(*q.shape[:2], 1)
         self.out = q.new_zeros(*q.shape[:2], value_dim)
 
-    def add(self, k: Tensor, v: Tensor, kept: Tensor | None) -> None:
+    def add(self, k: Tensor, v: Tensor, kept: Tensor | None, skip: _Skip | None = None) -> None:
         """Attend to more keys: k, v `[R, m, D]`, kept bool `[R, n or 1, m]` or None for all."""
         logits = self.q @ k.float().transpose(1, 2)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if kept is not None:
             logits = logits.masked_fill(~kept, -torch.inf)
+        if skip is not None:
+            logits = logits.masked_fill(~skip.worth(logits, self.top), -torch.inf)
         top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
         base = top.masked_fill(top == -torch.inf, 0)  # rows that have seen nothing yet
         weight = torch.exp(logits - base)
@@ -50,6 +52,22 @@ class _Softmax:
         return self.out / total.masked_fill(total == 0, 1)
 
 
+class _Skip:
+    """Which tiles of R query blocks are worth reading, and how many of each block's were."""
+
+    def __init__(self, by: float, queries: int, alive: Tensor):
+        self.by, self.queries, self.alive = by, queries, alive  # alive [R, n]: holds a query
+        self.read = torch.zeros_like(alive[:, 0], dtype=torch.int64)
+
+    def worth(self, logits: Tensor, top: Tensor) -> Tensor:
+        """bool [R, n, 1] of the logits `[R, n, m]` of a tile a row, and the maxima before it."""
+        high = logits.amax(-1, keepdim=True)
+        worth = self.alive[..., None] & (high >= top - self.by) & (high > -torch.inf)
+        worth = worth.unflatten(1, (-1, self.queries)).any(2)  # a tile is read as a whole
+        self.read += worth.sum((1, 2))
+        return worth.repeat_interleave(self.queries, 1)
+
+
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -60,22 +78,32 @@ def prefill(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    skip: float | None = None,
+    skipped: Tensor | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
     kv_heads [H]: the kv head that each q head reads. s_aux [H]: sink logits (gpt-oss).
     Queries past a row's end give zeros.
+
+    skip: a tile adds nothing if in each of its rows the largest logit is more than that below the
+    largest so far (skip-softmax; BLASST, arXiv 2512.12087). Tiles are a block by a block, or `tile`
+    queries and keys; a query block reads its partial blocks first, then its full ones, then its
+    columns, which are never skipped. skipped [H, 2] int64: tiles skipped and looked at are added.
     """
     grid, block = lists.grid, lists.grid.block
     B, H, Sq, D = q.shape
+    queries, keys = tile or (block, block)
+    pieces = block // keys  # of a key block, each a tile wide
     nq, nk = grid.nq, grid.nk
     q = pad(q.float() * scale, (0, 0, 0, nq * block - Sq)).reshape(B * H * nq, block, D)
-    k, v = (pad(t, (0, 0, 0, nk * block - t.shape[2])).unflatten(2, (nk, block)) for t in (k, v))
+    k, v = (pad(t, (0, 0, 0, nk * block - t.shape[2])).unflatten(2, (-1, keys)) for t in (k, v))
     row = torch.arange(B * H * nq, device=q.device)
     b, h, i = row // (H * nq), row // nq % H, row % nq
     kv = kv_heads.to(q.device)[h]
     at = grid.query_pos(torch.arange(nq * block, device=q.device)).view(B, nq, block)[b, i]
-    held = grid.key_pos.view(B, nk, block)
+    held = grid.key_pos.view(B, nk * pieces, keys)
     v = v.masked_fill((held < 0)[:, None, ..., None], 0)  # in dead slots 0 · NaN would be NaN
     sink, recent, rate = torch.tensor(
         [(band.sink, band.recent, band.rate) for band in lists.bands], device=q.device
@@ -94,13 +122,17 @@ def prefill(
         rows = order[done : done + max(1, TILE // (per_block * heaviest))]
         done += len(rows)
         state = _Softmax(q[rows], v.shape[-1], softcap)
+        skipping = None if skip is None else _Skip(skip, queries, at[rows] >= 0)
         for count, index, tested in (
-            (lists.full_count, lists.full_index, False),
             (lists.part_count, lists.part_index, True),
+            (lists.full_count, lists.full_index, False),
         ):
-            count = flat(count)[rows]
+            count = flat(count)[rows] * pieces
             width, step = int(count.max()), max(1, TILE // (per_block * len(rows)))
-            index = flat(index)[rows, :width].long()
+            index = flat(index)[rows, : -(-width // pieces), None].long() * pieces
+            index = (index + torch.arange(pieces, device=q.device)).flatten(1)
+            if skip is not None:  # tile by tile
+                step = 1
             for j in range(0, width, step):
                 blocks = index[:, j : j + step]
                 used = torch.arange(j, j + blocks.shape[1], device=q.device) < count[:, None]
@@ -113,17 +145,21 @@ def prefill(
                         & (key <= query)
                         & ((key < sink[rows, None, None]) | (key >= first))
                     )
-                    kept &= used.repeat_interleave(block, 1)[:, None]
+                    kept &= used.repeat_interleave(keys, 1)[:, None]
                     if grid.window is not None:
                         kept &= query - key < grid.window
                 elif not bool(used.all()):
-                    kept = used.repeat_interleave(block, 1)[:, None]
+                    kept = used.repeat_interleave(keys, 1)[:, None]
                 pick = (b[rows, None], kv[rows, None], blocks)
-                state.add(k[pick].flatten(1, 2), v[pick].flatten(1, 2), kept)
+                state.add(k[pick].flatten(1, 2), v[pick].flatten(1, 2), kept, skipping)
         if lists.columns is not None:
             _add_columns(state, k, v, lists, rows, (b[rows], h[rows], i[rows]), kv[rows], at[rows])
         bare = None if s_aux is None else s_aux.float().to(q.device)[h[rows], None, None]
         out[rows] = state.result(bare)
+        if skipped is not None:
+            seen = work[rows].long() * pieces * (block // queries)
+            lost = torch.zeros_like(seen) if skip is None else seen - skipping.read
+            skipped.index_add_(0, h[rows], torch.stack([lost, seen], 1))
     out = out.view(B, H, nq * block, -1)[:, :, :Sq]
     return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0).to(v.dtype)
 
@@ -134,16 +170,16 @@ def _add_columns(state, k, v, lists, rows, place, kv, at) -> None:
     columns, covered = (
         t.expand(len(lists.grid.q_len), *t.shape[1:]) for t in (lists.columns, lists.covered)
     )
-    total, block = int((columns[b, h] <= at.max()).sum(-1).max()), lists.grid.block
-    step = max(1, TILE // (len(rows) * max(block, k.shape[-1], v.shape[-1])))
+    total, keys = int((columns[b, h] <= at.max()).sum(-1).max()), k.shape[3]
+    step = max(1, TILE // (len(rows) * max(lists.grid.block, k.shape[-1], v.shape[-1])))
     for n in range(0, total, step):
         column = columns[b, h, n : min(n + step, total)]  # [R, m]
         key, query = column[:, None], at[..., None]
         kept = (key <= query) & ~covered[b, h, i, n : min(n + step, total)][:, None]
         if lists.grid.window is not None:
             kept &= query - key < lists.grid.window
-        column = column.clamp(max=lists.grid.nk * block - 1)
-        pick = (b[:, None], kv[:, None], column // block, column % block)
+        column = column.clamp(max=k.shape[2] * keys - 1)
+        pick = (b[:, None], kv[:, None], column // keys, column % keys)
         state.add(k[pick], v[pick], kept)
 
 

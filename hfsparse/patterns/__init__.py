@@ -42,4 +42,4 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-from hfsparse.patterns import block_topk, streaming, vertical_slash  # noqa: E402, F401
+from hfsparse.patterns import antidiagonal, block_topk, streaming, vertical_slash  # noqa: E402, F401

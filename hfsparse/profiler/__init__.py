@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 import hfsparse
 from hfsparse.cache import SLACK
-from hfsparse.fingerprint import weights_mark, windows
+from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler import measure, minference
@@ -121,6 +121,11 @@ def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, metho
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
+    if linear_layers(model):
+        raise UsageError(
+            f"this {type(model).__name__} has layers without attention, which the profiler can't "
+            "measure yet: write a plan by hand, with full in those layers, and hfsparse.patch it"
+        )
     if not _free(model).any():
         raise UsageError(
             f"every layer of this {type(model).__name__} has a sliding window of its own: there is "

@@ -67,8 +67,8 @@ def fresh(family: str):
     """A new tiny model with the weights of one seed."""
     model, config, q_heads, kv_heads, more = FAMILIES[family]
     torch.manual_seed(0)
-    heads = dict(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
-    built = model(config(**SIZES, **heads, **more)).eval()
+    counts = dict(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
+    built = model(config(**SIZES, **counts, **more)).eval()
     for name, parameter in built.named_parameters():
         if "norm" in name:
             parameter.data.normal_(0 if "gemma" in family else 1, 0.1)
@@ -77,18 +77,24 @@ def fresh(family: str):
 
 def own_window(model) -> list[bool]:
     """Which layers have the model's own sliding window."""
-    config = model.config
+    config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
     return [kind == "sliding_attention" for kind in kinds]
 
 
+def heads(model) -> tuple[int, int]:
+    """Of q and of k and v."""
+    config = model.config.get_text_config()
+    return config.num_attention_heads, config.num_key_value_heads
+
+
 def wide_window():
     """A window so wide that vertical_slash and block_topk drop keys inside it."""
     torch.manual_seed(0)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=170)
-    return MistralForCausalLM(MistralConfig(**SIZES, **heads)).eval()
+    more = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=170)
+    return MistralForCausalLM(MistralConfig(**SIZES, **more)).eval()
 
 
 def by_content_in_windows(model) -> Plan:
@@ -117,14 +123,14 @@ def full(model) -> Plan:
 
 STREAM = ("streaming", dict(sink=2, recent=5))
 GROW = ("streaming", dict(sink=2, recent=5, recent_per_token=0.25))
-VS = ("vertical_slash", dict(columns=30, diagonals=100))
-BLOCKS = ("block_topk", dict(share=0.1, min_blocks=2))
+VS = ("vertical_slash", dict(columns=45, diagonals=130))
+BLOCKS = ("block_topk", dict(share=0.1, min_blocks=4))
 QUEST = ("quest", dict(share=0.06, min_pages=3))  # first, last and one that it chooses
 
 
 def streaming(model, below=(0, 0, 0), pattern=STREAM) -> Plan:
     """Every second kv head a ring, the others full; layers with a window stream their prompt."""
-    Hq, Hkv = model.config.num_attention_heads, model.config.num_key_value_heads
+    Hq, Hkv = heads(model)
 
     def layer(index, windowed):
         rings = [(g + index) % 2 == 0 for g in range(Hkv)]
@@ -146,7 +152,9 @@ def growing(model) -> Plan:
 
 def mixed(model, below=(0, 0, 0)) -> Plan:
     """Rings, vertical_slash, block_topk, full and quest side by side, other heads in each layer."""
-    Hq, Hkv = model.config.num_attention_heads, model.config.num_key_value_heads
+    Hq, Hkv = heads(model)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    linear = [i for i, kind in enumerate(kinds) if kind in ("linear_attention", "conv")]
 
     def layer(index, windowed):
         rings = [Hkv > 1 and (g + index) % 2 == 0 for g in range(Hkv)]
@@ -154,6 +162,8 @@ def mixed(model, below=(0, 0, 0)) -> Plan:
         free = ["vs", "blocks", "s", "full"]
         if windowed:
             free = ["s", "full"]
+        if index in linear:
+            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
         prefill = [
             "s" if rings[h * Hkv // Hq] else free[(h + index) % len(free)] for h in range(Hq)
         ]

@@ -34,8 +34,9 @@ _now: list[Truth] = []
 class Truth:
     """The plan that the oracle follows, and what it lets heads read."""
 
-    def __init__(self, plan):
+    def __init__(self, plan, prompt=0):
         self.plan = plan
+        self.prompt = prompt  # columns of a prompt that comes in chunks: none of them is decode
         self.calls = 0
         self.pairs = defaultdict(int)  # (layer, q head) → pairs kept for prompts
         self.causal = defaultdict(int)  # (layer, q head) → pairs of dense attention
@@ -44,39 +45,54 @@ class Truth:
 
 
 @contextmanager
-def oracle(model, plan):
+def oracle(model, plan, prompt=0):
     """Run the unpatched `model` under the plan's boolean mask."""
     assert "_hfsparse" not in model.get_decoder().__dict__
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _keep_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    _now.append(Truth(plan))
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(NAME)
+    _now.append(Truth(plan, prompt))
     try:
         yield _now[-1]
         assert _now[-1].calls, "the oracle's attention was never called"
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
         _now.pop()
 
 
-def whole_cache() -> dict:
+def whole_cache(model=None) -> dict:
     """A cache argument that keeps every key, of window layers too."""
-    return {CACHE: DynamicCache()}
+    config = model and model.config.get_text_config()
+    hybrid = {"linear_attention", "conv"} & {*(getattr(config, "layer_types", None) or ())}
+    return {CACHE: DynamicCache(config=config) if hybrid else DynamicCache()}
 
 
 def _keep_mask(*args, attention_mask=None, **kwargs):
     return attention_mask
 
 
-def _attend(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     truth = _now[-1]
     truth.calls += 1
     B, Hq, Q, _ = query.shape
     columns = key.shape[2]
     starts = [0] * B
     if attention_mask is not None:
-        assert attention_mask.shape == (B, columns)
+        if attention_mask.shape != (B, columns):
+            raise ValueError(f"a mask of {list(attention_mask.shape)} for {columns} columns")
         starts = [int((~row.bool()).sum()) for row in attention_mask]
     out = query.new_zeros(B, Hq, Q, value.shape[3])
     for b, start in enumerate(starts):
@@ -85,21 +101,28 @@ def _attend(module, query, key, value, attention_mask, scaling, sliding_window=N
         if not q.shape[1]:
             continue
         past = columns > Q
-        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past)
+        decode = past and Q <= DECODE and columns > truth.prompt
+        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode)
         k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
-        logits = (q.float() @ k.transpose(1, 2) * scaling).masked_fill(~kept, -torch.inf)
-        out[b, :, pads:] = (torch.softmax(logits, -1) @ v).to(out.dtype)
+        logits = q.float() @ k.transpose(1, 2) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~kept, -torch.inf)
+        if s_aux is not None:  # one more logit, of a key without a value
+            bare = s_aux.float()[:, None, None].expand(Hq, len(logits[0]), 1)
+            logits = torch.cat([logits, bare], -1)
+        weights = torch.softmax(logits, -1)[..., : k.shape[1]]
+        out[b, :, pads:] = (weights @ v).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(truth, layer, q, k, scale, window, past) -> torch.Tensor:
+def _mask(truth, layer, q, k, scale, window, past, decode) -> torch.Tensor:
     """bool [Hq, n, total]: what a row's new queries q `[Hq, n, D]` read of k `[Hkv, total, D]`."""
     (Hq, n, _), (Hkv, total, _) = q.shape, k.shape
     at, key = torch.arange(total - n, total)[:, None], torch.arange(total)
     seen = key <= at
     if window is not None:
         seen = seen & (at - key < window)
-    decode = past and n <= DECODE
     masks = []
     for head in range(Hq):
         group = head * Hkv // Hq
@@ -155,7 +178,7 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
 
 def _quest(quest, q, k, scale) -> list[int]:
     """Pages by the largest softmax of their bounds over the group's heads and the new queries."""
-    bounds = []
+    bounds, q, k = [], q.float(), k.float()
     for page in k.split(PAGE):
         low, high = page.min(0).values, page.max(0).values
         bounds.append(torch.maximum(q * low, q * high).sum(-1) * scale)  # [heads, n]

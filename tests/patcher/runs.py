@@ -55,7 +55,7 @@ def same_generation(got, want) -> None:
 def both(model, plan, run):
     """(patched result, oracle's result, stats): `run(model, cache arguments)` under each."""
     with oracle(model, plan):
-        want = run(model, whole_cache())
+        want = run(model, whole_cache(model))
     with hfsparse.patch(model, plan) as handle:
         got = run(model, {})
         stats = handle.stats()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, QuantoQuantizedLayer
 
 import hfsparse
 from hfsparse.cache import CacheError, Layer
@@ -85,6 +85,42 @@ def test_a_cache_survives_an_undone_patch_of_another_model():
         want = forward(model, tokens(1, 1), cache=copy.deepcopy(cache)).logits
         hfsparse.patch(twin, mixed(twin)).undo()
         assert torch.equal(forward(model, tokens(1, 1), cache=cache).logits, want)
+
+
+def generate_and(model, act):
+    """A generation in the middle of which `act` is called, after its third token."""
+
+    def processor(ids, scores):
+        if ids.shape[1] == 83:
+            act()
+        return scores
+
+    return generate(model, tokens(1, 80), logits_processor=[processor])
+
+
+def test_a_patch_inside_a_running_generation_is_refused():
+    model = copy.deepcopy(tiny("llama"))
+    with pytest.raises(CacheError, match="holds 83 tokens of the unpatched model"):
+        generate_and(model, lambda: hfsparse.patch(model, streaming(model)))
+    hfsparse.unpatch(model)
+    generate(model, tokens(1, 80))
+
+
+def test_an_undo_inside_a_running_generation_is_refused():
+    model = tiny("llama")
+    handle = hfsparse.patch(model, streaming(model))
+    with pytest.raises(CacheError, match=GONE):
+        generate_and(model, handle.undo)
+    generate(model, tokens(1, 80))
+
+
+def test_another_attention_inside_a_running_generation_is_refused():
+    model = copy.deepcopy(tiny("llama"))
+    with (
+        hfsparse.patch(model, streaming(model)),
+        pytest.raises(PatchError, match="set to sdpa under an hfsparse patch"),
+    ):
+        generate_and(model, lambda: model.set_attn_implementation("sdpa"))
 
 
 def stop(error):
@@ -181,8 +217,14 @@ def test_quantised_and_offloaded_caches_are_refused():
     quantised.offloading = False
     offloaded = DynamicCache()
     offloaded.offloading = True
+    layered = Cache(layers=[QuantoQuantizedLayer.__new__(QuantoQuantizedLayer)] * 3)
+    cases = (
+        (quantised, "a QuantizedCache"),
+        (layered, "a QuantoQuantizedLayer"),
+        (offloaded, "an offloaded cache"),
+    )
     with hfsparse.patch(model):
-        for cache, name in ((quantised, "a QuantizedCache"), (offloaded, "an offloaded cache")):
+        for cache, name in cases:
             with pytest.raises(
                 CacheError, match=rf"{name} is not supported.*use the default cache"
             ):

@@ -11,8 +11,12 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 import hfsparse
+from hfsparse.lists import Grid
+from hfsparse.patterns import PATTERNS
 from tests.patcher.families import (
+    BLOCKS,
     FAMILIES,
+    VS,
     by_content_in_windows,
     full,
     growing,
@@ -267,3 +271,14 @@ def test_the_oracle_drops_what_the_plan_says():
     kept = sum(min(p + 1, 5) + min(max(p - 4, 0), 2) for p in range(100))
     assert truth.pairs[0, 0] == kept
     assert truth.pairs[0, 2] == truth.causal[0, 2] == 100 * 101 // 2
+
+
+@pytest.mark.parametrize("pattern", [VS, BLOCKS], ids=lambda pattern: pattern[0])
+def test_the_plans_patterns_choose_by_content(pattern):
+    """Other queries and keys, other pairs: forced blocks alone would test no choice."""
+    kind, values = pattern
+    grid = Grid(torch.tensor([LENGTH]), torch.tensor([LENGTH]), LENGTH, LENGTH, 32)
+    torch.manual_seed(0)
+    drawn = [torch.randn(2, 1, 1, LENGTH, 16) for _ in range(2)]
+    one, other = (PATTERNS[kind](**values).lists(*qk, grid, 0.25).mask() for qk in drawn)
+    assert (one != other).float().mean() > 0.02

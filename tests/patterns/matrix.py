@@ -14,6 +14,7 @@ from math import ceil
 import numpy as np
 import torch
 
+from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -88,6 +89,46 @@ def block_topk(pattern: BlockTopK, q, k, block: int, scale: float) -> Masks:
     return masks[0] & (key <= query), masks[1] & (key <= query)
 
 
+def antidiagonal(pattern: Antidiagonal, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    mass = antidiagonal_mass(q, k, block, scale)
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        visible = at[-1] // block + 1
+        own = range(at[0] // block, visible)
+        forced = sorted({0, *own})
+        scores = mass[i // block, :visible]
+        others = np.sort(np.delete(scores, forced))[::-1]
+        before = scores[forced].sum() + np.cumsum([0, *others])[:-1]  # by how many others are kept
+        target = scores.sum() * (pattern.tau if pattern.tau < 1 else np.inf)
+        most = max(ceil(round(pattern.max_share * visible, 6)), len(forced))
+        sets = []
+        for slack in (-1e-5, 1e-5):  # surely, perhaps
+            wanted = len(forced) + (before < target * (1 + slack)).sum()
+            sets.append(best(scores, min(wanted, most), forced))
+        for mask, blocks in zip(masks, (sets[0][0], sets[1][1]), strict=True):
+            for j in np.flatnonzero(blocks):
+                mask[i : i + block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+def antidiagonal_mass(q, k, block: int, scale: float) -> np.ndarray:
+    """Estimated mass by block, pair by pair: query 15 - t of its group meets key t of its own."""
+    first = len(k) - len(q)
+    mass = np.zeros((-(-len(q) // block), -(-len(k) // block)))
+    for n in range(0, len(q), 16):
+        last = first + min(n + 15, len(q) - 1)
+        logits = np.zeros(last // 16 + 1)
+        for m in range(len(logits)):
+            for t in range(16):
+                if n + 15 - t < len(q) and m * 16 + t < len(k):
+                    logits[m] += q[n + 15 - t] @ k[m * 16 + t] * scale / 16
+        weight = np.exp(logits - logits.max())
+        np.add.at(mass[n // block], np.arange(len(logits)) * 16 // block, weight / weight.sum())
+    return mass
+
+
 @dataclass(frozen=True)
 class Row:
     """Settings by name, and the oracle that they are all held against."""
@@ -119,6 +160,13 @@ PATTERN_ROWS = {
         },
         block_topk,
     ),
+    "antidiagonal": Row(
+        {
+            "antidiagonal": Antidiagonal(tau=0.6, max_share=1.0),
+            "antidiagonal_cut": Antidiagonal(tau=0.9, max_share=0.2),
+        },
+        antidiagonal,
+    ),
 }
 
 SELECTOR_ROWS = {
@@ -138,6 +186,7 @@ EVERYTHING = {  # settings of each pattern that keep every causal pair of up to 
     "vertical_slash_columns": VerticalSlash(columns=2000, diagonals=1),
     "block_topk": BlockTopK(share=1.0, min_blocks=1),
     "block_topk_min": BlockTopK(share=0.01, min_blocks=2000),
+    "antidiagonal": Antidiagonal(tau=1.0, max_share=1.0),
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
 
 import hfsparse
 from hfsparse import profiler
@@ -173,12 +174,18 @@ def test_profiling_leaves_the_model_as_it_was(model, plan):
 
 
 def gemma3(*kinds):
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=400, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     config = Gemma3TextConfig(**sizes, **heads, sliding_window=64, layer_types=list(kinds))
     return Gemma3ForCausalLM(config).eval()
+
+
+def test_a_hybrid_is_refused():
+    sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=400, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"]))
+    with pytest.raises(UsageError, match="layers without attention, which the profiler can't"):
+        hfsparse.profile(model.eval(), tiny.tokenizer(), **SETTINGS)
 
 
 def test_a_model_of_window_layers_only_is_refused():

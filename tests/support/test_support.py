@@ -1,0 +1,91 @@
+"""Every family in every way, for a plan that drops nothing and one that drops much.
+
+docs/support.json holds what each cell came to, for each version of transformers. A cell that comes
+to something else fails; `make test-matrix` runs all versions and writes the file anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import transformers
+from transformers import cache_utils
+
+import hfsparse
+from hfsparse.attention import PatchError
+from hfsparse.patcher import is_patched
+from hfsparse.plan import PlanError
+from tests.patcher.families import full, mixed
+from tests.patcher.test_undo import trace
+from tests.support.models import FAMILIES, REFUSED, build_refused, tiny
+from tests.support.table import TABLE, known, render
+from tests.support.ways import WAYS, NotRun, StockCannot
+
+
+@pytest.fixture
+def cell(request):
+    """`cell(outcome, reason)` notes what this cell came to, and holds it against the table."""
+
+    def note(outcome: str, reason: str = "") -> None:
+        at = [request.node.callspec.params.get(name, "patch") for name in ("family", "way")]
+        reason = re.sub(r"\s+", " ", reason)[:160]
+        request.node.user_properties.append(("cell", (*at, outcome, reason)))
+        if not request.config.getoption("--write-support"):
+            was = known(transformers.__version__, *at)
+            assert was in (None, outcome), f"docs/support.json says {was}, now: {outcome} {reason}"
+
+    return note
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_support(family, way, cell, tmp_path):
+    model, run = tiny(family), WAYS[way]
+    more = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(run).parameters else {}
+    try:
+        for plan in (full(model), mixed(model)):
+            run(model, plan, **more)
+    except NotRun:
+        pytest.skip("not meant for this model")
+    except StockCannot as error:
+        cell("stock", str(error))
+    except PatchError as error:
+        assert not is_patched(model)
+        cell("refused", str(error))
+    else:
+        cell("pass")
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused(family, cell):
+    """The reason is told, and the model is as it was."""
+    if (model := build_refused(family)) is None:
+        cell("stock", "not in this version")
+        return
+    before = trace(model)
+    with pytest.raises(PatchError, match=REFUSED[family].reason) as told:
+        hfsparse.patch(model)
+    assert trace(model) == before
+    assert not is_patched(model)
+    cell("refused", str(told.value))
+
+
+def test_the_page_shows_the_table(request):
+    if request.config.getoption("--write-support"):
+        pytest.skip("written at the end of this run")
+    assert TABLE.with_suffix(".md").read_text() == render(), "run python -m tests.support.table"
+
+
+def test_words_for_a_layer_without_attention_are_refused_and_the_model_left_alone():
+    if not hasattr(cache_utils, "LinearAttentionLayer"):
+        pytest.skip("this transformers keeps linear states in caches of the models' own")
+    model = tiny("qwen3_next")
+    before = trace(model)
+    plan = mixed(model)
+    wrong = dataclasses.replace(plan, layers=(plan.layers[1], *plan.layers[1:]))
+    with pytest.raises(PlanError, match="layer 0 has no attention: write full for all its heads"):
+        hfsparse.patch(model, wrong)
+    assert trace(model) == before
