@@ -25,8 +25,14 @@ def known(version: str, family: str, way: str) -> str | None:
 
 def write(version: str, cells: list) -> None:
     """Put one version's cells (family, way, outcome, reason) into the table and the page."""
+    from tests.support.models import FAMILIES, REFUSED
+    from tests.support.ways import WAYS
+
     table = {**load(), version: {}}
-    for family, way, outcome, reason in cells:
+    families, ways = [*FAMILIES, *REFUSED], [*WAYS, "patch"]
+    for family, way, outcome, reason in sorted(
+        cells, key=lambda cell: (families.index(cell[0]), ways.index(cell[1]))
+    ):
         table[version].setdefault(family, {})[way] = [outcome, reason]
     ordered = dict(sorted(table.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
     TABLE.parent.mkdir(exist_ok=True)
@@ -45,8 +51,7 @@ def render() -> str:
     table = load()
     versions = list(table)
     families = list(dict.fromkeys(f for cells in table.values() for f in cells))
-    supported = [f for f in families if any("patch" not in table[v].get(f, {}) for v in versions)]
-    supported = [f for f in supported if all("patch" not in table[v].get(f, {}) for v in versions)]
+    supported = [f for f in families if all("patch" not in table[v].get(f, {}) for v in versions)]
     ways = list(dict.fromkeys(w for v in versions for f in supported for w in table[v].get(f, {})))
     reasons: dict[str, list[str]] = {}
 

@@ -47,6 +47,7 @@ def test_support(family, way, cell, tmp_path):
     more = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(run).parameters else {}
     try:
         for plan in (full(model), mixed(model)):
+            hfsparse.patch(model, plan).undo()
             run(model, plan, **more)
     except NotRun:
         pytest.skip("not meant for this model")
