@@ -1,12 +1,14 @@
 """Claim: prefill attention over block lists costs what its density says, on one GPU.
 
-    python benchmarks/prefill.py [--lengths 8192,32768,131072] [--only-check] [--tiles]
+    python benchmarks/prefill.py [--lengths 8192,32768,131072] [--kernels triton,fa4]
+                                 [--only-check] [--tiles]
 
-First the Triton kernels are checked against float32 attention and against the plain patterns, on
-small shapes; one that is wrong ends the run. Then one layer of the shape of Llama-3.1-8B (32 q
-heads, 8 kv heads, head dim 128, bf16, batch 1, causal, random inputs) is timed: medians, all arms
-in one run. Density is the share of the causal blocks that is kept; random lists hold the row's
-first block and the diagonal. TFLOP/s count kept blocks, the diagonal's as half.
+First the kernels are checked against float32 attention, the choice of blocks against the plain
+patterns and flash-attn-4 against Triton, on small shapes; one that is wrong ends the run. Then
+one layer of the shape of Llama-3.1-8B (32 q heads, 8 kv heads, head dim 128, bf16, batch 1, causal,
+random inputs) is timed: medians, all arms in one run. Density is the share of the causal blocks
+that is kept; random lists hold the row's first block and the diagonal. TFLOP/s count kept blocks,
+the diagonal's as half.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from hfsparse.kernels import reference, triton_estimate, triton_prefill
+from hfsparse.kernels import Need, fa4, reference, triton_estimate, triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
@@ -102,7 +105,10 @@ def grids() -> Iterator[tuple[str, list[int], list[int], dict]]:
     yield "window", [517, 260], [517, 700], {"window": 200}
 
 
-def one(name, dtype, heads, kv_heads, dim, value_dim, new, total, more, lists_of=None, **logits):
+def one(
+    name, dtype, heads, kv_heads, dim, value_dim, new, total, more, lists_of=None,
+    kernel=triton_prefill, **logits,
+):  # fmt: skip
     """Check one case: its name and error, or the end of the run."""
     torch.manual_seed(0)
     q, k, v = inputs(new, total, heads, kv_heads, dim, value_dim, dtype)
@@ -115,8 +121,12 @@ def one(name, dtype, heads, kv_heads, dim, value_dim, new, total, more, lists_of
     kv = torch.arange(heads, device="cuda") // (heads // kv_heads)
     expected = truth(q, k, v, lists.mask(), kv, dim**-0.5, **logits)
     torch.full_like(expected, torch.nan, dtype=dtype)  # what the kernel leaves unwritten is NaN
-    found = triton_prefill.prefill(q, k, v, lists, kv, scale=dim**-0.5, **logits)
-    report(f"{name}, {heads}/{kv_heads} heads of {dim}", dtype, error(found, expected))
+    found = kernel.prefill(q, k, v, lists, kv, scale=dim**-0.5, **logits)
+    name = f"{kernel.__name__.rpartition('.')[2]}: {name}, {heads}/{kv_heads} heads of {dim}"
+    report(name, dtype, error(found, expected))
+    if kernel is not triton_prefill:
+        other = triton_prefill.prefill(q, k, v, lists, kv, scale=dim**-0.5, **logits)
+        report(f"{name}, against Triton", dtype, error(found, other))
 
 
 def report(name: str, dtype: torch.dtype, off: float) -> None:
@@ -152,7 +162,56 @@ def check() -> None:
     check_estimates()
 
 
-def check_ring(dtype, heads, kv_heads, dim, value_dim, new, total, ring) -> None:
+def check_fa4() -> None:
+    bf16, half, more = torch.bfloat16, torch.float16, {"kernel": fa4}
+    for dtype, dim in ((bf16, 64), (bf16, 80), (bf16, 96), (bf16, 128), (half, 128)):
+        one("random lists", dtype, 6, 2, dim, dim, [517, 300], [517, 300], {}, **more)
+    for name, new, total, place in grids():
+        one(name, bf16, 6, 2, 128, 128, new, total, place, **more)
+    for heads, kv_heads in ((3, 3), (8, 2), (7, 1)):
+        one("group", bf16, heads, kv_heads, 128, 128, [517], [517], {}, **more)
+    one("value dim 64", bf16, 6, 2, 128, 64, [517], [517], {}, **more)
+    case = (bf16, 6, 2, 128, 128, [517, 300], [700, 300])
+    one(
+        "band",
+        *case,
+        {},
+        lambda grid, q, k: BlockLists.of(grid, 6, band=Band(5, 150, 6554)),
+        **more,
+    )
+    one("everything", *case, {}, lambda grid, q, k: BlockLists.of(grid, 6), **more)
+    for place in ({}, {"window": 200}):
+        slashes = VerticalSlash(45, 130), VerticalSlash(300, 40)
+        for pattern in slashes:
+            name = f"{pattern.columns} columns, window {place.get('window')}"
+            one(name, *case, place, lambda g, q, k, p=pattern: p.lists(q, k, g, 0.09), **more)
+        one("scattered columns", *case, place, lambda grid, q, k: scattered(grid, 6), **more)
+    aux = torch.linspace(-2, 3, 6, device="cuda")
+    one("sink logits", *case, {}, s_aux=aux, **more)
+    one("softcap, columns", *case, {}, lambda g, q, k: scattered(g, 6), softcap=5.0, **more)
+    first = torch.tensor([[0, 1000, 1128, 1256]], device="cuda")
+    live = torch.tensor([[70, 128, 128, 44]], device="cuda")
+    ring = {"key_first": first, "key_live": live}
+    check_ring(bf16, 6, 2, 128, 128, [100], [1300], ring, fa4)
+    for new, total in ((517, 517), (100, 517)):
+        q, _, _ = inputs([new], [new], 6, 2, 128, 128, bf16)
+        _, k, v = inputs([total], [total], 6, 2, 128, 128, bf16)
+        mask = torch.ones(new, total, dtype=torch.bool, device="cuda").tril(total - new)
+        kv = torch.arange(6, device="cuda") // 3
+        expected = truth(q, k, v, mask, kv, 0.1)
+        report(f"fa4: dense, {new} of {total}", bf16, error(fa4.dense(q, k, v, 0.1), expected))
+
+
+def scattered(grid: Grid, heads: int) -> BlockLists:
+    """Random blocks and 150 random columns, some of them within kept blocks."""
+    columns = torch.rand(len(grid.q_len), heads, grid.Sk, device="cuda").topk(150).indices
+    keep = random_keep(grid, heads, 0.3)
+    return BlockLists.of(grid, heads, keep, columns=columns.sort(-1).values)
+
+
+def check_ring(
+    dtype, heads, kv_heads, dim, value_dim, new, total, ring, kernel=triton_prefill
+) -> None:
     q, _, _ = inputs(new, new, heads, kv_heads, dim, value_dim, dtype)
     _, k, v = inputs([512], [512], heads, kv_heads, dim, value_dim, dtype)
     lengths = [torch.tensor(t, device="cuda") for t in (new, total)]
@@ -162,7 +221,7 @@ def check_ring(dtype, heads, kv_heads, dim, value_dim, new, total, ring) -> None
     lists = BlockLists.of(grid, heads, band=Band(70, 150))
     kv = torch.arange(heads, device="cuda") // (heads // kv_heads)
     expected = truth(q, k, v, lists.mask(), kv, dim**-0.5)
-    found = triton_prefill.prefill(q, k, v, lists, kv, scale=dim**-0.5)
+    found = kernel.prefill(q, k, v, lists, kv, scale=dim**-0.5)
     report("ring", dtype, error(found, expected))
 
 
@@ -260,9 +319,10 @@ def dense(q, k, v) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
 
 
-def timings(table: Table, L: int, tiles: bool) -> None:
+def timings(table: Table, L: int, tiles: bool, names: list[str]) -> None:
     q, k, v = shaped(L)
-    grid, kv = Grid.causal(1, L, 128, "cuda"), KV.cuda()
+    grid, kv = replace(Grid.causal(1, L, 128, "cuda"), padded=False), KV.cuda()
+    ours = "triton" in names
     whole = 4 * D * H * L * L / 2 / 1e12
     base = median(lambda: dense(q, k, v))
     note = f"{extra(lambda: dense(q, k, v)):.0f} MiB"
@@ -273,52 +333,92 @@ def timings(table: Table, L: int, tiles: bool) -> None:
         name = backend.name.lower().removesuffix("_attention")
         table.row(f"sdpa {name}", L, 1.0, ms, base / ms, whole / ms * 1e3)
 
-    def arm(name: str, lists: BlockLists, note: str = "", **more) -> float:
+    if "fa4" in names:
+        ms = median(lambda: fa4.dense(q, k, v, SCALE))
+        table.row("fa4, dense", L, 1.0, ms, base / ms, whole / ms * 1e3)
+
+    def arm(name: str, lists: BlockLists, note: str = "", kernel=triton_prefill, **more) -> float:
+        heads = KV if kernel is fa4 else kv
+
         def run():
-            return triton_prefill.prefill(q, k, v, lists, kv, scale=SCALE, **more)
+            return kernel.prefill(q, k, v, lists, heads, scale=SCALE, **more)
 
         ms, (density, flops) = median(run), work(lists)
         note = note or f"{extra(run):.0f} MiB"
         table.row(name, L, density, ms, base / ms, flops / ms * 1e3, note)
         return ms
 
+    def each(name: str, lists: BlockLists) -> float:
+        """Every kernel asked for over the same lists; the Triton kernel's time."""
+        if "fa4" in names:
+            arm(f"fa4, {name}", lists, kernel=fa4)
+        return arm(f"ours, {name}", lists)
+
     spent = {}
     for density in DENSITIES:
         keep = None if density == 1 else random_keep(grid, H, density)
         lists = BlockLists.of(grid, H, keep)
         del keep
-        spent[density] = arm(f"ours, density {density}", lists)
+        spent[density] = each(f"density {density}", lists)
+        if "fa4" in names and density == 0.1:
+            padded = replace(lists, grid=replace(grid, padded=True))
+            arm("fa4, density 0.1, as if padded", padded, kernel=fa4)
         if tiles and density in (1.0, 0.1):
             every_tile(arm, density, lists)
-        if density == 1:
+        if ours and density == 1:
             arm("ours, skip on, nothing skipped", lists, "the test's cost", skip=1e9)
             arm("ours, skip on, all but one skipped", lists, "what is left: q · k", skip=-1e9)
-        del lists
+        lists = None
         torch.cuda.empty_cache()
     half = [BlockLists.of(grid, H // 2, band=Band(64, 1024))]
     half.append(BlockLists.of(grid, H // 2, random_keep(grid, H // 2, 0.25)))
-    arm("ours, 16 heads streaming, 16 at 0.25", BlockLists.cat(half))
+    each("16 heads streaming, 16 at 0.25", BlockLists.cat(half))
     columns = torch.rand(1, H, L, device="cuda").topk(1000).indices.sort(-1).values
     near = torch.arange(grid.nq, device="cuda")
     near = (near[:, None] - near < 32).expand(1, H, -1, -1)
-    arm(
-        "ours, 32 blocks of diagonals, 1,000 columns", BlockLists.of(grid, H, near, columns=columns)
-    )
-    del half, columns, near
-    for pattern in PATTERNS:
+    lists = BlockLists.of(grid, H, near, columns=columns)
+    each("32 blocks of diagonals, 1,000 columns", lists)
+    if "fa4" in names:
+        table.row(
+            "fa4, of it: tables, columns gathered",
+            *(L, None, median(lambda: fa4.prepare(k, v, lists, H // HKV))),
+        )
+    lists = half = columns = near = None
+    if "fa4" in names:
+        first_fa4(table, L)
+    for pattern in PATTERNS if ours else ():
 
         def choose(pattern=pattern):
             return triton_estimate.lists(pattern, q, k, grid, SCALE)
 
-        lists = choose()
-        density, _ = work(lists)
+        density, _ = work(choose())
         ms = median(choose)
         share = ms / (ms + spent[0.1])
         note = f"{extra(choose):.0f} MiB; {share:.3f} of a layer at density 0.1"
         table.row(f"choice by {pattern.kind}", L, density, ms, note=note)
-        del lists
     torch.cuda.empty_cache()
-    first_calls(table, L)
+    if ours:
+        first_calls(table, L)
+
+
+def first_fa4(table: Table, L: int) -> None:
+    """What flash-attn-4's first call at a new length costs above the second, and compiles."""
+    odd = L * 3 // 4 - 77
+    q, k, v = shaped(odd)
+    grid = replace(Grid.causal(1, odd, 128, "cuda"), padded=False)
+    keep = random_keep(grid, H, 0.1)
+    columns = torch.rand(1, H, odd, device="cuda").topk(1000).indices.sort(-1).values
+    for name, found in (("no columns", None), ("1,000 columns", columns)):
+        lists = BlockLists.of(grid, H, keep, columns=found)
+        took, before = [], fa4.compiled()
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            fa4.prefill(q, k, v, lists, KV, scale=SCALE)
+            torch.cuda.synchronize()
+            took.append((time.perf_counter() - start) * 1e3)
+        note = f"then {took[1]:.1f}, {took[2]:.1f} ms; {fa4.compiled() - before} kernels compiled"
+        table.row(f"fa4, first call at a new length, {name}", odd, ms=took[0], note=note)
 
 
 def first_calls(table: Table, L: int) -> None:
@@ -366,6 +466,7 @@ def every_tile(arm: Callable, density: float, lists: BlockLists) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="8192,32768,131072")
+    parser.add_argument("--kernels", default="triton,fa4", help="without triton: only beside fa4")
     parser.add_argument("--only-check", action="store_true")
     parser.add_argument("--tiles", action="store_true", help="time other tiles too")
     args = parser.parse_args()
@@ -376,12 +477,22 @@ def main() -> None:
         f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
         flush=True,
     )
-    check()
+    names = args.kernels.split(",")
+    if "fa4" in names:
+        need = Need(torch.device("cuda"), torch.bfloat16, D, D, lists=True)
+        if reason := fa4.why_not(need):
+            print(f"fa4 is left out: {reason}", flush=True)
+            names.remove("fa4")
+    if "triton" in names:
+        check()
+    if "fa4" in names:
+        check_fa4()
+        print(f"fa4 compiled {fa4.compiled()} kernels", flush=True)
     print(f"\nchecked in {time.perf_counter() - start:.0f} s", flush=True)
     if not args.only_check:
         table = Table()
         for length in args.lengths.split(","):
-            timings(table, int(length), args.tiles)
+            timings(table, int(length), args.tiles, names)
     print(f"\n{time.perf_counter() - start:.0f} s in all", flush=True)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import masking_utils
@@ -34,22 +36,35 @@ class Counts:
     """What one layer computed since the last reset, and what dense attention would have."""
 
     def __init__(self, q_heads: int, kv_heads: int):
-        self.prefill = torch.zeros(4, q_heads, dtype=torch.float64)  # pairs, dense, blocks, dense
-        self.reads = torch.zeros(
-            2, kv_heads, dtype=torch.float64
-        )  # keys read by decode steps, dense
+        self.q_heads, self.kv_heads = q_heads, kv_heads
+        self.reset()
 
     def reset(self) -> None:
-        self.prefill.zero_()
-        self.reads.zero_()
+        # Prompts, by q head: pairs and blocks; of heads that follow lists the device knows them.
+        self.dense, self.whole = np.zeros((2, self.q_heads)), np.zeros((2, self.q_heads))
+        self.kept = torch.zeros(2, self.q_heads, dtype=torch.float64)
+        self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
+        # Decode steps, by kv head: keys read, and keys that dense attention would read.
+        self.reads = torch.zeros(2, self.kv_heads, dtype=torch.float64)
 
-    def add_prefill(self, heads: list[int], pairs: Tensor, blocks: Tensor, grid: Grid) -> None:
-        """pairs, blocks [B, heads] kept."""
-        self.prefill = self.prefill.to(pairs.device)
-        self.prefill[0, heads] += pairs.sum(0)
-        self.prefill[1, heads] += grid.pairs().sum()
-        self.prefill[2, heads] += blocks.sum(0)
-        self.prefill[3, heads] += grid.blocks().sum()
+    def add_whole(self, heads: list[int], work: tuple[int, int]) -> None:
+        """Heads that were computed densely: pairs and blocks of that."""
+        self.whole[:, heads] += np.array(work)[:, None]
+        self.dense[:, heads] += np.array(work)[:, None]
+
+    def add_lists(self, heads: list[int], lists: BlockLists, work: tuple[int, int]) -> None:
+        """Heads that followed lists, and the work of dense attention."""
+        self.dense[:, heads] += np.array(work)[:, None]
+        self.kept = self.kept.to(lists.full_count.device)
+        self.kept[:, heads] += torch.stack([lists.pairs().sum(0), lists.blocks().sum(0)])
+        if lists.cut is not None:
+            self.cut = self.cut.to(lists.cut.device)
+            self.cut[heads] += lists.cut.sum(0)
+
+    def densities(self) -> np.ndarray:
+        """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
+        with np.errstate(invalid="ignore"):
+            return (self.whole + self.kept.cpu().numpy()) / self.dense
 
     def add_reads(self, heads: tuple[int, ...], reads: Tensor, total: Tensor) -> None:
         """reads [B] or [B, heads], total [B]: keys read by the newest query, keys it could see."""
@@ -125,7 +140,11 @@ def mask_start(
             "attention_mask has holes or right padding. hfsparse supports left padding only: set "
             "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
         )
-    return (~real).sum(1)
+    if bool(real.all()):
+        return None
+    starts = (~real).sum(1)
+    starts.on_host = starts.tolist()  # asked once, not in every layer
+    return starts
 
 
 def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:
@@ -169,14 +188,14 @@ def attend(
     _refuse(plan, query, key, attention_mask, dropout, sliding_window, kwargs)
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
     watch = plan.observe and plan.observe(module, query, key, value, logits)
-    starts = None if attention_mask is None else attention_mask.tolist()
+    starts = None if attention_mask is None else _on_host(attention_mask)
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
     else:
         past, new = layer.advance(starts, Q)
-    pads = torch.tensor([Q - n for n in new], device=query.device)
     padded = min(new) < Q
     if padded:
+        pads = torch.tensor([Q - n for n in new], device=query.device)
         query, key, value = (_shift(t, pads) for t in (query, key, value))
     if layer is not None and Q <= STEP and layer.seen > max(Q, layer.expected):
         out = _decode(plan, layer, query, key, value, past, new, logits)
@@ -191,10 +210,14 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _on_host(starts: Tensor) -> list[int]:
+    return getattr(starts, "on_host", None) or starts.tolist()
+
+
 def _refuse(plan, query, key, mask, dropout, window, more) -> None:
     if mask is not None and mask.ndim != 1:
         raise PatchError(_wrong_mask(mask))
-    heads = plan.counts.prefill.shape[1], plan.counts.reads.shape[1]
+    heads = plan.counts.q_heads, plan.counts.kv_heads
     if (query.shape[1], key.shape[1]) != heads:
         raise PatchError(
             f"layer {plan.index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
@@ -239,9 +262,9 @@ def _shift(t: Tensor, by: Tensor) -> Tensor:
 
 
 def _at(heads: Sequence[int]) -> slice | list[int]:
-    """An index for ascending heads that takes a view, not a copy, where they stand side by side."""
+    """An index for heads that takes a view, not a copy, where they stand side by side."""
     first, end = heads[0], heads[-1] + 1
-    return slice(first, end) if end - first == len(heads) else list(heads)
+    return slice(first, end) if list(heads) == [*range(first, end)] else list(heads)
 
 
 def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
@@ -275,11 +298,15 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
     if layer is not None and layer.expected:
         whole = [max(t, layer.expected - layer.seen + t) for t in total]
     window = plan.window if plan.window is not None and max(total) > plan.window else None
-    q_len, k_len = (torch.tensor(t, device=q.device) for t in (new, total))
-    grid = Grid(q_len, k_len, Q, Q, default_block(max(whole)), window)
+    grid = _grid(
+        *(tuple(past), tuple(new), Q, default_block(max(whole), q.device), window),
+        *(q.device, torch.is_inference_mode_enabled()),
+    )
     # What a row reads depends on its own length only, never on its neighbours'.
-    kinds = [(n < plan.below.prefill, n < plan.below.cache, default_block(n)) for n in whole]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    kinds = [
+        (n < plan.below.prefill, n < plan.below.cache, default_block(n, q.device)) for n in whole
+    ]
+    out = None
     for kv_heads, keys, values, spot in _segments(layer, k, v, past, new, grid):
         heads = _q_heads(kv_heads, ratio)
         for (short, kept, block), rows in _alike(kinds):
@@ -287,14 +314,51 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
                 None if (kept if h // ratio in plan.rings else short) else plan.prefill[h]
                 for h in heads
             ]
+            at = range(len(new)) if rows is None else rows.tolist()
+            work = _work(tuple((past[b], new[b]) for b in at), block, window)
             place = spot if rows is None else spot.take(rows)
             if place.key_first is None:
-                place = replace(place, block=block)
+                place = place if place.block == block else replace(place, block=block)
             else:  # a window layer's ring: its slots are no place for patterns that rank them
                 patterns = [p if hasattr(p, "band") else None for p in patterns]
             part = _some(rows, q[:, _at(heads)], keys, values)
-            _put(out, rows, heads, _patterned(plan, *part, place, heads, patterns, logits))
+            made = _patterned(plan, *part, place, heads, patterns, logits, work)
+            if rows is None and len(heads) == q.shape[1]:
+                out = made
+                continue
+            out = _empty(q, v) if out is None else out
+            _put(out, rows, heads, made)
     return out
+
+
+@lru_cache(16)
+def _grid(past, new, Q, block, window, device, inference) -> Grid:
+    """The same for every layer of a call. `inference`: its tensors can't be used outside."""
+    total = [p + n for p, n in zip(past, new, strict=True)]
+    q_len, k_len = (torch.tensor(t, device=device) for t in (new, total))
+    return Grid(q_len, k_len, Q, Q, block, window, padded=min(new) < Q, past=any(past))
+
+
+@lru_cache(64)
+def _work(rows: tuple[tuple[int, int], ...], block: int, window: int | None) -> tuple[int, int]:
+    """Pairs and blocks of dense attention, given each row's past and new tokens."""
+    pairs = blocks = 0
+    for past, new in rows:
+        for first in range(past, past + new, block):
+            last = min(first + block, past + new) - 1
+            low = 0 if window is None else max(first - window + 1, 0)
+            blocks += last // block - low // block + 1
+            if window is None:
+                pairs += (first + last + 2) * (last - first + 1) // 2
+            else:
+                pairs += sum(min(at + 1, window) for at in range(first, last + 1))
+    return pairs, blocks
+
+
+def _empty(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the output `[B, H, Q, Dv]`, token by token in memory, as models want it next."""
+    B, H, Q, _ = q.shape
+    return q.new_empty(B, Q, H, v.shape[3]).transpose(1, 2)
 
 
 def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
@@ -315,34 +379,57 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
                 yield heads, *store.view(total), replace(grid, Sk=total)
 
 
-def _patterned(plan, q, k, v, grid, heads, patterns, logits) -> Tensor:
+def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
     """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
-    ratio = q.shape[1] // k.shape[1]
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    parts, order = [], []
+    ratio, need = q.shape[1] // k.shape[1], kernels.Need.of(q, v, block=grid.block)
+    whole, parts, order = [], [], []
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
-        pick = slice(None) if len(at) == len(patterns) else [i // ratio for i in at]
-        some = q[:, _at(at)]
         if pattern is None and grid.window is None and not logits.special:
-            kernel = kernels.pick(kernels.PREFILL, lists=False, logits=False)
-            out[:, _at(at)] = kernel.run(some, k[:, pick], v[:, pick], grid, scale=logits.scale)
-            own = [heads[i] for i in at]
-            plan.counts.add_prefill(own, grid.pairs()[:, None], grid.blocks()[:, None], grid)
-            continue
-        if pattern is None:
+            whole = at
+        elif pattern is None:
             parts.append(BlockLists.of(grid, len(at)))
+            order += at
         else:
-            parts.append(pattern.lists(some, k[:, pick], grid, logits.scale))
-        order += at
-    if parts:
-        lists = BlockLists.cat(parts)
-        kernel = kernels.pick(kernels.PREFILL, lists=True, logits=logits.special)
-        kv = torch.tensor(order, device=q.device) // ratio
-        own = [heads[i] for i in order]
-        out[:, order] = kernel.run(q[:, order], k, v, lists, kv, **logits.of(own))
-        plan.counts.add_prefill(own, lists.pairs(), lists.blocks(), grid)
+            pick = _kv_of(at, ratio)
+            parts.append(kernels.choose(pattern, q[:, _at(at)], k[:, pick], grid, logits.scale))
+            order += at
+
+    def dense(at: list[int]) -> Tensor:
+        pick, kernel = _kv_of(at, ratio), kernels.pick(kernels.PREFILL, need)
+        plan.counts.add_whole([heads[i] for i in at], work)
+        return kernel.run(q[:, _at(at)], k[:, pick], v[:, pick], grid, scale=logits.scale)
+
+    def listed(at: list[int]) -> Tensor:
+        lists, own = BlockLists.cat(parts), [heads[i] for i in at]
+        plan.counts.add_lists(own, lists, work)
+        asked = replace(need, lists=True, logits=logits.special)
+        kernel, kv = kernels.pick(kernels.PREFILL, asked), _kv_index(tuple(at), ratio, q.device)
+        return kernel.run(q[:, _at(at)], k, v, lists, kv, **logits.of(own))
+
+    if len(whole) == len(patterns):
+        return dense(whole)
+    if order == list(range(len(patterns))):
+        return listed(order)
+    out = _empty(q, v)
+    for at, run in ((whole, dense), (order, listed)):
+        if at:
+            out[:, _at(at)] = run(at)
     return out
+
+
+def _kv_of(at: list[int], ratio: int) -> slice | list[int]:
+    """The kv heads of some q heads: each once where whole groups are meant, else one a q head."""
+    kv = [i // ratio for i in at]
+    if all(kv.count(g) == ratio for g in kv) and at == sorted(at):
+        kv = sorted(set(kv))
+    return _at(kv) if kv == sorted(set(kv)) else kv
+
+
+@lru_cache(256)
+def _kv_index(at: tuple[int, ...], ratio: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([i // ratio for i in at], device=device)
 
 
 def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
@@ -367,11 +454,16 @@ def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     return out
 
 
+def _decoder(q, v, logits, lists=False) -> kernels.Kernel:
+    need = kernels.Need.of(q, v, lists=lists, logits=len(logits) > 1, block=PAGE)
+    return kernels.pick(kernels.DECODE, need)
+
+
 def _read_ring(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
     """Attention over sink and window (short rows: all they hold), and how many keys that read."""
     held = store.positions(length.tolist())
     q, k, v, query_pos, held, length = _some(rows, q, store.k, store.v, query_pos, held, length)
-    kernel = kernels.pick(kernels.DECODE, lists=False, logits=len(logits) > 1)
+    kernel = _decoder(q, v, logits)
     if short:
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
     band = store.band
@@ -391,11 +483,11 @@ def _read_full(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor
     held = torch.where(held < length[:, None], held, -1)
     q, k, v, query_pos, held, length = _some(rows, q, k, v, query_pos, held, length)
     if selector is None:
-        kernel = kernels.pick(kernels.DECODE, lists=False, logits=len(logits) > 1)
+        kernel = _decoder(q, v, logits)
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
     low, high = _some(rows, store.low[:, :, :pages], store.high[:, :, :pages])
     chosen = selector.pages(q, low, high, length, logits["scale"])
-    kernel = kernels.pick(kernels.DECODE, lists=True, logits=len(logits) > 1)
+    kernel = _decoder(q, v, logits, lists=True)
     tail = -length % PAGE  # the row's last page is always read
     reads = chosen.count * PAGE - tail[:, None]
     return kernel.run(q, k, v, query_pos, held, chosen, **logits), reads

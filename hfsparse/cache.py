@@ -308,8 +308,9 @@ class Ring:
         self._resize(past, rows)
         sink = self.band.sink
         for at, p, n in _alike(past, new):
-            kept = torch.arange(p, p + n, device=k.device)
-            kept = kept[(kept < sink) | (kept >= p + n - self.size)]
+            at_sink = max(p, min(p + n, sink))
+            ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
+            kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
             slot = self.slots(kept)
             self.k[at, :, slot], self.v[at, :, slot] = k[at, :, kept - p], v[at, :, kept - p]
         self.low = [
@@ -336,6 +337,8 @@ class Ring:
         shape = (*old_k.shape[:2], self.band.sink + size)
         self.k, self.v = (_zeros(t, *shape, t.shape[-1]) for t in (old_k, old_v))
         for b, low in enumerate(self.low):
+            if not past[b]:
+                continue
             source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
             slot = self.slots(held[b, source])
             self.k[b, :, slot], self.v[b, :, slot] = old_k[b, :, source], old_v[b, :, source]
@@ -348,8 +351,9 @@ class Ring:
         total = [p + n for p, n in zip(past, new, strict=True)]
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
         low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
+        longest = max(max(t - at, 0) for t, at in zip(total, low, strict=True))
         total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
-        blocks = -(-int((total - low).clamp(min=0).max()) // block)
+        blocks = -(-longest // block)
         head = torch.arange(-(-sink // block), device=device) * block
         tail = low + torch.arange(blocks, device=device) * block
         first = torch.cat([head.expand(len(total), -1), tail], 1)

@@ -111,11 +111,15 @@ def cuda() -> dict[str, Any]:
 
 def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
     """Each table's kernels: what each may be asked for, and why not (None: it runs)."""
-    from hfsparse.kernels import DECODE, PREFILL
+    import torch
 
+    from hfsparse.kernels import DECODE, PREFILL, Need
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    needs = {name: Need(device, torch.bfloat16, 128, 128, *asked) for name, asked in NEEDS.items()}
     return {
         name: {
-            kernel.name: {need: kernel.why_not(*asked) for need, asked in NEEDS.items()}
+            kernel.name: {words: kernel.why_not(need) for words, need in needs.items()}
             for kernel in table
         }
         for name, table in (("prefill", PREFILL), ("decode", DECODE))

@@ -20,9 +20,10 @@ FAR = 1 << 40  # the position of a column slot that holds no column
 EDGES = 8  # partial blocks of a query block, at most: its own, and where window and band begin
 
 
-def default_block(tokens: int) -> int:
-    """Block edge of the reference path: finer for short rows, where 128 would keep too much."""
-    return 32 if tokens < 4096 else 128
+def default_block(tokens: int, device: torch.device | None = None) -> int:
+    """Block edge: 128 as GPU kernels like it; 32 on a CPU for short rows, where that keeps less."""
+    on_cpu = device is None or device.type == "cpu"
+    return 32 if tokens < 4096 and on_cpu else 128
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Grid:
     window: int | None = None  # the model's own sliding window, in tokens
     key_first: Tensor | None = None  # [B, nk]
     key_live: Tensor | None = None  # [B, nk]
+    # Known without asking the device; True: perhaps.
+    padded: bool = True  # rows of other lengths
+    past: bool = True  # tokens before the queries
 
     @classmethod
     def causal(cls, B: int, S: int, block: int = 32, device=None, window: int | None = None):

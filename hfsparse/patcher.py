@@ -17,7 +17,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -80,19 +80,20 @@ class Patched:
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
         state = self._own()
-        layers = [LayerStats([], [], [], []) for _ in state.plan.layers]
+        layers = [LayerStats([], [], [], [], []) for _ in state.plan.layers]
         for at, layer in enumerate(state.layers):
-            pairs, dense_pairs, blocks, dense_blocks = layer.counts.prefill.cpu()
+            pairs, blocks = layer.counts.densities().tolist()
             reads, dense_reads = layer.counts.reads.cpu()
             kv_bytes = [0] * len(reads)
             for heads, size in state.held[at] if state.held else ():
                 for head in heads:
                     kv_bytes[head] = size // len(heads)
             layers[layer.index] = LayerStats(
-                (pairs / dense_pairs).tolist(),
-                (blocks / dense_blocks).tolist(),
+                pairs,
+                blocks,
                 (reads / dense_reads).tolist(),
                 kv_bytes,
+                layer.counts.cut.tolist(),
             )
         return Stats(layers, state.dense_bytes)
 
@@ -212,12 +213,15 @@ def explain(model: PreTrainedModel) -> str:
     made = plan.made.get("model")
     if made != _weights_name(model):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
+    head_dim = plan.model.head_dim
+    need = kernels.Need(model.device, model.dtype, head_dim, head_dim)
     lines.append(f"below {plan.below} tokens in the row a head is computed or kept in full")
     for what, (table, lists) in kinds.items():
-        chosen = kernels.pick(table, lists=lists, logits=False)
-        why = [f"not {k.name}: {k.why_not(lists, False)}" for k in table if k.why_not(lists, False)]
+        asked = replace(need, lists=lists)
+        chosen = kernels.pick(table, asked)
+        why = [f"not {k.name}: {k.why_not(asked)}" for k in table if k.why_not(asked)]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    plain = kernels.pick(kernels.PREFILL, lists=True, logits=True).name
+    plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:

@@ -10,13 +10,14 @@ from math import isnan, nan
 class LayerStats:
     """One layer. Densities are shares of dense attention, nan where nothing ran.
 
-    All four are empty for a layer without attention.
+    All are empty for a layer without attention.
     """
 
     pair_density: list[float]  # per q head: query-key pairs of prompts
     block_density: list[float]  # per q head: blocks computed for prompts
     decode_share: list[float]  # per kv head: keys read by decode steps
     kv_bytes: list[int]  # per kv head: cache bytes allocated, page summaries included
+    cut: list[int]  # per q head: query blocks that a pattern's max_share cut short
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def test_the_families_are_those_of_the_support_table():
 
 
 def test_every_kernel_of_the_tables_is_there_and_says_why_not(monkeypatch):
-    lame = Kernel("lame", None, lambda lists, logits: "needs a leg")
-    half = Kernel("half", None, lambda lists, logits: None if lists else "lists only")
+    lame = Kernel("lame", None, lambda need: "needs a leg")
+    half = Kernel("half", None, lambda need: None if need.lists else "lists only")
     monkeypatch.setattr(kernels, "PREFILL", (lame, *kernels.PREFILL))
     monkeypatch.setattr(kernels, "DECODE", (half, *kernels.DECODE))
     _, printed = run()

@@ -8,10 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from hfsparse.kernels import dense, reference
+from hfsparse.lists import BlockLists, Grid
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a kernel is asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int  # of q and k
+    value_dim: int
+    lists: bool = False  # block or page lists
+    logits: bool = False  # softcap or sink logits
+    grad: bool = False
+    block: int = 128  # tokens in a block of the lists
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, **more) -> Need:
+        """For q `[B, H, Sq, D]` and v `[B, Hkv, Sk, Dv]`."""
+        grad = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+        return cls(q.device, q.dtype, q.shape[-1], v.shape[-1], grad=grad, **more)
 
 
 @dataclass(frozen=True)
@@ -20,25 +45,55 @@ class Kernel:
 
     name: str
     run: Callable[..., Tensor]
-    why_not: Callable[[bool, bool], str | None]  # (page or block lists, softcap or sink logits)
+    why_not: Callable[[Need], str | None]
 
 
-def _dense_only(lists: bool, logits: bool) -> str | None:
-    if lists:
+def _dense_only(need: Need) -> str | None:
+    if need.lists:
         return "reads every key: no block or page lists"
-    return "no softcap, no sink logits" if logits else None
+    return "no softcap, no sink logits" if need.logits else None
 
+
+def _no_triton(need: Need) -> str | None:
+    """Why Triton kernels can't run at all: they are imported where this says None."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if need.device.type != "cuda" and not import_module("triton").knobs.runtime.interpret:
+        return f"needs a CUDA device, not {need.device.type}"
+    return None
+
+
+def _triton_prefill(need: Need) -> str | None:
+    return _no_triton(need) or import_module("hfsparse.kernels.triton_prefill").why_not(need)
+
+
+def _lazily(module: str, function: str) -> Callable[..., Tensor]:
+    """A kernel that is imported when it first runs."""
+    return lambda *args, **more: getattr(import_module(module), function)(*args, **more)
+
+
+_installed = cache(lambda name: find_spec(name) is not None)
 
 PREFILL = (
     Kernel("torch sdpa", dense.prefill, _dense_only),
-    Kernel("reference (PyTorch)", reference.prefill, lambda lists, logits: None),
+    Kernel("Triton", _lazily("hfsparse.kernels.triton_prefill", "prefill"), _triton_prefill),
+    Kernel("reference (PyTorch)", reference.prefill, lambda need: None),
 )
 DECODE = (
     Kernel("torch sdpa", dense.decode, _dense_only),
-    Kernel("reference (PyTorch)", reference.decode, lambda lists, logits: None),
+    Kernel("reference (PyTorch)", reference.decode, lambda need: None),
 )
 
 
-def pick(table: tuple[Kernel, ...], *, lists: bool, logits: bool) -> Kernel:
+def pick(table: tuple[Kernel, ...], need: Need) -> Kernel:
     """The first kernel of a table that can serve."""
-    return next(kernel for kernel in table if kernel.why_not(lists, logits) is None)
+    return next(kernel for kernel in table if kernel.why_not(need) is None)
+
+
+def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
+    """`pattern.lists`, fused where it can be."""
+    if _no_triton(Need.of(q, k)) is None:
+        fused = import_module("hfsparse.kernels.triton_estimate")
+        if fused.why_not(pattern, q, grid) is None:
+            return fused.lists(pattern, q.detach(), k.detach(), grid, scale)
+    return pattern.lists(q, k, grid, scale)

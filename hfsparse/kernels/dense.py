@@ -16,9 +16,11 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Ten
 
     Without a past the kernel's own causal form serves, padded rows too: their pads come last.
     """
+    if not (grid.padded or grid.past):
+        return _attend(q, k, v, scale=scale, is_causal=grid.Sq > 1)
     key = grid.key_pos[:, : grid.Sk]
     k, v = _clean(k, v, key)
-    if grid.Sq == grid.Sk and grid.key_first is None and not bool(grid.offset.any()):
+    if not grid.past and grid.key_first is None:
         out = _attend(q, k, v, scale=scale, is_causal=grid.Sq > 1)
     else:
         step = max(1, MASK // (len(q) * grid.Sk))
@@ -46,7 +48,9 @@ def decode(
 def _clean(k: Tensor, v: Tensor, key_pos: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with zeros in dead slots, whose NaN a mask would not hold back."""
     dead = (key_pos < 0)[:, None, :, None]
-    return (k.masked_fill(dead, 0), v.masked_fill(dead, 0)) if bool(dead.any()) else (k, v)
+    if dead.device.type == "cpu" and not bool(dead.any()):  # elsewhere asking costs more
+        return k, v
+    return k.masked_fill(dead, 0), v.masked_fill(dead, 0)
 
 
 def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:

@@ -9,6 +9,7 @@ Forward only, with plain pointers, so that the interpreter can run it (TRITON_IN
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.lists import Band, BlockLists
+
+if TYPE_CHECKING:
+    from hfsparse.kernels import Need
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,17 +37,17 @@ STAGES = 2  # tiles of keys and values in flight
 NEVER = tl.constexpr((1 << 31) - 1)  # the position of a key that no query reads
 
 
-def why_not(q: Tensor, v: Tensor, block: int) -> str | None:
-    """Why this kernel can't serve q `[B, H, Sq, D]` and v `[B, Hkv, Sk, Dv]`; None: it can."""
-    if q.dtype not in DTYPES or v.dtype != q.dtype:
-        return f"q is {q.dtype} and v {v.dtype}: both must be bfloat16, float16 or float32"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"head dim {q.shape[-1]}, value dim {v.shape[-1]}: at most {WIDEST} is supported"
-    if block not in BLOCKS:
-        return f"blocks of {block} tokens: 16, 32, 64 and 128 are supported"
-    if torch.is_grad_enabled() and (q.requires_grad or v.requires_grad):
-        return "no gradients: call under torch.no_grad()"
-    return None
+def why_not(need: Need) -> str | None:
+    """Why this kernel can't serve; None: it can."""
+    if need.dtype not in DTYPES:
+        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
+    if max(need.head_dim, need.value_dim) > WIDEST:
+        return (
+            f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
+        )
+    if need.block not in BLOCKS:
+        return f"blocks of {need.block} tokens: 16, 32, 64 and 128 are supported"
+    return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
 def prefill(

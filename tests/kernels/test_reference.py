@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -160,9 +161,10 @@ def test_dense_prefill_sees_a_past_in_a_grid_as_wide_as_its_queries():
 def test_the_first_kernel_that_can_serve_is_chosen():
     for table, name in ((kernels.PREFILL, "prefill"), (kernels.DECODE, "decode")):
         own, other = getattr(dense, name), getattr(reference, name)
-        assert kernels.pick(table, lists=False, logits=False).run is own
+        need = partial(kernels.Need, torch.device("cpu"), torch.float32, 16, 16)
+        assert kernels.pick(table, need()).run is own
         for lists, logits in ((True, False), (False, True), (True, True)):
-            assert kernels.pick(table, lists=lists, logits=logits).run is other
+            assert kernels.pick(table, need(lists=lists, logits=logits)).run is other
 
 
 # -- decode --------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hfsparse.kernels import reference
+from hfsparse import kernels
+from hfsparse.kernels import Need, reference
 from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.helpers import Batch, batch, causal, close, truth
@@ -290,12 +291,15 @@ def test_every_head_dim_and_dtype_has_a_tile_on_large_and_small_gpus(monkeypatch
 def test_what_the_kernel_cannot_do_is_said():
     kernel = pytest.importorskip("hfsparse.kernels.triton_prefill", exc_type=ImportError)
     q = torch.empty(1, 2, 8, 64)
-    assert kernel.why_not(q, q, 128) is None
-    assert "float64" in kernel.why_not(q.double(), q.double(), 128)
-    assert "float16" in kernel.why_not(q, q.half(), 128)
-    assert "at most 256" in kernel.why_not(q, torch.empty(1, 2, 8, 320), 128)
-    assert "blocks of 48 tokens" in kernel.why_not(q, q, 48)
-    assert "no gradients" in kernel.why_not(q.clone().requires_grad_(), q, 128)
+    need = Need.of(q, q, lists=True)
+    assert kernel.why_not(need) is None
+    assert "float64" in kernel.why_not(replace(need, dtype=torch.float64))
+    assert "at most 256" in kernel.why_not(replace(need, value_dim=320))
+    assert "blocks of 48 tokens" in kernel.why_not(replace(need, block=48))
+    assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, lists=True))
+    on_cpu = kernels.PREFILL[1].why_not(need)
+    assert kernels.PREFILL[1].name == "Triton"
+    assert "needs a CUDA device, not cpu" in on_cpu
 
 
 def test_hfsparse_can_be_imported_without_triton():

@@ -1,4 +1,4 @@
-"""On a GPU, the patched model gives what it gives on the CPU (plain PyTorch, no kernels)."""
+"""On a GPU, through its kernels, the patched model gives what it gives on the CPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.patcher.families import (
     mixed,
     straddled,
     streaming,
+    tokens,
 )
 from tests.patcher.runs import forward, generate
 
@@ -24,10 +25,11 @@ CLOSE = 1e-4  # float32 sums in another order
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
-@pytest.mark.parametrize("chunk", [None, 96])
+@pytest.mark.parametrize("chunk", [None, 300])
 def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    model, (ids, mask) = fresh(family), left_padded(260)
+    monkeypatch.setattr("hfsparse.attention.default_block", lambda tokens, device: 128)
+    model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
     results = []
     for device in ("cpu", "cuda"):
@@ -41,3 +43,19 @@ def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
     assert same_tokens == tokens
     assert same_stats.pair_density == pytest.approx(stats.pair_density, abs=0.01)
     assert same_stats.kv_bytes == stats.kv_bytes
+
+
+def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
+    """A prompt: no host synchronisation, from the first layer's queries to the last's output."""
+    model = fresh("llama").cuda()
+    ids = tokens(1, 990).cuda()
+    with torch.no_grad(), hfsparse.patch(model, mixed(model)) as handle:
+        assert "patterned heads, prompt: Triton" in handle.explain()
+        want = model(ids, use_cache=False).logits  # compiled, and the lists' forms made
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = model(ids, use_cache=False).logits
+            model(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got, want)

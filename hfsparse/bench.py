@@ -1,0 +1,212 @@
+"""Time to the first token, dense and under a plan, side by side on the user's own device.
+
+hfsparse bench MODEL --plan plan.yaml [--write]      hfsparse bench --shape llama-3.1-8b
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest.mock import patch as replaced
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import hfsparse
+from hfsparse import kernels
+from hfsparse.loading import UsageError
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.selectors import SELECTORS
+
+SHAPES = {  # true shapes; the weights are random
+    "llama-3.1-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=1 << 20,
+        rope_theta=500000.0,
+    ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        max_position_embeddings=1 << 20,
+    ),
+}
+PAYS = 0.97  # a length pays from this share of the dense time on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt length. Seconds are medians; GiB are peaks above nothing, weights included."""
+
+    tokens: int
+    dense_s: float
+    sparse_s: float
+    choose_s: float  # of the sparse seconds: choosing blocks
+    attend_s: float  # attention itself
+    pair_density: float
+    dense_gib: float
+    sparse_gib: float
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of this shape with random weights, made on the device."""
+    if shape not in SHAPES:
+        raise UsageError(f"no shape {shape}: there is {', '.join(SHAPES)}")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def stand_in(model: PreTrainedModel) -> Plan:
+    """A plan for random weights: half the kv heads are rings, the rest choose columns or blocks."""
+    this = ModelId.of(model)
+    patterns = {
+        "stream": PATTERNS["streaming"](sink=64, recent=1024),
+        "vs": PATTERNS["vertical_slash"](columns=1000, diagonals=1024),
+        "blocks": PATTERNS["block_topk"](share=0.1, min_blocks=16),
+        "quest": SELECTORS["quest"](share=0.06, min_pages=16),
+    }
+    group = this.q_heads // this.kv_heads
+    rings = [g % 2 == 0 for g in range(this.kv_heads)]
+    prefill = [
+        "stream" if rings[h // group] else ("vs", "blocks")[h % 2] for h in range(this.q_heads)
+    ]
+    words = Layer(
+        tuple(prefill),
+        tuple("stream" if ring else "full" for ring in rings),
+        tuple("ring" if ring else "quest" for ring in rings),
+    )
+    return Plan(this, patterns, (words,) * this.layers, Below())
+
+
+def bench(model: PreTrainedModel, plan: Plan, lengths: list[int], repeat: int = 3) -> Iterator[Row]:
+    """Rows, as they are measured. Dense is the model as it is; both fill a cache."""
+    for tokens in sorted(lengths):
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+        times: dict[str, list[float]] = {"dense": [], "sparse": []}
+        peaks, clock = {}, _Clock(model.device)
+        for turn in range(repeat + 2):  # the first one warms up, the last one is looked into
+            looked = clock if turn > repeat else contextlib.nullcontext()
+            seconds, peaks["dense"] = _first_token(model, ids)
+            times["dense"].append(seconds)
+            with hfsparse.patch(model, plan) as handle, looked:
+                seconds, peaks["sparse"] = _first_token(model, ids)
+                times["sparse"].append(seconds)
+                density = handle.stats().pair_density
+        yield Row(
+            tokens,
+            *(statistics.median(times[arm][1:-1]) for arm in ("dense", "sparse")),
+            *(clock.seconds("choose"), clock.seconds("attend")),
+            density,
+            *(peaks[arm] / 2**30 for arm in ("dense", "sparse")),
+        )
+
+
+def pays_from(rows: list[Row]) -> int | None:
+    """The shortest length from which on sparse was always faster; None: it never was."""
+    found = None
+    for row in reversed(rows):
+        if row.sparse_s > PAYS * row.dense_s:
+            break
+        found = row.tokens
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    head = "tokens | dense s | sparse s | x | choosing s | attention s | pair density | GiB dense"
+    lines = [f"| {head} | GiB sparse |", "| ---: " * 9 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row.tokens:,} | {row.dense_s:.3f} | {row.sparse_s:.3f} "
+            f"| {row.dense_s / row.sparse_s:.2f} | {row.choose_s:.3f} | {row.attend_s:.3f} "
+            f"| {row.pair_density:.3f} | {row.dense_gib:.2f} | {row.sparse_gib:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def written(plan: Plan, rows: list[Row], device: str) -> Plan:
+    """The plan with these rows, and the prompt length that pays, under `measured`."""
+    entry: dict = {"prefill": [dataclasses.asdict(row) for row in rows]}
+    if (tokens := pays_from(rows)) is not None:
+        entry["below"] = {"prefill": tokens}
+    return dataclasses.replace(plan, measured={**plan.measured, device: entry})
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
+    """Seconds to the first token's logits, and peak bytes (0 where the device doesn't tell)."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model(ids, use_cache=True, logits_to_keep=1)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+class _Clock:
+    """Device time spent in choosing blocks and in prefill kernels, while entered."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: dict[str, list[tuple]] = {"choose": [], "attend": []}
+
+    def __enter__(self) -> None:
+        rows = tuple(
+            dataclasses.replace(row, run=self._timed("attend", row.run)) for row in kernels.PREFILL
+        )
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(replaced.object(kernels, "PREFILL", rows))
+        timed = self._timed("choose", kernels.choose)
+        self.stack.enter_context(replaced.object(kernels, "choose", timed))
+
+    def __exit__(self, *error) -> None:
+        self.stack.close()
+
+    def _timed(self, what: str, run: Callable) -> Callable:
+        def timed(*args, **more):
+            start = self._now()
+            result = run(*args, **more)
+            self.marks[what].append((start, self._now()))
+            return result
+
+        return timed
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, what: str) -> float:
+        if not self.cuda:
+            return sum(end - start for start, end in self.marks[what])
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.marks[what]) / 1000
