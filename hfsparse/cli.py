@@ -1,4 +1,4 @@
-"""The command line: hfsparse profile, show, check, doctor, generate, eval.
+"""The command line: hfsparse profile, show, check, doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -194,6 +194,50 @@ def generate(
     with hfsparse.patch(loaded, chosen) as handle:
         _stream(loaded, tokenizer, inputs, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name; or give --shape.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Without one: a stand-in of its kind.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a known shape.")] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt tokens, by commas.")] = "1024,8192,32768",
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each arm and length.")] = 3,
+    write: Annotated[bool, typer.Option(help="Put table and break-even into the plan.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Time to the first token, dense and under the plan, on this device."""
+    sizes = _lengths(lengths)
+    if (model is None) == (shape is None):
+        raise UsageError("give either a model or --shape")
+    if write and plan is None:
+        raise UsageError("--write needs the --plan to write into")
+
+    from hfsparse import bench as benching
+    from hfsparse.loading import _device, _dtype, load
+    from hfsparse.plan import Plan
+
+    chosen = Plan.load(plan) if plan is not None else None
+    if shape is not None:
+        target = _device(device)
+        loaded = benching.random_model(shape, target, _dtype(dtype, target))
+    else:
+        loaded, _ = load(model, device, dtype)
+    _check_window(loaded, max(sizes), "prompts")
+    chosen = chosen or benching.stand_in(loaded)
+    rows, name = [], benching.device_name(loaded.device)
+    for row in benching.bench(loaded, chosen, sizes, repeat):
+        rows.append(row)
+        typer.echo(f"{row.tokens} tokens: {row.dense_s:.3f} s dense, {row.sparse_s:.3f} s sparse")
+    typer.echo(f"\n{benching.table(rows)}\n")
+    pays = benching.pays_from(rows)
+    typer.echo(f"{name}: " + (f"pays from {pays} tokens on" if pays else "never paid here"))
+    if write:
+        benching.written(chosen, rows, name).save(plan)
+        typer.echo(f"wrote it into {plan}, under measured")
 
 
 @app.command(

@@ -61,7 +61,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    for command in ("profile", "show", "check", "generate", "eval"):
+    for command in ("profile", "show", "check", "doctor", "generate", "bench", "eval"):
         assert f" {command} " in done.stdout
     assert done.stdout.endswith("[]\n")
     assert seconds < 1

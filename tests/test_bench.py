@@ -1,0 +1,73 @@
+"""`hfsparse bench`: rows that hold together, the break-even, what --write leaves in a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hfsparse import bench, kernels
+from hfsparse.cli import app
+from hfsparse.plan import Plan
+
+ROW = bench.Row(1024, 1.0, 2.0, 0.1, 0.5, 0.4, 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bench.random_model("tiny", torch.device("cpu"), torch.float32)
+
+
+def test_a_row_is_measured_and_nothing_stays_replaced(model):
+    before = kernels.PREFILL, kernels.choose
+    (row,) = bench.bench(model, bench.stand_in(model), [2500], repeat=1)
+    assert (kernels.PREFILL, kernels.choose) == before
+    assert row.tokens == 2500
+    assert row.choose_s > 0
+    assert 0 < row.attend_s < 10 * row.sparse_s
+    assert 0.3 < row.pair_density < 0.9
+    assert not hasattr(model.model, "_hfsparse")
+
+
+def test_a_length_pays_from_where_it_was_always_faster():
+    at = [replace(ROW, tokens=n, sparse_s=s) for n, s in ((1, 0.5), (2, 1.2), (3, 0.9), (4, 0.2))]
+    assert bench.pays_from(at) == 3
+    assert bench.pays_from(at[:2]) is None
+    assert bench.pays_from([replace(ROW, sparse_s=0.98)]) is None
+
+
+def test_the_written_plan_keeps_its_hash_and_says_from_where_it_pays(model):
+    plan = bench.stand_in(model)
+    rows = [ROW, replace(ROW, tokens=4096, sparse_s=0.4)]
+    more = Plan.loads(bench.written(plan, rows, "Some GPU").dumps())
+    assert more.hash() == plan.hash()
+    assert more.measured["Some GPU"]["below"] == {"prefill": 4096}
+    assert more.measured["Some GPU"]["prefill"][1]["sparse_s"] == 0.4
+    assert "below" not in bench.written(plan, rows[:1], "Some GPU").measured["Some GPU"]
+
+
+def test_the_command_measures_and_writes(tmp_path, model):
+    file = tmp_path / "plan.yaml"
+    bench.stand_in(model).save(file)
+    words = f"bench --shape tiny --plan {file} --lengths 300,600 --repeat 1 --write --device cpu"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert "| 600 |" in result.output
+    assert [row["tokens"] for row in Plan.load(file).measured["cpu"]["prefill"]] == [300, 600]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "give either a model or --shape"),
+        ("somewhere --shape tiny", "give either a model or --shape"),
+        ("--shape tiny --write", "--write needs the --plan"),
+        ("--shape huge", "no shape huge: there is llama-3.1-8b, tiny"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, said):
+    result = CliRunner().invoke(app, ["bench", *words.split()])
+    assert result.exit_code == 1
+    assert said in result.output
