@@ -8,7 +8,7 @@ patterns and flash-attn-4 against Triton, on small shapes; one that is wrong end
 one layer of the shape of Llama-3.1-8B (32 q heads, 8 kv heads, head dim 128, bf16, batch 1, causal,
 random inputs) is timed: medians, all arms in one run. Density is the share of the causal blocks
 that is kept; random lists hold the row's first block and the diagonal. TFLOP/s count kept blocks,
-the diagonal's as half.
+the diagonal's as half. Where the host takes as long as the call, the GPU waits for it.
 """
 
 from __future__ import annotations
@@ -315,6 +315,17 @@ def extra(run: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def host(run: Callable) -> float:
+    """Milliseconds until a call returns, the GPU still at work: the least of a few."""
+    took = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - start)
+    return min(took) * 1e3
+
+
 def dense(q, k, v) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
 
@@ -344,7 +355,7 @@ def timings(table: Table, L: int, tiles: bool, names: list[str]) -> None:
             return kernel.prefill(q, k, v, lists, heads, scale=SCALE, **more)
 
         ms, (density, flops) = median(run), work(lists)
-        note = note or f"{extra(run):.0f} MiB"
+        note = note or f"{extra(run):.0f} MiB, host {host(run):.2f} ms"
         table.row(name, L, density, ms, base / ms, flops / ms * 1e3, note)
         return ms
 

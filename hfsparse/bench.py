@@ -152,10 +152,6 @@ def written(plan: Plan, rows: list[Row], device: str) -> Plan:
     return dataclasses.replace(plan, measured={**plan.measured, device: entry})
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
     """Seconds to the first token's logits, and peak bytes (0 where the device doesn't tell)."""
     cuda = model.device.type == "cuda"

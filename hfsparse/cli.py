@@ -217,7 +217,7 @@ def bench(
         raise UsageError("--write needs the --plan to write into")
 
     from hfsparse import bench as benching
-    from hfsparse.loading import _device, _dtype, load
+    from hfsparse.loading import _device, _dtype, device_name, load
     from hfsparse.plan import Plan
 
     chosen = Plan.load(plan) if plan is not None else None
@@ -228,7 +228,7 @@ def bench(
         loaded, _ = load(model, device, dtype)
     _check_window(loaded, max(sizes), "prompts")
     chosen = chosen or benching.stand_in(loaded)
-    rows, name = [], benching.device_name(loaded.device)
+    rows, name = [], device_name(loaded.device)
     for row in benching.bench(loaded, chosen, sizes, repeat):
         rows.append(row)
         typer.echo(f"{row.tokens} tokens: {row.dense_s:.3f} s dense, {row.sparse_s:.3f} s sparse")

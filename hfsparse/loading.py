@@ -83,5 +83,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def device_name(device: torch.device) -> str:
+    """As plans call it under `measured`."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _first_line(problem: Exception) -> str:
     return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

@@ -37,7 +37,8 @@ from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attend, mask
 from hfsparse.cache import CacheError, Group, Layer, enter
 from hfsparse.fingerprint import LINEAR, attention_values, windows
 from hfsparse.lists import FULL, Band
-from hfsparse.plan import ModelId, Plan
+from hfsparse.loading import device_name
+from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.stats import LayerStats, Stats
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
@@ -140,7 +141,8 @@ def patch(
         plan = Plan.load(plan)
     plan.validate()
     plan.check(model, allow)
-    layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model))
+    below = _below(plan, model.device)
+    layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model), below)
     decoder = model.get_decoder()
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -215,7 +217,9 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     head_dim = plan.model.head_dim
     need = kernels.Need(model.device, model.dtype, head_dim, head_dim)
-    lines.append(f"below {plan.below} tokens in the row a head is computed or kept in full")
+    lines.append(
+        f"below {_below(plan, model.device)} tokens in the row a head is computed or kept in full"
+    )
     for what, (table, lists) in kinds.items():
         asked = replace(need, lists=lists)
         chosen = kernels.pick(table, asked)
@@ -295,7 +299,17 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
         yield "its attention can't be exchanged"
 
 
-def _layer_plans(plan: Plan, indices: list[int], windows: list[int | None]) -> list[LayerPlan]:
+def _below(plan: Plan, device: torch.device) -> Below:
+    """The plan's thresholds; for prompts what `hfsparse bench --write` measured on this device."""
+    found: Any = plan.measured
+    for key in (device_name(device), "below", "prefill"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return replace(plan.below, prefill=found) if isinstance(found, int) else plan.below
+
+
+def _layer_plans(
+    plan: Plan, indices: list[int], windows: list[int | None], below: Below
+) -> list[LayerPlan]:
     plans, owner = [], uuid.uuid4().hex
     for index in indices:
         words, window = plan.layers[index], windows[index]
@@ -313,7 +327,7 @@ def _layer_plans(plan: Plan, indices: list[int], windows: list[int | None]) -> l
                 tuple(plan.patterns.get(word) for word in words.prefill),
                 tuple(Group(tuple(heads), g.band, g.selector) for g, heads in groups.items()),
                 rings,
-                plan.below,
+                below,
                 window,
                 Counts(plan.model.q_heads, plan.model.kv_heads),
             )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import hfsparse
 from hfsparse import bench, kernels
 from hfsparse.cli import app
 from hfsparse.plan import Plan
@@ -46,6 +47,18 @@ def test_the_written_plan_keeps_its_hash_and_says_from_where_it_pays(model):
     assert more.measured["Some GPU"]["below"] == {"prefill": 4096}
     assert more.measured["Some GPU"]["prefill"][1]["sparse_s"] == 0.4
     assert "below" not in bench.written(plan, rows[:1], "Some GPU").measured["Some GPU"]
+
+
+def test_the_patch_follows_what_was_measured_on_its_device(model):
+    plan = bench.stand_in(model)
+    ids = torch.randint(0, 100, (1, 2000))
+    for measured, dense in (({}, False), ({"below": {"prefill": 3000}}, True)):
+        known = replace(plan, measured={"cpu": measured, "Some GPU": {"below": {"prefill": 1}}})
+        with torch.no_grad(), hfsparse.patch(model, known) as handle:
+            model(ids)
+            density = handle.stats().layers[0].pair_density
+        assert (density[2:] == [1, 1]) == dense  # the heads that are no rings
+        assert density[0] < 1
 
 
 def test_the_command_measures_and_writes(tmp_path, model):

@@ -2,8 +2,8 @@
 
     fa4.why_not(need) or fa4.prefill(q, k, v, lists, kv_heads, scale=scale)
 
-Full and partial blocks are flash-attn-4's two block lists; its mask function tests the pairs of
-partial blocks from small tables (`Call`). Columns are gathered into key blocks behind the row's
+Full and partial blocks are flash-attn-4's two block lists; a mask function tests the pairs of
+partial blocks (`Call`). Columns are gathered into key blocks behind the row's
 own, a section for each q head of a group, so that one softmax serves all. It compiles once per
 plan shape (`compiled`), never per length. Bound by FLOPs; `benchmarks/prefill.py` measures it.
 
@@ -32,6 +32,7 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST, WIDEST_DENSE = 128, 256  # head and value dim; beyond 128 its key tile is not a block
 NEVER = (1 << 31) - 1  # the position of a key that no query reads
+LONG = 1 << 30  # a recent window longer than any row
 
 
 def why_not(need: Need) -> str | None:
@@ -116,8 +117,8 @@ def prefill(
         softmax_scale=scale,
         softcap=softcap or 0.0,
         learnable_sink=None if s_aux is None else s_aux.float().to(q.device).contiguous(),
-        mask_mod=fa4.tested if call.covered is None else fa4.tested_columns,
-        aux_tensors=[t for t in call[6:] if t is not None],
+        mask_mod={0: fa4.plain, 1: fa4.ring, 2: fa4.columns}[len(call.tables)],
+        aux_tensors=[call.heads, call.offset, *call.tables],
         block_sparse_tensors=blocks,
         pack_gqa=False,
     )[0].transpose(1, 2)
@@ -128,7 +129,9 @@ class Call(NamedTuple):
     """What flash-attn-4 is given besides q; N key slots: the row's own, then those of columns.
 
     A pair of a partial block counts if `kept` says so of its query's, its key's and its head's
-    numbers.
+    numbers; the key's position is its slot, unless `tables` say otherwise: `[B, N]` positions of a
+    ring's keys (NEVER in dead slots), or of columns `[B, H, m]` positions (NEVER where there is
+    none) and `[B, H, nq, n]` whether a block of the head holds them.
     """
 
     k: Tensor  # [B, Hkv, N, D]
@@ -137,21 +140,19 @@ class Call(NamedTuple):
     full_index: Tensor  # [B|1, H, nq, width] int32, ascending
     part_count: Tensor
     part_index: Tensor
-    heads: Tensor  # [H, 3] int32: row of `keys`, row of `queries`, sink
-    queries: Tensor  # [B, bands, 3, nq * BLOCK] int32: position, oldest key, start of the band
-    keys: Tensor  # [B, Hkv|1, N] int32: position, NEVER in dead slots
-    sections: Tensor | None = None  # [H] int32: first slot of each head's columns
-    covered: Tensor | None = None  # [B, H, nq, n] uint8: a block of the head holds the column
+    heads: Tensor  # [H, 5] int32: window, sink, recent, rate, slot of the first column
+    offset: Tensor  # [B] int32: position of the first query
+    tables: tuple[Tensor, ...] = ()
 
 
-def kept(key, position, oldest, start, sink):
-    """Causality, window and band, of integers or of tensors of them."""
-    return (key <= position) & (key >= oldest) & ((key < sink) | (key >= start))
+def kept(key, at, window, sink, start):
+    """Causality, window and band: of numbers, of tensors, or of flash-attn-4's registers."""
+    return (key <= at) & (at - key < window) & ((key < sink) | (key >= start))
 
 
-def kept_column(key, position, oldest, covered):
+def kept_column(key, at, window, covered):
     """Causality and window of a column that no block of the head holds yet."""
-    return (key <= position) & (key >= oldest) & (covered == 0)
+    return (key <= at) & (at - key < window) & (covered == 0)
 
 
 def grouped(k: Tensor, v: Tensor, kv_heads: list[int]) -> tuple[Tensor, Tensor, int]:
@@ -165,68 +166,59 @@ def grouped(k: Tensor, v: Tensor, kv_heads: list[int]) -> tuple[Tensor, Tensor, 
 
 def prepare(k: Tensor, v: Tensor, lists: BlockLists, group: int) -> Call:
     """Lists, keys and tables in flash-attn-4's form; q head h reads kv head h // group."""
-    grid, H = lists.grid, lists.heads
-    dead = grid.padded or grid.key_first is not None  # perhaps some slot holds no key
-    own = torch.where(grid.key_pos < 0, NEVER, grid.key_pos).int()[:, None]
+    grid, ring = lists.grid, lists.grid.key_first is not None
     blocks = (  # no list is wider than the row has blocks
         *(lists.full_count, lists.full_index[..., : grid.nk]),
         *(lists.part_count, lists.part_index[..., : grid.nk]),
     )
-    queries = _queries(grid, lists.bands)
-    if lists.columns is None or lists.columns.shape[-1] == 0:
-        if dead:  # 0 * NaN would be NaN
-            v = v.masked_fill((own[:, :, : v.shape[2]] == NEVER)[..., None], 0)
-        return Call(k, v, *blocks, _heads(lists.bands, H, str(k.device)), queries, own)
-    B, n = len(k), lists.columns.shape[-1]
-    columns = pad(lists.columns.expand(B, -1, -1), (0, -n % BLOCK), value=FAR)  # [B, H, cp]
-    each = columns.shape[-1]
-    behind = columns.unflatten(1, (-1, group)).flatten(2)  # [B, Hkv, group * cp]
-    real = behind < grid.k_len[:, None, None]
-    first = grid.nk * BLOCK
-    k, v = (_appended(t, behind, real, first) for t in (k, v))
-    keys = torch.cat([own.expand(-1, behind.shape[1], -1), torch.where(real, behind, NEVER)], 2)
-    if dead:
-        v[:, :, :first].masked_fill_((own == NEVER)[..., None], 0)
-    section = torch.arange(H, device=k.device) % group
+    if grid.padded or ring:  # 0 * NaN would be NaN
+        v = v.masked_fill((grid.key_pos[:, None, : v.shape[2], None] < 0), 0)
+    n = 0 if lists.columns is None else lists.columns.shape[-1]
+    each, first = -(-n // BLOCK) * BLOCK, grid.nk * BLOCK
+    heads = _heads(lists.bands, grid.window, group, first, each, str(k.device))
+    offset = grid.offset.int()
+    if n == 0:
+        keys = torch.where(grid.key_pos < 0, NEVER, grid.key_pos).int() if ring else None
+        return Call(k, v, *blocks, heads, offset, (keys,) if ring else ())
+    if ring:
+        raise ValueError("columns over a ring that has dropped keys: flash-attn-4 is not given any")
+    B = len(k)
+    columns = pad(lists.columns.expand(B, -1, -1), (0, each - n), value=FAR)  # [B, H, each]
+    behind = columns.unflatten(1, (-1, group)).flatten(2)  # [B, Hkv, group * each]
+    none = (behind >= grid.k_len[:, None, None])[..., None]
+    index = behind[..., None].masked_fill(none, 0)
+    k, v = (_appended(t, index, first) for t in (k, v))
+    v[:, :, first:].masked_fill_(none, 0)
     covered = lists.covered.expand(B, -1, -1, -1)
     some, every = _column_blocks(grid, columns.unflatten(2, (-1, BLOCK)), covered)
-    home = grid.nk + section * (each // BLOCK)
+    home = heads[:, 4] // BLOCK
     covered = covered.view(torch.uint8)
     covered.__leading_dim__ = 3  # also where it is one column wide
     return Call(
         *(k, v),
         *_listed(*blocks[:2], every, home),
         *_listed(*blocks[2:], some & ~every, home),
-        _heads(lists.bands, group, str(k.device)),
-        *(queries, keys.int(), (first + section * each).int(), covered),
+        *(heads, offset, (columns.clamp(max=NEVER).int(), covered)),
     )
 
 
-@lru_cache
-def _heads(bands: tuple[Band, ...], group: int, device: str) -> Tensor:
+@lru_cache(256)
+def _heads(bands: tuple[Band, ...], window: int | None, group, first, each, device: str) -> Tensor:
     """`Call.heads`; kept, so that a call copies nothing to the GPU."""
-    order = list(dict.fromkeys(bands))
-    rows = [(h // group, order.index(band), band.sink) for h, band in enumerate(bands)]
+    rows = [
+        (window or NEVER, band.sink, min(band.recent, LONG), band.rate, first + h % group * each)
+        for h, band in enumerate(bands)
+    ]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def _queries(grid: Grid, bands: tuple[Band, ...]) -> Tensor:
-    """`Call.queries`."""
-    rows = torch.arange(grid.nq * BLOCK, device=grid.q_len.device)
-    at = grid.query_pos(rows)
-    oldest = torch.zeros_like(at) if grid.window is None else at - grid.window + 1
-    tables = [torch.stack([at, oldest, band.start(at)], 1) for band in dict.fromkeys(bands)]
-    return torch.stack(tables, 1).clamp(min=-1).int()
-
-
-def _appended(x: Tensor, columns: Tensor, real: Tensor, first: int) -> Tensor:
-    """x `[B, Hkv, Sk, D]`, zeros up to slot `first`, the keys `columns` `[B, Hkv, m]` behind."""
+def _appended(x: Tensor, index: Tensor, first: int) -> Tensor:
+    """x `[B, Hkv, Sk, D]`, zeros up to slot `first`, its keys `index` `[B, Hkv, m, 1]` behind."""
     B, Hkv, Sk, D = x.shape
-    out = x.new_empty(B, Hkv, first + columns.shape[2], D)
+    out = x.new_empty(B, Hkv, first + index.shape[2], D)
     out[:, :, :Sk] = x
     out[:, :, Sk:first] = 0
-    index = torch.where(real, columns, 0)[..., None].expand(-1, -1, -1, D)
-    out[:, :, first:] = x.gather(2, index).masked_fill_(~real[..., None], 0)
+    out[:, :, first:] = x.gather(2, index.expand(-1, -1, -1, D))
     return out
 
 
@@ -269,33 +261,43 @@ def _library() -> SimpleNamespace:
     def number(x):
         return scalar_to_ssa(x, cutlass.Int32)
 
-    @cute.jit
-    def tested(batch, head, query, key, seqlen_info, tables):
-        heads, queries, keys = tables
-        b, h, i, j = batch[0], head[0], query[0], key[0]
-        row = queries[b, heads[h, 1], None, i]
-        position = number(keys[b, heads[h, 0], j])
-        return kept(position, number(row[0]), number(row[1]), number(row[2]), number(heads[h, 2]))
+    def tested(key, at, head):
+        """`kept`, of a head's row `window, sink, recent, rate, ..`."""
+        grown = (cutlass.Int64(at) * cutlass.Int64(head[3])) >> 16
+        start = at - (head[2] + cutlass.Int32(grown)) + 1
+        return kept(key, number(at), number(head[0]), number(head[1]), number(start))
 
     @cute.jit
-    def tested_columns(batch, head, query, key, seqlen_info, tables):
-        heads, queries, keys, sections, covered = tables
-        b, h, i, j = batch[0], head[0], query[0], key[0]
-        row = queries[b, heads[h, 1], None, i]
-        position = number(keys[b, heads[h, 0], j])
-        at, oldest = number(row[0]), number(row[1])
-        own = kept(position, at, oldest, number(row[2]), number(heads[h, 2]))
-        slot = j - sections[h]
-        column = cutlass.min(cutlass.max(slot, 0), covered.shape[3] - 1)
-        taken = number(cutlass.Int32(covered[b, h, i // BLOCK, column]))
-        return (own & (number(slot) < 0)) | (
-            kept_column(position, at, oldest, taken) & (number(slot) >= 0)
+    def plain(batch, head, query, key, seqlen_info, tables):
+        heads, offset = tables
+        return tested(key, offset[batch[0]] + query[0], heads[head[0], None])
+
+    @cute.jit
+    def ring(batch, head, query, key, seqlen_info, tables):
+        heads, offset, keys = tables
+        b = batch[0]
+        return tested(number(keys[b, key[0]]), offset[b] + query[0], heads[head[0], None])
+
+    @cute.jit
+    def columns(batch, head, query, key, seqlen_info, tables):
+        heads, offset, positions, covered = tables
+        b, h, i = batch[0], head[0], query[0]
+        at, mine = offset[b] + i, heads[h, None]
+        slot = key[0] - mine[4]
+        which = cutlass.min(cutlass.max(slot, 0), covered.shape[3] - 1)
+        taken = number(cutlass.Int32(covered[b, h, i // BLOCK, which]))
+        position = number(
+            positions[b, h, cutlass.min(cutlass.max(slot, 0), positions.shape[2] - 1)]
         )
+        own, slot = tested(key, at, mine), number(slot)
+        column = kept_column(position, number(at), number(mine[0]), taken)
+        return (own & (slot < 0)) | (column & (slot >= 0))
 
     return SimpleNamespace(
         run=flash_attn_func,
         forward=_flash_attn_fwd,
         Lists=BlockSparseTensorsTorch,
-        tested=tested,
-        tested_columns=tested_columns,
+        plain=plain,
+        ring=ring,
+        columns=columns,
     )

@@ -44,20 +44,24 @@ def scattered(it: Batch, columns: bool = True) -> BlockLists:
 
 def read(call: fa4.Call, grid: Grid) -> Tensor:
     """How often each query reads each key slot `[B, H, Sq, N]`, from what flash-attn-4 is given."""
-    B, H, R = len(call.k), len(call.heads), grid.nq * BLOCK
-    row, band, sink = call.heads.long().T
-    at, oldest, start = call.queries[:, band].unbind(2)
-    at, oldest, start = (t[..., None] for t in (at, oldest, start))  # [B, H, R, 1]
-    key = call.keys[:, row, None]  # [B, H, 1, N]
-    tested = fa4.kept(key, at, oldest, start, sink[:, None, None])
-    if call.covered is not None:
-        slot = torch.arange(key.shape[-1]) - call.sections[:, None]  # [H, N]
-        n = call.covered.shape[-1]
-        which = slot.clamp(0, n - 1).expand(B, grid.nq, -1, -1).transpose(1, 2)
-        covered = call.covered.gather(3, which).repeat_interleave(BLOCK, 2)
-        column = fa4.kept_column(key, at, oldest, covered)
-        tested = torch.where((slot >= 0)[:, None], column, tested)
-    total = torch.zeros(B, H, R, key.shape[-1], dtype=torch.int64)
+    B, H, N, R = len(call.k), len(call.heads), call.k.shape[2], grid.nq * BLOCK
+    N = -(-N // BLOCK) * BLOCK
+    window, sink, recent, rate, first = call.heads.long().T[:, :, None, None]  # [H, 1, 1]
+    at = (call.offset[:, None] + torch.arange(R))[:, None, :, None]  # [B, 1, R, 1]
+    start = at - (recent + (at * rate >> 16)) + 1
+    key = torch.arange(N).expand(B, 1, 1, -1)
+    if len(call.tables) == 1:
+        key = call.tables[0][:, None, None]
+    tested = fa4.kept(key, at, window, sink, start)
+    if len(call.tables) == 2:
+        positions, covered = call.tables
+        slot = key - first  # [B, H, 1, N]
+        which = slot.clamp(0, covered.shape[-1] - 1).expand(-1, -1, grid.nq, -1)
+        covered = covered.gather(3, which).repeat_interleave(BLOCK, 2)
+        column = positions.gather(2, slot[:, :, 0].clamp(0, positions.shape[-1] - 1))[:, :, None]
+        column = fa4.kept_column(column, at, window, covered)
+        tested = torch.where(slot >= 0, column, tested)
+    total = torch.zeros(B, H, R, N, dtype=torch.int64)
     for count, index, every in (
         (call.full_count, call.full_index, True),
         (call.part_count, call.part_index, False),

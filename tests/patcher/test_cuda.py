@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import hfsparse
+from hfsparse.attention import NAME, attend
 from tests.patcher.families import (
     FAMILIES,
     fresh,
@@ -46,16 +48,26 @@ def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
 
 
 def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
-    """A prompt: no host synchronisation, from the first layer's queries to the last's output."""
+    """A prompt: no host synchronisation while attention runs (transformers' masks have one)."""
     model = fresh("llama").cuda()
     ids = tokens(1, 990).cuda()
-    with torch.no_grad(), hfsparse.patch(model, mixed(model)) as handle:
-        assert "patterned heads, prompt: Triton" in handle.explain()
-        want = model(ids, use_cache=False).logits  # compiled, and the lists' forms made
+    seen = []
+
+    def strict(*args, **kwargs):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            got = model(ids, use_cache=False).logits
-            model(ids)
+            seen.append(args[1].shape)
+            return attend(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(got, want)
+
+    with torch.no_grad(), hfsparse.patch(model, mixed(model)) as handle:
+        assert "patterned heads, prompt: Triton" in handle.explain()
+        want = model(ids).logits  # compiled, too
+        AttentionInterface.register(NAME, strict)
+        try:
+            got = model(ids).logits
+        finally:
+            AttentionInterface.register(NAME, attend)
+    assert torch.equal(got, want)
+    assert len(seen) == 3
