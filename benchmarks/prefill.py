@@ -332,7 +332,7 @@ def dense(q, k, v) -> Tensor:
 
 def timings(table: Table, L: int, tiles: bool, names: list[str]) -> None:
     q, k, v = shaped(L)
-    grid, kv = replace(Grid.causal(1, L, 128, "cuda"), padded=False), KV.cuda()
+    grid, kv = replace(Grid.causal(1, L, 128, "cuda"), padded=False, past=False), KV.cuda()
     ours = "triton" in names
     whole = 4 * D * H * L * L / 2 / 1e12
     base = median(lambda: dense(q, k, v))
@@ -416,7 +416,7 @@ def first_fa4(table: Table, L: int) -> None:
     """What flash-attn-4's first call at a new length costs above the second, and compiles."""
     odd = L * 3 // 4 - 77
     q, k, v = shaped(odd)
-    grid = replace(Grid.causal(1, odd, 128, "cuda"), padded=False)
+    grid = replace(Grid.causal(1, odd, 128, "cuda"), padded=False, past=False)
     keep = random_keep(grid, H, 0.1)
     columns = torch.rand(1, H, odd, device="cuda").topk(1000).indices.sort(-1).values
     for name, found in (("no columns", None), ("1,000 columns", columns)):

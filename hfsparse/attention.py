@@ -7,7 +7,7 @@ kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import masking_utils
 
 from hfsparse import kernels
 from hfsparse.cache import Group, Layer, Ring, take_layer
-from hfsparse.lists import FAR, PAGE, BlockLists, Grid, default_block
+from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block
 from hfsparse.plan import Below
 
 NAME = "hfsparse"
@@ -55,11 +55,12 @@ class Counts:
     def add_lists(self, heads: list[int], lists: BlockLists, work: tuple[int, int]) -> None:
         """Heads that followed lists, and the work of dense attention."""
         self.dense[:, heads] += np.array(work)[:, None]
-        self.kept = self.kept.to(lists.full_count.device)
-        self.kept[:, heads] += torch.stack([lists.pairs().sum(0), lists.blocks().sum(0)])
+        device = lists.full_count.device
+        self.kept, at = self.kept.to(device), at_heads(heads, device)
+        self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
         if lists.cut is not None:
-            self.cut = self.cut.to(lists.cut.device)
-            self.cut[heads] += lists.cut.sum(0)
+            self.cut = self.cut.to(device)
+            self.cut[at] += lists.cut.sum(0)
 
     def densities(self) -> np.ndarray:
         """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
@@ -106,7 +107,9 @@ class Logits:
         """Keyword arguments for a kernel that serves these q heads."""
         if not self.special:
             return {"scale": self.scale}
-        sinks = None if self.s_aux is None else self.s_aux[heads]
+        sinks = self.s_aux
+        if sinks is not None:
+            sinks = sinks[at_heads(heads, sinks.device)]
         return {"scale": self.scale, "softcap": self.softcap, "s_aux": sinks}
 
     @property
@@ -261,12 +264,6 @@ def _shift(t: Tensor, by: Tensor) -> Tensor:
     return moved.masked_fill(~real[:, None, :, None], 0)
 
 
-def _at(heads: Sequence[int]) -> slice | list[int]:
-    """An index for heads that takes a view, not a copy, where they stand side by side."""
-    first, end = heads[0], heads[-1] + 1
-    return slice(first, end) if list(heads) == [*range(first, end)] else list(heads)
-
-
 def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
     return [h * ratio + i for h in kv_heads for i in range(ratio)]
 
@@ -281,7 +278,7 @@ def _alike(keys: list) -> Iterator[tuple[Any, Tensor | None]]:
 def _put(out: Tensor, rows: Tensor | None, heads: list[int], part: Tensor) -> None:
     """Write a part's result into `[B, H, Q, D]` at some rows and heads."""
     if rows is None:
-        out[:, _at(heads)] = part
+        out[:, at_heads(heads, out.device)] = part
     else:
         out[rows[:, None], torch.tensor(heads)] = part
 
@@ -321,7 +318,7 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
                 place = place if place.block == block else replace(place, block=block)
             else:  # a window layer's ring: its slots are no place for patterns that rank them
                 patterns = [p if hasattr(p, "band") else None for p in patterns]
-            part = _some(rows, q[:, _at(heads)], keys, values)
+            part = _some(rows, q[:, at_heads(heads, q.device)], keys, values)
             made = _patterned(plan, *part, place, heads, patterns, logits, work)
             if rows is None and len(heads) == q.shape[1]:
                 out = made
@@ -367,7 +364,7 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
         yield tuple(range(k.shape[1])), k, v, grid
     for store in () if layer is None else layer.stores:
         heads = store.group.heads
-        chunk = k[:, _at(heads)], v[:, _at(heads)]
+        chunk = k[:, at_heads(heads, k.device)], v[:, at_heads(heads, k.device)]
         if isinstance(store, Ring):
             if any(past):
                 yield heads, *store.with_chunk(*chunk, past, new, grid)
@@ -381,49 +378,49 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
 
 def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
     """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
-    ratio, need = q.shape[1] // k.shape[1], kernels.Need.of(q, v, block=grid.block)
+    ratio, plain = q.shape[1] // k.shape[1], not (grid.padded or grid.past)
+    need = kernels.Need.of(q, v, block=grid.block, tokens=grid.Sk, plain=plain)
     whole, parts, order = [], [], []
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
         if pattern is None and grid.window is None and not logits.special:
             whole = at
         elif pattern is None:
-            parts.append(BlockLists.of(grid, len(at)))
+            parts.append(grid.banded(FULL, len(at)))
             order += at
         else:
-            pick = _kv_of(at, ratio)
-            parts.append(kernels.choose(pattern, q[:, _at(at)], k[:, pick], grid, logits.scale))
+            some, kv = q[:, at_heads(at, q.device)], _kv_of(at, ratio, q.device)
+            parts.append(kernels.choose(pattern, some, k[:, kv], grid, logits.scale))
             order += at
 
     def dense(at: list[int]) -> Tensor:
-        pick, kernel = _kv_of(at, ratio), kernels.pick(kernels.PREFILL, need)
+        some, kv = q[:, at_heads(at, q.device)], _kv_of(at, ratio, q.device)
         plan.counts.add_whole([heads[i] for i in at], work)
-        return kernel.run(q[:, _at(at)], k[:, pick], v[:, pick], grid, scale=logits.scale)
+        kernel = kernels.pick(kernels.PREFILL, need)
+        return kernel.run(some, k[:, kv], v[:, kv], grid, scale=logits.scale)
 
     def listed(at: list[int]) -> Tensor:
-        lists, own = BlockLists.cat(parts), [heads[i] for i in at]
+        lists, own = BlockLists.cat(parts).in_order(order), [heads[i] for i in at]
         plan.counts.add_lists(own, lists, work)
-        asked = replace(need, lists=True, logits=logits.special)
-        kernel, kv = kernels.pick(kernels.PREFILL, asked), _kv_index(tuple(at), ratio, q.device)
-        return kernel.run(q[:, _at(at)], k, v, lists, kv, **logits.of(own))
+        kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
+        some, kv = q[:, at_heads(at, q.device)], _kv_index(tuple(at), ratio, q.device)
+        return kernel.run(some, k, v, lists, kv, **logits.of(own))
 
-    if len(whole) == len(patterns):
+    if not order:
         return dense(whole)
-    if order == list(range(len(patterns))):
-        return listed(order)
+    if not whole:
+        return listed(sorted(order))
     out = _empty(q, v)
-    for at, run in ((whole, dense), (order, listed)):
-        if at:
-            out[:, _at(at)] = run(at)
+    for at, run in ((whole, dense), (sorted(order), listed)):
+        out[:, at_heads(at, q.device)] = run(at)
     return out
 
 
-def _kv_of(at: list[int], ratio: int) -> slice | list[int]:
+def _kv_of(at: list[int], ratio: int, device: torch.device) -> slice | Tensor:
     """The kv heads of some q heads: each once where whole groups are meant, else one a q head."""
     kv = [i // ratio for i in at]
-    if all(kv.count(g) == ratio for g in kv) and at == sorted(at):
-        kv = sorted(set(kv))
-    return _at(kv) if kv == sorted(set(kv)) else kv
+    whole = all(kv.count(g) == ratio for g in kv)
+    return at_heads(sorted(set(kv)) if whole else kv, device)
 
 
 @lru_cache(256)
@@ -440,13 +437,18 @@ def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     query_pos = torch.where(lane < new[:, None], past[:, None] + lane, -1)
     for store in layer.stores:
         heads = store.group.heads
-        store.append(k[:, _at(heads)], v[:, _at(heads)], past.tolist(), new.tolist())
+        store.append(
+            k[:, at_heads(heads, k.device)],
+            v[:, at_heads(heads, k.device)],
+            past.tolist(),
+            new.tolist(),
+        )
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
         for short, rows in _alike([n < limit for n in layer.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
             part, reads = read(
-                store, short, rows, q[:, _at(own)], query_pos, length, logits.of(own)
+                store, short, rows, q[:, at_heads(own, q.device)], query_pos, length, logits.of(own)
             )
             _put(out, rows, own, part)
             (total,) = _some(rows, length)

@@ -6,8 +6,9 @@ before it. Densities count query-key pairs (budgets use these) and blocks (speed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,23 @@ RATE_ONE = 1 << 16  # `recent_per_token` is held as a fraction of this, so that 
 ANY = 1 << 40  # a recent window that never ends
 FAR = 1 << 40  # the position of a column slot that holds no column
 EDGES = 8  # partial blocks of a query block, at most: its own, and where window and band begin
+
+
+def at_heads(heads: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index for heads: a view where they stand side by side, else a tensor on the device.
+
+    A plain list would be copied to the device by each use, and the host would wait for that.
+    """
+    first, end = heads[0], heads[-1] + 1
+    if list(heads) == [*range(first, end)]:
+        return slice(first, end)
+    return _index(tuple(heads), device)
+
+
+@lru_cache(1024)
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 def default_block(tokens: int, device: torch.device | None = None) -> int:
@@ -144,6 +162,13 @@ class Grid:
             every &= q1 - k0 < self.window
         return some, some & every
 
+    def banded(self, band: Band, heads: int) -> BlockLists:
+        """Lists of the band alone, made once: they are the same in every layer of a call."""
+        made = self.__dict__.setdefault("_banded", {})
+        if (band, heads) not in made:
+            made[band, heads] = BlockLists.of(self, heads, band=band)
+        return made[band, heads]
+
     def take(self, rows: Tensor) -> Grid:
         """The grid of some of the batch's rows."""
         some = [None if t is None else t[rows] for t in (self.key_first, self.key_live)]
@@ -243,6 +268,17 @@ class BlockLists:
             join("cut", None) if cut else None,
         )
 
+    def in_order(self, heads: list[int]) -> BlockLists:
+        """The same for `heads`, which these lists hold in another order, ascending."""
+        order = sorted(range(len(heads)), key=heads.__getitem__)
+        if order == list(range(len(heads))):
+            return self
+        at = at_heads(order, self.full_count.device)
+        names = "full_count full_index part_count part_index columns covered cut".split()
+        held = {name: getattr(self, name) for name in names}
+        held = {name: t if t is None else t[:, at] for name, t in held.items()}
+        return replace(self, bands=tuple(self.bands[i] for i in order), **held)
+
     def _without_columns(self) -> BlockLists:
         B, H, nq = self.full_count.shape
         none = torch.zeros(B, H, 0, dtype=torch.int64, device=self.full_count.device)
@@ -301,6 +337,7 @@ class BlockLists:
         """[B, H] query-key pairs kept."""
         grid, block = self.grid, self.grid.block
         total = (self.full_count * grid.q_rows[:, None]).sum(2) * block
+        total = total.expand(len(grid.q_len), self.heads).contiguous()
         lane = torch.arange(block, device=grid.q_first.device)
         q = (grid.q_first[..., None] + lane)[:, None, :, None]  # [B, 1, nq, 1, block]
         real = (lane < grid.q_rows[..., None])[:, None, :, None]
@@ -314,17 +351,16 @@ class BlockLists:
         parts = []
         for band in dict.fromkeys(self.bands):
             head = [i for i, b in enumerate(self.bands) if b == band]
-            a, b = k0[:, head], k1[:, head]
+            at = at_heads(head, total.device)
+            a, b = k0[:, at], k1[:, at]
             sink = _overlap(a, b, oldest, q.clamp(max=band.sink - 1))
             newest = band.start(q).clamp(min=band.sink)
             if grid.window is not None:
                 newest = torch.maximum(newest, oldest)
-            both = (sink + _overlap(a, b, newest, q)) * (real & used[:, head][..., None])
-            parts.append((head, both.sum((2, 3, 4))))
-        for head, count in parts:
-            total = total.index_add(
-                1, torch.tensor(head, device=total.device), count.to(total.dtype)
-            )
+            both = (sink + _overlap(a, b, newest, q)) * (real & used[:, at][..., None])
+            parts.append((at, both.sum((2, 3, 4))))
+        for at, count in parts:
+            total[:, at] += count.to(total.dtype)
         if self.columns is not None:
             q0, q1 = grid.q_first[:, None, :, None], grid.q_last[:, None, :, None]
             col = self.columns[:, :, None]

@@ -223,7 +223,8 @@ def explain(model: PreTrainedModel) -> str:
     for what, (table, lists) in kinds.items():
         asked = replace(need, lists=lists)
         chosen = kernels.pick(table, asked)
-        why = [f"not {k.name}: {k.why_not(asked)}" for k in table if k.why_not(asked)]
+        better = table[: table.index(chosen)]
+        why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
@@ -444,7 +445,14 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     cache = next((model_kwargs[n] for n in CACHES if model_kwargs.get(n) is not None), None)
     if cache is not None:
         mask, chunked = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
-        expected = mask.shape[1] if chunked and mask is not None else 0
+        # 5.24 drops a mask of ones, and notes how wide it was
+        width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+        if chunked and not width:
+            raise PatchError(
+                "prefill_chunk_size: generate does not tell how long the whole prompt is. Pass its "
+                "attention_mask, or leave prefill_chunk_size away"
+            )
+        expected = width if chunked else 0
         reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
         _adopt(cache, self.get_decoder(), reserve, expected)
     return result

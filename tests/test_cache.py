@@ -1,12 +1,9 @@
-"""The cache layer against a plain history of every key, through any sequence of what callers do."""
+"""The cache layer: rings, growth, page summaries, owners, bytes."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hfsparse
 from hfsparse.attention import STEP
@@ -61,12 +58,6 @@ def window(band: Band, position: int) -> set[int]:
     return {p for p in range(position + 1) if p < band.sink or p > position - span}
 
 
-def needed(store: Ring, length: int) -> set[int]:
-    """Positions that the next query of a row reads beside its own."""
-    short = length + 1 < store.below
-    return set(range(length)) if short else window(store.band, length) - {length}
-
-
 def check_step(ring: Ring, past, new) -> None:
     """A few new tokens are stored, then read what is held: none of their windows has a gap."""
     total = [p + n for p, n in zip(past, new, strict=True)]
@@ -92,152 +83,6 @@ def check_chunk(ring: Ring, k, v, past, new) -> None:
         assert torch.equal(held[b, :, fresh], k[b][:, at[fresh] - p])
         if total[b] < ring.below:
             assert sorted(at[at >= 0].tolist()) == list(range(total[b]))
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Random walks: `history[b]` holds all keys and values of row b, `[2, HEADS, n, DIM]`."""
-
-    @initialize(
-        below=st.sampled_from([0, 60, 150]),
-        reserve=st.sampled_from([0, 200]),
-        pads=st.lists(st.integers(0, 30), min_size=1, max_size=3),
-        seed=st.integers(0, 1000),
-    )
-    def start(self, below, reserve, pads, seed):
-        self.layer = layer(below, reserve)
-        self.made = torch.Generator().manual_seed(seed)
-        self.starts = [n - min(pads) for n in pads]
-        self.history = [torch.zeros(2, HEADS, 0, DIM) for _ in pads]
-        self.seen = self.furthest = 0  # columns; the most there have been
-
-    @rule(columns=st.integers(1, 70))
-    def append(self, columns):
-        B = len(self.history)
-        new = torch.randn(2, B, HEADS, columns, DIM, generator=self.made)
-        self.seen += columns
-        for b, start in enumerate(self.starts):
-            real = min(columns, max(self.seen - start, 0))
-            tail = new[:, b, :, columns - real :]
-            self.history[b] = torch.cat([self.history[b], tail], 2)
-        starts = [min(start, self.seen) for start in self.starts] if any(self.starts) else None
-        append(self.layer, new[0], new[1], starts)
-        self.furthest = max(self.furthest, self.seen)
-        self.check_summaries()
-
-    def check_summaries(self):
-        store = self.layer.stores[1]
-        for b, row in enumerate(self.history):
-            for page, keys in enumerate(row[0, (1, 3)].split(PAGE, 1)):
-                if keys.shape[1]:
-                    assert torch.equal(store.low[b, :, page], keys.amin(1))
-                    assert torch.equal(store.high[b, :, page], keys.amax(1))
-
-    @precondition(lambda self: self.seen)
-    @rule(data=st.data())
-    def crop(self, data):
-        drop = data.draw(st.integers(1, min(self.seen, SLACK)) | st.integers(1, self.seen))
-        rows = [max(row.shape[2] - drop, 0) for row in self.history]
-        rings = [store for store in self.layer.stores if isinstance(store, Ring)]
-        held = [ring.positions(self.layer.rows).tolist() for ring in rings]
-        kept = all(
-            needed(ring, n) <= set(at[b])
-            for ring, at in zip(rings, held, strict=True)
-            for b, n in enumerate(rows)
-        )
-        far = self.furthest - (self.seen - drop)
-        assert kept or far > SLACK, "tokens within the slack can't be taken back"
-        length = data.draw(
-            st.sampled_from([-drop, self.seen - drop]) if drop < self.seen else st.just(-drop)
-        )
-        if not kept:
-            before = self.snapshot()
-            with pytest.raises(CacheError, match="Start again"):
-                self.layer.crop(length)
-            assert before == self.snapshot()
-            return
-        self.layer.crop(length)
-        self.seen -= drop
-        self.history = [row[:, :, :n] for row, n in zip(self.history, rows, strict=True)]
-
-    def snapshot(self):
-        tensors = [t.tolist() for store in self.layer.stores for t in store.tensors()]
-        lows = [store.low for store in self.layer.stores if isinstance(store, Ring)]
-        return self.layer.seen, list(self.layer.rows), [list(low) for low in lows], str(tensors)
-
-    def pick(self, rows):
-        self.history = [self.history[b] for b in rows]
-        self.starts = [self.starts[b] for b in rows]
-
-    @rule(data=st.data())
-    def reorder(self, data):
-        B = len(self.history)
-        rows = data.draw(st.lists(st.integers(0, B - 1), min_size=B, max_size=B))
-        self.layer.reorder_cache(torch.tensor(rows))
-        self.pick(rows)
-
-    @precondition(lambda self: len(self.history) <= 2)
-    @rule()
-    def repeat(self):
-        self.layer.batch_repeat_interleave(2)
-        self.pick([b for b in range(len(self.history)) for _ in (0, 1)])
-
-    @precondition(lambda self: len(self.history) > 1)
-    @rule(data=st.data())
-    def select(self, data):
-        rows = data.draw(st.sets(st.integers(0, len(self.history) - 1), min_size=1).map(sorted))
-        self.layer.batch_select_indices(torch.tensor(rows))
-        self.pick(rows)
-
-    @rule()
-    def reset(self):
-        self.layer.reset()
-        self.history = [row[:, :, :0] for row in self.history]
-        self.seen = self.furthest = 0
-
-    @invariant()
-    def lengths_are_those_of_the_history(self):
-        assert self.layer.get_seq_length() == self.seen
-        if self.layer.is_initialized:
-            assert self.layer.rows == [row.shape[2] for row in self.history]
-
-    @invariant()
-    def full_stores_hold_the_history(self):
-        if not self.layer.is_initialized:
-            return
-        for store in self.layer.stores:
-            if isinstance(store, Full):
-                k, v = store.view(max(self.layer.rows))
-                for b, row in enumerate(self.history):
-                    held = torch.stack([k[b], v[b]])[:, :, : row.shape[2]]
-                    assert torch.equal(held, row[:, store.group.heads])
-
-    @invariant()
-    def rings_hold_what_the_next_query_needs(self):
-        if not self.layer.is_initialized:
-            return
-        for store in self.layer.stores:
-            if not isinstance(store, Ring):
-                continue
-            for b, at in enumerate(store.positions(self.layer.rows)):
-                row = self.history[b]
-                assert len(at) == store.k.shape[2]
-                held = at[at >= 0].tolist()
-                assert len(held) == len(set(held)), "a position lies in two slots"
-                assert needed(store, row.shape[2]) <= set(held) <= set(range(row.shape[2]))
-                ours = torch.stack([store.k[b], store.v[b]])[:, :, at >= 0]
-                assert torch.equal(ours, row[:, store.group.heads][:, :, held])
-
-    @invariant()
-    def bytes_are_those_of_the_storages(self):
-        tensors = [t for store in self.layer.stores for t in store.tensors()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        assert self.layer.bytes() == sum(s.nbytes() for s in storages.values())
-
-
-TestTheCacheEqualsAPlainHistory = CacheMachine.TestCase
-TestTheCacheEqualsAPlainHistory.settings = settings(
-    max_examples=100, stateful_step_count=20, deadline=None
-)
 
 
 def filled(tokens: int, by: int = 0, below: int = 0, groups=GROUPS, pads=None) -> Layer:

@@ -31,6 +31,8 @@ class Need:
     logits: bool = False  # softcap or sink logits
     grad: bool = False
     block: int = 128  # tokens in a block of the lists
+    tokens: int = 1 << 20  # keys
+    plain: bool = True  # no padding, no past
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, **more) -> Need:
@@ -67,6 +69,22 @@ def _triton_prefill(need: Need) -> str | None:
     return _no_triton(need) or import_module("hfsparse.kernels.triton_prefill").why_not(need)
 
 
+def _fa4(need: Need) -> str | None:
+    fa4 = import_module("hfsparse.kernels.fa4")
+    if why := fa4.missing() or fa4.why_not(need):
+        return why
+    if need.lists and need.tokens < FA4_PAYS:
+        return f"Triton is faster under {FA4_PAYS:,} tokens"
+    return None if need.lists or need.plain else "no full heads with padding or a past"
+
+
+def _fa4_prefill(q: Tensor, k: Tensor, v: Tensor, what: BlockLists | Grid, *args, **more) -> Tensor:
+    fa4 = import_module("hfsparse.kernels.fa4")
+    if isinstance(what, Grid):
+        return fa4.dense(q, k, v, **more)
+    return fa4.prefill(q, k, v, what, *args, **more)
+
+
 def _lazily(module: str, function: str) -> Callable[..., Tensor]:
     """A kernel that is imported when it first runs."""
     return lambda *args, **more: getattr(import_module(module), function)(*args, **more)
@@ -74,7 +92,10 @@ def _lazily(module: str, function: str) -> Callable[..., Tensor]:
 
 _installed = cache(lambda name: find_spec(name) is not None)
 
+FA4_PAYS = 16384  # benchmarks/prefill.py: below, its host time counts
+
 PREFILL = (
+    Kernel("FA4", _fa4_prefill, _fa4),
     Kernel("torch sdpa", dense.prefill, _dense_only),
     Kernel("Triton", _lazily("hfsparse.kernels.triton_prefill", "prefill"), _triton_prefill),
     Kernel("reference (PyTorch)", reference.prefill, lambda need: None),
@@ -97,3 +118,11 @@ def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockList
         if fused.why_not(pattern, q, grid) is None:
             return fused.lists(pattern, q.detach(), k.detach(), grid, scale)
     return pattern.lists(q, k, grid, scale)
+
+
+def pairs(lists: BlockLists) -> Tensor:
+    """[B, H] query-key pairs kept."""
+    counts = lists.full_count
+    if _no_triton(Need(counts.device, torch.float32, 0, 0)) is None:
+        return import_module("hfsparse.kernels.triton_count").pairs(lists)
+    return lists.pairs()

@@ -2,8 +2,8 @@
 
     fa4.why_not(need) or fa4.prefill(q, k, v, lists, kv_heads, scale=scale)
 
-Full and partial blocks are flash-attn-4's two block lists; a mask function tests the pairs of
-partial blocks (`Call`). Columns are gathered into key blocks behind the row's
+Full and partial blocks are flash-attn-4's two block lists; its mask function tests the pairs of
+partial blocks by small tables (`Call`). Columns are gathered into key blocks behind the row's
 own, a section for each q head of a group, so that one softmax serves all. It compiles once per
 plan shape (`compiled`), never per length. Bound by FLOPs; `benchmarks/prefill.py` measures it.
 
@@ -14,13 +14,16 @@ and Blackwell is untested. flash-attn-4 is imported when it is first needed.
 from __future__ import annotations
 
 from functools import lru_cache
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hfsparse.lists import FAR, Band, BlockLists, Grid
 
@@ -32,7 +35,6 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST, WIDEST_DENSE = 128, 256  # head and value dim; beyond 128 its key tile is not a block
 NEVER = (1 << 31) - 1  # the position of a key that no query reads
-LONG = 1 << 30  # a recent window longer than any row
 
 
 def why_not(need: Need) -> str | None:
@@ -68,7 +70,7 @@ def missing() -> str | None:
 
 
 def compiled() -> int:
-    """Kernels that flash-attn-4 has compiled in this process, for whomever."""
+    """Kernels that flash-attn-4 has compiled, or read from disk, in this process."""
     return len(_library().forward.compile_cache.cache)
 
 
@@ -94,14 +96,14 @@ def prefill(
 ) -> Tensor:
     """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
-    Arguments as `reference.prefill` has them. On the CPU, `kv_heads` costs no wait for the GPU;
-    q heads in the order of their kv heads cost no copy of keys and values; nor does a grid that is
-    not `padded`.
+    Arguments as `reference.prefill` has them. q heads in the order of their kv heads cost no copy
+    of keys and values; nor do prompts of one length. A `kv_heads` seen before costs no wait for the
+    GPU, and a grid seen before no tables.
     """
     grid = lists.grid
     if q.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    k, v, group = grouped(k, v, kv_heads.tolist())
+    k, v, group = grouped(k, v, _of(kv_heads, Tensor.tolist))
     call = prepare(k, v, lists, group)
     fa4 = _library()
     blocks = fa4.Lists(
@@ -117,8 +119,8 @@ def prefill(
         softmax_scale=scale,
         softcap=softcap or 0.0,
         learnable_sink=None if s_aux is None else s_aux.float().to(q.device).contiguous(),
-        mask_mod={0: fa4.plain, 1: fa4.ring, 2: fa4.columns}[len(call.tables)],
-        aux_tensors=[call.heads, call.offset, *call.tables],
+        mask_mod=fa4.tested if call.covered is None else fa4.tested_columns,
+        aux_tensors=[t for t in call[6:] if t is not None],
         block_sparse_tensors=blocks,
         pack_gqa=False,
     )[0].transpose(1, 2)
@@ -129,9 +131,7 @@ class Call(NamedTuple):
     """What flash-attn-4 is given besides q; N key slots: the row's own, then those of columns.
 
     A pair of a partial block counts if `kept` says so of its query's, its key's and its head's
-    numbers; the key's position is its slot, unless `tables` say otherwise: `[B, N]` positions of a
-    ring's keys (NEVER in dead slots), or of columns `[B, H, m]` positions (NEVER where there is
-    none) and `[B, H, nq, n]` whether a block of the head holds them.
+    numbers.
     """
 
     k: Tensor  # [B, Hkv, N, D]
@@ -140,19 +140,21 @@ class Call(NamedTuple):
     full_index: Tensor  # [B|1, H, nq, width] int32, ascending
     part_count: Tensor
     part_index: Tensor
-    heads: Tensor  # [H, 5] int32: window, sink, recent, rate, slot of the first column
-    offset: Tensor  # [B] int32: position of the first query
-    tables: tuple[Tensor, ...] = ()
+    heads: Tensor  # [H, 3] int32: row of `keys`, row of `queries`, sink
+    queries: Tensor  # [B, bands, 3, nq * BLOCK] int32: position, oldest key, start of the band
+    keys: Tensor  # [B, Hkv|1, N] int32: position, NEVER in dead slots
+    sections: Tensor | None = None  # [H] int32: first slot of each head's columns
+    covered: Tensor | None = None  # [B, H, nq, n] uint8: a block of the head holds the column
 
 
-def kept(key, at, window, sink, start):
-    """Causality, window and band: of numbers, of tensors, or of flash-attn-4's registers."""
-    return (key <= at) & (at - key < window) & ((key < sink) | (key >= start))
+def kept(key, position, oldest, start, sink):
+    """Causality, window and band, of integers or of tensors of them."""
+    return (key <= position) & (key >= oldest) & ((key < sink) | (key >= start))
 
 
-def kept_column(key, at, window, covered):
+def kept_column(key, position, oldest, covered):
     """Causality and window of a column that no block of the head holds yet."""
-    return (key <= at) & (at - key < window) & (covered == 0)
+    return (key <= position) & (key >= oldest) & (covered == 0)
 
 
 def grouped(k: Tensor, v: Tensor, kv_heads: list[int]) -> tuple[Tensor, Tensor, int]:
@@ -166,50 +168,80 @@ def grouped(k: Tensor, v: Tensor, kv_heads: list[int]) -> tuple[Tensor, Tensor, 
 
 def prepare(k: Tensor, v: Tensor, lists: BlockLists, group: int) -> Call:
     """Lists, keys and tables in flash-attn-4's form; q head h reads kv head h // group."""
-    grid, ring = lists.grid, lists.grid.key_first is not None
+    grid, H, device = lists.grid, lists.heads, str(k.device)
+    # Perhaps some slot holds no key, and 0 * NaN would be NaN.
+    dead = grid.padded or grid.past or grid.key_first is not None
+    own = _of(grid, _keys)
+    queries = _of(grid, _queries, tuple(dict.fromkeys(lists.bands)))
     blocks = (  # no list is wider than the row has blocks
         *(lists.full_count, lists.full_index[..., : grid.nk]),
         *(lists.part_count, lists.part_index[..., : grid.nk]),
     )
-    if grid.padded or ring:  # 0 * NaN would be NaN
-        v = v.masked_fill((grid.key_pos[:, None, : v.shape[2], None] < 0), 0)
-    n = 0 if lists.columns is None else lists.columns.shape[-1]
-    each, first = -(-n // BLOCK) * BLOCK, grid.nk * BLOCK
-    heads = _heads(lists.bands, grid.window, group, first, each, str(k.device))
-    offset = grid.offset.int()
-    if n == 0:
-        keys = torch.where(grid.key_pos < 0, NEVER, grid.key_pos).int() if ring else None
-        return Call(k, v, *blocks, heads, offset, (keys,) if ring else ())
-    if ring:
-        raise ValueError("columns over a ring that has dropped keys: flash-attn-4 is not given any")
-    B = len(k)
-    columns = pad(lists.columns.expand(B, -1, -1), (0, each - n), value=FAR)  # [B, H, each]
+    if dead:
+        v = v.masked_fill((own[:, :, : v.shape[2]] == NEVER)[..., None], 0)
+    if lists.columns is None or lists.columns.shape[-1] == 0:
+        return Call(k, v, *blocks, _heads(lists.bands, H, device), queries, own)
+    B, n, first = len(k), lists.columns.shape[-1], grid.nk * BLOCK
+    columns = pad(lists.columns.expand(B, -1, -1), (0, -n % BLOCK), value=FAR)  # [B, H, each]
+    each = columns.shape[-1]
     behind = columns.unflatten(1, (-1, group)).flatten(2)  # [B, Hkv, group * each]
-    none = (behind >= grid.k_len[:, None, None])[..., None]
-    index = behind[..., None].masked_fill(none, 0)
+    none = behind >= grid.k_len[:, None, None]
+    index = behind.masked_fill(none, 0)[..., None]
     k, v = (_appended(t, index, first) for t in (k, v))
-    v[:, :, first:].masked_fill_(none, 0)
+    v[:, :, first:].masked_fill_(none[..., None], 0)
+    keys = torch.cat([own.expand(-1, k.shape[1], -1), behind.masked_fill(none, NEVER).int()], 2)
+    sections = _sections(H, group, first, each, device)
+    home = sections // BLOCK
     covered = lists.covered.expand(B, -1, -1, -1)
     some, every = _column_blocks(grid, columns.unflatten(2, (-1, BLOCK)), covered)
-    home = heads[:, 4] // BLOCK
     covered = covered.view(torch.uint8)
     covered.__leading_dim__ = 3  # also where it is one column wide
     return Call(
         *(k, v),
         *_listed(*blocks[:2], every, home),
         *_listed(*blocks[2:], some & ~every, home),
-        *(heads, offset, (columns.clamp(max=NEVER).int(), covered)),
+        *(_heads(lists.bands, group, device), queries, keys, sections, covered),
     )
 
 
+def _of(thing, make, *args):
+    """`make(thing, *args)`, kept as long as the grid or tensor `thing` lives: layers share it."""
+    made = _MADE.setdefault(thing, {})
+    if (make, args) not in made:
+        made[make, args] = make(thing, *args)
+    return made[make, args]
+
+
+_MADE = WeakIdKeyDictionary()
+
+
+def _keys(grid: Grid) -> Tensor:
+    """[B, 1, nk * BLOCK]: `Call.keys` of the rows' own slots."""
+    return torch.where(grid.key_pos < 0, NEVER, grid.key_pos).int()[:, None]
+
+
+def _queries(grid: Grid, bands: tuple[Band, ...]) -> Tensor:
+    """`Call.queries`, of bands that differ."""
+    rows = torch.arange(grid.nq * BLOCK, device=grid.q_len.device)
+    at = grid.query_pos(rows)
+    oldest = torch.zeros_like(at) if grid.window is None else at - grid.window + 1
+    tables = [torch.stack([at, oldest, band.start(at)], 1) for band in bands]
+    return torch.stack(tables, 1).clamp(min=-1).int()
+
+
 @lru_cache(256)
-def _heads(bands: tuple[Band, ...], window: int | None, group, first, each, device: str) -> Tensor:
+def _heads(bands: tuple[Band, ...], group: int, device: str) -> Tensor:
     """`Call.heads`; kept, so that a call copies nothing to the GPU."""
-    rows = [
-        (window or NEVER, band.sink, min(band.recent, LONG), band.rate, first + h % group * each)
-        for h, band in enumerate(bands)
-    ]
+    order = list(dict.fromkeys(bands))
+    rows = [(h // group, order.index(band), band.sink) for h, band in enumerate(bands)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+@lru_cache(256)
+def _sections(heads: int, group: int, first: int, each: int, device: str) -> Tensor:
+    """`Call.sections`."""
+    slots = [first + h % group * each for h in range(heads)]
+    return torch.tensor(slots, dtype=torch.int32, device=device)
 
 
 def _appended(x: Tensor, index: Tensor, first: int) -> Tensor:
@@ -248,6 +280,14 @@ def _listed(count: Tensor, index: Tensor, more: Tensor, home: Tensor) -> tuple[T
     return count + more.sum(-1, dtype=torch.int32), index
 
 
+def number(x):
+    """An integer as a register of flash-attn-4's."""
+    from cutlass import Int32
+    from flash_attn.cute.utils import scalar_to_ssa
+
+    return scalar_to_ssa(x, Int32)
+
+
 @lru_cache
 def _library() -> SimpleNamespace:
     """flash-attn-4: the call, the type of its lists, and the two mask functions."""
@@ -256,48 +296,39 @@ def _library() -> SimpleNamespace:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
-    from flash_attn.cute.utils import scalar_to_ssa
-
-    def number(x):
-        return scalar_to_ssa(x, cutlass.Int32)
-
-    def tested(key, at, head):
-        """`kept`, of a head's row `window, sink, recent, rate, ..`."""
-        grown = (cutlass.Int64(at) * cutlass.Int64(head[3])) >> 16
-        start = at - (head[2] + cutlass.Int32(grown)) + 1
-        return kept(key, number(at), number(head[0]), number(head[1]), number(start))
 
     @cute.jit
-    def plain(batch, head, query, key, seqlen_info, tables):
-        heads, offset = tables
-        return tested(key, offset[batch[0]] + query[0], heads[head[0], None])
+    def tested(batch, head, query, key, seqlen_info, tables):
+        heads, queries, keys = tables
+        b, h, i, j = batch[0], head[0], query[0], key[0]
+        row = queries[b, heads[h, 1], None, i]
+        position = number(keys[b, heads[h, 0], j])
+        return kept(position, number(row[0]), number(row[1]), number(row[2]), number(heads[h, 2]))
 
     @cute.jit
-    def ring(batch, head, query, key, seqlen_info, tables):
-        heads, offset, keys = tables
-        b = batch[0]
-        return tested(number(keys[b, key[0]]), offset[b] + query[0], heads[head[0], None])
-
-    @cute.jit
-    def columns(batch, head, query, key, seqlen_info, tables):
-        heads, offset, positions, covered = tables
-        b, h, i = batch[0], head[0], query[0]
-        at, mine = offset[b] + i, heads[h, None]
-        slot = key[0] - mine[4]
-        which = cutlass.min(cutlass.max(slot, 0), covered.shape[3] - 1)
-        taken = number(cutlass.Int32(covered[b, h, i // BLOCK, which]))
-        position = number(
-            positions[b, h, cutlass.min(cutlass.max(slot, 0), positions.shape[2] - 1)]
+    def tested_columns(batch, head, query, key, seqlen_info, tables):
+        heads, queries, keys, sections, covered = tables
+        b, h, i, j = batch[0], head[0], query[0], key[0]
+        row = queries[b, heads[h, 1], None, i]
+        position = number(keys[b, heads[h, 0], j])
+        at, oldest = number(row[0]), number(row[1])
+        own = kept(position, at, oldest, number(row[2]), number(heads[h, 2]))
+        slot = j - sections[h]
+        column = cutlass.min(cutlass.max(slot, 0), covered.shape[3] - 1)
+        taken = number(cutlass.Int32(covered[b, h, i // BLOCK, column]))
+        return (own & (number(slot) < 0)) | (
+            kept_column(position, at, oldest, taken) & (number(slot) >= 0)
         )
-        own, slot = tested(key, at, mine), number(slot)
-        column = kept_column(position, number(at), number(mine[0]), taken)
-        return (own & (slot < 0)) | (column & (slot >= 0))
 
+    # Part of the key of kernels kept on disk (FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1), where it
+    # would see the two functions, but not what they call.
+    source = sha256(Path(__file__).read_bytes()).hexdigest()
+    for mask in (tested, tested_columns):
+        mask.__cute_hash__ = f"{mask.__name__} {source}"
     return SimpleNamespace(
         run=flash_attn_func,
         forward=_flash_attn_fwd,
         Lists=BlockSparseTensorsTorch,
-        plain=plain,
-        ring=ring,
-        columns=columns,
+        tested=tested,
+        tested_columns=tested_columns,
     )

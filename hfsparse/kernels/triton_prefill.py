@@ -93,7 +93,7 @@ def prefill(
     queries, keys, warps = tile_of(max(D, Dv), q.element_size(), grid.block, str(q.device))
     _prefill[(B * H * grid.nq * (grid.block // queries),)](
         *(q, k, v, out, kv_heads.to(q.device), grid.q_len, grid.k_len, grid.first, grid.live),
-        *(_bands(lists.bands, str(q.device)), heads, blocks, *full, *part, columns, covered),
+        *(bands_on(lists.bands, str(q.device)), heads, blocks, *full, *part, columns, covered),
         full[0] if s_aux is None else s_aux.float().to(q.device).contiguous(),
         full[0] if skipped is None else skipped,
         *(s for t in (q, k, v, out) for s in t.stride()[:3]),
@@ -145,7 +145,7 @@ def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, in
 
 
 @lru_cache
-def _bands(bands: tuple[Band, ...], device: str) -> Tensor:
+def bands_on(bands: tuple[Band, ...], device: str) -> Tensor:
     """[H, 3] sink, recent and rate of each head; kept, so that a call copies nothing to the GPU."""
     return torch.tensor([(band.sink, band.recent, band.rate) for band in bands], device=device)
 

@@ -44,24 +44,20 @@ def scattered(it: Batch, columns: bool = True) -> BlockLists:
 
 def read(call: fa4.Call, grid: Grid) -> Tensor:
     """How often each query reads each key slot `[B, H, Sq, N]`, from what flash-attn-4 is given."""
-    B, H, N, R = len(call.k), len(call.heads), call.k.shape[2], grid.nq * BLOCK
-    N = -(-N // BLOCK) * BLOCK
-    window, sink, recent, rate, first = call.heads.long().T[:, :, None, None]  # [H, 1, 1]
-    at = (call.offset[:, None] + torch.arange(R))[:, None, :, None]  # [B, 1, R, 1]
-    start = at - (recent + (at * rate >> 16)) + 1
-    key = torch.arange(N).expand(B, 1, 1, -1)
-    if len(call.tables) == 1:
-        key = call.tables[0][:, None, None]
-    tested = fa4.kept(key, at, window, sink, start)
-    if len(call.tables) == 2:
-        positions, covered = call.tables
-        slot = key - first  # [B, H, 1, N]
-        which = slot.clamp(0, covered.shape[-1] - 1).expand(-1, -1, grid.nq, -1)
-        covered = covered.gather(3, which).repeat_interleave(BLOCK, 2)
-        column = positions.gather(2, slot[:, :, 0].clamp(0, positions.shape[-1] - 1))[:, :, None]
-        column = fa4.kept_column(column, at, window, covered)
-        tested = torch.where(slot >= 0, column, tested)
-    total = torch.zeros(B, H, R, N, dtype=torch.int64)
+    B, H, R = len(call.k), len(call.heads), grid.nq * BLOCK
+    row, band, sink = call.heads.long().T
+    at, oldest, start = call.queries[:, band].unbind(2)
+    at, oldest, start = (t[..., None] for t in (at, oldest, start))  # [B, H, R, 1]
+    key = call.keys[:, row, None]  # [B, H, 1, N]
+    tested = fa4.kept(key, at, oldest, start, sink[:, None, None])
+    if call.covered is not None:
+        slot = torch.arange(key.shape[-1]) - call.sections[:, None]  # [H, N]
+        n = call.covered.shape[-1]
+        which = slot.clamp(0, n - 1).expand(B, grid.nq, -1, -1).transpose(1, 2)
+        covered = call.covered.gather(3, which).repeat_interleave(BLOCK, 2)
+        column = fa4.kept_column(key, at, oldest, covered)
+        tested = torch.where((slot >= 0)[:, None], column, tested)
+    total = torch.zeros(B, H, R, key.shape[-1], dtype=torch.int64)
     for count, index, every in (
         (call.full_count, call.full_index, True),
         (call.part_count, call.part_index, False),
@@ -131,7 +127,7 @@ def test_bands_are_tested_in_partial_blocks_alone(band):
 
 def test_without_columns_keys_are_not_copied():
     it = batch(256, block=BLOCK)
-    grid = replace(it.grid, padded=False)
+    grid = replace(it.grid, padded=False, past=False)
     for kv in ([0, 0, 0, 1, 1, 1], [1, 1, 1]):
         k, v, group = fa4.grouped(it.k, it.v, kv)
         call = fa4.prepare(k, v, BlockLists.of(grid, len(kv)), group)
@@ -148,6 +144,13 @@ def test_any_order_of_heads_reads_its_own_keys(kv):
     for h, own in enumerate(kv):
         assert torch.equal(k[:, h // group], it.k[:, own])
         assert torch.equal(v[:, h // group], it.v[:, own])
+
+
+def test_rows_of_other_pasts_have_dead_slots_too():
+    it = batch(130, past=300, group=2, block=BLOCK)
+    it = replace(it, grid=replace(it.grid, padded=False))
+    out, _ = answer(it, BlockLists.of(it.grid, 4))
+    assert close(out, truth(it.q, it.k, it.v, BlockLists.of(it.grid, 4).mask(), it.scale))
 
 
 def test_column_blocks_that_every_query_reads_are_not_tested():

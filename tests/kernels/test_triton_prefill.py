@@ -297,8 +297,8 @@ def test_what_the_kernel_cannot_do_is_said():
     assert "at most 256" in kernel.why_not(replace(need, value_dim=320))
     assert "blocks of 48 tokens" in kernel.why_not(replace(need, block=48))
     assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, lists=True))
-    on_cpu = kernels.PREFILL[1].why_not(need)
-    assert kernels.PREFILL[1].name == "Triton"
+    on_cpu = kernels.PREFILL[2].why_not(need)
+    assert kernels.PREFILL[2].name == "Triton"
     assert "needs a CUDA device, not cpu" in on_cpu
 
 

@@ -248,17 +248,30 @@ def test_prefill_in_chunks_equals_the_oracle_fed_the_same_chunks(family):
     same_generation(got, want)
 
 
+@pytest.mark.parametrize("pads", [(0,), (0, 7, 13)], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("chunk", [9, 40])
 @pytest.mark.usefixtures("chunks_work")
-def test_prefill_in_chunks_knows_the_whole_prompts_length(chunk):
+def test_prefill_in_chunks_knows_the_whole_prompts_length(chunk, pads):
     """`below` compares the whole prompt, also where the first chunks are shorter than it."""
     model = tiny("llama")
-    ids, mask = left_padded(120)
+    ids, mask = left_padded(120, pads)
     plan = streaming(model, below=(100, 100, 110))
     with hfsparse.patch(model, plan):
         once = generate(model, ids, mask)
         pieces = generate(model, ids, mask, prefill_chunk_size=chunk)
     same_generation(pieces, once)
+
+
+@pytest.mark.usefixtures("chunks_work")
+def test_a_step_after_taking_back_part_of_a_prompt_in_chunks_is_decode():
+    model, ids = tiny("llama"), tokens(1, 260)
+    with hfsparse.patch(model, mixed(model)):
+        steps = []
+        for more in ({}, {"prefill_chunk_size": 300}):
+            cache = generate(model, ids, new=1, **more).past_key_values
+            cache.crop(-20)
+            steps.append(forward(model, ids[:, :1], cache=cache).logits)
+    close(*steps)
 
 
 def test_the_oracle_drops_what_the_plan_says():

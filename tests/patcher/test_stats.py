@@ -150,7 +150,8 @@ def test_explain_names_kernels_reasons_and_windows():
         assert text == hfsparse.explain(model)
     assert mixed(model).hash()[:19] in text
     assert "full heads, prompt: torch sdpa" in text
-    assert "patterned heads, prompt: reference (PyTorch) (not torch sdpa: reads every key" in text
+    assert "patterned heads, prompt: reference (PyTorch) (not FA4: " in text
+    assert "(not torch sdpa: reads every key: no block or page lists)" in text
     assert "new tokens: torch sdpa" in text
     assert "layers [0] keep the model's own sliding window" in text
     assert "not verified on these weights" in text
