@@ -355,6 +355,8 @@ def _work(rows: tuple[tuple[int, int], ...], block: int, window: int | None) -> 
 def _empty(q: Tensor, v: Tensor) -> Tensor:
     """Room for the output `[B, H, Q, Dv]`, token by token in memory, as models want it next."""
     B, H, Q, _ = q.shape
+    if torch.is_grad_enabled():  # autograd refuses some writes into a view of a leaf
+        return q.new_empty(B, H, Q, v.shape[3])
     return q.new_empty(B, Q, H, v.shape[3]).transpose(1, 2)
 
 

@@ -331,7 +331,8 @@ class Ring:
             return
         size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
         size = size if any(short) else min(size, most)
-        held, old_k, old_v = self.positions(past), self.k, self.v
+        held = self.positions(past) if any(past) else None
+        old_k, old_v = self.k, self.v
         self.size = size
         self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]
         shape = (*old_k.shape[:2], self.band.sink + size)

@@ -123,7 +123,7 @@ def full(model) -> Plan:
 
 STREAM = ("streaming", dict(sink=2, recent=5))
 GROW = ("streaming", dict(sink=2, recent=5, recent_per_token=0.25))
-VS = ("vertical_slash", dict(columns=45, diagonals=130))
+VS = ("vertical_slash", dict(columns=31, diagonals=101))  # 30 and 100 are always kept
 BLOCKS = ("block_topk", dict(share=0.1, min_blocks=4))
 QUEST = ("quest", dict(share=0.06, min_pages=3))  # first, last and one that it chooses
 
