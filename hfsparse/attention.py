@@ -41,7 +41,8 @@ class Counts:
 
     def reset(self) -> None:
         # Prompts, by q head: pairs and blocks; of heads that follow lists the device knows them.
-        self.dense, self.whole = np.zeros((2, self.q_heads)), np.zeros((2, self.q_heads))
+        self.dense: dict[tuple[int, ...], list[int]] = {}  # what dense attention would compute
+        self.whole: dict[tuple[int, ...], list[int]] = {}  # heads that were computed densely
         self.kept = torch.zeros(2, self.q_heads, dtype=torch.float64)
         self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
         # Decode steps, by kv head: keys read, and keys that dense attention would read.
@@ -49,12 +50,12 @@ class Counts:
 
     def add_whole(self, heads: list[int], work: tuple[int, int]) -> None:
         """Heads that were computed densely: pairs and blocks of that."""
-        self.whole[:, heads] += np.array(work)[:, None]
-        self.dense[:, heads] += np.array(work)[:, None]
+        _add(self.whole, heads, work)
+        _add(self.dense, heads, work)
 
     def add_lists(self, heads: list[int], lists: BlockLists, work: tuple[int, int]) -> None:
         """Heads that followed lists, and the work of dense attention."""
-        self.dense[:, heads] += np.array(work)[:, None]
+        _add(self.dense, heads, work)
         device = lists.full_count.device
         self.kept, at = self.kept.to(device), at_heads(heads, device)
         self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
@@ -64,14 +65,23 @@ class Counts:
 
     def densities(self) -> np.ndarray:
         """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
+        kept, dense = self.kept.cpu().numpy().copy(), np.zeros((2, self.q_heads))
+        for table, found in ((kept, self.whole), (dense, self.dense)):
+            for heads, work in found.items():
+                table[:, heads] += np.array(work)[:, None]
         with np.errstate(invalid="ignore"):
-            return (self.whole + self.kept.cpu().numpy()) / self.dense
+            return kept / dense
 
     def add_reads(self, heads: tuple[int, ...], reads: Tensor, total: Tensor) -> None:
         """reads [B] or [B, heads], total [B]: keys read by the newest query, keys it could see."""
         self.reads = self.reads.to(reads.device)
         self.reads[0, heads] += reads.sum(0)
         self.reads[1, heads] += total.sum()
+
+
+def _add(table: dict, heads: list[int], work: tuple[int, int]) -> None:
+    held = table.setdefault(tuple(heads), [0, 0])
+    held[0], held[1] = held[0] + work[0], held[1] + work[1]
 
 
 @dataclass
@@ -391,12 +401,12 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
             parts.append(grid.banded(FULL, len(at)))
             order += at
         else:
-            some, kv = q[:, at_heads(at, q.device)], _kv_of(at, ratio, q.device)
+            some, kv = q[:, at_heads(at, q.device)], _kv_of(tuple(at), ratio, q.device)
             parts.append(kernels.choose(pattern, some, k[:, kv], grid, logits.scale))
             order += at
 
     def dense(at: list[int]) -> Tensor:
-        some, kv = q[:, at_heads(at, q.device)], _kv_of(at, ratio, q.device)
+        some, kv = q[:, at_heads(at, q.device)], _kv_of(tuple(at), ratio, q.device)
         plan.counts.add_whole([heads[i] for i in at], work)
         kernel = kernels.pick(kernels.PREFILL, need)
         return kernel.run(some, k[:, kv], v[:, kv], grid, scale=logits.scale)
@@ -418,7 +428,8 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
     return out
 
 
-def _kv_of(at: list[int], ratio: int, device: torch.device) -> slice | Tensor:
+@lru_cache(256)
+def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Tensor:
     """The kv heads of some q heads: each once where whole groups are meant, else one a q head."""
     kv = [i // ratio for i in at]
     whole = all(kv.count(g) == ratio for g in kv)

@@ -384,7 +384,8 @@ def _alike(past: list[int], new: list[int]):
 def _longer(t: Tensor, size: int) -> Tensor:
     """t `[B, H, n, D]` copied into a buffer of `size` slots."""
     out = _zeros(t, *t.shape[:2], size, t.shape[3])
-    out[:, :, : t.shape[2]] = t
+    if t.shape[2]:
+        out[:, :, : t.shape[2]] = t
     return out
 
 

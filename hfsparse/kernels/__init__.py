@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -73,8 +73,8 @@ def _fa4(need: Need) -> str | None:
     fa4 = import_module("hfsparse.kernels.fa4")
     if why := fa4.missing() or fa4.why_not(need):
         return why
-    if need.lists and need.tokens < FA4_PAYS:
-        return f"Triton is faster under {FA4_PAYS:,} tokens"
+    if need.tokens < FA4_PAYS:
+        return f"others are faster under {FA4_PAYS:,} tokens"
     return None if need.lists or need.plain else "no full heads with padding or a past"
 
 
@@ -92,7 +92,7 @@ def _lazily(module: str, function: str) -> Callable[..., Tensor]:
 
 _installed = cache(lambda name: find_spec(name) is not None)
 
-FA4_PAYS = 16384  # benchmarks/prefill.py: below, its host time counts
+FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
 PREFILL = (
     Kernel("FA4", _fa4_prefill, _fa4),
@@ -106,6 +106,7 @@ DECODE = (
 )
 
 
+@lru_cache(512)
 def pick(table: tuple[Kernel, ...], need: Need) -> Kernel:
     """The first kernel of a table that can serve."""
     return next(kernel for kernel in table if kernel.why_not(need) is None)
