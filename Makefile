@@ -16,12 +16,12 @@ WITH_4.57.6 := huggingface_hub==0.36.2 tokenizers==0.22.2
 WITH_5.0.0  := huggingface_hub==1.33.0 tokenizers==0.22.2 $(HTTP)
 WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
 SIDE   := .cache/transformers-
-MATRIX := $(BIN)/python -m pytest -n 2 tests/support
+MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup tests/support
 
 .PHONY: test test-oldest test-matrix lint demo venv model clean
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-oldest: $(SIDE)4.57.6
 	PYTHONPATH=$< $(MATRIX)

@@ -349,16 +349,19 @@ def _grid(past, new, Q, block, window, device, inference) -> Grid:
 @lru_cache(64)
 def _work(rows: tuple[tuple[int, int], ...], block: int, window: int | None) -> tuple[int, int]:
     """Pairs and blocks of dense attention, given each row's past and new tokens."""
+
+    def seen(tokens: int) -> int:
+        """Pairs of a row's first tokens."""
+        near = tokens if window is None else min(tokens, window)
+        return near * (near + 1) // 2 + (tokens - near) * near
+
     pairs = blocks = 0
     for past, new in rows:
+        pairs += seen(past + new) - seen(past)
         for first in range(past, past + new, block):
             last = min(first + block, past + new) - 1
             low = 0 if window is None else max(first - window + 1, 0)
             blocks += last // block - low // block + 1
-            if window is None:
-                pairs += (first + last + 2) * (last - first + 1) // 2
-            else:
-                pairs += sum(min(at + 1, window) for at in range(first, last + 1))
     return pairs, blocks
 
 
@@ -376,7 +379,8 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
         yield tuple(range(k.shape[1])), k, v, grid
     for store in () if layer is None else layer.stores:
         heads = store.group.heads
-        chunk = k[:, at_heads(heads, k.device)], v[:, at_heads(heads, k.device)]
+        at = at_heads(heads, k.device)
+        chunk = k[:, at], v[:, at]
         if isinstance(store, Ring):
             if any(past):
                 yield heads, *store.with_chunk(*chunk, past, new, grid)
@@ -450,12 +454,8 @@ def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     query_pos = torch.where(lane < new[:, None], past[:, None] + lane, -1)
     for store in layer.stores:
         heads = store.group.heads
-        store.append(
-            k[:, at_heads(heads, k.device)],
-            v[:, at_heads(heads, k.device)],
-            past.tolist(),
-            new.tolist(),
-        )
+        at = at_heads(heads, k.device)
+        store.append(k[:, at], v[:, at], past.tolist(), new.tolist())
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
         for short, rows in _alike([n < limit for n in layer.rows]):

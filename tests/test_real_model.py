@@ -16,7 +16,8 @@ from hfsparse_eval.generate import answer
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
 
-pytestmark = pytest.mark.slow
+# One worker: the plan is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]
 LENGTH, SAMPLES = 2048, 5
 BUDGETS = dict(prefill_density=0.37, cache_share=0.42, decode_share=0.3)  # the demo's
 

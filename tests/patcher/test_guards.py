@@ -8,7 +8,7 @@ import torch
 import hfsparse
 from hfsparse.attention import attend
 from hfsparse.cache import CacheError
-from hfsparse.patcher import PatchError
+from hfsparse.patcher import CACHES, PatchError
 from tests.patcher.families import fresh, full, mixed, tiny, tokens
 from tests.patcher.runs import forward, generate
 
@@ -20,9 +20,8 @@ def test_attention_called_twice_for_one_cache_update_is_refused():
 
     def twice(*args, **kwargs):
         out = once(*args, **kwargs)
-        kwargs.update({"cache": None, "past_key_values": None})  # as DiffLlama's second half
-        names = {k: v for k, v in kwargs.items() if v is not None}
-        once(*args, **names)
+        without = {k: v for k, v in kwargs.items() if k not in CACHES}  # as DiffLlama's second half
+        once(*args, **without)
         return out
 
     attention.forward = twice
