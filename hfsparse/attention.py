@@ -19,7 +19,7 @@ from transformers import masking_utils
 
 from hfsparse import kernels
 from hfsparse.cache import Group, Layer, Ring, take_layer
-from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block
+from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block, index_on
 from hfsparse.plan import Below
 
 NAME = "hfsparse"
@@ -419,7 +419,7 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
         lists, own = BlockLists.cat(parts).in_order(order), [heads[i] for i in at]
         plan.counts.add_lists(own, lists, work)
         kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
-        some, kv = q[:, at_heads(at, q.device)], _kv_index(tuple(at), ratio, q.device)
+        some, kv = q[:, at_heads(at, q.device)], index_on(tuple(i // ratio for i in at), q.device)
         return kernel.run(some, k, v, lists, kv, **logits.of(own))
 
     if not order:
@@ -438,12 +438,6 @@ def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Ten
     kv = [i // ratio for i in at]
     whole = all(kv.count(g) == ratio for g in kv)
     return at_heads(sorted(set(kv)) if whole else kv, device)
-
-
-@lru_cache(256)
-def _kv_index(at: tuple[int, ...], ratio: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([i // ratio for i in at], device=device)
 
 
 def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:

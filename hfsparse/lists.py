@@ -29,11 +29,12 @@ def at_heads(heads: Sequence[int], device: torch.device) -> slice | Tensor:
     first, end = heads[0], heads[-1] + 1
     if list(heads) == [*range(first, end)]:
         return slice(first, end)
-    return _index(tuple(heads), device)
+    return index_on(tuple(heads), device)
 
 
 @lru_cache(1024)
-def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+def index_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Heads as a tensor that is kept on the device."""
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)
 

@@ -218,7 +218,7 @@ def explain(model: PreTrainedModel) -> str:
     head_dim = plan.model.head_dim
     need = kernels.Need(model.device, model.dtype, head_dim, head_dim)
     lines.append(
-        f"below {_below(plan, model.device)} tokens in the row a head is computed or kept in full"
+        f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
     )
     for what, (table, lists) in kinds.items():
         asked = replace(need, lists=lists)

@@ -71,7 +71,7 @@ def _triton_prefill(need: Need) -> str | None:
 
 def _fa4(need: Need) -> str | None:
     fa4 = import_module("hfsparse.kernels.fa4")
-    if why := fa4.missing() or fa4.why_not(need):
+    if why := fa4.why_not(need):
         return why
     if need.tokens < FA4_PAYS:
         return f"others are faster under {FA4_PAYS:,} tokens"

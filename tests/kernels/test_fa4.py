@@ -9,26 +9,10 @@ from torch import Tensor
 from hfsparse.kernels import Need, fa4
 from hfsparse.lists import Band, BlockLists, Grid
 from tests.helpers import Batch, batch, close, truth
-from tests.patterns.matrix import SETTINGS
+from tests.patterns.matrix import heads, mixed
 
 BF16 = torch.bfloat16
 BLOCK = fa4.BLOCK
-
-
-def heads(it: Batch) -> Tensor:
-    """The kv head of each q head."""
-    H = it.q.shape[1]
-    return torch.arange(H) // (H // it.k.shape[1])
-
-
-def mixed(it: Batch) -> BlockLists:
-    """Each q head a pattern of its own, the first one full."""
-    names, parts = [None, *SETTINGS], []
-    for h, kv in enumerate(heads(it).tolist()):
-        q, k, name = it.q[:, h : h + 1], it.k[:, kv : kv + 1], names[h % len(names)]
-        full = BlockLists.of(it.grid, 1)
-        parts.append(SETTINGS[name].lists(q, k, it.grid, it.scale) if name else full)
-    return BlockLists.cat(parts)
 
 
 def scattered(it: Batch, columns: bool = True) -> BlockLists:

@@ -13,7 +13,7 @@ from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.helpers import Batch, batch, causal, close, truth
 from tests.kernels.interpreter import interpreter
-from tests.patterns.matrix import SETTINGS
+from tests.patterns.matrix import heads, mixed
 
 SINGLE, HALF = torch.float32, torch.float16
 
@@ -22,22 +22,6 @@ SINGLE, HALF = torch.float32, torch.float16
 def prefill():
     with interpreter() as run:
         yield lambda *args, **more: run("triton_prefill.prefill", *args, **more)
-
-
-def heads(it: Batch) -> torch.Tensor:
-    """The kv head of each q head."""
-    H = it.q.shape[1]
-    return torch.arange(H) // (H // it.k.shape[1])
-
-
-def mixed(it: Batch) -> BlockLists:
-    """Each q head a pattern of its own, the first one full."""
-    names, parts = [None, *SETTINGS], []
-    for h, kv in enumerate(heads(it).tolist()):
-        q, k, name = it.q[:, h : h + 1], it.k[:, kv : kv + 1], names[h % len(names)]
-        full = BlockLists.of(it.grid, 1)
-        parts.append(SETTINGS[name].lists(q, k, it.grid, it.scale) if name else full)
-    return BlockLists.cat(parts)
 
 
 def unread(out: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -13,12 +13,15 @@ from math import ceil
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from hfsparse.lists import BlockLists
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.selectors.quest import Quest
+from tests.helpers import Batch
 
 Masks = tuple[np.ndarray, np.ndarray]
 
@@ -195,3 +198,19 @@ def oracle_masks(name: str, q, k, block: int, scale: float) -> Masks:
     pattern = SETTINGS[name]
     q, k = (t.to(torch.float64).numpy() for t in (q, k))
     return PATTERN_ROWS[pattern.kind].oracle(pattern, q, k, block, scale)
+
+
+def heads(it: Batch) -> Tensor:
+    """The kv head of each q head."""
+    H = it.q.shape[1]
+    return torch.arange(H) // (H // it.k.shape[1])
+
+
+def mixed(it: Batch) -> BlockLists:
+    """Each q head a pattern of its own, the first one full."""
+    names, parts = [None, *SETTINGS], []
+    for h, kv in enumerate(heads(it).tolist()):
+        q, k, name = it.q[:, h : h + 1], it.k[:, kv : kv + 1], names[h % len(names)]
+        full = BlockLists.of(it.grid, 1)
+        parts.append(SETTINGS[name].lists(q, k, it.grid, it.scale) if name else full)
+    return BlockLists.cat(parts)
