@@ -30,7 +30,7 @@ from hfsparse.plan import Plan
 KEYS = 48  # key tokens a prompt
 SURE = 6.0  # a margin beyond this is as good: e^6 to one
 SLICE = 256  # tokens whose logits exist at a time
-MAPPED = 16 << 20  # bytes from which a block of CPU memory is the system's again once freed
+MAPPED = 8 << 20  # bytes from which a block of CPU memory is the system's again once freed
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
 def _return_large_blocks() -> None:
     """Keep glibc from raising, up to 32 MiB, the size that it serves from a heap that fragments.
 
-    Hidden states that live long among short-lived blocks cost 0.4 GiB so, at 4,096 tokens.
+    Hidden states that live long among short-lived blocks cost 0.2 to 0.5 GiB so, at 4,096 tokens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
