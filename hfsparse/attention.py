@@ -45,6 +45,8 @@ class Counts:
         self.whole: dict[tuple[int, ...], list[int]] = {}  # heads that were computed densely
         self.kept = torch.zeros(2, self.q_heads, dtype=torch.float64)
         self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
+        # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
+        self.skipped = torch.zeros(self.q_heads, 2, dtype=torch.int64)
         # Decode steps, by kv head: keys read, and keys that dense attention would read.
         self.reads = torch.zeros(2, self.kv_heads, dtype=torch.float64)
 
@@ -62,6 +64,11 @@ class Counts:
         if lists.cut is not None:
             self.cut = self.cut.to(device)
             self.cut[at] += lists.cut.sum(0)
+
+    def add_skipped(self, heads: list[int], tiles: Tensor) -> None:
+        """tiles [heads, 2]: skipped, and looked at."""
+        self.skipped = self.skipped.to(tiles.device)
+        self.skipped[at_heads(heads, tiles.device)] += tiles
 
     def densities(self) -> np.ndarray:
         """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
@@ -94,6 +101,7 @@ class LayerPlan:
     groups: tuple[Group, ...]  # kv heads by how their cache is kept and read
     rings: frozenset[int]  # kv heads whose cache the plan makes a ring
     below: Below
+    skip: float | None  # prompts: how far below the running maximum a tile is left out
     window: int | None  # the model's own sliding window
     counts: Counts
     observe: Any = (
@@ -329,7 +337,8 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
             else:  # a window layer's ring: its slots are no place for patterns that rank them
                 patterns = [p if hasattr(p, "band") else None for p in patterns]
             part = _some(rows, q[:, at_heads(heads, q.device)], keys, values)
-            made = _patterned(plan, *part, place, heads, patterns, logits, work)
+            skip = None if short else plan.skip
+            made = _patterned(plan, *part, place, heads, patterns, logits, work, skip)
             if rows is None and len(heads) == q.shape[1]:
                 out = made
                 continue
@@ -392,14 +401,16 @@ def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
                 yield heads, *store.view(total), replace(grid, Sk=total)
 
 
-def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
+def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tensor:
     """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
     ratio, plain = q.shape[1] // k.shape[1], not (grid.padded or grid.past)
-    need = kernels.Need.of(q, v, block=grid.block, tokens=grid.Sk, plain=plain)
+    need = kernels.Need.of(
+        *(q, v), block=grid.block, tokens=grid.Sk, plain=plain, skip=skip is not None
+    )
     whole, parts, order = [], [], []
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
-        if pattern is None and grid.window is None and not logits.special:
+        if pattern is None and grid.window is None and not logits.special and skip is None:
             whole = at
         elif pattern is None:
             parts.append(grid.banded(FULL, len(at)))
@@ -420,7 +431,13 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work) -> Tensor:
         plan.counts.add_lists(own, lists, work)
         kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
         some, kv = q[:, at_heads(at, q.device)], index_on(tuple(i // ratio for i in at), q.device)
-        return kernel.run(some, k, v, lists, kv, **logits.of(own))
+        if skip is None:
+            return kernel.run(some, k, v, lists, kv, **logits.of(own))
+        tiles = torch.zeros(len(own), 2, dtype=torch.int64, device=q.device)
+        skipping = {"skip": skip, "skipped": tiles}
+        made = kernel.run(some, k, v, lists, kv, **logits.of(own), **skipping)
+        plan.counts.add_skipped(own, tiles)
+        return made
 
     if not order:
         return dense(whole)

@@ -188,6 +188,8 @@ def _below(plan: Plan) -> Iterator[str]:
     limits = [f"{part} {limit} tokens" for part, limit in asdict(plan.below).items() if limit]
     if limits:
         yield f"\nfull below: {', '.join(limits)}"
+    if plan.skip is not None:
+        yield f"\nprompts: tiles {plan.skip:g} nats below the running maximum are skipped"
 
 
 def _expected(plan: Plan) -> Iterator[str]:

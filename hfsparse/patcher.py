@@ -81,10 +81,11 @@ class Patched:
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
         state = self._own()
-        layers = [LayerStats([], [], [], [], []) for _ in state.plan.layers]
+        layers = [LayerStats([], [], [], [], [], []) for _ in state.plan.layers]
         for at, layer in enumerate(state.layers):
             pairs, blocks = layer.counts.densities().tolist()
             reads, dense_reads = layer.counts.reads.cpu()
+            skipped, tiles = layer.counts.skipped.double().T.cpu()
             kv_bytes = [0] * len(reads)
             for heads, size in state.held[at] if state.held else ():
                 for head in heads:
@@ -95,6 +96,7 @@ class Patched:
                 (reads / dense_reads).tolist(),
                 kv_bytes,
                 layer.counts.cut.tolist(),
+                (skipped / tiles).tolist(),
             )
         return Stats(layers, state.dense_bytes)
 
@@ -221,12 +223,14 @@ def explain(model: PreTrainedModel) -> str:
         f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
     )
     for what, (table, lists) in kinds.items():
-        asked = replace(need, lists=lists)
+        skip = plan.skip is not None and table is kernels.PREFILL
+        asked = replace(need, lists=lists or skip, skip=skip)
         chosen = kernels.pick(table, asked)
         better = table[: table.index(chosen)]
         why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True)).name
+    skip = plan.skip is not None
+    plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:
@@ -329,6 +333,7 @@ def _layer_plans(
                 tuple(Group(tuple(heads), g.band, g.selector) for g, heads in groups.items()),
                 rings,
                 below,
+                plan.skip,
                 window,
                 Counts(plan.model.q_heads, plan.model.kv_heads),
             )

@@ -39,12 +39,18 @@ __all__ = ["Below", "Layer", "ModelId", "Plan", "PlanError", "PlanMismatch"]
 
 @dataclass
 class Plan:
-    """How every head attends. `patterns` holds named pattern and selector instances."""
+    """How every head attends. `patterns` holds named pattern and selector instances.
+
+    skip: in prompts, on full heads and on top of patterns, a tile of scores is left out where in
+    each of its rows the largest lies more than that below the row's largest so far (skip-softmax;
+    BLASST, arXiv 2512.12087, whose threshold is e^-skip). None computes every tile that is kept.
+    """
 
     model: ModelId
     patterns: dict[str, Any]
     layers: tuple[Layer, ...]
     below: Below = field(default_factory=Below)
+    skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
     expected: dict[int, dict[str, float]] = field(default_factory=dict)
     measured: dict = field(default_factory=dict)
     made: dict = field(default_factory=dict)
@@ -113,6 +119,8 @@ class Plan:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "below": dataclasses.asdict(self.below),
         }
+        if self.skip is not None:
+            identity["skip"] = float(self.skip)
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -116,6 +116,7 @@ def rules(plan: Any, line_of: Callable[..., int | None] = lambda *path: None) ->
         model_problems,
         _pattern_rules(plan.patterns),
         _field_rules(plan.below, Below, ("below",)),
+        _skip_rules(plan.skip),
         _layers_rules(plan.layers, model, patterns, line_of),
         _expected_rules(plan.expected),
         _mapping_rules(plan.measured, ("measured",)),
@@ -156,6 +157,14 @@ def _field_rules(value: Any, cls: type, path: tuple) -> Iterator[Placed]:
         place = (*path, key_of(each.name))
         if wrong := wrong_value(cls, each.name, getattr(value, each.name)):
             yield place, f"{dotted(place)} {wrong}"
+
+
+def _skip_rules(skip: float | None) -> Iterator[Placed]:
+    if skip is None or skip is BAD:
+        return
+    if type(skip) not in (int, float) or not (_plain_scalar(skip) and skip > 0):
+        rule = "give a number of nats above 0 (BLASST's threshold is e^-skip), or leave it away"
+        yield ("skip",), f"skip is {show(skip)}: {rule}"
 
 
 def _layers_rules(

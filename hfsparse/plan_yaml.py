@@ -42,7 +42,10 @@ from hfsparse.plan_rules import (
 )
 
 VERSION = 1
-REQUIRED, OPTIONAL = ("model", "layers"), ("patterns", "below", "expected", "measured", "made")
+REQUIRED, OPTIONAL = (
+    ("model", "layers"),
+    ("patterns", "below", "skip", "expected", "measured", "made"),
+)
 WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
 RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
@@ -214,7 +217,7 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
     sections = {key: {} if given.get(key) is None else given[key] for key in REQUIRED + OPTIONAL}
     model = _values(ModelId, sections["model"], ("model",), say)
     below = _values(Below, sections["below"], ("below",), say)
-    patterns = sections["patterns"]
+    patterns, skip = sections["patterns"], given.get("skip")
     if type(patterns) is dict:
         patterns = {
             name: _pattern(each, ("patterns", name), say) for name, each in patterns.items()
@@ -223,6 +226,7 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
         **sections,
         "model": ModelId(**model),
         "below": Below(**below),
+        "skip": float(skip) if type(skip) is int and abs(skip) < 2**63 else skip,
         "patterns": patterns,
         "layers": _layers(sections["layers"], model["layers"], lines, say),
     }
@@ -367,6 +371,7 @@ def write(plan: Any) -> str:
         "model": _Row({key_of(name): getattr(plan.model, name) for name in hints(ModelId)}),
         "patterns": {name: _pattern_row(each) for name, each in plan.patterns.items()},
         "below": _Row(vars(plan.below) if plan.below != Below() else {}),
+        "skip": None if plan.skip is None else float(plan.skip),
         "layers": _layer_rows(plan.layers),
         "expected": _Row(plan.expected),
         "measured": _Row(plan.measured),

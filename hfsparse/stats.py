@@ -18,6 +18,7 @@ class LayerStats:
     decode_share: list[float]  # per kv head: keys read by decode steps
     kv_bytes: list[int]  # per kv head: cache bytes allocated, page summaries included
     cut: list[int]  # per q head: query blocks that a pattern's max_share cut short
+    skipped: list[float]  # per q head: tiles of prompts skipped, of those that lists kept
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Stats:
         return _mean(d for layer in self.layers for d in layer.decode_share)
 
     @property
+    def skipped(self) -> float:
+        return _mean(d for layer in self.layers for d in layer.skipped)
+
+    @property
     def kv_bytes(self) -> int:
         return sum(sum(layer.kv_bytes) for layer in self.layers)
 
@@ -54,6 +59,8 @@ class Stats:
             f"decode share {_show(self.decode_share)}, cache {self.kv_bytes / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
+        if not isnan(self.skipped):
+            head += f", {_show(self.skipped)} of the kept tiles skipped"
         rows = [
             f"{i:>5}  {_list(layer.pair_density)}  {_list(layer.block_density)}  "
             f"{_list(layer.decode_share)}  {' '.join(f'{b / 1024:.0f}' for b in layer.kv_bytes)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfsparse.lists import Grid
+from hfsparse.lists import BlockLists, Grid
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 ROWS = ("equal", "left_padded", "empty_row")
@@ -118,3 +118,30 @@ def causal(grid: Grid, heads: int) -> Tensor:
             first = 0 if grid.window is None else max(at - grid.window + 1, 0)
             kept[b, :, i, first : at + 1] = True
     return kept
+
+
+def read_pairs(
+    it: Batch, lists: BlockLists, kv_heads: Tensor, skip: float, tile: tuple[int, int]
+) -> tuple[Tensor, int, int]:
+    """Skip-softmax by its definition: the mask of what is read, tiles skipped, tiles looked at."""
+    grid, block, (queries, keys) = lists.grid, lists.grid.block, tile
+    kept, k = lists.mask(), it.k[:, kv_heads].float().nan_to_num(0)
+    logits = (it.q.float().nan_to_num(0) @ k.mT * it.scale).masked_fill(~kept, -torch.inf)
+    edge = (0, grid.nk * block - grid.Sk, 0, grid.nq * block - grid.Sq)
+    logits = torch.nn.functional.pad(logits, edge, value=-torch.inf)
+    lost = seen = 0
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in kept.shape[:2])).tolist():
+        for first in range(0, grid.nq * block, queries):
+            rows, i, top = slice(first, first + queries), first // block, torch.tensor(-torch.inf)
+            for name in ("part", "full"):
+                count = getattr(lists, f"{name}_count")[b, h, i]
+                for j in getattr(lists, f"{name}_index")[b, h, i, :count].tolist():
+                    for start in range(j * block, (j + 1) * block, keys):
+                        part = logits[b, h, rows, start : start + keys]
+                        high, seen = part.amax(1), seen + 1
+                        if ((high >= top - skip) & (high > -torch.inf)).any():
+                            top = torch.maximum(top, high)
+                        else:
+                            part.fill_(-torch.inf)  # in `logits`
+                            lost += 1
+    return (logits > -torch.inf)[:, :, : grid.Sq, : grid.Sk], lost, seen

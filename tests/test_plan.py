@@ -138,6 +138,7 @@ def plans(draw) -> Plan:
         patterns=patterns,
         layers=layers,
         below=draw(st.builds(Below, tokens, tokens, tokens)),
+        skip=draw(st.none() | st.floats(0, 2**31, exclude_min=True)),
         expected=draw(st.dictionaries(st.integers(1, 2**62), figures, max_size=3)),
         measured=draw(mappings),
         made=draw(mappings),
@@ -239,6 +240,13 @@ ERRORS = {
     "endless number": ("columns: 1000", "columns: " + "9" * 90_000, "vs", "whole number"),
     "number out of range": ("share: 0.06", "share: 1.5", "quest", "share is 1.5"),
     "growing too fast": ("per_token: 0.1", "per_token: 1.5", "grow", "recent_per_token is 1.5"),
+    "skip of nothing": (
+        "measured:",
+        "skip: 0\nmeasured:",
+        "measured",
+        "skip is 0.0: give a number of",
+    ),
+    "skip in words": ("measured:", "skip: some\nmeasured:", "measured", "skip is 'some'"),
     "negative": ("decode: 16384", "decode: -1", "below", "below.decode is -1"),
     "q heads not a multiple": ("kv_heads: 2", "kv_heads: 3", "model", "4 q heads over 3 kv heads"),
     "too many layers": ("layers: 4", "layers: 5000", "model", "from 1 to 1024"),
@@ -576,6 +584,7 @@ WRONG_OBJECTS = {
     "words": ({"layers": (Layer("full", ("full",), ("full",)),) * 2}, "prefill is 'full'"),
     "too few layers": ({"layers": FULL.layers[:1]}, "1 layers: the model has 2"),
     "below": ({"below": None}, "below is None: give a Below"),
+    "NaN for skip": ({"skip": float("nan")}, "skip is nan"),
     "NaN in below": ({"below": Below(cache=float("nan"))}, "below.cache is nan"),
     "expected": ({"expected": {4096: 1.0}}, "expected.4096 is 1.0"),
     "expected none": ({"expected": {4096: {"recall": None}}}, "expected.4096.recall is None"),
@@ -713,6 +722,11 @@ def test_a_pickled_plan_is_the_same():
     again = pickle.loads(pickle.dumps(plan))
     assert again == plan
     assert again.hash() == plan.hash()
+
+
+def test_a_skip_threshold_is_part_of_the_hash():
+    hashes = {dataclasses.replace(FULL, skip=skip).hash() for skip in (None, 8, 8.0, 9.5)}
+    assert len(hashes) == 3
 
 
 def test_hash_ignores_how_the_plan_is_spelled():

@@ -33,6 +33,7 @@ class Need:
     block: int = 128  # tokens in a block of the lists
     tokens: int = 1 << 20  # keys
     plain: bool = True  # no padding, no past
+    skip: bool = False  # a threshold under which tiles are skipped
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, **more) -> Need:
@@ -53,6 +54,8 @@ class Kernel:
 def _dense_only(need: Need) -> str | None:
     if need.lists:
         return "reads every key: no block or page lists"
+    if need.skip:
+        return NO_SKIP
     return "no softcap, no sink logits" if need.logits else None
 
 
@@ -70,6 +73,8 @@ def _triton_prefill(need: Need) -> str | None:
 
 
 def _fa4(need: Need) -> str | None:
+    if need.skip:
+        return NO_SKIP
     fa4 = import_module("hfsparse.kernels.fa4")
     if why := fa4.why_not(need):
         return why
@@ -92,6 +97,7 @@ def _lazily(module: str, function: str) -> Callable[..., Tensor]:
 
 _installed = cache(lambda name: find_spec(name) is not None)
 
+NO_SKIP = "no skip threshold"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
 PREFILL = (

@@ -11,7 +11,7 @@ from hfsparse import kernels
 from hfsparse.kernels import Need, reference
 from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from tests.helpers import Batch, batch, causal, close, truth
+from tests.helpers import Batch, batch, causal, close, read_pairs, truth
 from tests.kernels.interpreter import interpreter
 from tests.patterns.matrix import heads, mixed
 
@@ -169,37 +169,12 @@ def uneven(length: int, **more) -> Batch:
     return replace(it, k=it.k * loud[None, None, : it.k.shape[2], None].to(it.k.dtype))
 
 
-def read_pairs(it: Batch, lists: BlockLists, skip: float, tile: tuple[int, int]):
-    """By the definition, tile by tile: the mask of what is read, tiles skipped, tiles looked at."""
-    grid, block, (queries, keys) = lists.grid, lists.grid.block, tile
-    kept, k = lists.mask(), it.k[:, heads(it)].float().nan_to_num(0)
-    logits = (it.q.float().nan_to_num(0) @ k.mT * it.scale).masked_fill(~kept, -torch.inf)
-    edge = (0, grid.nk * block - grid.Sk, 0, grid.nq * block - grid.Sq)
-    logits = torch.nn.functional.pad(logits, edge, value=-torch.inf)
-    lost = seen = 0
-    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in kept.shape[:2])).tolist():
-        for first in range(0, grid.nq * block, queries):
-            rows, i, top = slice(first, first + queries), first // block, torch.tensor(-torch.inf)
-            for name in ("part", "full"):
-                count = getattr(lists, f"{name}_count")[b, h, i]
-                for j in getattr(lists, f"{name}_index")[b, h, i, :count].tolist():
-                    for start in range(j * block, (j + 1) * block, keys):
-                        part = logits[b, h, rows, start : start + keys]
-                        high, seen = part.amax(1), seen + 1
-                        if ((high >= top - skip) & (high > -torch.inf)).any():
-                            top = torch.maximum(top, high)
-                        else:
-                            part.fill_(-torch.inf)  # in `logits`
-                            lost += 1
-    return (logits > -torch.inf)[:, :, : grid.Sq, : grid.Sk], lost, seen
-
-
 @pytest.mark.parametrize("rows", ["equal", "left_padded"])
 @pytest.mark.parametrize("tile", [(32, 32), (16, 32), (32, 16)])
 def test_the_reference_skips_by_the_definition(tile, rows):
     it = uneven(150, past=45, rows=rows, group=2)
     lists = BlockLists.of(it.grid, 4, band=Band(10, 90))
-    mask, lost, seen = read_pairs(it, lists, 2.0, tile)
+    mask, lost, seen = read_pairs(it, lists, heads(it), 2.0, tile)
     assert 0.1 < lost / seen < 0.9
     counts = torch.zeros(4, 2, dtype=torch.int64)
     more = {"scale": it.scale, "skip": 2.0, "skipped": counts, "tile": tile}
