@@ -72,6 +72,10 @@ def _triton_prefill(need: Need) -> str | None:
     return _no_triton(need) or import_module("hfsparse.kernels.triton_prefill").why_not(need)
 
 
+def _triton_decode(need: Need) -> str | None:
+    return _no_triton(need) or import_module("hfsparse.kernels.triton_decode").why_not(need)
+
+
 def _fa4(need: Need) -> str | None:
     if need.skip:
         return NO_SKIP
@@ -107,6 +111,7 @@ PREFILL = (
     Kernel("reference (PyTorch)", reference.prefill, lambda need: None),
 )
 DECODE = (
+    Kernel("Triton", _lazily("hfsparse.kernels.triton_decode", "decode"), _triton_decode),
     Kernel("torch sdpa", dense.decode, _dense_only),
     Kernel("reference (PyTorch)", reference.decode, lambda need: None),
 )

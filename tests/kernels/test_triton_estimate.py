@@ -11,6 +11,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.helpers import batch
 from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import watch
 
 SINGLE, HALF = torch.float32, torch.float16
 
@@ -106,39 +107,13 @@ def estimate():
     return pytest.importorskip("hfsparse.kernels.triton_estimate", exc_type=ImportError)
 
 
-class Launches:
-    """Stands in for a kernel, and notes for what it would be compiled."""
-
-    def __init__(self, kernel, seen: set):
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import make_backend
-        from triton.runtime.jit import create_function_from_signature
-
-        backend = make_backend(GPUTarget("cuda", 90, 32))
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **more):
-        _, special, options = self.bind(*args, **more)
-        self.seen.add((self.kernel.__name__, str(special), str(options)))
-
-
 @pytest.mark.parametrize(
     "pattern", [VerticalSlash(45, 130), BlockTopK(), Antidiagonal()], ids=lambda p: p.kind
 )
 def test_a_new_length_compiles_nothing(estimate, pattern, monkeypatch):
-    from triton.runtime import JITFunction
-
     from hfsparse.kernels import triton_prefill
 
-    seen = set()
-    for module in (estimate, estimate.triton_select, triton_prefill):
-        for name, kernel in vars(module).items():
-            if isinstance(kernel, JITFunction):
-                monkeypatch.setattr(module, name, Launches(kernel, seen))
+    seen = watch(monkeypatch, estimate, estimate.triton_select, triton_prefill)
     found = []
     for length, past, rows in ((1, 0, "equal"), (129, 0, "equal"), (1000, 3, "left_padded")):
         it = batch(length, past=past, rows=rows, block=128, dim=64, group=3)

@@ -1,0 +1,133 @@
+"""The Triton decode kernel, interpreted, against plain float32 attention."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from hfsparse import kernels
+from hfsparse.lists import PAGE, Band, PageLists
+from tests.helpers import batch, close, truth
+from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import watch
+from tests.kernels.test_reference import paged, readable, step
+
+SINGLE, HALF = torch.float32, torch.float16
+
+
+@pytest.fixture(scope="module")
+def decode():
+    with interpreter() as run:
+        yield lambda *args, **more: run("triton_decode.decode", *args, **more)
+
+
+def some_pages(rows: int, kv_heads: int, slots: int) -> PageLists:
+    """Half of the pages, other ones in each row and kv head; the first of all has none."""
+    width = -(-slots // PAGE)
+    made = torch.Generator().manual_seed(3)
+    chosen = torch.rand(rows, kv_heads, width, generator=made).argsort(-1)
+    count = 1 + (torch.arange(rows * kv_heads).view(rows, kv_heads) % ((width + 1) // 2))
+    count[0, 0] = 0
+    used = torch.arange(width) < count[..., None]
+    return PageLists(torch.where(used, chosen, width - 1).sort(-1).values, count)
+
+
+@pytest.mark.parametrize("extras", ["plain", "softcap", "sink_logits", "wide_values"])
+@pytest.mark.parametrize(("queries", "group"), [(1, 3), (3, 7), (16, 8)])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_every_key_matches_plain_attention(decode, queries, group, extras, dtype):
+    q, k, v, query, key, logits = step(queries, [200, 9], extras, group, dtype)
+    out = decode(q, k, v, query, key, **logits)
+    assert out.dtype == dtype
+    assert close(out, truth(q, k, v, readable(query, key, 2 * group), **logits))
+
+
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (3, 4), (16, 3)])
+def test_a_ring_matches_plain_attention(decode, queries, group):
+    q, k, v, query, key, logits = step(queries, [190, 64], "plain", group)
+    turn = torch.arange(190).roll(77)
+    k, v, key = k[:, :, turn], v[:, :, turn], key[:, turn]
+    start = Band(sink=5, recent=40, rate=6554).start(query)
+    kept = (key < 5)[:, None, None] | (key[:, None, None] >= start[:, None, :, None])
+    out = decode(q, k, v, query, key, scale=logits["scale"], start=start, sink=5)
+    assert close(out, truth(q, k, v, readable(query, key, 2 * group) & kept, **logits))
+
+
+@pytest.mark.parametrize("extras", ["plain", "softcap", "sink_logits"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_listed_pages_match_plain_attention(decode, queries, extras):
+    q, k, v, query, key, logits = step(queries, [517, 70], extras)
+    pages = some_pages(2, 2, 517)
+    mask = readable(query, key, 6) & paged(pages, 517, 3)
+    assert close(decode(q, k, v, query, key, pages, **logits), truth(q, k, v, mask, **logits))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (96, 64), (128, 128), (256, 256)])
+def test_every_head_dim_matches_plain_attention(decode, dim, value_dim):
+    it = batch(130, group=3, rows="equal")
+    made = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(*t.shape[:3], dim, generator=made) for t in (it.q[:, :, :2], it.k))
+    v = torch.randn(*it.v.shape[:3], value_dim, generator=made)
+    key = torch.arange(130).expand(len(q), -1)
+    query = key[:, -2:]
+    out = decode(q, k, v, query, key, scale=dim**-0.5)
+    assert close(out, truth(q, k, v, readable(query, key, q.shape[1]), dim**-0.5))
+
+
+def test_room_for_more_changes_no_bit(decode):
+    """A cache's capacity, and dead slots past the row's end, decide nothing."""
+    q, k, v, query, key, logits = step(1, [300, 200], "plain")
+    out = decode(q, k, v, query, key, **logits)
+    k, v = (pad(t, (0, 0, 0, 500), value=torch.nan) for t in (k, v))
+    assert torch.equal(decode(q, k, v, query, pad(key, (0, 500), value=-1), **logits), out)
+
+
+def test_a_row_without_keys_gives_zeros(decode):
+    q, k, v, query, key, logits = step(2, [50, 1], "plain")
+    query[1], key[1] = -1, -1
+    out = decode(q, k, v, query, key, scale=logits["scale"])
+    assert not out[1].any()
+    assert out[0].all()
+
+
+@pytest.mark.parametrize("units", [2, 10, 1000])
+def test_any_number_of_shares_gives_the_same(units):
+    q, k, v, query, key, logits = step(3, [517, 200], "plain")
+    with interpreter(triton_decode__UNITS=units) as run:
+        assert run("triton_decode.splits_of", 4, "cpu") == min(units // 2, 64)
+        out = run("triton_decode.decode", q, k, v, query, key, **logits)
+    assert close(out, truth(q, k, v, readable(query, key, 6), **logits))
+
+
+def test_tensors_in_any_layout_give_the_same(decode):
+    q, k, v, query, key, logits = step(2, [200, 90], "plain")
+    expected = truth(q, k, v, readable(query, key, 6), **logits)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert close(decode(*turned, query, key, **logits), expected)
+    assert close(decode(q, k.mT.contiguous().mT, v, query, key, **logits), expected)
+
+
+def test_a_new_length_compiles_nothing(monkeypatch):
+    triton_decode = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError)
+    seen = watch(monkeypatch, triton_decode)
+    found = []
+    for queries, lengths in ((1, [40, 9]), (1, [517, 1]), (1, [200, 190])):
+        q, k, v, query, key, logits = step(queries, lengths, "plain", group=4)
+        triton_decode.decode(q, k, v, query, key, **logits)
+        pages = some_pages(2, 2, k.shape[2])
+        triton_decode.decode(q, k, v, query, key, pages, **logits)
+        found.append(set(seen))
+    assert len(found[0]) == 3  # over all, over pages, and what merges both
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_it_cannot_do_is_said():
+    why_not = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError).why_not
+    need = partial(kernels.Need, torch.device("cuda"))
+    assert "float64" in why_not(need(torch.float64, 64, 64))
+    assert "head dim 512" in why_not(need(HALF, 512, 64))
+    assert "no gradients" in why_not(need(HALF, 64, 64, grad=True))
+    assert why_not(need(HALF, 64, 64, lists=True, logits=True)) is None
