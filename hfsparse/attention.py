@@ -512,7 +512,7 @@ def _read_full(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor
         kernel = _decoder(q, v, logits)
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
     low, high = _some(rows, store.low[:, :, :pages], store.high[:, :, :pages])
-    chosen = selector.pages(q, low, high, length, logits["scale"])
+    chosen = kernels.choose_pages(selector, q, low, high, length, logits["scale"])
     kernel = _decoder(q, v, logits, lists=True)
     tail = -length % PAGE  # the row's last page is always read
     reads = chosen.count * PAGE - tail[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.kernels import dense, reference
-from hfsparse.lists import BlockLists, Grid
+from hfsparse.lists import BlockLists, Grid, PageLists
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,17 @@ def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockList
         if fused.why_not(pattern, q, grid) is None:
             return fused.lists(pattern, q.detach(), k.detach(), grid, scale)
     return pattern.lists(q, k, grid, scale)
+
+
+def choose_pages(
+    selector, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
+) -> PageLists:
+    """`selector.pages`, fused where it can be."""
+    if _no_triton(Need.of(q, low)) is None:
+        fused = import_module("hfsparse.kernels.triton_quest")
+        if fused.why_not(selector, q, low.shape[2]) is None:
+            return fused.pages(selector, q.detach(), low, high, length, scale)
+    return selector.pages(q, low, high, length, scale)
 
 
 def pairs(lists: BlockLists) -> Tensor:

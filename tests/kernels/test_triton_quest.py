@@ -1,0 +1,95 @@
+"""Quest's pages chosen in Triton, interpreted, against the selector itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfsparse import kernels
+from hfsparse.lists import PAGE
+from hfsparse.selectors.quest import Quest
+from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import watch
+from tests.selectors.test_quest import chosen, rows
+
+
+@pytest.fixture(scope="module")
+def choose():
+    with interpreter(triton_quest__SIZES=(8, 64)) as run:
+        yield lambda *args: run("triton_quest.pages", *args)
+
+
+@pytest.fixture
+def quest_module():
+    return pytest.importorskip("hfsparse.kernels.triton_quest", exc_type=ImportError)
+
+
+def assert_same(found, expected) -> None:
+    assert found.pages.shape == expected.pages.shape
+    assert torch.equal(found.count, expected.count)
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in found.count.shape)).tolist():
+        assert chosen(found, b, h) == chosen(expected, b, h)
+    assert bool(((found.pages >= 0) & (found.pages < found.pages.max() + 1)).all())
+
+
+@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(0.01, 16), Quest(1.0, 2)])
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
+def test_pages_equal_the_selectors(choose, quest, queries, group):
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17, 0], queries, group)
+    expected = quest.pages(q, low, high, length, 0.7)
+    assert_same(choose(quest, q, low, high, length, 0.7), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_pages_equal_the_selectors_at_every_head_dim(choose, dim, dtype):
+    made = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 1, dim, generator=made).to(dtype)
+    k = torch.randn(2, 2, 20 * PAGE, dim, generator=made).to(dtype).unflatten(2, (20, PAGE))
+    low, high, length = k.amin(3), k.amax(3), torch.tensor([20 * PAGE, 7 * PAGE + 1])
+    quest, scale = Quest(0.2, 2), dim**-0.5
+    expected = quest.pages(q, low, high, length, scale)
+    assert_same(choose(quest, q, low, high, length, scale), expected)
+
+
+def test_equal_votes_go_to_the_lower_pages(choose):
+    q, _, _, low, high, length = rows([64 * 20], 1, 2)
+    low, high = torch.ones_like(low), torch.ones_like(high)
+    found = choose(Quest(0.3, 2), q, low, high, length, 1.0)
+    assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]
+
+
+def test_room_for_more_pages_changes_nothing(choose):
+    q, _, _, low, high, length = rows([64 * 9 + 1, 130], 1, 2)
+    expected = choose(Quest(0.3, 2), q, low, high, length, 0.7)
+    more = (torch.nn.functional.pad(t, (0, 0, 0, 40), value=torch.nan) for t in (low, high))
+    found = choose(Quest(0.3, 2), q, *more, length, 0.7)
+    assert torch.equal(found.count, expected.count)
+    for b in range(2):
+        assert chosen(found, b, 1) == chosen(expected, b, 1)
+
+
+def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
+    seen = watch(monkeypatch, quest_module)
+    found = []
+    for pages in (1, 2, 30, 1001):
+        q, summary = torch.zeros(1, 8, 1, 64), torch.zeros(1, 2, pages, 64)
+        length = torch.tensor([pages * PAGE - 5])
+        quest_module.pages(Quest(), q, summary, summary, length, 0.7)
+        found.append(set(seen))
+    assert len(found[0]) == 2
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_what_is_not_fused_is_said(quest_module):
+    q = torch.zeros(1, 1, 1, 512)
+    assert "head dim 512" in quest_module.why_not(Quest(), q, 5)
+    assert "pages" in quest_module.why_not(Quest(), q[..., :64], 1 << 17)
+    assert quest_module.why_not(Quest(), q[..., :64], 1 << 16) is None
+
+
+def test_the_selector_itself_serves_where_triton_cannot():
+    q, _, _, low, high, length = rows([64 * 20], 1, 2)
+    found = kernels.choose_pages(Quest(0.3, 2), q, low, high, length, 0.7)
+    expected = Quest(0.3, 2).pages(q, low, high, length, 0.7)
+    assert torch.equal(found.pages, expected.pages)
