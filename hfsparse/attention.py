@@ -457,25 +457,51 @@ def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Ten
     return at_heads(sorted(set(kv)) if whole else kv, device)
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A call of a few new tokens, the same for every layer: what lies where."""
+
+    rows: tuple[int, ...]  # tokens in each row, the new ones included
+    length: Tensor  # [B] these
+    query_pos: Tensor  # [B, Q] position of each new token, -1 where a row has none
+
+    def held(self, slots: int) -> Tensor:
+        """[B, slots] position of each slot of a full store, -1 for none."""
+        return _held(self, slots, torch.is_inference_mode_enabled())
+
+
+@lru_cache(16)
+def _step(past, rows, Q, device, inference) -> Step:
+    """The same for every layer of a call. `inference`: its tensors can't be used outside."""
+    first, length = (torch.tensor(t, device=device) for t in (past, rows))
+    lane = torch.arange(Q, device=device)
+    query_pos = first[:, None] + lane
+    return Step(rows, length, torch.where(query_pos < length[:, None], query_pos, -1))
+
+
+@lru_cache(4)
+def _held(step: Step, slots: int, inference) -> Tensor:
+    slot = torch.arange(slots, device=step.length.device)
+    return torch.where(slot < step.length[:, None], slot, -1)
+
+
 def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    past, length, new = (torch.tensor(t, device=q.device) for t in (past, layer.rows, new))
-    lane = torch.arange(q.shape[2], device=q.device)
-    query_pos = torch.where(lane < new[:, None], past[:, None] + lane, -1)
+    shape = tuple(past), tuple(layer.rows), q.shape[2]
+    step = _step(*shape, q.device, torch.is_inference_mode_enabled())
     for store in layer.stores:
         heads = store.group.heads
         at = at_heads(heads, k.device)
-        store.append(k[:, at], v[:, at], past.tolist(), new.tolist())
+        store.append(k[:, at], v[:, at], past, new)
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
         for short, rows in _alike([n < limit for n in layer.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
-            part, reads = read(
-                store, short, rows, q[:, at_heads(own, q.device)], query_pos, length, logits.of(own)
-            )
+            some = q[:, at_heads(own, q.device)]
+            part, reads = read(store, short, rows, some, step, logits.of(own))
             _put(out, rows, own, part)
-            (total,) = _some(rows, length)
+            (total,) = _some(rows, step.length)
             plan.counts.add_reads(heads, reads, total.clamp(max=plan.window or FAR))
     return out
 
@@ -485,10 +511,10 @@ def _decoder(q, v, logits, lists=False) -> kernels.Kernel:
     return kernels.pick(kernels.DECODE, need)
 
 
-def _read_ring(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
+def _read_ring(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
     """Attention over sink and window (short rows: all they hold), and how many keys that read."""
-    held = store.positions(length.tolist())
-    q, k, v, query_pos, held, length = _some(rows, q, store.k, store.v, query_pos, held, length)
+    whole = q, store.k, store.v, step.query_pos, store.positions(step.rows), step.length
+    q, k, v, query_pos, held, length = _some(rows, *whole)
     kernel = _decoder(q, v, logits)
     if short:
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
@@ -499,15 +525,14 @@ def _read_ring(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor
     return out, reads[:, None]
 
 
-def _read_full(store, short, rows, q, query_pos, length, logits) -> tuple[Tensor, Tensor]:
+def _read_full(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
     """Attention over all keys, or over the pages that the selector chooses."""
     selector = None if short else store.group.selector
-    longest = int(length.max())
+    longest = max(step.rows)
     pages = -(-longest // PAGE)
     k, v = store.view(longest if selector is None else pages * PAGE)
-    held = torch.arange(k.shape[2], device=k.device)
-    held = torch.where(held < length[:, None], held, -1)
-    q, k, v, query_pos, held, length = _some(rows, q, k, v, query_pos, held, length)
+    whole = q, k, v, step.query_pos, step.held(k.shape[2]), step.length
+    q, k, v, query_pos, held, length = _some(rows, *whole)
     if selector is None:
         kernel = _decoder(q, v, logits)
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]

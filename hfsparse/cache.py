@@ -8,7 +8,9 @@ padding takes no room, and a row's history never depends on its neighbours.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -292,15 +294,10 @@ class Ring:
         sink = self.band.sink
         return torch.where(position < sink, position, sink + (position - sink) % max(self.size, 1))
 
-    def positions(self, rows: list[int]) -> Tensor:
+    def positions(self, rows: Sequence[int]) -> Tensor:
         """[B, sink + size] position held by each slot for rows of these lengths, -1 for none."""
-        device, sink = self.k.device, self.band.sink
-        length, low = (torch.tensor(t, device=device)[:, None] for t in (rows, self.low))
-        slot = torch.arange(sink + self.size, device=device)
-        newest = length - 1 - sink  # counted, like the slots, from the sink's end
-        rest = sink + newest - (newest - (slot - sink)) % max(self.size, 1)
-        at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
-        return torch.where(at < length, at, -1)
+        shape = tuple(rows), tuple(self.low), self.band.sink, self.size
+        return _positions(*shape, self.k.device, torch.is_inference_mode_enabled())
 
     def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
         """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; forget what the window passed."""
@@ -370,6 +367,17 @@ class Ring:
             return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
 
         return gather(self.k, k), gather(self.v, v), grid
+
+
+@lru_cache(16)
+def _positions(rows, low, sink, size, device, inference) -> Tensor:
+    """As Ring.positions; rings alike share it. `inference`: it can't be used outside."""
+    length, low = (torch.tensor(t, device=device)[:, None] for t in (rows, low))
+    slot = torch.arange(sink + size, device=device)
+    newest = length - 1 - sink  # counted, like the slots, from the sink's end
+    rest = sink + newest - (newest - (slot - sink)) % max(size, 1)
+    at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
+    return torch.where(at < length, at, -1)
 
 
 def _alike(past: list[int], new: list[int]):

@@ -50,10 +50,10 @@ class Plan:
     patterns: dict[str, Any]
     layers: tuple[Layer, ...]
     below: Below = field(default_factory=Below)
-    skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
     expected: dict[int, dict[str, float]] = field(default_factory=dict)
     measured: dict = field(default_factory=dict)
     made: dict = field(default_factory=dict)
+    skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
 
     @classmethod
     def full(cls, model: ModelId) -> Plan:
