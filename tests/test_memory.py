@@ -1,0 +1,67 @@
+"""Memory predicted from a config, against what caches really take and what an H100 showed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hfsparse
+from hfsparse import bench, memory
+from hfsparse.plan import Plan
+from tests.patcher.families import FAMILIES, full, growing, mixed, streaming, tiny, tokens
+from tests.patcher.runs import forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", [full, mixed, growing, streaming])
+@pytest.mark.parametrize(("length", "batch"), [(40, 1), (300, 3)])
+def test_the_cache_takes_what_was_predicted(family, plan, length, batch):
+    model = tiny(family)
+    plan = plan(model)
+    with hfsparse.patch(model, plan) as handle:
+        forward(model, tokens(batch, length))
+        stats = handle.stats()
+    ours, stock = memory.cache_elements(model.config, plan, length, batch)
+    assert (4 * ours, 4 * stock) == (stats.kv_bytes, stats.kv_bytes_dense)
+    predicted = memory.predict(model.config, plan, length, batch, itemsize=4)
+    assert predicted.cache == stats.kv_bytes
+    assert predicted.weights == 4 * sum(p.numel() for p in model.parameters())
+    assert memory.predict(model.config, None, length, batch, itemsize=4).cache == 4 * stock
+
+
+def llama_8b() -> tuple[LlamaConfig, Plan]:
+    """The shape and the plan of `hfsparse bench --shape llama-3.1-8b`."""
+    config = LlamaConfig(**bench.SHAPES["llama-3.1-8b"], architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        return config, bench.stand_in(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    ("length", "dense", "sparse"),
+    [(8192, 16.9, 16.5), (32768, 22.6, 20.7), (65536, 30.3, 26.4), (131072, 45.6, 37.8)],
+)
+def test_peaks_are_those_measured_on_an_h100(length, dense, sparse):
+    """GiB as benchmarks/results/prefill.md has them."""
+    config, plan = llama_8b()
+    for arm, measured in ((None, dense), (plan, sparse)):
+        peak = memory.predict(config, arm, length).peak / 2**30
+        assert peak == pytest.approx(measured, rel=0.01)
+
+
+def test_chunks_bound_the_work_and_change_no_cache():
+    config, plan = llama_8b()
+    whole, chunked = (memory.predict(config, plan, 100_000, chunk=c) for c in (0, 10_000))
+    assert chunked.work * 10 == whole.work
+    assert chunked.cache == whole.cache
+    assert memory.predict(config, plan, 5000, chunk=10_000) == memory.predict(config, plan, 5000)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_longest_prompt_fits_and_no_longer_one(batch):
+    config, plan = llama_8b()
+    for arm in (None, plan):
+        found = memory.longest(config, arm, 40 << 30, batch=batch)
+        assert memory.predict(config, arm, found, batch).peak <= 40 << 30
+        assert memory.predict(config, arm, found + 1, batch).peak > 40 << 30
+    assert memory.longest(config, plan, 1 << 30) == 0
