@@ -1,10 +1,11 @@
-"""The command line: hfsparse profile, show, check, doctor, generate, bench, eval.
+"""The command line: hfsparse profile, import, show, diff, check, doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import tempfile
 from pathlib import Path
@@ -129,6 +130,31 @@ def profile(
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
 
 
+@app.command("import")
+def import_(
+    form: Annotated[str, typer.Argument(help="minference, duo or moa.")],
+    file: Annotated[Path, typer.Argument(help="The published plan; of duo, its folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    model_config: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model: config.json is read.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="duo: share of kv heads that stream (0.5 if not given).")
+    ] = None,
+) -> None:
+    """Turn a plan that another project published into one of ours; says what gets lost."""
+    check_writable(output)
+
+    from hfsparse.importers import import_plan
+
+    config = _config(model_config) if model_config is not None else None
+    plan, notes = import_plan(form, file, config, share)
+    plan.save(output)
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {output}. Look at it: hfsparse show {shlex.quote(str(output))}")
+
+
 @app.command()
 def show(
     plan: PlanFile,
@@ -146,12 +172,63 @@ def show(
 
 
 @app.command()
-def check(plan: PlanFile, model: Model) -> None:
-    """Say whether a plan fits a model, and why not; reads no weights."""
+def diff(first: PlanFile, second: PlanFile) -> None:
+    """Say what changed from one plan to another; the exit code is 0 if nothing did."""
+    from hfsparse.plan import Plan
+    from hfsparse.plan_diff import differences
+
+    plans = [Plan.load(file) for file in (first, second)]
+    for file, plan in zip((first, second), plans, strict=True):
+        typer.echo(f"{plan.hash()[:19]}  {file}")
+    found = differences(*plans)
+    typer.echo("\n".join(found) or "equal")
+    raise typer.Exit(int(bool(found)))
+
+
+@app.command()
+def check(
+    plan: PlanFile,
+    model: Model,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Also predict the memory of prompts of this length.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    chunk: Annotated[int, typer.Option(min=0, help="Tokens a call; 0: the whole prompt.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is bfloat16).")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="Memory that there is, such as 80GiB.")] = None,
+) -> None:
+    """Say whether a plan fits a model and a GPU, and why not; reads no weights."""
+    room = None if gpu is None else _bytes(gpu)
+    if room is not None and length is None:
+        raise UsageError("--gpu asks what fits beside a prompt: give its --length too")
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
+
     from hfsparse.plan import Plan
 
-    Plan.load(plan).check(_config(model))
+    config, loaded = _config(model), Plan.load(plan)
+    loaded.check(config)
     typer.echo(f"{plan} fits {model}")
+    if length is None:
+        return
+
+    from hfsparse import memory
+
+    more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
+    typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
+    for name, arm in (("dense", None), ("plan", loaded)):
+        need = memory.predict(config, arm, length, **more)
+        parts = (f"{n / 2**30:.2f}" for n in (need.weights, need.cache, need.work))
+        line = f"{name:<6}{' + '.join(parts)} = {need.peak / 2**30:.2f}"
+        if room is not None:
+            most = memory.longest(config, arm, room, **more)
+            line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
+        typer.echo(line)
+    if room is not None and need.peak > room:
+        raise UsageError(
+            f"this plan needs {need.peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
+            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share"
+        )
 
 
 @app.command()
@@ -287,6 +364,14 @@ def _lengths(words: str) -> tuple[int, ...]:
     if min(lengths) < 1:
         raise UsageError(f"lengths is {words!r}: give token counts by commas, such as 1024,2048")
     return lengths
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", size.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{size!r} is no size of memory: give one such as 80GiB or 24GB")
+    units = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def _config(model: str):

@@ -61,7 +61,8 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    for command in ("profile", "show", "check", "doctor", "generate", "bench", "eval"):
+    words = "profile import show diff check doctor generate bench eval"
+    for command in words.split():
         assert f" {command} " in done.stdout
     assert done.stdout.endswith("[]\n")
     assert seconds < 1
@@ -124,6 +125,31 @@ def test_check_says_that_a_plan_fits(plan, model):
 def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
     Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
     assert "3 layers" in error("check", tmp_path / "three.yaml", model)
+
+
+def test_check_predicts_memory_and_what_fits(plan, model):
+    told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
+    assert told.exit_code == 0
+    assert "2 x 1,000 tokens" in told.stdout
+    for arm in ("dense", "plan"):
+        (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
+        assert " = 0.0" in line
+        assert "in 1GiB: 2 x " in line
+    small = error("check", plan, model, "--length", "100000", "--gpu", "1MiB")
+    assert "there are 0.0" in small
+    assert "shorter length" in small
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpu", "1GiB"], "give its --length"),
+        (["--length", "5", "--gpu", "lots"], "'lots' is no size"),
+        (["--length", "5", "--dtype", "int3"], "unknown dtype int3"),
+    ],
+)
+def test_check_says_what_it_cannot_predict(plan, model, options, says):
+    assert says in error("check", plan, model, *options)
 
 
 def test_check_reads_no_weights(plan, model, tmp_path):
