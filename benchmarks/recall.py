@@ -126,7 +126,7 @@ def main() -> None:
 
 def report(given, totals: dict[str, Tensor]) -> str:
     lines = [
-        f"{Path(given.model).name}, {given.prompts} prompts of {given.length:,} tokens, blocks of "
+        f"{Path(given.model).name}, prompts: {given.prompts} of {given.length:,} tokens, blocks of "
         f"{BLOCK}; mean over all q heads. {platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",
         "",

@@ -405,7 +405,11 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tens
     """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
     ratio, plain = q.shape[1] // k.shape[1], not (grid.padded or grid.past)
     need = kernels.Need.of(
-        *(q, v), block=grid.block, tokens=grid.Sk, plain=plain, skip=skip is not None
+        *(q, k, v, logits.s_aux),
+        block=grid.block,
+        tokens=grid.Sk,
+        plain=plain,
+        skip=skip is not None,
     )
     whole, parts, order = [], [], []
     for pattern in dict.fromkeys(patterns):
@@ -479,7 +483,7 @@ def _step(past, rows, Q, device, inference) -> Step:
     return Step(rows, length, torch.where(query_pos < length[:, None], query_pos, -1))
 
 
-@lru_cache(4)
+@lru_cache(2)
 def _held(step: Step, slots: int, inference) -> Tensor:
     slot = torch.arange(slots, device=step.length.device)
     return torch.where(slot < step.length[:, None], slot, -1)
@@ -506,8 +510,9 @@ def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     return out
 
 
-def _decoder(q, v, logits, lists=False) -> kernels.Kernel:
-    need = kernels.Need.of(q, v, lists=lists, logits=len(logits) > 1, block=PAGE)
+def _decoder(q, k, v, logits, lists=False) -> kernels.Kernel:
+    sinks = logits.get("s_aux")
+    need = kernels.Need.of(q, k, v, sinks, lists=lists, logits=len(logits) > 1, block=PAGE)
     return kernels.pick(kernels.DECODE, need)
 
 
@@ -515,7 +520,7 @@ def _read_ring(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
     """Attention over sink and window (short rows: all they hold), and how many keys that read."""
     whole = q, store.k, store.v, step.query_pos, store.positions(step.rows), step.length
     q, k, v, query_pos, held, length = _some(rows, *whole)
-    kernel = _decoder(q, v, logits)
+    kernel = _decoder(q, k, v, logits)
     if short:
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
     band = store.band
@@ -534,11 +539,11 @@ def _read_full(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
     whole = q, k, v, step.query_pos, step.held(k.shape[2]), step.length
     q, k, v, query_pos, held, length = _some(rows, *whole)
     if selector is None:
-        kernel = _decoder(q, v, logits)
+        kernel = _decoder(q, k, v, logits)
         return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
     low, high = _some(rows, store.low[:, :, :pages], store.high[:, :, :pages])
     chosen = kernels.choose_pages(selector, q, low, high, length, logits["scale"])
-    kernel = _decoder(q, v, logits, lists=True)
+    kernel = _decoder(q, k, v, logits, lists=True)
     tail = -length % PAGE  # the row's last page is always read
     reads = chosen.count * PAGE - tail[:, None]
     return kernel.run(q, k, v, query_pos, held, chosen, **logits), reads

@@ -120,7 +120,8 @@ class Plan:
             "below": dataclasses.asdict(self.below),
         }
         if self.skip is not None:
-            identity["skip"] = float(self.skip)
+            whole = type(self.skip) is int and abs(self.skip) < 2**63
+            identity["skip"] = float(self.skip) if whole else self.skip
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -727,6 +727,8 @@ def test_a_pickled_plan_is_the_same():
 def test_a_skip_threshold_is_part_of_the_hash():
     hashes = {dataclasses.replace(FULL, skip=skip).hash() for skip in (None, 8, 8.0, 9.5)}
     assert len(hashes) == 3
+    for wrong in ("x", 9**400):  # as for other values: it is validate that refuses
+        assert dataclasses.replace(FULL, skip=wrong).hash() not in hashes
 
 
 def test_hash_ignores_how_the_plan_is_spelled():

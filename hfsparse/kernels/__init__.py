@@ -36,9 +36,10 @@ class Need:
     skip: bool = False  # a threshold under which tiles are skipped
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, **more) -> Need:
-        """For q `[B, H, Sq, D]` and v `[B, Hkv, Sk, Dv]`."""
-        grad = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None, **more) -> Need:
+        """For q `[B, H, Sq, D]`, k `[B, Hkv, Sk, D]`, v `[B, Hkv, Sk, Dv]` and sink logits."""
+        given = (q, k, v) if s_aux is None else (q, k, v, s_aux)
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         return cls(q.device, q.dtype, q.shape[-1], v.shape[-1], grad=grad, **more)
 
 
@@ -125,7 +126,7 @@ def pick(table: tuple[Kernel, ...], need: Need) -> Kernel:
 
 def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """`pattern.lists`, fused where it can be."""
-    if _no_triton(Need.of(q, k)) is None:
+    if _no_triton(Need.of(q, k, k)) is None:
         fused = import_module("hfsparse.kernels.triton_estimate")
         if fused.why_not(pattern, q, grid) is None:
             return fused.lists(pattern, q.detach(), k.detach(), grid, scale)
@@ -136,9 +137,9 @@ def choose_pages(
     selector, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
 ) -> PageLists:
     """`selector.pages`, fused where it can be."""
-    if _no_triton(Need.of(q, low)) is None:
+    if _no_triton(Need.of(q, low, low)) is None:
         fused = import_module("hfsparse.kernels.triton_quest")
-        if fused.why_not(selector, q, low.shape[2]) is None:
+        if fused.why_not(selector, q, low) is None:
             return fused.pages(selector, q.detach(), low, high, length, scale)
     return selector.pages(q, low, high, length, scale)
 

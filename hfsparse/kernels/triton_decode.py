@@ -2,7 +2,8 @@
 
 A program serves one kv head's queries, the q heads of its group as rows of one tile, over a share
 of the pages that the head reads (split-KV, as in Flash-Decoding); a second kernel merges the
-shares. Bound by memory: each key and value is read once. How the pages are split depends on the
+shares. Bound by memory: each key and value is read once where one tile holds the queries (not yet
+measured). How the pages are split depends on the
 batch and the device, never on the cache's length or capacity, so that a step of the same pages
 gives the same bits however much room the cache has, and a new length compiles nothing.
 """
@@ -44,6 +45,9 @@ def why_not(need: Need) -> str | None:
         return (
             f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
         )
+    width = max(16, triton.next_power_of_2(max(need.head_dim, need.value_dim)))
+    if tile_of(1, width, need.dtype.itemsize, str(need.device)) is None:
+        return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
@@ -122,18 +126,17 @@ def decode(
 
 
 @lru_cache
-def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, int, int]:
-    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits."""
+def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, int, int] | None:
+    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     most = 16 if itemsize == 4 else most  # float32 takes many registers
     for stages in (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
-            shared = width * (rows * (2 * itemsize + 4) + 2 * PAGE * itemsize * max(1, stages - 1))
+            pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
+            shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
                 return rows, stages, 4 if rows * width <= 1 << 13 else 8
-    raise ValueError(
-        f"heads {width} wide need {shared} bytes of shared memory: {device} has {room}"
-    )
+    return None
 
 
 @lru_cache

@@ -4,7 +4,7 @@ The first reads every page's summary once and writes bounds; the second, a progr
 a head's bounds into votes, finds the vote at which enough pages are kept by bisecting float32 bit
 patterns (ties go to the lower page, as a stable sort has it) and writes them in ascending order.
 Nothing is sorted, no host waits. Votes lie in registers, so the second kernel compiles once for
-each of four sizes of cache.
+each of three sizes of cache.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton_prefill import LOG2E
+from hfsparse.kernels.triton_prefill import DTYPES, LOG2E
 from hfsparse.kernels.triton_select import LOWEST, _ordered
 from hfsparse.lists import PAGE, PageLists
-from hfsparse.selectors.quest import Quest
+from hfsparse.selectors.quest import EXACT, Quest
 
-SIZES = (1 << 10, 1 << 12, 1 << 14, 1 << 16)  # pages
+SIZES = (1 << 10, 1 << 12, 1 << 14)  # pages
 TILE = 64  # pages whose bounds one program computes
 
 
-def why_not(selector, q: Tensor, pages: int) -> str | None:
+def why_not(selector, q: Tensor, low: Tensor) -> str | None:
     """Why these kernels can't choose a selector's pages; None: they can."""
     if type(selector) is not Quest:
         return f"{selector.kind} is not fused"
     if q.shape[-1] > 256:
         return f"head dim {q.shape[-1]}: at most 256 is supported"
-    if pages > SIZES[-1]:
+    if q.dtype not in DTYPES or low.dtype != q.dtype:
+        return f"queries of {q.dtype} and a cache of {low.dtype}"
+    if (pages := low.shape[2]) > SIZES[-1]:
         return f"{pages} pages: at most {SIZES[-1]} are supported"
     return None
 
@@ -63,7 +65,8 @@ def pages(
     size = next(size for size in SIZES if size >= P)
     _choose[(B * Hkv,)](
         *(bounds, chosen, count, length.contiguous()),
-        *(Hkv, Q, queries, P, width, quest.min_pages, quest.share),
+        *(Hkv, Q, queries, P, width, quest.min_pages, quest.units),
+        EXACT=EXACT,
         SIZE=size,
         PAGE=PAGE,
         num_warps=max(4, min(16, size // 1024)),
@@ -104,10 +107,10 @@ def _bounds(
     tl.store(out, bound, mask=alive[:, None] & (page < P)[None, :])
 
 
-@triton.jit(do_not_specialize="Hkv Q queries P width min_pages".split())
+@triton.jit(do_not_specialize="Hkv Q queries P width min_pages units".split())
 def _choose(
-    BOUNDS, CHOSEN, COUNT, LENGTH, Hkv, Q, queries, P, width, min_pages, share,
-    SIZE: tl.constexpr, PAGE: tl.constexpr,
+    BOUNDS, CHOSEN, COUNT, LENGTH, Hkv, Q, queries, P, width, min_pages, units: tl.int64,
+    EXACT: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
@@ -123,7 +126,7 @@ def _choose(
     newest = tl.maximum(length - Q, 0) // PAGE  # pages that hold the new queries
     forced = (page < total) & ((page == 0) | (page >= newest))
     vote = tl.where(forced, float("inf"), tl.where(page < total, vote, float("-inf")))
-    budget = tl.ceil(total.to(tl.float32) * share - 1e-6).to(tl.int32)
+    budget = ((total * units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT).to(tl.int32)
     budget = tl.maximum(tl.maximum(budget, min_pages), tl.sum(forced.to(tl.int32), 0))
     budget = tl.minimum(budget, total)
 

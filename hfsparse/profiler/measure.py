@@ -116,7 +116,7 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     """Effect [Hq] of following the lists in every row."""
     heads = seen.q.shape[1]
     kv = torch.arange(heads, device=seen.q.device) // (heads // seen.k.shape[1])
-    need = kernels.Need.of(seen.q, seen.v, lists=True, logits=seen.logits.special)
+    need = kernels.Need.of(seen.q, seen.k, seen.v, lists=True, logits=seen.logits.special)
     kernel = kernels.pick(kernels.PREFILL, replace(need, block=lists.grid.block))
     out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of(list(range(heads))))
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))

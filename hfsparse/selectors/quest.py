@@ -17,6 +17,8 @@ from hfsparse.lists import PAGE, PageLists
 from hfsparse.patterns import require
 from hfsparse.selectors import register
 
+EXACT = 40  # bits behind the point of a share: float32 would decide page budgets by rounding
+
 
 @register("quest")
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Quest:
     def __post_init__(self):
         require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
         require(self.min_pages >= 2, f"min_pages is {self.min_pages}: give 2 or more")
+
+    @property
+    def units(self) -> int:
+        """The share, in 1/2^EXACT."""
+        return round(self.share * (1 << EXACT))
 
     def pages(
         self, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
@@ -49,7 +56,9 @@ class Quest:
         forced = (page == 0) | ((page >= newest) & (page < total[:, None]))
         vote = vote.masked_fill(forced[:, None], torch.inf)
         vote = vote.masked_fill((page >= total[:, None])[:, None], -torch.inf)
-        budget = (total * self.share - 1e-6).ceil().long().clamp(min=self.min_pages)
+        # The share rounded up, but for what lies a millionth of a page above a whole number.
+        budget = (total * self.units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT
+        budget = budget.clamp(min=self.min_pages)
         count = torch.minimum(torch.maximum(budget, forced.sum(1)), total)
         width = min(P, max(self.min_pages, ceil(P * self.share)) + 1 + -(-Q // PAGE) + 1)
         best = torch.sort(vote, dim=-1, descending=True, stable=True).indices[..., :width]

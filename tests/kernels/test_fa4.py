@@ -195,7 +195,7 @@ def on_gpu(**more) -> Batch:
         pytest.skip("no CUDA device")
     it = batch(**{"block": BLOCK, "dim": 64, "dtype": BF16, **more})
     q, k, v = (t.cuda() for t in (it.q, it.k, it.v))
-    if reason := fa4.why_not(Need.of(q, v, lists=True)):
+    if reason := fa4.why_not(Need.of(q, k, v, lists=True)):
         pytest.skip(reason)
     lengths = it.grid.q_len.cuda(), it.grid.k_len.cuda()
     return replace(it, q=q, k=k, v=v, grid=Grid(*lengths, it.grid.Sq, it.grid.Sk, BLOCK))

@@ -167,6 +167,16 @@ def test_the_first_kernel_that_can_serve_is_chosen():
             assert kernels.pick(table, need(lists=lists, logits=logits)).run is other
 
 
+@pytest.mark.parametrize("trained", ["q", "k", "v", "s_aux"])
+def test_whatever_is_trained_asks_for_gradients(trained):
+    given = {name: torch.ones(1, 1, 1, 16) for name in ("q", "k", "v")} | {"s_aux": torch.ones(1)}
+    assert not kernels.Need.of(**given).grad
+    given[trained].requires_grad_()
+    assert kernels.Need.of(**given).grad
+    with torch.no_grad():
+        assert not kernels.Need.of(**given).grad
+
+
 # -- decode --------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -114,8 +115,8 @@ def test_a_new_length_compiles_nothing(monkeypatch):
     triton_decode = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError)
     seen = watch(monkeypatch, triton_decode)
     found = []
-    for queries, lengths in ((1, [40, 9]), (1, [517, 1]), (1, [200, 190])):
-        q, k, v, query, key, logits = step(queries, lengths, "plain", group=4)
+    for lengths in ([40, 9], [517, 1], [200, 190]):
+        q, k, v, query, key, logits = step(1, lengths, "plain", group=4)
         triton_decode.decode(q, k, v, query, key, **logits)
         pages = some_pages(2, 2, k.shape[2])
         triton_decode.decode(q, k, v, query, key, pages, **logits)
@@ -126,8 +127,22 @@ def test_a_new_length_compiles_nothing(monkeypatch):
 
 def test_what_it_cannot_do_is_said():
     why_not = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError).why_not
-    need = partial(kernels.Need, torch.device("cuda"))
+    need = partial(kernels.Need, torch.device("cpu"))
     assert "float64" in why_not(need(torch.float64, 64, 64))
     assert "head dim 512" in why_not(need(HALF, 512, 64))
     assert "no gradients" in why_not(need(HALF, 64, 64, grad=True))
     assert why_not(need(HALF, 64, 64, lists=True, logits=True)) is None
+
+
+@pytest.mark.parametrize("room", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
+def test_a_small_gpu_refuses_what_it_cannot_hold(monkeypatch, room):
+    triton_decode = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError)
+    monkeypatch.setattr(triton_decode, "shared_memory", lambda device: room)
+    monkeypatch.setattr(triton_decode, "tile_of", triton_decode.tile_of.__wrapped__)
+    for dtype, dim in itertools.product((HALF, SINGLE), (64, 128, 256)):
+        why = triton_decode.why_not(kernels.Need(torch.device("cuda"), dtype, dim, dim))
+        for queries in (1, 12, 128):
+            tile = triton_decode.tile_of(queries, dim, dtype.itemsize, "cuda")
+            assert (tile is None) == ("too wide" in (why or ""))
+        if dtype == HALF:  # seen when compiled for sm_80 to sm_90: at most 43 KiB at one stage
+            assert why is None

@@ -250,12 +250,12 @@ def test_every_head_dim_and_dtype_has_a_tile_on_large_and_small_gpus(monkeypatch
 def test_what_the_kernel_cannot_do_is_said():
     kernel = pytest.importorskip("hfsparse.kernels.triton_prefill", exc_type=ImportError)
     q = torch.empty(1, 2, 8, 64)
-    need = Need.of(q, q, lists=True)
+    need = Need.of(q, q, q, lists=True)
     assert kernel.why_not(need) is None
     assert "float64" in kernel.why_not(replace(need, dtype=torch.float64))
     assert "at most 256" in kernel.why_not(replace(need, value_dim=320))
     assert "blocks of 48 tokens" in kernel.why_not(replace(need, block=48))
-    assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, lists=True))
+    assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, q, lists=True))
     on_cpu = kernels.PREFILL[2].why_not(need)
     assert kernels.PREFILL[2].name == "Triton"
     assert "needs a CUDA device, not cpu" in on_cpu

@@ -15,7 +15,7 @@ from tests.selectors.test_quest import chosen, rows
 
 @pytest.fixture(scope="module")
 def choose():
-    with interpreter(triton_quest__SIZES=(8, 64)) as run:
+    with interpreter() as run:
         yield lambda *args: run("triton_quest.pages", *args)
 
 
@@ -24,12 +24,12 @@ def quest_module():
     return pytest.importorskip("hfsparse.kernels.triton_quest", exc_type=ImportError)
 
 
-def assert_same(found, expected) -> None:
+def assert_same(found, expected, low) -> None:
+    assert bool(((found.pages >= 0) & (found.pages < low.shape[2])).all())  # unused slots too
     assert found.pages.shape == expected.pages.shape
     assert torch.equal(found.count, expected.count)
     for b, h in torch.cartesian_prod(*(torch.arange(n) for n in found.count.shape)).tolist():
         assert chosen(found, b, h) == chosen(expected, b, h)
-    assert bool(((found.pages >= 0) & (found.pages < found.pages.max() + 1)).all())
 
 
 @pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(0.01, 16), Quest(1.0, 2)])
@@ -37,7 +37,7 @@ def assert_same(found, expected) -> None:
 def test_pages_equal_the_selectors(choose, quest, queries, group):
     q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17, 0], queries, group)
     expected = quest.pages(q, low, high, length, 0.7)
-    assert_same(choose(quest, q, low, high, length, 0.7), expected)
+    assert_same(choose(quest, q, low, high, length, 0.7), expected, low)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -49,7 +49,7 @@ def test_pages_equal_the_selectors_at_every_head_dim(choose, dim, dtype):
     low, high, length = k.amin(3), k.amax(3), torch.tensor([20 * PAGE, 7 * PAGE + 1])
     quest, scale = Quest(0.2, 2), dim**-0.5
     expected = quest.pages(q, low, high, length, scale)
-    assert_same(choose(quest, q, low, high, length, scale), expected)
+    assert_same(choose(quest, q, low, high, length, scale), expected, low)
 
 
 def test_equal_votes_go_to_the_lower_pages(choose):
@@ -83,9 +83,12 @@ def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
 
 def test_what_is_not_fused_is_said(quest_module):
     q = torch.zeros(1, 1, 1, 512)
-    assert "head dim 512" in quest_module.why_not(Quest(), q, 5)
-    assert "pages" in quest_module.why_not(Quest(), q[..., :64], 1 << 17)
-    assert quest_module.why_not(Quest(), q[..., :64], 1 << 16) is None
+    assert "head dim 512" in quest_module.why_not(Quest(), q, q)
+    q, summary = q[..., :64], torch.zeros(1, 1, 1 << 14, 1)
+    assert "float64" in quest_module.why_not(Quest(), q.double(), summary.double())
+    assert "float16" in quest_module.why_not(Quest(), q, summary.half())
+    assert "16385 pages" in quest_module.why_not(Quest(), q, torch.zeros(1, 1, 16385, 1))
+    assert quest_module.why_not(Quest(), q, summary) is None
 
 
 def test_the_selector_itself_serves_where_triton_cannot():

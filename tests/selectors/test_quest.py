@@ -140,3 +140,10 @@ def test_a_longer_row_beside_it_does_not_change_a_rows_pages():
 def test_a_number_out_of_range_is_refused(numbers, says):
     with pytest.raises(ValueError, match=says):
         Quest(**numbers)
+
+
+@pytest.mark.parametrize(("share", "total", "count"), [(0.15, 340, 51), (0.09, 600, 54)])
+def test_rounding_reads_no_page_more(share, total, count):
+    """0.15 of 340 is 51, though float32 sees a little more."""
+    q, _, _, low, high, length = rows([total * PAGE], 1, 1)
+    assert Quest(share, 2).pages(q, low, high, length, 1.0).count.tolist() == [[count, count]]
