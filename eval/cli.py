@@ -13,7 +13,7 @@ import typer
 from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
-from .tasks import TASKS, Niah
+from .tasks import TASKS, Niah, with_books
 
 app = typer.Typer(
     cls=Commands,
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.keys == 1]
+GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
 
 
 class Chat(str, Enum):
@@ -45,8 +45,15 @@ Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bflo
 ChatOption = Annotated[Chat, typer.Option(help="Use the tokenizer's chat template if it has one.")]
 Cap = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", help="Cap answers below RULER's 128 (vt: 30) tokens."),
+    typer.Option("--max-new-tokens", help="Cap answers below RULER's 30 (vt) to 128 tokens."),
 ]
+Squad = Annotated[
+    str | None, typer.Option("--squad", help="qa_1: SQuAD v2's dev JSON file, or `datasets`.")
+]
+HotpotQA = Annotated[
+    str | None, typer.Option("--hotpotqa", help="qa_2: HotpotQA's dev file, or `datasets`.")
+]
+DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # tasks that need data: the option that gives it
 
 
 @app.command()
@@ -55,7 +62,9 @@ def ruler(
     plan: PlanOption = None,
     lengths: Lengths = "4096",
     samples: Samples = 8,
-    tasks: Annotated[str, typer.Option(help="RULER names, by commas.")] = ",".join(TASKS),
+    tasks: Annotated[str | None, typer.Option(help="RULER names, by commas; or all 13.")] = None,
+    squad: Squad = None,
+    hotpotqa: HotpotQA = None,
     seed: Seed = 0,
     output: Output = Path("eval-ruler"),
     device: Device = "auto",
@@ -63,9 +72,14 @@ def ruler(
     chat: ChatOption = Chat.auto,
     max_new_tokens: Cap = None,
 ) -> None:
-    """RULER's retrieval tasks: table of scores, dense beside sparse, with intervals."""
+    """RULER's tasks: table of scores, dense beside sparse, with intervals.
+
+    qa_1 and qa_2 need SQuAD and HotpotQA; without them qa_1_invented and qa_2_invented are run.
+    """
+    known, marks = _known(squad, hotpotqa)
+    chosen = _tasks(_standard(known) if tasks is None else tasks, known)
     run = Run("ruler", model, plan, lengths, samples, seed, output, max_new_tokens)
-    run.go(_tasks(tasks, list(TASKS)), (None,), device, dtype, chat.value)
+    run.go(chosen, (None,), device, dtype, chat.value, marks)
 
 
 @app.command()
@@ -86,7 +100,7 @@ def needle(
     """One needle at each depth and length: table and heat map, dense beside sparse."""
     places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
     run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
-    chosen = _tasks(task, GRID_TASKS)
+    chosen = _tasks(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
     run.go(chosen, places, device, dtype, chat.value)
@@ -108,7 +122,7 @@ class Run:
         self.plan = _plan(plan)
         writable(output)
 
-    def go(self, tasks, depths, device, dtype, chat) -> None:
+    def go(self, tasks, depths, device, dtype, chat, data: dict[str, str] | None = None) -> None:
         import hfsparse
         from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
@@ -133,6 +147,7 @@ class Run:
             chat=chat,
             max_new_tokens=self.cap,
             prose=text.prose_source(),
+            **(data or {}),
         )
         prompter = Prompter(tokenizer, chat)
         suite = Suite(tasks, self.lengths, self.samples, prompter, self.seed, depths)
@@ -148,13 +163,35 @@ class Run:
             typer.echo(picture)
 
 
-def _tasks(names: str, known: list[str]) -> list:
+def _known(squad: str | None, hotpotqa: str | None) -> tuple[dict, dict[str, str]]:
+    """Every task that can be run with this data, and by which data."""
+    from . import qa
+
+    books, marks = {}, {}
+    if squad is not None:
+        books["squad"], marks["squad"] = qa.squad(squad)
+    if hotpotqa is not None:
+        books["hotpotqa"], marks["hotpotqa"] = qa.hotpotqa(hotpotqa)
+    return with_books(**books), marks
+
+
+def _standard(known: dict) -> str:
+    """RULER's thirteen: the invented questions only where the real ones are missing."""
+    replaced = {f"{name}_invented" for name in DATA if name in known}
+    return ",".join(name for name in known if name not in replaced)
+
+
+def _tasks(names: str, known: dict) -> list:
     chosen = []
     for name in _split(names):
+        if name in DATA and name not in known and f"{name}_invented" in known:
+            raise UsageError(
+                f"{name} needs its data: give --{DATA[name]} FILE, or take {name}_invented"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UsageError(f"unknown task {name}: did you mean {near[0]}? ({', '.join(known)})")
-        chosen.append(TASKS[name])
+        chosen.append(known[name])
     if not chosen:
         raise UsageError(f"no task given: give some of {', '.join(known)}")
     return chosen

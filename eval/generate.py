@@ -32,7 +32,7 @@ class _Watch(StoppingCriteria):
         text = decode(self.tokenizer, input_ids[0, len(self.sample.ids) :])  # waits for the GPU
         if self.first is None:
             self.first = time.perf_counter()
-        done = score(text, self.sample.answers) == 1.0
+        done = score(text, self.sample.answers, self.sample.metric) == 1.0
         return torch.tensor([done], device=input_ids.device)
 
 

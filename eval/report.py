@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 from .results import Settings
-from .tasks import clean
+from .tasks import TASKS, clean
+
+RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
+LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ def write(lines: Sequence[dict], settings: Settings, sessions: Sequence[dict], p
         "## Scores\n\n" + _scores(grid),
         "## Measured\n\n" + _measured(grid),
     ]
+    if settings.kind == "ruler" and len({cell.length for cell in grid[:-1]}) > 1:
+        parts.insert(3, "## Effective length\n\n" + _effective(grid[:-1]))
     if alone:
         parts.append(f"{alone} samples were run in one arm only and are left out.")
     return "\n\n".join(parts) + "\n"
@@ -49,6 +54,11 @@ def cells(lines: Sequence[dict], plan: str | None) -> tuple[list[Cell], int]:
         for task, length, row in rows
     ]
     return grid, len(dense.keys() | sparse.keys()) - len(ids)
+
+
+def effective_length(means: Mapping[int, float], bar: float = LLAMA2_AT_4K) -> int | None:
+    """The longest length whose mean over tasks, in percent, reaches the bar; None if none does."""
+    return max((length for length, mean in means.items() if mean >= bar), default=None)
 
 
 def difference(dense: Sequence[float], sparse: Sequence[float]) -> str:
@@ -81,9 +91,11 @@ def _facts(settings: Settings, sessions: Sequence[dict], plan: str | None) -> st
         "model": f"{settings.model} (fingerprint {settings.fingerprint}), {settings.dtype}",
         "plan": plan or "none, dense only",
         "prompts": f"chat template {settings.chat}, seed {settings.seed}, batch size 1, greedy",
-        "new tokens": f"at most {settings.max_new_tokens or 'as RULER: 128, vt 30'}; "
+        "new tokens": f"at most {settings.max_new_tokens or RULERS_CAPS}; "
         "generation stops early once every answer was said",
         "prose haystack": f"{settings.prose} (not RULER's essays: compare only runs with this)",
+        "questions": f"qa_1 {settings.squad or 'not run'}; qa_2 {settings.hotpotqa or 'not run'}; "
+        "qa_*_invented: invented facts (not SQuAD or HotpotQA)",
     }
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     for session in sessions:
@@ -93,7 +105,8 @@ def _facts(settings: Settings, sessions: Sequence[dict], plan: str | None) -> st
 
 
 def _scores(grid: Sequence[Cell]) -> str:
-    head = ["task", "length", "n", "dense", "sparse", "difference, points (95 %)", "empty d/s"]
+    head = ["task", "length", "n", "dense", "sparse", "difference, points (95 %)"]
+    head += ["whole d/s", "empty d/s"]
     rows = [
         [
             cell.task,
@@ -104,12 +117,46 @@ def _scores(grid: Sequence[Cell]) -> str:
             difference(*([x["score"] for x in arm] for arm in (cell.dense, cell.sparse)))
             if cell.sparse
             else "–",
+            _both(cell, _whole),
             f"{_empty(cell.dense)} / {_empty(cell.sparse)}" if cell.sparse else _empty(cell.dense),
         ]
         for cell in grid
     ]
-    note = "Scores are percent of answers found. Empty: outputs without a character, dense/sparse."
+    note = (
+        "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
+        "Whole: percent of samples with all that was asked for (qa: any one). "
+        "Empty: outputs without a character, dense/sparse."
+    )
     return f"{_table(head, rows)}\n\n{note}"
+
+
+def _effective(rows: Sequence[Cell]) -> str:
+    """Means over the tasks that were run at every length, so that lengths compare."""
+    lengths = sorted({int(cell.length) for cell in rows})
+    ran = {length: {cell.task for cell in rows if cell.length == f"{length}"} for length in lengths}
+    tasks = set.intersection(*ran.values())
+    table = []
+    for arm in ("dense", "sparse"):
+        by_length = {
+            length: [
+                100 * mean(line["score"] for line in getattr(cell, arm))
+                for cell in rows
+                if cell.length == f"{length}" and cell.task in tasks and getattr(cell, arm)
+            ]
+            for length in lengths
+        }
+        if not all(by_length.values()):
+            continue
+        means = {length: mean(scores) for length, scores in by_length.items()}
+        shown = [f"{means[length]:.1f}" for length in lengths]
+        table.append([arm, *shown, str(effective_length(means) or f"under {lengths[0]}")])
+    head = ["arm", *map(str, lengths), "effective length"]
+    note = (
+        f"The longest length with a mean of at least {LLAMA2_AT_4K} % (Llama-2-7B-chat at 4096 "
+        f"tokens). Means of {len(tasks)} tasks run at every length; RULER's are of all "
+        f"{len(TASKS)}, with SQuAD and HotpotQA."
+    )
+    return f"{_table(head, table)}\n\n{note}"
 
 
 def _measured(grid: Sequence[Cell]) -> str:
@@ -147,6 +194,10 @@ def _both(cell: Cell, show) -> str:
 def _mean(lines: Sequence[dict], name: str, scale: float, form: str) -> str:
     values = [line[name] for line in lines if line[name] is not None]
     return format(scale * mean(values), form) if values else "–"
+
+
+def _whole(lines: Sequence[dict]) -> str:
+    return f"{100 * mean(line['score'] == 1 for line in lines):.1f}" if lines else "–"
 
 
 def _empty(lines: Sequence[dict]) -> str:

@@ -29,6 +29,8 @@ class Settings:
     chat: str
     max_new_tokens: int | None
     prose: str
+    squad: str | None = None  # which data asks qa_1's questions
+    hotpotqa: str | None = None  # and qa_2's
 
 
 class Results:

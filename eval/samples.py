@@ -13,7 +13,8 @@ from random import Random
 
 from hfsparse.loading import UsageError
 
-from .tasks import Draft, Task, largest
+from .drafts import Draft, largest
+from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Sample:
     real: int  # tokens of the prompt and the room for the answer
     ids: tuple[int, ...]
     answers: tuple[str, ...]
-    gold: tuple[tuple[int, int], ...]  # of `ids`: the needles that hold the answers
-    depth: float
+    gold: tuple[tuple[int, int], ...]  # of `ids`: what holds the answers, if any place does
+    depth: float | None
     metric: str
     new_tokens: int
 
@@ -90,11 +91,11 @@ class Maker:
     """Makes the samples of one task at one length; the haystack's size is found once, then kept."""
 
     def __init__(self, task: Task, length: int, prompter: Prompter, seed: int = 0):
-        self.task = task.fitted(prompter.tokens)
+        self.task = task.fitted(prompter.tokens, length)
         self.length = length
         self.prompter = prompter
         self.seed = seed
-        self.step = task.step(length)
+        self.step = self.task.step(length)
         self.size = self._size()
 
     def sample(self, case: Case) -> Sample:

@@ -6,7 +6,9 @@ from typer.testing import CliRunner
 
 from hfsparse.plan import ModelId, Plan
 from hfsparse_eval.cli import app
+from hfsparse_eval.tasks import TASKS
 from tests import tiny
+from tests.eval.test_qa import SQUAD
 
 
 @pytest.fixture
@@ -33,6 +35,11 @@ def sentence(result):
     [
         (["--tasks", "niah_single_7"], "unknown task niah_single_7: did you mean niah_single_"),
         (["--tasks", "variable"], "unknown task variable: did you mean "),
+        (["--tasks", "qa_1"], "qa_1 needs its data: give --squad FILE, or take qa_1_invented"),
+        (["--tasks", "qa_2"], "qa_2 needs its data: give --hotpotqa FILE, or take qa_2_invented"),
+        (["--squad", "absent.json"], "absent.json: can't read: No such file"),
+        (["--hotpotqa", "absent.json"], "absent.json: can't read: No such file"),
+        (["--squad", __file__], f"{__file__} is not SQuAD's published JSON"),
         (["--tasks", ","], "no task given: give some of niah_single_1, "),
         (["--samples", "0"], "samples is 0: give 1 or more"),
         (["--samples", "-3"], "samples is -3: give 1 or more"),
@@ -56,6 +63,8 @@ def test_bad_options_are_one_clear_sentence(options, expected, call):
     [
         (["--depths", "0,120"], "depths is '0,120': give numbers 0 to 100, by commas"),
         (["--task", "vt"], "unknown task vt: did you mean niah_"),
+        (["--task", "qa_1"], "unknown task qa_1: did you mean niah_"),
+        (["--task", "niah_multivalue"], "unknown task niah_multivalue: did you mean niah_"),
         (["--task", "niah_single_1,niah_single_2"], "task is niah_single_1,niah_single_2: a grid"),
     ],
 )
@@ -97,15 +106,26 @@ def test_another_seed_in_the_same_directory_is_refused(call):
 
 
 def test_ruler_runs_every_task_and_reports_it(call, tmp_path):
-    result = call("ruler", "--lengths", "1024", "--samples", 1, "--max-new-tokens", 2)
+    result = call("ruler", "--lengths", "1536", "--samples", 1, "--max-new-tokens", 2)
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "out" / "report.md") in result.stdout
     report = (tmp_path / "out" / "report.md").read_text()
-    names = ["niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2"]
-    for name in [*names, "niah_multiquery", "vt", "all"]:
+    for name in [*TASKS, "all"]:
         assert f"| {name} | " in report
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["arm"] for line in lines] == ["dense"] * 6
+    assert [json.loads(line)["arm"] for line in lines] == ["dense"] * 13
+
+
+def test_squads_questions_take_the_place_of_invented_ones(call, tmp_path):
+    (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
+    options = ["--squad", tmp_path / "dev.json", "--samples", 1, "--max-new-tokens", 1]
+    result = call("ruler", "--lengths", 1536, *options)
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| qa_1 | " in report
+    assert "| qa_1_invented | " not in report
+    assert "| qa_2_invented | " in report
+    assert "- questions: qa_1 dev.json, sha256:" in report
 
 
 def test_needle_draws_its_grid(call, tmp_path):

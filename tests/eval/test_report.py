@@ -59,7 +59,7 @@ def test_scores_differences_and_empty_answers_of_the_pairs():
     head, _, vt, overall = rows(text, "Scores")
     assert head[:5] == ["task", "length", "n", "dense", "sparse"]
     # dense (100 + 60 + 80) / 3, sparse (100 + 20 + 80) / 3; changes 0, -40, 0
-    assert vt == ["vt", "1024", "3", "80.0", "66.7", "-13.3 [-40.0, +0.0]", "1 / 1"]
+    assert vt == ["vt", "1024", "3", "80.0", "66.7", "-13.3 [-40.0, +0.0]", "33.3 / 33.3", "1 / 1"]
     assert overall == ["all", "all", *vt[2:]]
     assert "1 samples were run in one arm only" in text
 
@@ -87,7 +87,7 @@ def test_measured_densities_shares_and_times():
 def test_a_report_without_a_plan_is_of_the_dense_arm():
     text = report.write(LINES, SETTINGS, [SESSION], None)
     _, _, vt, _ = rows(text, "Scores")
-    assert vt == ["vt", "1024", "4", "60.0", "–", "–", "1"]
+    assert vt == ["vt", "1024", "4", "60.0", "–", "–", "25.0", "1"]
     assert rows(text, "Measured")[2][3:] == ["–", "–", "–", "–", "1.00", "175", "2.75"]
     assert "one arm only" not in text
 
@@ -102,7 +102,8 @@ def test_the_head_names_model_plan_machine_versions_and_prose():
         "- machine: a GPU, Linux x86_64; python 3.11, torch 2.9",
         "- machine: b",
         "CPython 3.x (not RULER's essays",
-        "as RULER: 128, vt 30",
+        "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32",
+        "- questions: qa_1 not run; qa_2 not run; qa_*_invented: invented facts (not SQuAD or",
     ):
         assert fact in text
 
@@ -137,6 +138,56 @@ def test_the_interval_is_the_one_known_for_a_large_sample():
     assert low == pytest.approx(-29.24, abs=0.6)
     assert high == pytest.approx(-20.76, abs=0.6)
     assert (low, high) == report.interval([-100.0, 0.0, 0.0, 0.0] * 100)
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ({}, None),
+        ({4096: 85.59}, None),
+        ({4096: 85.6}, 4096),
+        ({4096: 95.0, 8192: 90.0, 16384: 80.0}, 8192),
+        ({16384: 86.0, 4096: 80.0, 8192: 90.0}, 16384),  # the longest, whatever lies before
+    ],
+)
+def test_the_effective_length_is_the_longest_that_reaches_rulers_bar(means, expected):
+    assert report.effective_length(means) == expected
+
+
+def test_another_bar_can_be_set():
+    assert report.effective_length({1: 50.0, 2: 40.0}, bar=45) == 1
+
+
+def at_lengths(arm, scores):
+    make = line if arm == "dense" else lambda i, arm, score, **more: sparse(i, score, **more)
+    return [
+        make(i, arm, score, task=task, length=length, id=f"{task}-{length}-{i}")
+        for (task, length), both in scores.items()
+        for i, score in enumerate(both)
+    ]
+
+
+def test_effective_lengths_are_of_tasks_run_at_every_length_and_weigh_tasks_alike():
+    dense = {
+        ("vt", 4096): [1.0, 1.0],
+        ("cwe", 4096): [0.8],
+        ("vt", 8192): [0.9],
+        ("cwe", 8192): [0.8],
+        ("fwe", 4096): [0.0],  # not run at 8192: left out
+    }
+    lines = at_lengths("dense", dense) + at_lengths("sparse", dense | {("vt", 4096): [0.4, 0.6]})
+    text = report.write(lines, SETTINGS, [], "sha256:p")
+    table = rows(text, "Effective length")
+    assert table[0] == ["arm", "4096", "8192", "effective length"]
+    assert table[2:] == [
+        ["dense", "90.0", "85.0", "4096"],
+        ["sparse", "65.0", "85.0", "under 4096"],
+    ]
+    assert "Means of 2 tasks run at every length; RULER's are of all 13" in text
+
+
+def test_one_length_has_no_effective_length():
+    assert "Effective" not in report.write(LINES, SETTINGS, [], None)
 
 
 def grid(arm, scores):

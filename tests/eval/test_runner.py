@@ -200,6 +200,23 @@ def test_stopping_once_every_answer_was_said_keeps_the_score(model, tokenizer, s
     assert runner.score(early.text, known.answers) == runner.score(full.text, known.answers) == 1.0
 
 
+def test_one_of_several_answers_is_enough_for_part_and_half_for_all(
+    tmp_path, monkeypatch, model, tokenizer, suite
+):
+    sample = replace(suite.sample(suite.cases[0]), new_tokens=24)
+    full = generate.answer(model, tokenizer, sample).text
+    middle = len(full) // 2
+    answers = ("never said", full[middle - 2 : middle + 2])
+    for metric, expected in {"part": 1.0, "all": 0.5}.items():
+        known = replace(sample, answers=answers, metric=metric, id=metric)
+        assert (generate.answer(model, tokenizer, known).new_tokens < 24) == (metric == "part")
+        monkeypatch.setattr(suite, "sample", lambda case, known=known: known)
+        folder = tmp_path / metric
+        folder.mkdir()
+        runner.run(model, tokenizer, suite, results(folder, max_new_tokens=None))
+        assert {(line["metric"], line["score"]) for line in stored(folder)} == {(metric, expected)}
+
+
 def test_generation_is_greedy_whatever_the_models_settings_say(model, tokenizer, suite):
     sample = replace(suite.sample(suite.cases[0]), new_tokens=8)
     plain = generate.answer(model, tokenizer, sample).text

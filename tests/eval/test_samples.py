@@ -10,13 +10,19 @@ from hfsparse_eval.tasks import TASKS
 from tests.eval.conftest import CHAT
 
 
+def short(name):
+    """Tokens that fit a small sample; cwe's list and solved example need more."""
+    return 1536 if name == "cwe" else 1024
+
+
 def case(maker, index=0, depth=None):
     return Case(maker.task.name, maker.length, depth, index)
 
 
-@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("length", ["short", 2048])
 @pytest.mark.parametrize("name", TASKS)
 def test_samples_keep_the_budget_and_come_close_to_it(name, length, prompter):
+    length = short(name) if length == "short" else length
     maker = Maker(TASKS[name], length, prompter)
     for index in range(4):
         sample = maker.sample(case(maker, index))
@@ -24,10 +30,20 @@ def test_samples_keep_the_budget_and_come_close_to_it(name, length, prompter):
         assert sample.ids[0] == prompter.tokenizer.bos_token_id
         assert sample.ids[1] != sample.ids[0]
         assert sample.real == counted <= length
-        assert counted > 0.75 * length
+        assert counted > (0.8 if getattr(maker.task, "haystack", "") == "prose" else 0.85) * length
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("qa")])
+def test_gold_spans_decode_to_the_documents_that_answer(name, prompter):
+    maker = Maker(TASKS[name], 1024, prompter)
+    sample = maker.sample(case(maker, 3))
+    shown = [prompter.tokenizer.decode(sample.ids[slice(*span)]).strip() for span in sample.gold]
+    assert len(shown) == int(name.split("_")[1])
+    assert all(re.fullmatch(r"Document \d+:\n(.+)\n\1(, a| is) .+\.", text) for text in shown)
+    assert any(sample.answers[0] in text for text in shown)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith(("niah", "vt"))])
 def test_gold_spans_decode_to_the_needles_and_nothing_else(name, prompter):
     maker = Maker(TASKS[name], 1024, prompter)
     decode = prompter.tokenizer.decode
@@ -36,7 +52,7 @@ def test_gold_spans_decode_to_the_needles_and_nothing_else(name, prompter):
     needle = re.compile(
         r"VAR [A-Z]{5} = (VAR [A-Z]{5}|\d{5})"
         if name == "vt"
-        else r"One of the special magic numbers for \S+ is: \d{7}\."
+        else r"One of the special magic (number|uuid)s for \S+ is: [0-9a-f-]+\."
     )
     for (start, end), answer in zip(sample.gold, sample.answers, strict=True):
         shown = decode(sample.ids[start:end]).strip()
@@ -48,13 +64,15 @@ def test_gold_spans_decode_to_the_needles_and_nothing_else(name, prompter):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_sample_is_the_same_whatever_was_made_before(name, prompter):
-    one, other = (Maker(TASKS[name], 1024, prompter, seed=5) for _ in range(2))
+    one, other = (Maker(TASKS[name], short(name), prompter, seed=5) for _ in range(2))
     expected = one.sample(case(one, 2))
     other.sample(case(other, 0))
     other.sample(case(other, 1))
     assert other.sample(case(other, 2)) == expected
     assert other.sample(case(other, 3)).ids != expected.ids
-    assert Maker(TASKS[name], 1024, prompter, seed=6).sample(case(one, 2)).ids != expected.ids
+    assert (
+        Maker(TASKS[name], short(name), prompter, seed=6).sample(case(one, 2)).ids != expected.ids
+    )
 
 
 def test_the_chat_template_wraps_the_message_and_the_prefix_follows_its_header(tokenizer):

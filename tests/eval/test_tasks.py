@@ -1,30 +1,61 @@
-import re
+"""What holds of every task, and the two scores."""
+
+import hashlib
 from dataclasses import asdict
 from random import Random
 
 import pytest
 
 from hfsparse_eval import text
-from hfsparse_eval.tasks import SLOTS, TASKS, clean, largest, score
+from hfsparse_eval.qa import Book, DocumentQA, Question
+from hfsparse_eval.tasks import TASKS, clean, score, with_books
+from tests.eval.drafting import NEEDLE, draft
 
-SIZES = {"noise": 12, "prose": 300, "needles": 12}
-NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
+COUNTED = ("cwe", "fwe")
+PLACED = [name for name in TASKS if name not in COUNTED]
+GOLDEN = {  # of sentences of our own, as CPython's differ from one version to the next
+    "niah_single_1": "061034cfa0067515",
+    "niah_single_2": "3f412632e9d7f35e",
+    "niah_single_3": "6408bd60c6b5664f",
+    "niah_multikey_1": "2c4cee8da76eac74",
+    "niah_multikey_2": "02f9a4972b96942c",
+    "niah_multikey_3": "5fc187b1279f2c93",
+    "niah_multivalue": "eb54be91b1d27cb4",
+    "niah_multiquery": "f7260a46285021bf",
+    "vt": "b9735f74c5d04e0e",
+    "cwe": "56fd2200f3817cdf",
+    "fwe": "ac5d4c2c33253b5a",
+    "qa_1_invented": "2df10a66b93f33b4",
+    "qa_2_invented": "026b354bad00ba98",
+}
 
 
-def draft(name, seed=1, **more):
-    task = TASKS[name]
-    return task.draw(Random(seed), SIZES[getattr(task, "haystack", "noise")], **more)
-
-
-def test_the_tasks_are_rulers_with_its_token_caps():
-    assert {name: task.new_tokens for name, task in TASKS.items()} == {
-        "niah_single_1": 128,
-        "niah_single_2": 128,
-        "niah_multikey_1": 128,
-        "niah_multikey_2": 128,
-        "niah_multiquery": 128,
-        "vt": 30,
+def test_the_tasks_are_rulers_with_its_token_caps_and_scores():
+    assert {name: (task.new_tokens, task.metric) for name, task in TASKS.items()} == {
+        "niah_single_1": (128, "all"),
+        "niah_single_2": (128, "all"),
+        "niah_single_3": (128, "all"),
+        "niah_multikey_1": (128, "all"),
+        "niah_multikey_2": (128, "all"),
+        "niah_multikey_3": (128, "all"),
+        "niah_multivalue": (128, "all"),
+        "niah_multiquery": (128, "all"),
+        "vt": (30, "all"),
+        "cwe": (120, "all"),
+        "fwe": (50, "all"),
+        "qa_1_invented": (32, "part"),
+        "qa_2_invented": (32, "part"),
     }
+
+
+def test_given_questions_add_qa_1_and_qa_2_and_nothing_else():
+    book = Book(("a", "b"), (Question("?", ("a",), (0,), (0,)),))
+    assert list(with_books()) == list(TASKS)
+    both = with_books(book, book)
+    assert [name for name in both if name not in TASKS] == ["qa_1", "qa_2"]
+    assert both["qa_1"].book() is book
+    assert list(with_books(hotpotqa=book))[-1] == "qa_2"
+    assert "qa_1" not in with_books(hotpotqa=book)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -36,143 +67,75 @@ def test_a_draft_depends_on_its_generator_only(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_a_seed_gives_this_sample_for_ever(name, monkeypatch):
+    """Changed on purpose? Then scores before and after do not compare: say so in the changelog."""
+    monkeypatch.setattr(text, "prose", lambda: tuple(f"Sentence {i} is short." for i in range(90)))
+    digest = hashlib.sha256(repr(draft(name, 42)).encode()).hexdigest()[:16]
+    assert digest == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", PLACED)
 @pytest.mark.parametrize("seed", range(5))
-def test_each_answer_stands_in_one_gold_span_and_nowhere_else_as_an_answer(name, seed):
+def test_answers_stand_in_the_gold_spans_and_nowhere_else_as_answers(name, seed):
     made = draft(name, seed)
     golds = [made.context[a:b] for a, b in made.gold]
+    assert len(set(golds)) == len(golds)
+    assert all(made.context.count(gold) == 1 for gold in golds)
+    if isinstance(TASKS[name], DocumentQA):
+        (answer,) = made.answers
+        assert made.context.count(answer) == sum(gold.count(answer) for gold in golds) > 0
+        return
     assert len(golds) == len(made.answers) == len(set(made.answers))
-    for gold, answer in zip(golds, made.answers, strict=True):
-        assert answer in gold
-        assert made.context.count(gold) == 1
-    if name != "vt":
-        values = [value for _, value in NEEDLE.findall(made.context)]
-        assert all(values.count(answer) == 1 for answer in made.answers)
+    assert all(answer in gold for gold, answer in zip(golds, made.answers, strict=True))
+    values = [value for _, value in NEEDLE.findall(made.context)]
+    assert name == "vt" or all(values.count(answer) == 1 for answer in made.answers)
 
 
-def test_single_needle_has_rulers_words_in_the_singular():
-    made = draft("niah_single_1")
-    key, value = NEEDLE.search(made.context).groups()
-    assert made.answers == (value,)
-    assert made.before == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards.\n"
-    )
-    assert made.after == (
-        f"\nWhat is the special magic number for {key} mentioned in the provided text?"
-    )
-    assert made.prefix == (f" The special magic number for {key} mentioned in the provided text is")
-    lines = made.context.split("\n")
-    assert sorted(set(lines)) == sorted(
-        [text.NOISE, f"One of the special magic numbers for {key} is: {value}."]
-    )
-    assert len(lines) == 13
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("seed", range(5))
+def test_neither_instruction_nor_question_nor_prefix_gives_an_answer_away(name, seed):
+    made = draft(name, seed)
+    asked = [made.after, made.prefix]
+    if name != "cwe":  # its solved example may share a word with the list
+        asked.append(made.before)
+    assert [score(part, made.answers) for part in asked] == [0.0] * len(asked)
+    assert made.answers
+    assert all(answer in made.context for answer in made.answers)
 
 
-def test_multiquery_asks_for_four_keys_in_the_plural():
-    made = draft("niah_multiquery")
-    pairs = dict(NEEDLE.findall(made.context))
-    assert len(pairs) == 4
-    asked = re.search(r"numbers for (.*) mentioned", made.after).group(1)
-    assert re.fullmatch(r"\S+, \S+, \S+, and \S+", asked)
-    keys = asked.replace("and ", "").split(", ")
-    assert made.answers == tuple(pairs[key] for key in keys)
-    assert made.before.startswith("Some special magic numbers are hidden")
-    assert made.after.startswith("\nWhat are all the special magic numbers for ")
-    assert made.prefix.endswith("mentioned in the provided text are")
+@pytest.mark.parametrize("name", PLACED)
+def test_depths_are_spread_over_the_whole_context(name):
+    task = TASKS[name]
+    size = 1500 if getattr(task, "haystack", "") == "prose" else 40
+    drafts = [task.draw(Random(seed), size) for seed in range(80)]
+    places = [low / len(made.context) for made in drafts for low, _ in made.gold]
+    quarters = [sum(at / 4 <= p < (at + 1) / 4 for p in places) / len(places) for at in range(4)]
+    assert all(0.12 < share < 0.4 for share in quarters), quarters
+    assert all(0 <= made.depth <= 100 for made in drafts)
 
 
-def test_multikey_1_hides_three_other_needles_in_prose():
-    made = draft("niah_multikey_1")
-    assert len(NEEDLE.findall(made.context)) == 4
-    assert len(made.answers) == 1
-
-
-def test_multikey_2_has_needles_only_with_distinct_keys_and_values():
-    made = draft("niah_multikey_2")
-    pairs = [NEEDLE.fullmatch(line).groups() for line in made.context.split("\n")]
-    assert len(pairs) == 13
-    assert len({key for key, _ in pairs}) == len({value for _, value in pairs}) == 13
-
-
-def test_vt_is_one_chain_of_four_hops_after_a_solved_example():
-    made = draft("vt")
-    chain = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", made.context)
-    value = chain[0][1]
-    assert made.answers == tuple(name for name, _ in chain)
-    assert [source for _, source in chain[1:]] == list(made.answers[:-1])
-    assert 10000 <= int(value) <= 99998
-    assert made.after == (
-        f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
-    )
-    assert made.prefix == (
-        " Answer: According to the chain(s) of variable assignment in the text above, "
-        f"5 variables are assigned the value {value}, they are: "
-    )
-    example = re.findall(r"VAR ([A-Z]{3}) = ", made.before)
-    assert len(example) == 5
-    assert f"they are:  {' '.join(example)}\n\nMemorize and track" in made.before
-    assert len(made.gold) == 5
-
-
-def test_vt_never_names_a_variable_var(monkeypatch):
-    class Scripted(Random):
-        def choices(self, letters, k):
-            return list(queue.pop(0))
-
-    queue = ["VAR", "AAA", "AAA", "BBB", "CCC", "DDD", "EEE"]
-    made = TASKS["vt"]._problem(Scripted(0), 8, letters=3)
-    assert made.answers == ("AAA", "BBB", "CCC", "DDD", "EEE")
-
-
-def test_needles_in_prose_take_distinct_depth_slots():
-    assert len(SLOTS) == len(set(SLOTS)) == 40
-    assert (SLOTS[0], SLOTS[-1]) == (0, 100)
-    for seed in range(40):  # in 2000 words, two needles side by side would share a slot
-        made = TASKS["niah_multikey_1"].draw(Random(seed), 2000)
-        assert not re.search(rf"{NEEDLE.pattern} {NEEDLE.pattern}", made.context)
-
-
-def test_a_given_depth_halves_the_prose():
-    made = draft("niah_single_2", 3, depth=50)
-    before = text.split_sentences(made.context[: made.gold[0][0]].strip())
-    after = text.split_sentences(made.context[made.gold[0][1] :].strip())
-    assert made.depth == 50
-    assert abs(len(before) - len(after)) <= 1
-
-
-@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
-def test_depth_0_comes_first_and_depth_100_last(name):
-    assert draft(name, depth=0).gold[0][0] == 0
-    last = draft(name, depth=100)
-    assert last.gold[0][1] == len(last.context)
-
-
-def test_prose_goes_on_from_the_start_past_its_end():
-    words = len(" ".join(text.prose()).split())
-    made = TASKS["niah_single_2"].draw(Random(0), words + 500)
-    rest = made.context.replace(made.context[slice(*made.gold[0])], " ")
-    assert len(rest.split()) == words + 500
+@pytest.mark.parametrize("name", COUNTED)
+def test_counted_words_have_no_place(name):
+    assert (draft(name).gold, draft(name).depth) == ((), None)
 
 
 @pytest.mark.parametrize(
-    ("output", "answers", "expected"),
+    ("output", "answers", "share", "part"),
     [
-        (" 1234567.", ["1234567"], 1.0),
-        ("1234568", ["1234567"], 0.0),
-        ("", ["1234567"], 0.0),
-        ("abcde, FGHIJ", ["ABCDE", "FGHIJ", "KLMNO", "PQRST"], 0.5),
-        ("4 1111111 and 2222222", ["2222222", "1111111"], 1.0),
-        ("123\x004567", ["1234567"], 0.0),
+        (" 1234567.", ["1234567"], 1.0, 1.0),
+        ("1234568", ["1234567"], 0.0, 0.0),
+        ("", ["1234567"], 0.0, 0.0),
+        ("abcde, FGHIJ", ["ABCDE", "FGHIJ", "KLMNO", "PQRST"], 0.5, 1.0),
+        ("4 1111111 and 2222222", ["2222222", "1111111"], 1.0, 1.0),
+        ("123\x004567", ["1234567"], 0.0, 0.0),
+        ("In the Middle Ages", ["middle ages", "the Middle Ages", "1066"], 2 / 3, 1.0),
+        ("not at all", ["no"], 1.0, 1.0),  # RULER's own weakness, kept so that scores compare
     ],
 )
-def test_score_is_the_share_of_answers_found(output, answers, expected):
-    assert score(output, answers) == expected
+def test_all_is_the_share_of_answers_found_and_part_whether_any_was(output, answers, share, part):
+    assert score(output, answers) == score(output, answers, "all") == share
+    assert score(output, answers, "part") == part
 
 
 def test_clean_strips_and_turns_control_characters_into_line_breaks():
     assert clean(" \x07a\tb\x00 ") == "a\nb"
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(0, None), (1, 1), (6, 6), (10, 10), (99, 10)])
-def test_largest_bisects_to_the_last_that_fits(limit, expected):
-    assert largest(lambda n: n <= limit, 1, 10) == expected
