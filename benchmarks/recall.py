@@ -12,12 +12,12 @@ block's, which ask the question. Rows of every `--stride`th query block are look
 from __future__ import annotations
 
 import argparse
-import platform
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import transformers
+from cpu_reference import processor
 from torch import Tensor
 
 import hfsparse
@@ -40,9 +40,8 @@ def arms(length: int) -> dict[str, object]:
         made[f"block_topk share {share:g}"] = BlockTopK(share, min_blocks=2)
         columns, diagonals = round(length * share * 0.6), round(length * share * 0.2)
         made[f"vertical_slash {columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
-        made[f"streaming 64+{round(length * share * 0.5)}"] = Streaming(
-            64, round(length * share * 0.5)
-        )
+        recent = round(length * share * 0.5)
+        made[f"streaming 64+{recent}"] = Streaming(64, recent)
     for tau in (0.8, 0.9, 0.95, 0.98):
         made[f"antidiagonal tau {tau:g}"] = Antidiagonal(tau, max_share=1.0)
     return made
@@ -98,7 +97,6 @@ def main() -> None:
                 scores = scores.masked_fill(at > rows[:, None], -torch.inf)
                 mass = torch.softmax(scores, 1)
                 last = float(i == grid.nq - 1)
-
                 by_block = mass.unflatten(1, (-1, BLOCK)).sum(2)
                 for skip in SKIPS:
                     kept = kept_by_skipping(scores, i, skip)
@@ -127,8 +125,8 @@ def main() -> None:
 def report(given, totals: dict[str, Tensor]) -> str:
     lines = [
         f"{Path(given.model).name}, prompts: {given.prompts} of {given.length:,} tokens, blocks of "
-        f"{BLOCK}; mean over all q heads. {platform.machine()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}.",
+        f"{BLOCK}, every {given.stride}th query block; mean over all q heads. {processor()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "| what | block density | recall | recall, last block |",
         "| --- | --- | --- | --- |",

@@ -40,13 +40,17 @@ def predict(
     config: Any, plan: Plan | None, tokens: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
 ) -> Memory:
     """Of a batch of prompts of `tokens`, in calls of `chunk` (0: one); None is the stock model."""
+    beside = _beside_weights(config, plan, tokens, batch, chunk, itemsize)
+    return Memory(itemsize * parameters(config), *beside)
+
+
+def _beside_weights(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
+    """Bytes of cache and work."""
     text = config.get_text_config(decoder=True)
     cache, dense = cache_elements(config, plan or Plan.full(ModelId.of(config)), tokens, batch)
     live = WIDE * text.intermediate_size + NARROW * text.hidden_size
     work = batch * min(tokens, chunk or tokens) * live
-    return Memory(
-        *(itemsize * n for n in (parameters(config), dense if plan is None else cache, work))
-    )
+    return itemsize * (dense if plan is None else cache), itemsize * work
 
 
 def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:
@@ -73,13 +77,19 @@ def parameters(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def longest(config: Any, plan: Plan | None, room: int, **more: int) -> int:
+def longest(
+    config: Any, plan: Plan | None, room: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
+) -> int:
     """The longest prompt whose peak fits in `room` bytes; 0: none does."""
+    room -= itemsize * parameters(config)
+
+    def fits(tokens: int) -> bool:
+        return sum(_beside_weights(config, plan, tokens, batch, chunk, itemsize)) <= room
+
     low, high = 0, 1
-    while high < LONGEST and predict(config, plan, high, **more).peak <= room:
+    while high < LONGEST and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = predict(config, plan, middle, **more).peak <= room
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -222,14 +222,14 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(
         f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
     )
+    skip = plan.skip is not None
     for what, (table, lists) in kinds.items():
-        skip = plan.skip is not None and table is kernels.PREFILL
-        asked = replace(need, lists=lists or skip, skip=skip)
+        skips = skip and table is kernels.PREFILL
+        asked = replace(need, lists=lists or skips, skip=skips)
         chosen = kernels.pick(table, asked)
         better = table[: table.index(chosen)]
         why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    skip = plan.skip is not None
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]

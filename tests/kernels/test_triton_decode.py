@@ -146,3 +146,12 @@ def test_a_small_gpu_refuses_what_it_cannot_hold(monkeypatch, room):
             assert (tile is None) == ("too wide" in (why or ""))
         if dtype == HALF:  # seen when compiled for sm_80 to sm_90: at most 43 KiB at one stage
             assert why is None
+
+
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("logits", [False, True])
+def test_on_a_gpu_it_is_taken_before_every_other_kernel(monkeypatch, lists, logits):
+    triton_decode = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError)
+    monkeypatch.setattr(triton_decode, "tile_of", lambda *args: (16, 3, 4))
+    need = kernels.Need(torch.device("cuda"), HALF, 128, 128, lists=lists, logits=logits)
+    assert kernels.pick.__wrapped__(kernels.DECODE, need).name == "Triton"
