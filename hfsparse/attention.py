@@ -7,6 +7,8 @@ kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hfsparse import kernels
-from hfsparse.cache import Group, Layer, Ring, take_layer
+from hfsparse.cache import Group, Layer, Ring, ring_positions, take_layer
 from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block, index_on
 from hfsparse.plan import Below
 
@@ -28,15 +30,18 @@ STEP = (
 )
 
 
+fixed = threading.local()  # .step: what this thread's decode reads while a CUDA graph records it
+
+
 class PatchError(ValueError):
     """A model that can't be patched, or is used in a way its patch can't follow."""
 
 
 class Counts:
-    """What one layer computed since the last reset, and what dense attention would have."""
+    """What one layer computed for prompts since the last reset, and what dense attention would."""
 
-    def __init__(self, q_heads: int, kv_heads: int):
-        self.q_heads, self.kv_heads = q_heads, kv_heads
+    def __init__(self, q_heads: int):
+        self.q_heads = q_heads
         self.reset()
 
     def reset(self) -> None:
@@ -47,8 +52,6 @@ class Counts:
         self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
         self.skipped = torch.zeros(self.q_heads, 2, dtype=torch.int64)
-        # Decode steps, by kv head: keys read, and keys that dense attention would read.
-        self.reads = torch.zeros(2, self.kv_heads, dtype=torch.float64)
 
     def add_whole(self, heads: list[int], work: tuple[int, int]) -> None:
         """Heads that were computed densely: pairs and blocks of that."""
@@ -79,12 +82,6 @@ class Counts:
         with np.errstate(invalid="ignore"):
             return kept / dense
 
-    def add_reads(self, heads: tuple[int, ...], reads: Tensor, total: Tensor) -> None:
-        """reads [B] or [B, heads], total [B]: keys read by the newest query, keys it could see."""
-        self.reads = self.reads.to(reads.device)
-        self.reads[0, heads] += reads.sum(0)
-        self.reads[1, heads] += total.sum()
-
 
 def _add(table: dict, heads: list[int], work: tuple[int, int]) -> None:
     held = table.setdefault(tuple(heads), [0, 0])
@@ -97,6 +94,7 @@ class LayerPlan:
 
     owner: str
     index: int
+    kv_heads: int
     prefill: tuple[Any, ...]  # a q head's pattern, None: full
     groups: tuple[Group, ...]  # kv heads by how their cache is kept and read
     rings: frozenset[int]  # kv heads whose cache the plan makes a ring
@@ -104,6 +102,8 @@ class LayerPlan:
     skip: float | None  # prompts: how far below the running maximum a tile is left out
     window: int | None  # the model's own sliding window
     counts: Counts
+    leads: bool  # the first layer: counts the decode steps of all
+    steps: Counter[tuple[int, int]]  # how often a row came to n tokens with m new ones
     observe: Any = (
         None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
     )
@@ -111,6 +111,31 @@ class LayerPlan:
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
         return Layer(self.owner, self.groups, below, reserve, expected, self.window)
+
+    def decode_shares(self) -> list[float]:
+        """Per kv head: keys read by decode steps, of those that dense attention reads."""
+        shares = [float("nan")] * self.kv_heads
+        if not self.steps:
+            return shares
+        length, new, times = (
+            np.array(x) for x in zip(*((*at, t) for at, t in self.steps.items()), strict=True)
+        )
+        total = np.minimum(length, self.window or FAR)
+        for group in self.groups:
+            limit = self.below.decode if group.band == FULL else self.below.cache
+            if group.selector is not None:
+                read = group.selector.reads(length, new)
+            elif group.band == FULL:
+                read = length
+            else:
+                read = np.minimum(length, group.band.sink + group.band.span(length - 1))
+            if group.band == FULL or self.window is None:
+                read = np.where(length < limit, length, read)
+            for head in group.heads:
+                shares[head] = float(
+                    (np.minimum(read, total) * times).sum() / (total * times).sum()
+                )
+        return shares
 
 
 @dataclass(frozen=True)
@@ -155,17 +180,27 @@ def mask_start(
         return attention_mask
     if attention_mask.ndim != 2:
         raise PatchError(_wrong_mask(attention_mask))
-    real = attention_mask.bool()
-    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+    found = row_starts(attention_mask)
+    if found is None:
+        return None
+    starts = torch.tensor(found, device=attention_mask.device)
+    starts.on_host = found  # asked once, not in every layer
+    return starts
+
+
+def row_starts(mask: Tensor | None) -> list[int] | None:
+    """The first real column of each row of a mask `[B, columns]`; None: all 0. Asks the device."""
+    if mask is None:
+        return None
+    real, width = mask.bool(), mask.shape[1]
+    count, first = torch.stack([real.sum(1), real.byte().argmax(1)]).tolist()  # one wait
+    starts = [f if n else width for f, n in zip(first, count, strict=True)]
+    if any(f + n != width for f, n in zip(starts, count, strict=True)):
         raise PatchError(
             "attention_mask has holes or right padding. hfsparse supports left padding only: set "
             "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
         )
-    if bool(real.all()):
-        return None
-    starts = (~real).sum(1)
-    starts.on_host = starts.tolist()  # asked once, not in every layer
-    return starts
+    return starts if any(starts) else None
 
 
 def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:
@@ -212,13 +247,16 @@ def attend(
     starts = None if attention_mask is None else _on_host(attention_mask)
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
+    elif getattr(fixed, "step", None) is not None:
+        past, new = layer.rows, [Q] * B
+        layer.rows = [n + Q for n in past]
     else:
         past, new = layer.advance(starts, Q)
     padded = min(new) < Q
     if padded:
         pads = torch.tensor([Q - n for n in new], device=query.device)
         query, key, value = (_shift(t, pads) for t in (query, key, value))
-    if layer is not None and Q <= STEP and layer.seen > max(Q, layer.expected):
+    if layer is not None and is_step(layer, Q, layer.seen):
         out = _decode(plan, layer, query, key, value, past, new, logits)
     else:
         out = _prefill(plan, layer, query, key, value, past, new, logits)
@@ -231,6 +269,11 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+def is_step(layer: Layer, Q: int, seen: int) -> bool:
+    """Whether Q new tokens, the last of `seen`, are decode: few, and behind the prompt."""
+    return Q <= STEP and seen > max(Q, layer.expected)
+
+
 def _on_host(starts: Tensor) -> list[int]:
     return getattr(starts, "on_host", None) or starts.tolist()
 
@@ -238,7 +281,7 @@ def _on_host(starts: Tensor) -> list[int]:
 def _refuse(plan, query, key, mask, dropout, window, more) -> None:
     if mask is not None and mask.ndim != 1:
         raise PatchError(_wrong_mask(mask))
-    heads = plan.counts.q_heads, plan.counts.kv_heads
+    heads = plan.counts.q_heads, plan.kv_heads
     if (query.shape[1], key.shape[1]) != heads:
         raise PatchError(
             f"layer {plan.index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
@@ -461,52 +504,60 @@ def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Ten
     return at_heads(sorted(set(kv)) if whole else kv, device)
 
 
-@dataclass(frozen=True, eq=False)
 class Step:
-    """A call of a few new tokens, the same for every layer: what lies where."""
+    """A call of a few new tokens, the same for every layer: what lies where.
 
-    rows: tuple[int, ...]  # tokens in each row, the new ones included
-    length: Tensor  # [B] these
-    query_pos: Tensor  # [B, Q] position of each new token, -1 where a row has none
+    Whatever differs from step to step is read from its tensors: a CUDA graph of the step only
+    needs these to be filled anew.
+    """
 
-    def held(self, slots: int) -> Tensor:
-        """[B, slots] position of each slot of a full store, -1 for none."""
-        return _held(self, slots, torch.is_inference_mode_enabled())
+    def __init__(self, length: Tensor, query_pos: Tensor, longest: int | None):
+        self.length = length  # [B] tokens in each row, the new ones included
+        self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
+        self.longest = longest  # tokens of the longest row; None: not to be relied on
+        self._rings: dict[tuple[int, int], Tensor] = {}
+
+    def ring(self, sink: int, size: int) -> Tensor:
+        """[B, sink + size] position held by each slot of such a ring, -1 for none."""
+        if (sink, size) not in self._rings:
+            low = torch.full_like(self.length, sink)
+            self._rings[sink, size] = ring_positions(self.length, low, sink, size)
+        return self._rings[sink, size]
 
 
 @lru_cache(16)
-def _step(past, rows, Q, device, inference) -> Step:
+def _step(past, rows, Q, device, inference, thread) -> Step:
     """The same for every layer of a call. `inference`: its tensors can't be used outside."""
     first, length = (torch.tensor(t, device=device) for t in (past, rows))
     lane = torch.arange(Q, device=device)
     query_pos = first[:, None] + lane
-    return Step(rows, length, torch.where(query_pos < length[:, None], query_pos, -1))
-
-
-@lru_cache(2)
-def _held(step: Step, slots: int, inference) -> Tensor:
-    slot = torch.arange(slots, device=step.length.device)
-    return torch.where(slot < step.length[:, None], slot, -1)
+    query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
+    return Step(length, query_pos, max(rows) if device.type == "cpu" else None)
 
 
 def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
     """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    shape = tuple(past), tuple(layer.rows), q.shape[2]
-    step = _step(*shape, q.device, torch.is_inference_mode_enabled())
+    rows, Q = layer.rows, q.shape[2]
+    step = getattr(fixed, "step", None)
+    if step is None:
+        modes = torch.is_inference_mode_enabled(), threading.get_ident()
+        step = _step(tuple(past), tuple(rows), Q, q.device, *modes)
+        if plan.leads:
+            plan.steps.update(zip(rows, new, strict=True))
+    out = None
     for store in layer.stores:
         heads = store.group.heads
         at = at_heads(heads, k.device)
-        store.append(k[:, at], v[:, at], past, new)
+        store.append(k[:, at], v[:, at], past, new, step.query_pos)
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
-        for short, rows in _alike([n < limit for n in layer.rows]):
+        for short, some in _alike([n < limit for n in rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
-            some = q[:, at_heads(own, q.device)]
-            part, reads = read(store, short, rows, some, step, logits.of(own))
-            _put(out, rows, own, part)
-            (total,) = _some(rows, step.length)
-            plan.counts.add_reads(heads, reads, total.clamp(max=plan.window or FAR))
+            part = read(store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own))
+            if some is None and len(own) == q.shape[1]:
+                return part
+            out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
+            _put(out, some, own, part)
     return out
 
 
@@ -516,34 +567,24 @@ def _decoder(q, k, v, logits, lists=False) -> kernels.Kernel:
     return kernels.pick(kernels.DECODE, need)
 
 
-def _read_ring(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
-    """Attention over sink and window (short rows: all they hold), and how many keys that read."""
-    whole = q, store.k, store.v, step.query_pos, store.positions(step.rows), step.length
+def _read_ring(store, short, rows, q, step, logits) -> Tensor:
+    """Attention over sink and window; short rows: over all that the ring holds."""
+    held = step.ring(store.band.sink, store.size)
+    whole = q, store.k, store.v, step.query_pos, held, step.length
     q, k, v, query_pos, held, length = _some(rows, *whole)
-    kernel = _decoder(q, k, v, logits)
-    if short:
-        return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
-    band = store.band
-    start = band.start(query_pos)
-    reads = torch.minimum(length, band.sink + band.span(length - 1))
-    out = kernel.run(q, k, v, query_pos, held, start=start, sink=band.sink, **logits)
-    return out, reads[:, None]
+    if not short:
+        logits = {**logits, "start": store.band.start(query_pos), "sink": store.band.sink}
+    return _decoder(q, k, v, logits).run(q, k, v, query_pos, held, length=length, **logits)
 
 
-def _read_full(store, short, rows, q, step, logits) -> tuple[Tensor, Tensor]:
+def _read_full(store, short, rows, q, step, logits) -> Tensor:
     """Attention over all keys, or over the pages that the selector chooses."""
     selector = None if short else store.group.selector
-    longest = max(step.rows)
-    pages = -(-longest // PAGE)
-    k, v = store.view(longest if selector is None else pages * PAGE)
-    whole = q, k, v, step.query_pos, step.held(k.shape[2]), step.length
-    q, k, v, query_pos, held, length = _some(rows, *whole)
+    k, v = store.view(step.longest)
+    q, k, v, query_pos, length = _some(rows, q, k, v, step.query_pos, step.length)
     if selector is None:
-        kernel = _decoder(q, k, v, logits)
-        return kernel.run(q, k, v, query_pos, held, **logits), length[:, None]
-    low, high = _some(rows, store.low[:, :, :pages], store.high[:, :, :pages])
+        return _decoder(q, k, v, logits).run(q, k, v, query_pos, None, length=length, **logits)
+    low, high = _some(rows, *store.summaries(step.longest))
     chosen = kernels.choose_pages(selector, q, low, high, length, logits["scale"])
     kernel = _decoder(q, k, v, logits, lists=True)
-    tail = -length % PAGE  # the row's last page is always read
-    reads = chosen.count * PAGE - tail[:, None]
-    return kernel.run(q, k, v, query_pos, held, chosen, **logits), reads
+    return kernel.run(q, k, v, query_pos, None, chosen, length=length, **logits)

@@ -103,13 +103,13 @@ def bench(model: PreTrainedModel, plan: Plan, lengths: list[int], repeat: int = 
     for tokens in sorted(lengths):
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
         times: dict[str, list[float]] = {"dense": [], "sparse": []}
-        peaks, clock = {}, _Clock(model.device)
+        peaks, clock = {}, Clock(model.device)
         for turn in range(repeat + 2):  # the first one warms up, the last one is looked into
             looked = clock if turn > repeat else contextlib.nullcontext()
-            seconds, peaks["dense"] = _first_token(model, ids)
+            seconds, peaks["dense"] = first_token(model, ids)
             times["dense"].append(seconds)
             with hfsparse.patch(model, plan) as handle, looked:
-                seconds, peaks["sparse"] = _first_token(model, ids)
+                seconds, peaks["sparse"] = first_token(model, ids)
                 times["sparse"].append(seconds)
                 density = handle.stats().pair_density
         yield Row(
@@ -152,30 +152,37 @@ def written(plan: Plan, rows: list[Row], device: str) -> Plan:
     return dataclasses.replace(plan, measured={**plan.measured, device: entry})
 
 
-def _first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
+def first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
     """Seconds to the first token's logits, and peak bytes (0 where the device doesn't tell)."""
-    cuda = model.device.type == "cuda"
+    return timed(model.device, lambda: model(ids, use_cache=True, logits_to_keep=1))
+
+
+@torch.inference_mode()
+def timed(device: torch.device, run: Callable) -> tuple[float, int]:
+    """Seconds that `run()` takes, and peak bytes."""
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with torch.inference_mode():
-        model(ids, use_cache=True, logits_to_keep=1)
+    run()
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
 
 
-class _Clock:
+class Clock:
     """Device time spent in choosing blocks and in prefill kernels, while entered."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.kernels: list[str] = []  # names of those that ran, in order
         self.marks: dict[str, list[tuple]] = {"choose": [], "attend": []}
 
     def __enter__(self) -> None:
         rows = tuple(
-            dataclasses.replace(row, run=self._timed("attend", row.run)) for row in kernels.PREFILL
+            dataclasses.replace(row, run=self._timed("attend", row.run, row.name))
+            for row in kernels.PREFILL
         )
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(replaced.object(kernels, "PREFILL", rows))
@@ -185,8 +192,10 @@ class _Clock:
     def __exit__(self, *error) -> None:
         self.stack.close()
 
-    def _timed(self, what: str, run: Callable) -> Callable:
+    def _timed(self, what: str, run: Callable, name: str | None = None) -> Callable:
         def timed(*args, **more):
+            if name is not None and name not in self.kernels:
+                self.kernels.append(name)
             start = self._now()
             result = run(*args, **more)
             self.marks[what].append((start, self._now()))

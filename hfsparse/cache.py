@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hfsparse.lists import FULL, PAGE, Band, Grid
+from hfsparse import kernels
+from hfsparse.lists import FAR, FULL, PAGE, Band, Grid
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
 
@@ -172,16 +172,23 @@ class Layer(CacheLayerMixin):
         """Bytes allocated for keys, values and summaries."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
 
-    def dense_bytes(self) -> int:
-        """Bytes of the stock cache: every column, or the model's window, of every row and head."""
+    def column_bytes(self) -> int:
+        """Bytes of one column of the stock cache, over all rows and heads."""
         heads = sum(len(store.group.heads) for store in self.stores)
         width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
-        columns = self.seen if self.window is None else min(self.seen, self.window)
-        return len(self.rows) * heads * columns * width
+        return len(self.rows) * heads * width
 
-    def advance(self, starts: list[int] | None, new_columns: int) -> tuple[list[int], list[int]]:
-        """Past and new tokens of each row, given the first real column of each (None: all 0)."""
-        before = self.seen - new_columns
+    def dense_bytes(self) -> int:
+        """Bytes of the stock cache: every column, or the model's window, of every row and head."""
+        return self.column_bytes() * min(self.seen, self.window or FAR)
+
+    def lengths(
+        self, starts: list[int] | None, before: int, new_columns: int
+    ) -> tuple[list[int], list[int]]:
+        """Past and new tokens of each row when columns follow `before` others.
+
+        starts: the first real column of each row (None: all 0).
+        """
         starts = starts or [0] * len(self.rows)
         past = [max(before - s, 0) for s in starts]
         if past != self.rows:
@@ -189,7 +196,11 @@ class Layer(CacheLayerMixin):
                 f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
                 f"hold {past}: pass the mask of the whole conversation, earlier padding included"
             )
-        new = [self.seen - max(before, s) for s in starts]
+        return past, [before + new_columns - max(before, s) for s in starts]
+
+    def advance(self, starts: list[int] | None, new_columns: int) -> tuple[list[int], list[int]]:
+        """As `lengths`, of columns that `update` has seen; the rows are longer by them now."""
+        past, new = self.lengths(starts, self.seen - new_columns, new_columns)
         self.rows = [p + n for p, n in zip(past, new, strict=True)]
         return past, new
 
@@ -218,11 +229,23 @@ class Full:
         for name in ("k", "v", "low", "high") if self.group.selector else ("k", "v"):
             setattr(self, name, getattr(self, name)[picked])
 
-    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`."""
-        need = max(p + n for p, n in zip(past, new, strict=True))
-        if need > self.k.shape[2]:
+    def room(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows that grow from `past` to `rows` tokens."""
+        if (need := max(rows)) > self.k.shape[2]:
             self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
+
+    def append(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], at: Tensor | None = None
+    ) -> None:
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`.
+
+        `at` [B, Q], for a few tokens: their positions, which a kernel follows where there is one.
+        """
+        self.room(past, [p + n for p, n in zip(past, new, strict=True)])
+        if at is not None and kernels.append(
+            k, v, self.k, self.v, at, low=self.low, high=self.high
+        ):
+            return
         for rows, p, n in _alike(past, new):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
@@ -244,9 +267,14 @@ class Full:
         self.low[rows, :, page:last] = keys.masked_fill(empty, torch.inf).amin(3)
         self.high[rows, :, page:last] = keys.masked_fill(empty, -torch.inf).amax(3)
 
-    def view(self, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` tokens of every row."""
+    def view(self, length: int | None) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens of every row; None: all that there is room for."""
         return self.k[:, :, :length], self.v[:, :, :length]
+
+    def summaries(self, length: int | None) -> tuple[Tensor, Tensor]:
+        """Minima and maxima of the pages of the first `length` tokens; None: of all."""
+        pages = None if length is None else -(-length // PAGE)
+        return self.low[:, :, :pages], self.high[:, :, :pages]
 
 
 class Ring:
@@ -296,24 +324,35 @@ class Ring:
 
     def positions(self, rows: Sequence[int]) -> Tensor:
         """[B, sink + size] position held by each slot for rows of these lengths, -1 for none."""
-        shape = tuple(rows), tuple(self.low), self.band.sink, self.size
-        return _positions(*shape, self.k.device, torch.is_inference_mode_enabled())
+        length, low = (torch.tensor(t, device=self.k.device) for t in (rows, self.low))
+        return ring_positions(length, low, self.band.sink, self.size)
 
-    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; forget what the window passed."""
-        rows = [p + n for p, n in zip(past, new, strict=True)]
+    def room(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows that grow from `past` to `rows` tokens; forget what they pass."""
         self._resize(past, rows)
         sink = self.band.sink
-        for at, p, n in _alike(past, new):
-            at_sink = max(p, min(p + n, sink))
-            ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
-            kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
-            slot = self.slots(kept)
-            self.k[at, :, slot], self.v[at, :, slot] = k[at, :, kept - p], v[at, :, kept - p]
         self.low = [
             max(min(low, max(p, sink)), n - self.size, sink)
             for low, p, n in zip(self.low, past, rows, strict=True)
         ]
+
+    def append(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], at: Tensor | None = None
+    ) -> None:
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; `at` as `Full.append` has it."""
+        self.room(past, [p + n for p, n in zip(past, new, strict=True)])
+        sink = self.band.sink
+        if at is not None and kernels.append(k, v, self.k, self.v, at, sink=sink, size=self.size):
+            return
+        for rows, p, n in _alike(past, new):
+            at_sink = max(p, min(p + n, sink))
+            ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
+            kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
+            slot = self.slots(kept)
+            self.k[rows, :, slot], self.v[rows, :, slot] = (
+                k[rows, :, kept - p],
+                v[rows, :, kept - p],
+            )
 
     def _resize(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows of these lengths; trim once a crop can't lead back under `below`."""
@@ -369,11 +408,13 @@ class Ring:
         return gather(self.k, k), gather(self.v, v), grid
 
 
-@lru_cache(16)
-def _positions(rows, low, sink, size, device, inference) -> Tensor:
-    """As Ring.positions; rings alike share it. `inference`: it can't be used outside."""
-    length, low = (torch.tensor(t, device=device)[:, None] for t in (rows, low))
-    slot = torch.arange(sink + size, device=device)
+def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:
+    """[B, sink + size] position that each slot of a ring holds, -1 for none.
+
+    length [B]: tokens in the row; low [B]: beyond the sink, keys before it are not held.
+    """
+    length, low = length[:, None], low[:, None]
+    slot = torch.arange(sink + size, device=length.device)
     newest = length - 1 - sink  # counted, like the slots, from the sink's end
     rest = sink + newest - (newest - (slot - sink)) % max(size, 1)
     at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))

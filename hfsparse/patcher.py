@@ -16,7 +16,9 @@ import inspect
 import os
 import uuid
 import warnings
-from collections.abc import Collection, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -36,7 +38,8 @@ from hfsparse import kernels
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attend, mask_start
 from hfsparse.cache import CacheError, Group, Layer, enter
 from hfsparse.fingerprint import LINEAR, attention_values, windows
-from hfsparse.lists import FULL, Band
+from hfsparse.graphs import Graphs
+from hfsparse.lists import FAR, FULL, Band
 from hfsparse.loading import device_name
 from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.stats import LayerStats, Stats
@@ -53,11 +56,14 @@ class State:
     plan: Plan
     layers: list[LayerPlan]  # of the layers that have attention
     implementations: list[tuple[Any, str]]  # every config and the attention it asked for
+    graphs: Graphs
     hooks: list[Any] = field(default_factory=list)
-    held: list[list[tuple[tuple[int, ...], int]]] = field(
-        default_factory=list
-    )  # bytes of the last call
-    dense_bytes: int = 0
+    # Of the last call that had a cache: bytes held by layer and kv heads; of the stock cache by
+    # layer, a column's bytes and how many are kept; columns seen.
+    held: list[list[tuple[tuple[int, ...], int]]] = field(default_factory=list)
+    dense: list[tuple[int, int]] = field(default_factory=list)
+    seen: int = 0
+    cache: Callable[[], Layer | None] = lambda: None  # its first layer, as long as it lives
 
 
 class Patched:
@@ -84,26 +90,26 @@ class Patched:
         layers = [LayerStats([], [], [], [], [], []) for _ in state.plan.layers]
         for at, layer in enumerate(state.layers):
             pairs, blocks = layer.counts.densities().tolist()
-            reads, dense_reads = layer.counts.reads.cpu()
             skipped, tiles = layer.counts.skipped.double().T.cpu()
-            kv_bytes = [0] * len(reads)
+            kv_bytes = [0] * layer.kv_heads
             for heads, size in state.held[at] if state.held else ():
                 for head in heads:
                     kv_bytes[head] = size // len(heads)
             layers[layer.index] = LayerStats(
                 pairs,
                 blocks,
-                (reads / dense_reads).tolist(),
+                layer.decode_shares(),
                 kv_bytes,
                 layer.counts.cut.tolist(),
                 (skipped / tiles).tolist(),
             )
-        return Stats(layers, state.dense_bytes)
+        return Stats(layers, sum(size * min(most, state.seen) for size, most in state.dense))
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
         for layer in self._own().layers:
             layer.counts.reset()
+            layer.steps.clear()
 
     def explain(self) -> str:
         """What runs where and why, in words."""
@@ -151,7 +157,8 @@ def patch(
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask_start)
-    state = State(layers[0].owner, plan, layers, before)
+    graphs = Graphs(layers, linear=len(layers) < plan.model.layers)
+    state = State(layers[0].owner, plan, layers, before, graphs)
     try:
         for config, _ in before:
             if config is modules[0].config:
@@ -163,6 +170,10 @@ def patch(
         state.hooks.append(
             decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
         )
+        if "forward" in decoder.__dict__:
+            graphs.never = "its decoder's forward is not its class's (accelerate's hooks?)"
+        else:
+            decoder.forward = MethodType(_replaying(type(decoder)), decoder)
         model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
         for name in SERVING:
             if hasattr(type(model), name):
@@ -193,6 +204,9 @@ def _restore(model: PreTrainedModel, state: State) -> None:
         hook.remove()
     for config, name in state.implementations:
         config._attn_implementation_internal = name
+    decoder = model.get_decoder()
+    if getattr(decoder.forward, "__func__", None) is _replaying(type(decoder)):
+        del decoder.forward
     for module in model.modules():
         module.__dict__.pop("_hfsparse", None)
     for name in ("_prepare_cache_for_generation", *SERVING, "_compiled_call", "_cache"):
@@ -232,6 +246,8 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
+    why = state.graphs.why
+    lines.append("new tokens, as a CUDA graph: " + ("yes" if why is None else f"no ({why})"))
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:
         lines.append(
@@ -316,6 +332,7 @@ def _layer_plans(
     plan: Plan, indices: list[int], windows: list[int | None], below: Below
 ) -> list[LayerPlan]:
     plans, owner = [], uuid.uuid4().hex
+    steps: Counter[tuple[int, int]] = Counter()
     for index in indices:
         words, window = plan.layers[index], windows[index]
         rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
@@ -329,13 +346,16 @@ def _layer_plans(
             LayerPlan(
                 owner,
                 index,
+                plan.model.kv_heads,
                 tuple(plan.patterns.get(word) for word in words.prefill),
                 tuple(Group(tuple(heads), g.band, g.selector) for g, heads in groups.items()),
                 rings,
                 below,
                 plan.skip,
                 window,
-                Counts(plan.model.q_heads, plan.model.kv_heads),
+                Counts(plan.model.q_heads),
+                not plans,
+                steps,
             )
         )
     return plans
@@ -344,6 +364,22 @@ def _layer_plans(
 @functools.cache
 def _parameters(decoder: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
+
+
+@functools.cache
+def _replaying(decoder: type):
+    """The forward of a patched text decoder: the class's own, or the replay of a recorded step."""
+
+    @functools.wraps(decoder.forward)
+    def forward(self, *args, **kwargs):
+        state = self.__dict__.get("_hfsparse")
+        own = functools.partial(decoder.forward, self)
+        if args or state is None or torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        return state.graphs.run(own, self, kwargs, cache)
+
+    return forward
 
 
 @torch.compiler.disable
@@ -387,11 +423,15 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
     if not all(layer.is_initialized for layer in layers):
         return  # gradient checkpointing goes without
+    state.seen = layers[0].seen
+    if state.graphs.why is None and state.cache() is layers[0]:
+        return  # a replay: it wrote into what was there
+    state.cache = weakref.ref(layers[0])
     state.held = [
         [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
         for layer in layers
     ]
-    state.dense_bytes = sum(layer.dense_bytes() for layer in layers)
+    state.dense = [(layer.column_bytes(), layer.window or FAR) for layer in layers]
 
 
 def _check_width(given: dict, cache: Any) -> None:
@@ -415,7 +455,6 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
     if not isinstance(cache, Cache):
         raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
     ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
-    layer_kinds = {type(layer).__name__ for layer in cache.layers}
     if ours:
         if len({n for layer in ours for n in (layer.seen, layer.stored)}) > 1:
             raise CacheError(
@@ -425,6 +464,7 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
         for layer in ours:
             layer.expected = expected or layer.expected
         return
+    layer_kinds = {type(layer).__name__ for layer in cache.layers}
     special = [name for name in (kind, *layer_kinds) if "Quant" in name or "EncoderDecoder" in name]
     if special or getattr(cache, "offloading", False):
         what = f"a {special[0]}" if special else "an offloaded cache"

@@ -144,6 +144,18 @@ def choose_pages(
     return selector.pages(q, low, high, length, scale)
 
 
+def append(k: Tensor, v: Tensor, into_k: Tensor, into_v: Tensor, at: Tensor, **more) -> bool:
+    """Store a decode step's tokens as `triton_append.append` does, if that can; whether it did."""
+    need = Need.of(k, into_k, into_v, v)  # whichever of the four is trained
+    if _no_triton(need) is not None:
+        return False
+    fused = import_module("hfsparse.kernels.triton_append")
+    if fused.why_not(need) is not None:
+        return False
+    fused.append(k, v, into_k, into_v, at, **more)
+    return True
+
+
 def pairs(lists: BlockLists) -> Tensor:
     """[B, H] query-key pairs kept."""
     counts = lists.full_count

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hfsparse.kernels.reference import positions
 from hfsparse.lists import Grid
 
 MASK = 1 << 22  # booleans in the largest mask built at a time
@@ -35,13 +36,15 @@ def decode(
     k: Tensor,
     v: Tensor,
     query_pos: Tensor,
-    key_pos: Tensor,
+    key_pos: Tensor | None = None,
     *,
+    length: Tensor,
     scale: float,
     start: Tensor | None = None,
     sink: int = 0,
 ) -> Tensor:
     """As `reference.decode` without page lists: one masked call."""
+    key_pos = positions(key_pos, length, k.shape[2])
     return _masked(q, *_clean(k, v, key_pos), query_pos, key_pos, scale, start, sink)
 
 

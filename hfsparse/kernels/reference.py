@@ -188,9 +188,10 @@ def decode(
     k: Tensor,
     v: Tensor,
     query_pos: Tensor,
-    key_pos: Tensor,
+    key_pos: Tensor | None = None,
     pages: PageLists | None = None,
     *,
+    length: Tensor,
     scale: float,
     start: Tensor | None = None,
     sink: int = 0,
@@ -199,15 +200,16 @@ def decode(
 ) -> Tensor:
     """A few new queries q `[B, Hq, Q, D]` over a cache k, v `[B, Hkv, S, D]`: `[B, Hq, Q, Dv]`.
 
-    query_pos [B, Q] and key_pos [B, S]: positions in the row, -1 in dead slots. A key is read if
-    it is not after the query, lies in a listed page (pages=None: all), and is among the first
-    `sink` tokens or not before `start` [B, Q].
+    query_pos [B, Q] and key_pos [B, S]: positions in the row, -1 in dead slots. length [B]: slots
+    at or beyond it hold nothing either; key_pos=None: the others are their own positions. A key is
+    read if it is not after the query, lies in a listed page (pages=None: all), and is among the
+    first `sink` tokens or not before `start` [B, Q].
     """
     B, Hq, Q, D = q.shape
     Hkv, S = k.shape[1:3]
     short = -S % PAGE
     k, v = (pad(t, (0, 0, 0, short)).unflatten(2, (-1, PAGE)).flatten(0, 1) for t in (k, v))
-    held = pad(key_pos, (0, short), value=-1).view(B, -1, PAGE)
+    held = pad(positions(key_pos, length, S), (0, short), value=-1).view(B, -1, PAGE)
     n, device = k.shape[1], q.device
     if pages is None:
         everything = torch.arange(n, device=device).expand(B, Hkv, -1)
@@ -235,3 +237,9 @@ def decode(
         bare = s_aux.float().to(device).view(1, Hkv, group, 1).expand(B, -1, -1, Q)
         bare = bare.reshape(B * Hkv, -1, 1)
     return state.result(bare).view(B, Hq, Q, -1).to(v.dtype)
+
+
+def positions(key_pos: Tensor | None, length: Tensor, slots: int) -> Tensor:
+    """[B, slots] position of each slot, -1 where it holds nothing."""
+    slot = torch.arange(slots, device=length.device)
+    return torch.where(slot < length[:, None], slot if key_pos is None else key_pos, -1)

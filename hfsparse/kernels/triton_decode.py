@@ -2,10 +2,11 @@
 
 A program serves one kv head's queries, the q heads of its group as rows of one tile, over a share
 of the pages that the head reads (split-KV, as in Flash-Decoding); a second kernel merges the
-shares. Bound by memory: each key and value is read once where one tile holds the queries (not yet
-measured). How the pages are split depends on the
-batch and the device, never on the cache's length or capacity, so that a step of the same pages
-gives the same bits however much room the cache has, and a new length compiles nothing.
+shares, if there are several. Bound by memory: each key and value is read once where one tile holds
+the queries (not yet measured). How the pages are split depends on the batch and the device, never
+on the cache's length or capacity, and lengths are read on the device: a step of the same pages
+gives the same bits however much room the cache has, a new length compiles nothing, and a CUDA
+graph of a step serves every later one that the cache has room for.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def decode(
     k: Tensor,
     v: Tensor,
     query_pos: Tensor,
-    key_pos: Tensor,
+    key_pos: Tensor | None = None,
     pages: PageLists | None = None,
     *,
+    length: Tensor,
     scale: float,
     start: Tensor | None = None,
     sink: int = 0,
@@ -75,30 +77,30 @@ def decode(
     if out.numel() == 0:
         return out
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    query_pos, key_pos = query_pos.contiguous(), key_pos.contiguous()
+    query_pos, length = query_pos.contiguous(), length.contiguous()
     group = Hq // Hkv
     DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
     rows, stages, warps = tile_of(group * Q, max(DP, DVP), q.element_size(), str(q.device))
     tiles = triton.cdiv(group * Q, rows)
     splits = splits_of(B * Hkv * tiles, str(q.device))
-    if pages is None:  # every page up to the row's last live slot
-        slot = torch.arange(1, S + 1, device=q.device)
-        last = (slot * (key_pos >= 0)).amax(1) if S else query_pos.new_zeros(B)
-        listed, count = last, (-(-last // PAGE))[:, None].expand(B, Hkv)
-        width = (0, 0)
-    else:
+    listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
+    if pages is not None:
         listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
-        count, width = pages.count, listed.stride()[:2]
+        count, width = pages.count, (*listed.stride()[:2], *pages.count.stride())
     unit, inner = scale * LOG2E.value, 0.0
     if softcap:
         unit, inner = softcap * LOG2E.value, scale / softcap
-    part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)
+    part = out
+    if splits > 1:
+        part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)
     weight = q.new_empty(B * Hkv, splits, group * Q, dtype=torch.float32)
     _decode[(B * Hkv, splits, tiles)](
-        *(q, k, v, part, weight, query_pos, key_pos, listed, count),
+        *(q, k, v, part, weight, query_pos, length, listed, count),
+        query_pos if key_pos is None else key_pos.contiguous(),
         query_pos if start is None else start.contiguous(),
+        weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *(s for t in (q, k, v) for s in t.stride()[:3]),
-        *(*width, *count.stride(), S, Hkv, sink, Q, group * Q),
+        *(*width, S, Hkv, sink, Q, group * Q),
         *(unit, inner),
         D=D,
         DV=Dv,
@@ -107,21 +109,22 @@ def decode(
         ROWS=rows,
         PAGE=PAGE,
         LISTED=pages is not None,
+        HAS_KEY_POS=key_pos is not None,
         HAS_START=start is not None,
+        HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
         num_warps=warps,
         num_stages=stages,
     )
-    _merge[(B * Hkv, group * Q)](
-        *(part, weight, out, part if s_aux is None else s_aux.float().to(q.device).contiguous()),
-        *(splits, Hkv, group, Q),
-        DV=Dv,
-        DVP=DVP,
-        SPLITS=SPLITS,
-        HAS_SINKS=s_aux is not None,
-        num_warps=4,
-    )
+    if splits > 1:
+        _merge[(B * Hkv, group * Q)](
+            *(part, weight, out, splits, group * Q),
+            DV=Dv,
+            DVP=DVP,
+            SPLITS=SPLITS,
+            num_warps=4,
+        )
     return out
 
 
@@ -150,14 +153,15 @@ def splits_of(programs: int, device: str) -> int:
 
 @triton.jit(do_not_specialize="list_b list_h count_b count_h S Hkv sink Q rows".split())
 def _decode(
-    Q_, K, V, PART, WEIGHT, QUERY_POS, KEY_POS, PAGES, COUNT, START,
+    Q_, K, V, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, KEY_POS, START, SINKS,
     q_b: tl.int64, q_h: tl.int64, q_s, k_b: tl.int64, k_h: tl.int64, k_s,
     v_b: tl.int64, v_h: tl.int64, v_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
     S, Hkv, sink, Q, rows, unit, inner,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, PAGE: tl.constexpr, LISTED: tl.constexpr, HAS_START: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, LISTED: tl.constexpr, HAS_KEY_POS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Rows: q head of the group * Q + new token. Pages: this program's share of those listed.
     head = tl.program_id(0)
@@ -179,8 +183,16 @@ def _decode(
     acc = tl.zeros([ROWS, DVP], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:  # one more logit, of a key without a value: the first share has it
+        bare = tl.load(SINKS + kv * group + row // Q, mask=alive, other=0.0) * LOG2E
+        top = tl.where(tl.program_id(1) == 0, bare, top)
+        total = tl.where(tl.program_id(1) == 0, 1.0, total)
 
-    count = tl.load(COUNT + b * count_b + kv * count_h).to(tl.int32)
+    live = tl.minimum(tl.load(LENGTH + b).to(tl.int32), S)  # slots that may hold a key
+    if LISTED:
+        count = tl.load(COUNT + b * count_b + kv * count_h).to(tl.int32)
+    else:
+        count = tl.cdiv(live, PAGE)
     each = tl.cdiv(count, tl.num_programs(1))
     first = tl.program_id(1) * each
     lane = tl.arange(0, PAGE)
@@ -189,7 +201,10 @@ def _decode(
         if LISTED:
             page = tl.load(PAGES + b * list_b + kv * list_h + j).to(tl.int64)
         slot = page * PAGE + lane
-        key = tl.load(KEY_POS + b * S + slot, mask=slot < S, other=-1)
+        if HAS_KEY_POS:
+            key = tl.load(KEY_POS + b * S + slot, mask=slot < live, other=-1)
+        else:
+            key = tl.where(slot < live, slot, -1)
         held = key >= 0
         k = _rows(keys + page * PAGE * k_s, k_s, lane, held, D, DP, True)
         v = _rows(values + page * PAGE * v_s, v_s, lane, held, DV, DVP, True)
@@ -201,35 +216,30 @@ def _decode(
             *(True, SOFTCAP, False, PRECISION),
         )
 
-    # A share's output and, in base 2, the logarithm of its weight.
+    # A share's output and, in base 2, the logarithm of its weight; the whole one's is not needed.
     some = tl.where(total == 0, 1.0, total)
     place = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
     d = tl.arange(0, DVP)
     inside = alive[:, None] & (d < DV)[None, :]
-    tl.store(PART + place[:, None] * DV + d[None, :], acc / some[:, None], mask=inside)
+    part = (acc / some[:, None]).to(PART.dtype.element_ty)
+    tl.store(PART + place[:, None] * DV + d[None, :], part, mask=inside)
     tl.store(WEIGHT + place, top + tl.log2(some), mask=alive)
 
 
-@triton.jit(do_not_specialize="splits Hkv group Q".split())
+@triton.jit(do_not_specialize="splits rows".split())
 def _merge(
-    PART, WEIGHT, OUT, SINKS, splits, Hkv, group, Q,
-    DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,
-):  # fmt: skip
+    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr
+):
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, d = tl.arange(0, SPLITS), tl.arange(0, DVP)
-    place = (head * splits + split) * (group * Q) + row
+    place = (head * splits + split) * rows + row
     weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
     top = tl.max(weight, 0)
-    if HAS_SINKS:
-        bare = tl.load(SINKS + head % Hkv * group + row // Q) * LOG2E
-        top = tl.maximum(top, bare)
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that reads nothing
     share = tl.exp2(weight - top)
     total = tl.sum(share, 0)
-    if HAS_SINKS:
-        total += tl.exp2(bare - top)
     inside = (split < splits)[:, None] & (d < DV)[None, :]
     part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
     out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
-    out_at = OUT + (head * (group * Q) + row) * DV + d
+    out_at = OUT + (head * rows + row) * DV + d
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=d < DV)

@@ -4,7 +4,8 @@ The first reads every page's summary once and writes bounds; the second, a progr
 a head's bounds into votes, finds the vote at which enough pages are kept by bisecting float32 bit
 patterns (ties go to the lower page, as a stable sort has it) and writes them in ascending order.
 Nothing is sorted, no host waits. Votes lie in registers, so the second kernel compiles once for
-each of three sizes of cache.
+each of three sizes of cache. Lengths are read on the device, and what is chosen does not depend on
+the room there is for more pages, so that a CUDA graph over a cache's whole room serves every step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hfsparse.selectors.quest import EXACT, Quest
 
 SIZES = (1 << 10, 1 << 12, 1 << 14)  # pages
 TILE = 64  # pages whose bounds one program computes
+SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
 def why_not(selector, q: Tensor, low: Tensor) -> str | None:
@@ -122,7 +124,9 @@ def _choose(
     for row in range(0, queries):
         bound = tl.load(BOUNDS + (head * queries + row) * P + page, page < P, float("-inf"))
         weight = tl.exp2(bound - tl.max(bound, 0))
-        vote = tl.maximum(vote, weight / tl.sum(weight, 0))
+        # Summed as integers: whatever the order, hence the size, votes have the same bits.
+        mass = tl.sum((weight * SUM_ONE).to(tl.int64), 0).to(tl.float32)
+        vote = tl.maximum(vote, weight * SUM_ONE / mass)
     newest = tl.maximum(length - Q, 0) // PAGE  # pages that hold the new queries
     forced = (page < total) & ((page == 0) | (page >= newest))
     vote = tl.where(forced, float("inf"), tl.where(page < total, vote, float("-inf")))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,15 @@ class Quest:
         used = torch.arange(width, device=q.device) < count[:, None]
         pages = torch.where(used[:, None], best, P).sort(-1).values
         return PageLists(pages.clamp(max=P - 1), count[:, None].expand(B, Hkv))
+
+    def reads(self, length: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Keys that the newest query reads in rows of these lengths, the `new` ones included."""
+        total = -(-length // PAGE)
+        newest = np.maximum(length - new, 0) // PAGE
+        forced = total - newest + (newest > 0)
+        budget = (total * self.units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT
+        count = np.minimum(np.maximum(np.maximum(budget, self.min_pages), forced), total)
+        return count * PAGE - -length % PAGE
 
 
 def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:

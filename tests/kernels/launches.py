@@ -33,3 +33,34 @@ def watch(monkeypatch, *modules) -> set:
             if isinstance(kernel, JITFunction):
                 monkeypatch.setattr(module, name, Launches(kernel, seen))
     return seen
+
+
+def launched(monkeypatch, *modules) -> list:
+    """Put a recorder in place of the modules' kernels; the list of launches that it will fill.
+
+    Of each: the kernel's name, its grid, and its arguments, of tensors their shapes and strides.
+    """
+    from torch import Tensor
+    from triton.runtime import JITFunction
+
+    calls = []
+
+    class Recorder:
+        def __init__(self, name: str, grid=None):
+            self.name, self.grid = name, grid
+
+        def __getitem__(self, grid):
+            return Recorder(self.name, grid)
+
+        def __call__(self, *args, **more):
+            shown = [
+                (tuple(a.shape), a.stride()) if isinstance(a, Tensor) else a
+                for a in (*args, *more.items())
+            ]
+            calls.append((self.name, self.grid, shown))
+
+    for module in modules:
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, JITFunction):
+                monkeypatch.setattr(module, name, Recorder(name))
+    return calls

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from hfsparse import kernels
 from hfsparse.kernels import dense, reference
@@ -192,6 +193,21 @@ def step(queries: int, lengths: list[int], extras: str, group: int = 3, dtype=to
     return it.q[:, :, :queries], it.k, it.v, query_pos, key_pos, logits
 
 
+def used(key_pos):
+    """[B] slots of each row up to the last that holds a key."""
+    slot = torch.arange(key_pos.shape[1])
+    return torch.where(key_pos < 0, 0, slot + 1).amax(1)
+
+
+def as_ring(k, v, key_pos, by: int):
+    """k, v and positions with the slots of each row turned, as a ring's are that came round."""
+    S, live = key_pos.shape[1], used(key_pos)[:, None]
+    slot = torch.arange(S)
+    turned = torch.where(slot < live, (slot - by) % live, slot)
+    k, v = (t.gather(2, turned[:, None, :, None].expand_as(t)) for t in (k, v))
+    return k, v, key_pos.gather(1, turned)
+
+
 def readable(query_pos, key_pos, heads: int):
     """bool [B, heads, Q, S]: keys held and not after the query."""
     key, query = key_pos[:, None, None], query_pos[:, None, :, None]
@@ -204,9 +220,12 @@ def readable(query_pos, key_pos, heads: int):
 def test_decode_over_every_key_matches_plain_attention(queries, extras, dtype):
     q, k, v, query, key, logits = step(queries, [200, 9], extras, dtype=dtype)
     expected = truth(q, k, v, readable(query, key, 6), **logits)
-    assert close(reference.decode(q, k, v, query, key, **logits), expected)
-    if extras in ("plain", "wide_values"):
-        assert close(dense.decode(q, k, v, query, key, scale=logits["scale"]), expected)
+    for held in (key, None):
+        out = reference.decode(q, k, v, query, held, length=used(key), **logits)
+        assert close(out, expected)
+        if extras in ("plain", "wide_values"):
+            args = {"length": used(key), "scale": logits["scale"]}
+            assert close(dense.decode(q, k, v, query, held, **args), expected)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16])
@@ -214,14 +233,13 @@ def test_decode_over_every_key_matches_plain_attention(queries, extras, dtype):
 def test_decode_over_a_ring_matches_plain_attention(group, queries):
     """Slots in a ring's order; the window counts from each query's own start."""
     q, k, v, query, key, logits = step(queries, [190, 64], "plain", group)
-    turn = torch.arange(190).roll(77)
-    k, v, key = k[:, :, turn], v[:, :, turn], key[:, turn]
+    k, v, key = as_ring(k, v, key, 77)
     band = Band(sink=5, recent=40, rate=6554)
     start = band.start(query)
     kept = (key < 5)[:, None, None] | (key[:, None, None] >= start[:, None, :, None])
     expected = truth(q, k, v, readable(query, key, 2 * group) & kept, **logits)
     for kernel in (reference.decode, dense.decode):
-        args = {"scale": logits["scale"], "start": start, "sink": 5}
+        args = {"length": used(key), "scale": logits["scale"], "start": start, "sink": 5}
         assert close(kernel(q, k, v, query, key, **args), expected)
 
 
@@ -252,8 +270,9 @@ def test_decode_over_pages_matches_plain_attention(data):
             pages[b, h, : len(chosen)] = torch.tensor(sorted(chosen))
     pages = PageLists(pages, count)
     mask = readable(query, key, 6) & paged(pages, k.shape[2], 3)
-    out = reference.decode(q, k, v, query, key, pages, **logits)
-    assert close(out, truth(q, k, v, mask, **logits))
+    for held in (key, None):
+        out = reference.decode(q, k, v, query, held, pages, length=used(key), **logits)
+        assert close(out, truth(q, k, v, mask, **logits))
 
 
 def test_decode_in_any_tile_size_gives_the_same(monkeypatch):
@@ -261,14 +280,27 @@ def test_decode_in_any_tile_size_gives_the_same(monkeypatch):
     expected = truth(q, k, v, readable(query, key, 6), **logits)
     for tile in (1, 1 << 16):
         monkeypatch.setattr(reference, "TILE", tile)
-        assert close(reference.decode(q, k, v, query, key, **logits), expected)
+        out = reference.decode(q, k, v, query, key, length=used(key), **logits)
+        assert close(out, expected)
+
+
+@pytest.mark.parametrize("kernel", [reference.decode, dense.decode], ids=["reference", "dense"])
+def test_slots_at_or_beyond_the_length_hold_nothing(kernel):
+    """Whatever room there is behind the rows' ends, and whatever is in there."""
+    q, k, v, query, key, logits = step(2, [130, 70], "plain")
+    expected = truth(q, k, v, readable(query, key, 6), **logits)
+    k, v = (pad(t, (0, 0, 0, 100), value=torch.nan) for t in (k, v))
+    wrong = torch.arange(230).expand(2, -1)  # says that all slots hold keys
+    for held in (None, wrong):
+        out = kernel(q, k, v, query, held, length=used(key), scale=logits["scale"])
+        assert close(out, expected)
 
 
 def test_a_row_without_keys_decodes_to_zeros():
     q, k, v, query, key, logits = step(2, [50, 1], "plain")
     query[1], key[1] = -1, -1
     for kernel in (reference.decode, dense.decode):
-        out = kernel(q, k, v, query, key, scale=logits["scale"])
+        out = kernel(q, k, v, query, key, length=used(key), scale=logits["scale"])
         assert not out[1].any()
         assert out[0].all()
 
@@ -299,10 +331,11 @@ MEMORY = """
             lists = PATTERNS[pattern]().lists(q, k, grid, scale)
             lists.pairs(), lists.blocks()
             reference.prefill(q, k, v, lists, kv, scale=scale)
-        at = torch.arange(S)[None]
+        length = torch.tensor([S])
         low, high = (getattr(k.unflatten(2, (-1, 64)), f)(3) for f in ("amin", "amax"))
-        pages = Quest().pages(q[:, :, -1:], low, high, torch.tensor([S]), scale)
-        reference.decode(q[:, :, -1:], k, v, at[:, -1:], at, pages, scale=scale)
+        pages = Quest().pages(q[:, :, -1:], low, high, length, scale)
+        at = length[:, None] - 1
+        reference.decode(q[:, :, -1:], k, v, at, None, pages, length=length, scale=scale)
         return peak() - before
 
     run(256)  # libraries are loaded, threads are up

@@ -13,8 +13,8 @@ from hfsparse import kernels
 from hfsparse.lists import PAGE, Band, PageLists
 from tests.helpers import batch, close, truth
 from tests.kernels.interpreter import interpreter
-from tests.kernels.launches import watch
-from tests.kernels.test_reference import paged, readable, step
+from tests.kernels.launches import launched, watch
+from tests.kernels.test_reference import as_ring, paged, readable, step, used
 
 SINGLE, HALF = torch.float32, torch.float16
 
@@ -36,12 +36,18 @@ def some_pages(rows: int, kv_heads: int, slots: int) -> PageLists:
     return PageLists(torch.where(used, chosen, width - 1).sort(-1).values, count)
 
 
+def mask_of(query, key, pages: PageLists | None):
+    """bool [B, 6, Q, S]: what 3 q heads to a kv head read."""
+    mask = readable(query, key, 6)
+    return mask if pages is None else mask & paged(pages, key.shape[1], 3)
+
+
 @pytest.mark.parametrize("extras", ["plain", "softcap", "sink_logits", "wide_values"])
 @pytest.mark.parametrize(("queries", "group"), [(1, 3), (3, 7), (16, 8)])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_every_key_matches_plain_attention(decode, queries, group, extras, dtype):
     q, k, v, query, key, logits = step(queries, [200, 9], extras, group, dtype)
-    out = decode(q, k, v, query, key, **logits)
+    out = decode(q, k, v, query, key, length=used(key), **logits)
     assert out.dtype == dtype
     assert close(out, truth(q, k, v, readable(query, key, 2 * group), **logits))
 
@@ -49,11 +55,11 @@ def test_every_key_matches_plain_attention(decode, queries, group, extras, dtype
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (3, 4), (16, 3)])
 def test_a_ring_matches_plain_attention(decode, queries, group):
     q, k, v, query, key, logits = step(queries, [190, 64], "plain", group)
-    turn = torch.arange(190).roll(77)
-    k, v, key = k[:, :, turn], v[:, :, turn], key[:, turn]
+    k, v, key = as_ring(k, v, key, 77)
     start = Band(sink=5, recent=40, rate=6554).start(query)
     kept = (key < 5)[:, None, None] | (key[:, None, None] >= start[:, None, :, None])
-    out = decode(q, k, v, query, key, scale=logits["scale"], start=start, sink=5)
+    band = {"start": start, "sink": 5}
+    out = decode(q, k, v, query, key, length=used(key), scale=logits["scale"], **band)
     assert close(out, truth(q, k, v, readable(query, key, 2 * group) & kept, **logits))
 
 
@@ -63,7 +69,18 @@ def test_listed_pages_match_plain_attention(decode, queries, extras):
     q, k, v, query, key, logits = step(queries, [517, 70], extras)
     pages = some_pages(2, 2, 517)
     mask = readable(query, key, 6) & paged(pages, 517, 3)
-    assert close(decode(q, k, v, query, key, pages, **logits), truth(q, k, v, mask, **logits))
+    out = decode(q, k, v, query, key, pages, length=used(key), **logits)
+    assert close(out, truth(q, k, v, mask, **logits))
+
+
+@pytest.mark.parametrize("extras", ["plain", "sink_logits"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_without_positions_slots_are_positions(decode, queries, extras):
+    q, k, v, query, key, logits = step(queries, [517, 70], extras)
+    for pages in (None, some_pages(2, 2, 517)):
+        args = {"length": used(key), **logits}
+        out = decode(q, k, v, query, None, pages, **args)
+        assert torch.equal(out, decode(q, k, v, query, key, pages, **args))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (96, 64), (128, 128), (256, 256)])
@@ -74,32 +91,53 @@ def test_every_head_dim_matches_plain_attention(decode, dim, value_dim):
     v = torch.randn(*it.v.shape[:3], value_dim, generator=made)
     key = torch.arange(130).expand(len(q), -1)
     query = key[:, -2:]
-    out = decode(q, k, v, query, key, scale=dim**-0.5)
+    length = torch.full((len(q),), 130)
+    out = decode(q, k, v, query, length=length, scale=dim**-0.5)
     assert close(out, truth(q, k, v, readable(query, key, q.shape[1]), dim**-0.5))
 
 
-def test_room_for_more_changes_no_bit(decode):
+@pytest.mark.parametrize("listed", [False, True], ids=["all", "pages"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_room_for_more_changes_no_bit(decode, queries, listed):
     """A cache's capacity, and dead slots past the row's end, decide nothing."""
+    q, k, v, query, key, logits = step(queries, [300, 200], "plain")
+    pages = some_pages(2, 2, 300) if listed else None
+    out = decode(q, k, v, query, None, pages, length=used(key), **logits)
+    assert close(out, truth(q, k, v, mask_of(query, key, pages), **logits))
+    for more in (1, 20, 500):
+        roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (k, v)]
+        every = torch.arange(300 + more).expand(2, -1)  # says that all slots hold keys
+        for held in (None, pad(key, (0, more), value=-1), every):
+            found = decode(q, *roomy, query, held, pages, length=used(key), **logits)
+            assert torch.equal(found, out)
+
+
+def test_a_view_of_a_larger_buffer_gives_the_same_bits(decode):
     q, k, v, query, key, logits = step(1, [300, 200], "plain")
-    out = decode(q, k, v, query, key, **logits)
-    k, v = (pad(t, (0, 0, 0, 500), value=torch.nan) for t in (k, v))
-    assert torch.equal(decode(q, k, v, query, pad(key, (0, 500), value=-1), **logits), out)
+    buffers = [pad(t, (0, 0, 0, 400), value=torch.nan) for t in (k, v)]
+    args = {"length": used(key), **logits}
+    whole = decode(q, *buffers, query, **args)
+    assert torch.equal(decode(q, *(t[:, :, :300] for t in buffers), query, **args), whole)
 
 
 def test_a_row_without_keys_gives_zeros(decode):
     q, k, v, query, key, logits = step(2, [50, 1], "plain")
     query[1], key[1] = -1, -1
-    out = decode(q, k, v, query, key, scale=logits["scale"])
-    assert not out[1].any()
-    assert out[0].all()
+    for held in (key, None):
+        out = decode(q, k, v, query, held, length=used(key), scale=logits["scale"])
+        assert not out[1].any()
+        assert out[0].all()
 
 
+@pytest.mark.parametrize("extras", ["plain", "sink_logits", "softcap"])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("units", [2, 10, 1000])
-def test_any_number_of_shares_gives_the_same(units):
-    q, k, v, query, key, logits = step(3, [517, 200], "plain")
+def test_any_number_of_shares_gives_the_same(units, dtype, extras):
+    q, k, v, query, key, logits = step(3, [517, 200], extras, dtype=dtype)
     with interpreter(triton_decode__UNITS=units) as run:
         assert run("triton_decode.splits_of", 4, "cpu") == min(units // 2, 64)
-        out = run("triton_decode.decode", q, k, v, query, key, **logits)
+        out = run("triton_decode.decode", q, k, v, query, key, length=used(key), **logits)
+    assert out.dtype == dtype
     assert close(out, truth(q, k, v, readable(query, key, 6), **logits))
 
 
@@ -107,8 +145,9 @@ def test_tensors_in_any_layout_give_the_same(decode):
     q, k, v, query, key, logits = step(2, [200, 90], "plain")
     expected = truth(q, k, v, readable(query, key, 6), **logits)
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    assert close(decode(*turned, query, key, **logits), expected)
-    assert close(decode(q, k.mT.contiguous().mT, v, query, key, **logits), expected)
+    args = {"length": used(key), **logits}
+    assert close(decode(*turned, query, key, **args), expected)
+    assert close(decode(q, k.mT.contiguous().mT, v, query, key, **args), expected)
 
 
 def test_a_new_length_compiles_nothing(monkeypatch):
@@ -117,12 +156,35 @@ def test_a_new_length_compiles_nothing(monkeypatch):
     found = []
     for lengths in ([40, 9], [517, 1], [200, 190]):
         q, k, v, query, key, logits = step(1, lengths, "plain", group=4)
-        triton_decode.decode(q, k, v, query, key, **logits)
+        args = {"length": used(key), **logits}
+        triton_decode.decode(q, k, v, query, **args)
+        triton_decode.decode(q, k, v, query, key, **args)
         pages = some_pages(2, 2, k.shape[2])
-        triton_decode.decode(q, k, v, query, key, pages, **logits)
+        triton_decode.decode(q, k, v, query, None, pages, **args)
         found.append(set(seen))
-    assert len(found[0]) == 3  # over all, over pages, and what merges both
+    assert len(found[0]) == 4  # over all, over a ring, over pages, and what merges each
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("units", [2, 10])
+def test_a_new_length_launches_the_same(monkeypatch, units):
+    """What a CUDA graph holds on to: grids, compiled forms and numbers; lengths it reads."""
+    triton_decode = pytest.importorskip("hfsparse.kernels.triton_decode", exc_type=ImportError)
+    monkeypatch.setattr(triton_decode, "splits_of", triton_decode.splits_of.__wrapped__)
+    monkeypatch.setattr(triton_decode, "UNITS", units)
+    calls = launched(monkeypatch, triton_decode)
+    q, (k, v) = torch.zeros(2, 8, 1, 64), torch.zeros(2, 2, 2, 1000, 64)
+    pages = some_pages(2, 2, 1000)
+    found = []
+    for lengths in ([1, 0], [1000, 77]):
+        length = torch.tensor(lengths)
+        for chosen in (None, pages):
+            query = length[:, None] - 1
+            triton_decode.decode(q, k, v, query, None, chosen, length=length, scale=1.0)
+        found.append(list(calls))
+        calls.clear()
+    assert len(found[0]) == (2 if units == 2 else 4)  # one share needs no merging
+    assert found[0] == found[1]
 
 
 def test_what_it_cannot_do_is_said():

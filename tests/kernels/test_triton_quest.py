@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from hfsparse import kernels
 from hfsparse.lists import PAGE
 from hfsparse.selectors.quest import Quest
 from tests.kernels.interpreter import interpreter
-from tests.kernels.launches import watch
+from tests.kernels.launches import launched, watch
 from tests.selectors.test_quest import chosen, rows
 
 
@@ -59,14 +60,19 @@ def test_equal_votes_go_to_the_lower_pages(choose):
     assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]
 
 
-def test_room_for_more_pages_changes_nothing(choose):
-    q, _, _, low, high, length = rows([64 * 9 + 1, 130], 1, 2)
-    expected = choose(Quest(0.3, 2), q, low, high, length, 0.7)
-    more = (torch.nn.functional.pad(t, (0, 0, 0, 40), value=torch.nan) for t in (low, high))
-    found = choose(Quest(0.3, 2), q, *more, length, 0.7)
-    assert torch.equal(found.count, expected.count)
-    for b in range(2):
-        assert chosen(found, b, 1) == chosen(expected, b, 1)
+@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2)])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_room_for_more_pages_changes_nothing(choose, quest, queries):
+    """A buffer that has room for more pages than any row holds, whatever is in there."""
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
+    tight = choose(quest, q, low, high, length, 0.7)
+    for more in (1, 100, 1100, 4500):  # the last two are other sizes
+        roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high)]
+        found = choose(quest, q, *roomy, length, 0.7)
+        assert bool(((found.pages >= 0) & (found.pages < roomy[0].shape[2])).all())
+        assert torch.equal(found.count, tight.count)
+        for b, h in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
+            assert chosen(found, b, h) == chosen(tight, b, h)
 
 
 def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
@@ -79,6 +85,20 @@ def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
         found.append(set(seen))
     assert len(found[0]) == 2
     assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("pages", [30, 5000])
+def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
+    """What a CUDA graph holds on to: grids, compiled forms and numbers; lengths it reads."""
+    calls = launched(monkeypatch, quest_module)
+    q, summary = torch.zeros(2, 8, 1, 64), torch.zeros(2, 2, pages, 64)
+    found = []
+    for lengths in ([1, 0], [pages * PAGE - 5, 700]):
+        quest_module.pages(Quest(), q, summary, summary, torch.tensor(lengths), 0.7)
+        found.append(list(calls))
+        calls.clear()
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 def test_what_is_not_fused_is_said(quest_module):

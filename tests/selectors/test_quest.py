@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from hfsparse.kernels import reference
 from hfsparse.lists import PAGE
@@ -113,11 +114,10 @@ def test_new_queries_that_span_two_pages_keep_both(queries, newest):
 def test_a_share_of_1_equals_dense_decode(queries):
     q, k, v, low, high, length = rows([64 * 6 + 9, 200], queries)
     pages = Quest(share=1.0, min_pages=2).pages(q, low, high, length, 0.4)
-    at = torch.arange(k.shape[2]).expand(2, -1)
-    key = torch.where(at < length[:, None], at, -1)
+    key = torch.arange(k.shape[2]).expand(2, -1)
     query = length[:, None] - queries + torch.arange(queries)
-    mask = (key[:, None, None] >= 0) & (key[:, None, None] <= query[:, None, :, None])
-    out = reference.decode(q, k, v, query, key, pages, scale=0.4)
+    mask = key[:, None, None] <= query[:, None, :, None]
+    out = reference.decode(q, k, v, query, None, pages, length=length, scale=0.4)
     assert close(out, truth(q, k, v, mask.expand(-1, 6, -1, -1), 0.4))
 
 
@@ -126,6 +126,20 @@ def test_a_longer_row_beside_it_does_not_change_a_rows_pages():
     both = SETTINGS["quest"].pages(q, low, high, length, 1.0)
     alone = SETTINGS["quest"].pages(q[1:], low[1:, :, :8], high[1:, :, :8], length[1:], 1.0)
     assert [chosen(both, 1, h) for h in (0, 1)] == [chosen(alone, 0, h) for h in (0, 1)]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_room_for_more_pages_changes_nothing(name, queries):
+    """A buffer that has room for more pages than any row holds, whatever is in there."""
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 17, 0], queries)
+    tight = SETTINGS[name].pages(q, low, high, length, 0.7)
+    for more in (1, 100, 1100):
+        roomy = (pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high))
+        found = SETTINGS[name].pages(q, *roomy, length, 0.7)
+        assert torch.equal(found.count, tight.count)
+        for b, h in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
+            assert chosen(found, b, h) == chosen(tight, b, h)
 
 
 @pytest.mark.parametrize(

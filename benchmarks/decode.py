@@ -1,0 +1,335 @@
+"""Claim: a token costs what its weights and the keys that the plan reads cost, on one GPU.
+
+    python benchmarks/decode.py [--lengths 8192,32768,131072] [--batch 1] [--tokens 96]
+                                [--static 32768] [--shape llama-3.1-8b] [--steps] [--layer]
+
+`model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
+filled with random keys of the given length; every arm in one run. ms are medians over the tokens
+but the first eight. Of kvpress, whose shorter cache is a stock cache once it is made, the stock
+model over a quarter of the keys stands for its best case. --layer times one layer's kernels inside
+a CUDA graph; --steps shows where a step's time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hfsparse
+from hfsparse import bench, kernels, patcher
+from hfsparse.lists import PAGE
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.selectors import SELECTORS
+
+SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are recorded
+PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ring")
+
+
+def plan_of(model, name: str) -> Plan | None:
+    """One of PLANS for this model; None: nothing is dropped."""
+    if name == "no plan":
+        return None
+    this = ModelId.of(model)
+    group = this.q_heads // this.kv_heads
+    rings = [("ring" in name) and g % 2 == 0 for g in range(this.kv_heads)]
+    share = 0.25 if "25" in name else 0.06
+    read = "quest" if "quest" in name else "full"
+    patterns = {}
+    if any(rings):
+        patterns["stream"] = PATTERNS["streaming"](sink=64, recent=256)
+    if read == "quest":
+        patterns["quest"] = SELECTORS["quest"](share=share, min_pages=16)
+    words = Layer(
+        tuple("stream" if ring else "full" for ring in rings for _ in range(group)),
+        tuple("stream" if ring else "full" for ring in rings),
+        tuple("ring" if ring else read for ring in rings),
+    )
+    return Plan(this, patterns, (words,) * this.layers, Below())
+
+
+class Clock(LogitsProcessor):
+    """Notes when each token's scores arrive; `generate` waits for the GPU once a token."""
+
+    def __init__(self):
+        self.at: list[float] = []
+
+    def __call__(self, input_ids, scores):
+        self.at.append(time.perf_counter())
+        return scores
+
+    def ms(self) -> float:
+        return 1e3 * statistics.median(b - a for a, b in pairwise(self.at[SKIP:]))
+
+
+def keys(model, batch: int, length: int) -> Tensor:
+    config = model.config
+    shape = batch, config.num_key_value_heads, length, config.head_dim
+    return torch.randn(shape, device=model.device, dtype=model.dtype)
+
+
+def filled(model, kind: str, batch: int, length: int, room: int):
+    """A cache that has seen `length` random tokens: `dynamic`, `static` or of the patch."""
+    layers = model.config.num_hidden_layers
+    if kind == "dynamic":
+        cache = DynamicCache(config=model.config)
+        for i in range(layers):
+            cache.update(keys(model, batch, length), keys(model, batch, length), i)
+        return cache
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=length + room)
+        at = {"cache_position": torch.arange(length, device=model.device)}
+        for i in range(layers):
+            cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
+        return cache
+    cache = DynamicCache()
+    patcher._adopt(cache, model.get_decoder(), reserve=length + room)
+    past, new = [0] * batch, [length] * batch
+    for layer in cache.layers:
+        k, v = keys(model, batch, length), keys(model, batch, length)
+        layer.lazy_initialization(k, v)
+        for store in layer.stores:
+            at = list(store.group.heads)
+            store.append(k[:, at], v[:, at], past, new)
+        layer.rows, layer.seen, layer.stored = new, length, length
+    return cache
+
+
+def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock, list]:
+    ids = torch.randint(5, model.config.vocab_size, (batch, length + 1), device=model.device)
+    clock = Clock()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    return clock, out[0, length:].tolist()
+
+
+def measured(model, kind: str, batch: int, length: int, tokens: int) -> tuple[float, float, float]:
+    """ms a token, GiB of keys and values, peak GiB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    cache = filled(model, kind, batch, length, tokens + 2)
+    clock, _ = generated(model, cache, batch, length, tokens)
+    if kind == "ours":
+        size = sum(layer.bytes() for layer in cache.layers)
+    else:
+        size = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    return clock.ms(), size / 2**30, torch.cuda.max_memory_allocated() / 2**30
+
+
+def table(model, lengths: list[int], batch: int, tokens: int, static: list[int]) -> None:
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    print(f"\nbatch {batch}; weights read a step: {weights / 2**30:.2f} GiB\n")
+    head = "arm | tokens | ms a token | x stock | tokens/s | GB/s | KV GiB | x dense | peak GiB"
+    print(f"| {head} | graph |")
+    print("| --- |" + " ---: |" * 8 + " --- |", flush=True)
+    for length in lengths:
+        stock = dense = None
+
+        def row(arm: str, kind: str, held: int, share: float = 1.0, length=length) -> None:
+            nonlocal stock, dense
+            why = ""
+            try:
+                ms, gib, peak = measured(model, kind, batch, held, tokens)
+            except torch.cuda.OutOfMemoryError:
+                print(f"| {arm} | {length:,} | out of memory |", flush=True)
+                return
+            if kind == "ours":
+                why = patcher.explain(model).partition("CUDA graph: ")[2].partition("\n")[0]
+            stock, dense = stock or ms, dense or gib
+            rate = (weights + share * gib * 2**30) / ms / 1e6
+            print(
+                f"| {arm} | {length:,} | {ms:.2f} | {stock / ms:.2f} | {1e3 * batch / ms:.0f} "
+                f"| {rate:.0f} | {gib:.2f} | {gib / dense:.3f} | {peak:.1f} | {why} |",
+                flush=True,
+            )
+
+        row("stock, dynamic cache", "dynamic", length)
+        row("stock over a quarter of the keys", "dynamic", length // 4)
+        if length in static:
+            row("stock, static cache, compiled", "static", length)
+        for name in PLANS:
+            with hfsparse.patch(model, plan_of(model, name)) as handle:
+                handle.reset_stats()
+                share = 0.25 if "25" in name else 0.06 if "6 %" in name else 1.0
+                row(f"ours, {name}", "ours", length, share)
+
+
+def steps(model, length: int, tokens: int) -> None:
+    """Where a replayed step's time goes: the graph alone, the decoder's call, `generate`."""
+    for name in ("no plan", "quest 6 %", "quest 6 % + half ring"):
+        with hfsparse.patch(model, plan_of(model, name)):
+            cache = filled(model, "ours", 1, length, 400)
+            clock, _ = generated(model, cache, 1, length, 24)
+            state = model.get_decoder()._hfsparse
+            graph = next(iter(state.graphs.kept.values()), None)
+            if graph is None:
+                print(f"{name}: no graph: {state.graphs.why}")
+                continue
+            alone = bench_ms(graph.graph.replay)
+            seen = cache.get_seq_length()
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+
+            def call(cache=cache, ids=ids):
+                at = torch.full((1, 1), cache.get_seq_length(), device=model.device)
+                with torch.no_grad():
+                    model.model(ids, past_key_values=cache, position_ids=at, use_cache=True)
+
+            for _ in range(4):
+                call()
+            whole, issued = [], []
+            for _ in range(20):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                issued.append(time.perf_counter() - start)
+                torch.cuda.synchronize()
+                whole.append(time.perf_counter() - start)
+            print(
+                f"- {name}, {seen:,} tokens: graph {alone:.2f} ms, "
+                f"decoder {1e3 * statistics.median(whole):.2f} ms "
+                f"(host {1e3 * statistics.median(issued):.2f}), generate {clock.ms():.2f} ms",
+                flush=True,
+            )
+            if name == "quest 6 %":
+                profiled(call)
+
+
+def profiled(call: Callable) -> None:
+    """The kernels of one replayed step, by name, and the host's Python."""
+    import cProfile
+    import pstats
+
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    print(
+        found.key_averages().table(
+            sort_by="cuda_time_total", row_limit=25, max_name_column_width=60
+        )
+    )
+    looked = cProfile.Profile()
+    looked.enable()
+    for _ in range(20):
+        call()
+    looked.disable()
+    pstats.Stats(looked).sort_stats("tottime").print_stats(18)
+
+
+def bench_ms(run: Callable, times: int = 20) -> float:
+    for _ in range(3):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / times
+
+
+def layer(length: int, batch: int) -> None:
+    """One layer's attention, 20 calls in a graph; more caches than one, as a model has."""
+    H, HKV, D, scale = 32, 8, 128, 128**-0.5
+    copies = 3 if batch * length <= 300_000 else 1
+    shape = batch, HKV, -(-(length + 64) // PAGE) * PAGE, D
+    random = {"device": "cuda", "dtype": torch.bfloat16}
+    made = [(torch.randn(shape, **random), torch.randn(shape, **random)) for _ in range(copies)]
+    pages = [k.unflatten(2, (-1, PAGE)) for k, _ in made]
+    sums = [(page.amin(3), page.amax(3)) for page in pages]
+    q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
+    held = torch.full((batch,), length, device="cuda")
+    at = held[:, None] - 1
+    need = kernels.Need.of(q, *made[0], block=PAGE, lists=True)
+    run = kernels.pick(kernels.DECODE, need).run
+    spent = {}
+
+    def timed(name: str, call: Callable) -> None:
+        for i in range(copies):
+            call(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(20):
+                call(i % copies)
+        spent[name] = bench_ms(graph.replay, 10) / 20 * 1e3
+
+    def append(i: int, low=None, high=None) -> None:
+        kernels.append(new, new, *made[i], at, low=low, high=high)
+
+    def read(i: int, lists=None):
+        return run(q, *made[i], at, None, lists, length=held, scale=scale)
+
+    timed("append", append)
+    timed("append, summaries", lambda i: append(i, *sums[i]))
+    timed("every page", read)
+    for share in (0.25, 0.06):
+        quest = SELECTORS["quest"](share=share, min_pages=16)
+        choose = [partial(kernels.choose_pages, quest, q, *low, held, scale) for low in sums]
+        lists = [call() for call in choose]
+        timed(f"choice of {share}", lambda i, choose=choose: choose[i]())
+        timed(f"reading {share}", lambda i, lists=lists: read(i, lists[i]))
+    for name, us in spent.items():
+        reading = spent.get(name.replace("choice of", "reading"), 0)
+        share = f"{us / (us + reading):.2f}" if name.startswith("choice") else ""
+        print(f"| {batch} | {length:,} | {name} | {us:.1f} | {share} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="8192,32768,131072")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--static", default="", help="lengths at which the static cache runs, too")
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--layer", action="store_true")
+    parser.add_argument("--no-table", action="store_true")
+    args = parser.parse_args()
+    lengths = [int(n) for n in args.lengths.split(",")]
+    print(
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+        flush=True,
+    )
+    if args.layer:
+        print("\n| batch | tokens | what | us a layer | share of choice and reading |")
+        print("| ---: | ---: | --- | ---: | ---: |", flush=True)
+        for length in lengths:
+            layer(length, args.batch)
+    if args.no_table and not args.steps:
+        return
+    model = bench.random_model(args.shape, torch.device("cuda"), torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    if args.steps:
+        steps(model, lengths[-1], args.tokens)
+    if not args.no_table:
+        table(
+            model, lengths, args.batch, args.tokens, [int(n) for n in args.static.split(",") if n]
+        )
+
+
+if __name__ == "__main__":
+    main()

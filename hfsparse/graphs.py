@@ -1,0 +1,293 @@
+"""Decode steps of a patched model as CUDA graphs: the Python of a step runs once a cache.
+
+From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
+differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
+are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
+cache's buffers: another cache, a growth of the buffers or a row that passes a `below` is recorded
+anew, at about the price of an eager step, so weights, adapters and hooks that changed between two
+calls of `generate` are always seen. What can't be replayed runs as it is (`Graphs.why`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from hfsparse import kernels
+from hfsparse.attention import LayerPlan, Step, fixed, is_step, row_starts
+from hfsparse.cache import Layer, Ring, enter
+from hfsparse.lists import PAGE
+
+WARM = 2  # eager steps before one is recorded: short answers don't pay, and kernels compile
+CLOSE = 0.05  # relative error up to which a replay differs from an eager step by rounding alone
+
+
+class Graphs:
+    """The graphs of one patched model, each of one cache."""
+
+    def __init__(self, layers: list[LayerPlan], linear: bool):
+        self.layers, self.linear = layers, linear
+        self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
+        self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # eager steps so far
+        self.why: str | None = "no step has run yet"  # why the last one was no replay
+        self.never: str | None = None  # why none will be
+        self.checked = False  # whether a replay was seen to give what an eager step gives
+        self.lock = threading.Lock()
+        self.pool = self.stream = self.last = None
+
+    def __reduce__(self):
+        return Graphs, (self.layers, self.linear)  # a copy of the model records its own
+
+    def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
+        """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
+        layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, Layer)]
+        new = kwargs.get("input_ids")
+        new = kwargs.get("inputs_embeds") if new is None else new
+        if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
+            return forward(**kwargs)
+        first, Q = layers[0], new.shape[1]
+        if not is_step(first, Q, first.seen + Q):  # a prompt: weights or hooks may have changed
+            self.forget(first)
+            self.why = "the last call was a prompt"
+            return forward(**kwargs)
+        self.why = self.never or _obstacle(decoder, kwargs, new)
+        if self.why is None and not self.lock.acquire(blocking=False):
+            self.why = "another thread runs a step of this model"
+        if self.why is not None:
+            return forward(**kwargs)
+        try:
+            return self._step(forward, decoder, kwargs, layers)
+        finally:
+            self.lock.release()
+
+    def forget(self, first: Layer) -> None:
+        self.kept.pop(first, None)
+        self.warm.pop(first, None)
+
+    def _step(self, forward, decoder, kwargs, layers) -> Any:
+        first = layers[0]
+        past, new = first.lengths(row_starts(kwargs.get("attention_mask")), first.seen, 1)
+        if min(new) < 1:
+            self.why = "a row has no new token"
+            return forward(**kwargs)
+        rows = [n + 1 for n in past]
+        for layer in layers:
+            for store in layer.stores:
+                store.room(past, rows)
+        given, graph = _given(kwargs, first), self.kept.get(first)
+        key = _key(given, layers, rows, self.layers)
+        if graph is not None and graph.key != key:
+            self.forget(first)
+            graph = None
+        if graph is None:
+            return self._first_steps(forward, decoder, kwargs, given, layers, rows, key)
+        if self.checked:
+            return self._replay(graph, given, layers, rows)
+        return self._checked(graph, forward, kwargs, given, layers, rows)
+
+    def _checked(self, graph, forward, kwargs, given, layers, rows) -> Any:
+        """A step both ways, once: a model that freezes a number into its graph stays eager."""
+        before = _snapshot(layers)
+        wanted = forward(**kwargs)
+        _restore(layers, before)
+        found = self._replay(graph, given, layers, rows)
+        self.count(rows, -1)  # it is the same step
+        if _close(found[0], wanted[0]):
+            self.checked = True
+            return found
+        self.never = self.why = "replayed, this model gives something else than eagerly"
+        self.kept.clear()
+        _restore(layers, before)
+        self.count(rows, -1)
+        return forward(**kwargs)  # once more: the replay may have stored other keys
+
+    def _first_steps(self, forward, decoder, kwargs, given, layers, rows, key) -> Any:
+        steps = self.warm[layers[0]] = self.warm.get(layers[0], 0) + 1
+        if steps <= WARM:
+            self.why = f"a cache's first {WARM} steps are not replayed"
+            return forward(**kwargs)
+        self.why = self._lasting(decoder, layers, rows)
+        if self.why is not None:
+            return forward(**kwargs)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(layers[0].keys.device)
+        before = _snapshot(layers)
+        try:
+            graph = Graph(forward, given, rows, key, self.stream, self.pool)
+        except Exception as error:  # whatever a model does that no graph can hold
+            enter(self.layers[0].owner)
+            told = " ".join(str(error).split())[:200]
+            self.never = self.why = f"recording failed, {type(error).__name__}: {told}"
+            return forward(**kwargs)
+        finally:
+            _restore(layers, before)
+        self.kept[layers[0]] = graph
+        return self._replay(graph, given, layers, rows)
+
+    def _replay(self, graph, given, layers, rows) -> Any:
+        """A step by its graph, and what an eager one changes on the host."""
+        current = torch.cuda.current_stream()
+        if self.last is not None and self.last != current:  # graphs share their memory
+            current.wait_stream(self.last)
+        self.last = current
+        output = graph.replay(given, rows)
+        for layer in layers:
+            layer.rows = rows
+            layer.seen += 1
+            layer.stored = layer.seen
+        self.count(rows)
+        return output
+
+    def count(self, rows: list[int], times: int = 1) -> None:
+        for n in rows:
+            self.layers[0].steps[n, 1] += times
+
+    def _lasting(self, decoder, layers, rows) -> str | None:
+        """Why a step of this cache can't be a graph: asked when one is to be recorded."""
+        if self.linear:
+            return "it has linear layers, whose states are not hfsparse's"
+        if len(devices := {t.device for t in (*decoder.parameters(), *decoder.buffers())}) > 1:
+            return f"its layers lie on {len(devices)} devices"
+        if any(layer.observe for layer in self.layers):
+            return "the profiler looks on"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "hooks on every module"
+        for name, module in decoder.named_modules():
+            if name and (module._forward_hooks or module._forward_pre_hooks):
+                return f"a hook on {name}"
+            if name and "forward" in module.__dict__:
+                return f"another forward on {name} (accelerate's hooks?)"
+        for layer, plan in zip(layers, self.layers, strict=True):
+            for store in layer.stores:
+                if len({n < _limit(store, plan) for n in rows}) > 1:
+                    return "rows on both sides of a `below`"
+                need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
+                if (kernel := kernels.pick(kernels.DECODE, need)).name != "Triton":
+                    return f"its keys are read by {kernel.name}"
+        return None
+
+
+class Graph:
+    """One recorded step, and the tensors that it reads and writes."""
+
+    def __init__(self, forward: Callable, given: dict[str, Any], rows, key, stream, pool):
+        """Record `forward(**given)`; its Python runs, its kernels don't."""
+        self.key = key
+        self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+        length = torch.tensor(rows, device=stream.device)
+        self.step = Step(length, length[:, None] - 1, None)
+        self.graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        fixed.step = self.step
+        try:
+            with torch.cuda.stream(stream):
+                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    output = forward(**{**given, **self.inputs})
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        self.graph.capture_end()
+                    raise
+                self.graph.capture_end()
+        finally:
+            fixed.step = None
+        torch.cuda.current_stream().wait_stream(stream)
+        if not dataclasses.is_dataclass(output):
+            raise TypeError(f"its decoder answers with a {type(output).__name__}")
+        self.kind, self.tensors, self.same = type(output), {}, {}
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name)
+            if isinstance(value, Tensor):
+                self.tensors[field.name] = value
+            elif value is not None:  # the cache: kept by name, or it would never be freed
+                self.same[field.name] = next(n for n, x in given.items() if x is value)
+
+    def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
+        """The step's output for these inputs; keys are stored, no counter on the host is."""
+        for name, held in self.inputs.items():
+            held.copy_(given[name])
+        if len(set(rows)) == 1:
+            self.step.length.fill_(rows[0])
+        else:
+            self.step.length.copy_(torch.tensor(rows), non_blocking=True)
+        torch.sub(self.step.length[:, None], 1, out=self.step.query_pos)
+        self.graph.replay()
+        made = {name: x.clone() for name, x in self.tensors.items()}
+        return self.kind(**made, **{name: given[source] for name, source in self.same.items()})
+
+
+def _obstacle(decoder, kwargs, new: Tensor) -> str | None:
+    """Why this step can't be a graph: what may differ from step to step."""
+    mask = kwargs.get("attention_mask")
+    if not new.is_cuda:
+        return f"no CUDA graphs on {new.device.type}"
+    if new.shape[1] != 1:
+        return f"{new.shape[1]} new tokens in a step: a graph takes one"
+    if torch.is_grad_enabled():
+        return "gradients are wanted: call under torch.no_grad()"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller records a graph of its own"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return "the mask is not [batch, columns]"
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name) or getattr(decoder.config, name, False):
+            return f"{name} is asked for"
+    return "tuples are asked for" if kwargs.get("return_dict") is False else None
+
+
+def _limit(store, plan: LayerPlan) -> int:
+    """Tokens in a row under which a step reads all that the store holds."""
+    return store.below if isinstance(store, Ring) else plan.below.decode
+
+
+def _given(kwargs: dict, first: Layer) -> dict[str, Any]:
+    """What a recorded forward gets: no mask, and positions where the caller left them out."""
+    given = {**kwargs, "attention_mask": None}
+    if given.get("position_ids") is None:
+        given["position_ids"] = torch.full((1, 1), first.seen, device=first.keys.device)
+    return given
+
+
+def _key(given: dict[str, Any], layers, rows, plans) -> tuple:
+    """What is frozen in a graph: all arguments but tensors' contents, where keys lie, `below`."""
+    arguments = tuple(
+        (name, x.shape, x.dtype)
+        if isinstance(x, Tensor)
+        else (name, x if isinstance(x, (bool, int, float, str, type(None))) else id(x))
+        for name, x in given.items()
+    )
+    stores = tuple(
+        (store.k.data_ptr(), store.k.shape[2], rows[0] < _limit(store, plan))
+        for layer, plan in zip(layers, plans, strict=True)
+        for store in layer.stores
+    )
+    return torch.is_inference_mode_enabled(), arguments, stores
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return float((a.float() - b.float()).norm()) <= CLOSE * float(b.float().norm())
+
+
+def _snapshot(layers: list[Layer]) -> list[tuple]:
+    """The host's side of a cache."""
+    return [
+        (layer.rows, layer.seen, layer.stored, [s.low for s in layer.stores]) for layer in layers
+    ]
+
+
+def _restore(layers: list[Layer], before: list[tuple]) -> None:
+    for layer, (rows, seen, stored, lows) in zip(layers, before, strict=True):
+        layer.rows, layer.seen, layer.stored = rows, seen, stored
+        for store, low in zip(layer.stores, lows, strict=True):
+            store.low = low  # of a ring; a full store's summaries are the same tensor

@@ -1,0 +1,97 @@
+"""A stand-in for CUDA graphs on the CPU, for a process in which Triton is interpreted.
+
+A recorded step is run again as Python, with the host's counters as they were when it was recorded:
+what it takes from the host is frozen, as in a graph, and only tensors tell one step from another.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from transformers.cache_utils import Cache
+
+import hfsparse
+from hfsparse import graphs, kernels
+from hfsparse.attention import Step, fixed
+from hfsparse.cache import Layer
+from hfsparse.lists import BlockLists
+from hfsparse.plan import Below
+from tests.patcher import families, runs
+
+
+class Frozen:
+    """As `graphs.Graph`."""
+
+    recorded = 0
+
+    def __init__(self, forward, given, rows, key, stream, pool):
+        Frozen.recorded += 1
+        self.forward, self.key, self.given = forward, key, given
+        cache = next(x for x in given.values() if isinstance(x, Cache))
+        self.layers = [x for x in cache.layers if isinstance(x, Layer)]
+        self.host = graphs._snapshot(self.layers)
+
+    def replay(self, given, rows):
+        now = graphs._snapshot(self.layers)
+        graphs._restore(self.layers, self.host)
+        length = torch.tensor(rows)
+        fixed.step = Step(length, length[:, None] - 1, None)
+        try:
+            inputs = {n: x for n, x in given.items() if isinstance(x, torch.Tensor)}
+            return self.forward(**{**self.given, **inputs})
+        finally:
+            fixed.step = None
+            graphs._restore(self.layers, now)
+
+
+@contextmanager
+def frozen():
+    """Steps are recorded and replayed without a GPU."""
+    obstacle = graphs._obstacle
+
+    def on_cpu(decoder, kwargs, new):
+        return obstacle(decoder, kwargs, SimpleNamespace(is_cuda=True, shape=new.shape))
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(graphs, "Graph", Frozen))
+        stack.enter_context(patch.object(graphs, "_obstacle", on_cpu))
+        for name in ("graph_pool_handle", "Stream", "current_stream"):
+            stack.enter_context(patch.object(torch.cuda, name, lambda *a: None))
+        stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
+        Frozen.recorded = 0
+        yield Frozen
+
+
+def _choose(pattern, q, k, grid, scale):
+    return pattern.lists(q, k, grid, scale)
+
+
+def compare(family: str, plan: str, below=None, length: int = 100, pads=(0,), new: int = 9, **more):
+    """A generation, eager and replayed: what came out, and how many steps were recorded."""
+    model = families.fresh(family)
+    made = getattr(families, plan)(model)
+    if below is not None:
+        made = replace(made, below=Below(*below))
+    ids, mask = families.left_padded(length, pads)
+    plain = tuple(kernel for kernel in kernels.PREFILL if kernel.name != "Triton")
+    found = []
+    for replayed in (False, True):
+        with ExitStack() as stack:  # prompts without the interpreter: it is slow
+            stack.enter_context(patch.object(kernels, "PREFILL", plain))
+            stack.enter_context(patch.object(kernels, "choose", _choose))
+            stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
+            kind = stack.enter_context(frozen()) if replayed else None
+            handle = stack.enter_context(hfsparse.patch(model, made))
+            said = runs.generate(model, ids, mask, new=new, **more)
+            stats = handle.stats()
+            outcome = dict(tokens=said.sequences.tolist(), kv_bytes=stats.kv_bytes)
+            outcome["logits"] = torch.stack(said.logits, 1)
+            outcome["shares"] = [layer.decode_share for layer in stats.layers]
+            outcome["graphs"] = handle.explain().split("CUDA graph: ")[1].split("\n")[0]
+            outcome["recorded"] = kind.recorded if kind else 0
+            found.append(outcome)
+    return found

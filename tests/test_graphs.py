@@ -1,0 +1,88 @@
+"""Recorded and replayed decode steps give what eager steps give; tests/gpu has real graphs."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests import frozen
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """A process in which Triton is interpreted."""
+    pytest.importorskip("triton", minversion="3.8")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            pool.submit(int).result()  # starts it
+        yield lambda *args, **more: pool.submit(frozen.compare, *args, **more).result()
+
+
+def same(eager: dict, replayed: dict) -> None:
+    assert replayed["tokens"] == eager["tokens"]
+    assert torch.equal(replayed["logits"], eager["logits"])
+    assert replayed["kv_bytes"] == eager["kv_bytes"]
+    torch.testing.assert_close(replayed["shares"], eager["shares"], equal_nan=True)
+
+
+PLANS = {  # plan: families
+    "full": ["mistral-window"],
+    "growing": ["qwen3"],
+    "mixed": ["llama", "gemma3"],
+}
+
+
+@pytest.mark.parametrize(("plan", "family"), [(p, f) for p in PLANS for f in PLANS[p]])
+def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan):
+    eager, replayed = interpreted(family, plan, length=200, new=6)
+    assert "no CUDA graphs on cpu" in eager["graphs"]
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    same(eager, replayed)
+
+
+def test_rows_of_other_lengths(interpreted):
+    eager, replayed = interpreted("llama", "mixed", length=200, pads=(0, 30, 150), new=6)
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    same(eager, replayed)
+
+
+def test_a_threshold_that_is_passed_is_recorded_anew(interpreted):
+    """Decode reads all keys under 70 tokens; rings drop nothing under 74."""
+    eager, replayed = interpreted("llama", "mixed", below=(0, 70, 74), length=65, new=14)
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 3)
+    same(eager, replayed)
+
+
+def test_rows_on_both_sides_of_a_threshold_run_eagerly(interpreted):
+    more = dict(below=(0, 24, 0), length=20, pads=(0, 3), new=7)
+    eager, replayed = interpreted("llama", "mixed", **more)
+    assert "both sides" in replayed["graphs"]
+    same(eager, replayed)
+
+
+def test_sampling_and_processors_go_on_working(interpreted):
+    more = dict(do_sample=True, top_p=0.9, repetition_penalty=1.3, length=20, pads=(0, 3))
+    eager, replayed = interpreted("llama", "streaming", **more)
+    assert replayed["graphs"] == "yes"
+    same(eager, replayed)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (dict(num_beams=2), None),
+        (dict(output_hidden_states=True), "output_hidden_states is asked for"),
+        (dict(new=3), "first 2 steps"),
+    ],
+)
+def test_what_is_not_replayed_says_why(interpreted, more, why):
+    eager, replayed = interpreted("llama", "full", length=20, **more)
+    same(eager, replayed)
+    if why is not None:
+        assert why in replayed["graphs"]
+        assert replayed["recorded"] == 0
