@@ -1,7 +1,9 @@
 # make test          lint, format check, every test      make demo   the main job on a real model
 # make test-oldest   families and ways on the oldest transformers that is supported
 # make test-matrix   the same on each tested version; writes docs/support.md
-# Each sets up what it needs on first use: .venv (packages), .cache/smollm2 (SmolLM2-135M-Instruct).
+# make test-gpu      kernels and patched models on a CUDA device, with the packages of PYTHON
+# All others set up what they need on first use: .venv (packages) and, of SmolLM2-135M-Instruct,
+# .cache/smollm2.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +20,7 @@ WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
 SIDE   := .cache/transformers-
 MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup tests/support
 
-.PHONY: test test-oldest test-matrix lint demo venv model clean
+.PHONY: test test-oldest test-matrix test-gpu lint demo venv model clean
 
 test: lint $(MODEL)/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -29,6 +31,9 @@ test-oldest: $(SIDE)4.57.6
 test-matrix: $(READY) $(addprefix $(SIDE),$(OLDER))
 	for v in $(OLDER); do PYTHONPATH=$(SIDE)$$v $(MATRIX) tests/patcher --write-support || exit; done
 	$(MATRIX) tests/patcher --write-support
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf "%s" "-n 8")
 
 $(SIDE)%: | $(READY)
 	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==$* $(WITH_$*)

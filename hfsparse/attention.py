@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,7 +30,8 @@ STEP = (
 )
 
 
-fixed = threading.local()  # .step: what this thread's decode reads while a CUDA graph records it
+# This thread records a decode step: .step, and .layers {index: (LayerPlan, Layer)} that it serves
+recording = threading.local()
 
 
 class PatchError(ValueError):
@@ -53,7 +54,7 @@ class Counts:
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
         self.skipped = torch.zeros(self.q_heads, 2, dtype=torch.int64)
 
-    def add_whole(self, heads: list[int], work: tuple[int, int]) -> None:
+    def add_whole(self, heads: Iterable[int], work: tuple[int, int]) -> None:
         """Heads that were computed densely: pairs and blocks of that."""
         _add(self.whole, heads, work)
         _add(self.dense, heads, work)
@@ -83,7 +84,7 @@ class Counts:
             return kept / dense
 
 
-def _add(table: dict, heads: list[int], work: tuple[int, int]) -> None:
+def _add(table: dict, heads: Iterable[int], work: tuple[int, int]) -> None:
     held = table.setdefault(tuple(heads), [0, 0])
     held[0], held[1] = held[0] + work[0], held[1] + work[1]
 
@@ -107,6 +108,7 @@ class LayerPlan:
     observe: Any = (
         None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
     )
+    fusing: bool = False  # the model is being compiled: one operator stands for attention
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
@@ -215,6 +217,15 @@ def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, 
     return bool(seen[0].all() and not seen[1].any())
 
 
+def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, None]:
+    """What is registered: `attend`, or one opaque operator where a step is compiled to be fused."""
+    plan = getattr(module, "_hfsparse", None)
+    if torch.compiler.is_compiling() and plan is not None and plan.fusing:
+        more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
+        return torch.ops.hfsparse.step(query, key, value, plan.index, *more), None
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
 @torch.compiler.disable  # a graph break a layer; traced, its Python takes longer than it saves
 def attend(
     module,
@@ -239,17 +250,16 @@ def attend(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
-    layer = take_layer()
     B, _, Q, D = query.shape
     _refuse(plan, query, key, attention_mask, dropout, sliding_window, kwargs)
+    if getattr(recording, "step", None) is not None:
+        return _recorded_step(query, key, value, plan.index, scaling, softcap, s_aux), None
+    layer = take_layer()
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
     watch = plan.observe and plan.observe(module, query, key, value, logits)
     starts = None if attention_mask is None else _on_host(attention_mask)
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
-    elif getattr(fixed, "step", None) is not None:
-        past, new = layer.rows, [Q] * B
-        layer.rows = [n + Q for n in past]
     else:
         past, new = layer.advance(starts, Q)
     padded = min(new) < Q
@@ -257,7 +267,11 @@ def attend(
         pads = torch.tensor([Q - n for n in new], device=query.device)
         query, key, value = (_shift(t, pads) for t in (query, key, value))
     if layer is not None and is_step(layer, Q, layer.seen):
-        out = _decode(plan, layer, query, key, value, past, new, logits)
+        modes = torch.is_inference_mode_enabled(), threading.get_ident()
+        step = _step(tuple(past), tuple(layer.rows), Q, query.device, *modes)
+        if plan.leads:
+            plan.steps.update(zip(layer.rows, new, strict=True))
+        out = _decode(plan, layer, query, key, value, step, logits)
     else:
         out = _prefill(plan, layer, query, key, value, past, new, logits)
     if watch:
@@ -267,6 +281,38 @@ def attend(
     if layer is not None:
         layer.stored = layer.seen
     return out.transpose(1, 2).contiguous(), None
+
+
+def _recorded_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: int,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """As `attend`, for the step that this thread records; it changes nothing on the host."""
+    plan, layer = recording.layers[index]
+    logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    out = _decode(plan, layer, query, key, value, recording.step, logits)
+    return out.transpose(1, 2).contiguous()
+
+
+@torch.library.custom_op(
+    "hfsparse::step",
+    mutates_args=(),  # that compilers know of: the cache is none of theirs
+    schema="(Tensor query, Tensor key, Tensor value, int index, float? scaling, float? softcap, "
+    "Tensor? s_aux) -> Tensor",
+)
+def _step_operator(query, key, value, index, scaling, softcap, s_aux):
+    return _recorded_step(query, key, value, index, scaling, softcap, s_aux)
+
+
+@_step_operator.register_fake
+def _(query, key, value, index, scaling, softcap, s_aux):
+    B, H, Q, _ = query.shape
+    return query.new_empty(B, Q, H, value.shape[3])
 
 
 def is_step(layer: Layer, Q: int, seen: int) -> bool:
@@ -364,6 +410,11 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
     kinds = [
         (n < plan.below.prefill, n < plan.below.cache, default_block(n, q.device)) for n in whole
     ]
+    short, kept, _ = kinds[0]
+    full = not any(plan.prefill) or (short and (kept or not plan.rings))
+    easy = grid.window is None and not (grid.past or grid.padded or logits.special)
+    if full and easy and len(set(kinds)) == 1 and (short or plan.skip is None):
+        return _whole(plan, layer, q, k, v, past, new, grid, logits.scale)
     out = None
     for kv_heads, keys, values, spot in _segments(layer, k, v, past, new, grid):
         heads = _q_heads(kv_heads, ratio)
@@ -388,6 +439,17 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
             out = _empty(q, v) if out is None else out
             _put(out, rows, heads, made)
     return out
+
+
+def _whole(plan, layer, q, k, v, past, new, grid, scale) -> Tensor:
+    """A prompt that no head drops anything of: the short way, since the host's time counts here."""
+    for store in () if layer is None else layer.stores:
+        at = at_heads(store.group.heads, k.device)
+        store.append(k[:, at], v[:, at], past, new)
+    work = _work(tuple(zip(past, new, strict=True)), grid.block, None)
+    plan.counts.add_whole(range(q.shape[1]), work)
+    need = kernels.Need.of(q, k, v, block=grid.block, tokens=grid.Sk)
+    return kernels.pick(kernels.PREFILL, need).run(q, k, v, grid, scale=scale)
 
 
 @lru_cache(16)
@@ -507,14 +569,15 @@ def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Ten
 class Step:
     """A call of a few new tokens, the same for every layer: what lies where.
 
-    Whatever differs from step to step is read from its tensors: a CUDA graph of the step only
-    needs these to be filled anew.
+    What differs from step to step is read from its tensors, what chooses between kernels from the
+    host: a recorded step only needs the tensors to be filled anew.
     """
 
-    def __init__(self, length: Tensor, query_pos: Tensor, longest: int | None):
-        self.length = length  # [B] tokens in each row, the new ones included
+    def __init__(self, past, rows, length: Tensor, query_pos: Tensor, longest: int | None = None):
+        self.past, self.rows = past, rows  # tokens in each row before and after, on the host
+        self.length = length  # [B] as rows
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
-        self.longest = longest  # tokens of the longest row; None: not to be relied on
+        self.longest = longest  # keys to look at; None: all that there is room for
         self._rings: dict[tuple[int, int], Tensor] = {}
 
     def ring(self, sink: int, size: int) -> Tensor:
@@ -532,26 +595,20 @@ def _step(past, rows, Q, device, inference, thread) -> Step:
     lane = torch.arange(Q, device=device)
     query_pos = first[:, None] + lane
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
-    return Step(length, query_pos, max(rows) if device.type == "cpu" else None)
+    return Step(past, rows, length, query_pos, max(rows) if device.type == "cpu" else None)
 
 
-def _decode(plan, layer, q, k, v, past, new, logits) -> Tensor:
+def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
     """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
-    rows, Q = layer.rows, q.shape[2]
-    step = getattr(fixed, "step", None)
-    if step is None:
-        modes = torch.is_inference_mode_enabled(), threading.get_ident()
-        step = _step(tuple(past), tuple(rows), Q, q.device, *modes)
-        if plan.leads:
-            plan.steps.update(zip(rows, new, strict=True))
+    new = [n - p for p, n in zip(step.past, step.rows, strict=True)]
     out = None
     for store in layer.stores:
         heads = store.group.heads
         at = at_heads(heads, k.device)
-        store.append(k[:, at], v[:, at], past, new, step.query_pos)
+        store.append(k[:, at], v[:, at], step.past, new, step.query_pos)
         limit = store.below if isinstance(store, Ring) else plan.below.decode
         own = _q_heads(heads, q.shape[1] // k.shape[1])
-        for short, some in _alike([n < limit for n in rows]):
+        for short, some in _alike([n < limit for n in step.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
             part = read(store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own))
             if some is None and len(own) == q.shape[1]:

@@ -372,7 +372,7 @@ class Ring:
         self.size = size
         self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]
         shape = (*old_k.shape[:2], self.band.sink + size)
-        self.k, self.v = (_zeros(t, *shape, t.shape[-1]) for t in (old_k, old_v))
+        self.k, self.v = (_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v))
         for b, low in enumerate(self.low):
             if not past[b]:
                 continue
@@ -432,13 +432,15 @@ def _alike(past: list[int], new: list[int]):
 
 def _longer(t: Tensor, size: int) -> Tensor:
     """t `[B, H, n, D]` copied into a buffer of `size` slots."""
-    out = _zeros(t, *t.shape[:2], size, t.shape[3])
+    out = _buffer(t, *t.shape[:2], size, t.shape[3])
     if t.shape[2]:
         out[:, :, : t.shape[2]] = t
     return out
 
 
-def _zeros(t: Tensor, *shape: int) -> Tensor:
-    """As `t.new_zeros`, and writable later also where this call runs under inference_mode."""
+def _buffer(t: Tensor, *shape: int) -> Tensor:
+    """As `t.new_empty`, and writable later also where this call runs under inference_mode."""
+    if not torch.is_inference_mode_enabled():
+        return t.new_empty(shape)
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=t.dtype, device=t.device)
+        return torch.empty(shape, dtype=t.dtype, device=t.device)

@@ -14,37 +14,47 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import LayerPlan, Step, fixed, is_step, row_starts
-from hfsparse.cache import Layer, Ring, enter
+from hfsparse.attention import LayerPlan, Step, is_step, recording, row_starts
+from hfsparse.cache import Layer, Ring
 from hfsparse.lists import PAGE
 
-WARM = 2  # eager steps before one is recorded: short answers don't pay, and kernels compile
+WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
+BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
 CLOSE = 0.05  # relative error up to which a replay differs from an eager step by rounding alone
 
 
 class Graphs:
     """The graphs of one patched model, each of one cache."""
 
-    def __init__(self, layers: list[LayerPlan], linear: bool):
-        self.layers, self.linear = layers, linear
+    def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
+        self.layers, self.linear, self.fuse = layers, linear, fuse
         self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
-        self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # eager steps so far
+        self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # steps before one is kept
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
+        self.loose: str | None = None  # why nothing is fused, though it was asked for
         self.checked = False  # whether a replay was seen to give what an eager step gives
         self.lock = threading.Lock()
-        self.pool = self.stream = self.last = None
+        self.compiled = None
 
     def __reduce__(self):
-        return Graphs, (self.layers, self.linear)  # a copy of the model records its own
+        return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
+
+    def __str__(self) -> str:
+        if self.why is not None:
+            return f"no ({self.why})"
+        return "yes, fused" if self.fuse else f"yes ({self.loose})" if self.loose else "yes"
 
     def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
         """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
@@ -87,11 +97,51 @@ class Graphs:
         if graph is not None and graph.key != key:
             self.forget(first)
             graph = None
-        if graph is None:
-            return self._first_steps(forward, decoder, kwargs, given, layers, rows, key)
-        if self.checked:
+        if graph is not None:
+            if not self.checked:
+                return self._checked(graph, forward, kwargs, given, layers, rows)
             return self._replay(graph, given, layers, rows)
-        return self._checked(graph, forward, kwargs, given, layers, rows)
+        steps = self.warm[first] = self.warm.get(first, 0) + 1
+        self.why = self._lasting(decoder, layers, rows)
+        if self.why is None and steps < WARM:
+            self.why = "the first steps of a cache are not replayed"
+        if self.why is not None:
+            return forward(**kwargs)
+        call = self._fused(decoder) if self.fuse else forward
+        serving = {p.index: (p, layer) for p, layer in zip(self.layers, layers, strict=True)}
+        try:
+            if self.fuse and steps == WARM:  # compiles, outside of the graph
+                self.why = "the step was compiled"
+                output = _live(call, given, past, rows, serving)
+                self._passed(layers, rows)
+                return output
+            graph = Graph(call, given, past, rows, key, serving, _place(first.keys.device))
+        except Exception as error:  # whatever a model does that can't be compiled or recorded
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if self.fuse:
+                self.fuse, self.loose = False, f"not fused, {told}"
+            else:
+                self.never = f"recording failed, {told}"
+            self.why = self.loose or self.never
+            return forward(**kwargs)
+        self.kept[first] = graph
+        return self._replay(graph, given, layers, rows)
+
+    def _fused(self, decoder: nn.Module) -> Callable:
+        """The decoder's forward, compiled, with one operator in place of each layer's attention."""
+        if self.compiled is None:
+            self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
+
+        def call(**given):
+            for layer in self.layers:
+                layer.fusing = True
+            try:
+                return self.compiled(decoder, **given)
+            finally:
+                for layer in self.layers:
+                    layer.fusing = False
+
+        return call
 
     def _checked(self, graph, forward, kwargs, given, layers, rows) -> Any:
         """A step both ways, once: a model that freezes a number into its graph stays eager."""
@@ -109,43 +159,22 @@ class Graphs:
         self.count(rows, -1)
         return forward(**kwargs)  # once more: the replay may have stored other keys
 
-    def _first_steps(self, forward, decoder, kwargs, given, layers, rows, key) -> Any:
-        steps = self.warm[layers[0]] = self.warm.get(layers[0], 0) + 1
-        if steps <= WARM:
-            self.why = f"a cache's first {WARM} steps are not replayed"
-            return forward(**kwargs)
-        self.why = self._lasting(decoder, layers, rows)
-        if self.why is not None:
-            return forward(**kwargs)
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream(layers[0].keys.device)
-        before = _snapshot(layers)
-        try:
-            graph = Graph(forward, given, rows, key, self.stream, self.pool)
-        except Exception as error:  # whatever a model does that no graph can hold
-            enter(self.layers[0].owner)
-            told = " ".join(str(error).split())[:200]
-            self.never = self.why = f"recording failed, {type(error).__name__}: {told}"
-            return forward(**kwargs)
-        finally:
-            _restore(layers, before)
-        self.kept[layers[0]] = graph
-        return self._replay(graph, given, layers, rows)
-
     def _replay(self, graph, given, layers, rows) -> Any:
-        """A step by its graph, and what an eager one changes on the host."""
-        current = torch.cuda.current_stream()
-        if self.last is not None and self.last != current:  # graphs share their memory
-            current.wait_stream(self.last)
-        self.last = current
+        place, current = _place(layers[0].keys.device), torch.cuda.current_stream()
+        if place.last is not None and place.last != current:  # graphs share their memory
+            current.wait_stream(place.last)
+        place.last = current
         output = graph.replay(given, rows)
+        self._passed(layers, rows)
+        return output
+
+    def _passed(self, layers, rows) -> None:
+        """What an eager step changes on the host."""
         for layer in layers:
             layer.rows = rows
             layer.seen += 1
             layer.stored = layer.seen
         self.count(rows)
-        return output
 
     def count(self, rows: list[int], times: int = 1) -> None:
         for n in rows:
@@ -176,40 +205,52 @@ class Graphs:
         return None
 
 
+@lru_cache
+def _place(device: torch.device) -> SimpleNamespace:
+    """Of all graphs on a device: the stream that records, their memory, the last replay's stream."""
+    return SimpleNamespace(
+        stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), last=None
+    )
+
+
+class Through(Cache):
+    """Stands for the cache in a recorded step: attention knows the layers that it serves."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return key_states, value_states
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return 0  # positions are given
+
+    def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:
+        return 1, 0
+
+
 class Graph:
     """One recorded step, and the tensors that it reads and writes."""
 
-    def __init__(self, forward: Callable, given: dict[str, Any], rows, key, stream, pool):
-        """Record `forward(**given)`; its Python runs, its kernels don't."""
-        self.key = key
+    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, place):
+        """Record `call(**given)`: its Python runs, its kernels don't."""
+        self.key, stream = key, place.stream
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
-        length = torch.tensor(rows, device=stream.device)
-        self.step = Step(length, length[:, None] - 1, None)
+        self.step = _step(past, rows, stream.device)
         self.graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        fixed.step = self.step
-        try:
-            with torch.cuda.stream(stream):
-                self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    output = forward(**{**given, **self.inputs})
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):
-                        self.graph.capture_end()
-                    raise
-                self.graph.capture_end()
-        finally:
-            fixed.step = None
+        with torch.cuda.stream(stream), _recording(self.step, serving):
+            self.graph.capture_begin(pool=place.pool, capture_error_mode="thread_local")
+            try:
+                output = call(**_without_cache({**given, **self.inputs}))
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
-        if not dataclasses.is_dataclass(output):
-            raise TypeError(f"its decoder answers with a {type(output).__name__}")
-        self.kind, self.tensors, self.same = type(output), {}, {}
-        for field in dataclasses.fields(output):
-            value = getattr(output, field.name)
-            if isinstance(value, Tensor):
-                self.tensors[field.name] = value
-            elif value is not None:  # the cache: kept by name, or it would never be freed
-                self.same[field.name] = next(n for n, x in given.items() if x is value)
+        self.kind = type(output)
+        self.outputs = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
 
     def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
         """The step's output for these inputs; keys are stored, no counter on the host is."""
@@ -221,8 +262,41 @@ class Graph:
             self.step.length.copy_(torch.tensor(rows), non_blocking=True)
         torch.sub(self.step.length[:, None], 1, out=self.step.query_pos)
         self.graph.replay()
-        made = {name: x.clone() for name, x in self.tensors.items()}
-        return self.kind(**made, **{name: given[source] for name, source in self.same.items()})
+        made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.outputs.items()}
+        return _with_cache(self.kind(**made), given)
+
+
+def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
+    """A step as one would record it, run at once."""
+    device = next(x.device for x in given.values() if isinstance(x, Tensor))
+    with _recording(_step(past, rows, device), serving):
+        return _with_cache(call(**_without_cache(given)), given)
+
+
+def _step(past, rows, device) -> Step:
+    length = torch.tensor(rows, device=device)
+    return Step(past, rows, length, length[:, None] - 1)
+
+
+@contextlib.contextmanager
+def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]]):
+    recording.step, recording.layers = step, serving
+    try:
+        yield
+    finally:
+        recording.step = recording.layers = None
+
+
+def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: Through() if isinstance(x, Cache) else x for name, x in given.items()}
+
+
+def _with_cache(output: Any, given: dict[str, Any]) -> Any:
+    cache = next(x for x in given.values() if isinstance(x, Cache))
+    for name, value in output.items():
+        if isinstance(value, Through):
+            output[name] = cache
+    return output
 
 
 def _obstacle(decoder, kwargs, new: Tensor) -> str | None:

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attend, mask_start
+from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
 from hfsparse.cache import CacheError, Group, Layer, enter
 from hfsparse.fingerprint import LINEAR, attention_values, windows
 from hfsparse.graphs import Graphs
@@ -129,9 +129,12 @@ def patch(
     model: PreTrainedModel,
     plan: Plan | str | os.PathLike | None = None,
     allow: Collection[str] = (),
+    fuse: bool = False,
 ) -> Patched:
     """Make `model` follow `plan` (a Plan or its file) until `undo()`; None drops nothing.
 
+    On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
+    small kernels: faster, after half a minute of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
     PlanError or PatchError before anything changes.
     """
@@ -155,9 +158,9 @@ def patch(
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask_start)
-    graphs = Graphs(layers, linear=len(layers) < plan.model.layers)
+    graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
     state = State(layers[0].owner, plan, layers, before, graphs)
     try:
         for config, _ in before:
@@ -246,8 +249,7 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
-    why = state.graphs.why
-    lines.append("new tokens, as a CUDA graph: " + ("yes" if why is None else f"no ({why})"))
+    lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:
         lines.append(

@@ -12,12 +12,10 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from transformers.cache_utils import Cache
 
 import hfsparse
 from hfsparse import graphs, kernels
-from hfsparse.attention import Step, fixed
-from hfsparse.cache import Layer
+from hfsparse.attention import Step
 from hfsparse.lists import BlockLists
 from hfsparse.plan import Below
 from tests.patcher import families, runs
@@ -28,24 +26,18 @@ class Frozen:
 
     recorded = 0
 
-    def __init__(self, forward, given, rows, key, stream, pool):
+    def __init__(self, call, given, past, rows, key, serving, place):
         Frozen.recorded += 1
-        self.forward, self.key, self.given = forward, key, given
-        cache = next(x for x in given.values() if isinstance(x, Cache))
-        self.layers = [x for x in cache.layers if isinstance(x, Layer)]
-        self.host = graphs._snapshot(self.layers)
+        self.call, self.key, self.given, self.serving = call, key, given, serving
+        self.past, self.rows = past, rows
 
     def replay(self, given, rows):
-        now = graphs._snapshot(self.layers)
-        graphs._restore(self.layers, self.host)
         length = torch.tensor(rows)
-        fixed.step = Step(length, length[:, None] - 1, None)
-        try:
-            inputs = {n: x for n, x in given.items() if isinstance(x, torch.Tensor)}
-            return self.forward(**{**self.given, **inputs})
-        finally:
-            fixed.step = None
-            graphs._restore(self.layers, now)
+        step = Step(self.past, self.rows, length, length[:, None] - 1)
+        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        with graphs._recording(step, self.serving):
+            output = self.call(**graphs._without_cache({**self.given, **tensors}))
+        return graphs._with_cache(output, given)
 
 
 @contextmanager
@@ -70,7 +62,7 @@ def _choose(pattern, q, k, grid, scale):
     return pattern.lists(q, k, grid, scale)
 
 
-def compare(family: str, plan: str, below=None, length: int = 100, pads=(0,), new: int = 9, **more):
+def compare(family: str, plan: str, below=None, length=100, pads=(0,), new=9, fuse=False, **more):
     """A generation, eager and replayed: what came out, and how many steps were recorded."""
     model = families.fresh(family)
     made = getattr(families, plan)(model)
@@ -81,11 +73,12 @@ def compare(family: str, plan: str, below=None, length: int = 100, pads=(0,), ne
     found = []
     for replayed in (False, True):
         with ExitStack() as stack:  # prompts without the interpreter: it is slow
+            stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
             stack.enter_context(patch.object(kernels, "PREFILL", plain))
             stack.enter_context(patch.object(kernels, "choose", _choose))
             stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
             kind = stack.enter_context(frozen()) if replayed else None
-            handle = stack.enter_context(hfsparse.patch(model, made))
+            handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse))
             said = runs.generate(model, ids, mask, new=new, **more)
             stats = handle.stats()
             outcome = dict(tokens=said.sequences.tolist(), kv_bytes=stats.kv_bytes)

@@ -32,6 +32,16 @@ def test_a_row_is_measured_and_nothing_stays_replaced(model):
     assert not hasattr(model.model, "_hfsparse")
 
 
+def test_the_clock_says_which_kernels_ran(model):
+    clock, ids = bench.Clock(model.device), torch.randint(0, 100, (1, 2500))
+    with hfsparse.patch(model), clock:
+        bench.first_token(model, ids)
+    assert clock.kernels == ["torch sdpa"]
+    with hfsparse.patch(model, bench.stand_in(model)), clock:
+        bench.first_token(model, ids)
+    assert clock.kernels == ["torch sdpa", "reference (PyTorch)"]
+
+
 def test_a_length_pays_from_where_it_was_always_faster():
     at = [replace(ROW, tokens=n, sparse_s=s) for n, s in ((1, 0.5), (2, 1.2), (3, 0.9), (4, 0.2))]
     assert bench.pays_from(at) == 3

@@ -77,7 +77,7 @@ def test_sampling_and_processors_go_on_working(interpreted):
     [
         (dict(num_beams=2), None),
         (dict(output_hidden_states=True), "output_hidden_states is asked for"),
-        (dict(new=3), "first 2 steps"),
+        (dict(new=3), "the first steps of a cache"),
     ],
 )
 def test_what_is_not_replayed_says_why(interpreted, more, why):
@@ -86,3 +86,12 @@ def test_what_is_not_replayed_says_why(interpreted, more, why):
     if why is not None:
         assert why in replayed["graphs"]
         assert replayed["recorded"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_fused_step_gives_the_same(interpreted, family):
+    eager, fused = interpreted(family, "mixed", length=200, pads=(0, 7), fuse=True)
+    assert (fused["graphs"], fused["recorded"]) == ("yes, fused", 1)
+    assert fused["tokens"] == eager["tokens"]
+    torch.testing.assert_close(fused["logits"], eager["logits"])
+    torch.testing.assert_close(fused["shares"], eager["shares"], equal_nan=True)

@@ -1,6 +1,6 @@
 """How many query-key pairs BlockLists keep, counted on the GPU: `BlockLists.pairs` in one launch.
 
-A program counts one query block of one head. Bound by its launch.
+A program counts one query block of one head, a block's keys as an interval. Bound by its launch.
 """
 
 from __future__ import annotations
@@ -58,20 +58,19 @@ def _pairs(
     at = tl.where(rows < q_len, offset + rows, -1)
     sink, recent = tl.load(BANDS + h * 3), tl.load(BANDS + h * 3 + 1)
     start = at - (recent + (at * tl.load(BANDS + h * 3 + 2) >> 16)) + 1  # as Band.start
-    start = tl.maximum(start, 0).to(tl.int32)
+    oldest = at - window + 1
+    start = tl.maximum(tl.maximum(start, sink), oldest).to(tl.int32)
 
     alive = tl.sum((rows < q_len).to(tl.int64), 0)
     total = tl.load(FULL_COUNT + b * fc_b + h * fc_h + i).to(tl.int64) * alive * BLOCK
     index = PART_INDEX + b * pi_b + h * pi_h + i * pi_i
-    lane = tl.arange(0, BLOCK)
     for j in range(0, tl.load(PART_COUNT + b * pc_b + h * pc_h + i)):
         block = tl.load(index + j)
-        key = tl.load(FIRST + b * first_b + block).to(tl.int32) + lane
-        key = tl.where(lane < tl.load(LIVE + b * live_b + block).to(tl.int32), key, NEVER)
-        kept = key[None, :] <= at[:, None]
-        kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
-        kept &= at[:, None] - key[None, :] < window
-        total += tl.sum(tl.sum(kept.to(tl.int32), 1), 0)
+        low = tl.load(FIRST + b * first_b + block).to(tl.int32)
+        high = low + tl.load(LIVE + b * live_b + block).to(tl.int32) - 1
+        near = tl.minimum(high, at) - tl.maximum(low, start) + 1
+        far = tl.minimum(high, tl.minimum(at, sink - 1)) - tl.maximum(low, oldest) + 1
+        total += tl.sum(tl.maximum(near, 0) + tl.maximum(far, 0), 0)
 
     first, last = offset + i * BLOCK, tl.max(at, 0)
     for c in range(0, n_columns, 1024):

@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.triton_prefill import DTYPES, LOG2E
-from hfsparse.kernels.triton_select import LOWEST, _ordered
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.selectors.quest import EXACT, Quest
 
-SIZES = (1 << 10, 1 << 12, 1 << 14)  # pages
+SIZES = tuple(1 << n for n in range(10, 15))  # pages
 TILE = 64  # pages whose bounds one program computes
+WARPS = 8
+FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # 1.0 and 150.0 in float32
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
@@ -47,15 +48,16 @@ def pages(
     B, Hq, Q, D = q.shape
     Hkv, P = low.shape[1:3]
     q, low, high = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, low, high))
-    queries = Hq // Hkv * Q
-    bounds = q.new_empty(B * Hkv, queries, P, dtype=torch.float32)
+    queries, tiles = Hq // Hkv * Q, triton.cdiv(P, TILE)
+    bounds = q.new_empty(B * Hkv, queries, tiles * TILE, dtype=torch.float32)
+    totals = q.new_empty(B * Hkv, queries, tiles, dtype=torch.float32)
     rows = max(16, triton.next_power_of_2(min(queries, 64)))
-    _bounds[(triton.cdiv(P, TILE), B * Hkv, triton.cdiv(queries, rows))](
-        *(q, low, high, bounds, length.contiguous()),
+    _bounds[(tiles, B * Hkv, triton.cdiv(queries, rows))](
+        *(q, low, high, bounds, totals, length.contiguous()),
         *(s for t in (q, low, high) for s in t.stride()[:3]),
-        *(Hkv, Q, queries, P, scale * LOG2E.value),
+        *(Hkv, Q, queries, scale * LOG2E.value),
         D=D,
-        DEPTH=min(64, max(16, triton.next_power_of_2(D))),
+        DEPTH=min(64, max(16, triton.next_power_of_2(D) // 2)),
         ROWS=rows,
         TILE=TILE,
         PAGE=PAGE,
@@ -66,31 +68,34 @@ def pages(
     count = torch.empty(B, Hkv, dtype=torch.int64, device=q.device)
     size = next(size for size in SIZES if size >= P)
     _choose[(B * Hkv,)](
-        *(bounds, chosen, count, length.contiguous()),
-        *(Hkv, Q, queries, P, width, quest.min_pages, quest.units),
+        *(bounds, totals, chosen, count, length.contiguous()),
+        *(Hkv, Q, queries, P, tiles, width, quest.min_pages, quest.units),
         EXACT=EXACT,
         SIZE=size,
+        TILE=TILE,
         PAGE=PAGE,
-        num_warps=max(4, min(16, size // 1024)),
+        num_warps=max(4, min(WARPS, size // 256)),
     )
     return PageLists(chosen, count)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries P".split())
+@triton.jit(do_not_specialize="Hkv Q queries".split())
 def _bounds(
-    Q_, LOW, HIGH, BOUNDS, LENGTH,
+    Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH,
     q_b: tl.int64, q_h: tl.int64, q_s, low_b: tl.int64, low_h: tl.int64, low_p,
     high_b: tl.int64, high_h: tl.int64, high_p,
-    Hkv, Q, queries, P, unit,
+    Hkv, Q, queries, unit,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv = head // Hkv, head % Hkv
     total = tl.cdiv(tl.load(LENGTH + b).to(tl.int32), PAGE)
-    page = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if tile * TILE >= total:
+        return
+    page = tile * TILE + tl.arange(0, TILE)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    real, alive = page < tl.minimum(total, P), row < queries
+    real, alive = page < total, row < queries
     at = Q_ + b * q_b + kv * (queries // Q) * q_h + (row // Q) * q_h + (row % Q) * q_s
     low, high = LOW + b * low_b + kv * low_h, HIGH + b * high_b + kv * high_h
     bound = tl.zeros([ROWS, TILE], tl.float32)
@@ -105,47 +110,108 @@ def _bounds(
         bound = tl.dot(up, tl.trans(most), bound, input_precision="ieee")
         bound = tl.dot(down, tl.trans(least), bound, input_precision="ieee")
     bound = tl.where(real[None, :], bound * unit, float("-inf"))
-    out = BOUNDS + (head * queries + row[:, None]) * P + page[None, :]
-    tl.store(out, bound, mask=alive[:, None] & (page < P)[None, :])
+    at = (head * queries + row) * tl.num_programs(0) + tile
+    tl.store(BOUNDS + at[:, None] * TILE + tl.arange(0, TILE)[None, :], bound, mask=alive[:, None])
+    top = tl.max(bound, 1)
+    mass = tl.sum(tl.exp2(bound - top[:, None]), 1)
+    tl.store(TOTALS + at, top + tl.log2(mass), mask=alive)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries P width min_pages units".split())
+@triton.jit
+def _row(X, row, at, width):
+    return tl.load(X + row * width + at, at < width, 0.0)
+
+
+@triton.jit
+def _largest(a, b, c, d, e, f, g, h):
+    return tl.maximum(a, e), tl.maximum(b, f), tl.maximum(c, g), tl.maximum(d, h)
+
+
+@triton.jit
+def _sum(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _weight(x, top):
+    return (tl.exp2(x - top) * SUM_ONE).to(tl.int64)
+
+
+@triton.jit
+def _total(top, mass):
+    return top + tl.log2(mass.to(tl.float32) / SUM_ONE)
+
+
+@triton.jit
+def _totals(a, b, c, d):
+    """log2 of the sum of 2^x, of four rows at a time: a reduction is mostly waiting."""
+    i, j, k, m = tl.reduce((a, b, c, d), 0, _largest)
+    # Summed as integers: whatever the order, hence the size, totals have the same bits.
+    weights = _weight(a, i), _weight(b, j), _weight(c, k), _weight(d, m)
+    e, f, g, h = tl.reduce(weights, 0, _sum)
+    return _total(i, e), _total(j, f), _total(k, g), _total(m, h)
+
+
+@triton.jit(do_not_specialize="Hkv Q queries P tiles width min_pages units".split())
 def _choose(
-    BOUNDS, CHOSEN, COUNT, LENGTH, Hkv, Q, queries, P, width, min_pages, units: tl.int64,
-    EXACT: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    BOUNDS, TOTALS, CHOSEN, COUNT, LENGTH,
+    Hkv, Q, queries, P, tiles, width, min_pages, units: tl.int64,
+    EXACT: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
     total = tl.minimum(tl.cdiv(length, PAGE), P)
-    page = tl.arange(0, SIZE)
+    page, tile = tl.arange(0, SIZE), tl.arange(0, SIZE // TILE)
 
-    # A page's vote: the largest of its shares of the queries' softmax; forced pages come first.
-    vote = tl.zeros([SIZE], tl.float32)
-    for row in range(0, queries):
-        bound = tl.load(BOUNDS + (head * queries + row) * P + page, page < P, float("-inf"))
-        weight = tl.exp2(bound - tl.max(bound, 0))
-        # Summed as integers: whatever the order, hence the size, votes have the same bits.
-        mass = tl.sum((weight * SUM_ONE).to(tl.int64), 0).to(tl.float32)
-        vote = tl.maximum(vote, weight * SUM_ONE / mass)
-    newest = tl.maximum(length - Q, 0) // PAGE  # pages that hold the new queries
-    forced = (page < total) & ((page == 0) | (page >= newest))
-    vote = tl.where(forced, float("inf"), tl.where(page < total, vote, float("-inf")))
+    # A page's cost is how often 1 is halved to give its vote, the largest of its shares of the
+    # queries' softmax. Of a vote that float32 has as 0 it is 149.
+    cost = tl.full([SIZE], 149.0, tl.float32)
+    for first in range(0, queries, 4):
+        a = head * queries + first
+        b = head * queries + tl.minimum(first + 1, queries - 1)
+        c = head * queries + tl.minimum(first + 2, queries - 1)
+        d = head * queries + tl.minimum(first + 3, queries - 1)
+        bound_a = _row(BOUNDS, a, page, tiles * TILE)
+        bound_b = _row(BOUNDS, b, page, tiles * TILE)
+        bound_c = _row(BOUNDS, c, page, tiles * TILE)
+        bound_d = _row(BOUNDS, d, page, tiles * TILE)
+        whole_a, whole_b, whole_c, whole_d = _totals(
+            tl.where(tile * TILE < total, _row(TOTALS, a, tile, tiles), float("-inf")),
+            tl.where(tile * TILE < total, _row(TOTALS, b, tile, tiles), float("-inf")),
+            tl.where(tile * TILE < total, _row(TOTALS, c, tile, tiles), float("-inf")),
+            tl.where(tile * TILE < total, _row(TOTALS, d, tile, tiles), float("-inf")),
+        )
+        cost = tl.minimum(cost, tl.minimum(whole_a - bound_a, whole_b - bound_b))
+        cost = tl.minimum(cost, tl.minimum(whole_c - bound_c, whole_d - bound_d))
+
+    # Pages by cost, as integers from FIRST to LAST; the forced ones, which are the first and those
+    # of the new queries, come before.
+    newest = tl.maximum(length - Q, 0) // PAGE
+    order = (tl.maximum(cost, 0.0) + 1.0).to(tl.int32, bitcast=True)
+    order = tl.where((page == 0) | (page >= newest), 0, order)
+    order = tl.where(page < total, order, 0x7FFFFFFF)
+    forced = tl.where(newest > 0, total - newest + 1, total)
     budget = ((total * units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT).to(tl.int32)
-    budget = tl.maximum(tl.maximum(budget, min_pages), tl.sum(forced.to(tl.int32), 0))
-    budget = tl.minimum(budget, total)
+    budget = tl.minimum(tl.maximum(tl.maximum(budget, min_pages), forced), total)
 
-    # The lowest bound above which lie fewer pages than the budget; then as many at it as are due.
-    order = _ordered(vote)
-    low, high = tl.full([], LOWEST, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        few = tl.sum((order > middle.to(tl.int32)).to(tl.int32), 0) < budget
-        low, high = tl.where(few, low, middle + 1), tl.where(few, middle, high)
-    above = order > high.to(tl.int32)
-    tie = (order == high.to(tl.int32)) & (page < total)
-    rank = tl.cumsum(tie.to(tl.int32), 0)
-    kept = above | (tie & (rank <= budget - tl.sum(above.to(tl.int32), 0)))
-    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    # Before `low` come `below` pages, no more than the budget; up to `high` no fewer. Each pass
+    # leaves about a third of what lies between, until as many as the budget come before `low`.
+    low, high, below = tl.full([], FIRST, tl.int32), tl.full([], LAST, tl.int32), forced
+    while (below < budget) & (low < high):
+        third = (high - low) // 3
+        a, b = low + third, low + 2 * third
+        counts = tl.sum(tl.where(order <= a, 1, 0) + tl.where(order <= b, 1 << 16, 0), 0)
+        upto_a, upto_b = counts & 0xFFFF, counts >> 16
+        low = tl.where(upto_b <= budget, b + 1, tl.where(upto_a <= budget, a + 1, low))
+        below = tl.where(upto_b <= budget, upto_b, tl.where(upto_a <= budget, upto_a, below))
+        high = tl.where(upto_a > budget, a, tl.where(upto_b > budget, b, high))
+
+    # All before `low`; of those at it, the lower pages, as many as are due.
+    due = budget - below
+    kind = tl.where(order < low, 1, tl.where(order == low, 1 << 16, 0))
+    seen = tl.cumsum(kind, 0)
+    kept = (kind == 1) | ((kind > 1) & (seen >> 16 <= due))
+    place = (seen & 0xFFFF) + tl.minimum(seen >> 16, due) - 1
     out = CHOSEN + head * width
     tl.store(out + place, page.to(tl.int64), mask=kept & (place < width))
     unused = (page >= budget) & (page < width)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import hfsparse
+from hfsparse import bench, kernels
 from hfsparse.attention import NAME, attend
+from tests.gpu.common import BF16, DEVICE
 from tests.patcher.families import (
     FAMILIES,
     fresh,
@@ -21,15 +23,22 @@ from tests.patcher.families import (
 )
 from tests.patcher.runs import forward, generate
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CLOSE = 1e-4  # float32 sums in another order
+
+
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """Matrix products on the GPU round no factor."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
 @pytest.mark.parametrize("chunk", [None, 300])
 def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr("hfsparse.attention.default_block", lambda tokens, device: 128)
     model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
@@ -71,3 +80,27 @@ def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
             AttentionInterface.register(NAME, attend)
     assert torch.equal(got, want)
     assert len(seen) == 3
+
+
+def test_long_prompts_run_in_flash_attn_4_as_they_do_in_triton(monkeypatch):
+    """bf16 prompts of more than 8,192 tokens: rings, columns and full heads."""
+    need = kernels.Need(DEVICE, BF16, 64, 64, lists=True)
+    first = kernels.PREFILL[0]
+    assert first.name == "FA4"
+    if reason := first.why_not(need):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_hidden_layers=2)
+    sizes = dict(vocab_size=100, hidden_size=128, intermediate_size=128)
+    config = LlamaConfig(**heads, **sizes, max_position_embeddings=1 << 14)
+    model = LlamaForCausalLM(config).eval().to(DEVICE, BF16)
+    ids, found = tokens(1, 9001).to(DEVICE), []
+    for table in (kernels.PREFILL, kernels.PREFILL[1:]):
+        monkeypatch.setattr(kernels, "PREFILL", table)
+        clock = bench.Clock(DEVICE)
+        with torch.no_grad(), hfsparse.patch(model, streaming(model)), clock:
+            found.append((model(ids).logits[0, 100:], clock.kernels))
+    (fast, fast_kernels), (plain, plain_kernels) = found
+    assert fast_kernels == ["FA4"]
+    assert set(plain_kernels) == {"torch sdpa", "Triton"}
+    assert (fast - plain).norm() < 0.03 * plain.norm()  # two layers of bf16

@@ -1,0 +1,38 @@
+"""Tests that need a CUDA device: without one each file is skipped before it is imported."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in tests/conftest.py, which may not be read
+
+
+def no_gpu() -> str | None:
+    """Why nothing here can run; torch is asked only where there is a driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/nvidiactl").exists():
+            return "needs a CUDA device: there is no driver"
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device: torch sees none"
+
+
+class Skipped(pytest.Module):
+    """A test file that is not imported."""
+
+    why = ""
+
+    def collect(self):
+        pytest.skip(self.why, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if why := no_gpu():
+        module = Skipped.from_parent(parent, path=module_path)
+        module.why = why
+        return module
+    return None

@@ -1,0 +1,87 @@
+"""Quest's pages chosen on the GPU against the selector itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfsparse.kernels import triton_quest
+from hfsparse.lists import PAGE
+from hfsparse.selectors.quest import Quest
+from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled
+
+LENGTHS = (64 * 21 + 5, 64 * 9, 300, 17, 0)
+
+
+def summaries(lengths, queries=1, group=3, dim=64, dtype=SINGLE, kv_heads=2, room=0):
+    """q, minima, maxima and lengths of random rows; NaN in the room for more pages."""
+    made = torch.Generator(DEVICE).manual_seed(0)
+    P = -(-max(lengths) // PAGE)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=made, device=DEVICE).to(dtype)
+
+    q = random(len(lengths), queries, group * kv_heads, dim).transpose(1, 2)
+    k = random(len(lengths), kv_heads, P, PAGE, dim)
+    low, high = k.amin(3), k.amax(3)
+    low, high = (torch.nn.functional.pad(t, (0, 0, 0, room), value=torch.nan) for t in (low, high))
+    return q, low, high, torch.tensor(lengths, device=DEVICE)
+
+
+def same(found, expected) -> None:
+    """Equal counts; equal pages, but for a few that float32 sums in another order may swap."""
+    assert torch.equal(found.count, expected.count)
+    apart = total = 0
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in found.count.shape)).tolist():
+        n = int(found.count[b, h])
+        ours, theirs = (t.pages[b, h, :n].tolist() for t in (found, expected))
+        assert ours == sorted(set(ours)), "ascending, none twice"
+        apart, total = apart + len({*ours} - {*theirs}), total + n
+    assert apart <= total / 200, f"{apart} of {total} pages differ"
+
+
+@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2)], ids=str)
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
+def test_pages_equal_the_selectors(quest, queries, group):
+    q, low, high, length = summaries(LENGTHS, queries, group)
+    found = triton_quest.pages(quest, q, low, high, length, 0.125)
+    same(found, quest.pages(q, low, high, length, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(BF16, dim) for dim in (64, 80, 96, 128, 256)] + [(HALF, 128), (SINGLE, 128)]
+)
+def test_every_head_dim_and_dtype(dtype, dim):
+    q, low, high, length = summaries((64 * 40, 64 * 7 + 1), dim=dim, dtype=dtype)
+    quest = Quest(0.2, 2)
+    found = triton_quest.pages(quest, q, low, high, length, dim**-0.5)
+    same(found, quest.pages(q, low, high, length, dim**-0.5))
+
+
+@pytest.mark.parametrize("pages", [1000, 2048, 16384])
+def test_every_size_of_cache(pages):
+    q, low, high, length = summaries((pages * PAGE - 5,), group=4, dtype=BF16)
+    quest = Quest()
+    found = triton_quest.pages(quest, q, low, high, length, 0.125)
+    same(found, quest.pages(q, low, high, length, 0.125))
+
+
+def test_room_for_more_pages_changes_nothing():
+    quest, lengths = Quest(0.3, 2), (64 * 9 + 1, 130)
+    q, *held = summaries(lengths)
+    expected = triton_quest.pages(quest, q, *held, 0.125)
+    q, *held = summaries(lengths, room=2000)
+    found = triton_quest.pages(quest, q, *held, 0.125)
+    assert torch.equal(found.count, expected.count)
+    for b in range(2):
+        n = int(found.count[b, 0])
+        assert torch.equal(found.pages[b, :, :n], expected.pages[b, :, :n])
+
+
+def test_a_new_length_compiles_nothing_within_a_size():
+    found = []
+    for pages in (1, 2, 30, 1001):
+        q, low, high, length = summaries((pages * PAGE - 5,))
+        triton_quest.pages(Quest(), q, low, high, length, 0.125)
+        found.append(compiled(triton_quest))
+    assert found == [found[0]] * 4
