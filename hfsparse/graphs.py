@@ -207,7 +207,7 @@ class Graphs:
 
 @lru_cache
 def _place(device: torch.device) -> SimpleNamespace:
-    """Of all graphs on a device: the stream that records, their memory, the last replay's stream."""
+    """What the graphs of a device share: the stream they are recorded on, their memory."""
     return SimpleNamespace(
         stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), last=None
     )

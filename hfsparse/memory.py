@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hfsparse.fingerprint import linear_layers, windows
-from hfsparse.patcher import _layer_plans
+from hfsparse.patcher import CHUNK, _layer_plans
 from hfsparse.plan import ModelId, Plan
 
 WIDE, NARROW = 3, 4
@@ -81,7 +81,11 @@ def longest(
     config: Any, plan: Plan | None, room: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
 ) -> int:
     """The longest prompt whose peak fits in `room` bytes; 0: none does."""
-    room -= itemsize * parameters(config)
+    return _longest(config, plan, room - itemsize * parameters(config), batch, chunk, itemsize)
+
+
+def _longest(config, plan, room, batch, chunk, itemsize) -> int:
+    """As `longest`, in what is left beside the weights."""
 
     def fits(tokens: int) -> bool:
         return sum(_beside_weights(config, plan, tokens, batch, chunk, itemsize)) <= room
@@ -93,3 +97,32 @@ def longest(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def too_much(decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int) -> str:
+    """For a call that ran out of memory: what it needs under the plan, what dense does, what fits.
+
+    Of a batch of rows of `tokens`, the last `chunk` of them new (0: all), on a device of `room`
+    bytes whose weights are those of `decoder` and its embedding once more, the head.
+    """
+    gib, config = 2**30, decoder.config
+    size = next(decoder.parameters()).element_size()
+    weights = sum(p.nbytes for p in decoder.parameters())
+    weights += decoder.get_input_embeddings().weight.nbytes
+    more = {"tokens": tokens, "batch": batch, "chunk": chunk, "itemsize": size}
+    cache, work = _beside_weights(config, plan, **more)
+    dense = sum(_beside_weights(config, None, **more))
+    all_of_it = (weights + cache + work) / gib
+    told = (
+        f"out of memory: {batch} x {tokens:,} tokens need about {all_of_it:.1f} GiB under this "
+        f"plan (weights {weights / gib:.1f}, KV cache {cache / gib:.1f}, work "
+        f"{work / gib:.1f}) and {(weights + dense) / gib:.1f} without one"
+    )
+    if not room:
+        return told
+    fits = _longest(config, plan, room - weights, batch, chunk or CHUNK, size)
+    return (
+        f"{told}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
+        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, as far as nothing else is there; else "
+        "shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
+    )

@@ -45,6 +45,8 @@ from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.stats import LayerStats, Stats
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
+# `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size.
+LONG, CHUNK = 1 << 17, 1 << 15
 SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -379,9 +381,25 @@ def _replaying(decoder: type):
         if args or state is None or torch.compiler.is_compiling():
             return own(*args, **kwargs)
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        return state.graphs.run(own, self, kwargs, cache)
+        try:
+            return state.graphs.run(own, self, kwargs, cache)
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(_too_much(self, kwargs, cache)) from error
 
     return forward
+
+
+def _too_much(decoder, kwargs: dict, cache: Any) -> str:
+    """What a call that is out of memory needs under the plan, what dense does, and what fits."""
+    from hfsparse import memory
+
+    state, weight = decoder._hfsparse, next(decoder.parameters())
+    new = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
+    return memory.too_much(
+        *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room)
+    )
 
 
 @torch.compiler.disable
@@ -491,9 +509,15 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = next((model_kwargs[n] for n in CACHES if model_kwargs.get(n) is not None), None)
     if cache is not None:
-        mask, chunked = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+        mask = model_kwargs.get("attention_mask")
         # 5.24 drops a mask of ones, and notes how wide it was
         width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+        plain = model_kwargs.get("inputs_embeds") is None and not hasattr(
+            self.config, "vision_config"
+        )
+        if width > LONG and plain and generation_config.prefill_chunk_size is None:
+            generation_config.prefill_chunk_size = CHUNK
+        chunked = generation_config.prefill_chunk_size
         if chunked and not width:
             raise PatchError(
                 "prefill_chunk_size: generate does not tell how long the whole prompt is. Pass its "

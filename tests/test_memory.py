@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hfsparse
 from hfsparse import bench, memory
 from hfsparse.plan import Plan
-from tests.patcher.families import FAMILIES, full, growing, mixed, streaming, tiny, tokens
+from tests.patcher.families import FAMILIES, fresh, full, growing, mixed, streaming, tiny, tokens
 from tests.patcher.runs import forward
 
 
@@ -65,3 +65,26 @@ def test_the_longest_prompt_fits_and_no_longer_one(batch):
         assert memory.predict(config, arm, found, batch).peak <= 40 << 30
         assert memory.predict(config, arm, found + 1, batch).peak > 40 << 30
     assert memory.longest(config, plan, 1 << 30) == 0
+
+
+def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch):
+    model = fresh("llama")
+    plan = streaming(model)
+
+    def full_card(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with hfsparse.patch(model, plan) as handle:
+        monkeypatch.setattr("hfsparse.graphs.Graphs.run", full_card)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"2 x 300 tokens need about 0\.0 GiB"):
+            forward(model, tokens(2, 300))
+        monkeypatch.undo()
+        forward(model, tokens(2, 300))
+        assert handle.stats().kv_bytes
+    more = plan, 300, 2, 0
+    need = memory.predict(model.config, *more, itemsize=4)
+    assert "in chunks" not in memory.too_much(model.model, *more, 0)
+    told = memory.too_much(model.model, *more, need.peak)
+    fits = int(told.rpartition(" x ")[2].split()[0].replace(",", ""))
+    again = dict(batch=2, chunk=memory.CHUNK, itemsize=4)
+    assert memory.longest(model.config, plan, need.peak, **again) == fits >= 300

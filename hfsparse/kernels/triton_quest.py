@@ -1,11 +1,12 @@
 """Quest's choice of pages in two Triton kernels: `pages(quest, ...)` for `quest.pages(...)`.
 
-The first reads every page's summary once and writes bounds; the second, a program a kv head, turns
-a head's bounds into votes, finds the vote at which enough pages are kept by bisecting float32 bit
-patterns (ties go to the lower page, as a stable sort has it) and writes them in ascending order.
-Nothing is sorted, no host waits. Votes lie in registers, so the second kernel compiles once for
-each of three sizes of cache. Lengths are read on the device, and what is chosen does not depend on
-the room there is for more pages, so that a CUDA graph over a cache's whole room serves every step.
+The first reads every page's summary once and writes bounds, and how much softmax weight each tile
+of pages has in all. The second, a program a kv head, adds the tiles up, so that bounds become
+votes, finds the vote at which enough pages are kept by trying two float32 bit patterns at a time
+(ties go to the lower page, as a stable sort has it) and writes them in ascending order. Nothing is
+sorted, no host waits. Votes lie in registers, so the second kernel compiles once for each of five
+sizes of cache. Lengths are read on the device, and what is chosen does not depend on the room there
+is for more pages, so that a CUDA graph over a cache's whole room serves every step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from hfsparse.selectors.quest import EXACT, Quest
 
 SIZES = tuple(1 << n for n in range(10, 15))  # pages
 TILE = 64  # pages whose bounds one program computes
-WARPS = 8
-FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # 1.0 and 150.0 in float32
+FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
@@ -55,7 +55,7 @@ def pages(
     _bounds[(tiles, B * Hkv, triton.cdiv(queries, rows))](
         *(q, low, high, bounds, totals, length.contiguous()),
         *(s for t in (q, low, high) for s in t.stride()[:3]),
-        *(Hkv, Q, queries, scale * LOG2E.value),
+        *(Hkv, Q, queries, P, scale * LOG2E.value),
         D=D,
         DEPTH=min(64, max(16, triton.next_power_of_2(D) // 2)),
         ROWS=rows,
@@ -74,23 +74,23 @@ def pages(
         SIZE=size,
         TILE=TILE,
         PAGE=PAGE,
-        num_warps=max(4, min(WARPS, size // 256)),
+        num_warps=max(4, min(16, size // 512)),
     )
     return PageLists(chosen, count)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries".split())
+@triton.jit(do_not_specialize="Hkv Q queries P".split())
 def _bounds(
     Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH,
     q_b: tl.int64, q_h: tl.int64, q_s, low_b: tl.int64, low_h: tl.int64, low_p,
     high_b: tl.int64, high_h: tl.int64, high_p,
-    Hkv, Q, queries, unit,
+    Hkv, Q, queries, P, unit,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv = head // Hkv, head % Hkv
-    total = tl.cdiv(tl.load(LENGTH + b).to(tl.int32), PAGE)
+    total = tl.minimum(tl.cdiv(tl.load(LENGTH + b).to(tl.int32), PAGE), P)
     if tile * TILE >= total:
         return
     page = tile * TILE + tl.arange(0, TILE)
@@ -199,12 +199,12 @@ def _choose(
     low, high, below = tl.full([], FIRST, tl.int32), tl.full([], LAST, tl.int32), forced
     while (below < budget) & (low < high):
         third = (high - low) // 3
-        a, b = low + third, low + 2 * third
-        counts = tl.sum(tl.where(order <= a, 1, 0) + tl.where(order <= b, 1 << 16, 0), 0)
-        upto_a, upto_b = counts & 0xFFFF, counts >> 16
-        low = tl.where(upto_b <= budget, b + 1, tl.where(upto_a <= budget, a + 1, low))
-        below = tl.where(upto_b <= budget, upto_b, tl.where(upto_a <= budget, upto_a, below))
-        high = tl.where(upto_a > budget, a, tl.where(upto_b > budget, b, high))
+        near, far = low + third, low + 2 * third
+        counts = tl.sum(tl.where(order <= near, 1, 0) + tl.where(order <= far, 1 << 16, 0), 0)
+        nearer, farther = counts & 0xFFFF, counts >> 16
+        low = tl.where(farther <= budget, far + 1, tl.where(nearer <= budget, near + 1, low))
+        below = tl.where(farther <= budget, farther, tl.where(nearer <= budget, nearer, below))
+        high = tl.where(nearer > budget, near, tl.where(farther > budget, far, high))
 
     # All before `low`; of those at it, the lower pages, as many as are due.
     due = budget - below

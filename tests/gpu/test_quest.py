@@ -58,7 +58,7 @@ def test_every_head_dim_and_dtype(dtype, dim):
     same(found, quest.pages(q, low, high, length, dim**-0.5))
 
 
-@pytest.mark.parametrize("pages", [1000, 2048, 16384])
+@pytest.mark.parametrize("pages", [1000, 2000, 4000, 8000, 16384])
 def test_every_size_of_cache(pages):
     q, low, high, length = summaries((pages * PAGE - 5,), group=4, dtype=BF16)
     quest = Quest()
@@ -66,16 +66,29 @@ def test_every_size_of_cache(pages):
     same(found, quest.pages(q, low, high, length, 0.125))
 
 
-def test_room_for_more_pages_changes_nothing():
-    quest, lengths = Quest(0.3, 2), (64 * 9 + 1, 130)
-    q, *held = summaries(lengths)
+@pytest.mark.parametrize("lengths", [(64 * 9 + 1, 130), (64 * 1000, 64 * 700 - 3)], ids=str)
+def test_room_for_more_pages_changes_nothing(lengths):
+    quest = Quest(0.3, 2)
+    q, *held = summaries(lengths, dtype=BF16)
     expected = triton_quest.pages(quest, q, *held, 0.125)
-    q, *held = summaries(lengths, room=2000)
-    found = triton_quest.pages(quest, q, *held, 0.125)
-    assert torch.equal(found.count, expected.count)
-    for b in range(2):
-        n = int(found.count[b, 0])
-        assert torch.equal(found.pages[b, :, :n], expected.pages[b, :, :n])
+    for room in (100, 1100, 2200, 5000, 9000):  # the last four are other sizes
+        q, *held = summaries(lengths, dtype=BF16, room=room)
+        found = triton_quest.pages(quest, q, *held, 0.125)
+        assert torch.equal(found.count, expected.count)
+        for b in range(2):
+            n = int(found.count[b, 0])
+            assert torch.equal(found.pages[b, :, :n], expected.pages[b, :, :n])
+
+
+def test_equal_votes_go_to_the_lower_pages():
+    q, low, high, length = summaries((64 * 3000,), dtype=BF16)
+    q, low, high = (torch.sign(t) for t in (q, low, high))  # whole numbers, of which few differ
+    for share in (0.06, 0.3, 0.7):
+        found = triton_quest.pages(Quest(share), q, low, high, length, 0.125)
+        expected = Quest(share).pages(q, low, high, length, 0.125)
+        assert torch.equal(found.count, expected.count)
+        n = int(found.count[0, 0])
+        assert torch.equal(found.pages[..., :n], expected.pages[..., :n])
 
 
 def test_a_new_length_compiles_nothing_within_a_size():

@@ -60,13 +60,43 @@ def test_equal_votes_go_to_the_lower_pages(choose):
     assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("values", [1, 2, 4])
+def test_many_equal_votes_go_to_the_lower_pages(choose, share, values):
+    """Bounds are whole numbers: at nearly every share some of several equal pages are kept."""
+    made = torch.Generator().manual_seed(values)
+    q = torch.randint(-1, 2, (3, 2, 1, 16), generator=made).float()
+    k = torch.randint(0, values + 1, (3, 2, 90, 16), generator=made).float()
+    low, high, length = k - 1, k + 1, torch.tensor([90 * PAGE, 70 * PAGE - 3, 33 * PAGE])
+    quest = Quest(share, 2)
+    expected = quest.pages(q, low, high, length, 0.5)
+    assert_same(choose(quest, q, low, high, length, 0.5), expected, low)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_votes_that_float32_has_as_0_are_equal(choose, share):
+    q, _, _, low, high, length = rows([64 * 30, 64 * 21 + 5], 1, 2, spread=1000.0)
+    quest = Quest(share, 2)
+    expected = quest.pages(q, low, high, length, 1.0)
+    found = choose(quest, q, low, high, length, 1.0)
+    assert_same(found, expected, low)
+    assert chosen(found, 0, 0)[:-4] == list(range(found.count[0, 0] - 4))  # few are above 0
+
+
+def test_one_page_can_have_the_whole_vote(choose):
+    q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 40, 16)
+    low[:, :, 17] = 100
+    found = choose(Quest(0.01, 3), q, low, low, torch.tensor([40 * PAGE]), 1.0)
+    assert chosen(found, 0, 0) == [0, 17, 39]
+
+
 @pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2)])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_room_for_more_pages_changes_nothing(choose, quest, queries):
     """A buffer that has room for more pages than any row holds, whatever is in there."""
     q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
     tight = choose(quest, q, low, high, length, 0.7)
-    for more in (1, 100, 1100, 4500):  # the last two are other sizes
+    for more in (1, 100, 1100, 2200, 4500, 9000):  # from 1100 on, other sizes
         roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high)]
         found = choose(quest, q, *roomy, length, 0.7)
         assert bool(((found.pages >= 0) & (found.pages < roomy[0].shape[2])).all())

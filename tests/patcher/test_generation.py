@@ -160,3 +160,19 @@ def test_attention_dropout_is_refused():
     finally:
         model.eval()
         attention.attention_dropout = 0.0
+
+
+def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
+    model, seen = tiny("llama"), []
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    with hfsparse.patch(model, streaming(model)):
+        hook = model.model.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        try:
+            for length, more in ((200, {}), (210, {}), (210, {"prefill_chunk_size": 150})):
+                generate(model, tokens(1, length), new=2, **more)
+        finally:
+            hook.remove()
+    assert seen == [200, 1, 64, 64, 64, 18, 1, 150, 60, 1]
