@@ -112,6 +112,9 @@ def mixed_plan(model: PreTrainedModel, tokens: int, density: float) -> Plan:
     return planned(model, words, blocks=blocks, slash=slash, stream=stream)
 
 
+PLANS = {"block_topk": topk_plan, "mixed": mixed_plan}
+
+
 def planned(model: PreTrainedModel, words: list[str], **patterns) -> Plan:
     """Every layer: q heads by `words`, over and over; nothing is dropped from the cache."""
     this = ModelId.of(model)
@@ -221,20 +224,21 @@ def kind_of(tokens: int) -> str:
     return "full" if tokens <= SHORT else "sparse"
 
 
-def arms_of(model: PreTrainedModel, tokens: int, only: str | None, chunk: int | None) -> list[Arm]:
+def arms_of(model: PreTrainedModel, tokens: int, args: argparse.Namespace) -> list[Arm]:
     """Dense, then ours."""
     whole, without = kernels.PREFILL, tuple(row for row in kernels.PREFILL if row.name != "FA4")
     served = no_fa4(model) is None
     tables = [(whole, 0), (without, 1)] if served else [(without, 1)]
+    tables = tables[:1] if args.fastest else tables
     arms = [Arm("dense", None, whole, spare=PIECE)]
-    if (only or kind_of(tokens)) == "full":
+    if (args.only or kind_of(tokens)) == "full":
         return [*arms, Arm("full", Plan.full(ModelId.of(model)), whole, FULL_TARGET)]
     for density in [d for n, d in TARGETS if n == tokens] or OTHER:
-        for name, make in (("block_topk", topk_plan), ("mixed", mixed_plan)):
-            plan = make(model, tokens, density)
+        for name in args.plans.split(","):
+            plan = PLANS[name](model, tokens, density)
             for table, column in tables:
                 target = TARGETS.get((tokens, density), (None, None))[column]
-                pieces = {"piece": chunk, "spare": PIECE}
+                pieces = {"piece": args.chunk if tokens > 131072 else None, "spare": PIECE}
                 arms.append(Arm(f"{name} {density:.2f}", plan, table, target, **pieces))
     return arms
 
@@ -261,12 +265,12 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, arms: list[Arm], repeat: 
             return
 
 
-def warm_up(model: PreTrainedModel, kinds: set[str]) -> None:
+def warm_up(model: PreTrainedModel, kinds: set[str], args: argparse.Namespace) -> None:
     """Compile what there is to compile, at other lengths."""
     for kind, tokens in WARM:
         if kind not in kinds:
             continue
-        for arm in arms_of(model, tokens, kind, None):
+        for arm in arms_of(model, tokens, argparse.Namespace(**{**vars(args), "only": kind})):
             arm.turn(model, prompt(model, tokens), 0)
             if arm.failed:
                 print(f"- warming up, {tokens:,} tokens, {arm.name}: {arm.failed}", flush=True)
@@ -401,6 +405,8 @@ def main() -> None:
     parser.add_argument(
         "--chunk", type=int, help="read sparse prompts beyond 131,072 tokens in pieces of so many"
     )
+    parser.add_argument("--plans", default=",".join(PLANS))
+    parser.add_argument("--fastest", action="store_true", help="FA4 alone where it serves")
     parser.add_argument("--seconds", type=float, default=480, help="then: fewer calls, no length")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -408,7 +414,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     model = bench.random_model(args.shape, device, torch.bfloat16 if cuda else torch.float32)
     lengths = sorted({int(n) for n in args.lengths.split(",")})
-    warm_up(model, {args.only or kind_of(n) for n in lengths})
+    warm_up(model, {args.only or kind_of(n) for n in lengths}, args)
     print(f"{header(model, args.shape)}\n", flush=True)
     print(f"| {HEAD} |\n|" + " --- |" * (HEAD.count("|") + 1), flush=True)
     said = []
@@ -417,7 +423,7 @@ def main() -> None:
             said.append(f"{tokens:,} tokens: left out, the time was up")
             continue
         ids, repeat = prompt(model, tokens), args.repeat or repeats(tokens)
-        arms = arms_of(model, tokens, args.only, args.chunk if tokens > 131072 else None)
+        arms = arms_of(model, tokens, args)
         measure(model, ids, arms, repeat, start + args.seconds)
         for arm in arms[1:]:
             print(row(tokens, arms[0], arm), flush=True)
