@@ -351,9 +351,8 @@ def main() -> None:
     if args.steps:
         steps(model, lengths[-1], args.tokens)
     if not args.no_table:
-        table(
-            model, lengths, args.batch, args.tokens, [int(n) for n in args.static.split(",") if n]
-        )
+        static = [int(n) for n in args.static.split(",") if n]
+        table(model, lengths, args.batch, args.tokens, static, args.rounds)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ class Graphs:
             self.forget(first)
             graph = None
         if graph is not None:
-            if not self.checked:
-                return self._checked(graph, forward, kwargs, given, layers, rows)
-            return self._replay(graph, given, layers, rows)
+            if self.checked:
+                return self._replay(graph, given, layers, rows)
+            return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
         steps = self.warm[first] = self.warm.get(first, 0) + 1
         self.why = self._lasting(decoder, layers, rows)
         if self.why is None and steps < WARM:
@@ -108,7 +108,7 @@ class Graphs:
         if self.why is not None:
             return forward(**kwargs)
         call = self._fused(decoder) if self.fuse else forward
-        serving = {p.index: (p, layer) for p, layer in zip(self.layers, layers, strict=True)}
+        serving = self._serving(layers)
         try:
             if self.fuse and steps == WARM:  # compiles, outside of the graph
                 self.why = "the step was compiled"
@@ -143,13 +143,19 @@ class Graphs:
 
         return call
 
-    def _checked(self, graph, forward, kwargs, given, layers, rows) -> Any:
+    def _serving(self, layers: list[Layer]) -> dict[int, tuple[LayerPlan, Layer]]:
+        return {plan.index: (plan, layer) for plan, layer in zip(self.layers, layers, strict=True)}
+
+    def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
         """A step both ways, once: a model that freezes a number into its graph stays eager."""
         before = _snapshot(layers)
-        wanted = forward(**kwargs)
+        if self.fuse:  # beside itself run live: selectors may choose otherwise than unfused
+            wanted = _live(self._fused(decoder), given, past, rows, self._serving(layers))
+        else:
+            wanted = forward(**kwargs)
+            self.count(rows, -1)  # it is the same step
         _restore(layers, before)
         found = self._replay(graph, given, layers, rows)
-        self.count(rows, -1)  # it is the same step
         if _close(found[0], wanted[0]):
             self.checked = True
             return found
@@ -161,7 +167,7 @@ class Graphs:
 
     def _replay(self, graph, given, layers, rows) -> Any:
         place, current = _place(layers[0].keys.device), torch.cuda.current_stream()
-        if place.last is not None and place.last != current:  # graphs share their memory
+        if place.last is not None and place.last != current:  # graphs share the libraries' memory
             current.wait_stream(place.last)
         place.last = current
         output = graph.replay(given, rows)
@@ -207,10 +213,8 @@ class Graphs:
 
 @lru_cache
 def _place(device: torch.device) -> SimpleNamespace:
-    """What the graphs of a device share: the stream they are recorded on, their memory."""
-    return SimpleNamespace(
-        stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), last=None
-    )
+    """Of all graphs on a device: the stream that they are recorded on, that of the last replay."""
+    return SimpleNamespace(stream=torch.cuda.Stream(device), last=None)
 
 
 class Through(Cache):
@@ -240,7 +244,7 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _recording(self.step, serving):
-            self.graph.capture_begin(pool=place.pool, capture_error_mode="thread_local")
+            self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 output = call(**_without_cache({**given, **self.inputs}))
             except BaseException:

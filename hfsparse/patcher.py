@@ -512,10 +512,9 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         mask = model_kwargs.get("attention_mask")
         # 5.24 drops a mask of ones, and notes how wide it was
         width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
-        plain = model_kwargs.get("inputs_embeds") is None and not hasattr(
-            self.config, "vision_config"
-        )
-        if width > LONG and plain and generation_config.prefill_chunk_size is None:
+        simple = model_kwargs.get("inputs_embeds") is None and not cache.get_seq_length()
+        simple = simple and not hasattr(self.config, "vision_config")
+        if width > LONG and simple and generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = CHUNK
         chunked = generation_config.prefill_chunk_size
         if chunked and not width:

@@ -172,7 +172,9 @@ def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
         )
         try:
             for length, more in ((200, {}), (210, {}), (210, {"prefill_chunk_size": 150})):
-                generate(model, tokens(1, length), new=2, **more)
+                said = generate(model, tokens(1, length), new=2, **more)
+            longer = torch.cat([said.sequences, tokens(1, 30)], 1)  # one more turn comes whole
+            generate(model, longer, cache=said[CACHE], new=1)
         finally:
             hook.remove()
-    assert seen == [200, 1, 64, 64, 64, 18, 1, 150, 60, 1]
+    assert seen == [200, 1, 64, 64, 64, 18, 1, 150, 60, 1, 31]
