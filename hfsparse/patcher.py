@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from types import MethodType
 from typing import Any
 
@@ -251,6 +252,7 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
     lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
+    lines += _by_layer(state, need)
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:
@@ -259,6 +261,39 @@ def explain(model: PreTrainedModel) -> str:
             "heads that choose by content read all of it"
         )
     return "\n".join(lines)
+
+
+def _by_layer(state: State, need: kernels.Need) -> Iterator[str]:
+    """For each run of layers alike: how many heads of which kind, and the kernel that serves them.
+
+    Prompts above every `below` and every kernel's own threshold.
+    """
+
+    def told(layer: LayerPlan) -> str:
+        skip = layer.skip is not None
+        listed = kernels.pick(kernels.PREFILL, replace(need, lists=True, skip=skip)).name
+        asked = replace(need, lists=skip or layer.window is not None, skip=skip)
+        whole = kernels.pick(kernels.PREFILL, asked).name
+        paged = kernels.pick(kernels.DECODE, replace(need, lists=True)).name
+        plain = kernels.pick(kernels.DECODE, need).name
+        full = sum(pattern is None for pattern in layer.prefill)
+        kinds = Counter(
+            "selected" if g.selector else "full" if g.band == FULL else "ring"
+            for g in layer.groups
+            for _ in g.heads
+        )
+        prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
+        tokens = [(n, kind, paged if kind == "selected" else plain) for kind, n in kinds.items()]
+        parts = (
+            " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)
+            for found in (prompt, tokens)
+        )
+        return "prompt {}; new tokens {}".format(*parts)
+
+    for words, alike in groupby(state.layers, told):
+        first, *rest = [layer.index for layer in alike]
+        span = f"layers {first} to {rest[-1]}" if rest else f"layer {first}"
+        yield f"{span}: {words}"
 
 
 def _weights_name(model: PreTrainedModel) -> str:
