@@ -41,6 +41,7 @@ class Graphs:
         self.layers, self.linear, self.fuse = layers, linear, fuse
         self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
         self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # steps before one is kept
+        self.refused: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()  # why a cache has none
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
         self.loose: str | None = None  # why nothing is fused, though it was asked for
@@ -64,9 +65,9 @@ class Graphs:
         if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
         first, Q = layers[0], new.shape[1]
-        if not is_step(first, Q, first.seen + Q):  # a prompt: weights or hooks may have changed
+        if Q != 1 or not is_step(first, Q, first.seen + Q):
             self.forget(first)
-            self.why = "the last call was a prompt"
+            self.why = f"the last call had {Q} new tokens: a graph takes one"
             return forward(**kwargs)
         self.why = self.never or _obstacle(decoder, kwargs, new)
         if self.why is None and not self.lock.acquire(blocking=False):
@@ -79,8 +80,9 @@ class Graphs:
             self.lock.release()
 
     def forget(self, first: Layer) -> None:
-        self.kept.pop(first, None)
-        self.warm.pop(first, None)
+        """Begin anew with a cache: weights, adapters or hooks may have changed."""
+        for table in (self.kept, self.warm, self.refused):
+            table.pop(first, None)
 
     def _step(self, forward, decoder, kwargs, layers) -> Any:
         first = layers[0]
@@ -102,9 +104,12 @@ class Graphs:
                 return self._replay(graph, given, layers, rows)
             return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
         steps = self.warm[first] = self.warm.get(first, 0) + 1
-        self.why = self._lasting(decoder, layers, rows)
-        if self.why is None and steps < WARM:
+        if steps < WARM:
             self.why = "the first steps of a cache are not replayed"
+        elif _straddles(layers, rows, self.layers):
+            self.why = "rows on both sides of a `below`"
+        elif (why := self.refused.get(first) or self._lasting(decoder, first)) is not None:
+            self.why = self.refused[first] = why
         if self.why is not None:
             return forward(**kwargs)
         call = self._fused(decoder) if self.fuse else forward
@@ -186,8 +191,8 @@ class Graphs:
         for n in rows:
             self.layers[0].steps[n, 1] += times
 
-    def _lasting(self, decoder, layers, rows) -> str | None:
-        """Why a step of this cache can't be a graph: asked when one is to be recorded."""
+    def _lasting(self, decoder, first: Layer) -> str | None:
+        """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
         if self.linear:
             return "it has linear layers, whose states are not hfsparse's"
         if len(devices := {t.device for t in (*decoder.parameters(), *decoder.buffers())}) > 1:
@@ -201,14 +206,10 @@ class Graphs:
                 return f"a hook on {name}"
             if name and "forward" in module.__dict__:
                 return f"another forward on {name} (accelerate's hooks?)"
-        for layer, plan in zip(layers, self.layers, strict=True):
-            for store in layer.stores:
-                if len({n < _limit(store, plan) for n in rows}) > 1:
-                    return "rows on both sides of a `below`"
-                need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
-                if (kernel := kernels.pick(kernels.DECODE, need)).name != "Triton":
-                    return f"its keys are read by {kernel.name}"
-        return None
+        store = first.stores[0]
+        need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
+        kernel = kernels.pick(kernels.DECODE, need)
+        return None if kernel.name == "Triton" else f"its keys are read by {kernel.name}"
 
 
 @lru_cache
@@ -308,8 +309,6 @@ def _obstacle(decoder, kwargs, new: Tensor) -> str | None:
     mask = kwargs.get("attention_mask")
     if not new.is_cuda:
         return f"no CUDA graphs on {new.device.type}"
-    if new.shape[1] != 1:
-        return f"{new.shape[1]} new tokens in a step: a graph takes one"
     if torch.is_grad_enabled():
         return "gradients are wanted: call under torch.no_grad()"
     if torch.is_autocast_enabled("cuda"):
@@ -329,6 +328,15 @@ def _limit(store, plan: LayerPlan) -> int:
     return store.below if isinstance(store, Ring) else plan.below.decode
 
 
+def _straddles(layers, rows, plans) -> bool:
+    """Whether some rows read all that a store holds, and others not."""
+    return len(set(rows)) > 1 and any(
+        len({n < _limit(store, plan) for n in rows}) > 1
+        for layer, plan in zip(layers, plans, strict=True)
+        for store in layer.stores
+    )
+
+
 def _given(kwargs: dict, first: Layer) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
@@ -346,7 +354,7 @@ def _key(given: dict[str, Any], layers, rows, plans) -> tuple:
         for name, x in given.items()
     )
     stores = tuple(
-        (store.k.data_ptr(), store.k.shape[2], rows[0] < _limit(store, plan))
+        (*(t.data_ptr() for t in store.tensors()), store.k.shape[2], rows[0] < _limit(store, plan))
         for layer, plan in zip(layers, plans, strict=True)
         for store in layer.stores
     )

@@ -518,6 +518,8 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
             )
         for layer in ours:
             layer.expected = expected or layer.expected
+        if reserve:  # a new call of `generate`
+            state.graphs.forget(ours[0])
         return
     layer_kinds = {type(layer).__name__ for layer in cache.layers}
     special = [name for name in (kind, *layer_kinds) if "Quant" in name or "EncoderDecoder" in name]
