@@ -220,7 +220,7 @@ def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, 
 def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, None]:
     """What is registered: `attend`, or one opaque operator where a step is compiled to be fused."""
     plan = getattr(module, "_hfsparse", None)
-    if torch.compiler.is_compiling() and plan is not None and plan.fusing:
+    if torch.compiler.is_dynamo_compiling() and plan is not None and plan.fusing:
         more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
         return torch.ops.hfsparse.step(query, key, value, plan.index, *more), None
     return attend(module, query, key, value, attention_mask, **kwargs)
@@ -267,8 +267,10 @@ def attend(
         pads = torch.tensor([Q - n for n in new], device=query.device)
         query, key, value = (_shift(t, pads) for t in (query, key, value))
     if layer is not None and is_step(layer, Q, layer.seen):
+        need = kernels.Need.of(query, key, value, s_aux, lists=True, block=PAGE)
+        whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
         modes = torch.is_inference_mode_enabled(), threading.get_ident()
-        step = _step(tuple(past), tuple(layer.rows), Q, query.device, *modes)
+        step = _step(tuple(past), tuple(layer.rows), Q, query.device, whole, *modes)
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
         out = _decode(plan, layer, query, key, value, step, logits)
@@ -589,13 +591,13 @@ class Step:
 
 
 @lru_cache(16)
-def _step(past, rows, Q, device, inference, thread) -> Step:
+def _step(past, rows, Q, device, whole, inference, thread) -> Step:
     """The same for every layer of a call. `inference`: its tensors can't be used outside."""
     first, length = (torch.tensor(t, device=device) for t in (past, rows))
     lane = torch.arange(Q, device=device)
     query_pos = first[:, None] + lane
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
-    return Step(past, rows, length, query_pos, max(rows) if device.type == "cpu" else None)
+    return Step(past, rows, length, query_pos, None if whole else max(rows))
 
 
 def _decode(plan, layer, q, k, v, step, logits) -> Tensor:

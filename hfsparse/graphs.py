@@ -4,14 +4,17 @@ From the third new token of a cache on, the text decoder's forward is recorded a
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
 cache's buffers: another cache, a growth of the buffers or a row that passes a `below` is recorded
-anew, at about the price of an eager step, so weights, adapters and hooks that changed between two
-calls of `generate` are always seen. What can't be replayed runs as it is (`Graphs.why`).
+anew, at about the price of an eager step. So weights, adapters and hooks that changed between two
+calls of `generate` are seen (a loop of single tokens written by hand sees them at its next prompt).
+What can't be replayed runs as it is (`Graphs.why`). While a step is recorded, another thread that
+draws random numbers on the same GPU may fail: torch's generators know one recording at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
@@ -31,6 +35,7 @@ from hfsparse.lists import PAGE
 
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
 BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
+FEW = 8  # replays under which a graph was not worth its recording
 CLOSE = 0.05  # relative error up to which a replay differs from an eager step by rounding alone
 
 
@@ -41,10 +46,12 @@ class Graphs:
         self.layers, self.linear, self.fuse = layers, linear, fuse
         self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
         self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # steps before one is kept
+        self.moves: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # graphs of few replays
         self.refused: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()  # why a cache has none
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
         self.loose: str | None = None  # why nothing is fused, though it was asked for
+        self.held: Callable[[], Layer | None] = lambda: None  # the cache that `stats` looked at
         self.checked = False  # whether a replay was seen to give what an eager step gives
         self.lock = threading.Lock()
         self.compiled = None
@@ -94,17 +101,21 @@ class Graphs:
         for layer in layers:
             for store in layer.stores:
                 store.room(past, rows)
-        given, graph = _given(kwargs, first), self.kept.get(first)
+        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
         key = _key(given, layers, rows, self.layers)
         if graph is not None and graph.key != key:
+            moved = graph.key[1] != key[1] and graph.replays < FEW
             self.forget(first)
+            self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
+            if self.moves[first] > 1:
+                self.refused[first] = "its buffers move from step to step (beams?)"
             graph = None
         if graph is not None:
             if self.checked:
                 return self._replay(graph, given, layers, rows)
             return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
         steps = self.warm[first] = self.warm.get(first, 0) + 1
-        if steps < WARM:
+        if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
         elif _straddles(layers, rows, self.layers):
             self.why = "rows on both sides of a `below`"
@@ -115,22 +126,24 @@ class Graphs:
         call = self._fused(decoder) if self.fuse else forward
         serving = self._serving(layers)
         try:
-            if self.fuse and steps == WARM:  # compiles, outside of the graph
-                self.why = "the step was compiled"
-                output = _live(call, given, past, rows, serving)
+            if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
+                self.why = "the first steps of a cache are not replayed"
+                with contextlib.nullcontext() if self.fuse else NoWait():
+                    output = _live(call, given, past, rows, serving)
                 self._passed(layers, rows)
                 return output
-            graph = Graph(call, given, past, rows, key, serving, _place(first.keys.device))
+            self.kept[first] = Graph(call, given, past, rows, key, serving)
+            return self._replay(self.kept[first], given, layers, rows)
+        except torch.cuda.OutOfMemoryError:
+            self.refused[first] = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if self.fuse:
                 self.fuse, self.loose = False, f"not fused, {told}"
             else:
-                self.never = f"recording failed, {told}"
+                self.never = f"it can't be recorded, {told}"
             self.why = self.loose or self.never
-            return forward(**kwargs)
-        self.kept[first] = graph
-        return self._replay(graph, given, layers, rows)
+        return forward(**kwargs)
 
     def _fused(self, decoder: nn.Module) -> Callable:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
@@ -171,11 +184,14 @@ class Graphs:
         return forward(**kwargs)  # once more: the replay may have stored other keys
 
     def _replay(self, graph, given, layers, rows) -> Any:
-        place, current = _place(layers[0].keys.device), torch.cuda.current_stream()
-        if place.last is not None and place.last != current:  # graphs share the libraries' memory
-            current.wait_stream(place.last)
-        place.last = current
-        output = graph.replay(given, rows)
+        device = layers[0].keys.device
+        place, current = _place(device), torch.cuda.current_stream(device)
+        with place.lock:
+            if place.last is not None and place.last != current:  # they share libraries' memory
+                current.wait_stream(place.last)
+            place.last = current
+            output = graph.replay(given, rows)
+        graph.replays += 1
         self._passed(layers, rows)
         return output
 
@@ -202,7 +218,9 @@ class Graphs:
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "hooks on every module"
         for name, module in decoder.named_modules():
-            if name and (module._forward_hooks or module._forward_pre_hooks):
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            # transformers' own, which collect outputs, stay where they were once asked for
+            if name and any(not h.__module__.startswith("transformers.") for h in hooks):
                 return f"a hook on {name}"
             if name and "forward" in module.__dict__:
                 return f"another forward on {name} (accelerate's hooks?)"
@@ -215,7 +233,24 @@ class Graphs:
 @lru_cache
 def _place(device: torch.device) -> SimpleNamespace:
     """Of all graphs on a device: the stream that they are recorded on, that of the last replay."""
-    return SimpleNamespace(stream=torch.cuda.Stream(device), last=None)
+    return SimpleNamespace(stream=torch.cuda.Stream(device), last=None, lock=threading.Lock())
+
+
+class NoWait(TorchDispatchMode):
+    """Raises where the host would wait for the GPU: a recording that does is broken for good."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in WAITS or (name in ("index", "index_put_") and _by_mask(args[1])):
+            raise RuntimeError(f"the host waits for {name}")
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = "_local_scalar_dense nonzero masked_select equal bincount _unique2 unique_dim".split()
+
+
+def _by_mask(indices) -> bool:
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
 
 
 class Through(Cache):
@@ -237,13 +272,14 @@ class Through(Cache):
 class Graph:
     """One recorded step, and the tensors that it reads and writes."""
 
-    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, place):
+    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving):
         """Record `call(**given)`: its Python runs, its kernels don't."""
-        self.key, stream = key, place.stream
+        self.key, self.replays = key, 0
+        stream = _place(next(x.device for x in given.values() if isinstance(x, Tensor))).stream
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
         self.step = _step(past, rows, stream.device)
         self.graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream), _recording(self.step, serving):
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -253,9 +289,12 @@ class Graph:
                     self.graph.capture_end()
                 raise
             self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
         self.kind = type(output)
         self.outputs = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+        for name, x in self.outputs.items():
+            if not isinstance(x, Tensor | Through | None):
+                raise TypeError(f"{name} of its output is a {type(x).__name__}")
 
     def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
         """The step's output for these inputs; keys are stored, no counter on the host is."""
@@ -317,6 +356,9 @@ def _obstacle(decoder, kwargs, new: Tensor) -> str | None:
         return "the caller records a graph of its own"
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return "the mask is not [batch, columns]"
+    for name, x in kwargs.items():
+        if not isinstance(x, Tensor | Cache | bool | int | float | str | None):
+            return f"{name} is a {type(x).__name__}"
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name) or getattr(decoder.config, name, False):
             return f"{name} is asked for"
@@ -337,11 +379,17 @@ def _straddles(layers, rows, plans) -> bool:
     )
 
 
-def _given(kwargs: dict, first: Layer) -> dict[str, Any]:
+@lru_cache
+def _names(decoder: type) -> frozenset[str]:
+    return frozenset(inspect.signature(decoder.forward).parameters)
+
+
+def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
-    if given.get("position_ids") is None:
-        given["position_ids"] = torch.full((1, 1), first.seen, device=first.keys.device)
+    for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
+        if name in _names(decoder) and given.get(name) is None:
+            given[name] = torch.full(shape, first.seen, device=first.keys.device)
     return given
 
 
@@ -353,12 +401,12 @@ def _key(given: dict[str, Any], layers, rows, plans) -> tuple:
         else (name, x if isinstance(x, (bool, int, float, str, type(None))) else id(x))
         for name, x in given.items()
     )
-    stores = tuple(
-        (*(t.data_ptr() for t in store.tensors()), store.k.shape[2], rows[0] < _limit(store, plan))
-        for layer, plan in zip(layers, plans, strict=True)
-        for store in layer.stores
+    pairs = [(s, p) for x, p in zip(layers, plans, strict=True) for s in x.stores]
+    places = tuple(
+        (*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store, _ in pairs
     )
-    return torch.is_inference_mode_enabled(), arguments, stores
+    short = tuple(tuple(n < _limit(store, plan) for n in rows) for store, plan in pairs)
+    return (torch.is_inference_mode_enabled(), arguments, short), places
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,7 @@ import uuid
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from types import MethodType
@@ -66,7 +66,6 @@ class State:
     held: list[list[tuple[tuple[int, ...], int]]] = field(default_factory=list)
     dense: list[tuple[int, int]] = field(default_factory=list)
     seen: int = 0
-    cache: Callable[[], Layer | None] = lambda: None  # its first layer, as long as it lives
 
 
 class Patched:
@@ -206,6 +205,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 def _restore(model: PreTrainedModel, state: State) -> None:
     enter(None)  # an interrupted forward may have left this thread inside
+    state.graphs.kept.clear()
     for hook in state.hooks:
         hook.remove()
     for config, name in state.implementations:
@@ -413,7 +413,7 @@ def _replaying(decoder: type):
     def forward(self, *args, **kwargs):
         state = self.__dict__.get("_hfsparse")
         own = functools.partial(decoder.forward, self)
-        if args or state is None or torch.compiler.is_compiling():
+        if args or state is None or torch.compiler.is_dynamo_compiling():
             return own(*args, **kwargs)
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         try:
@@ -479,9 +479,9 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     if not all(layer.is_initialized for layer in layers):
         return  # gradient checkpointing goes without
     state.seen = layers[0].seen
-    if state.graphs.why is None and state.cache() is layers[0]:
+    if state.graphs.why is None and state.graphs.held() is layers[0]:
         return  # a replay: it wrote into what was there
-    state.cache = weakref.ref(layers[0])
+    state.graphs.held = weakref.ref(layers[0])
     state.held = [
         [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
         for layer in layers

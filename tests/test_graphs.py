@@ -30,23 +30,18 @@ def same(eager: dict, replayed: dict) -> None:
     torch.testing.assert_close(replayed["shares"], eager["shares"], equal_nan=True)
 
 
-PLANS = {  # plan: families
-    "full": ["mistral-window"],
-    "growing": ["qwen3"],
-    "mixed": ["llama", "gemma3"],
-}
-
-
-@pytest.mark.parametrize(("plan", "family"), [(p, f) for p in PLANS for f in PLANS[p]])
-def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan):
-    eager, replayed = interpreted(family, plan, length=200, new=6)
+@pytest.mark.parametrize(
+    ("family", "plan", "pads"),
+    [
+        ("mistral-window", "full", (0,)),
+        ("qwen3", "growing", (0,)),
+        ("llama", "mixed", (30, 0, 150)),
+        ("gemma3", "mixed", (0,)),
+    ],
+)
+def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):
+    eager, replayed = interpreted(family, plan, length=200, pads=pads, new=6)
     assert "no CUDA graphs on cpu" in eager["graphs"]
-    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
-    same(eager, replayed)
-
-
-def test_rows_of_other_lengths(interpreted):
-    eager, replayed = interpreted("llama", "mixed", length=200, pads=(0, 30, 150), new=6)
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     same(eager, replayed)
 
@@ -58,24 +53,17 @@ def test_a_threshold_that_is_passed_is_recorded_anew(interpreted):
     same(eager, replayed)
 
 
-def test_rows_on_both_sides_of_a_threshold_run_eagerly(interpreted):
-    more = dict(below=(0, 24, 0), length=20, pads=(0, 3), new=7)
+@pytest.mark.parametrize("pads", [(0, 3), (3, 0)])
+def test_rows_on_both_sides_of_a_threshold_run_eagerly(interpreted, pads):
+    more = dict(below=(0, 26, 0), length=20, pads=pads, new=8)
     eager, replayed = interpreted("llama", "mixed", **more)
     assert "both sides" in replayed["graphs"]
-    same(eager, replayed)
-
-
-def test_sampling_and_processors_go_on_working(interpreted):
-    more = dict(do_sample=True, top_p=0.9, repetition_penalty=1.3, length=20, pads=(0, 3))
-    eager, replayed = interpreted("llama", "streaming", **more)
-    assert replayed["graphs"] == "yes"
     same(eager, replayed)
 
 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (dict(num_beams=2), None),
         (dict(output_hidden_states=True), "output_hidden_states is asked for"),
         (dict(new=3), "the first steps of a cache"),
     ],
@@ -83,15 +71,19 @@ def test_sampling_and_processors_go_on_working(interpreted):
 def test_what_is_not_replayed_says_why(interpreted, more, why):
     eager, replayed = interpreted("llama", "full", length=20, **more)
     same(eager, replayed)
-    if why is not None:
-        assert why in replayed["graphs"]
-        assert replayed["recorded"] == 0
+    assert why in replayed["graphs"]
+    assert replayed["recorded"] == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_fused_step_gives_the_same(interpreted, family):
-    eager, fused = interpreted(family, "mixed", length=200, pads=(0, 7), fuse=True)
+def test_a_fused_step_gives_the_same(interpreted):
+    eager, fused = interpreted("gemma3", "mixed", length=100, pads=(0, 7), fuse=True)
     assert (fused["graphs"], fused["recorded"]) == ("yes, fused", 1)
     assert fused["tokens"] == eager["tokens"]
     torch.testing.assert_close(fused["logits"], eager["logits"])
     torch.testing.assert_close(fused["shares"], eager["shares"], equal_nan=True)
+
+
+def test_a_replay_that_differs_from_the_eager_step_is_the_last(interpreted):
+    eager, replayed = interpreted("llama", "streaming", length=20, new=7, off=0.5)
+    assert "gives something else than eagerly" in replayed["graphs"]
+    assert replayed["tokens"][0][:23] == eager["tokens"][0][:23]
