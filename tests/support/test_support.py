@@ -44,9 +44,6 @@ def cell(request):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_support(family, way, cell, tmp_path):
     model, run = tiny(family), WAYS[way]
-    for module in model.modules():  # Qwen-VL keeps those of its last call
-        if "rope_deltas" in vars(module):
-            module.rope_deltas = None
     more = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(run).parameters else {}
     try:
         for plan in (full(model), mixed(model)):

@@ -286,6 +286,9 @@ def _(model, plan):
 
     def run(m, c):
         given = embeds.clone().requires_grad_()
+        for module in m.modules():  # Qwen-VL keeps those of its last call, of another batch
+            if "rope_deltas" in vars(module):
+                module.rope_deltas = None
         m(inputs_embeds=given, use_cache=False).logits.square().mean().backward()
         m.zero_grad(set_to_none=True)
         return given.grad
