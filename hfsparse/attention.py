@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hfsparse import kernels
-from hfsparse.cache import Group, Layer, Ring, ring_positions, take_layer
+from hfsparse.cache import Full, Group, Layer, Ring, ring_positions, take_layer
 from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block, index_on
 from hfsparse.plan import Below
 
@@ -301,17 +301,16 @@ def _recorded_step(
     return out.transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op(
+torch.library.custom_op(
     "hfsparse::step",
+    _recorded_step,
     mutates_args=(),  # that compilers know of: the cache is none of theirs
     schema="(Tensor query, Tensor key, Tensor value, int index, float? scaling, float? softcap, "
     "Tensor? s_aux) -> Tensor",
 )
-def _step_operator(query, key, value, index, scaling, softcap, s_aux):
-    return _recorded_step(query, key, value, index, scaling, softcap, s_aux)
 
 
-@_step_operator.register_fake
+@torch.library.register_fake("hfsparse::step")
 def _(query, key, value, index, scaling, softcap, s_aux):
     B, H, Q, _ = query.shape
     return query.new_empty(B, Q, H, value.shape[3])
@@ -608,7 +607,7 @@ def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
         heads = store.group.heads
         at = at_heads(heads, k.device)
         store.append(k[:, at], v[:, at], step.past, new, step.query_pos)
-        limit = store.below if isinstance(store, Ring) else plan.below.decode
+        limit = reads_all_under(store, plan)
         own = _q_heads(heads, q.shape[1] // k.shape[1])
         for short, some in _alike([n < limit for n in step.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
@@ -618,6 +617,11 @@ def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
             out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
             _put(out, some, own, part)
     return out
+
+
+def reads_all_under(store: Full | Ring, plan: LayerPlan) -> int:
+    """Tokens in a row under which a decode step reads all that the store holds."""
+    return store.below if isinstance(store, Ring) else plan.below.decode
 
 
 def _decoder(q, k, v, logits, lists=False) -> kernels.Kernel:

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import LayerPlan, Step, is_step, recording, row_starts
-from hfsparse.cache import Layer, Ring
+from hfsparse.attention import LayerPlan, Step, is_step, reads_all_under, recording, row_starts
+from hfsparse.cache import Layer
 from hfsparse.lists import PAGE
 
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
@@ -67,8 +67,7 @@ class Graphs:
     def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
         """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
         layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, Layer)]
-        new = kwargs.get("input_ids")
-        new = kwargs.get("inputs_embeds") if new is None else new
+        new = new_tokens(kwargs)
         if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
         first, Q = layers[0], new.shape[1]
@@ -76,7 +75,7 @@ class Graphs:
             self.forget(first)
             self.why = f"the last call had {Q} new tokens: a graph takes one"
             return forward(**kwargs)
-        self.why = self.never or _obstacle(decoder, kwargs, new)
+        self.why = self.never or self.refused.get(first) or _obstacle(decoder, kwargs, new)
         if self.why is None and not self.lock.acquire(blocking=False):
             self.why = "another thread runs a step of this model"
         if self.why is not None:
@@ -108,7 +107,8 @@ class Graphs:
             self.forget(first)
             self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
             if self.moves[first] > 1:
-                self.refused[first] = "its buffers move from step to step (beams?)"
+                self.refused[first] = self.why = "its buffers move from step to step (beams?)"
+                return forward(**kwargs)
             graph = None
         if graph is not None:
             if self.checked:
@@ -117,9 +117,9 @@ class Graphs:
         steps = self.warm[first] = self.warm.get(first, 0) + 1
         if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
-        elif _straddles(layers, rows, self.layers):
+        elif any(len(set(short)) > 1 for short in key[0][-1]):
             self.why = "rows on both sides of a `below`"
-        elif (why := self.refused.get(first) or self._lasting(decoder, first)) is not None:
+        elif (why := self._lasting(decoder, first)) is not None:
             self.why = self.refused[first] = why
         if self.why is not None:
             return forward(**kwargs)
@@ -365,30 +365,23 @@ def _obstacle(decoder, kwargs, new: Tensor) -> str | None:
     return "tuples are asked for" if kwargs.get("return_dict") is False else None
 
 
-def _limit(store, plan: LayerPlan) -> int:
-    """Tokens in a row under which a step reads all that the store holds."""
-    return store.below if isinstance(store, Ring) else plan.below.decode
-
-
-def _straddles(layers, rows, plans) -> bool:
-    """Whether some rows read all that a store holds, and others not."""
-    return len(set(rows)) > 1 and any(
-        len({n < _limit(store, plan) for n in rows}) > 1
-        for layer, plan in zip(layers, plans, strict=True)
-        for store in layer.stores
-    )
+def new_tokens(kwargs: dict) -> Tensor | None:
+    """What a text decoder is given to read, `[B, Q]` or `[B, Q, hidden]`."""
+    embeds = kwargs.get("inputs_embeds")
+    return kwargs.get("input_ids") if embeds is None else embeds
 
 
 @lru_cache
-def _names(decoder: type) -> frozenset[str]:
-    return frozenset(inspect.signature(decoder.forward).parameters)
+def parameters(decoder: type) -> tuple[str, ...]:
+    """What a text decoder's forward takes, in order."""
+    return tuple(inspect.signature(decoder.forward).parameters)[1:]
 
 
 def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
     for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
-        if name in _names(decoder) and given.get(name) is None:
+        if name in parameters(decoder) and given.get(name) is None:
             given[name] = torch.full(shape, first.seen, device=first.keys.device)
     return given
 
@@ -405,7 +398,7 @@ def _key(given: dict[str, Any], layers, rows, plans) -> tuple:
     places = tuple(
         (*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store, _ in pairs
     )
-    short = tuple(tuple(n < _limit(store, plan) for n in rows) for store, plan in pairs)
+    short = tuple(tuple(n < reads_all_under(store, p) for n in rows) for store, p in pairs)
     return (torch.is_inference_mode_enabled(), arguments, short), places
 
 

@@ -12,7 +12,6 @@ cache. All state lies on the model, so `unpatch(model)` needs no handle.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import uuid
 import warnings
@@ -39,7 +38,7 @@ from hfsparse import kernels
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
 from hfsparse.cache import CacheError, Group, Layer, enter
 from hfsparse.fingerprint import LINEAR, attention_values, windows
-from hfsparse.graphs import Graphs
+from hfsparse.graphs import Graphs, new_tokens, parameters
 from hfsparse.lists import FAR, FULL, Band
 from hfsparse.loading import device_name
 from hfsparse.plan import Below, ModelId, Plan
@@ -400,9 +399,9 @@ def _layer_plans(
     return plans
 
 
-@functools.cache
-def _parameters(decoder: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(decoder.forward).parameters)[1:]
+def _cache_in(kwargs: dict) -> Any:
+    """The cache that a call is given, if any."""
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 @functools.cache
@@ -415,7 +414,7 @@ def _replaying(decoder: type):
         own = functools.partial(decoder.forward, self)
         if args or state is None or torch.compiler.is_dynamo_compiling():
             return own(*args, **kwargs)
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = _cache_in(kwargs)
         try:
             return state.graphs.run(own, self, kwargs, cache)
         except torch.cuda.OutOfMemoryError as error:
@@ -429,7 +428,7 @@ def _too_much(decoder, kwargs: dict, cache: Any) -> str:
     from hfsparse import memory
 
     state, weight = decoder._hfsparse, next(decoder.parameters())
-    new = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    new = new_tokens(kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.too_much(
@@ -446,7 +445,7 @@ def _before_forward(decoder, args, kwargs):
             f"the attention implementation was set to {decoder.config._attn_implementation} under "
             "an hfsparse patch: call handle.undo() first, then set it"
         )
-    names = _parameters(type(decoder))
+    names = parameters(type(decoder))
     args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("output_attentions", decoder.config.output_attentions):
         warnings.warn(
@@ -454,7 +453,7 @@ def _before_forward(decoder, args, kwargs):
             "handle.undo() to see the dense model's",
             stacklevel=2,
         )
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    cache = _cache_in(kwargs)
     use_cache = kwargs.get("use_cache")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache:
@@ -472,7 +471,7 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
     enter(None)
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    cache = _cache_in(kwargs)
     if cache is None or output is None:
         return  # no cache, or an error
     layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
@@ -492,7 +491,7 @@ def _after_forward(decoder, args, kwargs, output) -> None:
 def _check_width(given: dict, cache: Any) -> None:
     """PatchError unless a mask `[B, columns]` covers exactly the past and the new tokens."""
     mask = given.get("attention_mask")
-    new = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    new = new_tokens(given)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or new is None:
         return
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
@@ -544,7 +543,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
-    cache = next((model_kwargs[n] for n in CACHES if model_kwargs.get(n) is not None), None)
+    cache = _cache_in(model_kwargs)
     if cache is not None:
         mask = model_kwargs.get("attention_mask")
         # 5.24 drops a mask of ones, and notes how wide it was
