@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -60,6 +61,27 @@ def frozen():
         yield Frozen
 
 
+LAUNCHES = ("triton_append.append", "triton_decode.decode", "triton_quest.pages")
+
+
+@contextmanager
+def launches():
+    """The set of those Triton kernels that a step launches, to be filled."""
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        for name in LAUNCHES:
+            module, function = name.split(".")
+            module = import_module(f"hfsparse.kernels.{module}")
+            run = getattr(module, function)
+
+            def noted(*args, name=name, run=run, **more):
+                seen.add(name)
+                return run(*args, **more)
+
+            stack.enter_context(patch.object(module, function, noted))
+        yield seen
+
+
 def _choose(pattern, q, k, grid, scale):
     return pattern.lists(q, k, grid, scale)
 
@@ -83,6 +105,7 @@ def compare(
             stack.enter_context(patch.object(kernels, "choose", _choose))
             stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
             kind = stack.enter_context(frozen()) if replayed else None
+            launched = stack.enter_context(launches())
             handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse))
             said = runs.generate(model, ids, mask, new=new, **more)
             stats = handle.stats()
@@ -90,6 +113,7 @@ def compare(
             outcome["logits"] = torch.stack(said.logits, 1)
             outcome["shares"] = [layer.decode_share for layer in stats.layers]
             outcome["graphs"] = handle.explain().split("CUDA graph: ")[1].split("\n")[0]
+            outcome["launched"] = launched
             outcome["recorded"] = kind.recorded if kind else 0
             found.append(outcome)
     return found

@@ -43,6 +43,8 @@ def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, p
     eager, replayed = interpreted(family, plan, length=200, pads=pads, new=6)
     assert "no CUDA graphs on cpu" in eager["graphs"]
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    wanted = {*frozen.LAUNCHES} if plan == "mixed" else {*frozen.LAUNCHES[:2]}
+    assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
     same(eager, replayed)
 
 
