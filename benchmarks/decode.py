@@ -333,6 +333,8 @@ def main() -> None:
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--no-table", action="store_true")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
     lengths = [int(n) for n in args.lengths.split(",")]
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, "

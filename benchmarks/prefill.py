@@ -739,6 +739,8 @@ def main() -> None:
     parser.add_argument("--only-check", action="store_true", help="every form, and no timings")
     parser.add_argument("--tiles", action="store_true", help="time other tiles too")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
     names = args.arms.split(",")
     if unknown := set(names) - set(known):
         parser.error(f"no arms {', '.join(sorted(unknown))}: there are {', '.join(known)}")
