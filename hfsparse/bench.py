@@ -146,7 +146,8 @@ def table(rows: list[Row]) -> str:
 
 def written(plan: Plan, rows: list[Row], device: str) -> Plan:
     """The plan with these rows, and the prompt length that pays, under `measured`."""
-    entry: dict = {"prefill": [dataclasses.asdict(row) for row in rows]}
+    rounded = [{k: round(x, 4) for k, x in dataclasses.asdict(row).items()} for row in rows]
+    entry: dict = {"prefill": rounded}
     if (tokens := pays_from(rows)) is not None:
         entry["below"] = {"prefill": tokens}
     return dataclasses.replace(plan, measured={**plan.measured, device: entry})
