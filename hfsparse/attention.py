@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -273,9 +274,11 @@ def attend(
         step = _step(tuple(past), tuple(layer.rows), Q, query.device, whole, *modes)
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
-        out = _decode(plan, layer, query, key, value, step, logits)
+        with _on(query):
+            out = _decode(plan, layer, query, key, value, step, logits)
     else:
-        out = _prefill(plan, layer, query, key, value, past, new, logits)
+        with _on(query):
+            out = _prefill(plan, layer, query, key, value, past, new, logits)
     if watch:
         watch(out)
     if padded:
@@ -297,7 +300,9 @@ def _recorded_step(
     """As `attend`, for the step that this thread records; it changes nothing on the host."""
     plan, layer = recording.layers[index]
     logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    out = _decode(plan, layer, query, key, value, recording.step, logits)
+    step = recording.step.on(query.device)
+    with _on(query):
+        out = _decode(plan, layer, query, key, value, step, logits)
     return out.transpose(1, 2).contiguous()
 
 
@@ -314,6 +319,11 @@ torch.library.custom_op(
 def _(query, key, value, index, scaling, softcap, s_aux):
     B, H, Q, _ = query.shape
     return query.new_empty(B, Q, H, value.shape[3])
+
+
+def _on(t: Tensor) -> AbstractContextManager:
+    """Its device as the current one: Triton launches there (a model may lie on several)."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def is_step(layer: Layer, Q: int, seen: int) -> bool:
@@ -580,6 +590,16 @@ class Step:
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
         self.longest = longest  # keys to look at; None: all that there is room for
         self._rings: dict[tuple[int, int], Tensor] = {}
+        self._elsewhere: dict[torch.device, Step] = {}
+
+    def on(self, device: torch.device) -> Step:
+        """The same on another device, copied there once."""
+        if device == self.length.device:
+            return self
+        if device not in self._elsewhere:
+            there = self.length.to(device), self.query_pos.to(device)
+            self._elsewhere[device] = Step(self.past, self.rows, *there, self.longest)
+        return self._elsewhere[device]
 
     def ring(self, sink: int, size: int) -> Tensor:
         """[B, sink + size] position held by each slot of such a ring, -1 for none."""

@@ -211,8 +211,9 @@ class Graphs:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
         if self.linear:
             return "it has linear layers, whose states are not hfsparse's"
-        if len(devices := {t.device for t in (*decoder.parameters(), *decoder.buffers())}) > 1:
-            return f"its layers lie on {len(devices)} devices"
+        lies = {t.device.type for t in (*decoder.parameters(), *decoder.buffers())}
+        if apart := sorted(lies - {first.keys.device.type}):
+            return f"parts of it lie on {', '.join(apart)}"
         if any(layer.observe for layer in self.layers):
             return "the profiler looks on"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -222,18 +223,36 @@ class Graphs:
             # transformers' own, which collect outputs, stay where they were once asked for
             if name and any(not h.__module__.startswith("transformers.") for h in hooks):
                 return f"a hook on {name}"
-            if name and "forward" in module.__dict__:
-                return f"another forward on {name} (accelerate's hooks?)"
+            if name and "forward" in module.__dict__ and not _only_moves(module):
+                return f"another forward on {name}"
         store = first.stores[0]
         need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
         kernel = kernels.pick(kernels.DECODE, need)
         return None if kernel.name == "Triton" else f"its keys are read by {kernel.name}"
 
 
+def _only_moves(module: nn.Module) -> bool:
+    """Whether its forward is accelerate's, which brings inputs to the device of the weights."""
+    hook = module.__dict__.get("_hf_hook")
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+
+
 @lru_cache
 def _place(device: torch.device) -> SimpleNamespace:
     """Of all graphs on a device: the stream that they are recorded on, that of the last replay."""
     return SimpleNamespace(stream=torch.cuda.Stream(device), last=None, lock=threading.Lock())
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device):
+    """A stream of a device, as its current one, that joins another's recording; yields a pool.
+
+    What is allocated there meanwhile lies in the pool and is nobody else's while that lives.
+    """
+    with torch.cuda.stream(_place(device).stream):
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool, device):
+            yield pool
 
 
 class NoWait(TorchDispatchMode):
@@ -275,26 +294,45 @@ class Graph:
     def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving):
         """Record `call(**given)`: its Python runs, its kernels don't."""
         self.key, self.replays = key, 0
-        stream = _place(next(x.device for x in given.values() if isinstance(x, Tensor))).stream
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
-        self.step = _step(past, rows, stream.device)
+        self.device = next(iter(self.inputs.values())).device
+        lies = dict.fromkeys(layer.keys.device for _, layer in serving.values())
+        self.others = [device for device in lies if device != self.device]
+        self.step = _step(past, rows, self.device)
         self.graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream), _recording(self.step, serving):
+        stream, current = _place(self.device).stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        self._gather(stream)
+        with contextlib.ExitStack() as stack:
+            self.pools = [stack.enter_context(_aside(device)) for device in self.others]
+            stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(_recording(self.step, serving))
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
+                self._scatter(stream)
                 output = call(**_without_cache({**given, **self.inputs}))
+                self._gather(stream)
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     self.graph.capture_end()
                 raise
             self.graph.capture_end()
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        current.wait_stream(stream)
         self.kind = type(output)
         self.outputs = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
         for name, x in self.outputs.items():
             if not isinstance(x, Tensor | Through | None):
                 raise TypeError(f"{name} of its output is a {type(x).__name__}")
+
+    def _gather(self, stream) -> None:
+        """`stream`, of the first device, waits for what the others were told to do."""
+        for device in self.others:
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def _scatter(self, stream) -> None:
+        """The other devices wait for `stream`."""
+        for device in self.others:
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
         """The step's output for these inputs; keys are stored, no counter on the host is."""
@@ -305,7 +343,10 @@ class Graph:
         else:
             self.step.length.copy_(torch.tensor(rows), non_blocking=True)
         torch.sub(self.step.length[:, None], 1, out=self.step.query_pos)
+        stream = torch.cuda.current_stream(self.device)
+        self._gather(stream)
         self.graph.replay()
+        self._scatter(stream)
         made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.outputs.items()}
         return _with_cache(self.kind(**made), given)
 
