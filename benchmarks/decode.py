@@ -210,7 +210,7 @@ def steps(model, length: int, tokens: int) -> None:
             if graph is None:
                 print(f"- {name}: no graph: {state.graphs}", flush=True)
                 continue
-            alone = bench_ms(graph.graph.replay)
+            alone = bench_ms(graph.launch)
             seen = cache.get_seq_length()
             ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 

@@ -31,7 +31,8 @@ STEP = (
 )
 
 
-# This thread records a decode step: .step, and .layers {index: (LayerPlan, Layer)} that it serves
+# This thread records a decode step: .step, the .layers {index: (LayerPlan, Layer)} that it serves,
+# and .cut, which is told before each layer's attention
 recording = threading.local()
 
 
@@ -195,8 +196,8 @@ def row_starts(mask: Tensor | None) -> list[int] | None:
     """The first real column of each row of a mask `[B, columns]`; None: all 0. Asks the device."""
     if mask is None:
         return None
-    real, width = mask.bool(), mask.shape[1]
-    count, first = torch.stack([real.sum(1), real.byte().argmax(1)]).tolist()  # one wait
+    real, width = (mask != 0).byte(), mask.shape[1]
+    count, first = torch.stack([real.sum(1), real.argmax(1)]).tolist()  # one wait
     starts = [f if n else width for f, n in zip(first, count, strict=True)]
     if any(f + n != width for f, n in zip(starts, count, strict=True)):
         raise PatchError(
@@ -298,6 +299,8 @@ def _recorded_step(
     s_aux: Tensor | None,
 ) -> Tensor:
     """As `attend`, for the step that this thread records; it changes nothing on the host."""
+    if recording.cut is not None:
+        recording.cut(index)
     plan, layer = recording.layers[index]
     logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     step = recording.step.on(query.device)

@@ -140,7 +140,7 @@ class Layer(CacheLayerMixin):
         drop = -length if length < 0 else max(self.seen - length, 0) if length else 0
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
-            store.check_crop(rows)
+            store.check_crop(self.rows, rows)
         self.seen = self.stored = max(self.seen - drop, 0)
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
@@ -222,12 +222,16 @@ class Full:
         own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
         return [t for t in own if t is not None]
 
-    def check_crop(self, rows: list[int]) -> None:
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
         """Any prefix of a full row is held."""
 
     def select(self, picked: list[int]) -> None:
         for name in ("k", "v", "low", "high") if self.group.selector else ("k", "v"):
             setattr(self, name, getattr(self, name)[picked])
+
+    def until(self, rows: list[int]) -> int:
+        """Tokens up to which rows may grow and no buffer moves."""
+        return self.k.shape[2]
 
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens."""
@@ -288,7 +292,8 @@ class Ring:
         self.group, self.band, self.below = group, group.band, below
         self.k = self.v = None
         self.size = 0
-        self.low: list[int] = []  # first position beyond the sink that each row still holds
+        # First position beyond the sink that each row still held when `room` was last asked.
+        self.low: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), self.band.sink)
@@ -308,7 +313,9 @@ class Ring:
             return self.band.sink
         return max(self.band.sink, position - self.band.span(position) + 1)
 
-    def check_crop(self, rows: list[int]) -> None:
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
+        """CacheError unless rows that have `now` tokens can go back to `rows`."""
+        self._forget(now)
         for n, low in zip(rows, self.low, strict=True):
             if self.oldest(n, n + 1) < min(n, low):
                 raise CacheError(
@@ -354,8 +361,14 @@ class Ring:
                 v[rows, :, kept - p],
             )
 
-    def _resize(self, past: list[int], rows: list[int]) -> None:
-        """Make room for rows of these lengths; trim once a crop can't lead back under `below`."""
+    def until(self, rows: list[int]) -> int:
+        """Tokens up to which rows may grow and no buffer moves, as far as it looks."""
+        later = max(rows) + PAGE
+        return later if min(rows) >= self.below + SLACK and self._fits([later])[0] else max(rows)
+
+    def _fits(self, rows: list[int]) -> tuple[bool, int, int, bool]:
+        """Whether the buffers fit rows of these lengths; the size that they need and, once none
+        is short, may have; whether one is short: a crop could lead back under `below`."""
         spans = [self.band.span(n) + SLACK for n in rows]
         lengths = [max(n - self.band.sink, 1) for n in rows]
         short = [n < self.below + SLACK for n in rows] if self.below else [False] * len(rows)
@@ -363,14 +376,25 @@ class Ring:
             n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
         )
         most = max(spans) if not self.band.rate else -(-max(spans) // PAGE) * PAGE
-        if need <= self.size and (any(short) or self.size <= most):
+        fits = need <= self.size and (any(short) or self.size <= most)
+        return fits, need, most, any(short)
+
+    def _forget(self, now: list[int]) -> None:
+        """Rows of `now` tokens hold no more than the buffers do."""
+        self.low = [max(low, n - self.size) for low, n in zip(self.low, now, strict=True)]
+
+    def _resize(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows of these lengths; trim once a crop can't lead back under `below`."""
+        fits, need, most, short = self._fits(rows)
+        if fits:
             return
         size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
-        size = size if any(short) else min(size, most)
+        size = size if short else min(size, most)
         held = self.positions(past) if any(past) else None
         old_k, old_v = self.k, self.v
+        self._forget(past)
         self.size = size
-        self.low = [max(low, p - size) for low, p in zip(self.low, past, strict=True)]
+        self._forget(past)
         shape = (*old_k.shape[:2], self.band.sink + size)
         self.k, self.v = (_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v))
         for b, low in enumerate(self.low):

@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from hfsparse.lists import PAGE
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
 BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
 FEW = 8  # replays under which a graph was not worth its recording
+PARTS = (16, 4)  # a step is cut behind these parts of its layers
 CLOSE = 0.05  # relative error up to which a replay differs from an eager step by rounding alone
 
 
@@ -97,13 +98,16 @@ class Graphs:
             self.why = "a row has no new token"
             return forward(**kwargs)
         rows = [n + 1 for n in past]
+        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
+        asked = _asked(given)
+        if graph is not None and self.checked and graph.fits(asked, rows):
+            return self._replay(graph, given, layers, rows)
         for layer in layers:
             for store in layer.stores:
                 store.room(past, rows)
-        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
-        key = _key(given, layers, rows, self.layers)
+        key = (asked, *_lies(layers, rows, self.layers))
         if graph is not None and graph.key != key:
-            moved = graph.key[1] != key[1] and graph.replays < FEW
+            moved = graph.key[2] != key[2] and graph.replays < FEW
             self.forget(first)
             self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
             if self.moves[first] > 1:
@@ -111,13 +115,14 @@ class Graphs:
                 return forward(**kwargs)
             graph = None
         if graph is not None:
+            graph.holds(layers, rows, self.layers)
             if self.checked:
                 return self._replay(graph, given, layers, rows)
             return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
         steps = self.warm[first] = self.warm.get(first, 0) + 1
         if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
-        elif any(len(set(short)) > 1 for short in key[0][-1]):
+        elif any(len(set(short)) > 1 for short in key[1]):
             self.why = "rows on both sides of a `below`"
         elif (why := self._lasting(decoder, first)) is not None:
             self.why = self.refused[first] = why
@@ -132,8 +137,9 @@ class Graphs:
                     output = _live(call, given, past, rows, serving)
                 self._passed(layers, rows)
                 return output
-            self.kept[first] = Graph(call, given, past, rows, key, serving)
-            return self._replay(self.kept[first], given, layers, rows)
+            self.kept[first] = graph = Graph(call, given, past, rows, key, serving)
+            graph.holds(layers, rows, self.layers)
+            return self._replay(graph, given, layers, rows)
         except torch.cuda.OutOfMemoryError:
             self.refused[first] = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
@@ -298,31 +304,70 @@ class Graph:
         self.device = next(iter(self.inputs.values())).device
         lies = dict.fromkeys(layer.keys.device for _, layer in serving.values())
         self.others = [device for device in lies if device != self.device]
-        self.step = _step(past, rows, self.device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.length = torch.tensor(rows, device=self.device)
+        self.parts: list[torch.cuda.CUDAGraph] = []
         stream, current = _place(self.device).stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         self._gather(stream)
         with contextlib.ExitStack() as stack:
             self.pools = [stack.enter_context(_aside(device)) for device in self.others]
             stack.enter_context(torch.cuda.stream(stream))
-            stack.enter_context(_recording(self.step, serving))
-            self.graph.capture_begin(capture_error_mode="thread_local")
+            self._begin(stream)
             try:
-                self._scatter(stream)
+                step = Step(past, rows, self.length, self.length[:, None] - 1)
+                stack.enter_context(_recording(step, serving, partial(self._cut, stream, serving)))
                 output = call(**_without_cache({**given, **self.inputs}))
                 self._gather(stream)
             except BaseException:
                 with contextlib.suppress(RuntimeError):
-                    self.graph.capture_end()
+                    self.parts[-1].capture_end()
                 raise
-            self.graph.capture_end()
+            self.parts[-1].capture_end()
         current.wait_stream(stream)
         self.kind = type(output)
         self.outputs = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
         for name, x in self.outputs.items():
             if not isinstance(x, Tensor | Through | None):
                 raise TypeError(f"{name} of its output is a {type(x).__name__}")
+
+    def _begin(self, stream) -> None:
+        """Record on, as a graph more; all share the memory of the first."""
+        pool = self.parts[0].pool() if self.parts else None
+        self.parts.append(torch.cuda.CUDAGraph())
+        self.parts[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+        self._scatter(stream)
+
+    def _cut(self, stream, serving: dict, index: int) -> None:
+        """Before the attention of layer `index`: the host launches a later part while one runs."""
+        if index in {max(1, len(serving) // part) for part in PARTS}:
+            self._gather(stream)
+            self.parts[-1].capture_end()
+            self._begin(stream)
+
+    def holds(self, layers: list[Layer], rows: list[int], plans: list[LayerPlan]) -> None:
+        """Note up to which lengths of rows the key stays as it is, now that it is right."""
+        self.places = [(store, store.k) for layer in layers for store in layer.stores]
+        self.least, self.most = 0, min(store.until(rows) for store, _ in self.places)
+        for layer, plan in zip(layers, plans, strict=True):
+            for limit in {reads_all_under(store, plan) for store in layer.stores}:
+                if min(rows) >= limit:
+                    self.least = max(self.least, limit)
+                else:
+                    self.most = min(self.most, limit - 1)
+
+    def fits(self, asked: tuple, rows: list[int]) -> bool:
+        """Whether it surely serves such a call; else its key tells."""
+        return (
+            self.least <= min(rows)
+            and max(rows) <= self.most
+            and self.key[0] == asked
+            and all(store.k is k for store, k in self.places)
+        )
+
+    def launch(self) -> None:
+        """What was recorded, over the tensors as they are."""
+        for part in self.parts:
+            part.replay()
 
     def _gather(self, stream) -> None:
         """`stream`, of the first device, waits for what the others were told to do."""
@@ -339,13 +384,12 @@ class Graph:
         for name, held in self.inputs.items():
             held.copy_(given[name])
         if len(set(rows)) == 1:
-            self.step.length.fill_(rows[0])
+            self.length.fill_(rows[0])
         else:
-            self.step.length.copy_(torch.tensor(rows), non_blocking=True)
-        torch.sub(self.step.length[:, None], 1, out=self.step.query_pos)
+            self.length.copy_(torch.tensor(rows), non_blocking=True)
         stream = torch.cuda.current_stream(self.device)
         self._gather(stream)
-        self.graph.replay()
+        self.launch()
         self._scatter(stream)
         made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.outputs.items()}
         return _with_cache(self.kind(**made), given)
@@ -353,23 +397,20 @@ class Graph:
 
 def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
     """A step as one would record it, run at once."""
-    device = next(x.device for x in given.values() if isinstance(x, Tensor))
-    with _recording(_step(past, rows, device), serving):
+    length = torch.tensor(
+        rows, device=next(x.device for x in given.values() if isinstance(x, Tensor))
+    )
+    with _recording(Step(past, rows, length, length[:, None] - 1), serving):
         return _with_cache(call(**_without_cache(given)), given)
 
 
-def _step(past, rows, device) -> Step:
-    length = torch.tensor(rows, device=device)
-    return Step(past, rows, length, length[:, None] - 1)
-
-
 @contextlib.contextmanager
-def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]]):
-    recording.step, recording.layers = step, serving
+def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
+    recording.step, recording.layers, recording.cut = step, serving, cut
     try:
         yield
     finally:
-        recording.step = recording.layers = None
+        recording.step = recording.layers = recording.cut = None
 
 
 def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
@@ -427,20 +468,24 @@ def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     return given
 
 
-def _key(given: dict[str, Any], layers, rows, plans) -> tuple:
-    """What is frozen in a graph: all arguments but tensors' contents, where keys lie, `below`."""
-    arguments = tuple(
+def _asked(given: dict[str, Any]) -> tuple:
+    """What a call asks for: all of its arguments but tensors' contents."""
+    return torch.is_inference_mode_enabled(), *(
         (name, x.shape, x.dtype)
         if isinstance(x, Tensor)
         else (name, x if isinstance(x, (bool, int, float, str, type(None))) else id(x))
         for name, x in given.items()
     )
+
+
+def _lies(layers: list[Layer], rows: list[int], plans: list[LayerPlan]) -> tuple[tuple, tuple]:
+    """What else is frozen in a graph: which rows are under a `below`, and where keys lie."""
     pairs = [(s, p) for x, p in zip(layers, plans, strict=True) for s in x.stores]
+    short = tuple(tuple(n < reads_all_under(store, p) for n in rows) for store, p in pairs)
     places = tuple(
         (*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store, _ in pairs
     )
-    short = tuple(tuple(n < reads_all_under(store, p) for n in rows) for store, p in pairs)
-    return (torch.is_inference_mode_enabled(), arguments, short), places
+    return short, places
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

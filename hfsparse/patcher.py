@@ -510,13 +510,13 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
         raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
     ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
     if ours:
-        if len({n for layer in ours for n in (layer.seen, layer.stored)}) > 1:
+        if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
             raise CacheError(
                 "this cache is broken: a forward pass was interrupted half-way through its layers. "
                 "Start again from the prompt with a new cache"
             )
-        for layer in ours:
-            layer.expected = expected or layer.expected
+        for layer in ours if expected else ():
+            layer.expected = expected
         if reserve:  # a new call of `generate`
             state.graphs.forget(ours[0])
         return

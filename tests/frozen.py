@@ -22,8 +22,8 @@ from hfsparse.plan import Below
 from tests.patcher import families, runs
 
 
-class Frozen:
-    """As `graphs.Graph`."""
+class Frozen(graphs.Graph):
+    """Its Python is what is replayed."""
 
     recorded, off = 0, 0.0  # how many, and what is wrong with their output
 
