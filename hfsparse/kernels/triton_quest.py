@@ -4,7 +4,7 @@ The first reads every page's summary once and writes bounds, and how much softma
 of pages has in all. The second, a program a kv head, adds the tiles up, so that bounds become
 votes, finds the vote at which enough pages are kept by trying two float32 bit patterns at a time
 (ties go to the lower page, as a stable sort has it) and writes them in ascending order. Nothing is
-sorted, no host waits. Votes lie in registers, so the second kernel compiles once for each of five
+sorted, no host waits. Votes lie in registers, so the second kernel compiles once for each of six
 sizes of cache. Lengths are read on the device, and what is chosen does not depend on the room there
 is for more pages, so that a CUDA graph over a cache's whole room serves every step.
 """
@@ -22,7 +22,8 @@ from hfsparse.kernels.triton_prefill import DTYPES, LOG2E
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.selectors.quest import EXACT, Quest
 
-SIZES = tuple(1 << n for n in range(10, 15))  # pages
+SIZES = tuple(1 << n for n in range(10, 16))  # pages
+MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
 TILE = 64  # pages whose bounds one program computes
 FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
@@ -36,8 +37,8 @@ def why_not(selector, q: Tensor, low: Tensor) -> str | None:
         return f"head dim {q.shape[-1]}: at most 256 is supported"
     if q.dtype not in DTYPES or low.dtype != q.dtype:
         return f"queries of {q.dtype} and a cache of {low.dtype}"
-    if (pages := low.shape[2]) > SIZES[-1]:
-        return f"{pages} pages: at most {SIZES[-1]} are supported"
+    if (pages := low.shape[2]) > MOST:
+        return f"{pages} pages: at most {MOST} are supported"
     return None
 
 

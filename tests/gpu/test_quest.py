@@ -58,7 +58,7 @@ def test_every_head_dim_and_dtype(dtype, dim):
     same(found, quest.pages(q, low, high, length, dim**-0.5))
 
 
-@pytest.mark.parametrize("pages", [1000, 2000, 4000, 8000, 16384])
+@pytest.mark.parametrize("pages", [1000, 2000, 4000, 8000, 16384, 16385])
 def test_every_size_of_cache(pages):
     q, low, high, length = summaries((pages * PAGE - 5,), group=4, dtype=BF16)
     quest = Quest()

@@ -105,6 +105,17 @@ def test_room_for_more_pages_changes_nothing(choose, quest, queries):
             assert chosen(found, b, h) == chosen(tight, b, h)
 
 
+@pytest.mark.parametrize("share", [0.06, 1.0])
+def test_more_than_a_million_tokens_are_served(choose, share):
+    """As many pages as there can be, half of them equal, so that no count of them overflows."""
+    pages = (1 << 15) - 1
+    q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, pages, 16)
+    low[:, :, ::2, 0] = 1
+    quest, length = Quest(share, 2), torch.tensor([pages * PAGE])
+    expected = quest.pages(q, low, low, length, 1.0)
+    assert_same(choose(quest, q, low, low, length, 1.0), expected, low)
+
+
 def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
     seen = watch(monkeypatch, quest_module)
     found = []
@@ -134,10 +145,10 @@ def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
 def test_what_is_not_fused_is_said(quest_module):
     q = torch.zeros(1, 1, 1, 512)
     assert "head dim 512" in quest_module.why_not(Quest(), q, q)
-    q, summary = q[..., :64], torch.zeros(1, 1, 1 << 14, 1)
+    q, summary = q[..., :64], torch.zeros(1, 1, (1 << 15) - 1, 1)
     assert "float64" in quest_module.why_not(Quest(), q.double(), summary.double())
     assert "float16" in quest_module.why_not(Quest(), q, summary.half())
-    assert "16385 pages" in quest_module.why_not(Quest(), q, torch.zeros(1, 1, 16385, 1))
+    assert "32768 pages" in quest_module.why_not(Quest(), q, torch.zeros(1, 1, 32768, 1))
     assert quest_module.why_not(Quest(), q, summary) is None
 
 
