@@ -530,10 +530,12 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tens
         plain=plain,
         skip=skip is not None,
     )
+    # Behind a past sdpa builds masks, a few queries' at a time: a list of every block is faster.
+    easy = grid.window is None and not (logits.special or (grid.past and kernels.fused(need)))
     whole, parts, order = [], [], []
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
-        if pattern is None and grid.window is None and not logits.special and skip is None:
+        if pattern is None and easy and skip is None:
             whole = at
         elif pattern is None:
             parts.append(grid.banded(FULL, len(at)))

@@ -250,7 +250,8 @@ def explain(model: PreTrainedModel) -> str:
         why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
     plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
-    lines.append(f"full heads past a sliding window, softcap, sink logits: {plain}")
+    past = "behind a past, " if kernels.fused(need) else ""
+    lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
     lines += _by_layer(state, need)
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]

@@ -7,7 +7,7 @@ Kernels know nothing of plans, models or caches. A check answers None, or why th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -122,6 +122,11 @@ DECODE = (
 def pick(table: tuple[Kernel, ...], need: Need) -> Kernel:
     """The first kernel of a table that can serve."""
     return next(kernel for kernel in table if kernel.why_not(need) is None)
+
+
+def fused(need: Need) -> bool:
+    """Whether a kernel of a GPU serves block lists; else the reference does."""
+    return pick(PREFILL, replace(need, lists=True)).run is not reference.prefill
 
 
 def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:

@@ -11,6 +11,8 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 import hfsparse
+from hfsparse import kernels
+from hfsparse.kernels import reference
 from hfsparse.lists import Grid
 from hfsparse.patterns import PATTERNS
 from tests.patcher.families import (
@@ -260,6 +262,36 @@ def test_prefill_in_chunks_knows_the_whole_prompts_length(chunk, pads):
         once = generate(model, ids, mask)
         pieces = generate(model, ids, mask, prefill_chunk_size=chunk)
     same_generation(pieces, once)
+
+
+@pytest.mark.parametrize("plan", [full, streaming])
+def test_full_heads_behind_a_past_follow_lists_where_a_fused_kernel_serves_them(plan, monkeypatch):
+    """For sdpa a later chunk would need masks, and one call for a few queries each."""
+    seen = []
+
+    def fused(q, k, v, lists, *args, **more):
+        seen.append(q.shape[1])
+        return reference.prefill(q, k, v, lists, *args, **more)
+
+    def answer(model) -> torch.Tensor:
+        cache = DynamicCache()
+        with hfsparse.patch(model, plan(model)) as handle:
+            forward(model, ids[:, :150], mask[:, :150], cache)
+            seen.clear()
+            scores = forward(model, ids[:, 150:], mask, cache).logits
+            assert handle.stats().pair_density == pytest.approx(density)
+        return scores
+
+    model, (ids, mask) = tiny("llama"), left_padded(260)
+    with hfsparse.patch(model, plan(model)) as handle:
+        forward(model, ids, mask)
+        density = handle.stats().pair_density
+    want = answer(model)
+    assert not seen
+    row = kernels.Kernel("fused", fused, lambda need: None if need.lists else "lists alone")
+    monkeypatch.setattr(kernels, "PREFILL", (kernels.PREFILL[1], row, kernels.PREFILL[3]))
+    close(answer(model), want)
+    assert sum(seen) == model.config.num_hidden_layers * model.config.num_attention_heads
 
 
 @pytest.mark.usefixtures("chunks_work")
