@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,22 +42,27 @@ PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ri
 FUSED = ("no plan, fused", "quest 6 %, fused", "quest 6 % + half ring, fused")
 
 
-def plan_of(model, name: str) -> Plan | None:
-    """One of PLANS for this model; None: nothing is dropped."""
+def plan_of(model, name: str, prompt=None) -> Plan | None:
+    """One of PLANS, or `quarter full`, for this model; None: nothing is dropped.
+
+    prompt: a pattern by which the heads that are no rings read prompts; None: they read all.
+    """
     if name.startswith("no plan"):
         return None
     this = ModelId.of(model)
     group = this.q_heads // this.kv_heads
-    rings = [("ring" in name) and g % 2 == 0 for g in range(this.kv_heads)]
+    every = 4 if "quarter" in name else 2 if "ring" in name else 1
+    rings = [g % every != 0 for g in range(this.kv_heads)]
     share = 0.25 if "25" in name else 0.06
     read = "quest" if "quest" in name else "full"
-    patterns = {}
+    patterns = {} if prompt is None else {"chosen": prompt}
     if any(rings):
         patterns["stream"] = PATTERNS["streaming"](sink=64, recent=256)
     if read == "quest":
         patterns["quest"] = SELECTORS["quest"](share=share, min_pages=16)
+    whole = "full" if prompt is None else "chosen"
     words = Layer(
-        tuple("stream" if ring else "full" for ring in rings for _ in range(group)),
+        tuple("stream" if ring else whole for ring in rings for _ in range(group)),
         tuple("stream" if ring else "full" for ring in rings),
         tuple("ring" if ring else read for ring in rings),
     )
@@ -65,12 +70,17 @@ def plan_of(model, name: str) -> Plan | None:
 
 
 class Clock(LogitsProcessor):
-    """Notes when each token's scores arrive; `generate` waits for the GPU once a token."""
+    """Notes when each token's scores arrive; `generate` waits for the GPU once a token.
+
+    Of the first one it is when the GPU is done with the prompt.
+    """
 
     def __init__(self):
         self.at: list[float] = []
 
     def __call__(self, input_ids, scores):
+        if not self.at and scores.is_cuda:
+            torch.cuda.synchronize()
         self.at.append(time.perf_counter())
         return scores
 
@@ -127,17 +137,40 @@ def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock
     return clock, out[0, length:].tolist()
 
 
+def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]:
+    """A random prompt and `new` tokens by `generate`: the clock, when it began, the cache."""
+    torch.manual_seed(tokens)
+    ids = torch.randint(5, model.config.vocab_size, (1, tokens), device=model.device)
+    clock = Clock()
+    start = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([clock]),
+        return_dict_in_generate=True,
+        **more,
+    )
+    return clock, start, out.past_key_values
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of keys and values, and of a patch's page summaries."""
+    own = (layer.bytes() for layer in cache.layers if hasattr(layer, "bytes"))
+    stock = (layer for layer in cache.layers if not hasattr(layer, "bytes"))
+    return sum(own) + sum(layer.keys.nbytes + layer.values.nbytes for layer in stock)
+
+
 def measured(model, kind: str, batch: int, length: int, tokens: int) -> tuple[float, float, float]:
     """ms a token, GiB of keys and values, peak GiB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cache = filled(model, kind, batch, length, tokens + 2)
     clock, _ = generated(model, cache, batch, length, tokens)
-    if kind == "ours":
-        size = sum(layer.bytes() for layer in cache.layers)
-    else:
-        size = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    return clock.ms(), size / 2**30, torch.cuda.max_memory_allocated() / 2**30
+    return clock.ms(), cache_bytes(cache) / 2**30, torch.cuda.max_memory_allocated() / 2**30
 
 
 @dataclass

@@ -32,7 +32,7 @@ SHAPES = {  # true shapes; the weights are random
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=128256,
-        max_position_embeddings=1 << 20,
+        max_position_embeddings=1 << 21,
         rope_theta=500000.0,
     ),
     "tiny": dict(
@@ -43,7 +43,7 @@ SHAPES = {  # true shapes; the weights are random
         num_key_value_heads=2,
         head_dim=16,
         vocab_size=100,
-        max_position_embeddings=1 << 20,
+        max_position_embeddings=1 << 21,
     ),
 }
 PAYS = 0.97  # a length pays from this share of the dense time on

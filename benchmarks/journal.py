@@ -1,0 +1,85 @@
+"""Rows of a long benchmark, kept as they come: a job that was killed goes on with the next arm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Journal:
+    """What arms gave, by name, in a file of one JSON object a line; None keeps them in memory.
+
+    `made` says what all rows were made by (device, versions, shape). A file with rows of another
+    is refused.
+    """
+
+    def __init__(self, file: Path | None, made: str):
+        self.file, self.made, self.rows = file, made, {}
+        if file is None or not file.exists():
+            return
+        head, *lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        if head["made"] != made:
+            sys.exit(f"{file} holds rows of {head['made']}\nthis is {made}: name another --out")
+        self.rows = {line.pop("name"): line for line in lines}
+
+    def row(self, name: str, run: Callable[[], dict]) -> dict:
+        """What `run` gives, or {"failed": why}; what is there already is not run again."""
+        if name in self.rows:
+            print(f"  {name}: there already", file=sys.stderr, flush=True)
+            return self.rows[name]
+        broken = None
+        try:
+            found = run()
+        except Exception as error:
+            found = {"failed": failure(error)}
+            broken = lost(error)
+        self.rows[name] = found
+        self._write()
+        print(f"  {name}: {json.dumps(found)}", file=sys.stderr, flush=True)
+        if broken:
+            sys.exit(f"{name}: {broken}. Start this again: it goes on with the next arm")
+        return found
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"made": self.made}, *({"name": n, **row} for n, row in self.rows.items())]
+        beside = self.file.with_suffix(".tmp")
+        with beside.open("w", encoding="utf-8") as out:
+            out.write("".join(json.dumps(line) + "\n" for line in lines))
+            out.flush()
+            os.fsync(out.fileno())
+        beside.replace(self.file)
+
+
+def failure(error: Exception) -> str:
+    """Why an arm gave nothing, in a few words; the whole story goes to stderr."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    traceback.print_exception(error)
+    told = " ".join(str(error).split())[:100]
+    return f"{type(error).__name__}: {told}"
+
+
+def lost(error: Exception) -> str | None:
+    """Why nothing can run on the GPU after an error; None: other arms can."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or not torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as after:
+        return " ".join(str(after).split())[:100]
+    return None
+
+
+def end_in_order() -> None:
+    """SIGTERM, as `timeout` sends it, ends the script through its `finally` clauses."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))

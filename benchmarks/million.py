@@ -1,0 +1,191 @@
+"""Claim: a prompt of 1,048,576 tokens is read and answered on one GPU of 80 GB.
+
+    python benchmarks/million.py --out FOLDER [--tokens 1048576] [--dense 131072,262144]
+                                 [--pattern block_topk|antidiagonal] [--shape llama-3.1-8b]
+
+`model.generate`, greedy, random weights, bf16 (float32 on a CPU), one random prompt, in chunks as
+hfsparse reads long prompts by itself. The plan keeps every fourth kv head full: its q heads read a
+tenth of the visible key blocks of a prompt, and new tokens 6 % of its pages (quest); the others are
+rings of 64 + 256. Beside it the stock model (sdpa, in one piece) and the patched one without a plan
+at the lengths of --dense, as far as `hfsparse check`'s arithmetic says they fit. Each arm reads a
+short prompt first, so that nothing is compiled in the time to the first token (but steps that are
+fused: those compile in the first ones, which no median counts). ms are medians over the tokens but
+the first eight.
+
+A row is on the disk (FOLDER/million.jsonl) when its arm is done. Started again, the script goes on
+with the next one. A row that failed stays as well: delete its line to have it tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import math
+import sys
+from pathlib import Path
+
+import torch
+import ttft
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from decode import SKIP, cache_bytes, plan_of, prompted
+from journal import Journal, end_in_order
+
+import hfsparse
+from hfsparse import bench, memory, patcher
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import ModelId, Plan
+
+DENSITY = 0.10  # of the blocks that the full heads' queries see
+TTFT, MS = 60.0, 10.0  # targets at 1,048,576 tokens: seconds, milliseconds a token
+WARM = 20_480, 8_192  # tokens of the short prompt, and of its chunks
+SHOWN = "ttft_s ms kv_gib peak_gib predicted_gib block_density".split()
+STOCK, NONE, OURS, FUSED = "stock", "no plan", "quarter full", "quarter full, fused"
+
+
+def plan(model, arm: str, pattern: str) -> Plan | None:
+    """What an arm follows; None: the unpatched model."""
+    if arm == STOCK:
+        return None
+    if arm == NONE:
+        return Plan.full(ModelId.of(model))
+    budget = {"block_topk": {"share": DENSITY}, "antidiagonal": {"max_share": DENSITY}}[pattern]
+    return plan_of(model, "quarter full, quest 6 %", PATTERNS[pattern](**budget))
+
+
+def chunk_of(arm: str, tokens: int) -> int:
+    return patcher.CHUNK if arm != STOCK and tokens > patcher.LONG else 0
+
+
+def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple) -> dict:
+    """One arm at one length: seconds, milliseconds, GiB."""
+    cuda = model.device.type == "cuda"
+    config, chunk = model.config, chunk_of(arm, tokens)
+    size = model.dtype.itemsize
+    known = None if arm == STOCK else follows
+    predicted = memory.predict(config, known, tokens + new, 1, chunk, size).peak / 2**30
+    room = room_of(model) / 2**30
+    if predicted > room:
+        return {"failed": f"needs {predicted:.1f} GiB of {room:.1f}", "predicted_gib": predicted}
+    tidy()  # of an arm that failed
+    with contextlib.ExitStack() as stack:
+        handle = None
+        if follows is not None:
+            handle = stack.enter_context(hfsparse.patch(model, follows, fuse=arm == FUSED))
+        at, piece = warm
+        prompted(model, at, SKIP, **({"prefill_chunk_size": piece} if chunk else {}))
+        tidy()
+        if handle is not None:
+            handle.reset_stats()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        clock, start, cache = prompted(model, tokens, new)
+        row = {
+            "ttft_s": clock.at[0] - start,
+            "ms": clock.ms(),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "predicted_gib": predicted,
+            "kv_gib": cache_bytes(cache) / 2**30,
+            "block_density": None,
+            "graph": "",
+        }
+        if handle is not None:
+            row["block_density"] = density(follows, handle.stats())
+            row["graph"] = str(model.get_decoder()._hfsparse.graphs)
+    return row
+
+
+def density(follows: Plan, stats) -> float:
+    """Blocks computed, of the heads that are no rings: a share of dense attention's."""
+    found = [
+        share
+        for words, layer in zip(follows.layers, stats.layers, strict=True)
+        for word, share in zip(words.prefill, layer.block_density, strict=True)
+        if word != "stream"
+    ]
+    return sum(found) / len(found)
+
+
+def tidy() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def room_of(model) -> float:
+    if model.device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(model.device).total_memory
+
+
+def table(rows: dict[str, dict], target_at: str) -> str:
+    """Markdown, in the order of the arms."""
+    head = "arm | tokens | TTFT s | ms a token | KV GiB | peak GiB | predicted GiB | block density"
+    lines = [f"| {head} | graph |", "| --- |" + " ---: |" * 7 + " --- |"]
+    for name, row in rows.items():
+        arm, tokens = name.rsplit(" @ ", 1)
+        if "failed" in row:
+            lines.append(f"| {arm} | {int(tokens):,} | {row['failed']} |" + " |" * 6)
+            continue
+        shown = ["" if row[key] is None else f"{row[key]:.3f}" for key in SHOWN]
+        lines.append(f"| {arm} | {int(tokens):,} | {' | '.join(shown)} | {row['graph']} |")
+    row = rows.get(target_at, {})
+    for what, key, most in (("s to the first token", "ttft_s", TTFT), ("ms a token", "ms", MS)):
+        if key in row:
+            met = "met" if row[key] <= most else "missed"
+            lines.append(f"\n{row[key]:.2f} {what}; target {most:.0f} at 1,048,576 tokens: {met}")
+    return "\n".join(lines)
+
+
+def fits(model, pattern: str) -> str:
+    """The longest prompts that fit, by `hfsparse check`'s arithmetic."""
+    told = []
+    for arm, chunk in ((STOCK, 0), (NONE, patcher.CHUNK), (OURS, patcher.CHUNK)):
+        follows = plan(model, arm, pattern)
+        size = model.dtype.itemsize
+        most = memory.longest(model.config, follows, room_of(model), 1, chunk, size)
+        told.append(f"{arm} {most:,}")
+    return f"Tokens that fit in {room_of(model) / 2**30:.1f} GiB: {', '.join(told)}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--new", type=int, default=64, help="tokens generated")
+    parser.add_argument("--dense", default="131072,262144", help="lengths of the other arms")
+    parser.add_argument("--pattern", default="block_topk", choices=("block_topk", "antidiagonal"))
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=tuple(bench.SHAPES))
+    parser.add_argument("--no-fused", action="store_true", help="no arm that torch.compile fuses")
+    parser.add_argument("--warm", default=",".join(map(str, WARM)), help="short prompt, its chunks")
+    args = parser.parse_args()
+    if args.new < SKIP + 3:
+        sys.exit(
+            f"--new {args.new}: the first {SKIP} tokens are not timed, give {SKIP + 3} or more"
+        )
+    end_in_order()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    model = bench.random_model(args.shape, device, torch.bfloat16 if cuda else torch.float32)
+    model.generation_config.eos_token_id = None
+    made = f"{ttft.header(model, args.shape)} Pattern {args.pattern}, {args.new} new tokens."
+    journal = Journal(args.out / "million.jsonl", made)
+    lengths = [int(n) for n in args.dense.split(",") if n]
+    arms = [(OURS, args.tokens), *((arm, n) for n in lengths for arm in (STOCK, NONE, OURS))]
+    arms += [] if args.no_fused else [(FUSED, args.tokens)]
+    warm = tuple(int(n) for n in args.warm.split(","))
+    try:
+        for arm, tokens in arms:
+            follows = plan(model, arm, args.pattern)
+            what = (model, arm, follows, tokens, args.new, warm)
+            journal.row(f"{arm} @ {tokens}", lambda what=what: run(*what))
+    finally:
+        print(f"{made}\n\n{table(journal.rows, f'{OURS} @ {1 << 20}')}", flush=True)
+    if cuda:
+        print(f"\n{fits(model, args.pattern)}")
+
+
+if __name__ == "__main__":
+    main()
