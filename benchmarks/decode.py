@@ -5,20 +5,24 @@
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
 filled with random keys of the given length; every arm in one run. ms are medians over the tokens
-but the first eight, the least of the rounds: a host that others use is slow at times. A cache that
-kvpress has shortened is a stock cache: the stock model over a quarter of the keys stands for it.
---layer times one layer's kernels inside a CUDA graph; --steps shows where a step's time goes.
+but the first eight, the least of the rounds: a host that others use is slow at times. kvpress,
+where it can be imported, shortens the random keys to a quarter (KnormPress), behind all other arms:
+it wraps every attention function. What it leaves is a stock cache, so the stock model over a
+quarter of the keys stands for it elsewhere. An arm that fails, and SIGTERM, leave the table of what
+was measured. --layer times one layer's kernels inside a CUDA graph; --steps shows where a step's
+time goes; --shape tiny tries the table out on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +32,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from journal import end_in_order, failure
 
 import hfsparse
 from hfsparse import bench, kernels, patcher
@@ -88,6 +94,14 @@ class Clock(LogitsProcessor):
         return 1e3 * statistics.median(b - a for a, b in pairwise(self.at[SKIP:]))
 
 
+@lru_cache
+def kvpress():
+    """The press that keeps a quarter of the keys."""
+    from kvpress import KnormPress
+
+    return KnormPress(compression_ratio=0.75)
+
+
 def keys(model, batch: int, length: int) -> Tensor:
     config = model.config
     shape = batch, config.num_key_value_heads, length, config.head_dim
@@ -95,12 +109,18 @@ def keys(model, batch: int, length: int) -> Tensor:
 
 
 def filled(model, kind: str, batch: int, length: int, room: int):
-    """A cache that has seen `length` random tokens: `dynamic`, `static` or of the patch."""
+    """A cache that has seen `length` random tokens: of the stock model, kvpress or the patch."""
     layers = model.config.num_hidden_layers
     if kind == "dynamic":
         cache = DynamicCache(config=model.config)
         for i in range(layers):
             cache.update(keys(model, batch, length), keys(model, batch, length), i)
+        return cache
+    if kind == "kvpress":
+        press, cache = kvpress(), DynamicCache(config=model.config)
+        for i, layer in enumerate(model.model.layers):
+            k, v = keys(model, batch, length), keys(model, batch, length)
+            cache.update(*press.compress(layer.self_attn, None, k, v, None, {}), i)
         return cache
     if kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=length + room)
@@ -165,12 +185,16 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def measured(model, kind: str, batch: int, length: int, tokens: int) -> tuple[float, float, float]:
-    """ms a token, GiB of keys and values, peak GiB."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    """ms a token, GiB of keys and values, peak GiB (0 where the device doesn't tell)."""
+    gc.collect()
+    if cuda := model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     cache = filled(model, kind, batch, length, tokens + 2)
-    clock, _ = generated(model, cache, batch, length, tokens)
-    return clock.ms(), cache_bytes(cache) / 2**30, torch.cuda.max_memory_allocated() / 2**30
+    held = cache.get_seq_length() if kind == "kvpress" else length
+    clock, _ = generated(model, cache, batch, held, tokens)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return clock.ms(), cache_bytes(cache) / 2**30, peak / 2**30
 
 
 @dataclass
@@ -184,18 +208,26 @@ class Row:
     graph: str
 
 
-def table(model, lengths: list[int], batch: int, tokens: int, static: list[int], rounds: int):
-    rows: dict[tuple[int, str], Row | str] = {}
+Rows = dict[tuple[int, str], Row | str]  # by tokens and arm; a text says why there is none
+
+
+def measure(
+    rows: Rows, model, lengths: list[int], batch: int, tokens: int, static: list[int], rounds: int
+) -> None:
+    """Fill in the rows, arm by arm."""
 
     def row(arm: str, kind: str, length: int, held: int, read: float = 1.0) -> None:
+        before = rows.get((length, arm))
+        if isinstance(before, str):
+            return  # it would fail once more
         try:
             ms, gib, peak = measured(model, kind, batch, held, tokens)
-        except torch.cuda.OutOfMemoryError:
-            rows[length, arm] = "out of memory"
+        except Exception as error:
+            rows[length, arm] = failure(error)
+            print(f"  {arm}, {length:,}: {rows[length, arm]}", file=sys.stderr, flush=True)
             return
         graph = str(model.get_decoder()._hfsparse.graphs) if kind == "ours" else ""
-        before = rows.get((length, arm))
-        least = min(ms, before.ms) if isinstance(before, Row) else ms
+        least = min(ms, before.ms) if before else ms
         rows[length, arm] = Row(least, gib, peak, read, graph)
         print(f"  {arm}, {length:,}: {ms:.2f} ms {graph}", file=sys.stderr, flush=True)
 
@@ -211,25 +243,36 @@ def table(model, lengths: list[int], batch: int, tokens: int, static: list[int],
                 for length in lengths:
                     share = 0.25 if "25" in name else 0.06 if "6 %" in name else 1.0
                     row(f"ours, {name}", "ours", length, length, share)
+    try:
+        kvpress()
+    except Exception as error:  # it asks for other versions of transformers, too
+        print(f"  no arm of kvpress: {error}", file=sys.stderr, flush=True)
+        return
+    for _ in range(rounds):
+        for length in lengths:
+            row("kvpress, a quarter of the keys", "kvpress", length, length)
 
+
+def table(model, rows: Rows, batch: int) -> str:
+    """Markdown."""
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    print(f"\nBatch {batch}; a step reads {weights / 2**30:.2f} GiB of weights.\n")
     head = "arm | tokens | ms a token | x stock | tokens/s | GB/s | KV GiB | x dense | peak GiB"
-    print(f"| {head} | graph |\n| --- |" + " ---: |" * 8 + " --- |")
+    lines = [f"\nBatch {batch}; a step reads {weights / 2**30:.2f} GiB of weights.\n"]
+    lines += [f"| {head} | graph |\n| --- |" + " ---: |" * 8 + " --- |"]
     for (length, arm), it in sorted(rows.items(), key=lambda item: item[0][0]):
         if isinstance(it, str):
-            print(f"| {arm} | {length:,} | {it} |")
+            lines.append(f"| {arm} | {length:,} | {it} |" + " |" * 7)
             continue
-        stock = rows[length, STOCK]
+        stock = rows.get((length, STOCK))
         known = isinstance(stock, Row)
         gain = f"{stock.ms / it.ms:.2f}" if known else ""
         size = f"{it.kv_gib / stock.kv_gib:.3f}" if known else ""
         rate = (weights + it.read * it.kv_gib * 2**30) / it.ms / 1e6
-        print(
+        lines.append(
             f"| {arm} | {length:,} | {it.ms:.2f} | {gain} | {1e3 * batch / it.ms:.0f} | {rate:.0f} "
-            f"| {it.kv_gib:.2f} | {size} | {it.peak_gib:.1f} | {it.graph} |",
-            flush=True,
+            f"| {it.kv_gib:.2f} | {size} | {it.peak_gib:.1f} | {it.graph} |"
         )
+    return "\n".join(lines)
 
 
 def steps(model, length: int, tokens: int) -> None:
@@ -366,11 +409,15 @@ def main() -> None:
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--no-table", action="store_true")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if not cuda and (args.shape != "tiny" or args.steps or args.layer):
         sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
     lengths = [int(n) for n in args.lengths.split(",")]
+    if args.tokens < SKIP + 3:
+        sys.exit(f"--tokens {args.tokens}: the first {SKIP} are not timed, give {SKIP + 3} or more")
+    end_in_order()
     print(
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if cuda else 'CPU'}; torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         flush=True,
     )
@@ -381,13 +428,18 @@ def main() -> None:
             layer(length, args.batch)
     if args.no_table and not args.steps:
         return
-    model = bench.random_model(args.shape, torch.device("cuda"), torch.bfloat16)
+    made = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    model = bench.random_model(args.shape, *made)
     model.generation_config.eos_token_id = None
     if args.steps:
         steps(model, lengths[-1], args.tokens)
     if not args.no_table:
         static = [int(n) for n in args.static.split(",") if n]
-        table(model, lengths, args.batch, args.tokens, static, args.rounds)
+        rows: Rows = {}
+        try:
+            measure(rows, model, lengths, args.batch, args.tokens, static, args.rounds)
+        finally:
+            print(table(model, rows, args.batch), flush=True)
 
 
 if __name__ == "__main__":
