@@ -223,8 +223,9 @@ def measure(
         try:
             ms, gib, peak = measured(model, kind, batch, held, tokens)
         except Exception as error:
-            rows[length, arm] = failure(error)
-            print(f"  {arm}, {length:,}: {rows[length, arm]}", file=sys.stderr, flush=True)
+            why = failure(error)
+            rows.setdefault((length, arm), why)  # an earlier round stays
+            print(f"  {arm}, {length:,}: {why}", file=sys.stderr, flush=True)
             return
         graph = str(model.get_decoder()._hfsparse.graphs) if kind == "ours" else ""
         least = min(ms, before.ms) if before else ms

@@ -24,6 +24,7 @@ from hfsparse.selectors.quest import EXACT, Quest
 
 SIZES = tuple(1 << n for n in range(10, 16))  # pages
 MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
+EARLY = tl.constexpr(1 << 13)  # pages up to which four rows of bounds fit into registers
 TILE = 64  # pages whose bounds one program computes
 FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
@@ -75,7 +76,7 @@ def pages(
         SIZE=size,
         TILE=TILE,
         PAGE=PAGE,
-        num_warps=max(4, min(16, size // 512)),
+        num_warps=max(4, min(32, size // 512)),
     )
     return PageLists(chosen, count)
 
@@ -172,18 +173,25 @@ def _choose(
         b = head * queries + tl.minimum(first + 1, queries - 1)
         c = head * queries + tl.minimum(first + 2, queries - 1)
         d = head * queries + tl.minimum(first + 3, queries - 1)
-        bound_a = _row(BOUNDS, a, page, tiles * TILE)
-        bound_b = _row(BOUNDS, b, page, tiles * TILE)
-        bound_c = _row(BOUNDS, c, page, tiles * TILE)
-        bound_d = _row(BOUNDS, d, page, tiles * TILE)
+        if SIZE <= EARLY:  # registers hold four rows: they come while totals are made
+            bound_a = _row(BOUNDS, a, page, tiles * TILE)
+            bound_b = _row(BOUNDS, b, page, tiles * TILE)
+            bound_c = _row(BOUNDS, c, page, tiles * TILE)
+            bound_d = _row(BOUNDS, d, page, tiles * TILE)
         whole_a, whole_b, whole_c, whole_d = _totals(
             tl.where(tile * TILE < total, _row(TOTALS, a, tile, tiles), float("-inf")),
             tl.where(tile * TILE < total, _row(TOTALS, b, tile, tiles), float("-inf")),
             tl.where(tile * TILE < total, _row(TOTALS, c, tile, tiles), float("-inf")),
             tl.where(tile * TILE < total, _row(TOTALS, d, tile, tiles), float("-inf")),
         )
-        cost = tl.minimum(cost, tl.minimum(whole_a - bound_a, whole_b - bound_b))
-        cost = tl.minimum(cost, tl.minimum(whole_c - bound_c, whole_d - bound_d))
+        if SIZE <= EARLY:
+            cost = tl.minimum(cost, tl.minimum(whole_a - bound_a, whole_b - bound_b))
+            cost = tl.minimum(cost, tl.minimum(whole_c - bound_c, whole_d - bound_d))
+        else:
+            cost = tl.minimum(cost, whole_a - _row(BOUNDS, a, page, tiles * TILE))
+            cost = tl.minimum(cost, whole_b - _row(BOUNDS, b, page, tiles * TILE))
+            cost = tl.minimum(cost, whole_c - _row(BOUNDS, c, page, tiles * TILE))
+            cost = tl.minimum(cost, whole_d - _row(BOUNDS, d, page, tiles * TILE))
 
     # Pages by cost, as integers from FIRST to LAST; the forced ones, which are the first and those
     # of the new queries, come before.
