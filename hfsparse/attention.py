@@ -22,7 +22,17 @@ from transformers import masking_utils
 
 from hfsparse import kernels
 from hfsparse.cache import Full, Group, Layer, Ring, ring_positions, take_layer
-from hfsparse.lists import FAR, FULL, PAGE, BlockLists, Grid, at_heads, default_block, index_on
+from hfsparse.lists import (
+    FAR,
+    FULL,
+    PAGE,
+    Band,
+    BlockLists,
+    Grid,
+    at_heads,
+    default_block,
+    index_on,
+)
 from hfsparse.plan import Below
 
 NAME = "hfsparse"
@@ -595,6 +605,7 @@ class Step:
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
         self.longest = longest  # keys to look at; None: all that there is room for
         self._rings: dict[tuple[int, int], Tensor] = {}
+        self._starts: dict[Band, Tensor] = {}
         self._elsewhere: dict[torch.device, Step] = {}
 
     def on(self, device: torch.device) -> Step:
@@ -612,6 +623,12 @@ class Step:
             low = torch.full_like(self.length, sink)
             self._rings[sink, size] = ring_positions(self.length, low, sink, size)
         return self._rings[sink, size]
+
+    def start(self, band: Band) -> Tensor:
+        """[B, Q] first key of the band's recent window, of each new token."""
+        if band not in self._starts:
+            self._starts[band] = band.start(self.query_pos)
+        return self._starts[band]
 
 
 @lru_cache(16)
@@ -661,7 +678,8 @@ def _read_ring(store, short, rows, q, step, logits) -> Tensor:
     whole = q, store.k, store.v, step.query_pos, held, step.length
     q, k, v, query_pos, held, length = _some(rows, *whole)
     if not short:
-        logits = {**logits, "start": store.band.start(query_pos), "sink": store.band.sink}
+        (start,) = _some(rows, step.start(store.band))
+        logits = {**logits, "start": start, "sink": store.band.sink}
     return _decoder(q, k, v, logits).run(q, k, v, query_pos, held, length=length, **logits)
 
 
