@@ -37,7 +37,8 @@ from journal import end_in_order, failure
 
 import hfsparse
 from hfsparse import bench, kernels, patcher
-from hfsparse.lists import PAGE
+from hfsparse.kernels.places import Place, Table
+from hfsparse.lists import PAGE, Band
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
@@ -352,7 +353,11 @@ def bench_ms(run: Callable, times: int = 20) -> float:
 
 
 def layer(length: int, batch: int) -> None:
-    """One layer's attention, 20 calls in a graph; more caches than one, as a model has."""
+    """One layer's attention, 20 calls in a graph; more caches than one, as a model has.
+
+    In half ring every second kv head is a ring of 64 + 256 tokens, the others choose 6 % of the
+    pages; its line and the one before it are all that attention does in a step.
+    """
     H, HKV, D, scale = 32, 8, 128, 128**-0.5
     copies = 3 if batch * length <= 300_000 else 1
     shape = batch, HKV, -(-(length + 64) // PAGE) * PAGE, D
@@ -360,6 +365,15 @@ def layer(length: int, batch: int) -> None:
     made = [(torch.randn(shape, **random), torch.randn(shape, **random)) for _ in range(copies)]
     pages = [k.unflatten(2, (-1, PAGE)) for k, _ in made]
     sums = [(page.amin(3), page.amax(3)) for page in pages]
+    every, odd, even = tuple(range(HKV)), tuple(range(1, HKV, 2)), tuple(range(0, HKV, 2))
+    plain = [Table().places([Place(every, *kv)]) for kv in made]
+    paged, half = [], []
+    for kv, (low, high) in zip(made, sums, strict=True):
+        paged.append(Table().places([Place(every, *kv, listed=True, low=low, high=high)]))
+        k, v, low, high = (t[:, 1::2].contiguous() for t in (*kv, low, high))
+        ring = [torch.randn(batch, len(even), 64 + 320, D, **random) for _ in "kv"]
+        rings = Place(even, *ring, Band(64, 256), 320)
+        half.append(Table().places([rings, Place(odd, k, v, listed=True, low=low, high=high)]))
     q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
     held = torch.full((batch,), length, device="cuda")
     at = held[:, None] - 1
@@ -377,21 +391,27 @@ def layer(length: int, batch: int) -> None:
                 call(i % copies)
         spent[name] = bench_ms(graph.replay, 10) / 20 * 1e3
 
-    def append(i: int, low=None, high=None) -> None:
-        kernels.append(new, new, *made[i], at, low=low, high=high)
+    def read(places, lists=None):
+        return run(q, places, at, lists, length=held, scale=scale)
 
-    def read(i: int, lists=None):
-        return run(q, *made[i], at, None, lists, length=held, scale=scale)
-
-    timed("append", append)
-    timed("append, summaries", lambda i: append(i, *sums[i]))
-    timed("every page", read)
+    timed("append", lambda i: kernels.append(new, new, plain[i], at))
+    timed("append, summaries", lambda i: kernels.append(new, new, paged[i], at))
+    timed("every page", lambda i: read(plain[i]))
     for share in (0.25, 0.06):
         quest = SELECTORS["quest"](share=share, min_pages=16)
         choose = [partial(kernels.choose_pages, quest, q, *low, held, scale) for low in sums]
         lists = [call() for call in choose]
         timed(f"choice of {share}", lambda i, choose=choose: choose[i]())
-        timed(f"reading {share}", lambda i, lists=lists: read(i, lists[i]))
+        timed(f"reading {share}", lambda i, lists=lists: read(paged[i], lists[i]))
+
+    def whole(places, heads: tuple[int, ...]) -> None:
+        kernels.append(new, new, places, at)
+        low, high = next((x.low, x.high) for x in places.parts if x.low is not None)
+        own = [h * (H // HKV) + n for h in heads for n in range(H // HKV)]
+        read(places, kernels.choose_pages(quest, q, low, high, held, scale, own))
+
+    timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], every))
+    timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], odd))
     for name, us in spent.items():
         reading = spent.get(name.replace("choice of", "reading"), 0)
         share = f"{us / (us + reading):.2f}" if name.startswith("choice") else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +29,7 @@ from hfsparse.lists import (
     Band,
     BlockLists,
     Grid,
+    PageLists,
     at_heads,
     default_block,
     index_on,
@@ -124,7 +125,8 @@ class LayerPlan:
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
-        return Layer(self.owner, self.groups, below, reserve, expected, self.window)
+        more = reserve, expected, self.window, self.below.decode
+        return Layer(self.owner, self.groups, below, *more)
 
     def decode_shares(self) -> list[float]:
         """Per kv head: keys read by decode steps, of those that dense attention reads."""
@@ -160,12 +162,12 @@ class Logits:
     softcap: float | None
     s_aux: Tensor | None  # [Hq] sink logits
 
-    def of(self, heads: list[int]) -> dict[str, Any]:
-        """Keyword arguments for a kernel that serves these q heads."""
+    def of(self, heads: list[int] | None = None) -> dict[str, Any]:
+        """Keyword arguments for a kernel that serves these q heads (None: all)."""
         if not self.special:
             return {"scale": self.scale}
         sinks = self.s_aux
-        if sinks is not None:
+        if sinks is not None and heads is not None:
             sinks = sinks[at_heads(heads, sinks.device)]
         return {"scale": self.scale, "softcap": self.softcap, "s_aux": sinks}
 
@@ -286,7 +288,7 @@ def attend(
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
         with _on(query):
-            out = _decode(plan, layer, query, key, value, step, logits)
+            out = _decode(layer, query, key, value, step, logits)
     else:
         with _on(query):
             out = _prefill(plan, layer, query, key, value, past, new, logits)
@@ -311,11 +313,11 @@ def _recorded_step(
     """As `attend`, for the step that this thread records; it changes nothing on the host."""
     if recording.cut is not None:
         recording.cut(index)
-    plan, layer = recording.layers[index]
+    _, layer = recording.layers[index]
     logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     step = recording.step.on(query.device)
     with _on(query):
-        out = _decode(plan, layer, query, key, value, step, logits)
+        out = _decode(layer, query, key, value, step, logits)
     return out.transpose(1, 2).contiguous()
 
 
@@ -641,17 +643,19 @@ def _step(past, rows, Q, device, whole, inference, thread) -> Step:
     return Step(past, rows, length, query_pos, None if whole else max(rows))
 
 
-def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
+def _decode(layer, q, k, v, step, logits) -> Tensor:
     """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
     new = [n - p for p, n in zip(step.past, step.rows, strict=True)]
+    ratio = q.shape[1] // k.shape[1]
+    layer.append(k, v, step.past, new, step.query_pos)
+    if (kernel := _decoder(q, layer.keys, layer.values, logits.of(), True)).name == "Triton":
+        pages = _listed(layer, q, ratio, step, logits.scale)
+        more = {"length": step.length, **logits.of()}
+        return kernel.run(q, layer.places(), step.query_pos, pages, **more)
     out = None
     for store in layer.stores:
-        heads = store.group.heads
-        at = at_heads(heads, k.device)
-        store.append(k[:, at], v[:, at], step.past, new, step.query_pos)
-        limit = reads_all_under(store, plan)
-        own = _q_heads(heads, q.shape[1] // k.shape[1])
-        for short, some in _alike([n < limit for n in step.rows]):
+        own = _q_heads(store.group.heads, ratio)
+        for short, some in _alike([n < store.below for n in step.rows]):
             read = _read_ring if isinstance(store, Ring) else _read_full
             part = read(store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own))
             if some is None and len(own) == q.shape[1]:
@@ -661,9 +665,21 @@ def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
     return out
 
 
-def reads_all_under(store: Full | Ring, plan: LayerPlan) -> int:
-    """Tokens in a row under which a decode step reads all that the store holds."""
-    return store.below if isinstance(store, Ring) else plan.below.decode
+def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
+    """Whether a decode step of these rows has a selector choose the store's pages."""
+    selects = isinstance(store, Full) and store.group.selector is not None
+    return selects and any(n >= store.below for n in rows)
+
+
+def _listed(layer, q, ratio, step, scale) -> PageLists | None:
+    """The pages of all heads whose selectors choose; None where none does."""
+    parts = []
+    for store in layer.stores:
+        if chooses(store, step.rows):
+            selector, own = store.group.selector, _q_heads(store.group.heads, ratio)
+            sums = store.summaries(step.longest)
+            parts.append(kernels.choose_pages(selector, q, *sums, step.length, scale, own))
+    return PageLists.cat(parts) if parts else None
 
 
 def _decoder(q, k, v, logits, lists=False) -> kernels.Kernel:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hfsparse import kernels
-from hfsparse.lists import FAR, FULL, PAGE, Band, Grid
+from hfsparse.kernels.places import Place, Places, Table
+from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, at_heads
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
 
@@ -69,11 +70,15 @@ class Layer(CacheLayerMixin):
         reserve: int = 0,
         expected: int = 0,
         window: int | None = None,
+        read_below: int = 0,  # rows of fewer tokens read every page
     ):
         self.owner = owner
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
-        self.stores = [Full(g, reserve) if g.band == FULL else Ring(g, below) for g in groups]
+        self.stores = [
+            Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
+        ]
+        self.table = Table()
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many the attention function has put away
         self.rows: list[int] = []  # tokens in each row
@@ -168,6 +173,25 @@ class Layer(CacheLayerMixin):
 
     # -- what the attention function calls -------------------------------------------------------
 
+    def append(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], position: Tensor
+    ) -> None:
+        """Store a step's new tokens: of k, v `[B, Hkv, Q, D]` the first `new[b]` behind `past[b]`.
+
+        position [B, Q]: theirs, -1 where a row has none; a kernel follows it, where one can.
+        """
+        rows = [p + n for p, n in zip(past, new, strict=True)]
+        for store in self.stores:
+            store.room(past, rows)
+        if not kernels.append(k, v, self.places(), position):
+            for store in self.stores:
+                heads = at_heads(store.group.heads, k.device)
+                store.append(k[:, heads], v[:, heads], past, new)
+
+    def places(self) -> Places:
+        """Where each kv head has its keys, for kernels."""
+        return self.table.places([store.place() for store in self.stores])
+
     def bytes(self) -> int:
         """Bytes allocated for keys, values and summaries."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
@@ -208,8 +232,8 @@ class Layer(CacheLayerMixin):
 class Full:
     """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
 
-    def __init__(self, group: Group, reserve: int):
-        self.group, self.reserve = group, reserve
+    def __init__(self, group: Group, reserve: int, below: int = 0):
+        self.group, self.reserve, self.below = group, reserve, below
         self.k = self.v = self.low = self.high = None
 
     def create(self, k: Tensor, v: Tensor) -> None:
@@ -221,6 +245,12 @@ class Full:
     def tensors(self) -> list[Tensor]:
         own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
         return [t for t in own if t is not None]
+
+    def place(self) -> Place:
+        more = {"below": self.below}
+        if self.group.selector:
+            more |= {"listed": True, "low": self.low, "high": self.high}
+        return Place(self.group.heads, self.k, self.v, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:
         """Any prefix of a full row is held."""
@@ -238,18 +268,9 @@ class Full:
         if (need := max(rows)) > self.k.shape[2]:
             self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
 
-    def append(
-        self, k: Tensor, v: Tensor, past: list[int], new: list[int], at: Tensor | None = None
-    ) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`.
-
-        `at` [B, Q], for a few tokens: their positions, which a kernel follows where there is one.
-        """
+    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`."""
         self.room(past, [p + n for p, n in zip(past, new, strict=True)])
-        if at is not None and kernels.append(
-            k, v, self.k, self.v, at, low=self.low, high=self.high
-        ):
-            return
         for rows, p, n in _alike(past, new):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
@@ -303,6 +324,9 @@ class Ring:
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.k, self.v) if t is not None]
 
+    def place(self) -> Place:
+        return Place(self.group.heads, self.k, self.v, self.band, self.size, self.below)
+
     def select(self, picked: list[int]) -> None:
         self.k, self.v = self.k[picked], self.v[picked]
         self.low = [self.low[i] for i in picked]
@@ -343,14 +367,10 @@ class Ring:
             for low, p, n in zip(self.low, past, rows, strict=True)
         ]
 
-    def append(
-        self, k: Tensor, v: Tensor, past: list[int], new: list[int], at: Tensor | None = None
-    ) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]`; `at` as `Full.append` has it."""
+    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        """As `Full.append`; of more tokens than fit, the newest."""
         self.room(past, [p + n for p, n in zip(past, new, strict=True)])
         sink = self.band.sink
-        if at is not None and kernels.append(k, v, self.k, self.v, at, sink=sink, size=self.size):
-            return
         for rows, p, n in _alike(past, new):
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)

@@ -3,9 +3,10 @@
 From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
-cache's buffers: another cache, a growth of the buffers or a row that passes a `below` is recorded
-anew, at about the price of an eager step. So weights, adapters and hooks that changed between two
-calls of `generate` are seen (a loop of single tokens written by hand sees them at its next prompt).
+cache's buffers: another cache, a growth of the buffers or the first row that passes `below.decode`
+is recorded anew, at about the price of an eager step. So weights, adapters and hooks that changed
+between two calls of `generate` are seen (a loop of single tokens written by hand sees them at its
+next prompt).
 What can't be replayed runs as it is (`Graphs.why`). While a step is recorded, another thread that
 draws random numbers on the same GPU may fail: torch's generators know one recording at a time.
 """
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import LayerPlan, Step, is_step, reads_all_under, recording, row_starts
+from hfsparse.attention import LayerPlan, Step, chooses, is_step, recording, row_starts
 from hfsparse.cache import Layer
 from hfsparse.lists import PAGE
 
@@ -105,7 +106,8 @@ class Graphs:
         for layer in layers:
             for store in layer.stores:
                 store.room(past, rows)
-        key = (asked, *_lies(layers, rows, self.layers))
+            layer.places()  # written now: a recorded step can't
+        key = (asked, *_lies(layers, rows))
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
             self.forget(first)
@@ -115,15 +117,13 @@ class Graphs:
                 return forward(**kwargs)
             graph = None
         if graph is not None:
-            graph.holds(layers, rows, self.layers)
+            graph.holds(layers, rows)
             if self.checked:
                 return self._replay(graph, given, layers, rows)
             return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
         steps = self.warm[first] = self.warm.get(first, 0) + 1
         if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
-        elif any(len(set(short)) > 1 for short in key[1]):
-            self.why = "rows on both sides of a `below`"
         elif (why := self._lasting(decoder, first)) is not None:
             self.why = self.refused[first] = why
         if self.why is not None:
@@ -138,7 +138,7 @@ class Graphs:
                 self._passed(layers, rows)
                 return output
             self.kept[first] = graph = Graph(call, given, past, rows, key, serving)
-            graph.holds(layers, rows, self.layers)
+            graph.holds(layers, rows)
             return self._replay(graph, given, layers, rows)
         except torch.cuda.OutOfMemoryError:
             self.refused[first] = self.why = "out of memory when it was recorded"
@@ -344,16 +344,13 @@ class Graph:
             self.parts[-1].capture_end()
             self._begin(stream)
 
-    def holds(self, layers: list[Layer], rows: list[int], plans: list[LayerPlan]) -> None:
+    def holds(self, layers: list[Layer], rows: list[int]) -> None:
         """Note up to which lengths of rows the key stays as it is, now that it is right."""
         self.places = [(store, store.k) for layer in layers for store in layer.stores]
-        self.least, self.most = 0, min(store.until(rows) for store, _ in self.places)
-        for layer, plan in zip(layers, plans, strict=True):
-            for limit in {reads_all_under(store, plan) for store in layer.stores}:
-                if min(rows) >= limit:
-                    self.least = max(self.least, limit)
-                else:
-                    self.most = min(self.most, limit - 1)
+        self.least, self.most = min(rows), min(store.until(rows) for store, _ in self.places)
+        for store, _ in self.places:
+            if max(rows) < store.below:
+                self.most = min(self.most, store.below - 1)
 
     def fits(self, asked: tuple, rows: list[int]) -> bool:
         """Whether it surely serves such a call; else its key tells."""
@@ -478,14 +475,11 @@ def _asked(given: dict[str, Any]) -> tuple:
     )
 
 
-def _lies(layers: list[Layer], rows: list[int], plans: list[LayerPlan]) -> tuple[tuple, tuple]:
-    """What else is frozen in a graph: which rows are under a `below`, and where keys lie."""
-    pairs = [(s, p) for x, p in zip(layers, plans, strict=True) for s in x.stores]
-    short = tuple(tuple(n < reads_all_under(store, p) for n in rows) for store, p in pairs)
-    places = tuple(
-        (*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store, _ in pairs
-    )
-    return short, places
+def _lies(layers: list[Layer], rows: list[int]) -> tuple[tuple, tuple]:
+    """What else is frozen in a graph: which selectors choose, and where keys lie."""
+    stores = [store for layer in layers for store in layer.stores]
+    places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
+    return tuple(chooses(store, rows) for store in stores), places
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -378,6 +378,15 @@ class PageLists:
     pages: Tensor  # [B, Hkv, width] int64, ascending
     count: Tensor  # [B, Hkv]
 
+    @classmethod
+    def cat(cls, parts: Sequence[PageLists]) -> PageLists:
+        """Those of some heads, then those of others."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.pages.shape[2] for part in parts)
+        pages = [pad(part.pages, (0, width - part.pages.shape[2])) for part in parts]
+        return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1))
+
 
 def _overlap(a, b, low, high) -> Tensor:
     """How many integers lie in both [a, b] and [low, high]."""

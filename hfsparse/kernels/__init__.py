@@ -6,7 +6,7 @@ Kernels know nothing of plans, models or caches. A check answers None, or why th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hfsparse.kernels import dense, reference
-from hfsparse.lists import BlockLists, Grid, PageLists
+from hfsparse.kernels.places import Places
+from hfsparse.lists import BlockLists, Grid, PageLists, at_heads
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ PREFILL = (
     Kernel("Triton", _lazily("hfsparse.kernels.triton_prefill", "prefill"), _triton_prefill),
     Kernel("reference (PyTorch)", reference.prefill, lambda need: None),
 )
-DECODE = (
+DECODE = (  # the first serves all stores of a layer at once, the others one store a call
     Kernel("Triton", _lazily("hfsparse.kernels.triton_decode", "decode"), _triton_decode),
     Kernel("torch sdpa", dense.decode, _dense_only),
     Kernel("reference (PyTorch)", reference.decode, lambda need: None),
@@ -139,25 +140,35 @@ def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockList
 
 
 def choose_pages(
-    selector, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
+    selector,
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    length: Tensor,
+    scale: float,
+    heads: Sequence[int] | None = None,
 ) -> PageLists:
-    """`selector.pages`, fused where it can be."""
+    """`selector.pages`, fused where it can be. heads: of these heads of q (None: of all)."""
+    at = slice(None) if heads is None else at_heads(heads, q.device)
     if _no_triton(Need.of(q, low, low)) is None:
         fused = import_module("hfsparse.kernels.triton_quest")
         if fused.why_not(selector, q, low) is None:
-            return fused.pages(selector, q.detach(), low, high, length, scale)
-    return selector.pages(q, low, high, length, scale)
+            some = None
+            if isinstance(at, Tensor):
+                at, some = slice(None), at
+            return fused.pages(selector, q[:, at].detach(), low, high, length, scale, some)
+    return selector.pages(q[:, at], low, high, length, scale)
 
 
-def append(k: Tensor, v: Tensor, into_k: Tensor, into_v: Tensor, at: Tensor, **more) -> bool:
+def append(k: Tensor, v: Tensor, into: Places, at: Tensor) -> bool:
     """Store a decode step's tokens as `triton_append.append` does, if that can; whether it did."""
-    need = Need.of(k, into_k, into_v, v)  # whichever of the four is trained
+    need = Need.of(k, into.k, into.v, v)  # whichever of the four is trained
     if _no_triton(need) is not None:
         return False
     fused = import_module("hfsparse.kernels.triton_append")
     if fused.why_not(need) is not None:
         return False
-    fused.append(k, v, into_k, into_v, at, **more)
+    fused.append(k, v, into, at)
     return True
 
 

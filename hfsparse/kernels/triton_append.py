@@ -1,6 +1,6 @@
-"""A decode step's new tokens into one store of a layer's cache, in one Triton launch.
+"""A decode step's new tokens into all stores of a layer's cache, in one Triton launch.
 
-The fast form of `Full.append` and `Ring.append` where the store has room already. What changes
+The fast form of `Full.append` and `Ring.append` where the stores have room already. What changes
 from step to step, the positions, is read on the device: a step can be captured as a CUDA graph,
 and a new length compiles nothing. A program serves one kv head and a part of its channels. Bound
 by latency: it reads at most a page of old keys a head, to renew the page's minima and maxima, and
@@ -15,12 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfsparse.kernels import places
 from hfsparse.kernels.triton_prefill import DTYPES, NEVER
 from hfsparse.lists import PAGE
 
 if TYPE_CHECKING:
     from hfsparse.kernels import Need
 
+WIDTH = tl.constexpr(places.WIDTH)
+(
+    K_AT,
+    V_AT,
+    LOW_AT,
+    HIGH_AT,
+    ROW,
+    SLOTS,
+    PAGE_ROW,
+    PAGES,
+    SINK,
+    SIZE,
+    RECENT,
+    RATE,
+    BELOW,
+    LISTED,
+) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 QUERIES = 16  # new tokens of a row, at most
 WIDE = 64  # channels of a program
 
@@ -32,70 +50,57 @@ def why_not(need: Need) -> str | None:
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
-def append(
-    k: Tensor,
-    v: Tensor,
-    into_k: Tensor,
-    into_v: Tensor,
-    query_pos: Tensor,
-    *,
-    sink: int = 0,
-    size: int = 0,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-) -> None:
-    """Store new tokens k `[B, H, Q, D]`, v `[B, H, Q, Dv]` in into_k, into_v `[B, H, N, D or Dv]`.
+def append(k: Tensor, v: Tensor, into: places.Places, query_pos: Tensor) -> None:
+    """Store new tokens k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]` where each kv head has its own.
 
     query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
-    where a row has none: it is not stored. size = 0: position p lies in slot p; else in a ring's,
-    p if that is under `sink`, else `sink + (p - sink) % size`. Nothing is stored beyond slot N - 1.
-
-    low, high `[B, H, P, D]`: minima and maxima a page of a store without a ring. Those of the
-    pages with new tokens are renewed, over what the rows now hold. The buffers are contiguous.
+    where a row has none: it is not stored. Of tokens that share a ring's slot the newest is stored,
+    nothing beyond a store's last slot. Minima and maxima of the pages with new tokens are renewed,
+    over what the rows now hold.
     """
     B, H, Q, D = k.shape
-    N, Dv = into_k.shape[2], v.shape[3]
+    Dv = v.shape[3]
     if not 0 < Q <= QUERIES:
         raise ValueError(f"{Q} new tokens: 1 to {QUERIES} are supported")
-    held = (into_k, into_v) if low is None else (into_k, into_v, low, high)
-    if not all(t.is_contiguous() for t in held):
-        raise ValueError("the cache's buffers must be contiguous")
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     _append[(B * H, triton.cdiv(max(D, Dv), WIDE))](
-        *(k, v, into_k, into_v, query_pos.contiguous()),
-        *((into_k, into_k) if low is None else (low, high)),
+        *(k, v, into.k, into.v, into.cells, query_pos.contiguous()),
         *(s for t in (k, v) for s in t.stride()[:3]),
-        *(H, N, 0 if low is None else low.shape[2], Q, sink, size),
+        *(H, Q),
         D=D,
         DV=Dv,
         WIDE=WIDE,
         ROWS=triton.next_power_of_2(Q),
         PAGE=PAGE,
-        RING=size > 0,
-        SUMMARIES=low is not None,
+        UNIT=into.unit,
+        SUMMARIES=into.summaries,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize="H N P Q sink size".split())
+@triton.jit
+def look_up(TABLE, head, COLUMN: tl.constexpr):
+    return tl.load(TABLE + head * WIDTH + COLUMN)
+
+
+@triton.jit(do_not_specialize="H Q".split())
 def _append(
-    K, V, INTO_K, INTO_V, QUERY_POS, LOW, HIGH,
-    k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s,
-    H, N, P, Q, sink, size,
+    K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
+    k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, RING: tl.constexpr, SUMMARIES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    b, h = head // H, head % H
+    b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
     at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)
+    sink, size = look_up(TABLE, h, SINK).to(tl.int32), look_up(TABLE, h, SIZE).to(tl.int32)
+    slots, begin = look_up(TABLE, h, SLOTS), b * look_up(TABLE, h, ROW)
+    keys = INTO_K + look_up(TABLE, h, K_AT) * UNIT + begin * D
+    values = INTO_V + look_up(TABLE, h, V_AT) * UNIT + begin * DV
     last = tl.max(at, 0)
-    slot, new = at, at >= 0
-    if RING:
-        slot = tl.where(at < sink, at, sink + (at - sink) % size)
-        stored = new & ((at < sink) | (at > last - size))  # one token a slot: the newest
-    else:
-        stored = new & (slot < N)
+    new = at >= 0
+    slot = tl.where(at < sink, at, sink + (at - sink) % size)
+    stored = new & (slot < slots) & ((at < sink) | (at > last - size))  # a slot's newest
     d = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     whole, some = d < D, d < DV
     k = K + b * k_b + h * k_h + row[:, None] * k_s + d[None, :]
@@ -104,12 +109,15 @@ def _append(
     v = tl.load(v, mask=new[:, None] & some[None, :], other=0.0).to(INTO_V.dtype.element_ty)
 
     if SUMMARIES:  # of old keys in the cache and new ones in k: what is stored below is not read
+        pages, begin = look_up(TABLE, h, PAGES).to(tl.int32), b * look_up(TABLE, h, PAGE_ROW)
+        low = INTO_K + look_up(TABLE, h, LOW_AT) * UNIT + begin * D
+        high = INTO_K + look_up(TABLE, h, HIGH_AT) * UNIT + begin * D
         first = tl.min(tl.where(new, at, NEVER), 0)
         fresh = k.to(tl.float32)
-        for page in range(first // PAGE, tl.minimum(last // PAGE + 1, P)):
+        for page in range(first // PAGE, tl.minimum(last // PAGE + 1, pages)):
             before = page * PAGE + lane < first
             old = tl.load(
-                INTO_K + (head * N + page * PAGE + lane)[:, None] * D + d[None, :],
+                keys + (page * PAGE + lane.to(tl.int64))[:, None] * D + d[None, :],
                 mask=before[:, None] & whole[None, :],
                 other=0.0,
             ).to(tl.float32)
@@ -118,10 +126,10 @@ def _append(
             most = tl.max(tl.where(before[:, None], old, float("-inf")), 0)
             least = tl.minimum(least, tl.min(tl.where(here, fresh, float("inf")), 0))
             most = tl.maximum(most, tl.max(tl.where(here, fresh, float("-inf")), 0))
-            out = (head * P + page) * D + d
-            tl.store(LOW + out, least.to(LOW.dtype.element_ty), mask=whole)
-            tl.store(HIGH + out, most.to(HIGH.dtype.element_ty), mask=whole)
+            place = page * D + d
+            tl.store(low + place, least.to(INTO_K.dtype.element_ty), mask=whole)
+            tl.store(high + place, most.to(INTO_K.dtype.element_ty), mask=whole)
 
-    place = head * N + slot
-    tl.store(INTO_K + place[:, None] * D + d[None, :], k, mask=stored[:, None] & whole[None, :])
-    tl.store(INTO_V + place[:, None] * DV + d[None, :], v, mask=stored[:, None] & some[None, :])
+    place = slot.to(tl.int64)[:, None]
+    tl.store(keys + place * D + d[None, :], k, mask=stored[:, None] & whole[None, :])
+    tl.store(values + place * DV + d[None, :], v, mask=stored[:, None] & some[None, :])

@@ -1,12 +1,14 @@
 """A few new queries over a cache in Triton, on any CUDA GPU: the fast form of `reference.decode`.
 
-A program serves one kv head's queries, the q heads of its group as rows of one tile, over a share
-of the pages that the head reads (split-KV, as in Flash-Decoding); a second kernel merges the
-shares, if there are several. Bound by memory: each key and value is read once where one tile holds
-the queries (not yet measured). How the pages are split depends on the batch and the device, never
-on the cache's length or capacity, and lengths are read on the device: a step of the same pages
-gives the same bits however much room the cache has, a new length compiles nothing, and a CUDA
-graph of a step serves every later one that the cache has room for.
+One launch serves all heads of a layer, full ones with listed pages or without and rings of any
+size: a table says where each has its keys (`places.py`). A program serves one kv head's queries,
+the q heads of its group as rows of one tile, over a share of the pages that the head reads
+(split-KV, as in Flash-Decoding); a second kernel merges the shares, if there are several. Bound by
+memory: each key and value is read once where one tile holds the queries (not yet measured). How the
+pages are split depends on the batch, the plan and the device, never on the cache's length or
+capacity, and lengths are read on the device: a step of the same pages gives the same bits however
+much room the cache has, a new length compiles nothing, and a CUDA graph of a step serves every
+later one that the cache has room for.
 """
 
 from __future__ import annotations
@@ -19,6 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfsparse.kernels.places import Places
+from hfsparse.kernels.triton_append import (
+    BELOW,
+    K_AT,
+    RATE,
+    RECENT,
+    ROW,
+    SINK,
+    SIZE,
+    SLOTS,
+    V_AT,
+    look_up,
+)
+from hfsparse.kernels.triton_append import LISTED as LISTED_AT
 from hfsparse.kernels.triton_prefill import (
     DTYPES,
     LOG2E,
@@ -54,35 +70,33 @@ def why_not(need: Need) -> str | None:
 
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    places: Places,
     query_pos: Tensor,
-    key_pos: Tensor | None = None,
     pages: PageLists | None = None,
     *,
     length: Tensor,
     scale: float,
-    start: Tensor | None = None,
-    sink: int = 0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Attention `[B, Hq, Q, Dv]` of q `[B, Hq, Q, D]` over a cache k, v `[B, Hkv, S, D]`.
+    """Attention `[B, Hq, Q, Dv]` of q `[B, Hq, Q, D]` over all stores of a layer's cache.
 
-    Arguments as `reference.decode` has them.
+    query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
+    row, the new ones included. A key is read if it is held, not after the query, in its head's band
+    (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page. pages:
+    those of the listed heads, in the places' order; None: they read every page.
     """
     B, Hq, Q, D = q.shape
-    Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
-    out = q.new_empty(B, Hq, Q, Dv, dtype=v.dtype)
+    Hkv, Dv = len(places.cells), places.v.shape[3]
+    out = q.new_empty(B, Hq, Q, Dv, dtype=places.v.dtype)
     if out.numel() == 0:
         return out
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    query_pos, length = query_pos.contiguous(), length.contiguous()
+    q = q if q.stride(-1) == 1 else q.contiguous()
     group = Hq // Hkv
     DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
     rows, stages, warps = tile_of(group * Q, max(DP, DVP), q.element_size(), str(q.device))
     tiles = triton.cdiv(group * Q, rows)
-    splits = splits_of(B * Hkv * tiles, str(q.device))
+    splits = splits_of(B * places.long * tiles, str(q.device))
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
     if pages is not None:
         listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
@@ -95,22 +109,20 @@ def decode(
         part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)
     weight = q.new_empty(B * Hkv, splits, group * Q, dtype=torch.float32)
     _decode[(B * Hkv, splits, tiles)](
-        *(q, k, v, part, weight, query_pos, length, listed, count),
-        query_pos if key_pos is None else key_pos.contiguous(),
-        query_pos if start is None else start.contiguous(),
+        *(q, places.k, places.v, places.cells, part, weight),
+        *(query_pos.contiguous(), length.contiguous(), listed, count),
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
-        *(s for t in (q, k, v) for s in t.stride()[:3]),
-        *(*width, S, Hkv, sink, Q, group * Q),
-        *(unit, inner),
+        *q.stride()[:3],
+        *(*width, Hkv, Q, group * Q, unit, inner),
         D=D,
         DV=Dv,
         DP=DP,
         DVP=DVP,
         ROWS=rows,
         PAGE=PAGE,
+        UNIT=places.unit,
         LISTED=pages is not None,
-        HAS_KEY_POS=key_pos is not None,
-        HAS_START=start is not None,
+        RINGS=places.rings,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
@@ -133,12 +145,13 @@ def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, 
     """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     most = 16 if itemsize == 4 else most  # float32 takes many registers
-    for stages in (3, 2, 1):
+    wide = width * itemsize >= 1024  # float32 heads of 256: registers are what is short
+    for stages in (1,) if wide else (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
             pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
             shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
-                return rows, stages, 4 if rows * width <= 1 << 13 else 8
+                return rows, stages, 8 if wide or rows * width > 1 << 13 else 4
     return None
 
 
@@ -151,35 +164,62 @@ def splits_of(programs: int, device: str) -> int:
     return max(1, min(SPLITS, 2 * units // programs))
 
 
-@triton.jit(do_not_specialize="list_b list_h count_b count_h S Hkv sink Q rows".split())
+@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows".split())
 def _decode(
-    Q_, K, V, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, KEY_POS, START, SINKS,
-    q_b: tl.int64, q_h: tl.int64, q_s, k_b: tl.int64, k_h: tl.int64, k_s,
-    v_b: tl.int64, v_h: tl.int64, v_s,
+    Q_, K, V, TABLE, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, SINKS,
+    q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
-    S, Hkv, sink, Q, rows, unit, inner,
+    Hkv, Q, rows, unit, inner,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    ROWS: tl.constexpr, PAGE: tl.constexpr, LISTED: tl.constexpr, HAS_KEY_POS: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, LISTED: tl.constexpr,
+    RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Rows: q head of the group * Q + new token. Pages: this program's share of those listed.
+    # Rows: q head of the group * Q + new token. Pages: this program's share of those of its head.
     head = tl.program_id(0)
     b, kv = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
+    length = tl.load(LENGTH + b).to(tl.int32)
+    live = tl.minimum(length, look_up(TABLE, kv, SLOTS).to(tl.int32))  # slots that hold a key
+    whole = length < look_up(TABLE, kv, BELOW)
+    count = tl.cdiv(live, PAGE)
+    if LISTED:
+        mine = look_up(TABLE, kv, LISTED_AT)
+        chosen = (mine >= 0) & (whole == 0)
+        lists = PAGES + b * list_b + mine * list_h
+        listed = tl.load(COUNT + b * count_b + mine * count_h, mask=chosen, other=0)
+        count = tl.where(chosen, listed.to(tl.int32), count)
+    each = tl.cdiv(count, tl.num_programs(1))
+    first = tl.program_id(1) * each
+    place = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
+    if (first >= count) & (tl.program_id(1) > 0):  # no page is left for it, as of most of a ring's
+        tl.store(WEIGHT + place, tl.full([ROWS], float("-inf"), tl.float32), mask=alive)
+        return
+
     group = rows // Q
     at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
-    place = Q_ + b * q_b + kv * group * q_h
     d = tl.arange(0, DP)
     q = tl.load(
-        place + (row // Q)[:, None] * q_h + (row % Q)[:, None] * q_s + d[None, :],
+        Q_
+        + b * q_b
+        + (kv * group + row // Q)[:, None] * q_h
+        + (row % Q)[:, None] * q_s
+        + d[None, :],
         mask=alive[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    if HAS_START:
-        start = tl.load(START + b * Q + row % Q, mask=alive, other=0)
-    keys, values = K + b * k_b + kv * k_h, V + b * v_b + kv * v_h
+    begin = b * look_up(TABLE, kv, ROW)
+    keys = K + look_up(TABLE, kv, K_AT) * UNIT + begin * D
+    values = V + look_up(TABLE, kv, V_AT) * UNIT + begin * DV
+    if RINGS:
+        # Beyond the sink a ring's slot holds its place in the newest turn; past the newest key, in
+        # the turn before. Without a ring this is turn 0, and the window begins before every key.
+        sink, size = look_up(TABLE, kv, SINK).to(tl.int32), look_up(TABLE, kv, SIZE).to(tl.int32)
+        turn, newest = (length - 1 - sink) // size * size, sink + (length - 1 - sink) % size
+        recent, rate = look_up(TABLE, kv, RECENT), look_up(TABLE, kv, RATE)
+        start = tl.maximum(at - (recent + (at * rate >> 16)) + 1, 0)  # as Band.start
+        start = tl.where(whole, 0, start).to(tl.int32)
+    at = at.to(tl.int32)
     acc = tl.zeros([ROWS, DVP], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -188,28 +228,19 @@ def _decode(
         top = tl.where(tl.program_id(1) == 0, bare, top)
         total = tl.where(tl.program_id(1) == 0, 1.0, total)
 
-    live = tl.minimum(tl.load(LENGTH + b).to(tl.int32), S)  # slots that may hold a key
-    if LISTED:
-        count = tl.load(COUNT + b * count_b + kv * count_h).to(tl.int32)
-    else:
-        count = tl.cdiv(live, PAGE)
-    each = tl.cdiv(count, tl.num_programs(1))
-    first = tl.program_id(1) * each
     lane = tl.arange(0, PAGE)
     for j in range(first, tl.minimum(first + each, count)):
         page = first.to(tl.int64) + (j - first)
         if LISTED:
-            page = tl.load(PAGES + b * list_b + kv * list_h + j).to(tl.int64)
-        slot = page * PAGE + lane
-        if HAS_KEY_POS:
-            key = tl.load(KEY_POS + b * S + slot, mask=slot < live, other=-1)
-        else:
-            key = tl.where(slot < live, slot, -1)
-        held = key >= 0
-        k = _rows(keys + page * PAGE * k_s, k_s, lane, held, D, DP, True)
-        v = _rows(values + page * PAGE * v_s, v_s, lane, held, DV, DVP, True)
+            page = tl.load(lists + j, mask=chosen, other=page)
+        key = page.to(tl.int32) * PAGE + lane
+        held = key < live
+        k = _rows(keys + page * PAGE * D, D, lane, held, D, DP, True)
+        v = _rows(values + page * PAGE * DV, DV, lane, held, DV, DVP, True)
+        if RINGS:
+            key += tl.where(key < sink, 0, tl.where(key > newest, turn - size, turn))
         kept = held[None, :] & (key[None, :] <= at[:, None])
-        if HAS_START:
+        if RINGS:
             kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
         acc, total, top, _ = _add(
             *(acc, total, top, 0, q, k, v, kept, alive, unit, inner, 0.0),
@@ -218,7 +249,6 @@ def _decode(
 
     # A share's output and, in base 2, the logarithm of its weight; the whole one's is not needed.
     some = tl.where(total == 0, 1.0, total)
-    place = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
     d = tl.arange(0, DVP)
     inside = alive[:, None] & (d < DV)[None, :]
     part = (acc / some[:, None]).to(PART.dtype.element_ty)
@@ -238,7 +268,7 @@ def _merge(
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that reads nothing
     share = tl.exp2(weight - top)
     total = tl.sum(share, 0)
-    inside = (split < splits)[:, None] & (d < DV)[None, :]
+    inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # of others nothing is written
     part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
     out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
     out_at = OUT + (head * rows + row) * DV + d

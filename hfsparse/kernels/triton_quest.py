@@ -44,10 +44,20 @@ def why_not(selector, q: Tensor, low: Tensor) -> str | None:
 
 
 def pages(
-    quest: Quest, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
+    quest: Quest,
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    length: Tensor,
+    scale: float,
+    heads: Tensor | None = None,
 ) -> PageLists:
-    """As Quest.pages: q `[B, Hq, Q, D]`, low and high `[B, Hkv, P, D]`, length [B]."""
+    """As Quest.pages: q `[B, Hq, Q, D]`, low and high `[B, Hkv, P, D]`, length [B].
+
+    heads [Hq]: the heads of q that are meant, if they aren't all.
+    """
     B, Hq, Q, D = q.shape
+    Hq = Hq if heads is None else len(heads)
     Hkv, P = low.shape[1:3]
     q, low, high = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, low, high))
     queries, tiles = Hq // Hkv * Q, triton.cdiv(P, TILE)
@@ -55,7 +65,7 @@ def pages(
     totals = q.new_empty(B * Hkv, queries, tiles, dtype=torch.float32)
     rows = max(16, triton.next_power_of_2(min(queries, 64)))
     _bounds[(tiles, B * Hkv, triton.cdiv(queries, rows))](
-        *(q, low, high, bounds, totals, length.contiguous()),
+        *(q, low, high, bounds, totals, length.contiguous(), length if heads is None else heads),
         *(s for t in (q, low, high) for s in t.stride()[:3]),
         *(Hkv, Q, queries, P, scale * LOG2E.value),
         D=D,
@@ -63,6 +73,7 @@ def pages(
         ROWS=rows,
         TILE=TILE,
         PAGE=PAGE,
+        SOME=heads is not None,
         num_warps=4,
     )
     width = min(P, max(quest.min_pages, ceil(P * quest.share)) + 2 + -(-Q // PAGE))
@@ -83,12 +94,12 @@ def pages(
 
 @triton.jit(do_not_specialize="Hkv Q queries P".split())
 def _bounds(
-    Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH,
+    Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH, HEADS,
     q_b: tl.int64, q_h: tl.int64, q_s, low_b: tl.int64, low_h: tl.int64, low_p,
     high_b: tl.int64, high_h: tl.int64, high_p,
     Hkv, Q, queries, P, unit,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv = head // Hkv, head % Hkv
@@ -98,7 +109,10 @@ def _bounds(
     page = tile * TILE + tl.arange(0, TILE)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real, alive = page < total, row < queries
-    at = Q_ + b * q_b + kv * (queries // Q) * q_h + (row // Q) * q_h + (row % Q) * q_s
+    q_head = kv * (queries // Q) + row // Q
+    if SOME:
+        q_head = tl.load(HEADS + q_head, mask=alive, other=0)
+    at = Q_ + b * q_b + q_head * q_h + (row % Q) * q_s
     low, high = LOW + b * low_b + kv * low_h, HIGH + b * high_b + kv * high_h
     bound = tl.zeros([ROWS, TILE], tl.float32)
     for first in range(0, D, DEPTH):

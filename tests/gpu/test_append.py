@@ -10,6 +10,7 @@ from hfsparse.kernels import triton_append
 from hfsparse.lists import Band
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled
+from tests.kernels import stores
 
 STEPS = [[1, 1, 1]] * 5 + [[3, 0, 1], [16, 1, 7], [0, 0, 0], [2, 16, 0], [1, 1, 1]]
 
@@ -44,7 +45,7 @@ def test_a_store_is_filled_as_its_own_append_does(kind, dims, dtype):
         kept = [t.clone() for t in store.tensors()]
         store.append(k, v, past, new)
         into = dict(zip(("into_k", "into_v", "low", "high"), kept, strict=False))
-        triton_append.append(k=k, v=v, query_pos=at, **into, **more)
+        stores.append(k=k, v=v, query_pos=at, **into, **more)
         for ours, theirs in zip(kept, store.tensors(), strict=True):
             assert torch.equal(*(t.nan_to_num(7) for t in (ours, theirs)))
         past = [p + n for p, n in zip(past, new, strict=True)]
@@ -56,7 +57,7 @@ def test_a_new_length_compiles_nothing():
         k, v = tokens(1, (64, 64), BF16, torch.Generator(DEVICE).manual_seed(0))
         into = [torch.zeros(3, 2, past + 64, 64, dtype=BF16, device=DEVICE) for _ in range(2)]
         at = torch.full((3, 1), past, device=DEVICE)
-        triton_append.append(k, v, *into, at)
+        stores.append(k=k, v=v, into_k=into[0], into_v=into[1], query_pos=at)
         assert torch.equal(into[0][:, :, past], k[:, :, 0])
         found.append(compiled(triton_append))
     assert found == [found[0]] * 4

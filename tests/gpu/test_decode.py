@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hfsparse.cache import ring_positions
 from hfsparse.kernels import triton_decode
+from hfsparse.kernels.places import Place, Table
 from hfsparse.lists import PAGE, Band, PageLists
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled, near, unwritten
 from tests.helpers import truth
 
-KINDS = ("everything", "positions", "ring", "pages")
+KINDS = ("everything", "ring", "pages", "mixed")
+BANDS = {"ring": Band(sink=5, recent=90, rate=6554), "other ring": Band(recent=40)}
 
 
 @dataclass
@@ -22,25 +25,25 @@ class Step:
     """New queries at the ends of cached rows; whatever must not be read is NaN."""
 
     q: Tensor  # [B, Hq, Q, D]
-    k: Tensor  # [B, Hkv, S, D]
+    k: Tensor  # [B, Hkv, S, D] by position
     v: Tensor
+    parts: list[Place]  # the same as it is cached
+    pages: PageLists | None
     query: Tensor  # [B, Q] positions
-    key: Tensor | None  # [B, S] positions; None: a slot's own
     length: Tensor  # [B]
     kept: Tensor  # bool [B, Hq, Q, S]
-    more: dict  # arguments of the kernel
+    scale: float
 
     def run(self, **logits) -> Tensor:
         return triton_decode.decode(
-            *(self.q, self.k, self.v, self.query, self.key),
+            *(self.q, Table().places(self.parts), self.query, self.pages),
             length=self.length,
-            **self.more,
+            scale=self.scale,
             **logits,
         )
 
     def check(self, **logits) -> None:
-        scale = self.more["scale"]
-        expected = truth(self.q, self.k, self.v, self.kept, scale, **logits)
+        expected = truth(self.q, self.k, self.v, self.kept, self.scale, **logits)
         unwritten(expected.shape, self.v.dtype)
         out = self.run(**logits)
         assert out.dtype == self.v.dtype
@@ -58,38 +61,49 @@ def step(
     kv_heads: int = 2,
 ) -> Step:
     made = torch.Generator(DEVICE).manual_seed(0)
-    B, S, H = len(lengths), max(lengths), group * kv_heads
+    kinds = [kind] * kv_heads
+    if kind == "mixed":  # each twice, apart from one another
+        kinds = ["everything", "pages", "ring", "other ring"] * 2
+    B, S, Hkv = len(lengths), max(lengths), len(kinds)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=made, device=DEVICE).to(dtype)
 
-    q = random(B, queries, H, dim).transpose(1, 2)
-    k, v = random(B, kv_heads, S, dim), random(B, kv_heads, S, value_dim or dim)
-    length = torch.tensor(lengths, device=DEVICE)
-    slot = torch.arange(S, device=DEVICE)
+    q = random(B, queries, group * Hkv, dim).transpose(1, 2)
+    k, v = random(B, Hkv, S, dim), random(B, Hkv, S, value_dim or dim)
+    length, key = torch.tensor(lengths, device=DEVICE), torch.arange(S, device=DEVICE)
     query = length[:, None] - queries + torch.arange(queries, device=DEVICE)
     query = query.clamp(min=-1)  # rows of fewer tokens than queries
-    key = torch.where(slot < length[:, None], slot, -1)
-    if kind == "ring":  # the rows' slots turned by a third
-        turn = (slot - length[:, None] // 3) % length[:, None].clamp(min=1)
-        key = torch.where(key < 0, -1, turn)
-    kept = ((key >= 0)[:, None] & (key[:, None] <= query[..., None]))[:, None]
-    kept = kept.expand(B, H, queries, S)
-    more = {"scale": dim**-0.5}
-    if kind == "ring":
-        band = Band(sink=5, recent=90, rate=6554)
-        start = band.start(query)
-        kept = kept & ((key[:, None] < 5) | (key[:, None] >= start[..., None]))[:, None]
-        more |= {"start": start, "sink": band.sink}
-    if kind == "pages":
-        more["pages"], listed = some_pages(length, kv_heads, S, made)
-        kept = kept & listed.repeat_interleave(group, 1)[:, :, None]
-    dead = (key < 0)[:, None]
-    if kind == "pages":
-        dead = dead | ~listed
-    k, v = (t.masked_fill(dead[..., None], torch.nan) for t in (k, v))
-    held = key if kind in ("positions", "ring") else None
-    return Step(q, k, v, query, held, length, kept, more)
+    kept = (key <= query[..., None])[:, None].repeat(1, Hkv, 1, 1)
+    parts, lists = [], None
+    for name in dict.fromkeys(kinds):
+        heads = [h for h, other in enumerate(kinds) if other == name]
+        if name in BANDS:
+            parts.append(ring(k, v, length, heads, BANDS[name], queries))
+            start, first = BANDS[name].start(query)[..., None], key < BANDS[name].sink
+            kept[:, heads] &= (first | (key >= start))[:, None]
+            continue
+        dead = (key >= length[:, None])[:, None]
+        if name == "pages":
+            lists, listed = some_pages(length, len(heads), S, made)
+            kept[:, heads] &= listed[:, :, None]
+            dead = dead | ~listed
+        dead = dead[..., None]
+        held = (t[:, heads].masked_fill(dead, torch.nan) for t in (k, v))
+        parts.append(Place(tuple(heads), *held, listed=name == "pages"))
+    kept = kept.repeat_interleave(group, 1)
+    return Step(q, k, v, parts, lists, query, length, kept, dim**-0.5)
+
+
+def ring(k: Tensor, v: Tensor, length: Tensor, heads: list[int], band: Band, queries: int) -> Place:
+    """Some heads' rows as a ring holds them that is just large enough."""
+    size = band.span(int(length.max())) + queries
+    at = ring_positions(length, torch.full_like(length, band.sink), band.sink, size)
+    at = at[:, None, :, None]
+    held = (t[:, heads] for t in (k, v))
+    spots = at.clamp(min=0).expand(-1, len(heads), -1, -1)
+    held = [t.gather(2, spots.expand(-1, -1, -1, t.shape[3])) for t in held]
+    return Place(tuple(heads), *(t.masked_fill(at < 0, torch.nan) for t in held), band, size)
 
 
 def some_pages(length: Tensor, kv_heads: int, slots: int, made) -> tuple[PageLists, Tensor]:
@@ -124,7 +138,7 @@ def test_every_group_and_number_of_new_tokens(kind, group, queries):
     step(kind, queries=queries, group=group).check()
 
 
-@pytest.mark.parametrize("kind", ["ring", "pages"])
+@pytest.mark.parametrize("kind", ["ring", "pages", "mixed"])
 @pytest.mark.parametrize(("softcap", "sinks"), [(5.0, False), (None, True), (5.0, True)])
 def test_softcap_and_sink_logits(kind, softcap, sinks):
     it = step(kind, queries=3, dtype=HALF)
@@ -148,26 +162,28 @@ def test_few_and_many_rows(rows):
 
 
 def test_a_row_without_keys_gives_zeros():
-    it = step(lengths=(50, 0), queries=2)
+    it = step("mixed", lengths=(50, 0), queries=2)
     unwritten(it.q.shape, BF16)
     out = it.run()
     assert not out[1].any()
     assert out[0].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["everything", "pages", "mixed"])
 def test_room_for_more_changes_no_bit(kind):
     it = step(kind)
-    out = it.run()
-    k, v = (pad(t, (0, 0, 0, 5000), value=torch.nan) for t in (it.k, it.v))
-    key = None if it.key is None else pad(it.key, (0, 5000), value=-1)
-    assert torch.equal(replace(it, k=k, v=v, key=key).run(), out)
+    roomy = [part if part.size else more(part, 5000) for part in it.parts]
+    assert torch.equal(replace(it, parts=roomy).run(), it.run())
 
 
-def test_heads_inside_tokens_give_the_same():
+def more(part: Place, slots: int) -> Place:
+    k, v = (pad(t, (0, 0, 0, slots), value=torch.nan) for t in (part.k, part.v))
+    return part._replace(k=k, v=v)
+
+
+def test_queries_in_any_layout_give_the_same():
     it = step("pages", queries=3)
-    k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (it.k, it.v))
-    assert torch.equal(replace(it, k=k, v=v).run(), it.run())
+    assert torch.equal(replace(it, q=it.q.contiguous()).run(), it.run())
 
 
 def test_a_new_length_compiles_nothing():

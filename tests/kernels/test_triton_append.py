@@ -11,6 +11,7 @@ from hfsparse import kernels
 from hfsparse.cache import Full, Group, Ring
 from hfsparse.lists import PAGE, Band
 from hfsparse.selectors.quest import Quest
+from tests.kernels import stores
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import launched, watch
 
@@ -28,7 +29,7 @@ STEPS = [  # new tokens of each of three rows
 def append():
     """By keyword alone: what the call changes comes back in these."""
     with interpreter() as run:
-        yield lambda **more: run("triton_append.append", **more)
+        yield lambda **more: run("tests.kernels.stores.append", **more)
 
 
 @pytest.fixture
@@ -182,9 +183,9 @@ def test_a_new_length_launches_and_compiles_the_same(module, monkeypatch):
                 k, v = (torch.zeros(2, 2, 1, 64) for _ in "kv")
                 into = torch.zeros(2, 2, 1000, 64)
                 low = torch.zeros(2, 2, 16, 64)
-                at = positions(past, new, 1)
-                module.append(k, v, into, into, at, low=low, high=low)
-                module.append(k, v, into, into, at, sink=4, size=996)
+                held = dict(k=k, v=v, into_k=into, into_v=into, query_pos=positions(past, new, 1))
+                stores.append(**held, low=low, high=low)
+                stores.append(**held, sink=4, size=996)
                 found.append(list(seen))
                 seen.clear()
             assert len(found[0]) == 2
@@ -198,8 +199,9 @@ def test_a_store_that_grows_compiles_nothing(module, monkeypatch):
         k, into = torch.zeros(1, 8, 1, 128), torch.zeros(1, 8, pages * PAGE, 1)
         into = into.expand(-1, -1, -1, 128).contiguous()
         low = torch.zeros(1, 8, pages, 128)
-        module.append(k, k, into, into, positions([5], [1], 1), low=low, high=low)
-        module.append(k, k, into, into, positions([5], [1], 1), size=pages * PAGE)
+        held = dict(k=k, v=k, into_k=into, into_v=into, query_pos=positions([5], [1], 1))
+        stores.append(**held, low=low, high=low)
+        stores.append(**held, size=pages * PAGE)
         found.append(set(seen))
     assert len(found[0]) == 2
     assert found[0] == found[1] == found[2] == found[3]
@@ -212,21 +214,21 @@ def test_what_it_cannot_do_is_said(module):
     assert module.why_not(need(dtype=HALF)) is None
     k, into = torch.zeros(1, 1, 17, 64), torch.zeros(1, 1, 64, 64)
     with pytest.raises(ValueError, match="17 new tokens"):
-        module.append(k, k, into, into, torch.zeros(1, 17, dtype=torch.int64))
-    k, at = k[:, :, :1], torch.zeros(1, 1, dtype=torch.int64)
+        module.append(k, k, stores.one(into, into), torch.zeros(1, 17, dtype=torch.int64))
     with pytest.raises(ValueError, match="contiguous"):
-        module.append(k, k, into.mT, into, at)
+        stores.one(into.mT, into)
     with pytest.raises(ValueError, match="contiguous"):
-        module.append(k, k, into, into, at, low=into.mT, high=into)
+        stores.one(into, into, low=into.mT, high=into)
 
 
 def test_it_is_taken_where_it_can_serve(module, monkeypatch):
     k, into = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
     at, calls = torch.zeros(1, 1, dtype=torch.int64), launched(monkeypatch, module)
-    assert not kernels.append(k, k, into, into, at)  # a CPU
+    into, wide = stores.one(into, into), stores.one(into.double(), into.double())
+    assert not kernels.append(k, k, into, at)  # a CPU
     monkeypatch.setattr(kernels, "_no_triton", lambda need: None)
-    assert not kernels.append(k.double(), k.double(), into.double(), into.double(), at)
-    assert not kernels.append(k, k.clone().requires_grad_(), into, into, at)
+    assert not kernels.append(k.double(), k.double(), wide, at)
+    assert not kernels.append(k, k.clone().requires_grad_(), into, at)
     assert not calls
-    assert kernels.append(k, k, into, into, at, sink=4, size=60)
+    assert kernels.append(k, k, into, at)
     assert len(calls) == 1

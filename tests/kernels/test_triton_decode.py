@@ -10,11 +10,13 @@ import torch
 from torch.nn.functional import pad
 
 from hfsparse import kernels
+from hfsparse.cache import ring_positions
 from hfsparse.lists import PAGE, Band, PageLists
 from tests.helpers import batch, close, truth
+from tests.kernels import stores
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import launched, watch
-from tests.kernels.test_reference import as_ring, paged, readable, step, used
+from tests.kernels.test_reference import paged, readable, step, used
 
 SINGLE, HALF = torch.float32, torch.float16
 
@@ -22,7 +24,7 @@ SINGLE, HALF = torch.float32, torch.float16
 @pytest.fixture(scope="module")
 def decode():
     with interpreter() as run:
-        yield lambda *args, **more: run("triton_decode.decode", *args, **more)
+        yield lambda *args, **more: run("tests.kernels.stores.decode", *args, **more)
 
 
 def some_pages(rows: int, kv_heads: int, slots: int) -> PageLists:
@@ -47,19 +49,24 @@ def mask_of(query, key, pages: PageLists | None):
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_every_key_matches_plain_attention(decode, queries, group, extras, dtype):
     q, k, v, query, key, logits = step(queries, [200, 9], extras, group, dtype)
-    out = decode(q, k, v, query, key, length=used(key), **logits)
+    out = decode(q, k, v, query, length=used(key), **logits)
     assert out.dtype == dtype
     assert close(out, truth(q, k, v, readable(query, key, 2 * group), **logits))
 
 
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (3, 4), (16, 3)])
-def test_a_ring_matches_plain_attention(decode, queries, group):
-    q, k, v, query, key, logits = step(queries, [190, 64], "plain", group)
-    k, v, key = as_ring(k, v, key, 77)
-    start = Band(sink=5, recent=40, rate=6554).start(query)
-    kept = (key < 5)[:, None, None] | (key[:, None, None] >= start[:, None, :, None])
-    band = {"start": start, "sink": 5}
-    out = decode(q, k, v, query, key, length=used(key), scale=logits["scale"], **band)
+@pytest.mark.parametrize("below", [0, 100])
+def test_a_ring_matches_plain_attention(decode, queries, group, below):
+    """The window counts from each query's own position; a short row reads all that is held."""
+    q, k, v, query, key, logits = step(queries, [190, 90], "plain", group)
+    band, size, length = Band(sink=5, recent=40, rate=6554), 77, used(key)
+    key = ring_positions(length, torch.full((2,), 5), 5, size)
+    k, v = (t.gather(2, key.clamp(min=0)[:, None, :, None].expand_as(t[:, :, :82])) for t in (k, v))
+    k, v = (t.masked_fill((key < 0)[:, None, :, None], torch.nan) for t in (k, v))
+    window = (key[:, None] < 5) | (key[:, None] >= band.start(query)[..., None])
+    kept = (window | (length < below)[:, None, None])[:, None]
+    ring = {"band": band, "size": size, "below": below}
+    out = decode(q, k, v, query, length=length, **ring, scale=logits["scale"])
     assert close(out, truth(q, k, v, readable(query, key, 2 * group) & kept, **logits))
 
 
@@ -69,18 +76,8 @@ def test_listed_pages_match_plain_attention(decode, queries, extras):
     q, k, v, query, key, logits = step(queries, [517, 70], extras)
     pages = some_pages(2, 2, 517)
     mask = readable(query, key, 6) & paged(pages, 517, 3)
-    out = decode(q, k, v, query, key, pages, length=used(key), **logits)
+    out = decode(q, k, v, query, pages, length=used(key), **logits)
     assert close(out, truth(q, k, v, mask, **logits))
-
-
-@pytest.mark.parametrize("extras", ["plain", "sink_logits"])
-@pytest.mark.parametrize("queries", [1, 3])
-def test_without_positions_slots_are_positions(decode, queries, extras):
-    q, k, v, query, key, logits = step(queries, [517, 70], extras)
-    for pages in (None, some_pages(2, 2, 517)):
-        args = {"length": used(key), **logits}
-        out = decode(q, k, v, query, None, pages, **args)
-        assert torch.equal(out, decode(q, k, v, query, key, pages, **args))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (96, 64), (128, 128), (256, 256)])
@@ -102,31 +99,19 @@ def test_room_for_more_changes_no_bit(decode, queries, listed):
     """A cache's capacity, and dead slots past the row's end, decide nothing."""
     q, k, v, query, key, logits = step(queries, [300, 200], "plain")
     pages = some_pages(2, 2, 300) if listed else None
-    out = decode(q, k, v, query, None, pages, length=used(key), **logits)
+    out = decode(q, k, v, query, pages, length=used(key), **logits)
     assert close(out, truth(q, k, v, mask_of(query, key, pages), **logits))
     for more in (1, 20, 500):
         roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (k, v)]
-        every = torch.arange(300 + more).expand(2, -1)  # says that all slots hold keys
-        for held in (None, pad(key, (0, more), value=-1), every):
-            found = decode(q, *roomy, query, held, pages, length=used(key), **logits)
-            assert torch.equal(found, out)
-
-
-def test_a_view_of_a_larger_buffer_gives_the_same_bits(decode):
-    q, k, v, query, key, logits = step(1, [300, 200], "plain")
-    buffers = [pad(t, (0, 0, 0, 400), value=torch.nan) for t in (k, v)]
-    args = {"length": used(key), **logits}
-    whole = decode(q, *buffers, query, **args)
-    assert torch.equal(decode(q, *(t[:, :, :300] for t in buffers), query, **args), whole)
+        assert torch.equal(decode(q, *roomy, query, pages, length=used(key), **logits), out)
 
 
 def test_a_row_without_keys_gives_zeros(decode):
     q, k, v, query, key, logits = step(2, [50, 1], "plain")
     query[1], key[1] = -1, -1
-    for held in (key, None):
-        out = decode(q, k, v, query, held, length=used(key), scale=logits["scale"])
-        assert not out[1].any()
-        assert out[0].all()
+    out = decode(q, k, v, query, length=used(key), scale=logits["scale"])
+    assert not out[1].any()
+    assert out[0].all()
 
 
 @pytest.mark.parametrize("extras", ["plain", "sink_logits", "softcap"])
@@ -136,18 +121,17 @@ def test_any_number_of_shares_gives_the_same(units, dtype, extras):
     q, k, v, query, key, logits = step(3, [517, 200], extras, dtype=dtype)
     with interpreter(triton_decode__UNITS=units) as run:
         assert run("triton_decode.splits_of", 4, "cpu") == min(units // 2, 64)
-        out = run("triton_decode.decode", q, k, v, query, key, length=used(key), **logits)
+        out = run("tests.kernels.stores.decode", q, k, v, query, length=used(key), **logits)
     assert out.dtype == dtype
     assert close(out, truth(q, k, v, readable(query, key, 6), **logits))
 
 
-def test_tensors_in_any_layout_give_the_same(decode):
+def test_queries_in_any_layout_give_the_same(decode):
     q, k, v, query, key, logits = step(2, [200, 90], "plain")
-    expected = truth(q, k, v, readable(query, key, 6), **logits)
-    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     args = {"length": used(key), **logits}
-    assert close(decode(*turned, query, key, **args), expected)
-    assert close(decode(q, k.mT.contiguous().mT, v, query, key, **args), expected)
+    out = decode(q, k, v, query, **args)
+    for turned in (q.transpose(1, 2).contiguous().transpose(1, 2), q.mT.contiguous().mT):
+        assert torch.equal(decode(turned, k, v, query, **args), out)
 
 
 def test_a_new_length_compiles_nothing(monkeypatch):
@@ -157,10 +141,9 @@ def test_a_new_length_compiles_nothing(monkeypatch):
     for lengths in ([40, 9], [517, 1], [200, 190]):
         q, k, v, query, key, logits = step(1, lengths, "plain", group=4)
         args = {"length": used(key), **logits}
-        triton_decode.decode(q, k, v, query, **args)
-        triton_decode.decode(q, k, v, query, key, **args)
-        pages = some_pages(2, 2, k.shape[2])
-        triton_decode.decode(q, k, v, query, None, pages, **args)
+        stores.decode(q, k, v, query, **args)
+        stores.decode(q, k, v, query, band=Band(4, 9), size=k.shape[2] - 4, **args)
+        stores.decode(q, k, v, query, some_pages(2, 2, k.shape[2]), **args)
         found.append(set(seen))
     assert len(found[0]) == 4  # over all, over a ring, over pages, and what merges each
     assert found[0] == found[1] == found[2]
@@ -180,7 +163,7 @@ def test_a_new_length_launches_the_same(monkeypatch, units):
         length = torch.tensor(lengths)
         for chosen in (None, pages):
             query = length[:, None] - 1
-            triton_decode.decode(q, k, v, query, None, chosen, length=length, scale=1.0)
+            stores.decode(q, k, v, query, chosen, length=length, scale=1.0)
         found.append(list(calls))
         calls.clear()
     assert len(found[0]) == (2 if units == 2 else 4)  # one share needs no merging

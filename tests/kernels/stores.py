@@ -1,0 +1,33 @@
+"""The decode kernels, asked for heads of one store: where these lie is written for each call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hfsparse.kernels import places
+from hfsparse.lists import FULL, Band, PageLists
+
+
+def one(k: Tensor, v: Tensor, *args, **more):
+    """Places of heads that all lie in k and v, in order; args and more: as `Place` has them."""
+    return places.Table().places([places.Place(tuple(range(k.shape[1])), k, v, *args, **more)])
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, pages: PageLists | None = None, **more
+) -> Tensor:
+    """`triton_decode.decode`; more: band, size and below of a ring, and the kernel's own."""
+    from hfsparse.kernels import triton_decode
+
+    ring = {name: more.pop(name) for name in ("band", "size", "below") if name in more}
+    k, v = k.contiguous(), v.contiguous()
+    ring["listed"] = pages is not None
+    return triton_decode.decode(q, one(k, v, **ring), query_pos, pages, **more)
+
+
+def append(*, k, v, into_k, into_v, query_pos, sink=0, size=0, low=None, high=None) -> None:
+    """`triton_append.append`."""
+    from hfsparse.kernels import triton_append
+
+    into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)
+    triton_append.append(k, v, into, query_pos)

@@ -1,0 +1,118 @@
+"""A decode step of a layer with stores of several kinds: at once in Triton, and store by store."""
+
+from __future__ import annotations
+
+import copy
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from hfsparse import kernels
+from hfsparse.attention import Logits, Step, _decode
+from hfsparse.cache import Full, Group, Layer
+from hfsparse.lists import PAGE, Band
+from hfsparse.selectors.quest import Quest
+from tests.helpers import close
+from tests.kernels.interpreter import interpreter
+
+QUEST, OTHER = Quest(0.3, 2), Quest(0.1, 3)
+NEAR, GROWING = Band(4, 9), Band(2, 50, 6554)
+ALL = [  # kv heads of each kind stand apart from one another
+    Group((0, 4)),
+    Group((1, 6), selector=QUEST),
+    Group((2,), NEAR),
+    Group((3,), GROWING),
+    Group((5,), selector=OTHER),
+]
+RINGS = [Group((0, 2), Band(0, 40)), Group((1,), GROWING)]
+HALF_RING = [Group((1, 3), NEAR), Group((0, 2), selector=QUEST)]
+
+
+@pytest.fixture(scope="module")
+def run():
+    with interpreter(triton_decode__UNITS=30) as run:  # more shares than a ring has pages
+        yield lambda *args, **more: run(f"{__name__}.both_ways", *args, **more)
+
+
+def layer_of(groups, past, k, v, below) -> Layer:
+    """A layer's cache of rows of `past` tokens; NaN wherever it holds nothing."""
+    layer = Layer("plan", groups, below[0], read_below=below[1])
+    layer.lazy_initialization(k, v)
+    for store in layer.stores:
+        at = list(store.group.heads)
+        store.append(k[:, at], v[:, at], [0] * len(past), past)
+        for b, n in enumerate(past):
+            store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
+            for t in store.tensors()[2:]:
+                t[b, :, -(-n // PAGE) :] = torch.nan
+    return layer
+
+
+def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
+    """Steps of `steps[i][b]` new tokens, in Triton and not: live outputs, and what is held then.
+
+    The last step is then done once more, in a cache with more room.
+    """
+    made, heads = torch.Generator().manual_seed(0), sum(len(g.heads) for g in groups)
+
+    def random(n: int, tokens: int, dim: int):
+        return torch.randn(len(past), tokens, n, dim, generator=made).to(dtype).transpose(1, 2)
+
+    k, v = (random(heads, max(past), dim) for dim in dims)
+    layer = layer_of(groups, past, k, v, below)
+    plain = copy.deepcopy(layer)
+    sinks = torch.linspace(-2, 3, heads * ratio) if sinks else None
+    logits, outs = Logits(dims[0] ** -0.5, softcap, sinks), []
+    for new in steps:
+        rows, Q = [p + n for p, n in zip(past, new, strict=True)], max(new)
+        q, k, v = random(heads * ratio, Q, dims[0]), *(random(heads, Q, dim) for dim in dims)
+        at = torch.tensor(past)[:, None] + torch.arange(Q)
+        at = torch.where(at < torch.tensor(rows)[:, None], at, -1)
+        step = Step(past, rows, torch.tensor(rows), at)
+        found = _decode(layer, q, k, v, step, logits)
+        with (
+            patch.object(kernels, "DECODE", kernels.DECODE[1:]),
+            patch.object(kernels, "_no_triton", lambda need: "not wanted here"),
+        ):
+            wanted = _decode(plain, q, k, v, step, logits)
+        live = (at >= 0)[:, None, :, None].expand_as(found)
+        outs.append((found[live], wanted[live]))
+        past = rows
+    for store in layer.stores:
+        if isinstance(store, Full):
+            store._grow(1000)
+    outs.append((_decode(layer, q, k, v, step, logits)[live], found[live]))
+    return outs, list(zip(held(layer, past), held(plain, past), strict=True))
+
+
+def held(layer: Layer, rows: list[int]) -> list[torch.Tensor]:
+    """What the stores hold of each row."""
+    return [
+        t[b, :, : n if i < 2 else -(-n // PAGE)]
+        for store in layer.stores
+        for i, t in enumerate(store.tensors())
+        for b, n in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "ratio", "dims", "dtype", "most", "past", "below", "softcap", "sinks"),
+    [
+        (ALL, 3, (64, 64), torch.float32, 3, [5, 317], (0, 0), None, False),
+        (ALL, 4, (80, 96), torch.float16, 4, [66, 200], (70, 140), 5.0, True),
+        (RINGS, 7, (128, 128), torch.float32, 2, [3, 200], (0, 0), None, True),
+        (RINGS, 1, (16, 16), torch.float32, 5, [90, 150], (100, 0), 5.0, False),
+        (HALF_RING, 8, (32, 16), torch.float16, 16, [200], (0, 0), None, False),
+    ],
+    ids=["all-kinds", "below", "rings", "rings-below", "half-ring"],
+)
+def test_all_stores_at_once_are_each_store_alone(
+    run, groups, ratio, dims, dtype, most, past, below, softcap, sinks
+):
+    B = len(past)
+    steps = [[2] + [0] * (B - 1), [most, 3][:B], [1] * B]
+    outs, stored = run(tuple(groups), past, steps, ratio, dims, dtype, below, softcap, sinks)
+    assert all(close(found, wanted) for found, wanted in outs)
+    assert torch.equal(*outs[-1]), "a cache with more room gives other bits"
+    assert all(torch.equal(ours, theirs) for ours, theirs in stored)
