@@ -666,7 +666,7 @@ def _decode(layer, q, k, v, step, logits) -> Tensor:
 
 
 def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
-    """Whether a decode step of these rows has a selector choose the store's pages."""
+    """Whether a decode step has a selector choose the store's pages: some row is long enough."""
     selects = isinstance(store, Full) and store.group.selector is not None
     return selects and any(n >= store.below for n in rows)
 

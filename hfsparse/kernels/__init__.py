@@ -153,10 +153,8 @@ def choose_pages(
     if _no_triton(Need.of(q, low, low)) is None:
         fused = import_module("hfsparse.kernels.triton_quest")
         if fused.why_not(selector, q, low) is None:
-            some = None
-            if isinstance(at, Tensor):
-                at, some = slice(None), at
-            return fused.pages(selector, q[:, at].detach(), low, high, length, scale, some)
+            q, some = (q, at) if isinstance(at, Tensor) else (q[:, at], None)
+            return fused.pages(selector, q.detach(), low, high, length, scale, some)
     return selector.pages(q[:, at], low, high, length, scale)
 
 
