@@ -93,16 +93,16 @@ class Graphs:
             table.pop(first, None)
 
     def _step(self, forward, decoder, kwargs, layers) -> Any:
-        first = layers[0]
-        past, new = first.lengths(row_starts(kwargs.get("attention_mask")), first.seen, 1)
+        first, mask = layers[0], kwargs.get("attention_mask")
+        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
+        asked, rows = _asked(given), [n + 1 for n in first.rows]
+        if graph is not None and self.checked and min(rows) > 1 and graph.fits(asked, rows):
+            return self._replay(graph, given, layers, rows, mask)
+        past, new = first.lengths(row_starts(mask), first.seen, 1)
         if min(new) < 1:
             self.why = "a row has no new token"
             return forward(**kwargs)
         rows = [n + 1 for n in past]
-        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
-        asked = _asked(given)
-        if graph is not None and self.checked and graph.fits(asked, rows):
-            return self._replay(graph, given, layers, rows)
         for layer in layers:
             for store in layer.stores:
                 store.room(past, rows)
@@ -189,14 +189,23 @@ class Graphs:
         self.count(rows, -1)
         return forward(**kwargs)  # once more: the replay may have stored other keys
 
-    def _replay(self, graph, given, layers, rows) -> Any:
-        device = layers[0].keys.device
+    def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
+        """A step by its graph; a mask that was not looked at yet is while the device is busy."""
+        first, starts = layers[0], _later(mask)
+        device = first.keys.device
         place, current = _place(device), torch.cuda.current_stream(device)
         with place.lock:
             if place.last is not None and place.last != current:  # they share libraries' memory
                 current.wait_stream(place.last)
             place.last = current
             output = graph.replay(given, rows)
+        if mask is not None:
+            try:
+                first.lengths(starts(), first.seen, 1)
+            except ValueError:  # no step: its keys lie behind the rows, choices may know of them
+                for layer in layers:
+                    layer.crop(layer.seen)
+                raise
         graph.replays += 1
         self._passed(layers, rows)
         return output
@@ -245,8 +254,25 @@ def _only_moves(module: nn.Module) -> bool:
 
 @lru_cache
 def _place(device: torch.device) -> SimpleNamespace:
-    """Of all graphs on a device: the stream that they are recorded on, that of the last replay."""
-    return SimpleNamespace(stream=torch.cuda.Stream(device), last=None, lock=threading.Lock())
+    """Of all graphs on a device: the stream that they are recorded on, that of the last replay,
+    and one for what is asked meanwhile."""
+    stream, aside = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    return SimpleNamespace(stream=stream, aside=aside, last=None, lock=threading.Lock())
+
+
+def _later(mask: Tensor | None) -> Callable[[], list[int] | None]:
+    """`row_starts` of a mask as it is now, to be asked later: it waits for nothing told since."""
+    if mask is None or not mask.is_cuda:
+        return partial(row_starts, mask)
+    stream = _place(mask.device).aside
+    ready = torch.cuda.current_stream(mask.device).record_event()
+
+    def ask() -> list[int] | None:
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            return row_starts(mask)
+
+    return ask
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from transformers import DynamicCache
 
 import hfsparse
 from hfsparse import graphs, kernels
@@ -86,6 +87,17 @@ def _choose(pattern, q, k, grid, scale):
     return pattern.lists(q, k, grid, scale)
 
 
+@contextmanager
+def plain_prompts():
+    """Prompts without the interpreter: it is slow."""
+    plain = tuple(kernel for kernel in kernels.PREFILL if kernel.name != "Triton")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(kernels, "PREFILL", plain))
+        stack.enter_context(patch.object(kernels, "choose", _choose))
+        stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
+        yield
+
+
 def compare(
     family: str, plan: str, below=None, length=100, pads=(0,), new=9, fuse=False, off=0.0, **more
 ):
@@ -96,14 +108,11 @@ def compare(
         made = replace(made, below=Below(*below))
     ids, mask = families.left_padded(length, pads)
     Frozen.off = off
-    plain = tuple(kernel for kernel in kernels.PREFILL if kernel.name != "Triton")
     found = []
     for replayed in (False, True):
-        with ExitStack() as stack:  # prompts without the interpreter: it is slow
+        with ExitStack() as stack:
+            stack.enter_context(plain_prompts())
             stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
-            stack.enter_context(patch.object(kernels, "PREFILL", plain))
-            stack.enter_context(patch.object(kernels, "choose", _choose))
-            stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
             kind = stack.enter_context(frozen()) if replayed else None
             launched = stack.enter_context(launches())
             handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse))
@@ -117,3 +126,34 @@ def compare(
             outcome["recorded"] = kind.recorded if kind else 0
             found.append(outcome)
     return found
+
+
+def refused(family: str, plan: str, mend) -> tuple[str, bool]:
+    """What a replayed step says to a mask that `mend` spoilt, and whether later ones bear it."""
+    model, told, found = families.fresh(family), "nothing", []
+    ids, mask = families.left_padded(60, (0, 9))
+    for spoilt in (False, True):
+        with plain_prompts(), frozen(), hfsparse.patch(model, getattr(families, plan)(model)):
+            cache, seen, logits = DynamicCache(), mask, []
+            runs.forward(model, ids, mask, cache)
+            for step in range(8):
+                new, seen = ids[:, step : step + 1], torch.cat([seen, seen[:, -1:]], 1)
+                if spoilt and step == 5:
+                    try:
+                        runs.forward(model, new, mend(seen.clone()), cache)
+                    except ValueError as error:
+                        told = str(error)
+                logits.append(runs.forward(model, new, seen, cache).logits)
+            assert model.get_decoder()._hfsparse.graphs.why is None
+            found.append(torch.stack(logits))
+    return told, torch.equal(*found)
+
+
+def hole(mask):
+    mask[0, 30] = 0
+    return mask
+
+
+def longer_row(mask):
+    mask[1, 3:] = 1
+    return mask

@@ -20,7 +20,7 @@ def interpreted():
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         with patch.dict(os.environ, TRITON_INTERPRET="1"):
             pool.submit(int).result()  # starts it
-        yield lambda *args, **more: pool.submit(frozen.compare, *args, **more).result()
+        yield lambda *args, run=frozen.compare, **more: pool.submit(run, *args, **more).result()
 
 
 def same(eager: dict, replayed: dict) -> None:
@@ -82,3 +82,13 @@ def test_a_replay_that_differs_from_the_eager_step_is_the_last(interpreted):
     eager, replayed = interpreted("llama", "streaming", length=20, new=7, off=0.5)
     assert "gives something else than eagerly" in replayed["graphs"]
     assert replayed["tokens"][0][:23] == eager["tokens"][0][:23]
+
+
+@pytest.mark.parametrize(
+    ("mend", "why"),
+    [(frozen.hole, "has holes or right padding"), (frozen.longer_row, "by this attention_mask")],
+)
+def test_a_mask_that_is_looked_at_behind_a_replay_is_refused(interpreted, mend, why):
+    told, same = interpreted("llama", "mixed", mend, run=frozen.refused)
+    assert why in told
+    assert same, "the refused step left something behind"
