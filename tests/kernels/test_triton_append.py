@@ -119,8 +119,7 @@ def test_summaries_forget_what_was_taken_back(append):
     follow(append, store, [90, 120], [[1, 1], [3, 16]], (16, 16), SINGLE, made)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-@pytest.mark.parametrize("dims", [(64, 64), (80, 128)])
+@pytest.mark.parametrize(("dims", "dtype"), [((64, 64), HALF), ((80, 128), SINGLE)])
 @pytest.mark.parametrize("sink", [0, 4])
 def test_a_ring_is_filled_as_its_own_append_does(append, sink, dims, dtype):
     """Rows that begin inside the sink, that fill the ring, and that came round it before."""

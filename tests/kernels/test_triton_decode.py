@@ -114,16 +114,17 @@ def test_a_row_without_keys_gives_zeros(decode):
     assert out[0].all()
 
 
-@pytest.mark.parametrize("extras", ["plain", "sink_logits", "softcap"])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("units", [2, 10, 1000])
-def test_any_number_of_shares_gives_the_same(units, dtype, extras):
-    q, k, v, query, key, logits = step(3, [517, 200], extras, dtype=dtype)
+def test_any_number_of_shares_gives_the_same(units):
     with interpreter(triton_decode__UNITS=units) as run:
         assert run("triton_decode.splits_of", 4, "cpu") == min(units // 2, 64)
-        out = run("tests.kernels.stores.decode", q, k, v, query, length=used(key), **logits)
-    assert out.dtype == dtype
-    assert close(out, truth(q, k, v, readable(query, key, 6), **logits))
+        for dtype, extras in itertools.product((SINGLE, HALF), ("plain", "sink_logits", "softcap")):
+            q, k, v, query, key, logits = step(3, [517, 200], extras, dtype=dtype)
+            more = {"length": used(key), **logits}
+            out = run("tests.kernels.stores.decode", q, k, v, query, **more)
+            assert out.dtype == dtype
+            expected = truth(q, k, v, readable(query, key, 6), **logits)
+            assert close(out, expected), (dtype, extras)
 
 
 def test_queries_in_any_layout_give_the_same(decode):

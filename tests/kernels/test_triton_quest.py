@@ -90,8 +90,9 @@ def test_one_page_can_have_the_whole_vote(choose):
     assert chosen(found, 0, 0) == [0, 17, 39]
 
 
-@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2)])
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    ("queries", "quest"), [(1, Quest(0.06, 3)), (3, Quest(0.3, 2)), (1, Quest(1.0, 2))]
+)
 def test_room_for_more_pages_changes_nothing(choose, quest, queries):
     """A buffer that has room for more pages than any row holds, whatever is in there."""
     q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
