@@ -348,13 +348,15 @@ def test_no_layers_tensors_outlive_a_prompt(model, ids):
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfsparse import profiler
-from hfsparse.loading import load
 
-model, tokenizer = load(sys.argv[1], "cpu", "float32")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=4).float().eval()
+prompts = profiler.prompts_of(tokenizer, 4096, 1, 0, None)
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 loaded = pages * resource.getpagesize()
-prompts = profiler.prompts_of(tokenizer, 4096, 1, 0, None)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
 candidates = profiler.METHODS["minference"].candidates(4096)
 for prompt in prompts:
     profiler._measure(model, prompt, candidates)
@@ -366,7 +368,8 @@ print(json.dumps({"loaded": loaded, "peak": peak}))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_prompt_of_4096_tokens_takes_at_most_a_gib_beyond_the_model(smollm2):
+def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
+    """0.29 GiB, and 9 MiB of hidden states for each layer more; 0.6 if graphs of layers stay."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(smollm2)], capture_output=True, text=True, check=True
     )
@@ -374,4 +377,4 @@ def test_a_prompt_of_4096_tokens_takes_at_most_a_gib_beyond_the_model(smollm2):
     more = (size["peak"] - size["loaded"]) / 2**30
     print(f"{size['loaded'] / 2**30:.2f} GiB loaded, {more:.2f} GiB more at the peak")
     assert size["loaded"] > 2**28  # the model is in it
-    assert more <= 1.0
+    assert more <= 0.36
