@@ -37,6 +37,25 @@ def _poisoned(monkeypatch):
         monkeypatch.setattr(cache, "_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan")))
 
 
+# Whole files for one worker each, before all other tests: what their tests share takes minutes.
+WHOLE = ("tests/test_real_model.py",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup`: xdist 3.8 tells groups by a suffix of ids, which pytest 9.2 drops."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # the unit of most tests comes first
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in WHOLE else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
 
