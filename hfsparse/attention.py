@@ -56,6 +56,7 @@ class Counts:
 
     def __init__(self, q_heads: int):
         self.q_heads = q_heads
+        self.read: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -66,6 +67,8 @@ class Counts:
         self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
         self.skipped = torch.zeros(self.q_heads, 2, dtype=torch.int64)
+        for read in self.read.values():
+            read.zero_()  # recorded steps go on adding to it
 
     def add_whole(self, heads: Iterable[int], work: tuple[int, int]) -> None:
         """Heads that were computed densely: pairs and blocks of that."""
@@ -86,6 +89,17 @@ class Counts:
         """tiles [heads, 2]: skipped, and looked at."""
         self.skipped = self.skipped.to(tiles.device)
         self.skipped[at_heads(heads, tiles.device)] += tiles
+
+    def read_by(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """[heads] keys that decode steps of kv heads read, where only the device knows."""
+        if (heads, device) not in self.read:
+            with torch.inference_mode(False):
+                self.read[heads, device] = torch.zeros(len(heads), dtype=torch.int64, device=device)
+        return self.read[heads, device]
+
+    def keys_read(self, heads: tuple[int, ...]) -> list[int]:
+        found = [read.cpu() for (own, _), read in self.read.items() if own == heads]
+        return sum(found, torch.zeros(len(heads), dtype=torch.int64)).tolist()
 
     def densities(self) -> np.ndarray:
         """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
@@ -122,6 +136,8 @@ class LayerPlan:
         None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
     )
     fusing: bool = False  # the model is being compiled: one operator stands for attention
+    source: LayerPlan | None = None  # the layer whose choice of pages some heads read
+    shared: bool = False  # whether others read what this one chooses
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
@@ -139,6 +155,16 @@ class LayerPlan:
         total = np.minimum(length, self.window or FAR)
         for group in self.groups:
             limit = self.below.decode if group.band == FULL else self.below.cache
+            if group.reuses:
+                chosen = self.source.decode_shares()
+                for head in group.heads:
+                    shares[head] = chosen[head]
+                continue
+            if group.selector is not None and group.selector.counted:
+                whole = (np.where(length < limit, length, 0) * times).sum()
+                for head, read in zip(group.heads, self.counts.keys_read(group.heads), strict=True):
+                    shares[head] = float((whole + read) / (total * times).sum())
+                continue
             if group.selector is not None:
                 read = group.selector.reads(length, new)
             elif group.band == FULL:
@@ -288,7 +314,7 @@ def attend(
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
         with _on(query):
-            out = _decode(layer, query, key, value, step, logits)
+            out = _decode(plan, layer, query, key, value, step, logits)
     else:
         with _on(query):
             out = _prefill(plan, layer, query, key, value, past, new, logits)
@@ -313,11 +339,11 @@ def _recorded_step(
     """As `attend`, for the step that this thread records; it changes nothing on the host."""
     if recording.cut is not None:
         recording.cut(index)
-    _, layer = recording.layers[index]
+    plan, layer = recording.layers[index]
     logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     step = recording.step.on(query.device)
     with _on(query):
-        out = _decode(layer, query, key, value, step, logits)
+        out = _decode(plan, layer, query, key, value, step, logits)
     return out.transpose(1, 2).contiguous()
 
 
@@ -606,6 +632,7 @@ class Step:
         self.length = length  # [B] as rows
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
         self.longest = longest  # keys to look at; None: all that there is room for
+        self.chosen: list[PageLists] = []  # the last choice, for layers that read it too
         self._rings: dict[tuple[int, int], Tensor] = {}
         self._starts: dict[Band, Tensor] = {}
         self._elsewhere: dict[torch.device, Step] = {}
@@ -617,6 +644,7 @@ class Step:
         if device not in self._elsewhere:
             there = self.length.to(device), self.query_pos.to(device)
             self._elsewhere[device] = Step(self.past, self.rows, *there, self.longest)
+            self._elsewhere[device].chosen = self.chosen
         return self._elsewhere[device]
 
     def ring(self, sink: int, size: int) -> Tensor:
@@ -643,21 +671,23 @@ def _step(past, rows, Q, device, whole, inference, thread) -> Step:
     return Step(past, rows, length, query_pos, None if whole else max(rows))
 
 
-def _decode(layer, q, k, v, step, logits) -> Tensor:
+def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
     """A few new tokens behind a past: selectors choose the pages. Returns `[B, Hq, Q, Dv]`."""
     new = [n - p for p, n in zip(step.past, step.rows, strict=True)]
     ratio = q.shape[1] // k.shape[1]
     layer.append(k, v, step.past, new, step.query_pos)
+    lists = _listed(plan, layer, q, ratio, step, logits.scale)
     if (kernel := _decoder(q, layer.keys, layer.values, logits.of(), True)).name == "Triton":
-        pages = _listed(layer, q, ratio, step, logits.scale)
+        listed = [part for part in lists if part is not None]
+        pages = PageLists.cat(listed) if listed else None
         more = {"length": step.length, **logits.of()}
         return kernel.run(q, layer.places(), step.query_pos, pages, **more)
     out = None
-    for store in layer.stores:
+    for store, pages in zip(layer.stores, lists, strict=True):
         own = _q_heads(store.group.heads, ratio)
         for short, some in _alike([n < store.below for n in step.rows]):
-            read = _read_ring if isinstance(store, Ring) else _read_full
-            part = read(store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own))
+            what = store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own)
+            part = _read_ring(*what) if isinstance(store, Ring) else _read_full(*what, pages)
             if some is None and len(own) == q.shape[1]:
                 return part
             out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
@@ -666,20 +696,31 @@ def _decode(layer, q, k, v, step, logits) -> Tensor:
 
 
 def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
-    """Whether a decode step has a selector choose the store's pages: some row is long enough."""
-    selects = isinstance(store, Full) and store.group.selector is not None
-    return selects and any(n >= store.below for n in rows)
+    """Whether a decode step reads chosen pages of the store: some row is long enough."""
+    return store.group.chosen and any(n >= store.below for n in rows)
 
 
-def _listed(layer, q, ratio, step, scale) -> PageLists | None:
-    """The pages of all heads whose selectors choose; None where none does."""
-    parts = []
-    for store in layer.stores:
-        if chooses(store, step.rows):
-            selector, own = store.group.selector, _q_heads(store.group.heads, ratio)
-            sums = store.summaries(step.longest)
-            parts.append(kernels.choose_pages(selector, q, *sums, step.length, scale, own))
-    return PageLists.cat(parts) if parts else None
+def _listed(plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
+    """Each store's pages that a step reads; None: all. Rows under `below` have empty lists."""
+    lists: list[PageLists | None] = [None] * len(layer.stores)
+    own = []
+    for i, store in enumerate(layer.stores):
+        group = store.group
+        if not chooses(store, step.rows):
+            continue
+        if group.reuses:
+            lists[i] = step.chosen[0].of(group.reuses, q.device)
+            continue
+        selector, read = group.selector, None
+        if selector.counted:
+            read = plan.counts.read_by(group.heads, q.device)
+        more = _q_heads(group.heads, ratio), store.below, store.choice, read
+        sums = store.summaries(step.longest)
+        lists[i] = kernels.choose_pages(selector, q, *sums, step.length, scale, *more)
+        own.append(lists[i])
+    if own:
+        step.chosen[:] = own if plan.shared else []  # all here have read the last one
+    return lists
 
 
 def _decoder(q, k, v, logits, lists=False) -> kernels.Kernel:
@@ -699,14 +740,12 @@ def _read_ring(store, short, rows, q, step, logits) -> Tensor:
     return _decoder(q, k, v, logits).run(q, k, v, query_pos, held, length=length, **logits)
 
 
-def _read_full(store, short, rows, q, step, logits) -> Tensor:
-    """Attention over all keys, or over the pages that the selector chooses."""
-    selector = None if short else store.group.selector
+def _read_full(store, short, rows, q, step, logits, pages) -> Tensor:
+    """Attention over all keys, or over the pages that were chosen."""
     k, v = store.view(step.longest)
     q, k, v, query_pos, length = _some(rows, q, k, v, step.query_pos, step.length)
-    if selector is None:
+    if short or pages is None:
         return _decoder(q, k, v, logits).run(q, k, v, query_pos, None, length=length, **logits)
-    low, high = _some(rows, *store.summaries(step.longest))
-    chosen = kernels.choose_pages(selector, q, low, high, length, logits["scale"])
+    chosen = PageLists(*_some(rows, pages.pages, pages.count))
     kernel = _decoder(q, k, v, logits, lists=True)
     return kernel.run(q, k, v, query_pos, None, chosen, length=length, **logits)

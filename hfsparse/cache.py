@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hfsparse import kernels
 from hfsparse.kernels.places import Place, Places, Table
 from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, at_heads
+from hfsparse.selectors.choice import Choice
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
 
@@ -37,6 +38,12 @@ class Group:
     heads: tuple[int, ...]
     band: Band = FULL  # FULL: every key is kept
     selector: Any = None  # chooses pages for decode; its store keeps each page's minima and maxima
+    reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a step reads pages that were chosen for these heads."""
+        return bool(self.selector or self.reuses)
 
 
 def enter(owner: str | None) -> None:
@@ -146,6 +153,7 @@ class Layer(CacheLayerMixin):
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(self.rows, rows)
+        self._choose_anew()
         self.seen = self.stored = max(self.seen - drop, 0)
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
@@ -153,6 +161,12 @@ class Layer(CacheLayerMixin):
     def reset(self) -> None:
         self.seen = self.stored = self.expected = 0
         self.rows = [0] * len(self.rows)
+        self._choose_anew()
+
+    def _choose_anew(self) -> None:
+        for store in self.stores:
+            if store.choice is not None:
+                store.choice.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -235,22 +249,26 @@ class Full:
     def __init__(self, group: Group, reserve: int, below: int = 0):
         self.group, self.reserve, self.below = group, reserve, below
         self.k = self.v = self.low = self.high = None
+        self.choice: Choice | None = None  # the last one, where steps read it again
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), 0)
         self.k, self.v = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
         if self.group.selector:
             self.low = self.high = self.k
+        if self.group.selector and self.group.selector.refresh:
+            self.choice = Choice.none(*shape, k.device)
 
     def tensors(self) -> list[Tensor]:
         own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
-        return [t for t in own if t is not None]
+        last = () if self.choice is None else self.choice.tensors()
+        return [t for t in (*own, *last) if t is not None]
 
     def place(self) -> Place:
-        more = {"below": self.below}
-        if self.group.selector:
-            more |= {"listed": True, "low": self.low, "high": self.high}
-        return Place(self.group.heads, self.k, self.v, **more)
+        group, more = self.group, {"below": self.below}
+        if group.selector:
+            more |= {"low": self.low, "high": self.high}
+        return Place(group.heads, self.k, self.v, listed=group.chosen, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:
         """Any prefix of a full row is held."""
@@ -258,6 +276,9 @@ class Full:
     def select(self, picked: list[int]) -> None:
         for name in ("k", "v", "low", "high") if self.group.selector else ("k", "v"):
             setattr(self, name, getattr(self, name)[picked])
+        if self.choice is not None:
+            wanted = len(picked), *self.choice.pages.shape[1:]
+            self.choice = Choice.none(*wanted, self.k.device)
 
     def until(self, rows: list[int]) -> int:
         """Tokens up to which rows may grow and no buffer moves."""
@@ -282,6 +303,8 @@ class Full:
         self.k, self.v = _longer(self.k, capacity), _longer(self.v, capacity)
         if self.group.selector:
             self.low, self.high = (_longer(t, capacity // PAGE) for t in (self.low, self.high))
+        if self.choice is not None:
+            self.choice = self.choice.longer(self.group.selector.width(capacity // PAGE, PAGE))
 
     def _summarise(self, rows: slice, page: int, length: int) -> None:
         """Minima and maxima of the pages from `page` to the end of rows of `length` tokens."""
@@ -308,6 +331,8 @@ class Ring:
     Position p beyond the sink lies in slot `sink + (p - sink) % size`, so a slot's position follows
     from its row's length alone. Rows under `below` tokens drop nothing.
     """
+
+    choice = None
 
     def __init__(self, group: Group, below: int):
         self.group, self.band, self.below = group, group.band, below

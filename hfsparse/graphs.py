@@ -173,12 +173,15 @@ class Graphs:
     def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
         """A step both ways, once: a model that freezes a number into its graph stays eager."""
         before = _snapshot(layers)
+        read = [(t, t.clone()) for plan in self.layers for t in plan.counts.read.values()]
         if self.fuse:  # beside itself run live: selectors may choose otherwise than unfused
             wanted = _live(self._fused(decoder), given, past, rows, self._serving(layers))
         else:
             wanted = forward(**kwargs)
             self.count(rows, -1)  # it is the same step
         _restore(layers, before)
+        for held, was in read:  # it is the same step
+            held.copy_(was)
         found = self._replay(graph, given, layers, rows)
         if _close(found[0], wanted[0]):
             self.checked = True
@@ -186,6 +189,8 @@ class Graphs:
         self.never = self.why = "replayed, this model gives something else than eagerly"
         self.kept.clear()
         _restore(layers, before)
+        for held, was in read:
+            held.copy_(was)
         self.count(rows, -1)
         return forward(**kwargs)  # once more: the replay may have stored other keys
 

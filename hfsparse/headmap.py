@@ -172,9 +172,8 @@ def _meaning(plan: Plan, word: str) -> str:
     pattern = plan.patterns[word]
     shown = {f.name: getattr(pattern, f.name) for f in fields(pattern)}
     off = [f.name for f in fields(pattern) if not shown[f.name] and not f.default]
-    return f"{pattern.kind}: " + ", ".join(
-        f"{name} {value:g}" for name, value in shown.items() if name not in off
-    )
+    numbers = ", ".join(f"{name} {value:g}" for name, value in shown.items() if name not in off)
+    return f"{pattern.kind}: " + (numbers or "pages chosen by the last layer before that chooses")
 
 
 def _share(plan: Plan, part: str, word: str) -> str:

@@ -387,6 +387,17 @@ class PageLists:
         pages = [pad(part.pages, (0, width - part.pages.shape[2])) for part in parts]
         return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1))
 
+    def of(self, heads: Sequence[int], device: torch.device) -> PageLists:
+        """Those of some kv heads, on a device."""
+        if len(heads) == self.pages.shape[1] and device == self.pages.device:
+            return self
+        at = at_heads(heads, self.pages.device)
+        return PageLists(self.pages[:, at].to(device), self.count[:, at].to(device))
+
+    def keys(self, length: Tensor) -> Tensor:
+        """[B, Hkv] keys in the pages, for rows of `length` [B] whose last page is read, if any."""
+        return (self.count * PAGE - (-length % PAGE)[:, None]).clamp(min=0)
+
 
 def _overlap(a, b, low, high) -> Tensor:
     """How many integers lie in both [a, b] and [low, high]."""

@@ -42,6 +42,7 @@ from hfsparse.graphs import Graphs, new_tokens, parameters
 from hfsparse.lists import FAR, FULL, Band
 from hfsparse.loading import device_name
 from hfsparse.plan import Below, ModelId, Plan
+from hfsparse.selectors.reuse import Reuse
 from hfsparse.stats import LayerStats, Stats
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
@@ -278,7 +279,7 @@ def _by_layer(state: State, need: kernels.Need) -> Iterator[str]:
         plain = kernels.pick(kernels.DECODE, need).name
         full = sum(pattern is None for pattern in layer.prefill)
         kinds = Counter(
-            "selected" if g.selector else "full" if g.band == FULL else "ring"
+            "selected" if g.selector or g.reuses else "full" if g.band == FULL else "ring"
             for g in layer.groups
             for _ in g.heads
         )
@@ -370,7 +371,7 @@ def _below(plan: Plan, device: torch.device) -> Below:
 def _layer_plans(
     plan: Plan, indices: list[int], windows: list[int | None], below: Below
 ) -> list[LayerPlan]:
-    plans, owner = [], uuid.uuid4().hex
+    plans, owner, source = [], uuid.uuid4().hex, None
     steps: Counter[tuple[int, int]] = Counter()
     for index in indices:
         words, window = plan.layers[index], windows[index]
@@ -387,7 +388,7 @@ def _layer_plans(
                 index,
                 plan.model.kv_heads,
                 tuple(plan.patterns.get(word) for word in words.prefill),
-                tuple(Group(tuple(heads), g.band, g.selector) for g, heads in groups.items()),
+                tuple(_group(g, tuple(heads), source) for g, heads in groups.items()),
                 rings,
                 below,
                 plan.skip,
@@ -395,9 +396,23 @@ def _layer_plans(
                 Counts(plan.model.q_heads),
                 not plans,
                 steps,
+                source=source if any(isinstance(g.selector, Reuse) for g in groups) else None,
             )
         )
+        if any(g.selector is not None for g in plans[-1].groups):
+            source = plans[-1]
+    for layer in plans:
+        if layer.source is not None:
+            layer.source.shared = True
     return plans
+
+
+def _group(kind: Group, heads: tuple[int, ...], source: LayerPlan | None) -> Group:
+    """kv heads of a kind; those that reuse a choice find it at their places in the chooser's."""
+    if not isinstance(kind.selector, Reuse):
+        return replace(kind, heads=heads)
+    chooses = next(g.heads for g in source.groups if g.selector is not None)
+    return Group(heads, kind.band, reuses=tuple(chooses.index(head) for head in heads))
 
 
 def _cache_in(kwargs: dict) -> Any:

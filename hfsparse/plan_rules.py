@@ -16,6 +16,7 @@ from hfsparse.fingerprint import fingerprint, shape
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.selectors import SELECTORS
+from hfsparse.selectors.reuse import Reuse
 
 MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS = 1 << 20, 16, 100
 MAX_LAYERS = MAX_HEADS = 1024
@@ -176,11 +177,18 @@ def _layers_rules(
         return
     if model and model.layers not in (len(layers), BAD):
         yield ("layers",), f"{len(layers)} layers: the model has {model.layers}, give each once"
+    before = None  # the last layer that chooses pages
     runs = groupby(enumerate(layers), key=lambda pair: (line_of("layers", pair[0]), pair[1]))
     for (_, layer), run in runs:
         numbers = [number for number, _ in run]
         for path, text in _layer_rules(layer, model, patterns):
             yield ("layers", numbers[0], *path), f"layer {span(numbers)}: {text}"
+        chooses = any(not _reuses(patterns[word]) for _, word in _selected(layer, patterns))
+        inside = [(numbers[0], layer)] if chooses and len(numbers) > 1 else []  # of the run
+        for source in (before, *inside):
+            for text in _reuse_rules(layer, source, patterns):
+                yield ("layers", numbers[0], "decode"), f"layer {span(numbers)}: {text}"
+        before = (numbers[-1], layer) if chooses else before
 
 
 def _layer_rules(layer: Layer, model: ModelId | None, patterns: dict) -> Iterator[Placed]:
@@ -248,6 +256,45 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
                 f"kv head {head} caches only {cache}, its q heads {', '.join(loose)} read more: "
                 f"give them streaming patterns no longer than {cache}, or a full cache",
             )
+
+
+def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:
+    """Heads read again what one selector of `before`, (number, layer), chose for them."""
+    reused = [head for head, word in _selected(layer, patterns) if _reuses(patterns[word])]
+    if not reused:
+        return
+    if before is None:
+        yield "decode reuses pages and no layer before it chooses any: give one a quest"
+        return
+    number, chooser = before
+    chosen = {h: w for h, w in _selected(chooser, patterns) if not _reuses(patterns[w])}
+    if len(names := dict.fromkeys(chosen.values())) > 1:
+        yield (
+            f"decode reuses pages of layer {number}, where {' and '.join(names)} choose: "
+            "give that layer one selector"
+        )
+    if missing := [str(head) for head in reused if head not in chosen]:
+        yield (
+            f"kv heads {', '.join(missing)} reuse pages of layer {number}, the last before it that "
+            "chooses any, which chooses none for them: give them its selector there, or another "
+            "word here"
+        )
+
+
+def _selected(layer: Any, patterns: dict) -> list[tuple[int, str]]:
+    """The kv heads of a layer that read chosen pages, and their words."""
+    words, known = getattr(layer, "decode", BAD), tuple(SELECTORS.values())
+    words = words if type(words) is tuple else ()
+    return [
+        (head, word)
+        for head, word in enumerate(words)
+        if type(word) is str
+        and (patterns.get(word) is BAD or isinstance(patterns.get(word), known))
+    ]
+
+
+def _reuses(selector: Any) -> bool:
+    return isinstance(selector, Reuse)
 
 
 def _held(pattern: Any, ring: Streaming) -> bool:

@@ -1,5 +1,7 @@
 """The head map shows every layer and word, in 80 columns, and its picture is whole or absent."""
 
+from dataclasses import replace
+
 import pytest
 
 from hfsparse import headmap
@@ -14,6 +16,7 @@ NAMED = {
     "blocks": PATTERNS["block_topk"](),
     "quest": SELECTORS["quest"](),
 }
+CHOOSING = {"young": SELECTORS["quest"](refresh=8, top_p=0.9), "again": SELECTORS["reuse"]()}
 
 
 def plan_of(layers, q_heads, kv_heads, **more):
@@ -35,6 +38,19 @@ def plan_of(layers, q_heads, kv_heads, **more):
     plan = Plan(model, NAMED, tuple(rows), **more)
     plan.validate()
     return plan
+
+
+def test_a_choice_that_is_read_again_is_said():
+    plan = plan_of(2, 6, 3)
+    layers = tuple(
+        replace(layer, decode=("ring", word, word))
+        for layer, word in zip(plan.layers, CHOOSING, strict=True)
+    )
+    plan = replace(plan, patterns={**NAMED, **CHOOSING}, layers=layers)
+    plan.validate()
+    told = headmap.text(plan).plain
+    assert "quest: share 0.06, min_pages 16, refresh 8, top_p 0.9\n" in told
+    assert "reuse: pages chosen by the last layer before that chooses\n" in told
 
 
 def test_a_small_plan_reads_as_written_here():

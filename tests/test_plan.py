@@ -75,7 +75,13 @@ other_patterns = st.one_of(
     st.builds(VerticalSlash, columns=positive, diagonals=positive),
     st.builds(BlockTopK, share=shares, min_blocks=positive),
 )
-quests = st.builds(Quest, share=shares, min_pages=st.integers(2, 2**31 - 1))
+quests = st.builds(
+    Quest,
+    share=shares,
+    min_pages=st.integers(2, 2**31 - 1),
+    refresh=st.just(0) | tokens,
+    top_p=st.just(0.0) | st.floats(0, 1, exclude_max=True),
+)
 numbers = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(-1e18, 1e18)
 traps = st.sampled_from(
     [
@@ -332,6 +338,38 @@ def test_all_problems_are_reported_at_once(loader):
         text = text.replace(old, new)
     lines = [line for line, _ in problems_of(text)]
     assert lines == [2, 2, 4, 4, 7, 7, 8, 10, 12, 13, 15, 15, 15]
+
+
+REUSES = {  # decode of layers 0, 1-2 and 3: what is said of 1-2 or 3, if anything
+    "one layer's choice": ("quest*2", "again*2", "again full", None, ""),
+    "some heads of it": ("quest*2", "full again", "again full", None, ""),
+    "the nearest choice": ("many*2", "quest*2", "again*2", None, ""),
+    "no choice before": ("full*2", "again full", "quest*2", "1-2", "no layer before it chooses"),
+    "no choice for a head": ("quest full", "again full", "again*2", "3", "kv heads 1 reuse pages"),
+    "beside an own choice": ("quest*2", "quest again", "full*2", "1-2", "chooses none for them"),
+    "two choices": ("quest many", "full*2", "again full", "3", "where quest and many choose"),
+}
+
+
+@pytest.mark.parametrize("case", REUSES)
+def test_pages_are_reused_where_one_selector_chose_them(case, loader):
+    first, between, last, place, says = REUSES[case]
+    text = swap("cache: stream full", "cache: full*2")
+    for old, new in [
+        ("decode: quest full", f"decode: {last}"),
+        ("decode: ring quest", f"decode: {between}"),
+        ("decode: full*2", f"decode: {first}"),
+        ("  quest:", "  again: {kind: reuse}\n  many: {kind: quest, share: 0.5}\n  quest:"),
+    ]:
+        text = text.replace(old, new, 1)
+    if place is None:
+        plan = Plan.loads(text)
+        assert Plan.loads(plan.dumps()) == plan
+        assert "again: {kind: reuse}" in plan.dumps()
+    else:
+        ((line, sentence),) = problems_of(text)
+        assert line == LINES[place] + 2
+        assert says in sentence
 
 
 def test_equal_layers_on_two_lines_are_two_problems(loader):

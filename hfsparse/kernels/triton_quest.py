@@ -6,12 +6,11 @@ votes, finds the vote at which enough pages are kept by trying two float32 bit p
 (ties go to the lower page, as a stable sort has it) and writes them in ascending order. Nothing is
 sorted, no host waits. Votes lie in registers, so the second kernel compiles once for each of six
 sizes of cache. Lengths are read on the device, and what is chosen does not depend on the room there
-is for more pages, so that a CUDA graph over a cache's whole room serves every step.
+is for more pages, so that a CUDA graph over a cache's whole room serves every step. A row whose
+last choice is young (`refresh`), or that is too short for one, leaves both early.
 """
 
 from __future__ import annotations
-
-from math import ceil
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from hfsparse.kernels.triton_prefill import DTYPES, LOG2E
 from hfsparse.lists import PAGE, PageLists
+from hfsparse.selectors.choice import Choice
 from hfsparse.selectors.quest import EXACT, Quest
 
 SIZES = tuple(1 << n for n in range(10, 16))  # pages
@@ -27,6 +27,7 @@ MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
 EARLY = tl.constexpr(1 << 13)  # pages up to which four rows of bounds fit into registers
 TILE = 64  # pages whose bounds one program computes
 FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
+MASS = 20  # bits behind the point of a share of votes
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
@@ -51,10 +52,14 @@ def pages(
     length: Tensor,
     scale: float,
     heads: Tensor | None = None,
+    below: int = 0,
+    choice: Choice | None = None,
+    read: Tensor | None = None,
 ) -> PageLists:
     """As Quest.pages: q `[B, Hq, Q, D]`, low and high `[B, Hkv, P, D]`, length [B].
 
-    heads [Hq]: the heads of q that are meant, if they aren't all.
+    heads [Hq]: the heads of q that are meant, if they aren't all. below, choice and read as
+    `kernels.choose_pages` has them; lists of a choice lie in its own tensors.
     """
     B, Hq, Q, D = q.shape
     Hq = Hq if heads is None else len(heads)
@@ -64,46 +69,68 @@ def pages(
     bounds = q.new_empty(B * Hkv, queries, tiles * TILE, dtype=torch.float32)
     totals = q.new_empty(B * Hkv, queries, tiles, dtype=torch.float32)
     rows = max(16, triton.next_power_of_2(min(queries, 64)))
+    length = length.contiguous()
+    made = length if choice is None else choice.length  # a stand-in that is not read
     _bounds[(tiles, B * Hkv, triton.cdiv(queries, rows))](
-        *(q, low, high, bounds, totals, length.contiguous(), length if heads is None else heads),
+        *(q, low, high, bounds, totals, length, made, length if heads is None else heads),
         *(s for t in (q, low, high) for s in t.stride()[:3]),
-        *(Hkv, Q, queries, P, scale * LOG2E.value),
+        *(Hkv, Q, queries, P, below, quest.refresh, scale * LOG2E.value),
         D=D,
         DEPTH=min(64, max(16, triton.next_power_of_2(D) // 2)),
         ROWS=rows,
         TILE=TILE,
         PAGE=PAGE,
         SOME=heads is not None,
+        KEEPS=choice is not None,
         num_warps=4,
     )
-    width = min(P, max(quest.min_pages, ceil(P * quest.share)) + 2 + -(-Q // PAGE))
-    chosen = torch.empty(B, Hkv, width, dtype=torch.int64, device=q.device)
+    width = quest.width(P, Q)
+    if choice is None:
+        chosen = torch.empty(B, Hkv, width, dtype=torch.int64, device=q.device)
+    else:
+        chosen = choice.pages[..., :width]
     count = torch.empty(B, Hkv, dtype=torch.int64, device=q.device)
     size = next(size for size in SIZES if size >= P)
     _choose[(B * Hkv,)](
-        *(bounds, totals, chosen, count, length.contiguous()),
-        *(Hkv, Q, queries, P, tiles, width, quest.min_pages, quest.units),
+        *(bounds, totals, chosen, count, length, made),
+        *(count if choice is None else choice.count, count if read is None else read),
+        *(Hkv, Q, queries, P, tiles, width, chosen.stride(1), quest.min_pages, quest.units),
+        *(below, quest.refresh, round(quest.top_p * (1 << MASS))),
         EXACT=EXACT,
         SIZE=size,
         TILE=TILE,
         PAGE=PAGE,
+        MASS=MASS if quest.top_p else 0,
+        KEEPS=choice is not None,
+        COUNTS=read is not None,
         num_warps=max(4, min(32, size // 512)),
     )
     return PageLists(chosen, count)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries P".split())
+@triton.jit
+def _young(length, MADE, head, refresh):
+    """Whether a row's last choice is read on, and how long the row was then."""
+    made = tl.load(MADE + head).to(tl.int32)
+    return (made > 0) & (length >= made) & (length - made < refresh), made
+
+
+@triton.jit(do_not_specialize="Hkv Q queries P below refresh".split())
 def _bounds(
-    Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH, HEADS,
+    Q_, LOW, HIGH, BOUNDS, TOTALS, LENGTH, MADE, HEADS,
     q_b: tl.int64, q_h: tl.int64, q_s, low_b: tl.int64, low_h: tl.int64, low_p,
     high_b: tl.int64, high_h: tl.int64, high_p,
-    Hkv, Q, queries, P, unit,
+    Hkv, Q, queries, P, below: tl.int64, refresh, unit,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr, SOME: tl.constexpr,
+    PAGE: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv = head // Hkv, head % Hkv
-    total = tl.minimum(tl.cdiv(tl.load(LENGTH + b).to(tl.int32), PAGE), P)
+    length = tl.load(LENGTH + b).to(tl.int32)
+    total = tl.where(length < below, 0, tl.minimum(tl.cdiv(length, PAGE), P))
+    if KEEPS:
+        young, _ = _young(length, MADE, head, refresh)
+        total = tl.where(young, 0, total)
     if tile * TILE >= total:
         return
     page = tile * TILE + tl.arange(0, TILE)
@@ -149,6 +176,12 @@ def _sum(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
+def _keys(count, length, PAGE: tl.constexpr):
+    """Keys in pages of which the last is the row's last."""
+    return count.to(tl.int64) * PAGE - (tl.cdiv(length, PAGE) * PAGE - length)
+
+
+@triton.jit
 def _weight(x, top):
     return (tl.exp2(x - top) * SUM_ONE).to(tl.int64)
 
@@ -168,16 +201,38 @@ def _totals(a, b, c, d):
     return _total(i, e), _total(j, f), _total(k, g), _total(m, h)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries P tiles width min_pages units".split())
+NUMBERS = "Hkv Q queries P tiles width stride min_pages units short refresh top_p"
+
+
+@triton.jit(do_not_specialize=NUMBERS.split())
 def _choose(
-    BOUNDS, TOTALS, CHOSEN, COUNT, LENGTH,
-    Hkv, Q, queries, P, tiles, width, min_pages, units: tl.int64,
+    BOUNDS, TOTALS, CHOSEN, COUNT, LENGTH, MADE, KEPT, READ,
+    Hkv, Q, queries, P, tiles, width, stride, min_pages, units: tl.int64,
+    short: tl.int64, refresh, top_p,
     EXACT: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
+    MASS: tl.constexpr, KEEPS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
     total = tl.minimum(tl.cdiv(length, PAGE), P)
     page, tile = tl.arange(0, SIZE), tl.arange(0, SIZE // TILE)
+    out = CHOSEN + head * stride
+
+    if length < short:
+        tl.store(COUNT + head, tl.zeros([], tl.int64))
+        return
+    if KEEPS:
+        young, made = _young(length, MADE, head, refresh)
+        if young:  # read on, and what the row has grown by
+            kept, then = tl.load(KEPT + head).to(tl.int32), tl.cdiv(made, PAGE)
+            place = kept + page - then
+            grown = (page >= then) & (page < total) & (place < width)
+            tl.store(out + place, page.to(tl.int64), mask=grown)
+            count = tl.minimum(kept + total - then, width)
+            tl.store(COUNT + head, count.to(tl.int64))
+            if COUNTS:
+                tl.atomic_add(READ + head % Hkv, _keys(count, length, PAGE))
+            return
 
     # A page's cost is how often 1 is halved to give its vote, the largest of its shares of the
     # queries' softmax. Of a vote that float32 has as 0 it is 149.
@@ -210,7 +265,8 @@ def _choose(
     # Pages by cost, as integers from FIRST to LAST; the forced ones, which are the first and those
     # of the new queries, come before.
     newest = tl.maximum(length - Q, 0) // PAGE
-    order = (tl.maximum(cost, 0.0) + 1.0).to(tl.int32, bitcast=True)
+    rank = tl.maximum(cost, 0.0) + 1.0
+    order = rank.to(tl.int32, bitcast=True)
     order = tl.where((page == 0) | (page >= newest), 0, order)
     order = tl.where(page < total, order, 0x7FFFFFFF)
     forced = tl.where(newest > 0, total - newest + 1, total)
@@ -220,6 +276,26 @@ def _choose(
     # Before `low` come `below` pages, no more than the budget; up to `high` no fewer. Each pass
     # leaves about a third of what lies between, until as many as the budget come before `low`.
     low, high, below = tl.full([], FIRST, tl.int32), tl.full([], LAST, tl.int32), forced
+    if MASS:
+        # As many as hold enough of all votes: the cost at which, searched for as that below.
+        vote = tl.where(page < total, _weight(1.0, rank), 0)
+        need = (tl.sum(vote, 0) * top_p + (1 << MASS) - 1) >> MASS
+        need -= tl.sum(tl.where(order == 0, vote, 0), 0)
+        while low < high:
+            third = (high - low) // 3
+            near, far = low + third, low + 2 * third
+            nearer = tl.sum(tl.where((order > 0) & (order <= near), vote, 0), 0)
+            farther = tl.sum(tl.where((order > 0) & (order <= far), vote, 0), 0)
+            low = tl.where(farther < need, far + 1, tl.where(nearer < need, near + 1, low))
+            high = tl.where(nearer >= need, near, tl.where(farther >= need, far, high))
+        below += tl.sum(tl.where((order > 0) & (order < low), 1, 0), 0)
+        need -= tl.sum(tl.where((order > 0) & (order < low), vote, 0), 0)
+        each = tl.maximum(_weight(1.0, low.to(tl.float32, bitcast=True)), 1)
+        enough = below + (tl.maximum(need + each - 1, 0) // each).to(tl.int32)
+        least = tl.minimum(tl.maximum(min_pages, forced), total)
+        if (enough < least) | (enough > budget):  # the cost for another number is searched for
+            low, high, below = tl.full([], FIRST, tl.int32), tl.full([], LAST, tl.int32), forced
+        budget = tl.minimum(tl.maximum(enough, least), budget)
     while (below < budget) & (low < high):
         third = (high - low) // 3
         near, far = low + third, low + 2 * third
@@ -235,8 +311,13 @@ def _choose(
     seen = tl.cumsum(kind, 0)
     kept = (kind == 1) | ((kind > 1) & (seen >> 16 <= due))
     place = (seen & 0xFFFF) + tl.minimum(seen >> 16, due) - 1
-    out = CHOSEN + head * width
     tl.store(out + place, page.to(tl.int64), mask=kept & (place < width))
     unused = (page >= budget) & (page < width)
     tl.store(out + page, tl.zeros([SIZE], tl.int64) + (P - 1), mask=unused)
-    tl.store(COUNT + head, tl.minimum(budget, width).to(tl.int64))
+    count = tl.minimum(budget, width)
+    tl.store(COUNT + head, count.to(tl.int64))
+    if KEEPS:
+        tl.store(KEPT + head, count.to(tl.int64))
+        tl.store(MADE + head, length.to(tl.int64))
+    if COUNTS:
+        tl.atomic_add(READ + head % Hkv, _keys(count, length, PAGE))

@@ -124,6 +124,11 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
 
 def _pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
     """Keys [Hq, R, L] that decode steps at `rows` would read, and their mean share by kv head."""
+    if not hasattr(selector, "pages") or selector.refresh:
+        raise ValueError(
+            f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
+            "quest without refresh, and change the plan that comes out"
+        )
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     pages = torch.nn.functional.pad(k[0], (0, 0, 0, -L % PAGE), value=torch.nan)
     pages = pages.unflatten(1, (-1, PAGE))

@@ -1,7 +1,8 @@
 """Decode selectors: which pages of a kv head's cache a decode step reads. One file a selector.
 
 A selector is a frozen dataclass of its parameters with one method,
-`pages(q, summary, length) -> PageLists`; it knows nothing of models, caches or kernels.
+`pages(q, low, high, length, scale) -> PageLists`; it knows nothing of models, caches or kernels.
+`reuse` has none: it stands for what another layer's selector chose.
 """
 
 from __future__ import annotations
@@ -22,4 +23,4 @@ def register(kind: str) -> Callable[[type], type]:
     return add
 
 
-from hfsparse.selectors import quest  # noqa: E402, F401
+from hfsparse.selectors import quest, reuse  # noqa: E402, F401

@@ -3,6 +3,9 @@
 A page's bound for a query is the dot product with, channel by channel, the page's smallest or
 largest key value, whichever is larger. The q heads of a group vote with the softmax of their
 bounds; the row's first and last pages are always read.
+
+`top_p` reads fewer where few pages have most of the votes (Twilight, arXiv 2502.02770): the best
+ones, until they hold that share of all votes, which estimate the softmax's mass.
 """
 
 from __future__ import annotations
@@ -24,19 +27,38 @@ EXACT = 40  # bits behind the point of a share: float32 would decide page budget
 @register("quest")
 @dataclass(frozen=True)
 class Quest:
-    """Share of a row's pages read by a decode step, never fewer than `min_pages`."""
+    """Share of a row's pages read by a decode step, never fewer than `min_pages`.
+
+    refresh: a row's choice is read until it has grown by so many tokens; 0: each step chooses.
+    top_p: pages are read until they hold this share of the votes, at most `share` of the pages; 0:
+    always so many.
+    """
 
     share: float = 0.06
     min_pages: int = 16
+    refresh: int = 0
+    top_p: float = 0.0
 
     def __post_init__(self):
         require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
         require(self.min_pages >= 2, f"min_pages is {self.min_pages}: give 2 or more")
+        require(self.refresh >= 0, f"refresh is {self.refresh}: give tokens, 0 or more")
+        require(0 <= self.top_p < 1, f"top_p is {self.top_p}: give less than 1; 0 is off")
+
+    @property
+    def counted(self) -> bool:
+        """Whether only the device knows how many pages a step reads."""
+        return bool(self.refresh or self.top_p)
 
     @property
     def units(self) -> int:
         """The share, in 1/2^EXACT."""
         return round(self.share * (1 << EXACT))
+
+    def width(self, pages: int, queries: int) -> int:
+        """The most pages that are read of a buffer of so many; `queries` are new."""
+        most = max(self.min_pages, ceil(pages * self.share)) + 2 + -(-queries // PAGE)
+        return min(pages, most + -(-self.refresh // PAGE))
 
     def pages(
         self, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
@@ -52,7 +74,7 @@ class Quest:
         bound = page_bounds(q, low, high) * scale
         beyond = (page >= total[:, None])[:, None, None]
         vote = torch.softmax(bound.masked_fill(beyond, -torch.inf), -1)
-        vote = vote.view(B, Hkv, -1, P).amax(2)
+        vote = weight = vote.view(B, Hkv, -1, P).amax(2)
         newest = (length - Q).clamp(min=0)[:, None] // PAGE  # pages that hold the new queries
         forced = (page == 0) | ((page >= newest) & (page < total[:, None]))
         vote = vote.masked_fill(forced[:, None], torch.inf)
@@ -60,15 +82,24 @@ class Quest:
         # The share rounded up, but for what lies a millionth of a page above a whole number.
         budget = (total * self.units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT
         budget = budget.clamp(min=self.min_pages)
-        count = torch.minimum(torch.maximum(budget, forced.sum(1)), total)
-        width = min(P, max(self.min_pages, ceil(P * self.share)) + 1 + -(-Q // PAGE) + 1)
-        best = torch.sort(vote, dim=-1, descending=True, stable=True).indices[..., :width]
-        used = torch.arange(width, device=q.device) < count[:, None]
-        pages = torch.where(used[:, None], best, P).sort(-1).values
-        return PageLists(pages.clamp(max=P - 1), count[:, None].expand(B, Hkv))
+        best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
+        budget = budget[:, None].expand(B, Hkv)
+        if self.top_p:
+            mass = weight.gather(-1, best).double().cumsum(-1)
+            before = torch.nn.functional.pad(mass, (1, 0))[..., :-1]  # without the page itself
+            enough = (before < self.top_p * mass[..., -1:]).sum(-1)
+            budget = torch.minimum(budget, enough.clamp(min=self.min_pages))
+        count = torch.maximum(budget, forced.sum(1)[:, None]).clamp(max=total[:, None])
+        width = self.width(P, Q)
+        used = torch.arange(width, device=q.device) < count[..., None]
+        pages = torch.where(used, best[..., :width], P).sort(-1).values
+        return PageLists(pages.clamp(max=P - 1), count)
 
     def reads(self, length: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Keys that the newest query reads in rows of these lengths, the `new` ones included."""
+        """Keys that the newest query reads in rows of these lengths, the `new` ones included.
+
+        Not of a selector that is `counted`.
+        """
         total = -(-length // PAGE)
         newest = np.maximum(length - new, 0) // PAGE
         forced = total - newest + (newest > 0)

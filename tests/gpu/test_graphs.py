@@ -12,7 +12,16 @@ from transformers import DynamicCache
 
 import hfsparse
 from tests.gpu.common import DEVICE
-from tests.patcher.families import fresh, full, growing, left_padded, mixed, straddled, streaming
+from tests.patcher.families import (
+    choosing,
+    fresh,
+    full,
+    growing,
+    left_padded,
+    mixed,
+    straddled,
+    streaming,
+)
 from tests.patcher.runs import CACHE, continue_with, generate
 
 
@@ -44,6 +53,11 @@ def test_a_replay_is_the_eager_step_bit_for_bit(family, plan, pads):
     got = said(model, plan, ids, mask, new=30)
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("pads", [(0,), (0, 7, 13)])
+def test_a_replay_chooses_pages_when_the_eager_step_does(pads):
+    test_a_replay_is_the_eager_step_bit_for_bit("qwen2", choosing, pads)
 
 
 @pytest.mark.parametrize("more", [dict(do_sample=True, top_p=0.9, repetition_penalty=1.2)])

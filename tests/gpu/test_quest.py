@@ -7,6 +7,7 @@ import torch
 
 from hfsparse.kernels import triton_quest
 from hfsparse.lists import PAGE
+from hfsparse.selectors.choice import Choice
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled
 
@@ -40,7 +41,10 @@ def same(found, expected) -> None:
     assert apart <= total / 200, f"{apart} of {total} pages differ"
 
 
-@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2)], ids=str)
+CHOICES = [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2), Quest(0.9, 2, top_p=0.5)]
+
+
+@pytest.mark.parametrize("quest", CHOICES, ids=str)
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
 def test_pages_equal_the_selectors(quest, queries, group):
     q, low, high, length = summaries(LENGTHS, queries, group)
@@ -56,6 +60,26 @@ def test_every_head_dim_and_dtype(dtype, dim):
     quest = Quest(0.2, 2)
     found = triton_quest.pages(quest, q, low, high, length, dim**-0.5)
     same(found, quest.pages(q, low, high, length, dim**-0.5))
+
+
+def test_a_choice_is_read_again_until_refresh():
+    """Pages, and how many keys they hold, over steps of ragged rows."""
+    quest = Quest(0.3, 3, refresh=5)
+    q, low, high, length = summaries((64 * 21 + 20, 64 * 9 - 3, 300), group=4, room=3)
+    ways = []
+    for _ in range(2):
+        choice = Choice.none(3, 2, quest.width(low.shape[2], PAGE), torch.device(DEVICE))
+        ways.append((choice, torch.zeros(2, dtype=torch.int64, device=DEVICE)))
+    for step in range(14):
+        length = length + 1 + step % 2
+        q = q.roll(1, -1)  # another query
+        (own, read), (plain, keys) = ways
+        found = triton_quest.pages(quest, q, low, high, length, 0.125, choice=own, read=read)
+        expected = plain.renew(quest.pages(q, low, high, length, 0.125), length, quest.refresh)
+        keys += expected.keys(length).sum(0)
+        same(found, expected)
+        assert torch.equal(own.length, plain.length)
+    assert torch.equal(read, keys)
 
 
 @pytest.mark.parametrize("pages", [1000, 2000, 4000, 8000, 16384, 16385])

@@ -35,11 +35,17 @@ def interpreter(**settings):
             done = pool.submit(_call, pickle.dumps((name, args, more))).result()
             result, changed = pickle.loads(done)
             for key, value in changed.items():
-                if isinstance(value, torch.Tensor):
-                    more[key].copy_(value)
+                for own, part in zip(_tensors(more[key]), _tensors(value), strict=True):
+                    own.copy_(part)
             return result
 
         yield run
+
+
+def _tensors(value) -> tuple[torch.Tensor, ...]:
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    return value.tensors() if hasattr(value, "tensors") else ()
 
 
 def _set(settings: dict) -> None:

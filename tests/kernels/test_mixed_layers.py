@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from hfsparse import kernels
-from hfsparse.attention import Logits, Step, _decode
+from hfsparse.attention import Counts, Logits, Step, _decode
 from hfsparse.cache import Full, Group, Layer
-from hfsparse.lists import PAGE, Band
+from hfsparse.lists import PAGE, Band, PageLists
 from hfsparse.selectors.quest import Quest
 from tests.helpers import close
 from tests.kernels.interpreter import interpreter
@@ -27,6 +28,13 @@ ALL = [  # kv heads of each kind stand apart from one another
 ]
 RINGS = [Group((0, 2), Band(0, 40)), Group((1,), GROWING)]
 HALF_RING = [Group((1, 3), NEAR), Group((0, 2), selector=QUEST)]
+CHOOSING = [  # a choice is read again, beside one that another layer made, and by mass
+    Group((0, 3), selector=Quest(0.5, 2, refresh=3)),
+    Group((1,), NEAR),
+    Group((2,), reuses=(1,)),
+    Group((4,), GROWING),
+    Group((5,), selector=Quest(0.9, 2, top_p=0.6)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def layer_of(groups, past, k, v, below) -> Layer:
         store.append(k[:, at], v[:, at], [0] * len(past), past)
         for b, n in enumerate(past):
             store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
-            for t in store.tensors()[2:]:
+            for t in summaries(store):
                 t[b, :, -(-n // PAGE) :] = torch.nan
     return layer
 
@@ -62,6 +70,8 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
     k, v = (random(heads, max(past), dim) for dim in dims)
     layer = layer_of(groups, past, k, v, below)
     plain = copy.deepcopy(layer)
+    plain.stores.reverse()  # none depends on another
+    ours, theirs = (SimpleNamespace(counts=Counts(heads * ratio), shared=False) for _ in range(2))
     sinks = torch.linspace(-2, 3, heads * ratio) if sinks else None
     logits, outs = Logits(dims[0] ** -0.5, softcap, sinks), []
     for new in steps:
@@ -70,30 +80,49 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         at = torch.tensor(past)[:, None] + torch.arange(Q)
         at = torch.where(at < torch.tensor(rows)[:, None], at, -1)
         step = Step(past, rows, torch.tensor(rows), at)
-        found = _decode(layer, q, k, v, step, logits)
+        before = ends(step.length)
+        step.chosen[:] = [before]
+        found = _decode(ours, layer, q, k, v, step, logits)
+        step.chosen[:] = [before]
         with (
             patch.object(kernels, "DECODE", kernels.DECODE[1:]),
             patch.object(kernels, "_no_triton", lambda need: "not wanted here"),
         ):
-            wanted = _decode(plain, q, k, v, step, logits)
+            wanted = _decode(theirs, plain, q, k, v, step, logits)
         live = (at >= 0)[:, None, :, None].expand_as(found)
         outs.append((found[live], wanted[live]))
         past = rows
+    stored = list(zip(held(layer, ours, past), held(plain, theirs, past), strict=True))
     for store in layer.stores:
         if isinstance(store, Full):
             store._grow(1000)
-    outs.append((_decode(layer, q, k, v, step, logits)[live], found[live]))
-    return outs, list(zip(held(layer, past), held(plain, past), strict=True))
+    step.chosen[:] = [before]
+    outs.append((_decode(ours, layer, q, k, v, step, logits)[live], found[live]))
+    return outs, stored
 
 
-def held(layer: Layer, rows: list[int]) -> list[torch.Tensor]:
-    """What the stores hold of each row."""
-    return [
-        t[b, :, : n if i < 2 else -(-n // PAGE)]
-        for store in layer.stores
-        for i, t in enumerate(store.tensors())
-        for b, n in enumerate(rows)
-    ]
+def ends(length: torch.Tensor) -> PageLists:
+    """What a layer before chose for two heads: the first page of each row; that and the last."""
+    pages = torch.stack([torch.zeros_like(length), (length - 1) // PAGE], 1)
+    return PageLists(pages[:, None].expand(-1, 2, -1), torch.tensor([[1, 2]] * len(length)))
+
+
+def summaries(store) -> tuple[torch.Tensor, ...]:
+    return (store.low, store.high) if store.group.selector else ()
+
+
+def held(layer: Layer, plan, rows: list[int]) -> list[torch.Tensor]:
+    """What the stores hold of each row, and how many keys were counted."""
+    found = []
+    for store in sorted(layer.stores, key=lambda store: store.group.heads):
+        found.append(torch.tensor(plan.counts.keys_read(store.group.heads)))
+        for b, n in enumerate(rows):
+            found += [t[b, :, :n] for t in (store.k, store.v)]
+            found += [t[b, :, : -(-n // PAGE)] for t in summaries(store)]
+        if (last := store.choice) is not None:
+            used = torch.arange(last.pages.shape[2]) < last.count[..., None]
+            found += [last.pages * used, last.count, last.length]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -104,14 +133,15 @@ def held(layer: Layer, rows: list[int]) -> list[torch.Tensor]:
         (RINGS, 7, (128, 128), torch.float32, 2, [3, 200], (0, 0), None, True),
         (RINGS, 1, (16, 16), torch.float32, 5, [90, 150], (100, 0), 5.0, False),
         (HALF_RING, 8, (32, 16), torch.float16, 16, [200], (0, 0), None, False),
+        (CHOOSING, 3, (64, 64), torch.float32, 4, [395, 509, 130], (150, 400), None, False),
     ],
-    ids=["all-kinds", "below", "rings", "rings-below", "half-ring"],
+    ids=["all-kinds", "below", "rings", "rings-below", "half-ring", "choosing"],
 )
 def test_all_stores_at_once_are_each_store_alone(
     run, groups, ratio, dims, dtype, most, past, below, softcap, sinks
 ):
     B = len(past)
-    steps = [[2] + [0] * (B - 1), [most, 3][:B], [1] * B]
+    steps = [[2] + [0] * (B - 1), [most, 3, 3][:B], [1] * B]
     outs, stored = run(tuple(groups), past, steps, ratio, dims, dtype, below, softcap, sinks)
     assert all(close(found, wanted) for found, wanted in outs)
     assert torch.equal(*outs[-1]), "a cache with more room gives other bits"

@@ -175,6 +175,20 @@ def mixed(model, below=(0, 0, 0)) -> Plan:
     return plan_of(model, layer, below, s=STREAM, vs=VS, blocks=BLOCKS, quest=QUEST)
 
 
+def choosing(model, below=(0, 0, 0), **quest) -> Plan:
+    """Full caches: a choice is read again for 4 tokens, and in layer 1; top_p in layer 2."""
+    Hq, Hkv = heads(model)
+    words = ["young"] * Hkv, ["full"] * (Hkv - 1) + ["again"], ["top"] * Hkv
+
+    def layer(index, windowed):
+        return ["full"] * Hq, ["full"] * Hkv, words[index]
+
+    young = dict(share=0.06, min_pages=3, refresh=4, **quest)
+    top = dict(share=0.9, min_pages=2, top_p=0.6)
+    selectors = dict(young=("quest", young), again=("reuse", {}), top=("quest", top))
+    return plan_of(model, layer, below, **selectors)
+
+
 def straddled(model) -> Plan:
     """Thresholds between the rows of `left_padded(260)`, crossed by some while generating."""
     return mixed(model, below=(250, 262, 256))

@@ -177,7 +177,9 @@ SELECTOR_ROWS = {
         "quest": Quest(share=0.2, min_pages=2),
         "quest_few": Quest(share=0.01, min_pages=3),
         "quest_all": Quest(share=1.0, min_pages=2),
-    }
+        "quest_top_p": Quest(share=0.7, min_pages=2, top_p=0.5),
+    },
+    "reuse": {},  # what another layer's selector chose
 }
 
 SETTINGS = {name: p for row in PATTERN_ROWS.values() for name, p in row.settings.items()}

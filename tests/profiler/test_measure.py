@@ -16,6 +16,7 @@ from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler import measure
 from hfsparse.profiler.capture import Seen
 from hfsparse.selectors.quest import Quest
+from hfsparse.selectors.reuse import Reuse
 
 L, HQ, HKV, D, DV = 300, 6, 2, 16, 8
 GROUP, SCALE = HQ // HKV, 0.25
@@ -101,6 +102,12 @@ def test_when_every_row_is_a_key_each_stands_for_itself():
     rows, weight = measure.sampled_rows(20, torch.arange(20))
     assert rows.tolist() == list(range(20))
     assert weight.tolist() == [1.0] * 20
+
+
+@pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse()], ids=["refresh", "reuse"])
+def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
+    with pytest.raises(ValueError, match="without refresh"):
+        measure.layer(seen, measure.Candidates({}, {}, {"quest": selector}))
 
 
 @pytest.mark.parametrize("name", CANDIDATES.patterns)

@@ -57,7 +57,7 @@ def test_pages_equal_the_plain_definition(name, group, queries):
     for b, n in enumerate(length.tolist()):
         total = ceil(n / PAGE)
         forced = {0, *range(max(n - queries, 0) // PAGE, total)}
-        count = min(total, max(ceil(round(quest.share * total, 6)), quest.min_pages, len(forced)))
+        budget = max(ceil(round(quest.share * total, 6)), quest.min_pages, len(forced))
         for h in range(2):
             vote = torch.zeros(total, dtype=torch.float64)
             for g in range(h * group, (h + 1) * group):
@@ -66,6 +66,12 @@ def test_pages_equal_the_plain_definition(name, group, queries):
                     weight = torch.softmax(torch.maximum(a, z).sum(1) * scale, 0)
                     vote = torch.maximum(vote, weight)
             rest = sorted(set(range(total)) - forced, key=lambda page: -vote[page])
+            count = min(total, budget)
+            if quest.top_p:
+                order = [*sorted(forced), *rest]
+                mass = [float(vote[order[:n]].sum() / vote.sum()) for n in range(total)]
+                enough = sum(m < quest.top_p for m in mass)
+                count = min(count, max(enough, quest.min_pages))
             expected = sorted([*forced, *rest[: count - len(forced)]])
             assert chosen(pages, b, h) == expected
 
@@ -148,8 +154,10 @@ def test_room_for_more_pages_changes_nothing(name, queries):
         ({"share": 0}, "share is 0"),
         ({"share": 1.1}, "share is 1.1"),
         ({"min_pages": 1}, "min_pages is 1"),
+        ({"refresh": -1}, "refresh is -1"),
+        ({"top_p": 1}, "top_p is 1"),
     ],
-    ids=["no_share", "share_above_1", "too_few_pages"],
+    ids=["no_share", "share_above_1", "too_few_pages", "refresh_below_0", "all_of_the_mass"],
 )
 def test_a_number_out_of_range_is_refused(numbers, says):
     with pytest.raises(ValueError, match=says):
