@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ from hfsparse.lists import PAGE, Band
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
+from hfsparse.selectors.choice import Choice
 
 SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are recorded
 STOCK = "stock, dynamic cache"
@@ -402,6 +403,8 @@ def layer(length: int, batch: int) -> None:
         choose = [partial(kernels.choose_pages, quest, q, *low, held, scale) for low in sums]
         lists = [call() for call in choose]
         timed(f"choice of {share}", lambda i, choose=choose: choose[i]())
+        again = [last_choice(replace(quest, refresh=64), q, *low, held, scale) for low in sums]
+        timed(f"choice of {share}, read again (refresh)", lambda i, again=again: again[i]())
         timed(f"reading {share}", lambda i, lists=lists: read(paged[i], lists[i]))
 
     def whole(places, heads: tuple[int, ...]) -> None:
@@ -413,9 +416,18 @@ def layer(length: int, batch: int) -> None:
     timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], every))
     timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], odd))
     for name, us in spent.items():
-        reading = spent.get(name.replace("choice of", "reading"), 0)
-        share = f"{us / (us + reading):.2f}" if name.startswith("choice") else ""
+        reading = spent.get(name.split(",")[0].replace("choice of", "reading"), 0)
+        share = f"{us / (us + reading):.2f}" if reading and name.startswith("choice") else ""
         print(f"| {batch} | {length:,} | {name} | {us:.1f} | {share} |", flush=True)
+
+
+def last_choice(quest, q: Tensor, low: Tensor, high: Tensor, held: Tensor, scale) -> Callable:
+    """A choice of pages by a selector with `refresh`, which was made and is young."""
+    width = quest.width(low.shape[2], q.shape[2])
+    choice = Choice.none(*low.shape[:2], width, q.device)
+    call = partial(kernels.choose_pages, quest, q, low, high, held, scale, choice=choice)
+    call()
+    return call
 
 
 def main() -> None:
