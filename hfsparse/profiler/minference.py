@@ -14,7 +14,10 @@ import numpy as np
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import Plan
+from hfsparse.profiler import search
 from hfsparse.profiler.allocate import Options
+from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
 from hfsparse.selectors.quest import Quest
 
@@ -23,6 +26,12 @@ OVER = 1.05  # a pattern may cost so much more than its level
 SHARES = (0.1, 0.2, 0.35, 0.5)  # of a row's pages
 SINK = 64
 RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
+
+
+def plan(job: Job) -> Plan:
+    """Measure, compare at equal cost, and allocate."""
+    names = candidates(max(job.prompts))
+    return search.chosen(job, names, search.measured(job, names), options)
 
 
 def candidates(longest: int) -> Candidates:

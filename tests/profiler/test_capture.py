@@ -350,6 +350,7 @@ import json, resource, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfsparse import profiler
+from hfsparse.profiler import minference, search
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=4).float().eval()
@@ -357,9 +358,9 @@ prompts = profiler.prompts_of(tokenizer, 4096, 1, 0, None)
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 loaded = pages * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
-candidates = profiler.METHODS["minference"].candidates(4096)
+candidates = minference.candidates(4096)
 for prompt in prompts:
-    profiler._measure(model, prompt, candidates)
+    search.of_prompt(model, prompt, candidates)
 status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at pytest's own
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"loaded": loaded, "peak": peak}))

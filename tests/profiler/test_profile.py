@@ -12,8 +12,9 @@ from hfsparse import profiler
 from hfsparse.lists import PAGE
 from hfsparse.loading import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import measure
+from hfsparse.profiler import measure, minference, search
 from hfsparse.profiler.capture import capture
+from hfsparse.profiler.job import Parts
 from hfsparse.selectors.quest import Quest
 from tests import tiny
 
@@ -60,14 +61,14 @@ def test_what_a_plan_expects_is_what_the_patched_model_measures(model, plan):
 
 def test_a_page_share_is_what_the_patched_model_reads_at_the_key_rows(model):
     prompt, quest = profiler.prompts_of(tiny.tokenizer(), 512, 1, 3)[0], Quest(0.35, min_pages=2)
-    candidates = replace(profiler.METHODS["minference"].candidates(512), selectors={"q": quest})
+    candidates = replace(minference.candidates(512), selectors={"q": quest})
     rows, this = [], ModelId.of(model)
 
     def look(seen):
         rows[:] = seen.keys.tolist()
         return measure.layer(seen, candidates)
 
-    found = capture(model, prompt.ids, profiler._short_sighted(model, candidates), look)
+    found = capture(model, prompt.ids, search.short_sighted(model, candidates), look)
     layer = Layer(("full",) * this.q_heads, ("full",) * this.kv_heads, ("q",) * this.kv_heads)
     read = []
     with torch.no_grad():
@@ -84,7 +85,7 @@ def test_a_page_share_is_what_the_patched_model_reads_at_the_key_rows(model):
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, monkeypatch):
     out, seen = tmp_path / "plan.yaml", []
-    measure = profiler._measure
+    measure = search.of_prompt
 
     def killed(*args):
         if seen:
@@ -92,12 +93,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, m
         seen.append(1)
         return measure(*args)
 
-    monkeypatch.setattr(profiler, "_measure", killed)
+    monkeypatch.setattr(search, "of_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert not out.exists()
     again = []
-    monkeypatch.setattr(profiler, "_measure", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(search, "of_prompt", lambda *args: again.append(1) or measure(*args))
     resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(again) == 1  # the first of two prompts was not measured twice
     assert resumed.hash() == plan.hash() == Plan.load(out).hash()
@@ -106,16 +107,16 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, m
 
 def test_measurements_of_other_settings_are_not_taken_up(model, tmp_path, monkeypatch):
     out = tmp_path / "plan.yaml"
-    parts = profiler._Parts(out, "other settings")
+    parts = Parts(out, "other settings")
     parts.get(0, lambda: {"pattern_recall": [[1.0]]})
-    counted, measure = [], profiler._measure
-    monkeypatch.setattr(profiler, "_measure", lambda *args: counted.append(1) or measure(*args))
+    counted, measure = [], search.of_prompt
+    monkeypatch.setattr(search, "of_prompt", lambda *args: counted.append(1) or measure(*args))
     hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(counted) == 2
 
 
 def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, monkeypatch):
-    out, measure = tmp_path / "plan.yaml", profiler._measure
+    out, measure = tmp_path / "plan.yaml", search.of_prompt
     done = []
 
     def killed(*args):
@@ -123,30 +124,27 @@ def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, mo
             raise KeyboardInterrupt
         return done.append(1) or measure(*args)
 
-    monkeypatch.setattr(profiler, "_measure", killed)
+    monkeypatch.setattr(search, "of_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     (part,) = tmp_path.glob("plan.yaml.parts/*.npz")
     part.write_bytes(part.read_bytes()[:-100])
     again = []
-    monkeypatch.setattr(profiler, "_measure", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(search, "of_prompt", lambda *args: again.append(1) or measure(*args))
     assert hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS).hash() == plan.hash()
     assert len(again) == 2
 
 
 def test_other_weights_of_the_same_shape_are_other_settings(model):
-    candidates = profiler.METHODS["minference"].candidates(512)
-    prompts = profiler.prompts_of(tiny.tokenizer(), 512, 1, 3)
-    own = profiler._settings(model, candidates, prompts)
+    prompts = {512: profiler.prompts_of(tiny.tokenizer(), 512, 1, 3)}
+    own = profiler._settings(model, "minference", prompts)
     tuned = tiny.llama(window=1024)
-    assert profiler._settings(tuned, candidates, prompts) == own
+    assert profiler._settings(tuned, "minference", prompts) == own
     with torch.no_grad():
         tuned.model.norm.weight[0] += 1
-    assert profiler._settings(tuned, candidates, prompts) != own
-    assert profiler._settings(model, candidates, prompts[:0]) != own
-    assert (
-        profiler._settings(model, profiler.METHODS["minference"].candidates(1024), prompts) != own
-    )
+    assert profiler._settings(tuned, "minference", prompts) != own
+    assert profiler._settings(model, "minference", {}) != own
+    assert profiler._settings(model, "other", prompts) != own
 
 
 def test_a_model_in_training_mode_is_refused(model):

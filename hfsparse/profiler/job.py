@@ -1,0 +1,102 @@
+"""What a method is given: the model, calibration prompts and budgets, and a place for partial work.
+
+A method is a module of this package with one function, `plan(job) -> Plan`, and a line in METHODS.
+`profile()` checks the settings before it, and adds `made` and writes the plan after it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfsparse.fingerprint import windows
+from hfsparse.profiler.allocate import Budget
+from hfsparse.profiler.prompts import Prompt
+
+
+@dataclass
+class Job:
+    """One call of `profile()`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: dict[int, list[Prompt]]  # by length in tokens, ascending
+    budget: Budget
+    parts: Parts
+    progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
+    seed: int = 0
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which layers `[layers]` have no window of their own: their heads may be sparse."""
+        return np.array([window is None for window in windows(self.model)])
+
+
+class Parts:
+    """Arrays made so far, in a folder beside the plan until it is written, for one setting.
+
+    Without a plan file (`out` None) nothing is kept.
+    """
+
+    def __init__(self, out: str | Path | None, settings: str):
+        self.folder = None if out is None else Path(f"{out}.parts")
+        if self.folder is None:
+            return
+        mark = self.folder / "settings.json"
+        if mark.is_file() and mark.read_text() == settings:
+            return
+        self.remove()
+        self.folder.mkdir(parents=True)
+        mark.write_text(settings)
+
+    def get(
+        self, key: str | int, compute: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """What an earlier run computed under this key (a file name), or what `compute` answers."""
+        if self.folder is None:
+            return compute()
+        file = self.folder / f"{key}.npz"
+        if not self._whole(file):
+            draft = file.with_suffix(".draft.npz")
+            np.savez(draft, **compute())
+            draft.replace(file)
+        with np.load(file) as saved:
+            return dict(saved)
+
+    def _whole(self, file: Path) -> bool:
+        """Whether an earlier run wrote this file and it can be read."""
+        try:
+            with file.open("rb") as opened, np.load(opened) as saved:
+                return bool(dict(saved))
+        except (OSError, ValueError, EOFError, BadZipFile):
+            return False
+
+    def remove(self) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+
+def silent(pairs: Iterable[tuple[str, object]]) -> Iterator:
+    """Each item, without a bar."""
+    for _, item in pairs:
+        yield item
+
+
+def bar(pairs: Iterable[tuple[str, object]]) -> Iterator:
+    """Each item, with a progress bar that shows its label."""
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    pairs = list(pairs)
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as shown:
+        task = shown.add_task("profile", total=len(pairs))
+        for label, item in pairs:
+            shown.update(task, description=label)
+            yield item
+            shown.advance(task)
