@@ -27,6 +27,7 @@ from hfsparse.attention import Logits
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 
+PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
 SURE = 6.0  # a margin beyond this is as good: e^6 to one
 SLICE = 256  # tokens whose logits exist at a time
@@ -44,6 +45,7 @@ class Seen:
     grad: Tensor  # [1, Hq, L, Dv], of the mean margin of the key tokens
     logits: Logits
     keys: Tensor  # [n] rows that predict the key tokens, ascending
+    proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
 
 
 @torch.inference_mode(False)
@@ -56,7 +58,8 @@ def capture(
     """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
     _return_large_blocks()
     found: dict[int, dict[str, np.ndarray]] = {}
-    ids = ids.to(model.device).clone()  # an inference tensor can take no part in autograd
+    # An inference tensor can take no part in autograd. Layers may lie on other devices.
+    ids = ids.to(model.get_input_embeddings().weight.device).clone()
     decoder = model.get_decoder()
     margins = []
     for plan in (short_sighted, None):
@@ -64,7 +67,7 @@ def capture(
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             margins.append(_margins(model, hidden, ids))
     lost = margins[1] - margins[0]
-    keys = lost.topk(min(KEYS, len(lost))).indices.sort().values
+    keys = lost.topk(min(KEYS, len(lost))).indices.sort().values.to(ids.device)
     with patch(model), _checkpointed(model):
 
         def observe(module, q, k, v, logits):
@@ -79,7 +82,10 @@ def capture(
 
                 def visit(grad: Tensor) -> None:
                     with torch.no_grad():
-                        found[module.layer_idx] = measure(Seen(*seen, value, grad, logits, keys))
+                        at, proj = keys.to(grad.device), _projection(module, value)
+                        found[module.layer_idx] = measure(
+                            Seen(*seen, value, grad, logits, at, proj)
+                        )
 
                 out.register_hook(visit)
 
@@ -90,7 +96,8 @@ def capture(
                 module._hfsparse.observe = observe
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            _margin(model, hidden[:, keys], ids[0, keys + 1]).mean().backward()
+            at = keys.to(hidden.device)
+            _margin(model, hidden[:, at], ids[0, keys + 1]).mean().backward()
     return [found[layer] for layer in sorted(found)]
 
 
@@ -103,8 +110,23 @@ def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
 def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
     """Log-odds of the tokens wanted [n] against all others; hidden `[1, n, hidden]`."""
     scores = model.get_output_embeddings()(hidden)[0].float()
+    wanted = wanted.to(scores.device)
     others = scores.scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
     return scores.gather(1, wanted[:, None])[:, 0] - others
+
+
+def _projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
+    """What each head's output `[1, Hq, L, Dv]` adds to the layer's, as `[Hq, Dv, hidden]`.
+
+    Asked of the module, whatever holds its weights (quantised, adapted).
+    """
+    project = next((getattr(module, n) for n in PROJECTIONS if hasattr(module, n)), None)
+    if project is None:
+        return None
+    heads, size = out.shape[1], out.shape[3]
+    ones = torch.eye(heads * size, dtype=out.dtype, device=out.device)
+    answers = project(ones) - project(torch.zeros_like(ones[:1]))
+    return answers.view(heads, size, -1)
 
 
 def _return_large_blocks() -> None:

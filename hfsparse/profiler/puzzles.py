@@ -27,6 +27,15 @@ NAMES = (
 
 
 @dataclass(frozen=True)
+class Ask:
+    """One question, and the answer in two parts: how it begins, and what must be known."""
+
+    question: str
+    lead: str
+    value: str
+
+
+@dataclass(frozen=True)
 class Puzzle:
     """Facts to hide, in this order, and what is asked about them."""
 
@@ -34,6 +43,7 @@ class Puzzle:
     facts: tuple[str, ...]
     question: str
     answer: str
+    asks: tuple[Ask, ...]  # the same facts one by one
 
 
 def _code(rng: Random) -> str:
@@ -65,6 +75,10 @@ def rooms(rng: Random, facts: int) -> Puzzle:
         facts=tuple(f"Staff note: {person} has moved to room {room}." for person, room in rows),
         question=f"Which room did each move to: {_listed([person for person, _ in asked])}?",
         answer="\n".join(f"{person} is in room {room}." for person, room in asked),
+        asks=tuple(
+            Ask(f"Which room did {person} move to?", f"{person} is in room", f" {room}")
+            for person, room in rows
+        ),
     )
 
 
@@ -77,6 +91,10 @@ def badges(rng: Random, facts: int) -> Puzzle:
         facts=tuple(f'BADGES["{person}"] = "{badge}"' for person, badge in rows),
         question=f"What does BADGES hold for {_listed([person for person, _ in asked])}?",
         answer="\n".join(f'BADGES["{person}"] is "{badge}".' for person, badge in asked),
+        asks=tuple(
+            Ask(f"What does BADGES hold for {person}?", f'BADGES["{person}"] is "', badge)
+            for person, badge in rows
+        ),
     )
 
 
@@ -92,6 +110,10 @@ def hands(rng: Random, facts: int) -> Puzzle:
         facts=tuple(_interleave(passed, noise)),
         question=f"Through whose hands did the {thing} go, and who has it now?",
         answer=f"{', then '.join(mine)}. Now {mine[-1]} has it.",
+        asks=tuple(
+            Ask(f"To whom did {giver} give the {thing}?", f"{giver} gave it to", f" {taker}")
+            for giver, taker in pairwise(mine)
+        ),
     )
 
 
@@ -107,6 +129,10 @@ def aliases(rng: Random, facts: int) -> Puzzle:
         facts=tuple(_interleave(bound, noise)),
         question=f"What is the value of {mine[-1]}, and through which names did it get there?",
         answer=f'{", then ".join(mine)}. The value of {mine[-1]} is "{value}".',
+        asks=tuple(
+            Ask(f"What is the value of {name}?", f'The value of {name} is "', value)
+            for name in mine[:2]
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.cache import SLACK
 from hfsparse.fingerprint import windows
+from hfsparse.lists import PAGE
 from hfsparse.loading import UsageError
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler import measure
@@ -44,7 +45,8 @@ def of_prompt(
 def short_sighted(model: PreTrainedModel, candidates: Candidates) -> Plan:
     """Every head a ring, the smallest, in layers that have no window of their own."""
     this = ModelId.of(model)
-    name, ring = min(candidates.rings.items(), key=lambda item: item[1].recent)
+    rings = candidates.rings.items()
+    name, ring = min(rings, key=lambda item: (item[1].recent_per_token, item[1].recent))
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
     pairs = zip(windows(model), Plan.full(this).layers, strict=True)
@@ -84,8 +86,14 @@ def chosen(
 
 def ring_shares(candidates: Candidates, length: int) -> tuple[list[float], list[float]]:
     """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads."""
-    sizes = [ring.sink + ring.recent for ring in candidates.rings.values()]
-    return [min(1.0, (n + SLACK) / length) for n in sizes], [min(1.0, n / length) for n in sizes]
+    kept, read = [], []
+    for ring in candidates.rings.values():
+        sink, window = ring.sink, ring.band.span(length)
+        size = window + SLACK
+        size = -(-size // PAGE) * PAGE if ring.recent_per_token else size  # as the cache grows
+        kept.append(min(1.0, (sink + size) / length))
+        read.append(min(1.0, (sink + window) / length))
+    return kept, read
 
 
 def expected(

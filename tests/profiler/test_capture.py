@@ -125,6 +125,12 @@ def test_queries_keys_and_values_give_the_output(layers):
         assert not any(t.requires_grad for t in (seen.q, seen.k, seen.v, seen.out, seen.grad))
 
 
+def test_the_projection_is_that_of_each_layers_output(model, layers):
+    for seen, layer in zip(layers, model.model.layers, strict=True):
+        weight = layer.self_attn.o_proj.weight.detach()
+        assert close(seen.proj, weight.T.reshape(HEADS, DIM, -1))
+
+
 def test_no_gradient_comes_from_before_the_first_query_that_matters(layers):
     for seen in layers:
         assert seen.grad[:, :, int(seen.keys.max()) + 1 :].abs().max() == 0

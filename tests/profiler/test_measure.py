@@ -66,7 +66,8 @@ def seen(request) -> Seen:
     torch.manual_seed(1)  # heads of a group differ in sign, for rings and for pages
     q, k, v = (torch.randn(1, h, L, d) for h, d in ((HQ, D), (HKV, D), (HKV, DV)))
     grad = torch.randn(1, HQ, L, DV)
-    made = Seen(2 * q, k, v, torch.empty(1, HQ, L, DV), grad, LOGITS[request.param], KEYS)
+    out, proj = torch.empty(1, HQ, L, DV), torch.randn(HQ, DV, 10)
+    made = Seen(2 * q, k, v, out, grad, LOGITS[request.param], KEYS, proj)
     for head in range(HQ):
         for row in range(L):
             made.out[0, head, row] = attention(made, head, row)[0]
@@ -190,6 +191,31 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
     np.testing.assert_allclose(found["page_share"][1], 1)
 
 
+def errors(seen: Seen, keep, group: int) -> np.ndarray:
+    """Relative change of the layer's output at the key rows, by heads in groups; keep [Hq, L, L]."""
+    proj, found = seen.proj.double(), np.zeros(HQ // group)
+    for row in KEYS.tolist():
+        exact = torch.stack([attention(seen, h, row)[0] for h in range(HQ)])
+        some = torch.stack([attention(seen, h, row, keep[h, row])[0] for h in range(HQ)])
+        moved = torch.einsum("hd,hdo->ho", some - exact, proj).unflatten(0, (-1, group)).sum(1)
+        whole = torch.einsum("hd,hdo->o", exact, proj)
+        found += (moved.norm(dim=1) / whole.norm()).numpy() / len(KEYS)
+    return found
+
+
+def test_an_error_is_the_change_of_the_projected_output_at_the_key_rows(seen, found):
+    at = torch.arange(L)
+    ring = ((at < 4) | (at[:, None] - at < 20)).expand(HQ, L, L)
+    np.testing.assert_allclose(found["ring_error"][0], errors(seen, ring, GROUP), rtol=1e-4)
+    pattern = pattern_mask(seen, CANDIDATES.patterns["vs"])
+    np.testing.assert_allclose(found["pattern_error"][2], errors(seen, pattern, 1), rtol=1e-4)
+    read, _ = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, KEYS, SCALE)
+    pages = torch.ones(HQ, L, L)
+    pages[:, KEYS] = read.float()
+    np.testing.assert_allclose(found["page_error"][0], errors(seen, pages, GROUP), rtol=1e-4)
+    np.testing.assert_allclose(found["page_error"][1], 0, atol=1e-5)
+
+
 def test_a_step_does_not_know_the_keys_after_it_on_its_own_page(seen):
     told = torch.tensor([70])
     later = seen.k.clone()
@@ -204,9 +230,9 @@ def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
     assert {name: array.shape for name, array in found.items()} == {
         f"{kind}_{name}": shapes[kind]
         for kind, names in {
-            "pattern": ("effect", "recall", "pairs", "blocks"),
-            "ring": ("effect", "recall", "pairs", "blocks"),
-            "page": ("effect", "recall", "share"),
+            "pattern": ("effect", "error", "recall", "pairs", "blocks"),
+            "ring": ("effect", "error", "recall", "pairs", "blocks"),
+            "page": ("effect", "error", "recall", "share"),
         }.items()
         for name in names
     }

@@ -1,0 +1,107 @@
+"""Paired trials: facts hidden in a long text, asked for one by one once the text has been read.
+
+A trial is a conversation on given tokens. Every answer but its value is given, and a value counts
+as said if each of its tokens is the model's first choice, which is what greedy decoding would say.
+In every second round the text is read before any question is known; in the others the first
+question stands at its end. The values are drawn anew: no plan was calibrated on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, takewhile
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfsparse.loading import UsageError
+from hfsparse.profiler import prompts
+from hfsparse.profiler.puzzles import PUZZLES, Ask
+
+TASKS = tuple(PUZZLES)
+MARK = "{{answer}}"  # stands for an answer while the chat template is applied
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tokens of a conversation; each value follows what is given before it."""
+
+    task: str
+    text: list[int]  # read in one go
+    turns: list[tuple[list[int], list[int]]]  # given, value
+
+
+def make(tokenizer, length: int, index: int, seed: int) -> Trial:
+    """The `index`th trial, of exactly `length` tokens."""
+    kind, ground = TASKS[index % len(TASKS)]
+    at_once = index // len(TASKS) % 2 == 1  # the first question stands at the end of the text
+    rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
+    puzzle = PUZZLES[kind, ground](rng, facts=max(3, min(8, length // 256)))
+    asked = rng.sample(puzzle.asks, len(puzzle.asks))
+    first, *later = (_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
+    head, _ = prompts._frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
+    facts = [prompts._encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
+    turns = [first, *later]
+    room = length - sum(map(len, [head, *facts, *chain.from_iterable(turns)]))
+    if room <= 0:
+        raise UsageError(
+            f"trials of {length} tokens are too short: the {kind} questions need "
+            f"{length - room + 1}; give longer --lengths, or --no-verify"
+        )
+    body = prompts._hide(facts, prompts._fill(tokenizer, ground, room, rng), rng)
+    text = head + body
+    if at_once:
+        text, turns = text + first[0], [([], first[1]), *later]
+    name = f"{kind} in {ground}, {'asked at its end' if at_once else 'read before it is asked'}"
+    return Trial(name, text, turns)
+
+
+def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
+    """Tokens from the end of the text, or of the answer before, up to the value; and the value."""
+    before = _between(tokenizer, ask.question, first) + ask.lead
+    both = prompts._encode(tokenizer, before + ask.value)
+    alone = prompts._encode(tokenizer, before)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(both, alone, strict=False))))
+    return both[:same], both[same:]
+
+
+def _between(tokenizer, question: str, first: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return f"\n\n{question}\n"
+    said = [{"role": "user", "content": prompts.BODY}]
+    if not first:
+        said += [{"role": "assistant", "content": MARK}, {"role": "user", "content": question}]
+    else:
+        said[0]["content"] += f"\n\n{question}"
+    text = tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return text.partition(prompts.BODY if first else MARK)[2]
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
+    """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
+    device = model.get_input_embeddings().weight.device
+    cache, said, loss = None, [], []
+    hidden, cache = _read(model, trial.text, cache, device)
+    for given, value in trial.turns:
+        if given:
+            hidden, cache = _read(model, given, cache, device)
+        last = hidden[:, -1:]
+        hidden, cache = _read(model, value, cache, device)
+        rows = torch.cat([last, hidden[:, :-1]], 1)
+        scores = model.get_output_embeddings()(rows)[0].float().log_softmax(-1)
+        wanted = torch.tensor(value, device=scores.device)
+        said.append(bool((scores.argmax(-1) == wanted).all()))
+        loss.append(-float(scores.gather(1, wanted[:, None]).mean()))
+    return {"said": np.array(said), "loss": np.array(loss)}
+
+
+def _read(model: PreTrainedModel, tokens: list[int], cache, device) -> tuple[Tensor, object]:
+    ids = torch.tensor([tokens], device=device)
+    out = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state, out.past_key_values
