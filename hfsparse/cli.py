@@ -85,7 +85,14 @@ def profile(
             help='Your own texts: "text", or "prompt" and perhaps "answer", one object a line.',
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How patterns are chosen.")] = "minference",
+    method: Annotated[str, typer.Option(help="How patterns are chosen.")] = "balanced",
+    verify: Annotated[
+        bool, typer.Option(help="Prove the plan on retrieval trials; give back heads that fail.")
+    ] = True,
+    drop: Annotated[
+        float, typer.Option(help="Greatest share of the dense model's answers that may be lost.")
+    ] = 0.01,
+    verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -98,10 +105,11 @@ def profile(
     }
     check_writable(output)
 
-    from hfsparse.profiler import check_shares
+    from hfsparse.profiler import check_proof, check_shares
     from hfsparse.profiler.prompts import read_jsonl
 
     check_shares(**budgets)
+    check_proof(drop, verify_samples)
     if data is not None:
         read_jsonl(data)
 
@@ -120,6 +128,9 @@ def profile(
         seed=seed,
         data=data,
         method=method,
+        verify=verify,
+        drop=drop,
+        verify_samples=verify_samples,
         progress=True,
         **budgets,
     )

@@ -25,12 +25,17 @@ import hfsparse
 from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import minference
+from hfsparse.profiler import balanced, minference, minference_error
+from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
 from hfsparse.profiler.prompts import Prompt, samples
 
-METHODS = {"minference": minference}
+METHODS = {
+    "balanced": balanced,
+    "minference": minference,
+    "minference-error": minference_error,
+}
 
 
 def profile(
@@ -45,17 +50,23 @@ def profile(
     decode_share: float = 0.25,
     seed: int = 0,
     data: str | Path | None = None,
-    method: str = "minference",
+    method: str = "balanced",
+    verify: bool = True,
+    drop: float = 0.01,
+    verify_samples: int = 8,
     progress: bool = False,
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
 
     Budgets are shares of dense attention, met at the longest of `lengths` (tokens): query-key
     pairs of a prompt, bytes of cache, keys read by a decode step. `samples` prompts a length, made
-    offline or taken from `data` (JSONL with "text" or "prompt"). Raises UsageError for what can't
-    be done.
+    offline or taken from `data` (JSONL with "text" or "prompt"). With `verify` the plan is then
+    proved on `verify_samples` retrieval trials a length, and kv heads are given back until it loses
+    at most the share `drop` of the answers that the dense model gives: budgets may be passed by
+    that, and `expected` says by how much. Raises UsageError for what can't be done.
     """
     _check(model, lengths, samples, method)
+    check_proof(drop, verify_samples)
     check_shares(
         prefill_density=prefill_density, cache_share=cache_share, decode_share=decode_share
     )
@@ -65,6 +76,9 @@ def profile(
     parts = Parts(out, _settings(model, method, prompts))
     job = Job(model, tokenizer, prompts, budget, parts, bar if progress else silent, seed)
     plan = METHODS[method].plan(job)
+    seconds = time.time() - start
+    if verify:
+        plan = proof.refine(job, plan, drop, verify_samples)
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,
@@ -72,7 +86,7 @@ def profile(
         "model": Path(model.config._name_or_path or "unnamed").name,
         "seed": seed,
         "samples": samples,
-        "seconds": round(time.time() - start, 1),
+        "seconds": round(seconds, 1),
         "peak_gib": round(_peak_bytes(model) / 2**30, 2),
         **plan.made,
     }
@@ -91,6 +105,14 @@ def check_shares(**shares: float) -> None:
     for name, share in shares.items():
         if not 0 < share <= 1:
             raise UsageError(f"{name} is {share}: give more than 0 and at most 1")
+
+
+def check_proof(drop: float, samples: int) -> None:
+    """Raise UsageError for settings of the verification that can't work."""
+    if not 0 <= drop < 1:
+        raise UsageError(f"drop is {drop}: give 0 or more, and less than 1")
+    if samples < 1:
+        raise UsageError(f"verify_samples is {samples}: give 1 or more, or no verification")
 
 
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, method: str) -> None:

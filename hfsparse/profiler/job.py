@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfsparse.fingerprint import windows
+from hfsparse.plan import Layer
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
 
@@ -31,6 +32,8 @@ class Job:
     parts: Parts
     progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
     seed: int = 0
+    # Set by a method that can tell densities and shares of any choice of its words, by length.
+    expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
 
     @property
     def free(self) -> np.ndarray:

@@ -8,6 +8,7 @@ picks rings, levels and page shares under the budgets.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -28,10 +29,10 @@ SINK = 64
 RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 
 
-def plan(job: Job) -> Plan:
-    """Measure, compare at equal cost, and allocate."""
+def plan(job: Job, score: str = "recall") -> Plan:
+    """Measure, compare at equal cost by recall or by (output) error, and allocate."""
     names = candidates(max(job.prompts))
-    return search.chosen(job, names, search.measured(job, names), options)
+    return search.chosen(job, names, search.measured(job, names), partial(options, score=score))
 
 
 def candidates(longest: int) -> Candidates:
@@ -51,16 +52,25 @@ def candidates(longest: int) -> Candidates:
 
 
 def options(
-    found: Mapping[str, np.ndarray],
+    means: Mapping[int, dict[str, np.ndarray]],
     names: Candidates,
     ring_kept: list[float],
     ring_read: list[float],
+    score: str = "recall",
 ) -> Options:
-    """What each head may choose, from measurements `[layers, candidates, heads]`."""
-    recall, effect, pairs = (found[f"pattern_{x}"] for x in ("recall", "effect", "pairs"))
-    best = np.zeros((len(LEVELS), recall.shape[0], recall.shape[2]), dtype=int)
+    """What each head may choose, from measurements `[layers, candidates, heads]` by length.
+
+    Losses are means over lengths; costs are those of the longest.
+    """
+    found = search.mean(list(means.values()))
+    found |= {
+        name: means[max(means)][name] for name in ("pattern_pairs", "ring_pairs", "page_share")
+    }
+    effect, pairs = found["pattern_effect"], found["pattern_pairs"]
+    good = found["pattern_recall"] if score == "recall" else 1 / (1 + found["pattern_error"])
+    best = np.zeros((len(LEVELS), effect.shape[0], effect.shape[2]), dtype=int)
     for i, level in enumerate(LEVELS):
-        fits = np.where(pairs <= level * OVER, recall, -1.0 - pairs)  # none fits: the cheapest
+        fits = np.where(pairs <= level * OVER, good, -1.0 - pairs)  # none fits: the cheapest
         best[i] = fits.argmax(1)
     at = best.transpose(1, 0, 2)  # [layers, levels, q heads]
     return Options(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -63,12 +64,13 @@ def chosen(
     means: dict[int, dict[str, np.ndarray]],
     options: Callable[..., Options],
 ) -> Plan:
-    """Allocate on the mean over lengths of errors, with the costs of the longest."""
-    longest = max(means)
-    costs = ("pattern_pairs", "ring_pairs", "page_share")
-    merged = mean(list(means.values())) | {name: means[longest][name] for name in costs}
-    kept_and_read = ring_shares(candidates, longest)
-    choices = options({k: t[job.free] for k, t in merged.items()}, candidates, *kept_and_read)
+    """Allocate what `options` makes of the measurements, in layers that may be sparse.
+
+    Rings are priced at the longest length.
+    """
+    kept_and_read = ring_shares(candidates, max(means))
+    free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
+    choices = options(free, candidates, *kept_and_read)
     try:
         taken = iter(allocate(choices, job.budget))
     except Infeasible as error:
@@ -76,12 +78,17 @@ def chosen(
     this = ModelId.of(job.model)
     full = Plan.full(this).layers[0]
     layers = tuple(next(taken) if sparse else full for sparse in job.free)
-    used = {word for layer in layers for word in (*layer.prefill, *layer.cache, *layer.decode)}
+    job.expect = lambda layers: {n: expected(layers, candidates, t, n) for n, t in means.items()}
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
-    patterns = {name: pattern for name, pattern in known.items() if name in used}
     floor = min(means) // 2  # shorter rows were not looked at
-    expect = {n: expected(layers, candidates, found, n) for n, found in means.items()}
-    return Plan(this, patterns, layers, Below(floor, floor, floor), expect)
+    below = Below(floor, floor, floor)
+    return Plan(this, used(known, layers), layers, below, job.expect(layers))
+
+
+def used(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict[str, Any]:
+    """Of these patterns and selectors, those that a head is told to follow."""
+    words = {word for layer in layers for word in (*layer.prefill, *layer.cache, *layer.decode)}
+    return {name: pattern for name, pattern in patterns.items() if name in words}
 
 
 def ring_shares(candidates: Candidates, length: int) -> tuple[list[float], list[float]]:

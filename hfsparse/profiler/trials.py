@@ -2,8 +2,8 @@
 
 A trial is a conversation on given tokens. Every answer but its value is given, and a value counts
 as said if each of its tokens is the model's first choice, which is what greedy decoding would say.
-In every second round the text is read before any question is known; in the others the first
-question stands at its end. The values are drawn anew: no plan was calibrated on them.
+In every second round (`-known`) the first question stands at the end of the text; otherwise the
+text is read before any question is known. Values are drawn anew: no plan was calibrated on them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from hfsparse.graphs import parameters
 from hfsparse.loading import UsageError
+from hfsparse.patcher import CACHES
 from hfsparse.profiler import prompts
 from hfsparse.profiler.puzzles import PUZZLES, Ask
 
@@ -29,7 +31,7 @@ MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 class Trial:
     """Tokens of a conversation; each value follows what is given before it."""
 
-    task: str
+    task: str  # kind-ground, or kind-ground-known
     text: list[int]  # read in one go
     turns: list[tuple[list[int], list[int]]]  # given, value
 
@@ -45,6 +47,8 @@ def make(tokenizer, length: int, index: int, seed: int) -> Trial:
     head, _ = prompts._frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
     facts = [prompts._encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
     turns = [first, *later]
+    while len(turns) > 1 and sum(map(len, chain.from_iterable(turns))) > length // 2:
+        turns.pop()
     room = length - sum(map(len, [head, *facts, *chain.from_iterable(turns)]))
     if room <= 0:
         raise UsageError(
@@ -54,9 +58,8 @@ def make(tokenizer, length: int, index: int, seed: int) -> Trial:
     body = prompts._hide(facts, prompts._fill(tokenizer, ground, room, rng), rng)
     text = head + body
     if at_once:
-        text, turns = text + first[0], [([], first[1]), *later]
-    name = f"{kind} in {ground}, {'asked at its end' if at_once else 'read before it is asked'}"
-    return Trial(name, text, turns)
+        text, turns[0] = text + first[0], ([], first[1])
+    return Trial(f"{kind}-{ground}{'-known' * at_once}", text, turns)
 
 
 def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
@@ -85,23 +88,23 @@ def _between(tokenizer, question: str, first: bool) -> str:
 @torch.no_grad()
 def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
     """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
+    decoder, cache = model.get_decoder(), DynamicCache()
+    named = next(name for name in CACHES if name in parameters(type(decoder)))
     device = model.get_input_embeddings().weight.device
-    cache, said, loss = None, [], []
-    hidden, cache = _read(model, trial.text, cache, device)
+    said, loss = [], []
+
+    def read(tokens: list[int]) -> Tensor:
+        """Hidden states `[1, n, hidden]` of the conversation's next tokens."""
+        ids = torch.tensor([tokens], device=device)
+        return decoder(input_ids=ids, use_cache=True, **{named: cache}).last_hidden_state
+
+    last = read(trial.text)[:, -1:]
     for given, value in trial.turns:
-        if given:
-            hidden, cache = _read(model, given, cache, device)
-        last = hidden[:, -1:]
-        hidden, cache = _read(model, value, cache, device)
-        rows = torch.cat([last, hidden[:, :-1]], 1)
-        scores = model.get_output_embeddings()(rows)[0].float().log_softmax(-1)
+        last = read(given)[:, -1:] if given else last
+        hidden = torch.cat([last, read(value)], 1)
+        scores = model.get_output_embeddings()(hidden[:, :-1])[0].float().log_softmax(-1)
         wanted = torch.tensor(value, device=scores.device)
         said.append(bool((scores.argmax(-1) == wanted).all()))
         loss.append(-float(scores.gather(1, wanted[:, None]).mean()))
+        last = hidden[:, -1:]
     return {"said": np.array(said), "loss": np.array(loss)}
-
-
-def _read(model: PreTrainedModel, tokens: list[int], cache, device) -> tuple[Tensor, object]:
-    ids = torch.tensor([tokens], device=device)
-    out = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    return out.last_hidden_state, out.past_key_values

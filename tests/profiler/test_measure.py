@@ -192,7 +192,7 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
 
 
 def errors(seen: Seen, keep, group: int) -> np.ndarray:
-    """Relative change of the layer's output at the key rows, by heads in groups; keep [Hq, L, L]."""
+    """Relative change of the layer's output at the key rows, by groups; keep [Hq, L, L]."""
     proj, found = seen.proj.double(), np.zeros(HQ // group)
     for row in KEYS.tolist():
         exact = torch.stack([attention(seen, h, row)[0] for h in range(HQ)])

@@ -1,0 +1,109 @@
+"""The `balanced` method, this project's own and the default: prefill, cache and decode at once.
+
+One forward and backward pass a prompt measures every candidate on every head. What a head loses is
+the sum of two views, each in units of its own mean: the effect on the prompt's key tokens, to first
+order, which knows what matters but can cancel, and the error of the layer's output at those
+tokens, which can't. `allocate` then takes one choice a head, of least total loss under all budgets.
+
+Losses are read off a line over the logarithm of the length, at REACH times the longest, and count
+more where they grow. Words that grow with the row (shares, `recent_per_token`) are always offered;
+fixed counts of tokens only where two lengths or more can show that they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log2
+
+import numpy as np
+
+from hfsparse.patterns.antidiagonal import Antidiagonal
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import Plan
+from hfsparse.profiler import search
+from hfsparse.profiler.allocate import Options
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.measure import Candidates
+from hfsparse.selectors.quest import Quest
+
+REACH = 4  # plans are used on rows longer than those that were measured
+SINK = 64
+SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
+MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
+RATES = (1 / 16, 1 / 8, 1 / 4)  # of the row: rings that grow
+FIXED = (128, 256, 1024)  # tokens: rings that don't
+PAGES = (0.03, 0.06, 0.12, 0.25, 0.5)
+
+
+def plan(job: Job) -> Plan:
+    """Measure, fit over lengths, and allocate."""
+    names = candidates(max(job.prompts), fixed=len(job.prompts) > 1)
+    return search.chosen(job, names, search.measured(job, names), options)
+
+
+def candidates(longest: int, fixed: bool) -> Candidates:
+    """What heads may choose from, for prompts of up to `longest` tokens."""
+    near = min(64, longest // 16)
+    patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in SHARES}
+    patterns |= {f"blocks{_percent(s)}": BlockTopK(s, min_blocks=4) for s in SHARES}
+    patterns |= {f"mass{_percent(m)}": Antidiagonal(m, max_share=0.6) for m in MASSES}
+    rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
+    if fixed:
+        for share in SHARES:
+            columns, diagonals = round(longest * share / 2), round(longest * share / 8)
+            patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
+        rings |= {f"last{n}": Streaming(SINK, n) for n in FIXED if n <= longest // 8}
+    return Candidates(
+        patterns, rings, {f"quest{_percent(s)}": Quest(s, min_pages=4) for s in PAGES}
+    )
+
+
+def options(
+    means: Mapping[int, Mapping[str, np.ndarray]],
+    names: Candidates,
+    ring_kept: list[float],
+    ring_read: list[float],
+) -> Options:
+    """Every candidate of every head, from measurements `[layers, candidates, heads]` by length."""
+    longest = means[max(means)]
+    unit = {x: {n: t[f"ring_{x}"].mean() or 1.0 for n, t in means.items()} for x in SEEN}
+
+    def loss(kind: str) -> np.ndarray:
+        return fit({n: sum(t[f"{kind}_{x}"] / unit[x][n] for x in SEEN) for n, t in means.items()})
+
+    layers, _, q_heads = longest["pattern_pairs"].shape
+    words = np.array(list(names.patterns), dtype=object)[None, :, None]
+    return Options(
+        prefill=np.broadcast_to(words, (layers, len(names.patterns), q_heads)),
+        prefill_effect=loss("pattern"),
+        prefill_cost=longest["pattern_pairs"],
+        rings=list(names.rings),
+        ring_effect=loss("ring"),
+        ring_cost=longest["ring_pairs"],
+        ring_kept=ring_kept,
+        ring_read=ring_read,
+        selectors=list(names.selectors),
+        page_effect=loss("page"),
+        page_share=longest["page_share"],
+    )
+
+
+SEEN = ("effect", "error")
+
+
+def fit(losses: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Losses at REACH times the longest length, on a line over log2 of the length that never falls.
+
+    `losses` holds an array of any shape for each length in tokens.
+    """
+    at = np.log2(list(losses))
+    values = np.stack(list(losses.values()))
+    off = at - at.mean()
+    slope = np.tensordot(off, values, 1) / max((off**2).sum(), 1e-9)
+    return values.mean(0) + np.maximum(slope, 0) * (at.max() + log2(REACH) - at.mean())
+
+
+def _percent(share: float) -> int:
+    return round(100 * share)
