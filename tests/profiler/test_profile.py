@@ -18,7 +18,7 @@ from hfsparse.profiler.job import Parts
 from hfsparse.selectors.quest import Quest
 from tests import tiny
 
-SETTINGS = dict(lengths=(512,), samples=2, cache_share=0.7, decode_share=0.6, seed=3)
+SETTINGS = dict(lengths=(512,), samples=2, cache_share=0.7, decode_share=0.6, seed=3, verify=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_plan_meets_its_budgets_and_says_what_it_expects(model, plan):
     assert expected["cache_share"] <= 0.7 + 1e-3
     assert expected["decode_share"] <= 0.6 + 1e-3
     assert 0.3 < expected["recall"] < 1
-    assert plan.made["method"] == "minference"
+    assert plan.made["method"] == "balanced"
     assert plan.made["samples"] == 2
 
 
@@ -208,7 +208,7 @@ def test_layers_with_a_window_of_their_own_stay_full():
         (dict(lengths=(4096,)), "the model's window is 1024"),
         (dict(lengths=(128,)), "give 256 tokens or more"),
         (dict(samples=0), "give 1 or more"),
-        (dict(method="magic"), "there is minference"),
+        (dict(method="magic"), "there is balanced, minference"),
         (dict(cache_share=0.05), "Give larger budgets"),
         (dict(prefill_density=0), "prefill_density is 0: give more than 0"),
         (dict(decode_share=1.5), "decode_share is 1.5: give more than 0 and at most 1"),

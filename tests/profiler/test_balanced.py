@@ -1,0 +1,52 @@
+"""balanced: losses over lengths, and which words are offered."""
+
+import numpy as np
+import pytest
+
+from hfsparse.patterns import PATTERNS
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.profiler import balanced
+from hfsparse.profiler.allocate import Budget, allocate
+
+
+def test_losses_are_read_off_a_line_at_the_reach_and_never_fall():
+    rng = np.random.default_rng(0)
+    start, slope = rng.random((2, 3)), rng.normal(size=(2, 3))
+    losses = {n: start + slope * np.log2(n / 1024) for n in (1024, 2048, 8192)}
+    ahead = np.log2(8 * balanced.REACH)
+    mean = start + slope * np.mean([0, 1, 3])
+    wanted = np.where(slope > 0, start + slope * ahead, mean)
+    np.testing.assert_allclose(balanced.fit(losses), wanted)
+    np.testing.assert_allclose(balanced.fit({1024: start}), start)
+
+
+def test_every_pattern_is_a_candidate_and_counts_only_where_two_lengths_show_them():
+    one, two = (balanced.candidates(2048, fixed) for fixed in (False, True))
+    assert {type(p) for p in two.patterns.values()} == set(PATTERNS.values())
+    assert not any(isinstance(p, VerticalSlash) for p in one.patterns.values())
+    assert all(ring.recent_per_token for ring in one.rings.values())
+    assert any(not ring.recent_per_token for ring in two.rings.values())
+    streaming = [p for p in two.patterns.values() if isinstance(p, Streaming)]
+    assert all(p.recent_per_token for p in streaming)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
+    names = balanced.candidates(2048, fixed=True)
+    rings = {name: i for i, name in enumerate(names.rings)}
+    counts = {"pattern": (len(names.patterns), 4), "ring": (len(rings), 2)}
+    counts["page"] = (len(names.selectors), 2)
+    means = {}
+    for n in (1024, 2048):
+        means[n] = {
+            f"{kind}_{name}": np.full((1, *shape), 0.5)
+            for kind, shape in counts.items()
+            for name in ("effect", "error", "pairs", "share")
+        }
+        for name in ("effect", "error"):
+            means[n][f"ring_{name}"][:, rings["last256"]] = 0.4 if n == 2048 and grows else 0.1
+            means[n][f"ring_{name}"][:, rings["ring12"]] = 0.2
+    kept = [0.2] * len(rings)
+    (layer,) = allocate(balanced.options(means, names, kept, kept), Budget(1, 0.3, 1))
+    assert set(layer.cache) == {"ring12" if grows else "last256"}

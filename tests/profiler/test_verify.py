@@ -1,0 +1,184 @@
+"""Trials against plain forward passes; heads given back against a model of which heads matter."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import hfsparse
+from hfsparse.loading import UsageError
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.profiler import search, trials, verify
+from hfsparse.profiler.allocate import Budget
+from hfsparse.profiler.job import Job, Parts, silent
+from tests import tiny
+from tests.profiler.test_capture import lively
+
+LAYERS, KV = 4, 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama(window=1024, num_hidden_layers=LAYERS)
+
+
+# ---- trials
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_a_value_is_said_when_greedy_decoding_says_it(patched):
+    model = lively()
+    seen = torch.randint(2, 400, (1, 200), generator=torch.Generator().manual_seed(0))
+    first = model.generate(seen, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    more = torch.cat([first, seen[:, 20:50]], 1)
+    second = model.generate(more, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    text, value = seen[0].tolist(), first[0, 200:].tolist()
+    given, wrong = more[0, 205:].tolist(), second[0, -5:].tolist()
+    wrong[-1] = 5 if wrong[-1] != 5 else 6
+    trial = trials.Trial("by hand", text, [([], value), (given, wrong)])
+    with hfsparse.patch(model) if patched else torch.no_grad():
+        found = trials.run(model, trial)
+    assert found["said"].tolist() == [True, False]
+    ids = torch.tensor([text + value + given + wrong])
+    with torch.no_grad():
+        scores = model(ids).logits[0].log_softmax(-1)
+    picked = scores[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert found["loss"].tolist() == pytest.approx(
+        [-float(picked[199:204].mean()), -float(picked[-5:].mean())], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
+    tokenizer = tiny.tokenizer(chat)
+    made = [trials.make(tokenizer, 900, i, 7) for i in range(8)]
+    assert made[:4] == [trials.make(tokenizer, 900, i, 7) for i in range(4)]
+    assert len({trial.task for trial in made}) == 8
+    for trial in made:
+        assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 900
+        known = trial.task.endswith("-known")
+        assert bool(trial.turns[0][0]) != known
+        text = tokenizer.decode(trial.text)
+        assert ("?" in text[-150:]) == known
+        for given, value in trial.turns:
+            assert tokenizer.decode(value).strip() in text
+            assert not given or "?" in tokenizer.decode(given)
+    if chat:
+        assert "<user>" in tokenizer.decode(made[0].turns[1][0])
+
+
+def test_a_length_that_holds_no_trial_is_refused():
+    with pytest.raises(UsageError, match="trials of 100 tokens are too short"):
+        trials.make(tiny.tokenizer(), 100, 0, 0)
+
+
+# ---- what is lost
+
+
+def test_values_of_one_trial_are_no_new_evidence():
+    rng = np.random.default_rng(0)
+    changes = [rng.integers(-1, 2, 4) for _ in range(12)]
+    once, often = verify.lost(changes), verify.lost([np.repeat(c, 10) for c in changes])
+    assert (once.mean, once.low, once.high) == pytest.approx((often.mean, often.low, often.high))
+    assert once.low < once.mean < once.high
+    assert (once.values, often.values) == (48, 480)
+
+
+def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
+    alike = verify.lost([np.zeros(8, int)] * 20)
+    assert (alike.mean, alike.low) == (0, 0)
+    assert (1 - alike.high) ** 20 == pytest.approx(0.05)
+
+
+# ---- heads given back
+
+
+def rings(model) -> Plan:
+    this = ModelId.of(model)
+    layer = Layer(("r",) * this.q_heads, ("r",) * KV, ("ring",) * KV)
+    return Plan(this, {"r": Streaming(4, 16)}, (layer,) * LAYERS, made={"method": "by hand"})
+
+
+def job(model, parts=None) -> Job:
+    prompts = {512: [], 1024: []}
+    return Job(model, tiny.tokenizer(), prompts, Budget(1, 1, 1), parts or Parts(None, ""), silent)
+
+
+def believe(monkeypatch, vital: set[verify.Unit], able: float = 1.0) -> list[str]:
+    """Trials fail where one of the vital heads is a ring; answers the log of runs."""
+    log = []
+
+    def run(model, trial):
+        log.append(trial.task)
+        layers = model.get_decoder()._hfsparse.plan.layers
+        missed = sum(layers[at].cache[g] != "full" for at, g in vital)
+        said = not missed and len(trial.task) % 100 < 100 * able
+        return {"said": np.array([said] * 4), "loss": np.full(4, float(missed))}
+
+    monkeypatch.setattr(trials, "run", run)
+    return log
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeypatch, seed):
+    every = [(at, g) for at in range(LAYERS) for g in range(KV)]
+    vital = set(random.Random(seed).sample(every, seed + 1))
+    believe(monkeypatch, vital)
+    plan = verify.refine(job(model), rings(model), 0.01, 2)
+    kept = {(at, g) for at, g in every if plan.layers[at].cache[g] == "full"}
+    assert kept == vital
+    plan.validate()
+    verified = plan.made["verified"]
+    assert verified["drop"] == 0
+    assert verified["values"] == 2 * 2 * 4
+    assert len(verified["given_back"]) == len(vital)
+    assert plan.made["method"] == "by hand"
+
+
+def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):
+    believe(monkeypatch, set())
+    plan = verify.refine(job(model), rings(model), 0.0, 2)
+    assert plan.hash() == rings(model).hash()
+    assert plan.made["verified"]["given_back"] == []
+
+
+def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
+    believe(monkeypatch, set(), able=0.0)
+    plan = verify.refine(job(model), rings(model), 0.0, 2)
+    assert plan.hash() == rings(model).hash()
+    assert "the dense model can do none" in plan.made["verified"]["told"]
+
+
+def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(model, monkeypatch, tmp_path):
+    log = believe(monkeypatch, {(1, 0), (3, 1)})
+    settings = dict(lengths=(512,), samples=2, cache_share=0.4, seed=3, verify_samples=2)
+    whole = hfsparse.profile(model, tiny.tokenizer(), **settings)
+    assert whole.made["verified"]["given_back"]
+    needed, rng, left = len(log), random.Random(0), [0]
+    log.clear()
+
+    def mortal(function):
+        def run(*args):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(trials, "run", mortal(trials.run))
+    monkeypatch.setattr(search, "of_prompt", mortal(search.of_prompt))
+    for _ in range(100):
+        left[0] = rng.randrange(1, 9)
+        try:
+            plan = hfsparse.profile(model, tiny.tokenizer(), out=tmp_path / "p.yaml", **settings)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "p.yaml").exists()
+    assert plan.hash() == whole.hash() == Plan.load(tmp_path / "p.yaml").hash()
+    assert len(log) <= needed  # nothing twice
+    assert [each.name for each in tmp_path.iterdir()] == ["p.yaml"]
