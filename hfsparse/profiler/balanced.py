@@ -1,9 +1,9 @@
 """The `balanced` method, this project's own and the default: prefill, cache and decode at once.
 
 One forward and backward pass a prompt measures every candidate on every head. What a head loses is
-the sum of two views, each in units of its own mean: the effect on the prompt's key tokens, to first
-order, which knows what matters but can cancel, and the error of the layer's output at those
-tokens, which can't. `allocate` then takes one choice a head, of least total loss under all budgets.
+the sum of two views, each in units of its own mean: `harm`, which asks the gradient what matters
+for the prompt's key tokens, to first order, and `error`, the change of the layer's output there,
+which trusts no gradient. `allocate` takes one choice a head, of least total loss under all budgets.
 
 Losses are read off a line over the logarithm of the length, at REACH times the longest, and count
 more where they grow. Words that grow with the row (shares, `recent_per_token`) are always offered;
@@ -28,6 +28,7 @@ from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
 from hfsparse.selectors.quest import Quest
 
+SEEN = ("harm", "error")
 REACH = 4  # plans are used on rows longer than those that were measured
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
@@ -88,9 +89,6 @@ def options(
         page_effect=loss("page"),
         page_share=longest["page_share"],
     )
-
-
-SEEN = ("effect", "error")
 
 
 def fit(losses: Mapping[int, np.ndarray]) -> np.ndarray:

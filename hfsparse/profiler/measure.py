@@ -2,9 +2,11 @@
 
 `effect` is what the margin of the prompt's key tokens loses, to first order: the change that a
 candidate makes to the attention's output, times the gradient there. (A relative error of the output
-can't tell a head that carries an answer from one that carries nothing.) `error` is the length of
-the change after the output projection, relative to the layer's whole output, at the rows that
-predict the key tokens: always positive, so that it can't cancel. `recall` is the share of the exact
+can't tell a head that carries an answer from one that carries nothing.) `harm` is the same at the
+rows that predict the key tokens alone, each row's change counted as a loss: what one row wins does
+not make up for what another loses, and prompts agree better on it. `error` is the length of
+the change after the output projection, relative to the layer's whole output, at those rows.
+`recall` is the share of the exact
 attention's mass that is kept; what a sink logit takes always is. A ring's effect is summed over all
 rows. Patterns and pages are looked at on sampled rows: those that predict the key tokens and, for
 patterns, others over the depth, which stand for all the rest.
@@ -38,8 +40,8 @@ class Candidates:
 def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
-    `pattern_*` per q head: effect, error, recall, pairs and blocks (densities); `ring_*` the same
-    per kv head; `page_*` per kv head: effect, error, recall, share of keys read.
+    `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
+    same per kv head; `page_*` per kv head: effect, harm, error, recall, share of keys read.
     """
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
@@ -59,15 +61,18 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
         for name, value in values.items():
             found.setdefault(f"{kind}_{name}", []).append(value.float().cpu())
 
-    def kept(mask: Tensor, weight: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Effect and recall [Hq] of keeping the keys of a mask [Hq, R, L]; error by `heads`."""
+    def kept(mask: Tensor, weight: Tensor, heads: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Effect [Hq] of keeping the keys of a mask [Hq, R, L]; what else it does, by `heads`."""
         some = mass * mask
         share = some.sum(-1) + bare  # [Hq, R]
         change = some @ values / share.clamp(min=1e-9)[..., None] - exact
         recall = (share * (weight > 0)).sum(1) / (weight > 0).sum()
         moved = torch.einsum("hrd,hdo->hro", change[:, at_keys], proj)
         moved = moved.unflatten(0, (heads, -1)).sum(1).norm(dim=-1) / output  # [heads, keys]
-        return ((grad * change).sum(-1) * weight).sum(1), recall, moved.mean(1)
+        effect = (grad * change).sum(-1)  # [Hq, R]
+        harm = effect[:, at_keys].unflatten(0, (heads, -1)).sum(1).abs().sum(1)
+        more = {"harm": harm, "error": moved.mean(1)}
+        return (effect * weight).sum(1), more | {"recall": recall.view(heads, -1).mean(1)}
 
     def by_group(each: Tensor) -> Tensor:
         return each.view(Hkv, group).sum(1)
@@ -78,21 +83,20 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
 
     for pattern in candidates.patterns.values():
         lists = pattern.lists(q, k, grid, scale)
-        effect, recall, error = kept(lists.mask(rows)[0], weight, q.shape[1])
-        note("pattern", effect=effect.abs(), error=error, recall=recall, **densities(lists))
+        effect, more = kept(lists.mask(rows)[0], weight, q.shape[1])
+        note("pattern", effect=effect.abs(), **more, **densities(lists))
     for ring in candidates.rings.values():
         lists = ring.lists(q, k, grid, scale)
-        _, recall, error = kept(lists.mask(rows)[0], weight, Hkv)
+        _, more = kept(lists.mask(rows)[0], weight, Hkv)
         costs = {name: by_group(each) / group for name, each in densities(lists).items()}
         effect = by_group(_whole_effect(seen, lists)).abs()
-        note("ring", effect=effect, error=error, recall=by_group(recall) / group, **costs)
+        note("ring", effect=effect, **more, **costs)
     for selector in candidates.selectors.values():
         read, share = _pages_read(selector, q, k, seen.keys, scale)
         mask = read.new_ones(len(read), len(rows), L)
         mask[:, at_keys] = read
-        effect, recall, error = kept(mask, at_keys.float(), Hkv)
-        effect, recall = by_group(effect).abs(), by_group(recall) / group
-        note("page", effect=effect, error=error, recall=recall, share=share)
+        effect, more = kept(mask, at_keys.float(), Hkv)
+        note("page", effect=by_group(effect).abs(), **more, share=share)
     return {name: torch.stack(values).numpy() for name, values in found.items()}
 
 
