@@ -50,7 +50,7 @@ def legend(plan: Plan) -> Text:
         out.append(f"{mark:>3} ", _colour(plan, word, *GREYS))
         shares = "  ".join(f"{_share(plan, part, word):>{len(part)}}" for part in PARTS)
         out.append(f"{word:<{longest}}  {shares}  {_meaning(plan, word)}\n")
-    for line in chain(_below(plan), _expected(plan)):
+    for line in chain(_below(plan), _expected(plan), _verified(plan)):
         out.append(f"{line}\n")
     out.rstrip()
     return out
@@ -200,3 +200,10 @@ def _expected(plan: Plan) -> Iterator[str]:
         cells = (f"{numbers[name]:.3f}" if name in numbers else "-" for name in names)
         columns = (f"  {cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True))
         yield f"{length:>11}" + "".join(columns)
+
+
+def _verified(plan: Plan) -> Iterator[str]:
+    """What the profiler's trials found, if it ran any."""
+    found = plan.made.get("verified")
+    if isinstance(found, dict) and "told" in found:
+        yield f"\nverified: {found['told']}"

@@ -239,6 +239,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
     out = tmp_path / "a plan.yaml"
     shares = ["--prefill-density", 0.3, "--cache-share", 0.5, "--decode-share", 0.1]
     options = ["--lengths", "256,128", "--samples", 3, "--seed", 7, "--data", data]
+    options += ["--method", "minference", "--no-verify", "--drop", 0.02, "--verify-samples", 5]
     result = run("profile", model, "-o", out, *shares, *options)
     assert result.exit_code == 0, result.output
     assert given == {
@@ -251,6 +252,9 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "seed": 7,
         "data": data,
         "method": "minference",
+        "verify": False,
+        "drop": 0.02,
+        "verify_samples": 5,
         "progress": True,
     }
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
@@ -265,6 +269,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         (["--prefill-density", "0"], "prefill_density is 0.0: give more than 0 and at most 1"),
         (["--cache-share", "1.5"], "cache_share is 1.5: give more than 0 and at most 1"),
         (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),
+        (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
         (["--lengths", "128,2048"], "1536 more than this model's window of 512"),
         (["--dtype", "int3"], "unknown dtype int3"),

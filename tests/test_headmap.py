@@ -58,6 +58,7 @@ def test_a_small_plan_reads_as_written_here():
     plan = plan_of(
         3, 6, 3, below=Below(prefill=512), expected=numbers, made={"method": "minference"}
     )
+    plan.made["verified"] = {"told": "1.5 % of 64 answers lost"}
     first, identity, *rest = headmap.text(plan).plain.splitlines()
     assert first == "LlamaForCausalLM  3 layers, 6 q heads, 3 kv heads, head dim 64"
     assert identity == f"{plan.hash()[:19]}  method minference"
@@ -82,7 +83,9 @@ full below: prefill 512 tokens
 
 expected at  pair_density  recall
         512         1.000       -
-       2048         0.400   0.970"""
+       2048         0.400   0.970
+
+verified: 1.5 % of 64 answers lost"""
     )
 
 

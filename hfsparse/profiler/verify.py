@@ -122,7 +122,10 @@ class Pair:
             each = [c for name, c in changes.items() if self.asked[name].task == task]
             tasks[task]["drop"] = round(float(np.concatenate(each).mean()), 4)
         total = lost(list(changes.values()))
+        low, high = 100 * total.low, 100 * total.high
         return {
+            "told": f"{100 * total.mean:.1f} % of {total.values} answers lost, 95 % interval "
+            f"{low:.1f} to {high:.1f}, in {len(changes)} trials",
             "trials": len(changes),
             "values": total.values,
             "drop": round(total.mean, 4),
