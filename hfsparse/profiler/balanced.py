@@ -17,6 +17,7 @@ from math import log2
 
 import numpy as np
 
+from hfsparse.lists import PAGE
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -32,10 +33,12 @@ SEEN = ("harm", "error")
 REACH = 4  # plans are used on rows longer than those that were measured
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
+SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
 RATES = (1 / 16, 1 / 8, 1 / 4)  # of the row: rings that grow
 FIXED = (128, 256, 1024)  # tokens: rings that don't
-PAGES = (0.03, 0.06, 0.12, 0.25, 0.5)
+PAGES = (0.03, 0.06, 0.12, 0.25, 0.5)  # of the row: quest
+FEWEST = 4  # blocks and pages that are always kept
 
 
 def plan(job: Job) -> Plan:
@@ -46,19 +49,18 @@ def plan(job: Job) -> Plan:
 
 def candidates(longest: int, fixed: bool) -> Candidates:
     """What heads may choose from, for prompts of up to `longest` tokens."""
-    near = min(64, longest // 16)
-    patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in SHARES}
-    patterns |= {f"blocks{_percent(s)}": BlockTopK(s, min_blocks=4) for s in SHARES}
+    near, shares = min(64, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
+    patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in shares}
+    patterns |= {f"blocks{_percent(s)}": BlockTopK(s, FEWEST) for s in shares}
     patterns |= {f"mass{_percent(m)}": Antidiagonal(m, max_share=0.6) for m in MASSES}
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
     if fixed:
-        for share in SHARES:
+        for share in shares:
             columns, diagonals = round(longest * share / 2), round(longest * share / 8)
             patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
         rings |= {f"last{n}": Streaming(SINK, n) for n in FIXED if n <= longest // 8}
-    return Candidates(
-        patterns, rings, {f"quest{_percent(s)}": Quest(s, min_pages=4) for s in PAGES}
-    )
+    pages = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # fewer would not be seen
+    return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})
 
 
 def options(

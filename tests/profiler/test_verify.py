@@ -155,7 +155,9 @@ def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
 
 def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(model, monkeypatch, tmp_path):
     log = believe(monkeypatch, {(1, 0), (3, 1)})
-    settings = dict(lengths=(512,), samples=2, cache_share=0.4, seed=3, verify_samples=2)
+    settings = dict(
+        lengths=(512,), samples=2, cache_share=0.4, decode_share=0.6, seed=3, verify_samples=2
+    )
     whole = hfsparse.profile(model, tiny.tokenizer(), **settings)
     assert whole.made["verified"]["given_back"]
     needed, rng, left = len(log), random.Random(0), [0]
