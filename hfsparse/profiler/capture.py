@@ -42,7 +42,7 @@ class Seen:
     k: Tensor  # [1, Hkv, L, D]
     v: Tensor  # [1, Hkv, L, Dv]
     out: Tensor  # [1, Hq, L, Dv]
-    grad: Tensor  # [1, Hq, L, Dv], of the mean margin of the key tokens
+    grad: Tensor  # [1, Hq, L, Dv], of the objective: here the mean margin of the key tokens
     logits: Logits
     keys: Tensor  # [n] rows that predict the key tokens, ascending
     proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
@@ -57,7 +57,6 @@ def capture(
 ) -> list[dict[str, np.ndarray]]:
     """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
     _return_large_blocks()
-    found: dict[int, dict[str, np.ndarray]] = {}
     # An inference tensor can take no part in autograd. Layers may lie on other devices.
     ids = ids.to(model.get_input_embeddings().weight.device).clone()
     decoder = model.get_decoder()
@@ -68,6 +67,27 @@ def capture(
             margins.append(_margins(model, hidden, ids))
     lost = margins[1] - margins[0]
     keys = lost.topk(min(KEYS, len(lost))).indices.sort().values.to(ids.device)
+    return backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), measure)
+
+
+@torch.inference_mode(False)
+def backward(
+    model: PreTrainedModel,
+    ids: Tensor,
+    keys: Tensor,
+    objective: Callable[[PreTrainedModel, Tensor, Tensor], Tensor],
+    measure: Callable[[Seen], dict[str, np.ndarray]],
+) -> list[dict[str, np.ndarray]]:
+    """What `measure` answers for each layer on the way back from an objective.
+
+    `objective` is given the model, its last hidden states `[1, n, hidden]` at rows `keys` [n] of
+    ids `[1, L]`, and the tokens [n] that follow these rows.
+    """
+    _return_large_blocks()
+    found: dict[int, dict[str, np.ndarray]] = {}
+    # An inference tensor can take no part in autograd. Layers may lie on other devices.
+    ids = ids.to(model.get_input_embeddings().weight.device).clone()
+    decoder = model.get_decoder()
     with patch(model), _checkpointed(model):
 
         def observe(module, q, k, v, logits):
@@ -97,7 +117,7 @@ def capture(
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             at = keys.to(hidden.device)
-            _margin(model, hidden[:, at], ids[0, keys + 1]).mean().backward()
+            objective(model, hidden[:, at], ids[0, keys + 1]).backward()
     return [found[layer] for layer in sorted(found)]
 
 

@@ -47,7 +47,7 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     grid = Grid.causal(1, L, default_block(L), k.device)
     rows, weight = sampled_rows(L, seen.keys)
-    mass = torch.stack([_attention(seen, rows, head) for head in range(q.shape[1])])  # [Hq, R, L]
+    mass = torch.stack([attention(seen, rows, head) for head in range(q.shape[1])])  # [Hq, R, L]
     values = seen.v[0].float().repeat_interleave(group, 0)
     exact = mass @ values  # [Hq, R, Dv]
     bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
@@ -115,7 +115,7 @@ def sampled_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.where(alone, 1.0, others)
 
 
-def _attention(seen: Seen, rows: Tensor, head: int) -> Tensor:
+def attention(seen: Seen, rows: Tensor, head: int) -> Tensor:
     """Exact attention [R, L] of one q head; a sink logit takes its share and is left out."""
     logits, k = seen.logits, seen.k[0, head // (seen.q.shape[1] // seen.k.shape[1])]
     scores = seen.q[0, head, rows].float() @ k.float().T * logits.scale
