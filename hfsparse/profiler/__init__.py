@@ -25,7 +25,7 @@ import hfsparse
 from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import balanced, minference, minference_error
+from hfsparse.profiler import balanced, minference, minference_error, moa
 from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
@@ -35,6 +35,7 @@ METHODS = {
     "balanced": balanced,
     "minference": minference,
     "minference-error": minference_error,
+    "moa": moa,
 }
 
 
@@ -58,12 +59,13 @@ def profile(
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
 
-    Budgets are shares of dense attention, met at the longest of `lengths` (tokens): query-key
-    pairs of a prompt, bytes of cache, keys read by a decode step. `samples` prompts a length, made
-    offline or taken from `data` (JSONL with "text" or "prompt"). With `verify` the plan is then
-    proved on `verify_samples` retrieval trials a length, and kv heads are given back until it loses
-    at most the share `drop` of the answers that the dense model gives: budgets may be passed by
-    that, and `expected` says by how much. Raises UsageError for what can't be done.
+    Budgets are shares of dense attention, met at the longest of `lengths` (tokens; by `moa` at each
+    and beyond): query-key pairs of a prompt, bytes of cache, keys read by a decode step. `samples`
+    prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt"). With
+    `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
+    given back until it loses at most the share `drop` of the answers that the dense model gives:
+    budgets may be passed by that, and `expected` says by how much. Raises UsageError for what can't
+    be done.
     """
     _check(model, lengths, samples, method)
     check_proof(drop, verify_samples)

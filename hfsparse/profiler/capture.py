@@ -57,8 +57,7 @@ def capture(
 ) -> list[dict[str, np.ndarray]]:
     """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
     _return_large_blocks()
-    # An inference tensor can take no part in autograd. Layers may lie on other devices.
-    ids = ids.to(model.get_input_embeddings().weight.device).clone()
+    ids = _own(model, ids)
     decoder = model.get_decoder()
     margins = []
     for plan in (short_sighted, None):
@@ -85,8 +84,7 @@ def backward(
     """
     _return_large_blocks()
     found: dict[int, dict[str, np.ndarray]] = {}
-    # An inference tensor can take no part in autograd. Layers may lie on other devices.
-    ids = ids.to(model.get_input_embeddings().weight.device).clone()
+    ids = _own(model, ids)
     decoder = model.get_decoder()
     with patch(model), _checkpointed(model):
 
@@ -119,6 +117,11 @@ def backward(
             at = keys.to(hidden.device)
             objective(model, hidden[:, at], ids[0, keys + 1]).backward()
     return [found[layer] for layer in sorted(found)]
+
+
+def _own(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A copy where the model begins: an inference tensor can take no part in autograd."""
+    return ids.to(model.get_input_embeddings().weight.device).clone()
 
 
 def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
