@@ -132,9 +132,9 @@ class LayerPlan:
     counts: Counts
     leads: bool  # the first layer: counts the decode steps of all
     steps: Counter[tuple[int, int]]  # how often a row came to n tokens with m new ones
-    observe: Any = (
-        None  # the profiler's eye: sees q, k, v; may answer a function that sees the output
-    )
+    # The profiler's eye: sees q, k, v; may answer a function that sees the output, and that may
+    # answer another output
+    observe: Any = None
     fusing: bool = False  # the model is being compiled: one operator stands for attention
     source: LayerPlan | None = None  # the layer whose choice of pages some heads read
     shared: bool = False  # whether others read what this one chooses
@@ -319,7 +319,8 @@ def attend(
         with _on(query):
             out = _prefill(plan, layer, query, key, value, past, new, logits)
     if watch:
-        watch(out)
+        changed = watch(out)
+        out = out if changed is None else changed
     if padded:
         out = _shift(out, -pads)
     if layer is not None:

@@ -93,6 +93,10 @@ def profile(
         float, typer.Option(help="Greatest share of the dense model's answers that may be lost.")
     ] = 0.01,
     verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 8,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="duo: rank heads by copy, mass or error instead of training gates."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -131,6 +135,7 @@ def profile(
         verify=verify,
         drop=drop,
         verify_samples=verify_samples,
+        proxy=proxy,
         progress=True,
         **budgets,
     )

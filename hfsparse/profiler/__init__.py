@@ -25,17 +25,19 @@ import hfsparse
 from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import balanced, minference, minference_error, moa
+from hfsparse.profiler import balanced, duo, minference, minference_error, moa
 from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
 from hfsparse.profiler.prompts import Prompt, samples
+from hfsparse.profiler.proxies import PROXIES
 
 METHODS = {
     "balanced": balanced,
     "minference": minference,
     "minference-error": minference_error,
     "moa": moa,
+    "duo": duo,
 }
 
 
@@ -55,6 +57,7 @@ def profile(
     verify: bool = True,
     drop: float = 0.01,
     verify_samples: int = 8,
+    proxy: str | None = None,
     progress: bool = False,
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
@@ -64,11 +67,12 @@ def profile(
     prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt"). With
     `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
     given back until it loses at most the share `drop` of the answers that the dense model gives:
-    budgets may be passed by that, and `expected` says by how much. Raises UsageError for what can't
-    be done.
+    budgets may be passed by that, and `expected` says by how much. `proxy` (one of PROXIES) ranks
+    heads for `duo` in place of its training. Raises UsageError for what can't be done.
     """
     _check(model, lengths, samples, method)
     check_proof(drop, verify_samples)
+    check_proxy(proxy, method)
     check_shares(
         prefill_density=prefill_density, cache_share=cache_share, decode_share=decode_share
     )
@@ -76,7 +80,8 @@ def profile(
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
     parts = Parts(out, _settings(model, method, prompts))
-    job = Job(model, tokenizer, prompts, budget, parts, bar if progress else silent, seed)
+    shown = bar if progress else silent
+    job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
     plan = METHODS[method].plan(job)
     seconds = time.time() - start
     if verify:
@@ -115,6 +120,16 @@ def check_proof(drop: float, samples: int) -> None:
         raise UsageError(f"drop is {drop}: give 0 or more, and less than 1")
     if samples < 1:
         raise UsageError(f"verify_samples is {samples}: give 1 or more, or no verification")
+
+
+def check_proxy(proxy: str | None, method: str) -> None:
+    """Raise UsageError for a proxy that `method` can't rank heads by."""
+    if proxy is None:
+        return
+    if method != "duo":
+        raise UsageError(f"proxy {proxy} ranks heads for the method duo, not {method}: leave it out")
+    if proxy not in PROXIES:
+        raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
 
 
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, method: str) -> None:

@@ -32,6 +32,7 @@ class Job:
     parts: Parts
     progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
     seed: int = 0
+    proxy: str | None = None  # `duo`: what ranks heads in place of training
     # Set by a method that can tell densities and shares of any choice of its words, by length.
     expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
 

@@ -1,0 +1,229 @@
+"""The `duo` method: which kv heads need their whole past, by trained gates (arXiv 2410.10819).
+
+Each kv head has a gate between full and streaming attention. With frozen weights the gates learn to
+keep the dense model's last hidden states where passkeys are answered, while an L1 term draws them
+to 0. A new text with passkeys each step, hidden in the calibration prompts' own text; AdamW with
+the published rates. Training stops once the ranking of heads is stable. Heads of highest gates stay
+full, as many as the budgets allow; the others become rings. Or one of `proxies` ranks them, without
+training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from random import Random
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from hfsparse.cache import SLACK
+from hfsparse.lists import Grid, default_block
+from hfsparse.loading import UsageError
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.profiler import proxies
+from hfsparse.profiler.gates import distil
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.passkeys import Passkeys, hide
+
+TRAINED, DEPLOYED = Streaming(128, 256), Streaming(64, 256)
+RATE, L1 = 0.02, 0.05  # of AdamW; weight of the mean gate beside the squared distance
+STEPS, PIECE = 400, 20  # at most (published: 2,000); between checkpoints
+STABLE, TIMES = 0.99, 3  # rank correlation of a checkpoint with the one before, so often running
+
+Arrays = dict[str, np.ndarray]
+
+
+def plan(job: Job) -> Plan:
+    """Rank the kv heads of `job.free` layers, and keep as many full as the budgets allow."""
+    count = full_heads(job)
+    told = _proxies(job)
+    made: dict = {"ring": [DEPLOYED.sink, DEPLOYED.recent], "ranked_by": job.proxy or "gates"}
+    if job.proxy:
+        rank = told[job.proxy]
+    else:
+        *_, (state, steady) = _trained(job)
+        rank = state["gates"]
+        made |= {
+            "steps": int(state["step"]),
+            "train_seconds": round(float(state["seconds"]), 1),
+            "stable": steady >= TIMES,
+            "distance": round(float(state["distance"]), 6),
+            "rank_correlation": {name: rank_correlation(rank, told[name]) for name in told},
+            "same_full_heads": {
+                name: int((top(rank, told["error"], count) & top(each, each, count)).sum())
+                for name, each in told.items()
+            },
+        }
+    return _plan(job, top(rank, told["error"], count), made | {"full_heads": count})
+
+
+# ---- training
+
+
+def _trained(job: Job) -> Iterator[tuple[Arrays, int]]:
+    """Each checkpoint, and how often running the ranking was stable; the last one ends it."""
+    this = ModelId.of(job.model)
+    shape = int(job.free.sum()), this.kv_heads
+    state: Arrays = {name: np.zeros(shape, np.float32) for name in ("exp_avg", "exp_avg_sq")}
+    state |= {"gates": np.ones(shape, np.float32), "step": np.array(0), "seconds": np.array(0.0)}
+    steady, mark = 0, _mark(TRAINED, RATE, L1, STEPS, PIECE)
+    ends = range(PIECE, STEPS + PIECE, PIECE)
+    for end in job.progress((f"gates, at most {STEPS} steps", min(end, STEPS)) for end in ends):
+        before = state["gates"]
+        state = job.parts.get(f"{mark}-gates-{end}", partial(advance, job, state, end))
+        same = rank_correlation(before, state["gates"])
+        warm = end > STEPS // 5
+        steady = steady + 1 if warm and same is not None and same >= STABLE else 0
+        yield state, steady
+        if steady == TIMES:
+            return
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def advance(job: Job, state: Arrays, end: int) -> Arrays:
+    """Gates and AdamW's state after step `end`, from a checkpoint before it."""
+    start, distance = time.time(), 0.0
+    gates = torch.nn.Parameter(torch.from_numpy(state["gates"].copy()))
+    optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0)
+    moments = {name: torch.from_numpy(state[name].copy()) for name in ("exp_avg", "exp_avg_sq")}
+    first = int(state["step"])
+    optimizer.state[gates] = {"step": torch.tensor(float(first)), **moments}
+    for step in range(first, end):
+        keys = passkeys(job, f"step {step}")
+        optimizer.zero_grad()
+        (L1 * gates.abs().mean()).backward()
+        distance = distil(job.model, gates, keys.ids, keys.rows, TRAINED)
+        if not np.isfinite(distance):
+            raise UsageError(
+                f"step {step}: the distance to the dense model is {distance}; load the model in "
+                "bfloat16 or float32"
+            )
+        optimizer.param_groups[0]["lr"] = RATE * schedule(step)
+        optimizer.step()
+        with torch.no_grad():
+            gates.clamp_(0, 1)
+    moments = {name: optimizer.state[gates][name].numpy() for name in moments}
+    seconds = float(state["seconds"]) + time.time() - start
+    numbers = {"step": end, "seconds": seconds, "distance": distance}
+    return {
+        "gates": gates.detach().numpy(),
+        **moments,
+        **{name: np.array(value) for name, value in numbers.items()},
+    }
+
+
+def schedule(step: int) -> float:
+    """Share of the rate: up in the first fifth of the steps, down in the last, never below 0.1."""
+    fifth = max(1, STEPS // 5)
+    return min(1.0, max((step + 1) / fifth, 0.1), max((STEPS - step) / fifth, 0.1))
+
+
+def passkeys(job: Job, what: str) -> Passkeys:
+    """New passkeys in the text of a calibration prompt, the same for the same job and `what`."""
+    prompts = [p for each in job.prompts.values() for p in each]
+    plain = [p for p in prompts if p.answer_span is None] or prompts
+    rng = Random(f"hfsparse duo {what} {job.seed}")
+    return hide(job.tokenizer, rng.choice(plain).ids[0].tolist(), rng)
+
+
+def _mark(*settings) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
+# ---- ranking
+
+
+def _proxies(job: Job) -> Arrays:
+    """Mean of each proxy `[layers, Hkv]` over as many texts with passkeys as there are prompts."""
+    count, mark = sum(map(len, job.prompts.values())), _mark(DEPLOYED, proxies.ROWS)
+    found = [
+        job.parts.get(
+            f"{mark}-proxies-{i}",
+            lambda i=i: proxies.measured(job.model, passkeys(job, f"proxy {i}"), DEPLOYED),
+        )
+        for i in job.progress((f"proxies, text {i + 1} of {count}", i) for i in range(count))
+    ]
+    return {name: np.mean([each[name] for each in found], 0) for name in proxies.PROXIES}
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, over all heads; None where all of either are equal."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return round(float(spearmanr(a.ravel(), b.ravel()).statistic), 4)
+
+
+def top(rank: np.ndarray, then: np.ndarray, count: int) -> np.ndarray:
+    """bool [layers, Hkv]: the `count` highest by `rank`, of equal ones the highest by `then`."""
+    order = np.lexsort((-then.ravel(), -rank.ravel()))
+    kept = np.zeros(rank.size, bool)
+    kept[order[:count]] = True
+    return kept.reshape(rank.shape)
+
+
+# ---- the plan
+
+
+def full_heads(job: Job) -> int:
+    """How many kv heads may stay full for every budget to be met at the longest length."""
+    heads = int(job.free.sum()) * ModelId.of(job.model).kv_heads
+    ring = ring_costs(max(job.prompts))
+    budgets = {
+        "pair_density": job.budget.pairs,
+        "cache_share": job.budget.cache,
+        "decode_share": job.budget.decode,
+    }
+    counts = [heads]
+    for name, budget in budgets.items():
+        if ring[name] > budget:
+            raise UsageError(
+                f"a ring of {DEPLOYED.sink} + {DEPLOYED.recent} tokens alone has {name} "
+                f"{ring[name]:.3f} at {max(job.prompts)} tokens, over the budget of {budget}. Give "
+                "larger budgets, or longer --lengths"
+            )
+        if ring[name] < 1:
+            counts.append(int((budget - ring[name]) / (1 - ring[name]) * heads + 1e-9))
+    return min(counts)
+
+
+def ring_costs(length: int) -> dict[str, float]:
+    """Shares of dense attention that a ring head costs at `length` tokens."""
+    size = DEPLOYED.sink + DEPLOYED.recent
+    grid = Grid.causal(1, length, default_block(length))
+    lists = grid.banded(DEPLOYED.band, 1)
+    return {
+        "pair_density": float(lists.pairs() / grid.pairs()),
+        "block_density": float(lists.blocks() / grid.blocks()),
+        "cache_share": min(1.0, (size + SLACK) / length),
+        "decode_share": min(1.0, size / length),
+    }
+
+
+def _plan(job: Job, full: np.ndarray, made: dict) -> Plan:
+    this = ModelId.of(job.model)
+    group, dense = this.q_heads // this.kv_heads, Plan.full(this).layers[0]
+    rows, layers, kept = iter(full), [], 0
+    for free in job.free:
+        if not free:
+            layers.append(dense)
+            kept += this.kv_heads
+            continue
+        row = next(rows)
+        cache = tuple("full" if f else "stream" for f in row)
+        prefill = tuple(word for word in cache for _ in range(group))
+        layers.append(Layer(prefill, cache, tuple("full" if f else "ring" for f in row)))
+        kept += int(row.sum())
+    share = kept / (this.layers * this.kv_heads)
+    expected = {
+        n: {name: round(share + (1 - share) * cost, 4) for name, cost in ring_costs(n).items()}
+        for n in job.prompts
+    }
+    floor = min(job.prompts) // 2  # shorter rows were not looked at
+    patterns = {"stream": DEPLOYED} if share < 1 else {}
+    return Plan(this, patterns, tuple(layers), Below(*[floor] * 3), expected, made=made)
