@@ -72,8 +72,8 @@ def _trained(job: Job) -> Iterator[tuple[Arrays, int]]:
     state: Arrays = {name: np.zeros(shape, np.float32) for name in ("exp_avg", "exp_avg_sq")}
     state |= {"gates": np.ones(shape, np.float32), "step": np.array(0), "seconds": np.array(0.0)}
     steady, mark = 0, _mark(TRAINED, RATE, L1, STEPS, PIECE)
-    ends = range(PIECE, STEPS + PIECE, PIECE)
-    for end in job.progress((f"gates, at most {STEPS} steps", min(end, STEPS)) for end in ends):
+    ends = [min(end, STEPS) for end in range(PIECE, STEPS + PIECE, PIECE)]
+    for end in job.progress((f"gates, step {end}, at most {STEPS}", end) for end in ends):
         before = state["gates"]
         state = job.parts.get(f"{mark}-gates-{end}", partial(advance, job, state, end))
         same = rank_correlation(before, state["gates"])
