@@ -109,11 +109,12 @@ def profile(
     }
     check_writable(output)
 
-    from hfsparse.profiler import check_proof, check_shares
+    from hfsparse.profiler import check_proof, check_proxy, check_shares
     from hfsparse.profiler.prompts import read_jsonl
 
     check_shares(**budgets)
     check_proof(drop, verify_samples)
+    check_proxy(proxy, method)
     if data is not None:
         read_jsonl(data)
 

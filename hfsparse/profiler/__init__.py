@@ -127,7 +127,7 @@ def check_proxy(proxy: str | None, method: str) -> None:
     if proxy is None:
         return
     if method != "duo":
-        raise UsageError(f"proxy {proxy} ranks heads for the method duo, not {method}: leave it out")
+        raise UsageError(f"proxy {proxy} ranks heads for duo, not for {method}: leave it out")
     if proxy not in PROXIES:
         raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
 

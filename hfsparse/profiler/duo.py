@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from random import Random
 
@@ -29,6 +29,7 @@ from hfsparse.profiler import proxies
 from hfsparse.profiler.gates import distil
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.passkeys import Passkeys, hide
+from hfsparse.profiler.search import used
 
 TRAINED, DEPLOYED = Streaming(128, 256), Streaming(64, 256)
 RATE, L1 = 0.02, 0.05  # of AdamW; weight of the mean gate beside the squared distance
@@ -205,25 +206,27 @@ def ring_costs(length: int) -> dict[str, float]:
     }
 
 
+def expected(layers: tuple[Layer, ...], lengths: Iterable[int]) -> dict[int, dict[str, float]]:
+    """Mean densities and shares of a choice of full heads and rings, by length."""
+    words = [word for layer in layers for word in layer.cache]
+    full = words.count("full") / len(words)
+    return {
+        n: {name: round(full + (1 - full) * cost, 4) for name, cost in ring_costs(n).items()}
+        for n in lengths
+    }
+
+
 def _plan(job: Job, full: np.ndarray, made: dict) -> Plan:
     this = ModelId.of(job.model)
-    group, dense = this.q_heads // this.kv_heads, Plan.full(this).layers[0]
-    rows, layers, kept = iter(full), [], 0
+    group, rows, layers = this.q_heads // this.kv_heads, iter(full), []
     for free in job.free:
-        if not free:
-            layers.append(dense)
-            kept += this.kv_heads
-            continue
-        row = next(rows)
-        cache = tuple("full" if f else "stream" for f in row)
+        kept = next(rows) if free else [True] * this.kv_heads
+        cache = tuple("full" if each else "stream" for each in kept)
         prefill = tuple(word for word in cache for _ in range(group))
-        layers.append(Layer(prefill, cache, tuple("full" if f else "ring" for f in row)))
-        kept += int(row.sum())
-    share = kept / (this.layers * this.kv_heads)
-    expected = {
-        n: {name: round(share + (1 - share) * cost, 4) for name, cost in ring_costs(n).items()}
-        for n in job.prompts
-    }
+        layers.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
+    layers = tuple(layers)
+    job.expect = partial(expected, lengths=tuple(job.prompts))
     floor = min(job.prompts) // 2  # shorter rows were not looked at
-    patterns = {"stream": DEPLOYED} if share < 1 else {}
-    return Plan(this, patterns, tuple(layers), Below(*[floor] * 3), expected, made=made)
+    below = Below(floor, floor, floor)
+    patterns = used({"stream": DEPLOYED}, layers)
+    return Plan(this, patterns, layers, below, job.expect(layers), made=made)

@@ -32,7 +32,8 @@ def distil(
     gates [layers, Hkv], a leaf: one row for each layer without a window of its own; its gradient is
     added to `gates.grad`. ids `[1, L]`. Hidden states between layers wait in the CPU's memory.
     """
-    ids, decoder = ids.to(model.device).clone(), model.get_decoder()
+    ids = ids.to(model.get_input_embeddings().weight.device).clone()
+    decoder = model.get_decoder()
 
     def hidden() -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, rows]

@@ -10,40 +10,38 @@ Looked at on rows that predict the passkeys in the answers; of a group's q heads
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.attention import Logits
 from hfsparse.loading import UsageError
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.profiler.capture import PROJECTIONS, _projection
 from hfsparse.profiler.gates import sparse_layers
 from hfsparse.profiler.passkeys import Passkeys
 
 PROXIES = ("copy", "mass", "error")
 ROWS = 64  # rows looked at, spread over the answers
-PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")  # what models call it
 
 
 def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[str, np.ndarray]:
     """Each proxy `[layers, Hkv]`, a row for each layer without a window of its own."""
     some = np.linspace(0, len(keys.rows) - 1, min(ROWS, len(keys.rows))).astype(int)
-    rows, sources = (torch.tensor(t, device=model.device)[some] for t in (keys.rows, keys.sources))
+    rows, sources = (torch.tensor(t)[some] for t in (keys.rows, keys.sources))
     found: list[dict[str, Tensor]] = []
 
     def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> None:
         at, source = rows.to(q.device), sources.to(q.device)
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
-    decoder = model.get_decoder()
+    ids = keys.ids.to(model.get_input_embeddings().weight.device)
     with patch(model), torch.no_grad():
         for layer in sparse_layers(model):
             layer.observe = observe
-        decoder(input_ids=keys.ids.to(model.device), use_cache=False)
+        model.get_decoder()(input_ids=ids, use_cache=False)
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
 
 
@@ -53,7 +51,7 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
     keys = torch.arange(k.shape[1], device=rows.device)
     near = (keys < stream.sink) | (keys >= stream.band.start(rows)[:, None])  # [R, L]
     found: dict[str, list[Tensor]] = {"copy": [], "mass": []}
-    exact, change = [], []  # by kv head [group, R, Dv]
+    exact, change = [], []  # [group, R, Dv] each
     for g in range(len(k)):
         heads = slice(g * group, (g + 1) * group)
         mass, bare = _attention(q[heads], k[g], logits, rows, heads)
@@ -64,13 +62,16 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
         values = v[g].float()
         exact.append(mass @ values)
         change.append(kept @ values / share.clamp(min=1e-9)[..., None] - exact[-1])
-    project = partial(_projected, module, v.dtype)
-    whole = project(torch.cat(exact)[None])[0]
-    alone = torch.zeros(len(k), len(k), *change[0].shape, device=v.device)
-    at = torch.arange(len(k), device=v.device)
-    alone[at, at] = torch.stack(change)
-    moved = project(alone.flatten(1, 2)) - project(torch.zeros_like(alone[:1]).flatten(1, 2))
-    error = (moved.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-9)).mean(1)
+    proj = _projection(module, torch.cat(exact)[None].to(v.dtype))
+    if proj is None:
+        raise UsageError(
+            f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "
+            "heads' errors can't be measured. Please report this model to hfsparse"
+        )
+    proj = proj.float().unflatten(0, (len(k), group))
+    whole = torch.einsum("ghrd,ghdo->ro", torch.stack(exact), proj).norm(dim=-1)
+    moved = torch.einsum("ghrd,ghdo->gro", torch.stack(change), proj).norm(dim=-1)
+    error = (moved / whole.clamp(min=1e-9)).mean(1)
     return {name: torch.stack(t).cpu() for name, t in found.items()} | {"error": error.cpu()}
 
 
@@ -85,14 +86,3 @@ def _attention(q, k, logits, rows, heads) -> tuple[Tensor, Tensor | float]:
         return torch.softmax(scores, -1), 0.0
     total = torch.logaddexp(scores.logsumexp(-1), logits.s_aux[heads, None].float())
     return torch.exp(scores - total[..., None]), torch.exp(logits.s_aux[heads, None] - total)
-
-
-def _projected(module: nn.Module, dtype: torch.dtype, heads: Tensor) -> Tensor:
-    """The attention module's output `[n, R, hidden]` for its heads' outputs `[n, Hq, R, Dv]`."""
-    project = next((getattr(module, n) for n in PROJECTIONS if hasattr(module, n)), None)
-    if project is None:
-        raise UsageError(
-            f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "
-            "the profiler can't measure its heads' errors, please report this model to hfsparse"
-        )
-    return project(heads.transpose(1, 2).flatten(2).to(dtype)).float()

@@ -38,7 +38,7 @@ def test_a_model_on_the_gpu_gets_a_plan(monkeypatch):
     model = tiny.llama(1024).to(DEVICE, torch.bfloat16)
     shares = dict(prefill_density=1.0, cache_share=0.75, decode_share=1.0)
     plan = hfsparse.profile(
-        model, tiny.tokenizer(), lengths=(768,), samples=2, method="duo", **shares
+        model, tiny.tokenizer(), lengths=(768,), samples=2, method="duo", verify=False, **shares
     )
     plan.check(model)
     assert plan.made["steps"] == 4

@@ -26,9 +26,8 @@ L, GROUPS, DIM = 300, 2, 16
 STREAM = Streaming(4, 40)
 IDS = torch.randint(400, (1, L), generator=torch.Generator().manual_seed(1))
 ROWS = [100, 170, 250, 298]
-SETTINGS = dict(
-    lengths=(512,), samples=2, method="duo", prefill_density=1.0, cache_share=0.75, decode_share=1.0
-)
+SHARES = dict(prefill_density=1.0, cache_share=0.75, decode_share=1.0)
+SETTINGS = dict(lengths=(512,), samples=2, method="duo", verify=False, **SHARES)
 
 
 def hidden(model) -> Tensor:
@@ -242,7 +241,7 @@ def test_a_killed_run_goes_on_at_its_checkpoint_and_ends_in_the_same_plan(
     ("settings", "sentence"),
     [
         (dict(proxy="magic"), "no proxy magic: there is copy, mass, error"),
-        (dict(proxy="copy", method="minference"), "for the method duo, not minference"),
+        (dict(proxy="copy", method="minference"), "ranks heads for duo, not for minference"),
         (dict(cache_share=0.2), "a ring of 64 .* has cache_share .* Give larger budgets"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
