@@ -40,7 +40,9 @@ class Passkeys:
 def hide(tokenizer, text: list[int], rng: Random) -> Passkeys:
     """As many tokens as `text` has, which loses its start; UsageError if it is too short."""
     count, words = min(10, max(1, len(text) // PER_KEY)), min(LONG, max(1, len(text) // LONG))
-    keys = [_encode(tokenizer, " " + " ".join(rng.choices(WORDS, k=words))) for _ in range(count)]
+    most = len(text) // (6 * count)  # tokens of a passkey: some tokenizers spell words out
+    keys = [" " + " ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
+    keys = [_encode(tokenizer, key)[:most] for key in keys]
     hidden, asked = (
         [_encode(tokenizer, line.format(name)) for name in ORDINALS[:count]]
         for line in ("\n\nRemember this: the {} passkey to the vault is", "The {} passkey is")
