@@ -256,6 +256,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "drop": 0.02,
         "verify_samples": 5,
         "progress": True,
+        "proxy": None,
     }
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
 
@@ -271,6 +272,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
+        (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
         (["--lengths", "128,2048"], "1536 more than this model's window of 512"),
         (["--dtype", "int3"], "unknown dtype int3"),
     ],
