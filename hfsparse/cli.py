@@ -1,4 +1,4 @@
-"""The command line: hfsparse profile, import, show, diff, check, doctor, generate, bench, eval.
+"""The command line: profile, recipes, import, show, diff, check, doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -66,8 +66,13 @@ def options(
 
 @app.command()
 def profile(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Settings by a name (see hfsparse recipes) or a .yaml; flags override."),
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a sample, by commas.")] = "1024,2048",
     samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 4,
     prefill_density: Annotated[
@@ -101,20 +106,30 @@ def profile(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure how each head attends and write a plan."""
-    sizes = _lengths(lengths)
-    budgets = {
+    settings = {
+        "lengths": _lengths(lengths),
+        "samples": samples,
+        "seed": seed,
         "prefill_density": prefill_density,
         "cache_share": cache_share,
         "decode_share": decode_share,
+        "method": method,
+        "verify": verify,
+        "drop": drop,
+        "verify_samples": verify_samples,
+        "proxy": proxy,
     }
     check_writable(output)
 
-    from hfsparse.profiler import check_proof, check_proxy, check_shares
+    from hfsparse import recipe as recipes
+    from hfsparse.profiler import check_settings
     from hfsparse.profiler.prompts import read_jsonl
 
-    check_shares(**budgets)
-    check_proof(drop, verify_samples)
-    check_proxy(proxy, method)
+    given = [x for x in settings if context.get_parameter_source(x).name == "COMMANDLINE"]
+    page = {} if recipe is None else recipes.load(recipe)
+    flags = {name: settings[name] for name in given}
+    settings |= page | flags
+    check_settings(**settings)
     if data is not None:
         read_jsonl(data)
 
@@ -123,28 +138,25 @@ def profile(
     from hfsparse.loading import load
 
     loaded, tokenizer = load(model, device, dtype)
-    _check_window(loaded, max(sizes), "the samples")
-    plan = hfsparse.profile(
-        loaded,
-        tokenizer,
-        out=output,
-        lengths=sizes,
-        samples=samples,
-        seed=seed,
-        data=data,
-        method=method,
-        verify=verify,
-        drop=drop,
-        verify_samples=verify_samples,
-        proxy=proxy,
-        progress=True,
-        **budgets,
-    )
+    _check_window(loaded, max(settings["lengths"]), "the samples")
+    if page:
+        typer.echo(recipes.told(page, flags))
+    plan = hfsparse.profile(loaded, tokenizer, out=output, data=data, progress=True, **settings)
     _print(headmap.legend(plan))
     written = shlex.quote(str(output))
     typer.echo(f"\nwrote {output}. Look at it, then run it:")
     typer.echo(f"  hfsparse show {written}")
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes of profile --recipe, and what each is for."""
+    from hfsparse.recipe import FOLDER, names
+
+    for name, line in names().items():
+        typer.echo(f"{name:<14} {line}")
+    typer.echo(f"\neach is a page to read: {FOLDER}")
 
 
 @app.command("import")

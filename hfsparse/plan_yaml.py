@@ -70,17 +70,9 @@ def read(make: type, text: str | bytes, name: str) -> Any:
         if len(problems) >= MAX_PROBLEMS:
             raise PlanError.of(name, problems)
 
-    try:
-        raw = _plain(_compose(_decode(text), say), (), lines, say)
-    except PlanError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        say(mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")
-        raise PlanError.of(name, problems) from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        say(1, f"not a text that YAML can hold: {' '.join(str(error).split())[:200]}")
-        raise PlanError.of(name, problems) from error
+    raw = plain(text, say, lines)
+    if raw is BAD:
+        raise PlanError.of(name, problems)
     if type(raw) is not dict:
         what = "empty" if raw is None else show(raw)
         say(1, f"the file is {what}: give a mapping that starts with hfsparse: {VERSION}")
@@ -103,6 +95,20 @@ def read(make: type, text: str | bytes, name: str) -> Any:
 
 
 # --- text to plain data
+
+
+def plain(text: str | bytes, say: Say, lines: dict[tuple, int]) -> Any:
+    """YAML as plain data, BAD if it is none; `lines` gets the line of every path of keys."""
+    try:
+        return _plain(_compose(_decode(text), say), (), lines, say)
+    except PlanError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        say(mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        say(1, f"not a text that YAML can hold: {' '.join(str(error).split())[:200]}")
+    return BAD
 
 
 class _Strict:

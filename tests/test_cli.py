@@ -61,7 +61,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    words = "profile import show diff check doctor generate bench eval"
+    words = "profile recipes import show diff check doctor generate bench eval"
     for command in words.split():
         assert f" {command} " in done.stdout
     assert done.stdout.endswith("[]\n")
@@ -258,6 +258,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "progress": True,
         "proxy": None,
     }
+    assert "recipe" not in result.stdout
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
 
 

@@ -25,7 +25,7 @@ import hfsparse
 from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import balanced, duo, minference, minference_error, moa
+from hfsparse.profiler import balanced, duo, minference, minference_error, moa, streaming_llm
 from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
@@ -38,6 +38,7 @@ METHODS = {
     "minference-error": minference_error,
     "moa": moa,
     "duo": duo,
+    "streaming-llm": streaming_llm,
 }
 
 
@@ -58,6 +59,7 @@ def profile(
     drop: float = 0.01,
     verify_samples: int = 8,
     proxy: str | None = None,
+    recipe: str | None = None,
     progress: bool = False,
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
@@ -68,14 +70,19 @@ def profile(
     `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
     given back until it loses at most the share `drop` of the answers that the dense model gives:
     budgets may be passed by that, and `expected` says by how much. `proxy` (one of PROXIES) ranks
-    heads for `duo` in place of its training. Raises UsageError for what can't be done.
+    heads for `duo` in place of its training. `recipe` names where the settings come from (see
+    `hfsparse.recipe`), for `made`. Raises UsageError for what can't be done.
     """
-    _check(model, lengths, samples, method)
-    check_proof(drop, verify_samples)
-    check_proxy(proxy, method)
-    check_shares(
-        prefill_density=prefill_density, cache_share=cache_share, decode_share=decode_share
+    check_settings(
+        method=method,
+        prefill_density=prefill_density,
+        cache_share=cache_share,
+        decode_share=decode_share,
+        drop=drop,
+        verify_samples=verify_samples,
+        proxy=proxy,
     )
+    _check(model, lengths, samples)
     budget = Budget(prefill_density, cache_share, decode_share)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
@@ -89,7 +96,7 @@ def profile(
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,
-        "recipe": None,
+        "recipe": recipe,
         "model": Path(model.config._name_or_path or "unnamed").name,
         "seed": seed,
         "samples": samples,
@@ -107,9 +114,16 @@ def profile(
 prompts_of = samples  # `profile` has an argument of that name
 
 
-def check_shares(**shares: float) -> None:
-    """Raise UsageError for a budget that is no share."""
-    for name, share in shares.items():
+def check_settings(
+    *, method: str, drop: float, verify_samples: int, proxy: str | None, **others
+) -> None:
+    """Raise UsageError for settings of `profile` that can't work, whatever the model."""
+    if method not in METHODS:
+        raise UsageError(f"no method {method}: there is {', '.join(METHODS)}")
+    check_proof(drop, verify_samples)
+    check_proxy(proxy, method)
+    for name in ("prefill_density", "cache_share", "decode_share"):
+        share = others[name]
         if not 0 < share <= 1:
             raise UsageError(f"{name} is {share}: give more than 0 and at most 1")
 
@@ -132,14 +146,13 @@ def check_proxy(proxy: str | None, method: str) -> None:
         raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
 
 
-def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int, method: str) -> None:
+def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int) -> None:
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "max_position_embeddings", None) or max(lengths, default=0)
     problems = [
         (not lengths, "no lengths given: name at least one, in tokens"),
         (model.training, "the model is in training mode: call model.eval() first"),
         (samples < 1, f"samples is {samples}: give 1 or more"),
-        (method not in METHODS, f"no method {method}: there is {', '.join(METHODS)}"),
         (any(n < 256 for n in lengths), f"lengths {lengths}: give 256 tokens or more"),
         (
             any(n > window for n in lengths),

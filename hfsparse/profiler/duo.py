@@ -60,7 +60,7 @@ def plan(job: Job) -> Plan:
                 for name, each in told.items()
             },
         }
-    return _plan(job, top(rank, told["error"], count), made | {"full_heads": count})
+    return rings(job, top(rank, told["error"], count), DEPLOYED, made | {"full_heads": count})
 
 
 # ---- training
@@ -174,7 +174,7 @@ def top(rank: np.ndarray, then: np.ndarray, count: int) -> np.ndarray:
 def full_heads(job: Job) -> int:
     """How many kv heads may stay full for every budget to be met at the longest length."""
     heads = int(job.free.sum()) * ModelId.of(job.model).kv_heads
-    ring = ring_costs(max(job.prompts))
+    ring = ring_costs(max(job.prompts), DEPLOYED)
     budgets = {
         "pair_density": job.budget.pairs,
         "cache_share": job.budget.cache,
@@ -193,11 +193,11 @@ def full_heads(job: Job) -> int:
     return min(counts)
 
 
-def ring_costs(length: int) -> dict[str, float]:
+def ring_costs(length: int, ring: Streaming) -> dict[str, float]:
     """Shares of dense attention that a ring head costs at `length` tokens."""
-    size = DEPLOYED.sink + DEPLOYED.recent
+    size = ring.sink + ring.recent
     grid = Grid.causal(1, length, default_block(length))
-    lists = grid.banded(DEPLOYED.band, 1)
+    lists = grid.banded(ring.band, 1)
     return {
         "pair_density": float(lists.pairs() / grid.pairs()),
         "block_density": float(lists.blocks() / grid.blocks()),
@@ -206,17 +206,20 @@ def ring_costs(length: int) -> dict[str, float]:
     }
 
 
-def expected(layers: tuple[Layer, ...], lengths: Iterable[int]) -> dict[int, dict[str, float]]:
+def expected(
+    layers: tuple[Layer, ...], lengths: Iterable[int], ring: Streaming
+) -> dict[int, dict[str, float]]:
     """Mean densities and shares of a choice of full heads and rings, by length."""
     words = [word for layer in layers for word in layer.cache]
     full = words.count("full") / len(words)
     return {
-        n: {name: round(full + (1 - full) * cost, 4) for name, cost in ring_costs(n).items()}
+        n: {name: round(full + (1 - full) * cost, 4) for name, cost in ring_costs(n, ring).items()}
         for n in lengths
     }
 
 
-def _plan(job: Job, full: np.ndarray, made: dict) -> Plan:
+def rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Plan:
+    """The plan in which kv heads stream but for those in `full`, bool [free layers, Hkv]."""
     this = ModelId.of(job.model)
     group, rows, layers = this.q_heads // this.kv_heads, iter(full), []
     for free in job.free:
@@ -225,8 +228,8 @@ def _plan(job: Job, full: np.ndarray, made: dict) -> Plan:
         prefill = tuple(word for word in cache for _ in range(group))
         layers.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
     layers = tuple(layers)
-    job.expect = partial(expected, lengths=tuple(job.prompts))
+    job.expect = partial(expected, lengths=tuple(job.prompts), ring=ring)
     floor = min(job.prompts) // 2  # shorter rows were not looked at
     below = Below(floor, floor, floor)
-    patterns = used({"stream": DEPLOYED}, layers)
+    patterns = used({"stream": ring}, layers)
     return Plan(this, patterns, layers, below, job.expect(layers), made=made)

@@ -201,7 +201,7 @@ def test_a_plan_keeps_as_many_heads_full_as_every_budget_allows(short, budget):
     plan = hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **shares}, proxy="error")
     plan.check(model)
     expected = plan.expected[512]
-    costs = duo.ring_costs(512)
+    costs = duo.ring_costs(512, duo.DEPLOYED)
     name = {"prefill_density": "pair_density"}.get(budget, budget)
     assert expected[name] <= 0.6 < expected[name] + (1 - costs[name]) / 4
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
