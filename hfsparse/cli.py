@@ -102,6 +102,10 @@ def profile(
         str | None,
         typer.Option(help="duo: rank heads by copy, mass or error instead of training gates."),
     ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw recall by density, and loss by budget."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -119,10 +123,12 @@ def profile(
         "verify_samples": verify_samples,
         "proxy": proxy,
     }
-    check_writable(output)
+    for file in (output, curves):
+        if file is not None:
+            check_writable(file)
 
     from hfsparse import recipe as recipes
-    from hfsparse.profiler import check_settings
+    from hfsparse.profiler import check_curves, check_settings
     from hfsparse.profiler.prompts import read_jsonl
 
     given = [x for x in settings if context.get_parameter_source(x).name == "COMMANDLINE"]
@@ -130,6 +136,7 @@ def profile(
     flags = {name: settings[name] for name in given}
     settings |= page | flags
     check_settings(**settings)
+    check_curves(curves, settings["method"])
     if data is not None:
         read_jsonl(data)
 
@@ -141,10 +148,12 @@ def profile(
     _check_window(loaded, max(settings["lengths"]), "the samples")
     if page:
         typer.echo(recipes.told(page, flags))
-    plan = hfsparse.profile(loaded, tokenizer, out=output, data=data, progress=True, **settings)
+    files = {"out": output, "data": data, "curves": curves}
+    plan = hfsparse.profile(loaded, tokenizer, progress=True, **files, **settings)
     _print(headmap.legend(plan))
     written = shlex.quote(str(output))
-    typer.echo(f"\nwrote {output}. Look at it, then run it:")
+    drawn = "" if curves is None else f" and {curves}"
+    typer.echo(f"\nwrote {output}{drawn}. Look at it, then run it:")
     typer.echo(f"  hfsparse show {written}")
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
 

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from hfsparse.plan import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FULL, RING = "full", "ring"
 PARTS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
@@ -89,10 +93,11 @@ def png(plan: Plan, file: str | os.PathLike) -> None:
         Patch(facecolor=colour, label=label) for colour, label in zip(palette, labels, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", fontsize="small")
-    _write(figure, Path(file))
+    write_png(figure, Path(file))
 
 
-def _write(figure, file: Path) -> None:
+def write_png(figure: Figure, file: Path) -> None:
+    """Save a figure whole or not at all."""
     draft = file.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         figure.savefig(draft, format="png", dpi=150)

@@ -17,7 +17,7 @@ from hfsparse.profiler import profile
 
 HERE = Path(__file__).parent
 FOLDER = next(each for each in (HERE / "recipes", HERE.parent / "recipes") if each.is_dir())
-OF_A_CALL = ("model", "tokenizer", "out", "data", "progress", "recipe", "return")
+OF_A_CALL = ("model", "tokenizer", "out", "data", "curves", "progress", "recipe", "return")
 
 
 def names() -> dict[str, str]:

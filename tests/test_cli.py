@@ -257,6 +257,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "verify_samples": 5,
         "progress": True,
         "proxy": None,
+        "curves": None,
     }
     assert "recipe" not in result.stdout
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 import hfsparse
 from hfsparse.fingerprint import linear_layers, weights_mark, windows
+from hfsparse.headmap import write_png
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
 from hfsparse.profiler import balanced, duo, minference, minference_error, moa, streaming_llm
@@ -40,6 +41,7 @@ METHODS = {
     "duo": duo,
     "streaming-llm": streaming_llm,
 }
+DRAWN = ("balanced", "minference", "minference-error")  # measure candidates on every head
 
 
 def profile(
@@ -60,6 +62,7 @@ def profile(
     verify_samples: int = 8,
     proxy: str | None = None,
     recipe: str | None = None,
+    curves: str | Path | None = None,
     progress: bool = False,
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
@@ -71,7 +74,8 @@ def profile(
     given back until it loses at most the share `drop` of the answers that the dense model gives:
     budgets may be passed by that, and `expected` says by how much. `proxy` (one of PROXIES) ranks
     heads for `duo` in place of its training. `recipe` names where the settings come from (see
-    `hfsparse.recipe`), for `made`. Raises UsageError for what can't be done.
+    `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for methods in
+    DRAWN. Raises UsageError for what can't be done.
     """
     check_settings(
         method=method,
@@ -82,6 +86,7 @@ def profile(
         verify_samples=verify_samples,
         proxy=proxy,
     )
+    check_curves(curves, method)
     _check(model, lengths, samples)
     budget = Budget(prefill_density, cache_share, decode_share)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
@@ -105,6 +110,8 @@ def profile(
         **plan.made,
     }
     plan.validate()
+    if curves is not None:
+        write_png(job.draw(), Path(curves))
     if out is not None:
         plan.save(out)
         parts.remove()
@@ -144,6 +151,12 @@ def check_proxy(proxy: str | None, method: str) -> None:
         raise UsageError(f"proxy {proxy} ranks heads for duo, not for {method}: leave it out")
     if proxy not in PROXIES:
         raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
+
+
+def check_curves(curves: str | Path | None, method: str) -> None:
+    """Raise UsageError where `method` measures no curves."""
+    if curves is not None and method not in DRAWN:
+        raise UsageError(f"{method} measures no curves: leave them out, or use {', '.join(DRAWN)}")
 
 
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int) -> None:

@@ -63,8 +63,8 @@ class _Programme:
         self.loss.append(float(loss))
         self.names.append((groups, name))
 
-    def solve(self) -> dict[tuple, str]:
-        """What each group takes, at least loss."""
+    def solve(self) -> tuple[dict[tuple, str], float]:
+        """What each group takes at least loss, and the loss."""
         rows = {key: i for i, key in enumerate(dict.fromkeys(key for key, _, _ in self.uses))}
         keys, columns, values = zip(*self.uses, strict=True)
         shape = (len(rows), len(self.loss))
@@ -81,7 +81,7 @@ class _Programme:
         if found.status != 0:  # infeasible, or not solved in time: half a search is no plan
             raise Infeasible(found.message)
         taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
-        return {group: name for groups, name in taken for group in groups}
+        return {group: name for groups, name in taken for group in groups}, float(found.fun)
 
 
 def allocate(options: Options, budget: Budget) -> list[Layer]:
@@ -89,7 +89,7 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     try:
-        taken = _programme(options, budget).solve()
+        taken, _ = _programme(options, budget).solve()
     except Infeasible as error:
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
@@ -105,6 +105,11 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         )
         choices.append(Layer(prefill, cache, decode))
     return choices
+
+
+def least_loss(options: Options, budget: Budget) -> float:
+    """Sum of effects of the choice that `allocate` makes; Infeasible where there is none."""
+    return _programme(options, budget).solve()[1]
 
 
 def _programme(options: Options, budget: Budget) -> _Programme:

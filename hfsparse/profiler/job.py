@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,6 +20,9 @@ from hfsparse.fingerprint import windows
 from hfsparse.plan import Layer
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Job:
     proxy: str | None = None  # `duo`: what ranks heads in place of training
     # Set by a method that can tell densities and shares of any choice of its words, by length.
     expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
+    draw: Callable[[], Figure] | None = None  # likewise, by one that can draw `curves`
 
     @property
     def free(self) -> np.ndarray:

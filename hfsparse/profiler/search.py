@@ -75,6 +75,7 @@ def chosen(
         taken = iter(allocate(choices, job.budget))
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
+    job.draw = partial(_curves, job, candidates, free[max(free)], choices)
     this = ModelId.of(job.model)
     full = Plan.full(this).layers[0]
     layers = tuple(next(taken) if sparse else full for sparse in job.free)
@@ -83,6 +84,13 @@ def chosen(
     floor = min(means) // 2  # shorter rows were not looked at
     below = Below(floor, floor, floor)
     return Plan(this, used(known, layers), layers, below, job.expect(layers))
+
+
+def _curves(job: Job, candidates: Candidates, found: dict[str, np.ndarray], choices: Options):
+    from hfsparse.profiler import curves  # matplotlib, only where it draws
+
+    layers = np.flatnonzero(job.free).tolist()
+    return curves.figure(layers, candidates, found, choices, job.budget)
 
 
 def used(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict[str, Any]:
