@@ -91,6 +91,10 @@ def profile(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="How patterns are chosen.")] = "balanced",
+    prefill_method: Annotated[
+        str | None,
+        typer.Option(help="Another method for prompts, where --method keeps the cache full."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Prove the plan on retrieval trials; give back heads that fail.")
     ] = True,
@@ -118,6 +122,7 @@ def profile(
         "cache_share": cache_share,
         "decode_share": decode_share,
         "method": method,
+        "prefill_method": prefill_method,
         "verify": verify,
         "drop": drop,
         "verify_samples": verify_samples,
@@ -136,7 +141,7 @@ def profile(
     flags = {name: settings[name] for name in given}
     settings |= page | flags
     check_settings(**settings)
-    check_curves(curves, settings["method"])
+    check_curves(curves, settings["method"], settings["prefill_method"])
     if data is not None:
         read_jsonl(data)
 

@@ -252,6 +252,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "seed": 7,
         "data": data,
         "method": "minference",
+        "prefill_method": None,
         "verify": False,
         "drop": 0.02,
         "verify_samples": 5,

@@ -26,7 +26,7 @@ from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.headmap import write_png
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import balanced, duo, minference, minference_error, moa, streaming_llm
+from hfsparse.profiler import balanced, duo, minference, minference_error, mixed, moa, streaming_llm
 from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
@@ -57,6 +57,7 @@ def profile(
     seed: int = 0,
     data: str | Path | None = None,
     method: str = "balanced",
+    prefill_method: str | None = None,
     verify: bool = True,
     drop: float = 0.01,
     verify_samples: int = 8,
@@ -69,7 +70,8 @@ def profile(
 
     Budgets are shares of dense attention, met at the longest of `lengths` (tokens; by `moa` at each
     and beyond): query-key pairs of a prompt, bytes of cache, keys read by a decode step. `samples`
-    prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt"). With
+    prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
+    `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
     given back until it loses at most the share `drop` of the answers that the dense model gives:
     budgets may be passed by that, and `expected` says by how much. `proxy` (one of PROXIES) ranks
@@ -79,6 +81,7 @@ def profile(
     """
     check_settings(
         method=method,
+        prefill_method=prefill_method,
         prefill_density=prefill_density,
         cache_share=cache_share,
         decode_share=decode_share,
@@ -86,21 +89,26 @@ def profile(
         verify_samples=verify_samples,
         proxy=proxy,
     )
-    check_curves(curves, method)
+    check_curves(curves, method, prefill_method)
     _check(model, lengths, samples)
     budget = Budget(prefill_density, cache_share, decode_share)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
-    parts = Parts(out, _settings(model, method, prompts))
+    methods = method if prefill_method is None else f"{prefill_method} and {method}"
+    parts = Parts(out, _settings(model, methods, prompts))
     shown = bar if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
-    plan = METHODS[method].plan(job)
+    if prefill_method is None:
+        plan = METHODS[method].plan(job)
+    else:
+        plan = mixed.plan(job, METHODS[prefill_method].plan, METHODS[method].plan)
     seconds = time.time() - start
     if verify:
         plan = proof.refine(job, plan, drop, verify_samples)
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,
+        **({} if prefill_method is None else {"prefill_method": prefill_method}),
         "recipe": recipe,
         "model": Path(model.config._name_or_path or "unnamed").name,
         "seed": seed,
@@ -122,11 +130,18 @@ prompts_of = samples  # `profile` has an argument of that name
 
 
 def check_settings(
-    *, method: str, drop: float, verify_samples: int, proxy: str | None, **others
+    *,
+    method: str,
+    prefill_method: str | None,
+    drop: float,
+    verify_samples: int,
+    proxy: str | None,
+    **others,
 ) -> None:
     """Raise UsageError for settings of `profile` that can't work, whatever the model."""
-    if method not in METHODS:
-        raise UsageError(f"no method {method}: there is {', '.join(METHODS)}")
+    for each in (method, prefill_method or method):
+        if each not in METHODS:
+            raise UsageError(f"no method {each}: there is {', '.join(METHODS)}")
     check_proof(drop, verify_samples)
     check_proxy(proxy, method)
     for name in ("prefill_density", "cache_share", "decode_share"):
@@ -153,10 +168,12 @@ def check_proxy(proxy: str | None, method: str) -> None:
         raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
 
 
-def check_curves(curves: str | Path | None, method: str) -> None:
-    """Raise UsageError where `method` measures no curves."""
-    if curves is not None and method not in DRAWN:
-        raise UsageError(f"{method} measures no curves: leave them out, or use {', '.join(DRAWN)}")
+def check_curves(curves: str | Path | None, method: str, prefill_method: str | None) -> None:
+    """Raise UsageError where no curves are measured, or by two methods."""
+    if curves is not None and (prefill_method or method not in DRAWN):
+        methods = f"{prefill_method} with {method}" if prefill_method else method
+        wanted = f"leave them out, or use {', '.join(DRAWN)} alone"
+        raise UsageError(f"{methods} draws no curves: {wanted}")
 
 
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int) -> None:

@@ -210,12 +210,15 @@ def expected(
     layers: tuple[Layer, ...], lengths: Iterable[int], ring: Streaming
 ) -> dict[int, dict[str, float]]:
     """Mean densities and shares of a choice of full heads and rings, by length."""
-    words = [word for layer in layers for word in layer.cache]
-    full = words.count("full") / len(words)
-    return {
-        n: {name: round(full + (1 - full) * cost, 4) for name, cost in ring_costs(n, ring).items()}
-        for n in lengths
-    }
+    prompts = np.mean([word != "full" for layer in layers for word in layer.prefill])
+    kept = np.mean([word != "full" for layer in layers for word in layer.cache])
+
+    def total(name: str, cost: float) -> float:
+        streaming = prompts if name.endswith("density") else kept
+        return round(float(1 - streaming * (1 - cost)), 4)
+
+    costs = {n: ring_costs(n, ring) for n in lengths}
+    return {n: {name: total(name, cost) for name, cost in costs[n].items()} for n in costs}
 
 
 def rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Plan:

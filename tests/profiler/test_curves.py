@@ -47,7 +47,7 @@ def test_curves_show_each_layer_and_kind_and_what_budgets_cost(tmp_path, monkeyp
 
 
 def test_a_method_that_measures_no_curves_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="moa measures no curves: leave them out, or use balanced"):
+    with pytest.raises(UsageError, match="moa draws no curves: leave them out, or use balanced"):
         hfsparse.profile(
             tiny.llama(), tiny.tokenizer(), method="moa", curves=tmp_path / "c.png", lengths=(512,)
         )
