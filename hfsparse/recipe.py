@@ -29,7 +29,7 @@ def names() -> dict[str, str]:
 def load(name: str) -> dict[str, Any]:
     """Arguments for `profile` from a recipe's name, or from a path that ends in .yaml.
 
-    `recipe` among them is its name. UsageError names everything wrong with it.
+    `recipe` among them is its name. UsageError names what is wrong with it.
     """
     known = names()
     own = name.endswith((".yaml", ".yml"))
@@ -55,7 +55,7 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
     hints = {key: hint for key, hint in get_type_hints(profile).items() if key not in OF_A_CALL}
     settings = {}
     if not problems and (type(raw) is not dict or not raw):
-        say(1, f"give settings such as method: balanced, and at least one of {', '.join(hints)}")
+        say(1, f"give settings such as method: balanced, and others of {', '.join(hints)}")
     for key, value in raw.items() if type(raw) is dict else ():
         if key not in hints:
             say(lines[key,], f"unknown setting {show(key)}: {nearest(key, hints)}")
@@ -65,7 +65,7 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
             say(lines[key,], f"{key} is {show(value)}: give {kind}")
         settings[key] = tuple(value) if type(value) is list else value
     if problems:
-        raise UsageError(f"the recipe {name}, {'; '.join(problems)}")
+        raise UsageError(f"the recipe {name}, {'; '.join(problems[:10])}")
     return settings
 
 
