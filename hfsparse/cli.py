@@ -101,7 +101,7 @@ def profile(
     drop: Annotated[
         float, typer.Option(help="Greatest share of the dense model's answers that may be lost.")
     ] = 0.01,
-    verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 8,
+    verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 12,
     proxy: Annotated[
         str | None,
         typer.Option(help="duo: rank heads by copy, mass or error instead of training gates."),

@@ -60,7 +60,7 @@ def profile(
     prefill_method: str | None = None,
     verify: bool = True,
     drop: float = 0.01,
-    verify_samples: int = 8,
+    verify_samples: int = 12,
     proxy: str | None = None,
     recipe: str | None = None,
     curves: str | Path | None = None,

@@ -56,21 +56,21 @@ def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
     rng = Random(f"hfsparse {kind} {index} {seed}")
     if kind in ("prose", "code"):
         start = _bos(tokenizer)
-        body = _fill(tokenizer, kind, length - len(start), rng)
+        body = fill(tokenizer, kind, length - len(start), rng)
         return Prompt(f"{kind}-{index}", _ids(start + list(chain(*body))), None)
 
     ground = ("prose", "code")[(turn + (kind == "multihop")) % 2]
     puzzle = PUZZLES[kind, ground](rng, facts=max(3, min(8, length // 256)))
-    head, tail = _frame(tokenizer, f"{puzzle.task}\n\n", f"\n\n{puzzle.question}")
-    facts = [_encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
-    answer = _encode(tokenizer, puzzle.answer)
+    head, tail = frame(tokenizer, f"{puzzle.task}\n\n", f"\n\n{puzzle.question}")
+    facts = [encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
+    answer = encode(tokenizer, puzzle.answer)
     room = length - len(head) - sum(map(len, facts)) - len(tail) - len(answer)
     if room <= 0:
         raise UsageError(
             f"calibration prompts of {length} tokens are too short: the {kind} question needs "
             f"{length - room + 1}; give longer --lengths"
         )
-    body = _hide(facts, _fill(tokenizer, ground, room, rng), rng)
+    body = hide(facts, fill(tokenizer, ground, room, rng), rng)
     ids = head + body + tail + answer
     return Prompt(f"{kind}-{ground}-{index}", _ids(ids), (length - len(answer), length))
 
@@ -82,7 +82,7 @@ def _ids(tokens: list[int]) -> Tensor:
     return torch.tensor([tokens])
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -92,11 +92,11 @@ def _bos(tokenizer) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
 
 
-def _frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
+def frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
     """Tokens around a long text in a user's turn: everything before it, and up to the answer."""
     if not getattr(tokenizer, "chat_template", None):
         tail = f"{after}\n" if after else ""
-        return _bos(tokenizer) + _encode(tokenizer, before), _encode(tokenizer, tail)
+        return _bos(tokenizer) + encode(tokenizer, before), encode(tokenizer, tail)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": f"{before}{BODY}{after}"}],
         tokenize=False,
@@ -104,14 +104,14 @@ def _frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
         enable_thinking=False,
     )
     head, _, tail = text.partition(BODY)
-    return _encode(tokenizer, head), _encode(tokenizer, tail)
+    return encode(tokenizer, head), encode(tokenizer, tail)
 
 
-def _fill(tokenizer, kind: str, room: int, rng: Random) -> list[list[int]]:
+def fill(tokenizer, kind: str, room: int, rng: Random) -> list[list[int]]:
     """Passages of `kind` with exactly `room` tokens; the last is cut to fit."""
     passages = []
     for text in cycle(_passages(kind, rng)):
-        passages.append(_encode(tokenizer, text)[:room])
+        passages.append(encode(tokenizer, text)[:room])
         room -= len(passages[-1])
         if room == 0:
             return passages
@@ -120,7 +120,7 @@ def _fill(tokenizer, kind: str, room: int, rng: Random) -> list[list[int]]:
     )
 
 
-def _hide(facts: list[list[int]], passages: list[list[int]], rng: Random) -> list[int]:
+def hide(facts: list[list[int]], passages: list[list[int]], rng: Random) -> list[int]:
     """Put each fact, in order, before a passage, one fact in each equal stretch of the text."""
     total = sum(map(len, passages))
     waiting = [(total * (i + rng.random()) / len(facts), fact) for i, fact in enumerate(facts)]
@@ -188,11 +188,11 @@ def own_texts(tokenizer, length: int, count: int, seed: int, file: Path) -> list
     prompts, longest = [], 0
     for line, row in rows:
         if "prompt" in row:
-            head, tail = _frame(tokenizer, "", "")
-            body = _encode(tokenizer, row["prompt"])
-            answer = _encode(tokenizer, row.get("answer", ""))
+            head, tail = frame(tokenizer, "", "")
+            body = encode(tokenizer, row["prompt"])
+            answer = encode(tokenizer, row.get("answer", ""))
         else:
-            head, body, tail, answer = (_bos(tokenizer), _encode(tokenizer, row["text"]), [], [])
+            head, body, tail, answer = (_bos(tokenizer), encode(tokenizer, row["text"]), [], [])
         room = length - len(head) - len(tail) - len(answer)
         if room <= 0:
             raise UsageError(

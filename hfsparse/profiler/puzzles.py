@@ -28,7 +28,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Ask:
-    """One question, and the answer in two parts: how it begins, and what must be known."""
+    """One question, and the answer in two parts: how it begins (as its fact does), and the rest."""
 
     question: str
     lead: str
@@ -76,7 +76,7 @@ def rooms(rng: Random, facts: int) -> Puzzle:
         question=f"Which room did each move to: {_listed([person for person, _ in asked])}?",
         answer="\n".join(f"{person} is in room {room}." for person, room in asked),
         asks=tuple(
-            Ask(f"Which room did {person} move to?", f"{person} is in room", f" {room}")
+            Ask(f"Which room did {person} move to?", f"{person} has moved to room", f" {room}")
             for person, room in rows
         ),
     )
@@ -92,7 +92,7 @@ def badges(rng: Random, facts: int) -> Puzzle:
         question=f"What does BADGES hold for {_listed([person for person, _ in asked])}?",
         answer="\n".join(f'BADGES["{person}"] is "{badge}".' for person, badge in asked),
         asks=tuple(
-            Ask(f"What does BADGES hold for {person}?", f'BADGES["{person}"] is "', badge)
+            Ask(f"What does BADGES hold for {person}?", f'BADGES["{person}"] = "', badge)
             for person, badge in rows
         ),
     )
@@ -111,7 +111,11 @@ def hands(rng: Random, facts: int) -> Puzzle:
         question=f"Through whose hands did the {thing} go, and who has it now?",
         answer=f"{', then '.join(mine)}. Now {mine[-1]} has it.",
         asks=tuple(
-            Ask(f"To whom did {giver} give the {thing}?", f"{giver} gave it to", f" {taker}")
+            Ask(
+                f"To whom did {giver} give the {thing}?",
+                f"{giver} gave the {thing} to",
+                f" {taker}",
+            )
             for giver, taker in pairwise(mine)
         ),
     )
@@ -130,8 +134,29 @@ def aliases(rng: Random, facts: int) -> Puzzle:
         question=f"What is the value of {mine[-1]}, and through which names did it get there?",
         answer=f'{", then ".join(mine)}. The value of {mine[-1]} is "{value}".',
         asks=tuple(
-            Ask(f"What is the value of {name}?", f'The value of {name} is "', value)
-            for name in mine[:2]
+            Ask(f"What is {name} bound to?", f"{name} =", f" {held}")
+            for held, name in [(f'"{value}"', mine[0]), *pairwise(mine)]
+        ),
+    )
+
+
+def numbers(rng: Random, facts: int) -> Puzzle:
+    """A few things with a number each: what small models can still do."""
+    things = rng.sample(THINGS, max(2, facts * 3 // 8))
+    rows = [(thing, str(rng.randrange(1000, 10000))) for thing in things]
+    asked = _asked(rng, rows)
+    return Puzzle(
+        task="Read the text below. Numbers of a few things are mixed into it.",
+        facts=tuple(f"The number engraved on the {thing} is {number}." for thing, number in rows),
+        question=f"Which numbers are engraved on the {_listed([thing for thing, _ in asked])}?",
+        answer="\n".join(f"The number engraved on the {thing} is {n}." for thing, n in asked),
+        asks=tuple(
+            Ask(
+                f"Which number is engraved on the {thing}?",
+                f"The number engraved on the {thing} is",
+                f" {number}",
+            )
+            for thing, number in rows
         ),
     )
 
@@ -148,3 +173,5 @@ PUZZLES = {
     ("multihop", "prose"): hands,
     ("multihop", "code"): aliases,
 }
+# No plan is calibrated on these.
+OTHERS = {("numbers", "prose"): numbers, ("numbers", "code"): numbers}

@@ -21,9 +21,9 @@ from hfsparse.graphs import parameters
 from hfsparse.loading import UsageError
 from hfsparse.patcher import CACHES
 from hfsparse.profiler import prompts
-from hfsparse.profiler.puzzles import PUZZLES, Ask
+from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
 
-TASKS = tuple(PUZZLES)
+TASKS = OTHERS | PUZZLES
 MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 
 
@@ -38,14 +38,14 @@ class Trial:
 
 def make(tokenizer, length: int, index: int, seed: int) -> Trial:
     """The `index`th trial, of exactly `length` tokens."""
-    kind, ground = TASKS[index % len(TASKS)]
+    kind, ground = list(TASKS)[index % len(TASKS)]
     at_once = index // len(TASKS) % 2 == 1  # the first question stands at the end of the text
     rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
-    puzzle = PUZZLES[kind, ground](rng, facts=max(3, min(8, length // 256)))
+    puzzle = TASKS[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))
     first, *later = (_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
-    head, _ = prompts._frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
-    facts = [prompts._encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
+    head, _ = prompts.frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
+    facts = [prompts.encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
     turns = [first, *later]
     while len(turns) > 1 and sum(map(len, chain.from_iterable(turns))) > length // 2:
         turns.pop()
@@ -55,7 +55,7 @@ def make(tokenizer, length: int, index: int, seed: int) -> Trial:
             f"trials of {length} tokens are too short: the {kind} questions need "
             f"{length - room + 1}; give longer --lengths, or --no-verify"
         )
-    body = prompts._hide(facts, prompts._fill(tokenizer, ground, room, rng), rng)
+    body = prompts.hide(facts, prompts.fill(tokenizer, ground, room, rng), rng)
     text = head + body
     if at_once:
         text, turns[0] = text + first[0], ([], first[1])
@@ -65,13 +65,14 @@ def make(tokenizer, length: int, index: int, seed: int) -> Trial:
 def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
     """Tokens from the end of the text, or of the answer before, up to the value; and the value."""
     before = _between(tokenizer, ask.question, first) + ask.lead
-    both = prompts._encode(tokenizer, before + ask.value)
-    alone = prompts._encode(tokenizer, before)
+    both = prompts.encode(tokenizer, before + ask.value)
+    alone = prompts.encode(tokenizer, before)
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(both, alone, strict=False))))
     return both[:same], both[same:]
 
 
 def _between(tokenizer, question: str, first: bool) -> str:
+    """What stands between the text, or the answer before, and the answer to this question."""
     if not getattr(tokenizer, "chat_template", None):
         return f"\n\n{question}\n"
     said = [{"role": "user", "content": prompts.BODY}]

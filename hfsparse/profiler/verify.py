@@ -8,6 +8,7 @@ with which the plan keeps within the drop. What was asked and lost is written in
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from hfsparse.profiler.job import Job
 from hfsparse.profiler.search import used
 from hfsparse.profiler.trials import Trial
 
-ABLE = 0.7  # a task counts if the dense model says so large a share of its values
+ABLE = 0.5  # a task counts if the dense model says so large a share of its values
 LOOKED = 2  # trials, those that lost most, on which single layers and heads are given back
 
 Unit = tuple[int, int]  # layer, kv head
@@ -67,11 +68,10 @@ class Pair:
 
     @classmethod
     def of(cls, job: Job, samples: int) -> Pair:
-        asked = {
-            f"trial-{job.seed}-{n}-{i}": trials.make(job.tokenizer, n, i, job.seed)
-            for n in job.prompts
-            for i in range(samples)
-        }
+        every = [
+            trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in range(samples)
+        ]
+        asked = {hashlib.sha256(repr(t).encode()).hexdigest()[:12]: t for t in every}
         pair = cls(job, asked, {})
         pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
         return pair
@@ -85,7 +85,7 @@ class Pair:
         with patch(self.job.model, plan):
             for n in self.job.progress(todo) if label else (n for _, n in todo):
                 compute = partial(trials.run, self.job.model, asked[n])
-                self.found[mark, n] = self.job.parts.get(f"{n}-{mark}", compute)
+                self.found[mark, n] = self.job.parts.get(f"trial-{n}-{mark}", compute)
         return {n: self.found[mark, n] for n in asked}
 
     @property

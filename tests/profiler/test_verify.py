@@ -55,9 +55,9 @@ def test_a_value_is_said_when_greedy_decoding_says_it(patched):
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
     tokenizer = tiny.tokenizer(chat)
-    made = [trials.make(tokenizer, 900, i, 7) for i in range(8)]
+    made = [trials.make(tokenizer, 900, i, 7) for i in range(12)]
     assert made[:4] == [trials.make(tokenizer, 900, i, 7) for i in range(4)]
-    assert len({trial.task for trial in made}) == 8
+    assert len({trial.task for trial in made}) == 12
     for trial in made:
         assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 900
         known = trial.task.endswith("-known")
