@@ -32,6 +32,7 @@ from hfsparse_eval.tasks import TASKS
 LENGTH, SAMPLES = 2048, 8
 TASK_NAMES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
 BUDGETS = "--prefill-density 0.37 --cache-share 0.42 --decode-share 0.3"
+METHOD = "--method minference --no-verify"
 NEW_TOKENS = 32  # an answer is a number of seven digits
 
 
@@ -43,7 +44,7 @@ def main(
     shutil.rmtree(out, ignore_errors=True)  # old results are not this run's
     out.mkdir(parents=True)
     plan, results = out / "plan.yaml", out / "eval"
-    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 6 {BUDGETS}")
+    command(f"profile {model} -o {plan} --lengths {LENGTH} --samples 6 {METHOD} {BUDGETS}")
     command(f"show {plan} --png {out / 'heads.png'}")
     command(f"check {plan} {model}")
     side_by_side(str(model), Plan.load(plan))

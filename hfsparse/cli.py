@@ -99,7 +99,7 @@ def profile(
         bool, typer.Option(help="Prove the plan on retrieval trials; give back heads that fail.")
     ] = True,
     drop: Annotated[
-        float, typer.Option(help="Greatest share of the dense model's answers that may be lost.")
+        float, typer.Option(help="Greatest share of answers that may be lost against dense.")
     ] = 0.01,
     verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 12,
     proxy: Annotated[

@@ -73,7 +73,7 @@ def profile(
     prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
-    given back until it loses at most the share `drop` of the answers that the dense model gives:
+    given back until it loses at most the share `drop` of the answers against the dense model:
     budgets may be passed by that, and `expected` says by how much. `proxy` (one of PROXIES) ranks
     heads for `duo` in place of its training. `recipe` names where the settings come from (see
     `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for methods in
@@ -98,13 +98,14 @@ def profile(
     parts = Parts(out, _settings(model, methods, prompts))
     shown = bar if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
+    asked = proof.asked(job, verify_samples) if verify else {}
     if prefill_method is None:
         plan = METHODS[method].plan(job)
     else:
         plan = mixed.plan(job, METHODS[prefill_method].plan, METHODS[method].plan)
     seconds = time.time() - start
     if verify:
-        plan = proof.refine(job, plan, drop, verify_samples)
+        plan = proof.refine(job, plan, drop, asked)
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,
@@ -218,7 +219,8 @@ def _settings(model: PreTrainedModel, method: str, prompts: dict[int, list[Promp
 
 
 def _peak_bytes(model: PreTrainedModel) -> int:
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
+    devices = {weight.device for weight in model.parameters()}
+    if cards := [device for device in devices if device.type == "cuda"]:
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -5,9 +5,9 @@ the sum of two views, each in units of its own mean: `harm`, which asks the grad
 for the prompt's key tokens, to first order, and `error`, the change of the layer's output there,
 which trusts no gradient. `allocate` takes one choice a head, of least total loss under all budgets.
 
-Losses are read off a line over the logarithm of the length, at REACH times the longest, and count
-more where they grow. Words that grow with the row (shares, `recent_per_token`) are always offered;
-fixed counts of tokens only where two lengths or more can show that they hold.
+Losses are read off a line over the logarithm of the length, at REACH times the longest: a fixed
+count of tokens that loses more in longer rows gives way to a share of the row, or to a window that
+grows (`recent_per_token`). One length alone tells nothing of that.
 """
 
 from __future__ import annotations
@@ -35,30 +35,29 @@ SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
 SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
-RATES = (1 / 16, 1 / 8, 1 / 4)  # of the row: rings that grow
-FIXED = (128, 256, 1024)  # tokens: rings that don't
+RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
+FIXED = (64, 128, 256, 1024)  # tokens: rings that don't
 PAGES = (0.03, 0.06, 0.12, 0.25, 0.5)  # of the row: quest
 FEWEST = 4  # blocks and pages that are always kept
 
 
 def plan(job: Job) -> Plan:
     """Measure, fit over lengths, and allocate."""
-    names = candidates(max(job.prompts), fixed=len(job.prompts) > 1)
+    names = candidates(max(job.prompts))
     return search.chosen(job, names, search.measured(job, names), options)
 
 
-def candidates(longest: int, fixed: bool) -> Candidates:
+def candidates(longest: int) -> Candidates:
     """What heads may choose from, for prompts of up to `longest` tokens."""
-    near, shares = min(64, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
+    near, shares = min(32, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
     patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in shares}
     patterns |= {f"blocks{_percent(s)}": BlockTopK(s, FEWEST) for s in shares}
     patterns |= {f"mass{_percent(m)}": Antidiagonal(m, max_share=0.6) for m in MASSES}
+    for share in shares:
+        columns, diagonals = round(longest * share * 0.8), round(longest * share * 0.15)
+        patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
-    if fixed:
-        for share in shares:
-            columns, diagonals = round(longest * share / 2), round(longest * share / 8)
-            patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
-        rings |= {f"last{n}": Streaming(SINK, n) for n in FIXED if n <= longest // 8}
+    rings |= {f"last{n}": Streaming(SINK, n) for n in FIXED if n <= longest // 8}
     pages = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # fewer would not be seen
     return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})
 

@@ -33,13 +33,23 @@ Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
 
 
-def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
-    """`plan`, or more of it full, that loses at most the share `drop` of what the dense model says.
+def asked(job: Job, samples: int) -> dict[str, Trial]:
+    """So many trials at each of the job's lengths, by a name that stands for their tokens."""
+    every = [
+        trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in range(samples)
+    ]
+    return {hashlib.sha256(repr(trial).encode()).hexdigest()[:12]: trial for trial in every}
 
-    `samples` trials at each of the job's lengths. `made["verified"]` says what was found.
+
+def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
+    """`plan`, or more of it full, that loses at most the share `drop` of these trials' answers.
+
+    Lost is what the dense model says and the plan doesn't, less what only the plan says.
+    `made["verified"]` says what was found.
     """
     start, given = time.time(), []
-    pair = Pair.of(job, samples)
+    pair = Pair(job, asked, {})
+    pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
     if pair.counted and pair.lost(plan).mean > drop:
         given = _given(pair, plan, drop)
     final = full(plan, given)
@@ -65,16 +75,6 @@ class Pair:
     asked: dict[str, Trial]
     dense: dict[str, dict[str, np.ndarray]]
     found: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, job: Job, samples: int) -> Pair:
-        every = [
-            trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in range(samples)
-        ]
-        asked = {hashlib.sha256(repr(t).encode()).hexdigest()[:12]: t for t in every}
-        pair = cls(job, asked, {})
-        pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
-        return pair
 
     def run(
         self, plan: Plan, asked: dict[str, Trial], label: str | None = None

@@ -5,7 +5,6 @@ import pytest
 
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler import balanced
 from hfsparse.profiler.allocate import Budget, allocate
 
@@ -21,19 +20,17 @@ def test_losses_are_read_off_a_line_at_the_reach_and_never_fall():
     np.testing.assert_allclose(balanced.fit({1024: start}), start)
 
 
-def test_every_pattern_is_a_candidate_and_counts_only_where_two_lengths_show_them():
-    one, two = (balanced.candidates(2048, fixed) for fixed in (False, True))
-    assert {type(p) for p in two.patterns.values()} == set(PATTERNS.values())
-    assert not any(isinstance(p, VerticalSlash) for p in one.patterns.values())
-    assert all(ring.recent_per_token for ring in one.rings.values())
-    assert any(not ring.recent_per_token for ring in two.rings.values())
-    streaming = [p for p in two.patterns.values() if isinstance(p, Streaming)]
+def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
+    names = balanced.candidates(2048)
+    assert {type(p) for p in names.patterns.values()} == set(PATTERNS.values())
+    streaming = [p for p in names.patterns.values() if isinstance(p, Streaming)]
     assert all(p.recent_per_token for p in streaming)
+    assert {bool(ring.recent_per_token) for ring in names.rings.values()} == {False, True}
 
 
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
-    names = balanced.candidates(2048, fixed=True)
+    names = balanced.candidates(2048)
     rings = {name: i for i, name in enumerate(names.rings)}
     counts = {"pattern": (len(names.patterns), 4), "ring": (len(rings), 2)}
     counts["page"] = (len(names.selectors), 2)

@@ -128,7 +128,8 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
     every = [(at, g) for at in range(LAYERS) for g in range(KV)]
     vital = set(random.Random(seed).sample(every, seed + 1))
     believe(monkeypatch, vital)
-    plan = verify.refine(job(model), rings(model), 0.01, 2)
+    this = job(model)
+    plan = verify.refine(this, rings(model), 0.01, verify.asked(this, 2))
     kept = {(at, g) for at, g in every if plan.layers[at].cache[g] == "full"}
     assert kept == vital
     plan.validate()
@@ -141,14 +142,16 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
 
 def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):
     believe(monkeypatch, set())
-    plan = verify.refine(job(model), rings(model), 0.0, 2)
+    this = job(model)
+    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
     assert plan.hash() == rings(model).hash()
     assert plan.made["verified"]["given_back"] == []
 
 
 def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
     believe(monkeypatch, set(), able=0.0)
-    plan = verify.refine(job(model), rings(model), 0.0, 2)
+    this = job(model)
+    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
     assert plan.hash() == rings(model).hash()
     assert "the dense model can do none" in plan.made["verified"]["told"]
 
