@@ -13,7 +13,7 @@ from random import Random
 from torch import Tensor
 
 from hfsparse.loading import UsageError
-from hfsparse.profiler.prompts import _encode, _frame, _ids
+from hfsparse.profiler.prompts import _ids, encode, frame
 
 WORDS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar "
@@ -42,12 +42,12 @@ def hide(tokenizer, text: list[int], rng: Random) -> Passkeys:
     count, words = min(10, max(1, len(text) // PER_KEY)), min(LONG, max(1, len(text) // LONG))
     most = len(text) // (6 * count)  # tokens of a passkey: some tokenizers spell words out
     keys = [" " + " ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
-    keys = [_encode(tokenizer, key)[:most] for key in keys]
+    keys = [encode(tokenizer, key)[:most] for key in keys]
     hidden, asked = (
-        [_encode(tokenizer, line.format(name)) for name in ORDINALS[:count]]
+        [encode(tokenizer, line.format(name)) for name in ORDINALS[:count]]
         for line in ("\n\nRemember this: the {} passkey to the vault is", "The {} passkey is")
     )
-    end, (head, tail) = _encode(tokenizer, "\n\n"), _frame(tokenizer, TASK, QUESTION)
+    end, (head, tail) = encode(tokenizer, "\n\n"), frame(tokenizer, TASK, QUESTION)
     extra = sum(map(len, (*hidden, *asked))) + 2 * sum(map(len, keys)) + 2 * count * len(end)
     room = len(text) - len(head) - len(tail) - extra
     if room < len(text) // 4:
