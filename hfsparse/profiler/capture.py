@@ -86,7 +86,7 @@ def backward(
     found: dict[int, dict[str, np.ndarray]] = {}
     ids = _own(model, ids)
     decoder = model.get_decoder()
-    with patch(model), _checkpointed(model):
+    with patch(model), checkpointed(model):
 
         def observe(module, q, k, v, logits):
             if not torch.is_grad_enabled():  # the way forward
@@ -100,7 +100,7 @@ def backward(
 
                 def visit(grad: Tensor) -> None:
                     with torch.no_grad():
-                        at, proj = keys.to(grad.device), _projection(module, value)
+                        at, proj = keys.to(grad.device), projection(module, value)
                         found[module.layer_idx] = measure(
                             Seen(*seen, value, grad, logits, at, proj)
                         )
@@ -138,7 +138,7 @@ def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
     return scores.gather(1, wanted[:, None])[:, 0] - others
 
 
-def _projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
+def projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
     """What each head's output `[1, Hq, L, Dv]` adds to the layer's, as `[Hq, Dv, hidden]`.
 
     Asked of the module, whatever holds its weights (quantised, adapted).
@@ -163,7 +163,7 @@ def _return_large_blocks() -> None:
 
 
 @contextmanager
-def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Gradients from the embeddings on, none for weights, each decoder layer recomputed."""
     weights = [p for p in model.parameters() if p.requires_grad]
     layers = [

@@ -20,7 +20,7 @@ from hfsparse.attention import LayerPlan, Logits
 from hfsparse.lists import Grid, default_block
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler.capture import _checkpointed
+from hfsparse.profiler.capture import checkpointed
 
 
 @torch.inference_mode(False)
@@ -41,7 +41,7 @@ def distil(
     with patch(model):
         with torch.no_grad():
             dense = hidden()
-        with torch.enable_grad(), _checkpointed(model), gated(model, gates, stream):
+        with torch.enable_grad(), checkpointed(model), gated(model, gates, stream):
             with save_on_cpu(pin_memory=ids.is_cuda):
                 distance = (hidden() - dense).float().square().mean()
             distance.backward()

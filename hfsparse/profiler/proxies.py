@@ -19,7 +19,7 @@ from hfsparse.attention import Logits
 from hfsparse.loading import UsageError
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler.capture import PROJECTIONS, _projection
+from hfsparse.profiler.capture import PROJECTIONS, projection
 from hfsparse.profiler.gates import sparse_layers
 from hfsparse.profiler.passkeys import Passkeys
 
@@ -62,7 +62,7 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
         values = v[g].float()
         exact.append(mass @ values)
         change.append(kept @ values / share.clamp(min=1e-9)[..., None] - exact[-1])
-    proj = _projection(module, torch.cat(exact)[None].to(v.dtype))
+    proj = projection(module, torch.cat(exact)[None].to(v.dtype))
     if proj is None:
         raise UsageError(
             f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "
