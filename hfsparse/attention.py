@@ -310,7 +310,7 @@ def attend(
         need = kernels.Need.of(query, key, value, s_aux, lists=True, block=PAGE)
         whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
         modes = torch.is_inference_mode_enabled(), threading.get_ident()
-        step = _step(tuple(past), tuple(layer.rows), Q, query.device, whole, *modes)
+        step = _step(tuple(past), tuple(layer.rows), Q, whole, *modes).on(query.device)
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
         with _on(query):
@@ -663,11 +663,10 @@ class Step:
 
 
 @lru_cache(16)
-def _step(past, rows, Q, device, whole, inference, thread) -> Step:
+def _step(past, rows, Q, whole, inference, thread) -> Step:
     """The same for every layer of a call. `inference`: its tensors can't be used outside."""
-    first, length = (torch.tensor(t, device=device) for t in (past, rows))
-    lane = torch.arange(Q, device=device)
-    query_pos = first[:, None] + lane
+    first, length = torch.tensor(past), torch.tensor(rows)
+    query_pos = first[:, None] + torch.arange(Q)
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
     return Step(past, rows, length, query_pos, None if whole else max(rows))
 

@@ -8,12 +8,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 import hfsparse
 from hfsparse import attention
 from hfsparse.plan import Below
-from tests.patcher.families import choosing, left_padded, tiny, tokens
+from tests.patcher.families import choosing, fresh, left_padded, tiny, tokens
 from tests.patcher.runs import continue_with, forward
 
 PADS = (0, 0, 70)
@@ -58,6 +59,21 @@ def test_after_a_change_of_rows_the_next_step_chooses_anew(change):
             order = change(cache) if change else (0, 1, 2)
             found.append(step(2, order))
     assert torch.equal(*found) == (change is not None)
+
+
+def test_a_choice_is_read_on_other_devices():
+    model = fresh("qwen2")
+
+    def move(module, args, kwargs):
+        return tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+
+    for module in (*model.model.layers[1:], model.model.norm):
+        module.to("meta").register_forward_pre_hook(move, with_kwargs=True)
+    with torch.no_grad(), hfsparse.patch(model, choosing(model)):
+        cache = DynamicCache(config=model.config)
+        for n in (200, 1):
+            out = model.model(tokens(1, n), past_key_values=cache).last_hidden_state
+    assert (out.device.type, cache.layers[0].keys.device.type) == ("meta", "cpu")
 
 
 def test_two_caches_keep_their_own_choices():
