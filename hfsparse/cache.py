@@ -153,20 +153,20 @@ class Layer(CacheLayerMixin):
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(self.rows, rows)
-        self._choose_anew()
         self.seen = self.stored = max(self.seen - drop, 0)
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
+        self._forget_choices()
 
     def reset(self) -> None:
         self.seen = self.stored = self.expected = 0
         self.rows = [0] * len(self.rows)
-        self._choose_anew()
+        self._forget_choices()
 
-    def _choose_anew(self) -> None:
+    def _forget_choices(self) -> None:
         for store in self.stores:
             if store.choice is not None:
-                store.choice.forget()
+                store.choice.forget(self.rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -97,6 +97,8 @@ class Graphs:
         given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
         asked, rows = _asked(given), [n + 1 for n in first.rows]
         if graph is not None and self.checked and min(rows) > 1 and graph.fits(asked, rows):
+            if mask is None:
+                first.lengths(None, first.seen, 1)
             return self._replay(graph, given, layers, rows, mask)
         past, new = first.lengths(row_starts(mask), first.seen, 1)
         if min(new) < 1:

@@ -128,25 +128,26 @@ def compare(
     return found
 
 
-def refused(family: str, plan: str, mend) -> tuple[str, bool]:
-    """What a replayed step says to a mask that `mend` spoilt, and whether later ones bear it."""
-    model, told, found = families.fresh(family), "nothing", []
-    ids, mask = families.left_padded(60, (0, 9))
+def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]:
+    """What a step says to a mask that `mend` spoilt, whether it ran, whether later ones bear it."""
+    model, told, found = families.fresh("qwen2"), "nothing", []
+    ids, mask = families.left_padded(length, pads)
     for spoilt in (False, True):
         with plain_prompts(), frozen(), hfsparse.patch(model, getattr(families, plan)(model)):
             cache, seen, logits = DynamicCache(), mask, []
             runs.forward(model, ids, mask, cache)
-            for step in range(8):
+            for step in range(6):
                 new, seen = ids[:, step : step + 1], torch.cat([seen, seen[:, -1:]], 1)
-                if spoilt and step == 5:
+                if spoilt and step == 4:  # the first replay that looks at bounds alone
                     try:
-                        runs.forward(model, new, mend(seen.clone()), cache)
+                        with launches() as ran:
+                            runs.forward(model, ids[:, 40:41], mend(seen.clone()), cache)
                     except ValueError as error:
                         told = str(error)
                 logits.append(runs.forward(model, new, seen, cache).logits)
             assert model.get_decoder()._hfsparse.graphs.why is None
             found.append(torch.stack(logits))
-    return told, torch.equal(*found)
+    return told, bool(ran), torch.equal(*found)
 
 
 def hole(mask):
@@ -157,3 +158,7 @@ def hole(mask):
 def longer_row(mask):
     mask[1, 3:] = 1
     return mask
+
+
+def none(mask):
+    return None

@@ -86,10 +86,15 @@ def test_a_replay_that_differs_from_the_eager_step_is_the_last(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("mend", "why"),
-    [(frozen.hole, "has holes or right padding"), (frozen.longer_row, "by this attention_mask")],
+    ("what", "behind", "why"),
+    [
+        (("choosing", frozen.hole, 270), True, "has holes or right padding"),
+        (("full", frozen.longer_row, 80), True, "by this attention_mask"),
+        (("full", frozen.none, 80, (9,)), False, "by this attention_mask"),
+    ],
 )
-def test_a_mask_that_is_looked_at_behind_a_replay_is_refused(interpreted, mend, why):
-    told, same = interpreted("llama", "mixed", mend, run=frozen.refused)
+def test_a_wrong_mask_is_refused_behind_a_replay_and_none_before(interpreted, what, behind, why):
+    told, ran, same = interpreted(*what, run=frozen.refused)
     assert why in told
+    assert ran == behind
     assert same, "the refused step left something behind"

@@ -6,6 +6,7 @@ since are read too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,11 @@ from hfsparse.lists import PAGE, PageLists
 
 @dataclass
 class Choice:
-    """What each row of a cache chose last; zeros: nothing."""
+    """What each row of a cache chose last."""
 
     pages: Tensor  # [B, Hkv, width] int64
     count: Tensor  # [B, Hkv] of them
-    length: Tensor  # [B, Hkv] tokens in the row then
+    length: Tensor  # [B, Hkv] tokens in the row then; 0: nothing is chosen
 
     @classmethod
     def none(cls, rows: int, heads: int, width: int, device: torch.device) -> Choice:
@@ -37,9 +38,10 @@ class Choice:
         wide.pages[..., : self.pages.shape[2]] = self.pages
         return Choice(wide.pages, self.count, self.length)
 
-    def forget(self) -> None:
-        for t in self.tensors():
-            t.zero_()
+    def forget(self, rows: Sequence[int]) -> None:
+        """Let go of what was chosen in rows of more tokens than they have now."""
+        now = torch.tensor(rows, device=self.length.device)
+        self.length.masked_fill_(self.length > now[:, None], 0)
 
     def renew(self, fresh: PageLists, length: Tensor, refresh: int) -> PageLists:
         """What rows of `length` [B] read; `fresh`, which is kept, where the last choice is old.
