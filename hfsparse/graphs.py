@@ -47,7 +47,8 @@ class Graphs:
     def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
         self.layers, self.linear, self.fuse = layers, linear, fuse
         self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
-        self.warm: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # steps before one is kept
+        # Steps of a cache without a graph, and which of its stores chose in the last.
+        self.warm: WeakKeyDictionary[Layer, tuple[int, tuple]] = WeakKeyDictionary()
         self.moves: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # graphs of few replays
         self.refused: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()  # why a cache has none
         self.why: str | None = "no step has run yet"  # why the last one was no replay
@@ -123,7 +124,9 @@ class Graphs:
             if self.checked:
                 return self._replay(graph, given, layers, rows)
             return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
-        steps = self.warm[first] = self.warm.get(first, 0) + 1
+        steps, chose = self.warm.get(first, (0, key[1]))
+        steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
+        self.warm[first] = steps, key[1]
         if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
         elif (why := self._lasting(decoder, first)) is not None:

@@ -62,10 +62,11 @@ def test_thresholds_are_passed_by_one_row_before_the_other(interpreted):
     [
         (dict(output_hidden_states=True), "output_hidden_states is asked for"),
         (dict(new=3), "the first steps of a cache"),
+        (dict(below=(0, 23, 0), new=4, plan="mixed"), "the first steps of a cache"),
     ],
 )
 def test_what_is_not_replayed_says_why(interpreted, more, why):
-    eager, replayed = interpreted("llama", "full", length=20, **more)
+    eager, replayed = interpreted("llama", **{"plan": "full", "length": 20, **more})
     same(eager, replayed)
     assert why in replayed["graphs"]
     assert replayed["recorded"] == 0
