@@ -35,7 +35,7 @@ def test_a_choice_is_read_until_the_row_has_grown_by_refresh(ways, way, group, r
         Q = 1 + step % 3
         length = length + Q + (step == 4) * torch.tensor([100, 0, 64])  # a prompt in between
         if step == 5:
-            choice.forget()
+            choice.forget([0, 0, 0])
             last = [None] * 3
         room = 14 + step  # pages
         choice = choice.longer(quest.width(room, PAGE))
