@@ -40,7 +40,8 @@ def run(model, arm: str, tokens: int) -> dict:
     """Bytes that one arm takes, and those predicted."""
     cuda, size = model.device.type == "cuda", model.dtype.itemsize
     follows = None if arm == STOCK else plan_of(model, arm) or Plan.full(ModelId.of(model))
-    known = memory.predict(model.config, follows, tokens, 1, chunk_of(arm, tokens), size)
+    chunk = chunk_of(arm, tokens)
+    known = memory.predict(model.config, follows, tokens + NEW, 1, chunk, size)
     row = {"predicted_peak": known.peak, "predicted_kv": known.cache}
     if known.peak > (room := room_of(model)):
         needs, has = known.peak / 2**30, room / 2**30
