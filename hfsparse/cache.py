@@ -179,8 +179,9 @@ class Layer(CacheLayerMixin):
             return
         picked = torch.arange(len(self.rows))[indices.cpu()].tolist()
         self.rows = [self.rows[i] for i in picked]
-        for store in self.stores:
-            store.select(picked)
+        with torch.inference_mode(False):  # buffers are written in any mode
+            for store in self.stores:
+                store.select(picked)
 
     def offload(self) -> None:
         raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")

@@ -277,3 +277,12 @@ def test_stats_of_a_patched_model_agree_with_its_tensors():
         assert 0.5 < stats.cache_share <= 0.58
         ring, full = stats.layers[1].kv_bytes
         assert ring < 0.1 * full
+
+
+def test_a_cache_reordered_in_inference_mode_goes_on_outside_of_it():
+    cache = layer()
+    append(cache, torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, DIM))
+    with torch.inference_mode():
+        cache.reorder_cache(torch.tensor([1, 0]))
+    append(cache, torch.randn(2, HEADS, 1, DIM), torch.randn(2, HEADS, 1, DIM))
+    assert not any(t.is_inference() for store in cache.stores for t in store.tensors())
