@@ -74,7 +74,7 @@ def profile(
         typer.Option(help="Settings by a name (see hfsparse recipes) or a .yaml; flags override."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a sample, by commas.")] = "1024,2048",
-    samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 6,
     prefill_density: Annotated[
         float, typer.Option(help="Share of query-key pairs to compute in the prefill.")
     ] = 0.4,

@@ -50,7 +50,7 @@ def profile(
     *,
     out: str | Path | None = None,
     lengths: tuple[int, ...] = (1024, 2048),
-    samples: int = 4,
+    samples: int = 6,
     prefill_density: float = 0.4,
     cache_share: float = 0.8,
     decode_share: float = 0.25,

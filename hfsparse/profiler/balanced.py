@@ -1,9 +1,9 @@
 """The `balanced` method, this project's own and the default: prefill, cache and decode at once.
 
 One forward and backward pass a prompt measures every candidate on every head. What a head loses is
-the sum of two views, each in units of its own mean: `harm`, which asks the gradient what matters
-for the prompt's key tokens, to first order, and `error`, the change of the layer's output there,
-which trusts no gradient. `allocate` takes one choice a head, of least total loss under all budgets.
+the sum of the measurements in SEEN, each in units of its mean over rings; `allocate` takes one
+choice a head, of least total loss under all budgets. SEEN is the first-order effect on the prompt's
+key tokens alone: `harm` and `error` agree better between prompts, but chose no better heads.
 
 Losses are read off a line over the logarithm of the length, at REACH times the longest: a fixed
 count of tokens that loses more in longer rows gives way to a share of the row, or to a window that
@@ -29,7 +29,7 @@ from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
 from hfsparse.selectors.quest import Quest
 
-SEEN = ("harm", "error")
+SEEN = ("effect",)  # of effect, harm and error, see measure
 REACH = 4  # plans are used on rows longer than those that were measured
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals

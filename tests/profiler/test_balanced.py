@@ -39,9 +39,9 @@ def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
         means[n] = {
             f"{kind}_{name}": np.full((1, *shape), 0.5)
             for kind, shape in counts.items()
-            for name in ("harm", "error", "pairs", "share")
+            for name in (*balanced.SEEN, "pairs", "share")
         }
-        for name in ("harm", "error"):
+        for name in balanced.SEEN:
             means[n][f"ring_{name}"][:, rings["last256"]] = 0.4 if n == 2048 and grows else 0.1
             means[n][f"ring_{name}"][:, rings["ring12"]] = 0.2
     kept = [0.2] * len(rings)
