@@ -3,7 +3,8 @@
 One forward and backward pass a prompt measures every candidate on every head. What a head loses is
 the sum of the measurements in SEEN, each in units of its mean over rings; `allocate` takes one
 choice a head, of least total loss under all budgets. SEEN is the first-order effect on the prompt's
-key tokens alone: `harm` and `error` agree better between prompts, but chose no better heads.
+key tokens alone: `harm` and `error` agree better between prompts, but kept one needle of five less
+(SmolLM2-135M, 2,048 tokens; five tell little).
 
 Losses are read off a line over the logarithm of the length, at REACH times the longest: a fixed
 count of tokens that loses more in longer rows gives way to a share of the row, or to a window that
