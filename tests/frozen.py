@@ -130,7 +130,7 @@ def compare(
 
 def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]:
     """What a step says to a mask that `mend` spoilt, whether it ran, whether later ones bear it."""
-    model, told, found = families.fresh("qwen2"), "nothing", []
+    model, told, found, Frozen.off = families.fresh("qwen2"), "nothing", [], 0.0
     ids, mask = families.left_padded(length, pads)
     for spoilt in (False, True):
         with plain_prompts(), frozen(), hfsparse.patch(model, getattr(families, plan)(model)):
