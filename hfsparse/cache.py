@@ -326,6 +326,12 @@ class Full:
         return self.low[:, :, :pages], self.high[:, :, :pages]
 
 
+def ring_size(band: Band, tokens: int) -> int:
+    """Slots that a ring has behind its sink for rows of so many tokens; it grows by pages."""
+    size = band.span(tokens) + SLACK
+    return -(-size // PAGE) * PAGE if band.rate else size
+
+
 class Ring:
     """The first `sink` keys of its heads and the recent ones, in buffers `[B, H, sink + size, D]`.
 
@@ -421,7 +427,7 @@ class Ring:
         need = max(
             n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
         )
-        most = max(spans) if not self.band.rate else -(-max(spans) // PAGE) * PAGE
+        most = ring_size(self.band, max(rows))
         fits = need <= self.size and (any(short) or self.size <= most)
         return fits, need, most, any(short)
 

@@ -10,7 +10,6 @@ training.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -20,14 +19,14 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from hfsparse.cache import SLACK
+from hfsparse.cache import ring_size
 from hfsparse.lists import Grid, default_block
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import proxies
 from hfsparse.profiler.gates import distil
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.passkeys import Passkeys, hide
 from hfsparse.profiler.search import used
 
@@ -72,11 +71,11 @@ def _trained(job: Job) -> Iterator[tuple[Arrays, int]]:
     shape = int(job.free.sum()), this.kv_heads
     state: Arrays = {name: np.zeros(shape, np.float32) for name in ("exp_avg", "exp_avg_sq")}
     state |= {"gates": np.ones(shape, np.float32), "step": np.array(0), "seconds": np.array(0.0)}
-    steady, mark = 0, _mark(TRAINED, RATE, L1, STEPS, PIECE)
+    steady, name = 0, mark(TRAINED, RATE, L1, STEPS, PIECE)
     ends = [min(end, STEPS) for end in range(PIECE, STEPS + PIECE, PIECE)]
     for end in job.progress((f"gates, step {end}, at most {STEPS}", end) for end in ends):
         before = state["gates"]
-        state = job.parts.get(f"{mark}-gates-{end}", partial(advance, job, state, end))
+        state = job.parts.get(f"{name}-gates-{end}", partial(advance, job, state, end))
         same = rank_correlation(before, state["gates"])
         warm = end > STEPS // 5
         steady = steady + 1 if warm and same is not None and same >= STABLE else 0
@@ -133,19 +132,15 @@ def passkeys(job: Job, what: str) -> Passkeys:
     return hide(job.tokenizer, rng.choice(plain).ids[0].tolist(), rng)
 
 
-def _mark(*settings) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
-
-
 # ---- ranking
 
 
 def _proxies(job: Job) -> Arrays:
     """Mean of each proxy `[layers, Hkv]` over as many texts with passkeys as there are prompts."""
-    count, mark = sum(map(len, job.prompts.values())), _mark(DEPLOYED, proxies.ROWS)
+    count, name = sum(map(len, job.prompts.values())), mark(DEPLOYED, proxies.ROWS)
     found = [
         job.parts.get(
-            f"{mark}-proxies-{i}",
+            f"{name}-proxies-{i}",
             lambda i=i: proxies.measured(job.model, passkeys(job, f"proxy {i}"), DEPLOYED),
         )
         for i in job.progress((f"proxies, text {i + 1} of {count}", i) for i in range(count))
@@ -195,14 +190,13 @@ def full_heads(job: Job) -> int:
 
 def ring_costs(length: int, ring: Streaming) -> dict[str, float]:
     """Shares of dense attention that a ring head costs at `length` tokens."""
-    size = ring.sink + ring.recent
     grid = Grid.causal(1, length, default_block(length))
     lists = grid.banded(ring.band, 1)
     return {
         "pair_density": float(lists.pairs() / grid.pairs()),
         "block_density": float(lists.blocks() / grid.blocks()),
-        "cache_share": min(1.0, (size + SLACK) / length),
-        "decode_share": min(1.0, size / length),
+        "cache_share": min(1.0, (ring.sink + ring_size(ring.band, length)) / length),
+        "decode_share": min(1.0, (ring.sink + ring.recent) / length),
     }
 
 
@@ -232,7 +226,5 @@ def rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Plan:
         layers.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
     layers = tuple(layers)
     job.expect = partial(expected, lengths=tuple(job.prompts), ring=ring)
-    floor = min(job.prompts) // 2  # shorter rows were not looked at
-    below = Below(floor, floor, floor)
     patterns = used({"stream": ring}, layers)
-    return Plan(this, patterns, layers, below, job.expect(layers), made=made)
+    return Plan(this, patterns, layers, job.below, job.expect(layers), made=made)

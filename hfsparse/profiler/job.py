@@ -6,6 +6,7 @@ A method is a module of this package with one function, `plan(job) -> Plan`, and
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfsparse.fingerprint import windows
-from hfsparse.plan import Layer
+from hfsparse.plan import Below, Layer
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
 
@@ -45,6 +46,20 @@ class Job:
     def free(self) -> np.ndarray:
         """Which layers `[layers]` have no window of their own: their heads may be sparse."""
         return np.array([window is None for window in windows(self.model)])
+
+    @property
+    def below(self) -> Below:
+        """Rows so short that none like them were looked at stay full."""
+        floor = min(self.prompts) // 2
+        return Below(floor, floor, floor)
+
+
+def mark(*given) -> str:
+    """Names a part after what it was made from."""
+    seen = hashlib.sha256()
+    for each in given:
+        seen.update(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode())
+    return seen.hexdigest()[:12]
 
 
 class Parts:

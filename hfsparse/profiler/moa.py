@@ -16,21 +16,20 @@ What differs from the publication, and why:
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from hfsparse.cache import SLACK
-from hfsparse.lists import PAGE, Grid, default_block
+from hfsparse.cache import ring_size
+from hfsparse.lists import Grid, default_block
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.allocate import Infeasible
 from hfsparse.profiler.elastic import Programme, pareto
 from hfsparse.profiler.influence import BLOCK, costs, losses
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.prompts import samples
 from hfsparse.profiler.search import used
 
@@ -53,9 +52,9 @@ def plan(job: Job) -> Plan:
         ModelId.of(job.model).kv_heads,
         job.budget,
     )
-    mark = _mark(found, [table.held for table in tables.values()], job.budget)
+    name = mark(found, [table.held for table in tables.values()], job.budget)
     try:
-        choices = job.parts.get(f"pareto-{mark}", lambda: {"rules": pareto(programme)})["rules"]
+        choices = job.parts.get(f"pareto-{name}", lambda: {"rules": pareto(programme)})["rules"]
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
     job.expect = partial(_expected, each=each, tables=tables)
@@ -110,20 +109,14 @@ class Table:
         pairs = [1.0 if b is None else float(b.pairs()[0, 0] / grid.pairs()[0]) for b in lists]
         blocks = [1.0 if b is None else float(b.blocks()[0, 0] / grid.blocks()[0]) for b in lists]
         read = [n if r is None else r.sink + r.band.span(n - 1) for r in each]
-        held = [n if r is None else r.sink + _ring(r, n) for r in each]
+        held = [n if r is None else r.sink + ring_size(r.band, n) for r in each]
         held, read = (np.minimum(1.0, np.array(t) / n) for t in (held, read))
         return cls(np.array(pairs), np.array(blocks), held, read)
 
 
-def _ring(rule: Streaming, n: int) -> int:
-    """Tokens that a ring holds beyond its sink; one that grows does so by pages."""
-    size = rule.band.span(n) + SLACK
-    return -(-size // PAGE) * PAGE if rule.recent_per_token else size
-
-
 def _influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
     """Mean over prompts of the cost `[lengths, layers, q heads, rules]` of each rule."""
-    mark = hashlib.sha256(repr(each).encode()).hexdigest()[:12]
+    name = mark(each)
     rows = [(n, i, prompt) for n, some in job.prompts.items() for i, prompt in enumerate(some)]
     found: dict[int, list[np.ndarray]] = {n: [] for n in job.prompts}
     lost = {n: np.stack([dropped(rule, n) for rule in each]) for n in job.prompts}
@@ -132,16 +125,8 @@ def _influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
         def measure(n=n, prompt=prompt) -> dict[str, np.ndarray]:
             return {"cost": costs(job.model, prompt, lost[n])}
 
-        found[n].append(job.parts.get(f"influence-{mark}-{n}-{i}", measure)["cost"])
+        found[n].append(job.parts.get(f"influence-{name}-{n}-{i}", measure)["cost"])
     return np.array([np.mean(some, axis=0, dtype=float) for some in found.values()])
-
-
-def _mark(*given) -> str:
-    """Names a part of what was given."""
-    seen = hashlib.sha256()
-    for each in given:
-        seen.update(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode())
-    return seen.hexdigest()[:12]
 
 
 def _unseen_length(job: Job) -> int:
@@ -163,9 +148,8 @@ def _plan(job: Job, each: list[Streaming | None], choice: np.ndarray) -> Plan:
         Layer(tuple(words[prefill]), tuple(words[kept]), tuple(reads[kept]))
         for prefill, kept in zip(taken, widest, strict=True)
     )
-    floor = min(job.prompts) // 2  # shorter rows were not looked at
     patterns = used(dict(zip(words[:-1], each[:-1], strict=True)), layers)
-    return Plan(this, patterns, layers, Below(floor, floor, floor))
+    return Plan(this, patterns, layers, job.below)
 
 
 def _word(rule: Streaming | None) -> str:
@@ -199,7 +183,7 @@ def _best(job: Job, plans: list[Plan], length: int) -> Plan:
     seed, count = job.seed + 1, min(UNSEEN, min(map(len, job.prompts.values())))
     prompts = samples(job.tokenizer, length, count, seed)
     every = [Plan.full(plans[0].model), *plans]
-    mark = _mark(*(each.hash() for each in every), seed, length)
+    name = mark(*(each.hash() for each in every), seed, length)
     found = []
     rows = ((f"{p.name}, {length} tokens", (i, p)) for i, p in enumerate(prompts))
     for i, prompt in job.progress(rows):
@@ -207,7 +191,7 @@ def _best(job: Job, plans: list[Plan], length: int) -> Plan:
         def look(prompt=prompt) -> dict[str, np.ndarray]:
             return {"loss": losses(job.model, prompt, every)}
 
-        found.append(job.parts.get(f"loss-{mark}-{i}", look)["loss"])
+        found.append(job.parts.get(f"loss-{name}-{i}", look)["loss"])
     dense, *sparse = np.mean(found, axis=0).tolist()
     best = plans[int(np.argmin(sparse))]
     best.made = {

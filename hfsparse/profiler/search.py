@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,27 +9,26 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from hfsparse.cache import SLACK
+from hfsparse.cache import ring_size
 from hfsparse.fingerprint import windows
-from hfsparse.lists import PAGE
 from hfsparse.loading import UsageError
-from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import measure
 from hfsparse.profiler.allocate import Infeasible, Options, allocate
 from hfsparse.profiler.capture import capture
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.measure import Candidates
 from hfsparse.profiler.prompts import Prompt
 
 
 def measured(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
     """Mean over prompts of `measure.layer`, arrays `[layers, candidates, heads]`, by length."""
-    mark = hashlib.sha256(repr(candidates).encode()).hexdigest()[:12]
+    name = mark(candidates)
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
         look = partial(of_prompt, job.model, prompt, candidates)
-        found[n].append(job.parts.get(f"{mark}-{n}-{i}", look))
+        found[n].append(job.parts.get(f"{name}-{n}-{i}", look))
     return {n: mean(each) for n, each in found.items()}
 
 
@@ -81,9 +79,7 @@ def chosen(
     layers = tuple(next(taken) if sparse else full for sparse in job.free)
     job.expect = lambda layers: {n: expected(layers, candidates, t, n) for n, t in means.items()}
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
-    floor = min(means) // 2  # shorter rows were not looked at
-    below = Below(floor, floor, floor)
-    return Plan(this, used(known, layers), layers, below, job.expect(layers))
+    return Plan(this, used(known, layers), layers, job.below, job.expect(layers))
 
 
 def _curves(job: Job, candidates: Candidates, found: dict[str, np.ndarray], choices: Options):
@@ -103,11 +99,8 @@ def ring_shares(candidates: Candidates, length: int) -> tuple[list[float], list[
     """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads."""
     kept, read = [], []
     for ring in candidates.rings.values():
-        sink, window = ring.sink, ring.band.span(length)
-        size = window + SLACK
-        size = -(-size // PAGE) * PAGE if ring.recent_per_token else size  # as the cache grows
-        kept.append(min(1.0, (sink + size) / length))
-        read.append(min(1.0, (sink + window) / length))
+        kept.append(min(1.0, (ring.sink + ring_size(ring.band, length)) / length))
+        read.append(min(1.0, (ring.sink + ring.band.span(length)) / length))
     return kept, read
 
 
