@@ -116,7 +116,8 @@ def bar(pairs: Iterable[tuple[str, object]]) -> Iterator:
     """Each item, with a progress bar that shows its label."""
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    pairs = list(pairs)
+    if not (pairs := list(pairs)):
+        return  # all is known
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as shown:
         task = shown.add_task("profile", total=len(pairs))
