@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -145,26 +146,21 @@ def filled(model, kind: str, batch: int, length: int, room: int):
 
 def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock, list]:
     ids = torch.randint(5, model.config.vocab_size, (batch, length + 1), device=model.device)
-    clock = Clock()
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
-    )
+    clock, out = continued(model, ids, tokens, past_key_values=cache)
     return clock, out[0, length:].tolist()
 
 
-def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]:
-    """A random prompt and `new` tokens by `generate`: the clock, when it began, the cache."""
-    torch.manual_seed(tokens)
-    ids = torch.randint(5, model.config.vocab_size, (1, tokens), device=model.device)
+def endless(shape: str):
+    """A model of this shape with random weights that never ends a text, on the GPU if any."""
+    made = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = bench.random_model(shape, torch.device(made[0]), made[1])
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def continued(model, ids: Tensor, new: int, **more) -> tuple[Clock, Any]:
+    """`new` greedy tokens by `generate`, and the clock that saw them."""
     clock = Clock()
-    start = time.perf_counter()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -173,9 +169,17 @@ def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]
         do_sample=False,
         pad_token_id=0,
         logits_processor=LogitsProcessorList([clock]),
-        return_dict_in_generate=True,
         **more,
     )
+    return clock, out
+
+
+def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]:
+    """A random prompt and `new` tokens by `generate`: the clock, when it began, the cache."""
+    torch.manual_seed(tokens)
+    ids = torch.randint(5, model.config.vocab_size, (1, tokens), device=model.device)
+    start = time.perf_counter()
+    clock, out = continued(model, ids, new, return_dict_in_generate=True, **more)
     return clock, start, out.past_key_values
 
 
@@ -461,9 +465,7 @@ def main() -> None:
             layer(length, args.batch)
     if args.no_table and not args.steps:
         return
-    made = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    model = bench.random_model(args.shape, *made)
-    model.generation_config.eos_token_id = None
+    model = endless(args.shape)
     if args.steps:
         steps(model, lengths[-1], args.tokens)
     if not args.no_table:

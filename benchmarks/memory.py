@@ -23,7 +23,7 @@ import ttft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from decode import cache_bytes, plan_of, prompted
+from decode import cache_bytes, endless, plan_of, prompted
 from journal import Journal, end_in_order
 from million import NONE, STOCK, chunk_of, room_of, tidy
 
@@ -86,10 +86,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=tuple(bench.SHAPES))
     args = parser.parse_args()
     end_in_order()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    model = bench.random_model(args.shape, device, torch.bfloat16 if cuda else torch.float32)
-    model.generation_config.eos_token_id = None
+    model = endless(args.shape)
     made = f"{ttft.header(model, args.shape)} Prompt and {NEW} tokens."
     journal = Journal(args.out and args.out / "memory.jsonl", made)
     try:

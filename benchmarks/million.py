@@ -30,7 +30,7 @@ import ttft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from decode import SKIP, cache_bytes, plan_of, prompted
+from decode import SKIP, cache_bytes, endless, plan_of, prompted
 from journal import Journal, end_in_order
 
 import hfsparse
@@ -166,10 +166,7 @@ def main() -> None:
             f"--new {args.new}: the first {SKIP} tokens are not timed, give {SKIP + 3} or more"
         )
     end_in_order()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    model = bench.random_model(args.shape, device, torch.bfloat16 if cuda else torch.float32)
-    model.generation_config.eos_token_id = None
+    model = endless(args.shape)
     made = f"{ttft.header(model, args.shape)} Pattern {args.pattern}, {args.new} new tokens."
     journal = Journal(args.out / "million.jsonl", made)
     lengths = [int(n) for n in args.dense.split(",") if n]
@@ -183,7 +180,7 @@ def main() -> None:
             journal.row(f"{arm} @ {tokens}", lambda what=what: run(*what))
     finally:
         print(f"{made}\n\n{table(journal.rows, f'{OURS} @ {1 << 20}')}", flush=True)
-    if cuda:
+    if torch.cuda.is_available():
         print(f"\n{fits(model, args.pattern)}")
 
 

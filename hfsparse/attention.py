@@ -638,6 +638,11 @@ class Step:
         self._starts: dict[Band, Tensor] = {}
         self._elsewhere: dict[torch.device, Step] = {}
 
+    @classmethod
+    def single(cls, past, rows, length: Tensor) -> Step:
+        """One new token a row, which is recorded: `length` [B] may be filled anew."""
+        return cls(past, rows, length, length[:, None] - 1)
+
     def on(self, device: torch.device) -> Step:
         """The same on another device, copied there once."""
         if device == self.length.device:

@@ -350,7 +350,7 @@ class Graph:
             stack.enter_context(torch.cuda.stream(stream))
             self._begin(stream)
             try:
-                step = Step(past, rows, self.length, self.length[:, None] - 1)
+                step = Step.single(past, rows, self.length)
                 stack.enter_context(_recording(step, serving, partial(self._cut, stream, serving)))
                 output = call(**_without_cache({**given, **self.inputs}))
                 self._gather(stream)
@@ -430,10 +430,9 @@ class Graph:
 
 def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
     """A step as one would record it, run at once."""
-    length = torch.tensor(
-        rows, device=next(x.device for x in given.values() if isinstance(x, Tensor))
-    )
-    with _recording(Step(past, rows, length, length[:, None] - 1), serving):
+    device = next(x.device for x in given.values() if isinstance(x, Tensor))
+    step = Step.single(past, rows, torch.tensor(rows, device=device))
+    with _recording(step, serving):
         return _with_cache(call(**_without_cache(given)), given)
 
 

@@ -35,8 +35,7 @@ class Frozen(graphs.Graph):
         self.past, self.rows = past, rows
 
     def replay(self, given, rows):
-        length = torch.tensor(rows)
-        step = Step(self.past, self.rows, length, length[:, None] - 1)
+        step = Step.single(self.past, self.rows, torch.tensor(rows))
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
         with graphs._recording(step, self.serving):
             output = self.call(**graphs._without_cache({**self.given, **tensors}))
