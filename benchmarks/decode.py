@@ -158,12 +158,14 @@ def endless(shape: str):
     return model
 
 
-def continued(model, ids: Tensor, new: int, **more) -> tuple[Clock, Any]:
+def continued(
+    model, ids: Tensor, new: int, mask: Tensor | None = None, **more
+) -> tuple[Clock, Any]:
     """`new` greedy tokens by `generate`, and the clock that saw them."""
     clock = Clock()
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,

@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 
 import hfsparse
 from tests.gpu.test_graphs import graphs, inputs
-from tests.patcher.families import fresh, full, mixed
+from tests.patcher.families import choosing, fresh, full, mixed
 from tests.patcher.runs import generate
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 def spread(model):
     """The first half of the layers on one GPU, the rest on another."""
     layers = len(model.model.layers)
-    places = {f"model.layers.{i}": int(2 * i >= layers) for i in range(layers)}
+    places = {f"model.layers.{i}": int(i >= layers // 2) for i in range(layers)}
     places |= {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     return dispatch_model(model, places)
 
 
 @pytest.mark.parametrize("pads", [(0,), (0, 7, 13, 60)])
-@pytest.mark.parametrize("plan", [full, mixed])
+@pytest.mark.parametrize("plan", [full, mixed, choosing])
 def test_two_gpus_say_what_one_says(plan, pads):
     (ids, mask), found = inputs(250, pads), []
     for model in (fresh("llama").to("cuda:0"), spread(fresh("llama"))):
