@@ -202,8 +202,7 @@ class Graphs:
     def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
         first, starts = layers[0], _later(mask)
-        device = first.keys.device
-        place, current = _place(device), torch.cuda.current_stream(device)
+        place, current = _place(graph.device), torch.cuda.current_stream(graph.device)
         with place.lock:
             if place.last is not None and place.last != current:  # they share libraries' memory
                 current.wait_stream(place.last)
@@ -304,7 +303,10 @@ class NoWait(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in WAITS or (name in ("index", "index_put_") and _by_mask(args[1])):
             raise RuntimeError(f"the host waits for {name}")
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and args[name == "copy_"].is_cuda and not made.is_cuda:
+            raise RuntimeError("the host waits for a copy to it")
+        return made
 
 
 WAITS = "_local_scalar_dense nonzero masked_select equal bincount _unique2 unique_dim".split()

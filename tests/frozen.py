@@ -27,6 +27,7 @@ class Frozen(graphs.Graph):
     """Its Python is what is replayed."""
 
     recorded, off = 0, 0.0  # how many, and what is wrong with their output
+    device = torch.device("cpu")
 
     def __init__(self, call, given, past, rows, key, serving):
         Frozen.recorded += 1

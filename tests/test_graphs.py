@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hfsparse.graphs import NoWait
 from tests import frozen
 
 
@@ -99,3 +101,13 @@ def test_a_wrong_mask_is_refused_behind_a_replay_and_none_before(interpreted, wh
     assert why in told
     assert ran == behind
     assert same, "the refused step left something behind"
+
+
+def test_a_copy_to_the_host_is_a_wait():
+    with FakeTensorMode():
+        there = torch.ones(2, device="cuda")
+        with NoWait():
+            assert (there.clone().float() + 1).to(torch.float16).is_cuda
+            for copy in (there.cpu, lambda: torch.ones(2).copy_(there), there.tolist):
+                with pytest.raises(RuntimeError, match="the host waits for"):
+                    copy()
