@@ -82,6 +82,12 @@ def profile(
     decode_share: Annotated[
         float, typer.Option(help="Share of the keys to read in decode.")
     ] = 0.25,
+    loss: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest shares within these budgets that lose no more; see README."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     data: Annotated[
         Path | None,
@@ -121,6 +127,7 @@ def profile(
         "prefill_density": prefill_density,
         "cache_share": cache_share,
         "decode_share": decode_share,
+        "loss": loss,
         "method": method,
         "prefill_method": prefill_method,
         "verify": verify,

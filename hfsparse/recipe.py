@@ -99,6 +99,7 @@ KINDS = {
     ),
     int: ("a whole number", _whole),
     float: ("a number", lambda value: type(value) in (int, float)),
+    float | None: ("a number", lambda value: type(value) in (int, float)),
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("text", lambda value: type(value) is str),
     str | None: ("text", lambda value: type(value) is str),

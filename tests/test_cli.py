@@ -239,7 +239,17 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
     out = tmp_path / "a plan.yaml"
     shares = ["--prefill-density", 0.3, "--cache-share", 0.5, "--decode-share", 0.1]
     options = ["--lengths", "256,128", "--samples", 3, "--seed", 7, "--data", data]
-    options += ["--method", "minference", "--no-verify", "--drop", 0.02, "--verify-samples", 5]
+    options += [
+        "--method",
+        "minference",
+        "--no-verify",
+        "--drop",
+        0.02,
+        "--verify-samples",
+        5,
+        "--loss",
+        0.2,
+    ]
     result = run("profile", model, "-o", out, *shares, *options)
     assert result.exit_code == 0, result.output
     assert given == {
@@ -249,6 +259,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "prefill_density": 0.3,
         "cache_share": 0.5,
         "decode_share": 0.1,
+        "loss": 0.2,
         "seed": 7,
         "data": data,
         "method": "minference",

@@ -54,6 +54,7 @@ def profile(
     prefill_density: float = 0.4,
     cache_share: float = 0.8,
     decode_share: float = 0.25,
+    loss: float | None = None,
     seed: int = 0,
     data: str | Path | None = None,
     method: str = "balanced",
@@ -69,7 +70,9 @@ def profile(
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
 
     Budgets are shares of dense attention, met at the longest of `lengths` (tokens; by `moa` at each
-    and beyond): query-key pairs of a prompt, bytes of cache, keys read by a decode step. `samples`
+    and beyond): query-key pairs of a prompt, bytes of cache, keys read by a decode step. With
+    `loss`, a share of what the worst rings on every head would lose, methods in DRAWN look for the
+    smallest shares within these budgets that are expected to lose no more. `samples`
     prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then proved on `verify_samples` retrieval trials a length, and kv heads are
@@ -85,13 +88,14 @@ def profile(
         prefill_density=prefill_density,
         cache_share=cache_share,
         decode_share=decode_share,
+        loss=loss,
         drop=drop,
         verify_samples=verify_samples,
         proxy=proxy,
     )
     check_curves(curves, method, prefill_method)
     _check(model, lengths, samples)
-    budget = Budget(prefill_density, cache_share, decode_share)
+    budget = Budget(prefill_density, cache_share, decode_share, loss)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
     methods = method if prefill_method is None else f"{prefill_method} and {method}"
@@ -134,6 +138,7 @@ def check_settings(
     *,
     method: str,
     prefill_method: str | None,
+    loss: float | None,
     drop: float,
     verify_samples: int,
     proxy: str | None,
@@ -145,6 +150,7 @@ def check_settings(
             raise UsageError(f"no method {each}: there is {', '.join(METHODS)}")
     check_proof(drop, verify_samples)
     check_proxy(proxy, method)
+    check_loss(loss, method, prefill_method)
     for name in ("prefill_density", "cache_share", "decode_share"):
         share = others[name]
         if not 0 < share <= 1:
@@ -167,6 +173,20 @@ def check_proxy(proxy: str | None, method: str) -> None:
         raise UsageError(f"proxy {proxy} ranks heads for duo, not for {method}: leave it out")
     if proxy not in PROXIES:
         raise UsageError(f"no proxy {proxy}: there is {', '.join(PROXIES)}")
+
+
+def check_loss(loss: float | None, method: str, prefill_method: str | None) -> None:
+    """Raise UsageError for a budget of loss that can't be kept."""
+    if loss is None:
+        return
+    if prefill_method or method not in DRAWN:
+        methods = f"{prefill_method} with {method}" if prefill_method else method
+        raise UsageError(
+            f"{methods} knows no loss to keep within {loss}: leave it out, or use "
+            f"{', '.join(DRAWN)} alone"
+        )
+    if not 0 <= loss <= 1:
+        raise UsageError(f"loss is {loss}: give 0 to 1, a share of what rings alone would lose")
 
 
 def check_curves(curves: str | Path | None, method: str, prefill_method: str | None) -> None:

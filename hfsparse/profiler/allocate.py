@@ -18,11 +18,15 @@ from hfsparse.plan import Layer
 
 @dataclass(frozen=True)
 class Budget:
-    """Greatest mean shares of dense attention, over all heads that may be sparse."""
+    """Greatest mean shares of dense attention, over all heads that may be sparse.
+
+    `loss`, where given, is a share of the sum of effects with the worst ring on every kv head.
+    """
 
     pairs: float
     cache: float
     decode: float
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class _Programme:
         self.loss.append(float(loss))
         self.names.append((groups, name))
 
+    def turn(self, most: float) -> None:
+        """What was least, the loss, is at most this; what had limits is least in sum as well."""
+        self.uses += [("loss", at, loss) for at, loss in enumerate(self.loss)]
+        self.loss = [0.0] * len(self.loss)
+        for key, at, use in self.uses:
+            if key in self.limits:
+                self.loss[at] += use
+        self.limits["loss"] = most
+
     def solve(self) -> tuple[dict[tuple, str], float]:
         """What each group takes at least loss, and the loss."""
         rows = {key: i for i, key in enumerate(dict.fromkeys(key for key, _, _ in self.uses))}
@@ -91,9 +104,10 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     try:
         taken, _ = _programme(options, budget).solve()
     except Infeasible as error:
+        loss = "" if budget.loss is None else f", loss {budget.loss}"
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
-            f"{budget.cache}, decode share {budget.decode}): {error}"
+            f"{budget.cache}, decode share {budget.decode}{loss}): {error}"
         ) from None
     choices = []
     for layer in range(layers):
@@ -141,4 +155,6 @@ def _programme(options: Options, budget: Budget) -> _Programme:
                     cost = options.prefill_cost[layer, i, key[2]]
                     effect = options.prefill_effect[layer, i, key[2]]
                     programme.add([key], name, effect, pairs=one / group * cost)
+    if budget.loss is not None:
+        programme.turn(budget.loss * options.ring_effect.max(1).sum())
     return programme

@@ -79,6 +79,23 @@ def test_the_choice_is_the_best_of_all_choices(seed, limits):
     assert (best > 0) == (limits != (1, 1, 1))  # a budget that binds costs something
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("share", "cache"), [(0.1, 1), (0.3, 1), (0.6, 0.8)])
+def test_a_budget_of_loss_gives_the_smallest_shares_within_it(seed, share, cache):
+    o = options(np.random.default_rng(seed), layers=2)
+    most = share * o.ring_effect.max(1).sum()
+    best = min(
+        sum(costs)
+        for both in product(every_choice(), repeat=2)
+        for effect, *costs in [price(o, both)]
+        if effect <= most and costs[1] <= cache
+    )
+    effect, *costs = price(o, allocate(o, Budget(1, cache, 1, share)))
+    assert costs[1] <= cache
+    assert effect <= most * (1 + 1e-6)
+    assert sum(costs) == pytest.approx(best, rel=2e-3)
+
+
 def test_a_budget_of_everything_keeps_everything():
     o = options(np.random.default_rng(0), layers=3, q_heads=4, kv_heads=2)
     assert allocate(o, Budget(1, 1, 1)) == [Layer(("full",) * 4, ("full",) * 2, ("full",) * 2)] * 3
