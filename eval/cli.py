@@ -1,9 +1,9 @@
-"""hfsparse eval ruler|needle MODEL [--plan plan.yaml] [-o DIR]"""
+"""hfsparse eval ruler|needle MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5 …] [-o DIR]"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ import typer
 from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
+from .suites import SUITES, Size, named
 from .tasks import TASKS, Niah, with_books
 
 app = typer.Typer(
@@ -31,11 +32,17 @@ class Chat(str, Enum):
 
 
 ModelArg = Annotated[str, typer.Argument(help="A Hugging Face model: folder or hub name.")]
-PlanOption = Annotated[
-    Path | None, typer.Option("--plan", help="Run a second, sparse arm under this plan.")
+Plans = Annotated[
+    list[Path] | None, typer.Option("--plan", help="Also run under this plan; may be repeated.")
 ]
-Lengths = Annotated[str, typer.Option(help="Tokens of prompt and answer, by commas.")]
-Samples = Annotated[int, typer.Option(help="Samples for each task and length (and depth).")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="Also run a peer: kvpress:SnapKV:0.5[:agnostic]; may be repeated."),
+]
+SuiteOption = Annotated[
+    str | None, typer.Option("--suite", help=f"Lengths and samples: {', '.join(SUITES)}.")
+]
+Batch = Annotated[int, typer.Option(help="Samples of one length that run together, padded.")]
 Seed = Annotated[int, typer.Option(help="Of every sample; the same seed gives the same prompts.")]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Results directory; an unfinished run goes on.")
@@ -59,9 +66,15 @@ DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # tasks that need data: the option
 @app.command()
 def ruler(
     model: ModelArg,
-    plan: PlanOption = None,
-    lengths: Lengths = "4096",
-    samples: Samples = 8,
+    plan: Plans = None,
+    arm: Arms = None,
+    suite: SuiteOption = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of prompt and answer, by commas (4096).")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each task at each length (8).")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="RULER names, by commas; or all 13.")] = None,
     squad: Squad = None,
     hotpotqa: HotpotQA = None,
@@ -71,6 +84,7 @@ def ruler(
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
     max_new_tokens: Cap = None,
+    batch: Batch = 1,
 ) -> None:
     """RULER's tasks: table of scores, dense beside sparse, with intervals.
 
@@ -78,17 +92,22 @@ def ruler(
     """
     known, marks = _known(squad, hotpotqa)
     chosen = _tasks(_standard(known) if tasks is None else tasks, known)
-    run = Run("ruler", model, plan, lengths, samples, seed, output, max_new_tokens)
+    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
     run.go(chosen, (None,), device, dtype, chat.value, marks)
 
 
 @app.command()
 def needle(
     model: ModelArg,
-    plan: PlanOption = None,
-    lengths: Lengths = "1024,2048,4096",
+    plan: Plans = None,
+    arm: Arms = None,
+    suite: SuiteOption = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of prompt and answer, by commas (1024,2048,4096).")
+    ] = None,
     depths: Annotated[str, typer.Option(help="Percent of the haystack.")] = "0,25,50,75,100",
-    samples: Samples = 2,
+    samples: Annotated[int | None, typer.Option(help="Samples of each cell (2).")] = None,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID_TASKS)}.")] = "niah_single_2",
     seed: Seed = 0,
     output: Output = Path("eval-needle"),
@@ -96,10 +115,12 @@ def needle(
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
     max_new_tokens: Cap = None,
+    batch: Batch = 1,
 ) -> None:
     """One needle at each depth and length: table and heat map, dense beside sparse."""
     places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
-    run = Run("needle", model, plan, lengths, samples, seed, output, max_new_tokens)
+    size = _size(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
+    run = Run("needle", model, plan, size, seed, output, max_new_tokens, arm, batch)
     chosen = _tasks(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
@@ -109,17 +130,14 @@ def needle(
 class Run:
     """What both commands do: check, load, run, write."""
 
-    def __init__(self, kind, model, plan, lengths, samples, seed, output, cap):
+    def __init__(self, kind, model, plans, size: Size, seed, output, cap, arms=(), batch=1):
         from .results import writable
 
-        self.kind, self.model, self.seed, self.output, self.cap = kind, model, seed, output, cap
-        self.lengths = _numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
-        if samples < 1:
-            raise UsageError(f"samples is {samples}: give 1 or more")
-        if cap is not None and cap < 1:
-            raise UsageError(f"max-new-tokens is {cap}: give 1 or more")
-        self.samples = samples
-        self.plan = _plan(plan)
+        self.kind, self.model, self.seed, self.output = kind, model, seed, output
+        self.size = size
+        self.cap = None if cap is None else _whole("max-new-tokens", cap)
+        self.batch = _whole("batch", batch)
+        self.arms = _arms(plans or (), arms or ())
         writable(output)
 
     def go(self, tasks, depths, device, dtype, chat, data: dict[str, str] | None = None) -> None:
@@ -132,10 +150,11 @@ class Run:
         from .results import Results, Settings
         from .samples import Prompter, Suite
 
+        world, device = _processes(device)
         model, tokenizer = load(self.model, device, dtype)
-        _check_window(model, self.lengths)
-        if self.plan:
-            self.plan.check(model)
+        _check_window(model, self.size.lengths)
+        for arm in self.arms:
+            arm.check(model)
         settings = Settings(
             kind=self.kind,
             model=self.model,
@@ -150,17 +169,73 @@ class Run:
             **(data or {}),
         )
         prompter = Prompter(tokenizer, chat)
-        suite = Suite(tasks, self.lengths, self.samples, prompter, self.seed, depths)
-        results = Results(self.output, settings, runner.session(model.device))
-        runner.run(model, tokenizer, suite, results, self.plan, self.cap)
-        plan = self.plan.hash() if self.plan else None
-        path = self.output / "report.md"
-        path.write_text(report.write(results.lines, settings, results.sessions, plan), "utf-8")
-        typer.echo(path)
+        suite = Suite(tasks, self.size.lengths, self.size.samples, prompter, self.seed, depths)
+        facts = [arm.facts() for arm in self.arms]
+        with world.main_process_first():
+            session = runner.session(model.device)
+            results = Results(self.output, settings, session, facts, world.process_index)
+        world.wait_for_everyone()
+        share = world.process_index, world.num_processes
+        runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
+        world.wait_for_everyone()
+        if not world.is_main_process:
+            return
+        results.merge()
+        paths = report.save(results)
         if self.kind == "needle":
-            picture = self.output / "heatmap.png"
-            heatmap.save(results.lines, plan, f"{self.model}, {tasks[0].name}", picture)
-            typer.echo(picture)
+            paths += heatmap.save(results, f"{self.model}, {tasks[0].name}")
+        for path in paths:
+            typer.echo(path)
+        if failed := results.failed:
+            first = failed[0]
+            raise UsageError(
+                f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
+                f"({first['failed']}): the same command tries them again"
+            )
+
+
+def _arms(plans, names) -> list:
+    """Everything that is run beside the dense model; what can't be is an error here."""
+    from hfsparse.plan import Plan
+
+    from .arms import Sparse, peer
+
+    found = [Sparse(Plan.load(path), path.stem) for path in plans] + [peer(n) for n in names]
+    seen: dict = {}
+    for arm in found:
+        if (arm.name, arm.hash) in seen:
+            raise UsageError(f"{arm.title} and {seen[arm.name, arm.hash]} are the same: give one")
+        if arm.title in seen.values():
+            arm.title += f" {arm.hash[7:13]}"
+        seen[arm.name, arm.hash] = arm.title
+    return found
+
+
+def _processes(device: str):
+    """This process among those of `accelerate launch`, and the device that is its own."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    world = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    if world.num_processes > 1 and device in ("auto", "cuda"):
+        device = str(world.device)
+    return world, device
+
+
+def _size(suite: str | None, lengths: str | None, samples: int | None, usual: Size) -> Size:
+    """What a suite's name stands for, or what is usual; a flag of its own goes before both."""
+    size = named(suite) if suite else usual
+    if lengths is not None:
+        numbers = _numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
+        size = Size(size.samples, tuple(numbers))
+    return size if samples is None else Size(_whole("samples", samples), size.lengths)
+
+
+def _whole(name: str, number: int) -> int:
+    if number < 1:
+        raise UsageError(f"{name} is {number}: give 1 or more")
+    return number
 
 
 def _known(squad: str | None, hotpotqa: str | None) -> tuple[dict, dict[str, str]]:
@@ -211,13 +286,7 @@ def _split(words: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
 
 
-def _plan(path: Path | None):
-    from hfsparse.plan import Plan
-
-    return Plan.load(path) if path else None
-
-
-def _check_window(model, lengths: list[int]) -> None:
+def _check_window(model, lengths: Sequence[int]) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and max(lengths) > window:
         raise UsageError(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .report import cells
+from .cells import cells, joined
+from .results import Results
 
 
-def draw(lines: Sequence[dict], plan: str | None, title: str):
-    """A matplotlib Figure: dense alone, or dense, sparse, and sparse - dense."""
+def draw(lines: Sequence[dict], arm: Mapping | None, title: str):
+    """A matplotlib Figure: dense alone, or dense, an arm, and the arm - dense."""
     from matplotlib.figure import Figure
 
-    grid, _ = cells(lines, plan)
-    pairs = grid[-1]
+    pairs = joined(cells([line for line in lines if "failed" not in line], arm))
     depths = sorted({line["depth"] for line in pairs.dense})
     lengths = sorted({line["length"] for line in pairs.dense})
     panels = {"dense": _grid(pairs.dense, depths, lengths)}
-    if plan:
-        panels["sparse"] = _grid(pairs.sparse, depths, lengths)
-        panels["sparse − dense"] = panels["sparse"] - panels["dense"]
+    if arm:
+        panels[arm["title"]] = _grid(pairs.sparse, depths, lengths)
+        panels[f"{arm['title']} − dense"] = panels[arm["title"]] - panels["dense"]
     figure = Figure(figsize=(1.2 + len(panels) * (1 + 0.8 * len(lengths)), 1.6 + 0.5 * len(depths)))
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (name, scores) in zip(row, panels.items(), strict=True):
@@ -31,8 +32,15 @@ def draw(lines: Sequence[dict], plan: str | None, title: str):
     return figure
 
 
-def save(lines: Sequence[dict], plan: str | None, title: str, path: Path) -> None:
-    draw(lines, plan, title).savefig(path, dpi=120)
+def save(results: Results, title: str) -> list[Path]:
+    """`heatmap.png` of the first arm, and one more for each other."""
+    paths = []
+    for arm in results.arms or [None]:
+        other = re.sub(r"[^\w.+-]+", "-", arm["title"]) if paths else ""
+        path = results.folder / f"heatmap{'-' * bool(other)}{other}.png"
+        draw(results.lines, arm, title).savefig(path, dpi=120)
+        paths.append(path)
+    return paths
 
 
 def _grid(lines: Sequence[dict], depths: list[float], lengths: list[int]) -> np.ndarray:
@@ -47,7 +55,7 @@ def _grid(lines: Sequence[dict], depths: list[float], lengths: list[int]) -> np.
 
 
 def _panel(axes, name: str, scores: np.ndarray, depths: list[float], lengths: list[int]) -> None:
-    change = name not in ("dense", "sparse")
+    change = name.endswith("− dense")
     low, colours = (-100, "RdBu") if change else (0, "viridis")
     image = axes.imshow(scores, vmin=low, vmax=100, cmap=colours, aspect="auto")
     for row, column in np.argwhere(~np.isnan(scores)):

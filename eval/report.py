@@ -1,59 +1,57 @@
-"""`report.md`: what a plan costs and saves, every number from the result lines."""
+"""`report.md` and `report.html`: what each arm costs and saves, from the result lines alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
-from .results import Settings
+from . import charts, render
+from .cells import ABLE, Cell, Outcome, average, belongs, cells, joined
+from .paired import change, mcnemar
+from .render import Bullets, Heading, Part, Picture, Table
+from .results import Results, Settings, write_whole
 from .tasks import TASKS, clean
+from .verdict import verdict
 
 RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
+SHARES = {"pair density": "pair_density", "KV share": "cache_share"}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The lines of one row of the table; `dense` and `sparse` are in the same order."""
-
-    task: str
-    length: str
-    dense: list[dict]
-    sparse: list[dict]  # empty without a plan
-
-
-def write(lines: Sequence[dict], settings: Settings, sessions: Sequence[dict], plan: str | None):
-    """The report, in Markdown, of the dense lines and those of the plan with this hash."""
-    grid, alone = cells(lines, plan)
-    parts = [
-        f"# {settings.kind}: {settings.model}",
-        _facts(settings, sessions, plan),
-        "## Scores\n\n" + _scores(grid),
-        "## Measured\n\n" + _measured(grid),
-    ]
-    if settings.kind == "ruler" and len({cell.length for cell in grid[:-1]}) > 1:
-        parts.insert(3, "## Effective length\n\n" + _effective(grid[:-1]))
-    if alone:
-        parts.append(f"{alone} samples were run in one arm only and are left out.")
-    return "\n\n".join(parts) + "\n"
+def save(results: Results) -> list[Path]:
+    """Write both reports into the results' folder."""
+    written = parts(results.lines, results.settings, results.sessions, results.arms)
+    paths = results.folder / "report.md", results.folder / "report.html"
+    for path, text in zip(paths, (render.markdown(written), render.page(written)), strict=True):
+        write_whole(path, text)
+    return [*paths]
 
 
-def cells(lines: Sequence[dict], plan: str | None) -> tuple[list[Cell], int]:
-    """A cell for each task and length, one over all of them, and how many samples lack an arm."""
-    dense = {line["id"]: line for line in lines if line["arm"] == "dense"}
-    sparse = {line["id"]: line for line in lines if plan and line["plan"] == plan}
-    ids = [i for i in dense if not plan or i in sparse]
-    groups: dict[tuple[str, int], list[str]] = {}
-    for i in ids:
-        groups.setdefault((dense[i]["task"], dense[i]["length"]), []).append(i)
-    rows = [(task, f"{length}", groups[task, length]) for task, length in sorted(groups)]
-    rows.append(("all", "all", ids))
-    grid = [
-        Cell(task, length, [dense[i] for i in row], [sparse[i] for i in row if plan])
-        for task, length, row in rows
-    ]
-    return grid, len(dense.keys() | sparse.keys()) - len(ids)
+def write(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> str:
+    """The report in Markdown: of the dense lines, and of each of these arms beside them."""
+    return render.markdown(parts(lines, settings, sessions, arms))
+
+
+def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> list[Part]:
+    good = [line for line in lines if "failed" not in line]
+    outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
+    dense = Outcome({"title": "dense"}, cells(good))
+    batches = sorted({line.get("batch", 1) for line in good})
+    every = [Heading(f"{settings.kind}: {settings.model}", 1)]
+    every.append(Bullets(_facts(settings, sessions, arms, batches)))
+    if outcomes:
+        every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes]), _arms(outcomes)]
+        every += _pictures(outcomes)
+    for outcome in outcomes or [dense]:
+        title = outcome.arm["title"]
+        every += [Heading(f"Scores: {title}"), *_scores(outcome)]
+        every += [Heading(f"Measured: {title}"), _measured(outcome.cells)]
+    if settings.kind == "ruler" and len({cell.length for cell in dense.cells}) > 1:
+        every += [Heading("Effective length"), *_effective(dense, outcomes)]
+    if missing := _missing(lines, arms):
+        every += [Heading("Missing"), missing]
+    return every
 
 
 def effective_length(means: Mapping[int, float], bar: float = LLAMA2_AT_4K) -> int | None:
@@ -61,123 +59,177 @@ def effective_length(means: Mapping[int, float], bar: float = LLAMA2_AT_4K) -> i
     return max((length for length, mean in means.items() if mean >= bar), default=None)
 
 
-def difference(dense: Sequence[float], sparse: Sequence[float]) -> str:
-    """Sparse minus dense in points, with its 95 % interval by a paired bootstrap over samples."""
-    changes = [100 * (s - d) for d, s in zip(dense, sparse, strict=True)]
-    n = len(changes)
-    if not n:
-        return "–"
-    if not any(changes):
-        unseen = 100 * (1 - 0.05 ** (1 / n))  # exact; the rule of three, 300 / n, for large n
-        return f"0.0, no difference seen; up to {unseen:.0f} % of samples could differ"
-    if len(set(changes)) == 1:
-        return f"{changes[0]:+.1f}, all {n} alike" if n > 1 else f"{changes[0]:+.1f}, one sample"
-    low, high = interval(changes)
-    return f"{mean(changes):+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def interval(changes: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean: the same numbers give the same interval."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    random = np.random.default_rng(0)
-    result = bootstrap((changes,), np.mean, method="percentile", random_state=random)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def _facts(settings: Settings, sessions: Sequence[dict], plan: str | None) -> str:
+def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[str]:
+    plans = [f"{arm['title']} {arm['plan'] or '(a peer)'}" for arm in arms]
+    sizes = ", ".join(map(str, batches)) or "1"
     facts = {
         "model": f"{settings.model} (fingerprint {settings.fingerprint}), {settings.dtype}",
-        "plan": plan or "none, dense only",
-        "prompts": f"chat template {settings.chat}, seed {settings.seed}, batch size 1, greedy",
+        "arms beside dense": ", ".join(plans) or "none, dense only",
+        "prompts": f"chat template {settings.chat}, seed {settings.seed}, batch size {sizes}, "
+        "greedy",
         "new tokens": f"at most {settings.max_new_tokens or RULERS_CAPS}; "
         "generation stops early once every answer was said",
         "prose haystack": f"{settings.prose} (not RULER's essays: compare only runs with this)",
         "questions": f"qa_1 {settings.squad or 'not run'}; qa_2 {settings.hotpotqa or 'not run'}; "
         "qa_*_invented: invented facts (not SQuAD or HotpotQA)",
     }
-    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    lines = [f"{name}: {value}" for name, value in facts.items()]
     for session in sessions:
         versions = [f"{k} {v}" for k, v in session.items() if k != "machine"]
-        lines.append(f"- machine: {session['machine']}; {', '.join(versions)}")
-    return "\n".join(lines)
+        lines.append(f"machine: {session['machine']}; {', '.join(versions)}")
+    return lines
 
 
-def _scores(grid: Sequence[Cell]) -> str:
-    head = ["task", "length", "n", "dense", "sparse", "difference, points (95 %)"]
-    head += ["whole d/s", "empty d/s"]
-    rows = [
-        [
-            cell.task,
-            cell.length,
-            str(len(cell.dense)),
-            _mean(cell.dense, "score", 100, ".1f"),
-            _mean(cell.sparse, "score", 100, ".1f"),
-            difference(*([x["score"] for x in arm] for arm in (cell.dense, cell.sparse)))
-            if cell.sparse
-            else "–",
-            _both(cell, _whole),
-            f"{_empty(cell.dense)} / {_empty(cell.sparse)}" if cell.sparse else _empty(cell.dense),
+def _verdict(outcome: Outcome) -> str:
+    whole = outcome.whole
+    seen = change(*whole.scores) if whole.dense else None
+    lengths = [int(length) for length in outcome.lengths]
+    told = verdict(seen, _shares(whole), outcome.arm.get("promise", {}), lengths)
+    return f"{outcome.arm['title']}: {told}"
+
+
+def _shares(cell: Cell) -> dict[str, float | None]:
+    return {name: average(cell.sparse, field) for name, field in SHARES.items()}
+
+
+def _arms(outcomes: Sequence[Outcome]) -> Table:
+    head = ["arm", "length", "n", "dense", "arm's", "difference, points (95 %)", "McNemar p"]
+    head += ["empty d/s, %", "pair density", "expected", "KV share", "expected", "KV MiB"]
+    rows = []
+    for outcome in outcomes:
+        expected = outcome.arm.get("expected", {})
+        for length in outcome.lengths:
+            cell = joined([cell for cell in outcome.able if cell.length == length])
+            said = expected.get(length, {})
+            row = [outcome.arm["title"], length, *_compared(cell)[:5], _both(cell, _empty)]
+            for field in SHARES.values():
+                row += [_mean(cell.sparse, field, 1, ".3f")]
+                row += [f"{said[field]:.3f}" if field in said else "–"]
+            rows.append([*row, _mean(cell.sparse, "kv_bytes", 2**-20, ".1f")])
+    return Table(head, rows)
+
+
+def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
+    dots, rows = [], {}
+    for outcome in outcomes:
+        title = outcome.arm["title"]
+        for length in outcome.lengths:
+            cell = joined([cell for cell in outcome.able if cell.length == length])
+            level = 100 * mean(cell.scores[0])
+            dots.append(charts.Dot(title, int(length), level, change(*cell.scores), _shares(cell)))
+        for cell in outcome.cells:
+            seen = rows.setdefault((cell.task, int(cell.length)), {})
+            seen[title] = change(*cell.scores)
+    found = []
+    if dots:
+        told = "score by measured pair density and by share of the KV cache"
+        found.append(Picture(charts.scores(dots, list(SHARES)), told))
+    if rows:
+        named = {f"{task} {length}": seen for (task, length), seen in sorted(rows.items())}
+        found.append(Picture(charts.changes(named), "change in each task, with 95 % intervals"))
+    return found
+
+
+def _scores(outcome: Outcome) -> list[Part]:
+    head = ["task", "length", "n", "dense", "arm's", "difference, points (95 %)", "McNemar p"]
+    head += ["whole d/s", "empty d/s, %"]
+
+    def table(cells: Sequence[Cell]) -> Table:
+        rows = [
+            [cell.task, cell.length, *_compared(cell), _both(cell, _whole), _both(cell, _empty)]
+            for cell in cells
         ]
-        for cell in grid
-    ]
+        return Table(head, rows)
+
     note = (
         "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
-        "Whole: percent of samples with all that was asked for (qa: any one). "
-        "Empty: outputs without a character, dense/sparse."
+        "Whole: percent of samples with all that was asked for (qa: any one), as McNemar's exact "
+        "test compares them. Empty: outputs without a character. d/s: dense / this arm."
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    able = outcome.able
+    apart = [cell for cell in outcome.cells if not cell.able]
+    found: list[Part] = [table([*able, outcome.whole]), note] if able else []
+    if apart:
+        found.append(
+            f"Set apart, and not in any sum: the dense model scores below {100 * ABLE:.0f} %."
+        )
+        found.append(table(apart))
+    return found
 
 
-def _effective(rows: Sequence[Cell]) -> str:
+def _compared(cell: Cell) -> list[str]:
+    """n, both scores, their difference, McNemar's p."""
+    left = [str(len(cell.dense)), _mean(cell.dense, "score", 100, ".1f")]
+    if not cell.sparse:
+        return [*left, "–", "–", "–"]
+    p = mcnemar(*([score == 1 for score in arm] for arm in cell.scores))
+    told = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return [*left, _mean(cell.sparse, "score", 100, ".1f"), str(change(*cell.scores)), told]
+
+
+def _effective(dense: Outcome, outcomes: Sequence[Outcome]) -> list[Part]:
     """Means over the tasks that were run at every length, so that lengths compare."""
+    rows = dense.cells
     lengths = sorted({int(cell.length) for cell in rows})
-    ran = {length: {cell.task for cell in rows if cell.length == f"{length}"} for length in lengths}
-    tasks = set.intersection(*ran.values())
+    ran = [{cell.task for cell in rows if cell.length == f"{length}"} for length in lengths]
+    tasks = set.intersection(*ran)
     table = []
-    for arm in ("dense", "sparse"):
+    sides = [("dense", rows, "dense"), *((o.arm["title"], o.cells, "sparse") for o in outcomes)]
+    for title, found, side in sides:
         by_length = {
             length: [
-                100 * mean(line["score"] for line in getattr(cell, arm))
-                for cell in rows
-                if cell.length == f"{length}" and cell.task in tasks and getattr(cell, arm)
+                100 * mean(line["score"] for line in getattr(cell, side))
+                for cell in found
+                if cell.length == f"{length}" and cell.task in tasks
             ]
             for length in lengths
         }
-        if not all(by_length.values()):
+        if any(len(scores) < len(tasks) or not scores for scores in by_length.values()):
             continue
         means = {length: mean(scores) for length, scores in by_length.items()}
         shown = [f"{means[length]:.1f}" for length in lengths]
-        table.append([arm, *shown, str(effective_length(means) or f"under {lengths[0]}")])
-    head = ["arm", *map(str, lengths), "effective length"]
+        table.append([title, *shown, str(effective_length(means) or f"under {lengths[0]}")])
     note = (
         f"The longest length with a mean of at least {LLAMA2_AT_4K} % (Llama-2-7B-chat at 4096 "
         f"tokens). Means of {len(tasks)} tasks run at every length; RULER's are of all "
         f"{len(TASKS)}, with SQuAD and HotpotQA."
     )
-    return f"{_table(head, table)}\n\n{note}"
+    return [Table(["arm", *map(str, lengths), "effective length"], table), note]
 
 
-def _measured(grid: Sequence[Cell]) -> str:
-    head = ["task", "length", "tokens", "pair density", "block density", "cache share"]
+def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> Table | None:
+    """Samples that some arm has and another lacks, and why, by arm and length."""
+    asked = {line["id"]: line["length"] for line in lines}
+    rows = []
+    for arm in ({"arm": "dense", "plan": None, "title": "dense"}, *arms):
+        mine = [line for line in lines if belongs(line, arm)]
+        lacking = asked.keys() - {line["id"] for line in mine if "failed" not in line}
+        for length in sorted({asked[i] for i in lacking}):
+            of = [i for i in asked if asked[i] == length]
+            gone = [i for i in of if i in lacking]
+            why = [x["failed"] for x in mine if x["id"] in gone and "failed" in x]
+            told = why[-1] if why else "not run"
+            rows.append([arm["title"], f"{length}", f"{len(gone)} of {len(of)}", told])
+    return Table(["arm", "length", "samples", "why"], rows) if rows else None
+
+
+def _measured(rows: Sequence[Cell]) -> Table:
+    head = ["task", "length", "tokens", "pair density", "block density", "KV share"]
     head += ["decode share", "first token, s d/s", "next token, ms d/s", "whole, s d/s"]
-    rows = [
+    names = "pair_density", "block_density", "cache_share", "decode_share"
+    table = [
         [
             cell.task,
             cell.length,
             _mean(cell.dense, "prompt_tokens", 1, ".0f"),
-            *(
-                _mean(cell.sparse, name, 1, ".3f")
-                for name in ("pair_density", "block_density", "cache_share", "decode_share")
-            ),
+            *(_mean(cell.sparse, name, 1, ".3f") for name in names),
             _both(cell, lambda arm: _mean(arm, "first_token_seconds", 1, ".2f")),
             _both(cell, _next_token),
             _both(cell, lambda arm: _mean(arm, "seconds", 1, ".2f")),
         ]
-        for cell in grid
+        for cell in [*rows, joined(rows)]
     ]
-    return _table(head, rows)
+    return Table(head, table)
 
 
 def _next_token(lines: Sequence[dict]) -> str:
@@ -192,8 +244,8 @@ def _both(cell: Cell, show) -> str:
 
 
 def _mean(lines: Sequence[dict], name: str, scale: float, form: str) -> str:
-    values = [line[name] for line in lines if line[name] is not None]
-    return format(scale * mean(values), form) if values else "–"
+    value = average(lines, name)
+    return "–" if value is None else format(scale * value, form)
 
 
 def _whole(lines: Sequence[dict]) -> str:
@@ -201,9 +253,4 @@ def _whole(lines: Sequence[dict]) -> str:
 
 
 def _empty(lines: Sequence[dict]) -> str:
-    return str(sum(not clean(line["output"]) for line in lines))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruled = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+    return f"{100 * mean(not clean(line['output']) for line in lines):.1f}" if lines else "–"

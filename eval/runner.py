@@ -1,11 +1,11 @@
-"""Run a suite on a model, dense and under a plan, on identical token ids."""
+"""Run a suite on a model, dense and under other arms, on identical token ids."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,78 +15,123 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import hfsparse
 
+from .arms import Arm
 from .generate import answer
 from .results import Results
 from .samples import Case, Sample, Suite
 from .tasks import score
+from .together import together
 
 MEASURED = ("pair_density", "block_density", "decode_share", "cache_share")
 
 
 def run(
-    model, tokenizer, suite: Suite, results: Results, plan=None, cap: int | None = None
+    model,
+    tokenizer,
+    suite: Suite,
+    results: Results,
+    arms: Sequence[Arm] = (),
+    cap: int | None = None,
+    batch: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Fill `results` with what it lacks: a length at a time, dense first, then under `plan`."""
+    """Fill `results` with what it lacks: a length at a time, dense first, then under each arm.
+
+    batch: samples that run together, of one length. share (i, n): only each n-th case from the
+    i-th on. An arm that fails at a length is noted as failed and left there; the next goes on.
+    """
+    first, step = share
+    cases = suite.cases[first::step]
     rounds = [
         (arm, todo)
-        for length in dict.fromkeys(case.length for case in suite.cases)
-        for arm in ((None, plan) if plan else (None,))
-        if (todo := list(_missing(suite.cases, length, arm, results)))
+        for length in dict.fromkeys(case.length for case in cases)
+        for arm in (Arm(), *arms)
+        if (todo := [c for c in cases if c.length == length and not _done(c, arm, results)])
     ]
     with _progress() as progress:
         total = sum(case.length for _, todo in rounds for case in todo)
         bar = progress.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
         for arm, todo in rounds:
-            with hfsparse.patch(model, arm) if arm else nullcontext() as handle:
-                for case in todo:
-                    progress.update(bar, description=f"{case.id} {_name(arm)}")
-                    sample = suite.sample(case)
-                    results.append(_measure(model, tokenizer, sample, results, arm, handle, cap))
-                    progress.update(bar, advance=case.length)
+            with arm.on(model) as handle:
+                for group in _groups(todo, batch if arm.batches else 1):
+                    progress.update(bar, description=f"{group[0].id} {arm.title}")
+                    samples = [suite.sample(case) for case in group]
+                    try:
+                        lines = _measure(model, tokenizer, samples, results, arm, handle, cap)
+                    except Exception as error:
+                        traceback.print_exception(error)
+                        results.append(_failed(model, samples[0], results, arm, error))
+                        break
+                    for line in lines:
+                        results.append(line)
+                    progress.update(bar, advance=sum(case.length for case in group))
 
 
-def _measure(model, tokenizer, sample: Sample, results, plan, handle, cap) -> dict:
+def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, cap) -> list[dict]:
+    """A line for each of these samples, which run together; densities are of all of them."""
     if handle:
+        arm.ask(samples[0])
         handle.reset_stats()
-    said = answer(model, tokenizer, sample, cap)
+    if len(samples) == 1:
+        said = [answer(model, tokenizer, samples[0], cap)]
+    else:
+        said = together(model, tokenizer, samples, cap)
     stats = handle.stats() if handle else None
+    measured = {name: _number(stats, name) for name in MEASURED}
+    return [
+        {
+            **_about(model, sample, results, arm),
+            "score": score(one.text, sample.answers, sample.metric),
+            "answers": sample.answers,
+            "output": one.text,
+            "gold": sample.gold,
+            "metric": sample.metric,
+            "real": sample.real,
+            "prompt_tokens": len(sample.ids),
+            "new_tokens": one.new_tokens,
+            "seconds": one.seconds,
+            "first_token_seconds": one.first_token_seconds,
+            "batch": len(samples),
+            **measured,
+            "kv_bytes": getattr(stats, "kv_bytes", None),
+        }
+        for sample, one in zip(samples, said, strict=True)
+    ]
+
+
+def _about(model, sample: Sample, results, arm) -> dict:
+    """Which sample, under what, where."""
     return {
         "id": sample.id,
         "task": sample.task,
         "length": sample.length,
         "depth": sample.depth,
-        "arm": _name(plan),
-        "plan": plan.hash() if plan else None,
+        "arm": arm.name,
+        "plan": arm.hash,
         "model": results.settings.fingerprint,
-        "score": score(said.text, sample.answers, sample.metric),
-        "answers": sample.answers,
-        "output": said.text,
-        "gold": sample.gold,
-        "metric": sample.metric,
-        "real": sample.real,
-        "prompt_tokens": len(sample.ids),
-        "new_tokens": said.new_tokens,
-        "seconds": said.seconds,
-        "first_token_seconds": said.first_token_seconds,
-        **{name: _number(stats, name) for name in MEASURED},
+        "transformers": version("transformers"),
         "device": device_name(model.device),
     }
 
 
-def _missing(cases: Iterable[Case], length: int, plan, results: Results) -> Iterable[Case]:
-    rest = (_name(plan), plan.hash() if plan else None, results.settings.fingerprint)
-    ours = (case for case in cases if case.length == length)
-    return (case for case in ours if (case.id, *rest) not in results.done)
+def _failed(model, sample: Sample, results, arm, error: Exception) -> dict:
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    return {**_about(model, sample, results, arm), "failed": told[:500]}
+
+
+def _done(case: Case, arm: Arm, results: Results) -> bool:
+    rest = (arm.name, arm.hash, results.settings.fingerprint, version("transformers"))
+    return (case.id, *rest) in results.done
+
+
+def _groups(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
+    return (cases[i : i + size] for i in range(0, len(cases), size))
 
 
 def _number(stats, name: str) -> float | None:
     """What was measured; None where nothing ran, as NaN is no JSON."""
     value = getattr(stats, name, math.nan)
     return None if math.isnan(value) else round(value, 6)
-
-
-def _name(plan) -> str:
-    return "sparse" if plan else "dense"
 
 
 def _progress() -> Progress:

@@ -30,6 +30,7 @@ class Sample:
     depth: float | None
     metric: str
     new_tokens: int
+    question: int = 0  # of `ids`: where the question starts, after the whole text
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Prompter:
     def tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def encode(self, draft: Draft) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the span of ids that touches each gold needle."""
+    def encode(self, draft: Draft) -> tuple[list[int], list[tuple[int, int]], int]:
+        """Ids, the span of them that touches each gold needle, and where the question starts."""
         prompt = self.text(draft)
         start = prompt.rindex(draft.context)
         coded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
@@ -84,7 +85,9 @@ class Prompter:
                 if a < start + high and b > start + low and b > a
             ]
             spans.append((touched[0] + len(self.bos), touched[-1] + 1 + len(self.bos)))
-        return self.bos + coded.input_ids, spans
+        end = start + len(draft.context)
+        after = (i for i, (_, b) in enumerate(coded.offset_mapping) if b > end)
+        return self.bos + coded.input_ids, spans, next(after, len(coded.input_ids)) + len(self.bos)
 
 
 class Maker:
@@ -106,7 +109,7 @@ class Maker:
                 break
         else:
             raise self._too_short()
-        ids, gold = self.prompter.encode(draft)
+        ids, gold, question = self.prompter.encode(draft)
         return Sample(
             id=case.id,
             task=self.task.name,
@@ -119,6 +122,7 @@ class Maker:
             depth=draft.depth,
             metric=self.task.metric,
             new_tokens=self.task.new_tokens,
+            question=question,
         )
 
     def _real(self, draft: Draft) -> int:

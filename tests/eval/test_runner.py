@@ -11,6 +11,7 @@ from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval import generate, runner
+from hfsparse_eval.arms import Sparse
 from hfsparse_eval.results import Results, Settings
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
@@ -62,7 +63,7 @@ def stored(folder):
 def test_each_sample_is_run_dense_and_sparse_on_the_same_prompt(
     tmp_path, model, tokenizer, suite, patched
 ):
-    runner.run(model, tokenizer, suite, results(tmp_path), FakePlan(), 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(FakePlan())], 4)
     lines = stored(tmp_path)
     assert len(lines) == 16
     assert len({(line["id"], line["arm"]) for line in lines}) == 16
@@ -86,7 +87,7 @@ def test_a_run_cut_off_goes_on_and_ends_with_the_same_lines(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
-    runner.run(model, tokenizer, suite, results(whole), FakePlan(), 4)
+    runner.run(model, tokenizer, suite, results(whole), [Sparse(FakePlan())], 4)
     count = 0
 
     def interrupted(*args):
@@ -99,38 +100,38 @@ def test_a_run_cut_off_goes_on_and_ends_with_the_same_lines(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.run(model, tokenizer, suite, results(cut), FakePlan(), 4)
+            runner.run(model, tokenizer, suite, results(cut), [Sparse(FakePlan())], 4)
     assert len(stored(cut)) == after
 
-    runner.run(model, tokenizer, suite, results(cut), FakePlan(), 4)
+    runner.run(model, tokenizer, suite, results(cut), [Sparse(FakePlan())], 4)
     assert timeless(stored(cut)) == timeless(stored(whole))
 
 
 def test_a_finished_run_generates_nothing_again(tmp_path, monkeypatch, model, tokenizer, suite):
-    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
     before = (tmp_path / "results.jsonl").read_bytes()
     monkeypatch.setattr(runner, "answer", None)
-    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
 def test_a_torn_last_line_is_dropped_and_its_sample_run_again(tmp_path, model, tokenizer, suite):
-    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
     path = tmp_path / "results.jsonl"
     whole = timeless(stored(tmp_path))
     path.write_bytes(path.read_bytes()[:-40])
     again = results(tmp_path)
     assert len(again.lines) == 7
-    runner.run(model, tokenizer, suite, again, None, 4)
+    runner.run(model, tokenizer, suite, again, (), 4)
     assert timeless(stored(tmp_path)) == whole
 
 
 def test_more_samples_and_a_second_plan_join_a_finished_run(
     tmp_path, model, tokenizer, suite, patched
 ):
-    runner.run(model, tokenizer, suite, results(tmp_path), None, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
     larger = Suite([TASKS["niah_single_1"]], [512], 3, suite.makers["niah_single_1", 512].prompter)
-    runner.run(model, tokenizer, larger, results(tmp_path), FakePlan(), 4)
+    runner.run(model, tokenizer, larger, results(tmp_path), [Sparse(FakePlan())], 4)
     lines = stored(tmp_path)
     assert [line["arm"] for line in lines] == ["dense"] * 9 + ["sparse"] * 3
     assert lines[8]["id"] == "niah_single_1-512-0002"
@@ -238,7 +239,7 @@ def test_a_plan_that_drops_nothing_answers_as_dense_under_the_real_patch(
     tmp_path, model, tokenizer, suite
 ):
     plan = Plan.full(ModelId.of(model))
-    runner.run(model, tokenizer, suite, results(tmp_path), plan, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(plan)], 4)
     lines = stored(tmp_path)
     dense, sparse = (
         {line["id"]: line["output"] for line in lines if line["arm"] == arm}
@@ -256,7 +257,7 @@ def test_a_streaming_plan_is_measured_below_full(tmp_path, model, tokenizer, sui
     full = Plan.full(ModelId.of(model))
     layer = Layer(("s",) * 4, ("s",) * 2, ("ring",) * 2)
     plan = replace(full, patterns={"s": Streaming(sink=8, recent=32)}, layers=(layer,) * 2)
-    runner.run(model, tokenizer, suite, results(tmp_path), plan, 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(plan)], 4)
     measured = [line for line in stored(tmp_path) if line["arm"] == "sparse"]
     assert len(measured) == 8
     for line in measured:

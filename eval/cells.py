@@ -1,0 +1,85 @@
+"""Result lines by task and length, each arm's beside the dense ones of the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+ABLE = 0.7  # a task that the dense model does worse is set apart
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The lines of one row of the table; `dense` and `sparse` are in the same order."""
+
+    task: str
+    length: str
+    dense: list[dict]
+    sparse: list[dict]  # empty without an arm
+
+    @property
+    def able(self) -> bool:
+        return mean(line["score"] for line in self.dense) >= ABLE
+
+    @property
+    def scores(self) -> tuple[list[float], list[float]]:
+        return tuple([line["score"] for line in arm] for arm in (self.dense, self.sparse))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An arm, its cells by task and length, and one over those that the dense model can do."""
+
+    arm: Mapping  # as `Arm.facts` tells it
+    cells: list[Cell]
+
+    @property
+    def able(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.able]
+
+    @property
+    def whole(self) -> Cell:
+        return joined(self.able)
+
+    @property
+    def lengths(self) -> list[str]:
+        return sorted({cell.length for cell in self.able}, key=int)
+
+
+def cells(lines: Sequence[dict], arm: Mapping | None = None) -> list[Cell]:
+    """A cell for each task and length: of an arm, the samples that the dense model also ran.
+
+    Pairs are of one version of transformers.
+    """
+    dense = {_pair(line): line for line in lines if line["arm"] == "dense"}
+    if arm is None:
+        sparse, pairs = {}, dense
+    else:
+        sparse = {_pair(line): line for line in lines if belongs(line, arm)}
+        pairs = {pair: line for pair, line in dense.items() if pair in sparse}
+    groups: dict[tuple[str, int], list] = {}
+    for pair, line in pairs.items():
+        groups.setdefault((line["task"], line["length"]), []).append(pair)
+    return [
+        Cell(task, f"{length}", [dense[p] for p in row], [sparse[p] for p in row if sparse])
+        for (task, length), row in sorted(groups.items())
+    ]
+
+
+def joined(cells: Sequence[Cell]) -> Cell:
+    lines = ([line for cell in cells for line in getattr(cell, a)] for a in ("dense", "sparse"))
+    return Cell("all", "all", *lines)
+
+
+def average(lines: Sequence[dict], name: str) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return mean(values) if values else None
+
+
+def _pair(line: Mapping) -> tuple[str, str | None]:
+    return line["id"], line.get("transformers")
+
+
+def belongs(line: Mapping, arm: Mapping) -> bool:
+    return (line["arm"], line["plan"]) == (arm["arm"], arm["plan"])
