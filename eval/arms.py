@@ -105,7 +105,10 @@ class KVPress(Arm):
 
     def _class(self, word: str):
         """A press by its name without `Press`: those that score keys, and wrappers of one."""
-        kvpress = import_module("kvpress")
+        try:
+            kvpress = import_module("kvpress")
+        except ImportError as error:
+            raise UsageError(f"arm {self.name}: kvpress can't be imported: {error}") from error
         wraps = word == self.press and self.inner is not None
         wanted = "press" if wraps else "compression_ratio"
         known = {

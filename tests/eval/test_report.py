@@ -1,13 +1,17 @@
 """Numbers worked out by hand from lines written by hand."""
 
+import re
+from xml.etree import ElementTree
+
 import pytest
 
 from hfsparse_eval import heatmap, report
-from hfsparse_eval.results import Settings
+from hfsparse_eval.results import Results, Settings
 
 SETTINGS = Settings(
     "ruler", "some/model", "sha256:m", "w", "0.1.0", "bfloat16", 7, "auto", None, "CPython 3.x"
 )
+ARM = {"arm": "sparse", "plan": "sha256:p", "title": "mine"}
 SESSION = {"machine": "a GPU, Linux x86_64", "python": "3.11", "torch": "2.9"}
 
 
@@ -25,6 +29,7 @@ def line(i, arm, score, output="x", **more):
         "output": output,
         "prompt_tokens": 990,
         "new_tokens": 11,
+        "transformers": "5.0",
         "seconds": 3.0,
         "first_token_seconds": 1.0,
         **measured,
@@ -50,23 +55,45 @@ LINES = [
 
 
 def rows(text, title):
-    table = text.split(f"## {title}\n\n")[1].split("\n\n")[0]
+    below = text.split(f"## {title}\n\n")[1].split("\n\n")
+    table = next(part for part in below if part[0] == "|").strip()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.split("\n")]
 
 
 def test_scores_differences_and_empty_answers_of_the_pairs():
-    text = report.write(LINES, SETTINGS, [SESSION], "sha256:p")
-    head, _, vt, overall = rows(text, "Scores")
-    assert head[:5] == ["task", "length", "n", "dense", "sparse"]
-    # dense (100 + 60 + 80) / 3, sparse (100 + 20 + 80) / 3; changes 0, -40, 0
-    assert vt == ["vt", "1024", "3", "80.0", "66.7", "-13.3 [-40.0, +0.0]", "33.3 / 33.3", "1 / 1"]
+    text = report.write(LINES, SETTINGS, [SESSION], [ARM])
+    head, _, vt, overall = rows(text, "Scores: mine")
+    assert head[:5] == ["task", "length", "n", "dense", "arm's"]
+    # dense (100 + 60 + 80) / 3, sparse (100 + 20 + 80) / 3; changes 0, -40, 0; no whole one lost
+    shown = ["80.0", "66.7", "-13.3 [-40.0, +0.0]", "1.000", "33.3 / 33.3", "33.3 / 33.3"]
+    assert vt == ["vt", "1024", "3", *shown]
     assert overall == ["all", "all", *vt[2:]]
-    assert "1 samples were run in one arm only" in text
+
+
+def test_what_one_arm_lacks_is_listed_with_why():
+    failed = {key: line(9, "sparse", 0)[key] for key in ("id", "task", "length", "arm", "model")}
+    failed |= {"plan": "sha256:p", "transformers": "5.0", "failed": "OutOfMemoryError: 80 GiB"}
+    rest = [{**x, "length": 2048, "id": x["id"] + "b"} for x in LINES if x["arm"] == "sparse"][:1]
+    text = report.write([*LINES, failed, *rest], SETTINGS, [SESSION], [ARM])
+    assert rows(text, "Missing")[2:] == [
+        ["dense", "2048", "1 of 1", "not run"],
+        ["mine", "1024", "1 of 4", "OutOfMemoryError: 80 GiB"],
+    ]
+    assert rows(text, "Scores: mine")[2][:3] == ["vt", "1024", "3"]
+
+
+def test_pairs_are_of_one_version_of_transformers():
+    other = [{**x, "transformers": "4.57"} for x in LINES if x["arm"] == "sparse"]
+    dense = [x for x in LINES if x["arm"] == "dense"]
+    assert report.cells(dense + other, ARM) == []
+    again = [{**dense[1], "transformers": "4.57", "score": 0.9}]
+    (cell,) = report.cells(dense + other + again, ARM)
+    assert cell.scores == ([0.9], [0.2])
 
 
 def test_measured_densities_shares_and_times():
-    text = report.write(LINES, SETTINGS, [SESSION], "sha256:p")
-    _, _, vt, _ = rows(text, "Measured")
+    text = report.write(LINES, SETTINGS, [SESSION], [ARM])
+    _, _, vt, _ = rows(text, "Measured: mine")
     # pair density (0.5 + 0.2 + 0.5) / 3; decode share (0.25 + 0.35) / 2; first token 1.0 and 0.6
     # next token: dense (1 + 2 + 2) s / 30, sparse (1 + 2.4 + 2.4) s / 30
     # whole: dense (2 + 3 + 3) / 3, sparse (1.6 + 3 + 3) / 3
@@ -84,20 +111,38 @@ def test_measured_densities_shares_and_times():
     ]
 
 
-def test_a_report_without_a_plan_is_of_the_dense_arm():
-    text = report.write(LINES, SETTINGS, [SESSION], None)
-    _, _, vt, _ = rows(text, "Scores")
-    assert vt == ["vt", "1024", "4", "60.0", "–", "–", "25.0", "1"]
-    assert rows(text, "Measured")[2][3:] == ["–", "–", "–", "–", "1.00", "175", "2.75"]
-    assert "one arm only" not in text
+def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
+    hard = [
+        make(i, arm, score, task="cwe", id=f"cwe-{i}")
+        for arm, make in (("dense", line), ("sparse", lambda i, _, s, **more: sparse(i, s, **more)))
+        for i, score in enumerate([0.69, 0.7] if arm == "dense" else [0.0, 0.0])
+    ]
+    text = report.write(LINES + hard, SETTINGS, [], [ARM])
+    tables = text.split("## Scores: mine")[1].split("## ")[0].split("Set apart")
+    assert "| vt | " in tables[0]
+    assert "| all | all | 3 | 80.0 | 66.7 | " in tables[0]
+    assert "| cwe | 1024 | 2 | 69.5 | 0.0 | " in tables[1]
+    assert "| cwe | 1024 | 990 " in text.split("## Measured: mine")[1]
+    nothing = report.write(hard, SETTINGS, [], [ARM])
+    assert "- mine: nothing to judge" in nothing
+
+
+def test_a_report_without_an_arm_is_of_the_dense_one():
+    strong = [line(i, "dense", score) for i, score in enumerate([1.0, 0.5])]
+    text = report.write(strong, SETTINGS, [SESSION])
+    _, _, vt, _ = rows(text, "Scores: dense")
+    assert vt == ["vt", "1024", "2", "75.0", "–", "–", "–", "50.0", "0.0"]
+    assert rows(text, "Measured: dense")[2][3:] == ["–", "–", "–", "–", "1.00", "200", "3.00"]
+    assert "Missing" not in text
+    assert "Verdicts" not in text
 
 
 def test_the_head_names_model_plan_machine_versions_and_prose():
-    text = report.write(LINES, SETTINGS, [SESSION, {"machine": "b"}], "sha256:p")
+    text = report.write(LINES, SETTINGS, [SESSION, {"machine": "b"}], [ARM])
     assert text.startswith("# ruler: some/model\n")
     for fact in (
         "some/model (fingerprint sha256:m), bfloat16",
-        "- plan: sha256:p",
+        "- arms beside dense: mine sha256:p",
         "seed 7",
         "- machine: a GPU, Linux x86_64; python 3.11, torch 2.9",
         "- machine: b",
@@ -113,31 +158,8 @@ def test_rows_are_by_task_then_length_as_numbers():
         line(0, "dense", 1.0, task=task, length=length, id=f"{task}-{length}")
         for task, length in (("vt", 16384), ("vt", 4096), ("niah_single_1", 8192))
     ]
-    names = [row[:2] for row in rows(report.write(lines, SETTINGS, [], None), "Scores")[2:]]
+    names = [row[:2] for row in rows(report.write(lines, SETTINGS, []), "Scores: dense")[2:]]
     assert names == [["niah_single_1", "8192"], ["vt", "4096"], ["vt", "16384"], ["all", "all"]]
-
-
-@pytest.mark.parametrize(
-    ("dense", "sparse", "expected"),
-    [
-        ([], [], "–"),
-        ([1.0] * 8, [1.0] * 8, "0.0, no difference seen; up to 31 % of samples could differ"),
-        ([1.0], [1.0], "0.0, no difference seen; up to 95 % of samples could differ"),
-        ([0.2] * 300, [0.2] * 300, "0.0, no difference seen; up to 1 % of samples could differ"),
-        ([1.0], [0.5], "-50.0, one sample"),
-        ([0.5, 0.5], [1.0, 1.0], "+50.0, all 2 alike"),
-    ],
-)
-def test_differences_that_no_bootstrap_can_take(dense, sparse, expected):
-    assert report.difference(dense, sparse) == expected
-
-
-def test_the_interval_is_the_one_known_for_a_large_sample():
-    # 400 changes of 0 and -100 points, a quarter of them -100: normal theory gives -25 +- 4.24
-    low, high = report.interval([-100.0, 0.0, 0.0, 0.0] * 100)
-    assert low == pytest.approx(-29.24, abs=0.6)
-    assert high == pytest.approx(-20.76, abs=0.6)
-    assert (low, high) == report.interval([-100.0, 0.0, 0.0, 0.0] * 100)
 
 
 @pytest.mark.parametrize(
@@ -176,18 +198,18 @@ def test_effective_lengths_are_of_tasks_run_at_every_length_and_weigh_tasks_alik
         ("fwe", 4096): [0.0],  # not run at 8192: left out
     }
     lines = at_lengths("dense", dense) + at_lengths("sparse", dense | {("vt", 4096): [0.4, 0.6]})
-    text = report.write(lines, SETTINGS, [], "sha256:p")
+    text = report.write(lines, SETTINGS, [], [ARM])
     table = rows(text, "Effective length")
     assert table[0] == ["arm", "4096", "8192", "effective length"]
     assert table[2:] == [
         ["dense", "90.0", "85.0", "4096"],
-        ["sparse", "65.0", "85.0", "under 4096"],
+        ["mine", "65.0", "85.0", "under 4096"],
     ]
     assert "Means of 2 tasks run at every length; RULER's are of all 13" in text
 
 
 def test_one_length_has_no_effective_length():
-    assert "Effective" not in report.write(LINES, SETTINGS, [], None)
+    assert "Effective" not in report.write(LINES, SETTINGS, [])
 
 
 def grid(arm, scores):
@@ -204,8 +226,8 @@ SPARSE = {**GRID, (0.0, 1024): 0.25}
 
 def test_the_heat_map_has_three_panels_with_a_number_in_each_cell():
     lines = grid("dense", GRID) + grid("sparse", SPARSE)
-    figure = heatmap.draw(lines, "sha256:p", "title")
-    assert [axes.get_title() for axes in figure.axes] == ["dense", "sparse", "sparse − dense"]
+    figure = heatmap.draw(lines, ARM, "title")
+    assert [axes.get_title() for axes in figure.axes] == ["dense", "mine", "mine − dense"]
     numbers = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert numbers == [
         ["100", "100", "50", "0"],
@@ -217,9 +239,30 @@ def test_the_heat_map_has_three_panels_with_a_number_in_each_cell():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 %", "100 %"]
 
 
-def test_the_heat_map_of_a_dense_run_has_one_panel_and_leaves_holes_blank(tmp_path):
+def test_the_heat_map_of_a_dense_run_has_one_panel_and_leaves_holes_blank():
     hole = {place: score for place, score in GRID.items() if place != (0.0, 1024)}
     figure = heatmap.draw(grid("dense", hole), None, "title")
     assert [text.get_text() for text in figure.axes[0].texts] == ["100", "50", "0"]
-    heatmap.save(grid("dense", hole), None, "title", tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_the_page_needs_no_other_file_and_shows_what_the_tables_do(tmp_path):
+    broken = {**LINES[4], "failed": "ValueError: <b>&</b>", "id": "vt-1024-0007"}
+    results = Results(tmp_path, SETTINGS, SESSION, [ARM])
+    for one in [*LINES, broken]:
+        results.append(one)
+    markdown, page = report.save(results)
+    html = page.read_text("utf-8")
+    assert markdown.read_text("utf-8").count("| vt | 1024 | ") == 2
+    assert html.count("<svg") == 2
+    assert "&lt;b&gt;&amp;&lt;/b&gt;" in html
+    assert not re.search(r"(src|href)=\"(?!data:|#)|<script|url\((?!#)", html)
+    body = html[html.index("<body>") : html.index("</body>") + 7]
+    tree = ElementTree.fromstring(body)  # every element is closed
+    titles = [e.text for e in tree.iter() if e.tag in ("h1", "h2")]
+    assert titles[1:] == ["Verdicts", "Scores: mine", "Measured: mine", "Missing"]
+    assert {child.name for child in tmp_path.iterdir()} == {
+        "run.json",
+        "results.jsonl",
+        "report.md",
+        "report.html",
+    }

@@ -5,16 +5,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import hfsparse
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval import generate, runner
-from hfsparse_eval.arms import Sparse
+from hfsparse_eval.arms import Arm, Sparse
 from hfsparse_eval.results import Results, Settings
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.together import together
 
 SETTINGS = Settings("ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "auto", 4, "prose")
 TIMES = ("seconds", "first_token_seconds")
@@ -48,6 +50,13 @@ def patched(monkeypatch):
 
 def results(folder, **changed):
     return Results(folder, replace(SETTINGS, **changed), {"machine": "this"})
+
+
+def rings(model) -> Plan:
+    """Every head streams."""
+    layer = Layer(("s",) * 4, ("s",) * 2, ("ring",) * 2)
+    full = Plan.full(ModelId.of(model))
+    return replace(full, patterns={"s": Streaming(sink=8, recent=32)}, layers=(layer,) * 2)
 
 
 def timeless(lines):
@@ -229,6 +238,98 @@ def test_generation_is_greedy_whatever_the_models_settings_say(model, tokenizer,
         own.do_sample, own.temperature, own.repetition_penalty = False, 1.0, 1.0
 
 
+def test_answers_of_a_batch_are_those_of_each_alone(model, tokenizer, monkeypatch):
+    """Prompts of several lengths, dense and under rings; some end early, by answer or by token."""
+    names = "niah_single_1", "niah_multikey_2", "fwe", "qa_1_invented"
+    tasks = [TASKS[name] for name in names]
+    suite = Suite(tasks, [700], 2, Prompter(tokenizer))
+    samples = [replace(suite.sample(c), new_tokens=8 + 2 * i) for i, c in enumerate(suite.cases)]
+    assert len({len(sample.ids) for sample in samples}) > 4
+    for arm in (Arm(), Sparse(rings(model))):
+        with arm.on(model), monkeypatch.context() as patch:
+            full = [generate.answer(model, tokenizer, sample).text for sample in samples]
+            samples[2] = replace(samples[2], answers=(full[2][3:6],))
+            told = model.generate(torch.tensor([samples[5].ids]), max_new_tokens=5, do_sample=False)
+            patch.setattr(model.generation_config, "eos_token_id", [int(told[0, -1])])
+            alone = [generate.answer(model, tokenizer, sample, 20) for sample in samples]
+            batch = together(model, tokenizer, samples, 20)
+        assert [(a.text, a.new_tokens) for a in batch] == [(a.text, a.new_tokens) for a in alone]
+        assert alone[2].new_tokens < 12
+        assert alone[5].new_tokens < 18
+
+
+def test_a_run_in_batches_ends_with_the_same_lines(tmp_path, model, tokenizer, suite):
+    for size in (1, 3):
+        (tmp_path / f"{size}").mkdir()
+        here = results(tmp_path / f"{size}")
+        runner.run(model, tokenizer, suite, here, [Sparse(rings(model))], 4, size)
+    alone, batched = (stored(tmp_path / f"{size}") for size in (1, 3))
+    assert sorted({line["batch"] for line in batched}) == [1, 3]
+    shared = (*TIMES, "batch", *runner.MEASURED, "kv_bytes")  # measured of a whole batch
+    for line in alone + batched:
+        assert 0 < line["cache_share"] < 0.7 if line["arm"] == "sparse" else not line["kv_bytes"]
+        for name in shared:
+            line.pop(name)
+    assert timeless(batched) == timeless(alone)
+
+
+def test_several_plans_and_what_they_are_stay_in_the_folder(tmp_path, model, tokenizer, suite):
+    full = Sparse(Plan.full(ModelId.of(model)), "full")
+    small = Sparse(rings(model), "small")
+    small.plan.made = {"verified": {"limit": 0.02, "lengths": [512], "tasks": {}}}
+    here = Results(tmp_path, SETTINGS, {"machine": "this"}, [full.facts(), small.facts()])
+    runner.run(model, tokenizer, suite, here, [full, small], 4)
+    each = [plan for plan in (None, full.hash, small.hash) for _ in range(4)]
+    assert [x["plan"] for x in stored(tmp_path)] == each * 2  # at both lengths
+    later = Results(tmp_path, SETTINGS, {"machine": "this"})
+    assert [arm["title"] for arm in later.arms] == ["full", "small"]
+    assert later.arms[1]["promise"] == {"limit": 0.02, "lengths": [512]}
+
+
+def test_an_arm_that_fails_is_noted_and_left_and_the_next_goes_on(
+    tmp_path, monkeypatch, model, tokenizer, suite
+):
+    def failing(*args):
+        if args[2].id.startswith("niah_single_2-512") and model.config._attn_implementation != own:
+            raise torch.OutOfMemoryError("80 GiB")
+        return generate.answer(*args)
+
+    own = model.config._attn_implementation
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "answer", failing)
+        here = results(tmp_path)
+        runner.run(model, tokenizer, suite, here, [Sparse(rings(model))], 4)
+    assert [x["failed"] for x in here.failed] == ["OutOfMemoryError: 80 GiB"]
+    short, long = ["dense"] * 4 + ["sparse"] * 3, ["dense"] * 4 + ["sparse"] * 4
+    assert [x["arm"] for x in stored(tmp_path)] == short + long
+    again = results(tmp_path)
+    runner.run(model, tokenizer, suite, again, [Sparse(rings(model))], 4)
+    assert again.failed == []
+    assert len(again.done) == 16
+
+
+def test_processes_share_the_cases_and_the_first_merges_what_they_wrote(
+    tmp_path, model, tokenizer, suite
+):
+    """The second process was killed in the middle of a line; a single one ends its work."""
+    parts = [Results(tmp_path, SETTINGS, {"machine": "this"}, part=part) for part in (0, 1)]
+    for part, here in enumerate(parts):
+        runner.run(model, tokenizer, suite, here, (), 4, 1, (part, 2))
+    torn = tmp_path / "results-1.jsonl"
+    whole = timeless([*stored(tmp_path), *map(json.loads, torn.read_text().splitlines())])
+    assert len(whole) == 8
+    assert {json.loads(x)["id"] for x in whole} == {case.id for case in suite.cases}
+    torn.write_bytes(torn.read_bytes()[:-30])
+    with pytest.raises(UsageError, match="another -o"):
+        results(tmp_path, model="other")
+    assert torn.exists()
+    again = results(tmp_path)
+    assert not torn.exists()
+    assert len(again.lines) == 7
+    runner.run(model, tokenizer, suite, again, (), 4)
+    assert timeless(stored(tmp_path)) == whole
+
+
 def test_the_cap_only_shortens(model, tokenizer, suite):
     sample = replace(suite.sample(suite.cases[0]), new_tokens=6)
     assert generate.answer(model, tokenizer, sample, cap=3).new_tokens == 3
@@ -254,10 +355,7 @@ def test_a_plan_that_drops_nothing_answers_as_dense_under_the_real_patch(
 
 
 def test_a_streaming_plan_is_measured_below_full(tmp_path, model, tokenizer, suite):
-    full = Plan.full(ModelId.of(model))
-    layer = Layer(("s",) * 4, ("s",) * 2, ("ring",) * 2)
-    plan = replace(full, patterns={"s": Streaming(sink=8, recent=32)}, layers=(layer,) * 2)
-    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(plan)], 4)
+    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(rings(model))], 4)
     measured = [line for line in stored(tmp_path) if line["arm"] == "sparse"]
     assert len(measured) == 8
     for line in measured:
