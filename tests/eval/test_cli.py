@@ -2,10 +2,12 @@ import json
 
 import pytest
 from matplotlib.image import imread
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hfsparse.plan import ModelId, Plan
-from hfsparse_eval.cli import app
+from hfsparse_eval.cli import _size, app
+from hfsparse_eval.suites import Size
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
 from tests.eval.test_qa import SQUAD
@@ -17,6 +19,7 @@ def call(folder, tmp_path):
         words = [command, str(model), "-o", str(tmp_path / "out"), *map(str, options)]
         return CliRunner().invoke(app, words)
 
+    run.folder = folder
     return run
 
 
@@ -52,6 +55,10 @@ def sentence(result):
         (["--device", "abacus"], "device abacus can't be used"),
         (["--dtype", "int3"], "unknown dtype int3: give one of auto, float32"),
         (["--plan", "absent.yaml"], "absent.yaml: can't read"),
+        (["--suite", "standart"], "unknown suite standart: did you mean standard? (smoke, "),
+        (["--batch", "0"], "batch is 0: give 1 or more"),
+        (["--arm", "press:0.5"], "unknown arm press:0.5: give kvpress:PRESS:RATIO"),
+        (["--suite", "quick"], "length 16384 is beyond this model's window of 2048 tokens"),
     ],
 )
 def test_bad_options_are_one_clear_sentence(options, expected, call):
@@ -95,6 +102,38 @@ def test_a_plan_for_another_model_is_one_clear_sentence(call, tmp_path):
     assert "3 layers" in said
     assert "with 2" in said
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_the_same_plan_twice_is_one_clear_sentence(call, tmp_path, model):
+    for name in ("a", "b"):
+        Plan.full(ModelId.of(model)).save(tmp_path / f"{name}.yaml")
+    twice = [x for name in ("a", "b") for x in ("--plan", tmp_path / f"{name}.yaml")]
+    assert sentence(call("ruler", *twice)) == "b and a are the same: give one"
+
+
+def test_a_suite_sets_lengths_and_samples_and_flags_go_before_it():
+    usual = Size(8, (4096,))
+    assert _size(None, None, None, usual) == usual
+    assert _size("standard", None, None, usual) == Size(100, (4096, 8192, 16384, 32768))
+    assert _size("full", None, None, usual).lengths[-1] == 131072
+    assert _size("smoke", "512,600", None, usual) == Size(4, (512, 600))
+    assert _size("quick", None, 3, usual) == Size(3, (4096, 16384))
+
+
+def test_another_model_in_the_same_directory_is_refused_and_nothing_is_touched(call, tmp_path):
+    small = ["--lengths", 512, "--samples", 1, "--tasks", "niah_single_1", "--max-new-tokens", 2]
+    assert call("ruler", *small).exit_code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in before} > {"report.md", "report.html"}
+    model = AutoModelForCausalLM.from_pretrained(call.folder)
+    model.lm_head.weight.data[0] += 1
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(call.folder).save_pretrained(other)
+    assert f"holds results with model {call.folder}, this run has {other}" in sentence(
+        call("ruler", *small, model=other)
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_another_seed_in_the_same_directory_is_refused(call):

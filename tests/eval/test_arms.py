@@ -1,0 +1,94 @@
+"""Peers as arms. What needs kvpress runs where that is installed (transformers below 5.3)."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from hfsparse.loading import UsageError
+from hfsparse_eval import arms
+from hfsparse_eval.generate import answer
+from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.tasks import TASKS
+
+
+@pytest.mark.parametrize("name", ["flash:0.5", "kvpres:SnapKV:0.5", ""])
+def test_an_unknown_peer_is_refused_with_the_form_of_the_known(name):
+    with pytest.raises(UsageError, match=f"unknown arm {name}: give kvpress:PRESS:RATIO"):
+        arms.peer(name)
+
+
+def test_a_peer_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(arms, "find_spec", lambda package: None)
+    with pytest.raises(UsageError, match="kvpress is not installed: pip install kvpress"):
+        arms.peer("kvpress:SnapKV:0.5")
+
+
+def test_a_peer_that_wants_another_transformers_is_refused(monkeypatch):
+    here = importlib.metadata.version("transformers")
+    monkeypatch.setattr(arms, "find_spec", lambda package: True)
+    monkeypatch.setattr(arms.metadata, "requires", lambda package: [f"transformers<{here}"])
+    monkeypatch.setattr(arms.metadata, "version", lambda package: here)
+    with pytest.raises(UsageError, match=f"wants transformers <{here}, here is {here}: run this"):
+        arms.peer("kvpress:SnapKV:0.5")
+
+
+@pytest.fixture
+def kvpress():
+    return pytest.importorskip("kvpress", exc_type=ImportError)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("kvpress", "give kvpress:PRESS:RATIO"),
+        ("kvpress:SnapKV", "give kvpress:PRESS:RATIO"),
+        ("kvpress:SnapKV:0.5:blind", "give kvpress:PRESS:RATIO"),
+        ("kvpress:SnapKV:1.5", "1.5 is no share from 0 to below 1"),
+        ("kvpress:SnapKV:half", "half is no share"),
+        ("kvpress:SnapKW:0.5", r"no press SnapKW that this can run: did you mean SnapKV\?"),
+        ("kvpress:AdaKV(Snap):0.5", r"no press Snap that this can run: did you mean "),
+        ("kvpress:Ada(SnapKV):0.5", r"no wrapper Ada that this can run: did you mean AdaKV\?"),
+    ],
+)
+def test_presses_that_are_none_are_refused(kvpress, name, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        arms.peer(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("kvpress:Knorm:0.5", 0.5),
+        ("kvpress:SnapKV:0.75", 0.25),
+        ("kvpress:AdaKV(SnapKV):0.5", 1.0),  # masks, and keeps every key
+        ("kvpress:StreamingLLM:0.5:agnostic", 0.54),
+    ],
+)
+def test_a_press_answers_as_kvpress_itself_does(kvpress, name, kept, model, tokenizer):
+    suite = Suite([TASKS["niah_single_2"]], [700], 2, Prompter(tokenizer))
+    arm = arms.peer(name)
+    for sample in map(suite.sample, suite.cases):
+        with arm.on(model) as handle:
+            arm.ask(sample)
+            handle.reset_stats()
+            said = answer(model, tokenizer, sample, 12).text
+            stats = handle.stats()
+        first = sample.question if arm.agnostic else len(sample.ids)
+        assert 0 < len(sample.ids) - sample.question < 80
+        ids = torch.tensor([sample.ids])
+        if arm.agnostic:
+            pipe = kvpress.KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+            parts = {"context_ids": ids[:, :first], "questions_ids": [ids[:, first:]]}
+            (want,) = pipe._forward(parts, max_new_tokens=12, press=arm._make())
+        else:
+            with arm._make()(model):
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+                )
+            want = tokenizer.decode(out[0, len(sample.ids) :], skip_special_tokens=True)
+        assert said == want
+        assert stats.cache_share == pytest.approx(kept, abs=0.02)
+        assert stats.decode_share < 0.56
+        assert (stats.pair_density == 1) == (not arm.agnostic)
+    assert "forward" not in vars(model)
