@@ -62,7 +62,7 @@ def test_presses_that_are_none_are_refused(kvpress, name, sentence):
         ("kvpress:Knorm:0.5", 0.5),
         ("kvpress:SnapKV:0.75", 0.25),
         ("kvpress:AdaKV(SnapKV):0.5", 1.0),  # masks, and keeps every key
-        ("kvpress:StreamingLLM:0.5:agnostic", 0.54),
+        ("kvpress:StreamingLLM:0.5:agnostic", 0.56),
     ],
 )
 def test_a_press_answers_as_kvpress_itself_does(kvpress, name, kept, model, tokenizer):
@@ -89,6 +89,6 @@ def test_a_press_answers_as_kvpress_itself_does(kvpress, name, kept, model, toke
             want = tokenizer.decode(out[0, len(sample.ids) :], skip_special_tokens=True)
         assert said == want
         assert stats.cache_share == pytest.approx(kept, abs=0.02)
-        assert stats.decode_share < 0.56
+        assert stats.decode_share < 0.58
         assert (stats.pair_density == 1) == (not arm.agnostic)
     assert "forward" not in vars(model)
