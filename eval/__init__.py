@@ -1,5 +1,6 @@
-"""Retrieval tasks that show what a sparse plan costs: paired runs, dense beside sparse.
+"""Tasks that show what a sparse plan costs: paired runs, dense beside sparse.
 
 hfsparse eval ruler MODEL --plan plan.yaml -o DIR
 hfsparse eval needle MODEL --plan plan.yaml -o DIR
+hfsparse eval turns MODEL --plan plan.yaml -o DIR
 """

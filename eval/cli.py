@@ -1,4 +1,4 @@
-"""hfsparse eval ruler|needle MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5 …] [-o DIR]"""
+"""hfsparse eval ruler|needle|turns MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5 …]"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
 from .suites import SUITES, Size, named
+from .talks import TALKS
 from .tasks import TASKS, Niah, with_books
 
 app = typer.Typer(
@@ -29,6 +30,11 @@ GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and
 class Chat(str, Enum):
     auto = "auto"
     never = "never"
+
+
+class Feed(str, Enum):
+    own = "own"
+    gold = "gold"
 
 
 ModelArg = Annotated[str, typer.Argument(help="A Hugging Face model: folder or hub name.")]
@@ -94,7 +100,7 @@ def ruler(
     chosen = _tasks(_standard(known) if tasks is None else tasks, known)
     size = _size(suite, lengths, samples, Size(8, (4096,)))
     run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
-    run.go(chosen, (None,), device, dtype, chat.value, marks)
+    run.go(run.suite(chosen), device, dtype, chat.value, **marks)
 
 
 @app.command()
@@ -124,11 +130,52 @@ def needle(
     chosen = _tasks(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
-    run.go(chosen, places, device, dtype, chat.value)
+    run.go(run.suite(chosen, places), device, dtype, chat.value)
+
+
+@app.command()
+def turns(
+    model: ModelArg,
+    plan: Plans = None,
+    suite: SuiteOption = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of text, questions and answers, by commas (4096).")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each task at each length (8).")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(TALKS),
+    answers: Annotated[
+        Feed, typer.Option(help="What a turn leaves for the next: the own answer or the right one.")
+    ] = Feed.own,
+    known: Annotated[
+        bool, typer.Option("--known", help="Read the text together with the first question.")
+    ] = False,
+    seed: Seed = 0,
+    output: Output = Path("eval-turns"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+    max_new_tokens: Cap = None,
+) -> None:
+    """One text and five questions in turn over one KV cache: a score for each turn.
+
+    The text is read before any question is known.
+    """
+    from .talks import rules
+
+    chosen = _tasks(tasks, TALKS)
+    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    run = Run("turns", model, plan, size, seed, output, max_new_tokens)
+    run.gold, run.known = answers is Feed.gold, known
+    told = rules(run.gold, run.known)
+    run.go(run.suite(chosen), device, dtype, chat.value, turns=told)
 
 
 class Run:
-    """What both commands do: check, load, run, write."""
+    """What all commands do: check, load, run, write."""
+
+    gold = known = False  # of conversations, as `Prompter` takes them
 
     def __init__(self, kind, model, plans, size: Size, seed, output, cap, arms=(), batch=1):
         from .results import writable
@@ -140,7 +187,18 @@ class Run:
         self.arms = _arms(plans or (), arms or ())
         writable(output)
 
-    def go(self, tasks, depths, device, dtype, chat, data: dict[str, str] | None = None) -> None:
+    def suite(self, tasks, depths=(None,)) -> Callable:
+        """What makes the samples of these tasks, once a prompter and the window are known."""
+
+        def made(prompter, window: int | None):
+            from .samples import Suite
+
+            _check_window(window, self.size.lengths)
+            return Suite(tasks, self.size.lengths, self.size.samples, prompter, self.seed, depths)
+
+        return made
+
+    def go(self, made: Callable, device: str, dtype: str, chat: str, **data: str) -> None:
         import hfsparse
         from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
@@ -148,13 +206,14 @@ class Run:
 
         from . import heatmap, report, runner, text
         from .results import Results, Settings
-        from .samples import Prompter, Suite
+        from .samples import Prompter
 
         world, device = _processes(device)
         model, tokenizer = load(self.model, device, dtype)
-        _check_window(model, self.size.lengths)
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         for arm in self.arms:
             arm.check(model)
+        suite = made(Prompter(tokenizer, chat, self.gold, self.known), window)
         settings = Settings(
             kind=self.kind,
             model=self.model,
@@ -166,10 +225,8 @@ class Run:
             chat=chat,
             max_new_tokens=self.cap,
             prose=text.prose_source(),
-            **(data or {}),
+            **data,
         )
-        prompter = Prompter(tokenizer, chat)
-        suite = Suite(tasks, self.size.lengths, self.size.samples, prompter, self.seed, depths)
         facts = [arm.facts() for arm in self.arms]
         with world.main_process_first():
             session = runner.session(model.device)
@@ -183,7 +240,7 @@ class Run:
         results.merge()
         paths = report.save(results)
         if self.kind == "needle":
-            paths += heatmap.save(results, f"{self.model}, {tasks[0].name}")
+            paths += heatmap.save(results, f"{self.model}, {suite.cases[0].task}")
         for path in paths:
             typer.echo(path)
         if failed := results.failed:
@@ -286,8 +343,7 @@ def _split(words: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
 
 
-def _check_window(model, lengths: Sequence[int]) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_window(window: int | None, lengths: Sequence[int]) -> None:
     if window and max(lengths) > window:
         raise UsageError(
             f"length {max(lengths)} is beyond this model's window of {window} tokens: "

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about a text that was read before, and how its answer begins."""
+
+    question: str
+    prefix: str
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,8 @@ class Draft:
     answers: tuple[str, ...]
     gold: tuple[tuple[int, int], ...]  # characters of `context` that hold the answers, if places do
     depth: float | None  # mean place of those, percent of the haystack's sentences, lines, …
+    # Of a conversation, where `after` and `prefix` are empty:
+    asks: tuple[Ask, ...] = field(default=(), repr=False)
 
     @property
     def message(self) -> str:

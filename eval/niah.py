@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from string import ascii_uppercase
 from uuid import UUID
 
 from . import text
@@ -46,8 +47,8 @@ class Niah:
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
         """`size` counts words of prose, or lines. `depth` (percent) places a single needle."""
         lines = size if self.haystack == "needles" else 0
-        keys = _draw(rng, self.key, self.keys + lines)
-        values = _draw(rng, self.value, self.needles + lines)
+        keys = some(rng, self.key, self.keys + lines)
+        values = some(rng, self.value, self.needles + lines)
         owners = [i // self.values for i in range(self.needles)] + [*range(self.keys, len(keys))]
         lines = [self._needle(keys[i], value) for i, value in zip(owners, values, strict=True)]
         asked = rng.sample(range(self.keys), self.queries)
@@ -83,7 +84,7 @@ class Niah:
     def _haystack(self, rng, size, distractors, depth) -> tuple[list[str], list[int]]:
         """Its sentences or lines, and ascending places among them for this task's needles."""
         if self.haystack == "prose":
-            units = _excerpt(rng, size)
+            units = excerpt(rng, size)
             depths = [depth] if depth is not None else sorted(rng.sample(SLOTS, self.needles))
             return units, [int(len(units) * d / 100) for d in depths]
         units = distractors or [text.NOISE] * size
@@ -92,16 +93,22 @@ class Niah:
         return units, sorted(rng.sample(range(len(units)), self.needles))
 
 
-def _draw(rng: Random, kind: str, count: int) -> list[str]:
-    """`count` distinct words, seven-digit numbers or version 4 uuids."""
+def some(rng: Random, kind: str, count: int) -> list[str]:
+    """`count` distinct words, five capital letters, seven-digit numbers or version 4 uuids."""
     if kind == "word":
         return [text.key(n) for n in rng.sample(text.KEYS, count)]
+    if kind == "letters":
+        return [_capitals(n) for n in rng.sample(range(26**5), count)]
     if kind == "number":
         return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
     return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
 
 
-def _excerpt(rng: Random, words: int) -> list[str]:
+def _capitals(number: int) -> str:
+    return "".join(ascii_uppercase[number // 26**place % 26] for place in range(5))
+
+
+def excerpt(rng: Random, words: int) -> list[str]:
     """Sentences of `words` words of prose from a random sentence on, repeated past its end."""
     sentences = text.prose()
     start = rng.randrange(len(sentences))

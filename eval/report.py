@@ -11,6 +11,7 @@ from .cells import ABLE, Cell, Outcome, average, belongs, cells, joined
 from .paired import change, mcnemar
 from .render import Bullets, Heading, Part, Picture, Table
 from .results import Results, Settings, write_whole
+from .sections import SECTIONS
 from .tasks import TASKS, clean
 from .verdict import verdict
 
@@ -47,6 +48,9 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
         every += [Heading(f"Scores: {title}"), *_scores(outcome)]
+        if settings.kind in SECTIONS:
+            name, section = SECTIONS[settings.kind]
+            every += [Heading(f"{name}: {title}"), section(outcome)]
         every += [Heading(f"Measured: {title}"), _measured(outcome.cells)]
     if settings.kind == "ruler" and len({cell.length for cell in dense.cells}) > 1:
         every += [Heading("Effective length"), *_effective(dense, outcomes)]
@@ -68,17 +72,26 @@ def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[s
         "arms beside dense": ", ".join(plans) or "none, dense only",
         "prompts": f"chat template {settings.chat}, seed {settings.seed}, batch size {sizes}, "
         "greedy",
-        "new tokens": f"at most {settings.max_new_tokens or RULERS_CAPS}; "
+        "new tokens": f"at most {settings.max_new_tokens or _caps(settings.kind)}; "
         "generation stops early once every answer was said",
         "prose haystack": f"{settings.prose} (not RULER's essays: compare only runs with this)",
-        "questions": f"qa_1 {settings.squad or 'not run'}; qa_2 {settings.hotpotqa or 'not run'}; "
-        "qa_*_invented: invented facts (not SQuAD or HotpotQA)",
     }
+    if settings.turns:
+        facts["turns"] = settings.turns
+    if settings.kind == "ruler":
+        facts["questions"] = (
+            f"qa_1 {settings.squad or 'not run'}; qa_2 {settings.hotpotqa or 'not run'}; "
+            "qa_*_invented: invented facts (not SQuAD or HotpotQA)"
+        )
     lines = [f"{name}: {value}" for name, value in facts.items()]
     for session in sessions:
         versions = [f"{k} {v}" for k, v in session.items() if k != "machine"]
         lines.append(f"machine: {session['machine']}; {', '.join(versions)}")
     return lines
+
+
+def _caps(kind: str) -> str:
+    return RULERS_CAPS if kind in ("ruler", "needle") else "what each task asks for"
 
 
 def _verdict(outcome: Outcome) -> str:

@@ -21,7 +21,7 @@ Key = tuple[str, str, "str | None", str, "str | None"]
 class Settings:
     """What all results of a directory share. Lengths, tasks, sample counts and plans may grow."""
 
-    kind: str  # ruler or needle
+    kind: str  # the command: ruler, needle, turns, …
     model: str
     fingerprint: str
     weights: str
@@ -33,6 +33,7 @@ class Settings:
     prose: str
     squad: str | None = None  # which data asks qa_1's questions
     hotpotqa: str | None = None  # and qa_2's
+    turns: str | None = None  # of conversations: whose answers go on, what is read when
 
 
 class Results:

@@ -19,7 +19,6 @@ from .arms import Arm
 from .generate import answer
 from .results import Results
 from .samples import Case, Sample, Suite
-from .tasks import score
 from .together import together
 
 MEASURED = ("pair_density", "block_density", "decode_share", "cache_share")
@@ -81,19 +80,20 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
     return [
         {
             **_about(model, sample, results, arm),
-            "score": score(one.text, sample.answers, sample.metric),
+            "score": one.score,
             "answers": sample.answers,
             "output": one.text,
             "gold": sample.gold,
             "metric": sample.metric,
             "real": sample.real,
-            "prompt_tokens": len(sample.ids),
+            "prompt_tokens": len(sample.ids) + sum(len(turn.ids) for turn in sample.turns),
             "new_tokens": one.new_tokens,
             "seconds": one.seconds,
             "first_token_seconds": one.first_token_seconds,
             "batch": len(samples),
             **measured,
             "kv_bytes": getattr(stats, "kv_bytes", None),
+            **one.more,
         }
         for sample, one in zip(samples, said, strict=True)
     ]

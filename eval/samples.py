@@ -1,20 +1,32 @@
 """Samples: a task's draft made to fit a length in a model's own tokens.
 
 The length counts as in RULER: the prompt with chat template and answer prefix, without the BOS
-token, plus the tokens reserved for the answer.
+token, plus the tokens reserved for the answer; of a conversation, all turns and all answers.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, cycle, repeat
 from random import Random
 
 from hfsparse.loading import UsageError
 
-from .drafts import Draft, largest
+from .drafts import Ask, Draft, largest
 from .tasks import Task
+
+MARK = "{{here}}"  # stands for a question or an answer while the chat template is applied
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a conversation, asked when the text and the turns before were read."""
+
+    ids: tuple[int, ...]  # from the end of the text, or of the answer before, up to the answer
+    answers: tuple[str, ...]
+    given: tuple[int, ...] = ()  # the right answer, where it goes on in place of the model's own
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,9 @@ class Sample:
     gold: tuple[tuple[int, int], ...]  # of `ids`: what holds the answers, if any place does
     depth: float | None
     metric: str
-    new_tokens: int
+    new_tokens: int  # of each answer
     question: int = 0  # of `ids`: where the question starts, after the whole text
+    turns: tuple[Turn, ...] = ()  # `ids` are the text that these ask about
 
 
 @dataclass(frozen=True)
@@ -49,13 +62,19 @@ class Case:
 
 
 class Prompter:
-    """Turns drafts into token ids, with the tokenizer's chat template if it has one."""
+    """Turns drafts into token ids, with the tokenizer's chat template if it has one.
 
-    def __init__(self, tokenizer, chat: str = "auto"):
+    In conversations, right answers go on in place of the model's own if `gold`, and the first
+    question is read together with the text if `known`.
+    """
+
+    def __init__(self, tokenizer, chat: str = "auto", gold: bool = False, known: bool = False):
         if not tokenizer.is_fast:
             raise UsageError("this model's tokenizer gives no offsets: a fast tokenizer is needed")
         self.tokenizer = tokenizer
         self.chat = chat == "auto" and bool(tokenizer.chat_template)
+        self.gold = gold
+        self.known = known
         first = tokenizer("").input_ids[:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []
 
@@ -63,19 +82,69 @@ class Prompter:
         """The whole prompt but for a BOS token that the tokenizer would put first itself."""
         if not self.chat:
             return draft.message + draft.prefix
-        turns = [{"role": "user", "content": draft.message}]
-        prompt = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return prompt.removeprefix(self.tokenizer.bos_token if self.bos else "") + draft.prefix
+        if draft.asks:
+            return self._chat(draft.message + MARK).partition(MARK)[0]
+        return self._chat(draft.message) + draft.prefix
+
+    def between(self, draft: Draft) -> list[str]:
+        """What stands between the text, or the answer before, and the answer to each question."""
+        first = later = f"\n\n{MARK}"
+        if self.chat:
+            first += self._chat(MARK).partition(MARK)[2]
+            later = self._chat(MARK, MARK, MARK).split(MARK, 2)[2]
+        if draft.asks and not draft.asks[0].question:  # the text ends with the first question
+            first = first.removeprefix("\n\n")
+        frames = chain([first], repeat(later))
+        return [
+            frame.replace(MARK, ask.question) + ask.prefix
+            for frame, ask in zip(frames, draft.asks, strict=False)
+        ]
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return len(self.ids(text))
+
+    def real(self, draft: Draft, new_tokens: int) -> int:
+        """Tokens of the prompt and the room for the answer, or of all turns."""
+        given = [self.text(draft), *self.between(draft)]
+        return sum(map(self.tokens, given)) + max(len(draft.asks), 1) * new_tokens
+
+    def sample(self, draft: Draft, new_tokens: int, **named) -> Sample:
+        ids, gold, question = self.encode(draft)
+        turns = tuple(
+            Turn(self.ids(text), ask.answers, self._given(ask))
+            for text, ask in zip(self.between(draft), draft.asks, strict=True)
+        )
+        if turns and self.known:
+            ids, turns = [*ids, *turns[0].ids], (replace(turns[0], ids=()), *turns[1:])
+        return Sample(
+            real=self.real(draft, new_tokens),
+            ids=tuple(ids),
+            answers=draft.answers,
+            gold=tuple(gold),
+            depth=draft.depth,
+            new_tokens=new_tokens,
+            question=question,
+            turns=turns,
+            **named,
+        )
+
+    def _given(self, ask: Ask) -> tuple[int, ...]:
+        return self.ids(f" {', '.join(ask.answers)}") if self.gold else ()
+
+    def _chat(self, *said: str) -> str:
+        """These messages in turn, the user's first, and the header of the assistant's next."""
+        roles = cycle(("user", "assistant"))
+        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text.removeprefix(self.tokenizer.bos_token if self.bos else "")
 
     def encode(self, draft: Draft) -> tuple[list[int], list[tuple[int, int]], int]:
         """Ids, the span of them that touches each gold needle, and where the question starts."""
         prompt = self.text(draft)
-        start = prompt.rindex(draft.context)
+        start = prompt.rindex(draft.context.strip())  # templates strip messages
         coded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         spans = []
         for low, high in draft.gold:
@@ -105,28 +174,22 @@ class Maker:
         seed = _seed(self.seed, case.id)
         for size in range(self.size, 0, -self.step):
             draft = self.task.draw(Random(seed), size, case.depth)
-            if (real := self._real(draft)) <= self.length:
+            if self._real(draft) <= self.length:
                 break
         else:
             raise self._too_short()
-        ids, gold, question = self.prompter.encode(draft)
-        return Sample(
+        return self.prompter.sample(
+            draft,
+            self.task.new_tokens,
             id=case.id,
             task=self.task.name,
             seed=seed,
             length=self.length,
-            real=real,
-            ids=tuple(ids),
-            answers=draft.answers,
-            gold=tuple(gold),
-            depth=draft.depth,
             metric=self.task.metric,
-            new_tokens=self.task.new_tokens,
-            question=question,
         )
 
     def _real(self, draft: Draft) -> int:
-        return self.prompter.tokens(self.prompter.text(draft)) + self.task.new_tokens
+        return self.prompter.real(draft, self.task.new_tokens)
 
     def _size(self) -> int:
         """The largest haystack that fits, from one step to three times an estimate."""

@@ -51,17 +51,22 @@ def together(model, tokenizer, samples: Sequence[Sample], cap: int | None = None
     limits = [min(s.new_tokens, cap or s.new_tokens) for s in samples]
     config = _greedy(model, max(limits))
     watch = _Watch(tokenizer, samples, limits, config.eos_token_id)
-    out = model.generate(
+    new = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([watch]),
-    )
-    new = out[:, width:].tolist()
-    texts = [decode(tokenizer, row[: watch.length[i]]) for i, row in enumerate(new)]
+    ).sequences[:, width:]
+    texts = [decode(tokenizer, row[: watch.length[i]]) for i, row in enumerate(new.tolist())]
     each = (time.perf_counter() - start) / len(samples)
     first = (watch.first - start) / len(samples)
     return [
-        Answer(text, watch.length[i], round(each, 4), round(first, 4))
-        for i, text in enumerate(texts)
+        Answer(
+            text,
+            score(text, sample.answers, sample.metric),
+            watch.length[i],
+            round(each, 4),
+            round(first, 4),
+        )
+        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
     ]

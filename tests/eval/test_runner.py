@@ -207,7 +207,9 @@ def test_stopping_once_every_answer_was_said_keeps_the_score(model, tokenizer, s
     early = generate.answer(model, tokenizer, known)
     assert early.new_tokens < 24
     assert full.text.startswith(early.text)
-    assert runner.score(early.text, known.answers) == runner.score(full.text, known.answers) == 1.0
+    assert (
+        generate.score(early.text, known.answers) == generate.score(full.text, known.answers) == 1.0
+    )
 
 
 def test_one_of_several_answers_is_enough_for_part_and_half_for_all(
