@@ -1,4 +1,4 @@
-"""hfsparse eval ruler|needle|turns MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5 …]"""
+"""hfsparse eval ruler|needle|turns|custom MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5]"""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and
 class Chat(str, Enum):
     auto = "auto"
     never = "never"
+
+
+class Metric(str, Enum):
+    part = "part"
+    all = "all"
 
 
 class Feed(str, Enum):
@@ -172,6 +177,42 @@ def turns(
     run.go(run.suite(chosen), device, dtype, chat.value, turns=told)
 
 
+@app.command()
+def custom(
+    model: ModelArg,
+    data: Annotated[Path, typer.Option(help="JSONL of prompt, answers; perhaps id and turns.")],
+    plan: Plans = None,
+    arm: Arms = None,
+    metric: Annotated[Metric, typer.Option(help="Whether one answer is enough.")] = Metric.part,
+    answers: Annotated[Feed, typer.Option(help="What a turn leaves for the next.")] = Feed.own,
+    output: Output = Path("eval-custom"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 64,
+    batch: Batch = 1,
+) -> None:
+    """Your own questions: the paired change, and every answer that a plan flips.
+
+    An answer is right where it contains one of the right ones (all of them: --metric all).
+    """
+    from .custom import Questions, read
+    from .talks import rules
+
+    items, mark = read(data)
+    asked = any(item.draft.asks for item in items)
+    if asked and (arm or batch > 1):
+        raise UsageError("turns go on over a cache of their own: leave out --arm and --batch")
+    run = Run("custom", model, plan, Size(1, ()), 0, output, max_new_tokens, arm, batch)
+    run.gold, run.known = answers is Feed.gold, True
+    told = rules(run.gold, run.known) if asked else None
+
+    def made(prompter, window):
+        return Questions(items, prompter, window, max_new_tokens, metric.value)
+
+    run.go(made, device, dtype, chat.value, data=mark, metric=metric.value, turns=told)
+
+
 class Run:
     """What all commands do: check, load, run, write."""
 
@@ -198,7 +239,7 @@ class Run:
 
         return made
 
-    def go(self, made: Callable, device: str, dtype: str, chat: str, **data: str) -> None:
+    def go(self, made: Callable, device: str, dtype: str, chat: str, **named: str | None) -> None:
         import hfsparse
         from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
@@ -225,7 +266,7 @@ class Run:
             chat=chat,
             max_new_tokens=self.cap,
             prose=text.prose_source(),
-            **data,
+            **named,
         )
         facts = [arm.facts() for arm in self.arms]
         with world.main_process_first():

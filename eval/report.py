@@ -76,6 +76,8 @@ def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[s
         "generation stops early once every answer was said",
         "prose haystack": f"{settings.prose} (not RULER's essays: compare only runs with this)",
     }
+    if settings.data:
+        facts["data"] = settings.data
     if settings.turns:
         facts["turns"] = settings.turns
     if settings.kind == "ruler":

@@ -33,6 +33,8 @@ class Settings:
     prose: str
     squad: str | None = None  # which data asks qa_1's questions
     hotpotqa: str | None = None  # and qa_2's
+    data: str | None = None  # the user's own file
+    metric: str | None = None  # of the user's own questions
     turns: str | None = None  # of conversations: whose answers go on, what is read when
 
 

@@ -23,4 +23,27 @@ def turns(outcome: Outcome) -> Part:
     return Table(["task", "length", "turn", "dense", "arm's", "difference, points (95 %)"], rows)
 
 
-SECTIONS = {"turns": ("By turn", turns)}  # by the command: heading, and what stands under it
+def flipped(outcome: Outcome) -> Part:
+    """Every sample whose score changed, with both answers."""
+    pairs = [pair for c in outcome.cells for pair in zip(c.dense, c.sparse, strict=False)]
+    rows = [
+        [dense["id"], *(f"{x['score']:.2f}" for x in pair), *(_short(x["output"]) for x in pair)]
+        for pair in pairs
+        if (dense := pair[0])["score"] != pair[1]["score"]
+    ]
+    if not pairs:
+        return "No arm was run beside the dense model."
+    if not rows:
+        return f"No score of {len(pairs)} samples changed."
+    return Table(["id", "dense", "arm's", "dense answer", "arm's answer"], rows)
+
+
+def _short(text: str, most: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} …"
+
+
+SECTIONS = {  # by the command: heading, and what stands under it
+    "custom": ("Flipped", flipped),
+    "turns": ("By turn", turns),
+}
