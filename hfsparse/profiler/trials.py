@@ -8,6 +8,7 @@ text is read before any question is known. Values are drawn anew: no plan was ca
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from random import Random
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from hfsparse.attention import STEP
 from hfsparse.graphs import parameters
 from hfsparse.loading import UsageError
 from hfsparse.patcher import CACHES
@@ -36,12 +38,14 @@ class Trial:
     turns: list[tuple[list[int], list[int]]]  # given, value
 
 
-def make(tokenizer, length: int, index: int, seed: int) -> Trial:
-    """The `index`th trial, of exactly `length` tokens."""
-    kind, ground = list(TASKS)[index % len(TASKS)]
-    at_once = index // len(TASKS) % 2 == 1  # the first question stands at the end of the text
+def make(
+    tokenizer, length: int, index: int, seed: int, tasks: Mapping[tuple[str, str], Callable] = TASKS
+) -> Trial:
+    """The `index`th trial, of exactly `length` tokens; `tasks` make puzzles, by kind and ground."""
+    kind, ground = list(tasks)[index % len(tasks)]
+    at_once = index // len(tasks) % 2 == 1  # the first question stands at the end of the text
     rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
-    puzzle = TASKS[kind, ground](rng, facts=max(4, min(8, length // 256)))
+    puzzle = tasks[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))
     first, *later = (_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
     head, _ = prompts.frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
@@ -102,7 +106,8 @@ def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
     last = read(trial.text)[:, -1:]
     for given, value in trial.turns:
         last = read(given)[:, -1:] if given else last
-        hidden = torch.cat([last, read(value)], 1)
+        steps = (value[at : at + STEP] for at in range(0, len(value), STEP))  # decode, not prompt
+        hidden = torch.cat([last, *map(read, steps)], 1)
         scores = model.get_output_embeddings()(hidden[:, :-1])[0].float().log_softmax(-1)
         wanted = torch.tensor(value, device=scores.device)
         said.append(bool((scores.argmax(-1) == wanted).all()))

@@ -1,0 +1,486 @@
+"""Which method would you trust? Every profiler method at equal budgets, on the same trials.
+
+    python benchmarks/methods.py MODEL --out DIR --make --judge --tables [--gpus 4] [--limit 540]
+    python benchmarks/methods.py MODEL --out DIR --cost                  (8B shape, random weights)
+
+--make writes plans at equal pair density (prompts only) and at equal cache share, with seconds and
+peak memory; --judge asks dense and every plan the same (`methods_trials`); --tables prints what is
+known so far. MODEL also gives the tokenizer of --cost. All is kept in --out as it comes, so that a
+run that was killed, or ended by --limit, goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.pool import Pool
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+import transformers
+from journal import end_in_order, failure
+from methods_trials import KINDS, Asker, counted
+
+import hfsparse
+from hfsparse import bench
+from hfsparse.loading import UsageError, device_name, load
+from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.profiler import (
+    METHODS,
+    _peak_bytes,
+    balanced,
+    duo,
+    minference,
+    moa,
+    prompts_of,
+    search,
+)
+from hfsparse.profiler.allocate import Budget
+from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.selectors.quest import Quest
+
+FAMILIES = ("prefill", "cache")  # of plans: equal pair density of prompts, or equal cache share
+SEEDS = (0, 1)
+GROUPS = {  # methods that share what they measure; the slowest first
+    "moa": [("moa", None)],
+    "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
+    "balanced": [("balanced", None)],
+    "minference": [("minference", None), ("minference-error", None)],
+    "streaming-llm": [("streaming-llm", None)],
+}
+COST = {  # method: lengths, samples a length; 8 samples in all
+    "minference": ((4096, 8192, 16384, 32768), 2),
+    "balanced": ((4096, 8192, 16384, 32768), 2),
+    "duo": ((4096, 8192, 16384, 32768), 2),
+    "moa": ((4096, 8192), 4),
+}
+COST_STEPS = 12  # of duo's training, timed
+
+
+class Log:
+    """Rows of one file, a JSON object a line, by their "name"; written as they come."""
+
+    def __init__(self, file: Path, made: str):
+        self.file = file
+        lines = file.read_text("utf-8").splitlines() if file.exists() else []
+        rows = [row for line in lines if (row := _parsed(line))]
+        if rows and rows[0].get("made") != made:
+            sys.exit(f"{file} holds rows of {rows[0].get('made')}; this is {made}: another --out")
+        self.rows = {row["name"]: row for row in rows[1:]}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".tmp")  # without a line that was cut short
+        draft.write_text("".join(json.dumps(r) + "\n" for r in rows or [{"made": made}]), "utf-8")
+        draft.replace(file)
+
+    def of(self, start: str) -> list[dict]:
+        return [row for name, row in self.rows.items() if name.startswith(start)]
+
+    def add(self, row: dict) -> None:
+        self.rows[row["name"]] = row
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+# ---- workers: each has a model of its own on one device
+
+MODEL, ASKER, OUT = None, None, None
+
+
+def begin(places, out: Path, folder: str, dtype: str) -> None:
+    """What a worker process does first."""
+    global MODEL, ASKER, OUT
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load(folder, places.get(), dtype)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    MODEL, ASKER, OUT = model, Asker(tokenizer), out
+
+
+@contextmanager
+def crew(given, workers: int) -> Iterator[Pool]:
+    """So many processes a device."""
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for _ in range(workers):
+        for device in given.devices:
+            places.put(device)
+    begun = (places, given.out, given.model, given.dtype)
+    with context.Pool(workers * len(given.devices), begin, begun) as pool:
+        yield pool
+
+
+def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
+    """Rows of `run(task)` for each task, as they come, until the seconds are over."""
+    end, found = given.start + given.limit, pool.imap_unordered(run, tasks)
+    for done in range(len(tasks)):
+        try:
+            yield from found.next(max(1.0, end - time.time()))
+        except multiprocessing.TimeoutError:
+            print(f"{done} of {len(tasks)} done: start this again, it goes on", flush=True)
+            sys.exit(3)
+
+
+# ---- plans
+
+
+def make(given) -> None:
+    log = Log(given.out / "make.jsonl", _made(given.model))
+    tasks = [
+        (group, seed, given.lengths, given.samples, given.density, given.share, given.duo_steps)
+        for group in GROUPS
+        for seed in SEEDS
+        if f"{group}-{seed}" not in log.rows and (group != "streaming-llm" or seed == 0)
+    ]
+    if tasks:
+        with crew(given, 1) as pool:
+            for row in spread(given, pool, made, tasks):
+                log.add(row)
+                print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)
+    for family in FAMILIES:
+        source = given.out / "plans" / f"{family}-balanced-0.yaml"
+        for seed in SEEDS if source.exists() else ():
+            name = f"{family}-random-{seed}.yaml"
+            shuffled(Plan.load(source), family, seed).save(source.with_name(name))
+
+
+def made(task) -> list[dict]:
+    """Plans of one group of methods for every family; a row each, and one for all once done."""
+    group, seed, lengths, samples, density, share, steps = task
+    budgets = {"prefill": Budget(density, 1.0, 1.0), "cache": Budget(1.0, share, 1.0)}
+    duo.STEPS, duo.PIECE = steps, min(steps, duo.PIECE)
+    prompts = {n: prompts_of(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
+    parts = Parts(OUT / "parts" / f"{group}-{seed}", repr(task))
+    rows = []
+    for family, budget in budgets.items():
+        for method, proxy in GROUPS[group]:
+            if (method, family) == ("minference-error", "cache"):
+                continue  # rings are chosen by effect: the same as minference
+            name = f"{family}-{method}{f'-{proxy}' if proxy else ''}-{seed}"
+            job = Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
+            try:
+                rows.append({"name": name, **_planned(name, job, method)})
+            except Exception as error:
+                rows.append({"name": name, "failed": failure(error)})
+    if all(row.get("failed", "UsageError").startswith("UsageError") for row in rows):
+        ranks = ranking(group, job) if group != "streaming-llm" else {}
+        rows.append({"name": f"{group}-{seed}", "ranks": ranks})
+    return rows
+
+
+def _planned(name: str, job: Job, method: str) -> dict:
+    """One plan, saved, and what it cost; `fresh`: nothing of it was measured before."""
+    fresh = not any(job.parts.folder.glob("*.npz"))
+    if MODEL.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.time()
+    plan = METHODS[method].plan(job)
+    seconds = round(time.time() - start, 1)
+    if name.startswith("prefill"):
+        plan = prompts_only(plan)
+    (OUT / "plans").mkdir(exist_ok=True)
+    plan.save(OUT / "plans" / f"{name}.yaml")
+    peak = round(_peak_bytes(MODEL) / 2**30, 2)
+    row = {"seconds": seconds, "fresh": fresh, "gib": peak, "device": device_name(MODEL.device)}
+    return row | {"made": plan.made}
+
+
+def ranking(group: str, job: Job) -> dict[str, list[float]]:
+    """How the method ranks kv heads, the most needed highest, from what it measured."""
+    if group == "duo":
+        *_, (state, _) = duo._trained(job)
+        found = {"gates": state["gates"], **duo._proxies(job)}
+    elif group == "moa":
+        cost = moa._influences(job, moa.rules(max(job.prompts)))[-1, :, :, 0]  # of the shortest
+        found = {"influence": cost.reshape(len(cost), ModelId.of(MODEL).kv_heads, -1).sum(2)}
+    else:
+        module = {"balanced": balanced, "minference": minference}[group]
+        means = search.measured(job, module.candidates(max(job.prompts)))
+        found = {"ring effect": means[max(means)]["ring_effect"].mean(1)}
+    return {name: [float(x) for x in values.ravel()] for name, values in found.items()}
+
+
+def prompts_only(plan: Plan) -> Plan:
+    """Its patterns in prompts, with every key kept and read by decode."""
+    kv = ("full",) * plan.model.kv_heads
+    layers = tuple(Layer(layer.prefill, kv, kv) for layer in plan.layers)
+    return dataclasses.replace(
+        plan, layers=layers, patterns=search.used(plan.patterns, layers), expected={}
+    )
+
+
+def shuffled(plan: Plan, family: str, seed: int) -> Plan:
+    """Its words on heads drawn at random: q heads in prompts, or kv heads with their group."""
+    rng, kv = random.Random(seed), plan.model.kv_heads
+    group = plan.model.q_heads // kv
+    each = 1 if family == "prefill" else group
+    starts = range(0, plan.model.q_heads, each)
+    units = [
+        (layer.prefill[h : h + each], layer.cache[h // group], layer.decode[h // group])
+        for layer in plan.layers
+        for h in starts
+    ]
+    rng.shuffle(units)
+    layers = []
+    for at in range(0, len(units), len(starts)):
+        own = units[at : at + len(starts)]
+        prefill = tuple(word for words, _, _ in own for word in words)
+        cache, decode = (tuple(u[i] for u in own[:: len(own) // kv]) for i in (1, 2))
+        layers.append(Layer(prefill, cache, decode))
+    return dataclasses.replace(plan, layers=tuple(layers), expected={}, made={})
+
+
+def quest(model: ModelId, below: int) -> Plan:
+    """Decode alone: every head reads pages, 0.06 of the row."""
+    full = Plan.full(model)
+    layer = dataclasses.replace(full.layers[0], decode=("quest6",) * model.kv_heads)
+    floor = dataclasses.replace(full.below, decode=below)
+    patterns = {"quest6": Quest(0.06, 4)}
+    return dataclasses.replace(full, patterns=patterns, layers=(layer,) * model.layers, below=floor)
+
+
+# ---- trials
+
+
+def arms(out: Path, family: str) -> dict[str, Plan]:
+    """Plans of a family by name, and quest."""
+    files = sorted((out / "plans").glob(f"{family}-*.yaml"))
+    plans = {file.stem.removeprefix(f"{family}-"): Plan.load(file) for file in files}
+    some = next(iter(plans.values()), None)
+    if some is None:
+        raise UsageError(f"no {family} plans in {out / 'plans'}: --make first")
+    return plans | {"quest-0": quest(some.model, 2048)}
+
+
+def judge(given) -> None:
+    log = Log(given.out / "judge.jsonl", _made(given.model))
+    with crew(given, given.workers) as pool:
+        for stage in ("screen", "all"):
+            todo = [task for task in _todo(given, stage, log) if task[2]]
+            print(f"{stage}: {len(todo)} texts, {sum(len(t[2]) for t in todo)} runs", flush=True)
+            for done, row in enumerate(spread(given, pool, asked, todo), 1):
+                log.add(row)
+                if done % 500 == 0:
+                    print(f"{done} runs, {time.time() - given.start:.0f} s", flush=True)
+
+
+def _todo(given, stage: str, log: Log) -> list[tuple]:
+    """(kind, (task, length, index), arms that lack it): what is asked next, evenly mixed."""
+    tasks = []
+    for kind in KINDS:
+        plans = {} if stage == "screen" else arms(given.out, kind.family)
+        names = kind.tasks if stage == "screen" else counted(log.rows.values(), kind)
+        for length in given.at:
+            share = given.trials if length <= given.full_until else given.trials // 3
+            if kind.name.startswith("prose"):
+                share = given.trials // 16
+            count = -(-share // max(1, len(names)))
+            for i in range(min(given.pilot, count) if stage == "screen" else count):
+                wanted = [None, *(a for a in plans if _main(a) or i < count / 3)]
+                for name in names:
+                    key = f"{kind.name}/{length}/{name}/{i}"
+                    lacks = [a for a in wanted if f"{key}/{a or 'dense'}" not in log.rows]
+                    where = i / count
+                    tasks.append((where, kind.name, (name, length, i), lacks))
+    tasks.sort(key=lambda task: task[0])
+    return [task[1:] for task in tasks]
+
+
+def _main(arm: str) -> bool:
+    """Whether an arm is asked everything: others show what seeds and proxies change."""
+    return arm in ("duo-0", "random-1") or (arm.endswith("-0") and not arm.startswith("duo-"))
+
+
+def asked(task) -> list[dict]:
+    """One text, read and answered by each of these arms."""
+    name, (asks, length, index), wanted = task
+    kind = next(kind for kind in KINDS if kind.name == name)
+    rows = []
+    try:
+        plans = _plans(kind.family) if any(wanted) else {}
+        text = ASKER.text(kind, asks, length, index)
+        for arm in wanted:
+            found = ASKER.answers(MODEL, text, plans[arm] if arm else None, index == 0)
+            key = f"{name}/{length}/{asks}/{index}/{arm or 'dense'}"
+            rows.append({"name": key, "device": device_name(MODEL.device), **found})
+    except Exception as error:
+        rows.append({"name": f"failed/{name}/{length}/{asks}/{index}", "why": failure(error)})
+    return rows
+
+
+LOADED: dict[str, dict[str, Plan]] = {}
+
+
+def _plans(family: str) -> dict[str, Plan]:
+    if family not in LOADED:
+        LOADED[family] = arms(OUT, family)
+    return LOADED[family]
+
+
+# ---- cost at the size of 8B
+
+
+def cost(given) -> None:
+    """Each method in a process of its own, so that it can be stopped; one at a time on a GPU."""
+    log = Log(given.out / "cost.jsonl", _made(given.shape))
+    free = SimpleQueue()
+    for device in given.devices:
+        free.put(device.removeprefix("cuda:"))
+    tries = {m: log.of(f"{m}/") for m in (given.methods.split(",") if given.methods else COST)}
+    todo = [m for m in tries if not any(row.keys() & {"peak_gib", "failed"} for row in tries[m])]
+
+    def one(method: str) -> None:
+        device = free.get()
+        left = min(given.arm_limit, given.start + given.limit - time.time())
+        if left > 30:
+            log.add(
+                {"name": f"{method}/{len(tries[method])}", **_costed(given, method, device, left)}
+            )
+        else:
+            print(f"{method}: no time is left, start this again", flush=True)
+        free.put(device)
+
+    with ThreadPoolExecutor(len(given.devices)) as threads:
+        list(threads.map(one, todo))
+
+
+def _costed(given, method: str, device: str, left: float) -> dict:
+    """What one method took on one device within the seconds left."""
+    start, file = time.time(), given.out / f"cost-{method}.json"
+    file.unlink(missing_ok=True)
+    more = [given.model, "--out", given.out, "--cost-of", method, "--shape", given.shape]
+    if given.cost_lengths:
+        more += ["--cost-lengths", given.cost_lengths]
+    command = [sys.executable, __file__, *map(str, more)]
+    seen = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
+    try:
+        code = subprocess.run(command, timeout=left, env={**os.environ, **seen}).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    row = {"seconds": round(time.time() - start, 1)}
+    if file.exists():
+        row |= json.loads(file.read_text("utf-8"))
+    elif code is not None:
+        row["failed"] = f"exit code {code}"
+    print(f"{method}: {json.dumps(row)}", flush=True)
+    return row
+
+
+def cost_of(given) -> None:
+    """One method on random weights, to a file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = bench.random_model(given.shape, device, dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    lengths, samples = COST[given.cost_of]
+    if given.cost_lengths:
+        lengths = tuple(map(int, given.cost_lengths.split(",")))
+    duo.STEPS = duo.PIECE = COST_STEPS
+    out, start, found = given.out / f"cost-{given.cost_of}", time.time(), {}
+    try:
+        plan = hfsparse.profile(
+            model,
+            tokenizer,
+            out=out.with_suffix(".yaml"),
+            lengths=lengths,
+            samples=samples,
+            method=given.cost_of,
+            verify=False,
+        )
+        found = {"profile_s": plan.made["seconds"], "peak_gib": plan.made["peak_gib"]}
+        if "train_seconds" in plan.made:
+            found["train_s"] = plan.made["train_seconds"]
+            found["steps"] = plan.made["steps"]
+    except Exception as error:
+        found = {"failed": failure(error)}
+    found |= {"weights_gib": round(weights, 2), "lengths": lengths, "samples": samples}
+    found |= {"device": device_name(device), "with_start_s": round(time.time() - start, 1)}
+    out.with_suffix(".json").write_text(json.dumps(found), "utf-8")
+
+
+# ---- command line
+
+
+def _made(model: str) -> str:
+    versions = f"hfsparse {hfsparse.__version__}, torch {torch.__version__}"
+    return f"{Path(model).name}, {versions}, transformers {transformers.__version__}"
+
+
+def _numbers(words: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in words.split(","))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="folder of the 32K model")
+    add("--out", type=Path, required=True)
+    for stage in ("make", "judge", "cost", "tables"):
+        add(f"--{stage}", action="store_true")
+    add("--limit", type=float, default=570, help="seconds, after which it ends in order")
+    add("--gpus", type=int, help="how many to use; all of them if not given")
+    add("--workers", type=int, default=4, help="judge: processes a GPU")
+    add("--dtype", default="auto")
+    add("--lengths", type=_numbers, default=(4096, 8192), help="of calibration prompts")
+    add("--samples", type=int, default=6, help="calibration prompts a length")
+    add("--density", type=float, default=0.15, help="pair density of plans for prompts")
+    add("--share", type=float, default=0.25, help="cache share of plans for the cache")
+    add("--duo-steps", type=int, default=duo.STEPS, help="of duo's training, at most")
+    add("--at", type=_numbers, default=(8192, 24576, 32768), help="lengths of trials")
+    add("--full-until", type=int, default=24576, help="longer ones get a third of the trials")
+    add("--trials", type=int, default=304, help="texts a length, over all tasks that count")
+    add("--pilot", type=int, default=8, help="texts a task that show whether it counts")
+    add("--shape", default="llama-3.1-8b", help="cost: random weights of this shape")
+    add("--methods", help="cost: some of them, by commas")
+    add("--arm-limit", type=float, default=500, help="cost: seconds of one method")
+    add("--cost-lengths", help="cost: other lengths")
+    add("--cost-of", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.start = time.time()
+    end_in_order()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    count = torch.cuda.device_count() if given.gpus is None else given.gpus
+    given.devices = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.cost_of:
+        return cost_of(given)
+    try:
+        for stage in (make, judge, cost):
+            if getattr(given, stage.__name__):
+                stage(given)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    if given.tables:
+        from methods_tables import tables
+
+        text = tables(given.out)
+        (given.out / "methods.md").write_text(text, "utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The method, transfer and cost tables of benchmarks/methods.py, from its rows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from math import exp
+from pathlib import Path
+
+import numpy as np
+from methods_trials import KINDS, Kind, counted
+from scipy.stats import spearmanr
+
+from hfsparse.plan import Plan
+from hfsparse.profiler.verify import lost
+
+SHOWN = {"seen": "pair_density", "turns": "cache_share"}
+TITLES = {
+    "seen": "Prompts alone: equal pair density, full cache, dense decode; question seen",
+    "turns": "Cache: equal cache share, full heads dense; text first, then up to 5 questions",
+}
+
+
+def tables(out: Path) -> str:
+    """Markdown of everything known so far."""
+    rows = {name: rows_of(out / f"{name}.jsonl") for name in ("make", "judge", "cost")}
+    heads = [made[0]["made"] for made in rows.values() if made]
+    devices = {r["device"] for made in rows.values() for r in made if "device" in r}
+    parts = [f"{heads[0] if heads else 'nothing yet'}; {', '.join(sorted(devices))}."]
+    judged = Judged([row for row in rows["judge"] if "name" in row])
+    for kind in KINDS[:2]:
+        parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.by_task(kind)]
+    parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(rows["make"], out)]
+    parts += ["## Cost", cost_small(rows["make"]), cost_large(rows["cost"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def rows_of(file: Path) -> list[dict]:
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut short
+            continue
+    return rows
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) if rows else ""
+
+
+class Judged:
+    """Answers by kind, length and arm: {(task, index): row}."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.found: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+        for row in rows:
+            kind, *place = row["name"].split("/")
+            if kind != "failed":
+                length, task, index, arm = place
+                self.found[kind, int(length), arm][task, int(index)] = row
+        self.lengths = sorted({length for _, length, _ in self.found})
+        self.arms = sorted({arm for _, _, arm in self.found} - {"dense"})
+
+    def changes(self, kind: str, length: int, arm: str, tasks) -> list[np.ndarray]:
+        """Each text's values: 1 lost, 0 alike, -1 won."""
+        dense, own = self.found[kind, length, "dense"], self.found[kind, length, arm]
+        both = [at for at in own if at in dense and at[0] in tasks]
+        return [np.array(dense[at]["said"]) - np.array(own[at]["said"]) for at in both]
+
+    def drop(self, kind: str, length: int, arm: str, tasks) -> str:
+        changes = self.changes(kind, length, arm, tasks)
+        if not changes:
+            return "–"
+        found = lost(changes)
+        around = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
+        return f"{100 * found.mean:.1f} {around}, {len(changes)}"
+
+    def method(self, kind: Kind) -> str:
+        tasks, shown = counted(self.rows, kind), SHOWN[kind.name]
+        head, rows = ["plan"], []
+        for n in self.lengths:
+            head += [f"{n:,}: lost, points [95 %], texts", shown.replace("_", " ")]
+        for arm in self.arms:
+            row = [arm]
+            for n in self.lengths:
+                known = [r[shown] for r in self.found[kind.name, n, arm].values() if r.get(shown)]
+                share = f"{np.mean(known):.3f}" if known else "–"
+                if arm == "quest-0":
+                    known = [
+                        r["decode_share"]
+                        for r in self.found[kind.name, n, arm].values()
+                        if r.get("decode_share")
+                    ]
+                    share = f"decode share {np.mean(known):.3f}" if known else "–"
+                row += [self.drop(kind.name, n, arm, tasks), share]
+            if any(cell != "–" for cell in row[1:]):
+                rows.append(row)
+        apart = [task for task in kind.tasks if task not in tasks]
+        note = f"Counted: {', '.join(tasks)}. Set apart, dense below 70 %: {', '.join(apart)}."
+        return f"{table(head, rows)}\n\n{note}" if rows else ""
+
+    def by_task(self, kind: Kind) -> str:
+        """Where the loss comes from, at the longest length that was asked in full."""
+        sizes = {n: len(self.found[kind.name, n, "dense"]) for n in self.lengths}
+        if not any(sizes.values()):
+            return ""
+        at = max(sizes, key=lambda n: (sizes[n] >= max(sizes.values()) * 0.8, n))
+        tasks = counted(self.rows, kind)
+        head, rows = [f"{at:,}: points lost", *tasks], []
+        for arm in self.arms:
+            row = [arm]
+            for task in tasks:
+                changes = self.changes(kind.name, at, arm, {task})
+                row.append(f"{100 * lost(changes).mean:.1f}" if changes else "–")
+            if any(cell != "–" for cell in row[1:]):
+                rows.append(row)
+        return table(head, rows)
+
+    def prose(self) -> str:
+        """Perplexity of the last 512 tokens, over the dense model's."""
+        head, rows = ["plan"], []
+        kinds = [kind for kind in KINDS if kind.name.startswith("prose")]
+        head += [f"{kind.family}, {n:,}" for kind in kinds for n in self.lengths]
+        dense = ["dense: perplexity"]
+        for kind in kinds:
+            for n in self.lengths:
+                own = [row["loss"] for row in self.found[kind.name, n, "dense"].values()]
+                dense.append(f"{exp(np.mean(own)):.2f}" if own else "–")
+        rows.append(dense)
+        for arm in self.arms:
+            row = [f"{arm}: × dense"]
+            for kind in kinds:
+                for n in self.lengths:
+                    base, own = self.found[kind.name, n, "dense"], self.found[kind.name, n, arm]
+                    more = [own[at]["loss"] - base[at]["loss"] for at in own if at in base]
+                    row.append(f"{exp(np.mean(more)):.3f} ({len(more)})" if more else "–")
+            if any(cell != "–" for cell in row[1:]):
+                rows.append(row)
+        return "Perplexity of prose (texts):\n\n" + table(head, rows)
+
+    def uncalibrated(self) -> str:
+        """Drops on conversations that no method was calibrated on, and on those that it was."""
+        kind = KINDS[1]
+        tasks = counted(self.rows, kind)
+        new = {task for task in tasks if task.startswith(("numbers", "needles"))}
+        head = ["plan", *(f"{n:,}: {w}" for n in self.lengths for w in ("new tasks", "seen kinds"))]
+        rows = []
+        for arm in self.arms:
+            row = [arm]
+            for n in self.lengths:
+                row += [self.drop(kind.name, n, arm, some) for some in (new, set(tasks) - new)]
+            if any(cell != "–" for cell in row[1:]):
+                rows.append(row)
+        told = "Conversations: tasks that no plan was calibrated on, beside kinds that plans were."
+        return f"{told}\n\n{table(head, rows)}" if rows else ""
+
+
+def stability(rows: list[dict], out: Path) -> str:
+    """How well rankings of kv heads, and the heads kept full, agree between two seeds."""
+    ranks = {row["name"]: row["ranks"] for row in rows if "ranks" in row}
+    lines = []
+    for name in ranks:
+        group, seed = name.rsplit("-", 1)
+        other = ranks.get(f"{group}-1")
+        if seed != "0" or not other:
+            continue
+        plans = [out / "plans" / f"cache-{group}-{s}.yaml" for s in (0, 1)]
+        both = [_full(Plan.load(plan)) for plan in plans if plan.exists()]
+        same = f"{len(both[0] & both[1])} of {len(both[0])}" if len(both) == 2 else "–"
+        for what, first in ranks[name].items():
+            found = spearmanr(first, other[what]).statistic
+            lines.append([group, what, f"{found:.3f}", same])
+    head = ["method", "ranked by", "rank correlation of seeds 0 and 1", "same full heads"]
+    return "Ranking of kv heads over seeds:\n\n" + table(head, lines) if lines else ""
+
+
+def _full(plan: Plan) -> set[tuple[int, int]]:
+    return {
+        (at, g)
+        for at, layer in enumerate(plan.layers)
+        for g, word in enumerate(layer.cache)
+        if word == "full"
+    }
+
+
+def cost_small(rows: list[dict]) -> str:
+    """Seconds and memory of profiles of the judged model, where nothing was reused."""
+    first: dict[str, dict] = {}
+    for row in rows:
+        if row.get("fresh"):
+            first.setdefault(row["name"].split("-", 1)[1], row)
+    lines = [
+        [name, f"{row['seconds']:.0f}", f"{row['gib']:.1f}", row["device"]]
+        for name, row in first.items()
+    ]
+    told = "The judged model, a profile without verification (measured anew):"
+    return f"{told}\n\n{table(['method-seed', 'seconds', 'peak GiB', 'device'], lines)}"
+
+
+def cost_large(rows: list[dict]) -> str:
+    """Seconds and memory at the size of 8B, over all calls that an arm took."""
+    tries: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        if "/" in row.get("name", ""):
+            tries[row["name"].split("/")[0]].append(row)
+    lines = []
+    for method, each in tries.items():
+        last, stopped = each[-1], each[:-1]
+        seconds = last.get("profile_s")
+        if seconds is None:
+            told = last.get("failed", f"not done after {sum(r['seconds'] for r in each):.0f} s")
+            lines.append([method, told, "–", "–", "–"])
+            continue
+        told = f"{seconds:.0f}"
+        if stopped:
+            told += f", and {sum(r['seconds'] for r in stopped):.0f} before it was stopped"
+        if "steps" in last:
+            step = last["train_s"] / last["steps"]
+            told += f" with {last['steps']} steps; a step {step:.1f}, so 400 take {400 * step:.0f}"
+        prompts = f"{last['samples']} each of {', '.join(map(str, last['lengths']))}"
+        gib = f"{last['peak_gib']:.1f} ({last['weights_gib']:.1f})"
+        lines.append([method, told, gib, prompts, last["device"]])
+    head = ["method", "seconds", "peak GiB (weights)", "prompts", "device"]
+    return f"8B shape, random weights:\n\n{table(head, lines)}" if lines else ""

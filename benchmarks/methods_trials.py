@@ -1,0 +1,145 @@
+"""What benchmarks/methods.py asks: texts with answers, teacher-forced like the profiler's trials.
+
+`seen` are RULER's tasks with the question at the end of the prompt; in `turns` a text is read
+first, and up to five questions follow one by one (the profiler's own puzzles, of which `numbers`
+and `needles` are calibrated on by no method); `prose` is the perplexity of the last 512 tokens of a
+long text. A value counts as said if each of its tokens is the model's first choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import isnan
+from random import Random
+
+import torch
+
+import hfsparse
+from hfsparse.plan import Plan
+from hfsparse.profiler import trials
+from hfsparse.profiler.prompts import encode, fill
+from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask, Puzzle
+from hfsparse.profiler.trials import Trial
+from hfsparse_eval.samples import Case, Maker, Prompter, Sample
+from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.text import KEYS, key
+
+ABLE = 0.7  # a task counts if the dense model says so large a share of its values
+TURNS, WINDOW, SEED = 5, 512, 7
+NEVER = ("niah_multivalue", "cwe")  # answers in no order: what is forced on the model would decide
+SHOWN = ("pair_density", "cache_share", "decode_share")
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    family: str  # of plans
+    tasks: tuple[str, ...]
+
+
+def needles(rng: Random, facts: int) -> Puzzle:
+    """RULER's needles, several of them asked for one after another."""
+    keys = [key(n) for n in rng.sample(KEYS, facts)]
+    values = [str(n) for n in rng.sample(range(10**6, 10**7), facts)]
+    rows = list(zip(keys, values, strict=True))
+    said = "special magic number for {} mentioned in the provided text"
+    return Puzzle(
+        task="Some special magic numbers are hidden within the following text.",
+        facts=tuple(f"One of the special magic numbers for {k} is: {v}." for k, v in rows),
+        question="",
+        answer="",
+        asks=tuple(
+            Ask(f"What is the {said.format(k)}?", f" The {said.format(k)} is", f" {v}")
+            for k, v in rows
+        ),
+    )
+
+
+PLAYED = {
+    **OTHERS,
+    ("needles", "prose"): needles,
+    ("needles", "code"): needles,
+    **PUZZLES,
+}
+KINDS = (
+    Kind("seen", "prefill", tuple(name for name in TASKS if name not in NEVER)),
+    Kind("turns", "cache", tuple(f"{kind}-{ground}" for kind, ground in PLAYED)),
+    Kind("prose-prefill", "prefill", ("prose",)),
+    Kind("prose-cache", "cache", ("prose",)),
+)
+
+
+def counted(rows: Iterable[dict], kind: Kind) -> list[str]:
+    """Tasks of a kind that the dense model can do, at every length that was asked."""
+    said: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        name, *place = row["name"].split("/")
+        if name == kind.name and place[-1] == "dense":
+            said.setdefault((place[1], place[0]), []).extend(row.get("said", [1]))
+    shares = {at: sum(each) / len(each) for at, each in said.items()}
+    return [
+        task
+        for task in kind.tasks
+        if (found := [s for (t, _), s in shares.items() if t == task]) and min(found) >= ABLE
+    ]
+
+
+class Asker:
+    """Makes texts with one tokenizer, and has models answer them."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.makers = tokenizer, {}
+        self.prompter = Prompter(tokenizer)
+
+    def text(self, kind: Kind, task: str, length: int, index: int) -> Trial:
+        if kind.name == "seen":
+            if (task, length) not in self.makers:
+                self.makers[task, length] = Maker(TASKS[task], length, self.prompter, SEED)
+            return self._seen(self.makers[task, length].sample(Case(task, length, None, index)))
+        if kind.name == "turns":
+            at, count = kind.tasks.index(task), len(PLAYED)
+            made = trials.make(self.tokenizer, length, 2 * count * index + at, SEED, PLAYED)
+            return replace(made, turns=made.turns[:TURNS])  # even rounds: no question in the text
+        rng = Random(f"methods prose {index}")
+        return Trial(task, [*chain(*fill(self.tokenizer, "prose", length, rng))], [])
+
+    def _seen(self, sample: Sample) -> Trial:
+        """The prompt, and the values in the order and form in which RULER words an answer."""
+        turns, last = [], len(sample.answers) - 1
+        for i, value in enumerate(sample.answers):
+            before, gap = "", " "
+            if sample.task == "vt":
+                gap = " " if i else ""  # its prompt ends in a blank
+            elif i and sample.task != "fwe":
+                before = ", and" if i == last else ","
+            given = encode(self.tokenizer, before) if before else []
+            turns.append((given, encode(self.tokenizer, gap + value)))
+        return Trial(sample.task, list(sample.ids), turns)
+
+    @torch.inference_mode()
+    def answers(self, model, text: Trial, plan: Plan | None, look: bool) -> dict:
+        """What the model says, dense (unpatched) or under a plan; `look`: and what that cost."""
+        if plan is None:
+            return _answers(model, text)
+        with hfsparse.patch(model, plan) as handle:
+            found = _answers(model, text)
+            if look:
+                stats = handle.stats()
+                shown = {name: getattr(stats, name) for name in SHOWN}
+                found |= {n: None if isnan(x) else round(x, 4) for n, x in shown.items()}
+        return found
+
+
+def _answers(model, text: Trial) -> dict:
+    if text.turns:
+        found = trials.run(model, text)
+        return {
+            "said": [int(x) for x in found["said"]],
+            "loss": [round(float(x), 4) for x in found["loss"]],
+        }
+    ids = torch.tensor([text.text], device=model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    scores = model.get_output_embeddings()(hidden[0, -WINDOW - 1 : -1]).float()
+    return {"loss": float(torch.nn.functional.cross_entropy(scores, ids[0, -WINDOW:]))}
