@@ -173,8 +173,8 @@ def made(task) -> list[dict]:
     rows = []
     for family, budget in budgets.items():
         for method, proxy in GROUPS[group]:
-            if (method, family) == ("minference-error", "cache"):
-                continue  # rings are chosen by effect: the same as minference
+            if (method, family) == ("minference-error", "cache") or (proxy and seed):
+                continue  # rings are chosen by effect, as by minference; proxies: one seed
             name = f"{family}-{method}{f'-{proxy}' if proxy else ''}-{seed}"
             job = Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
             try:
