@@ -43,7 +43,13 @@ def scores(dots: Sequence[Dot], names: Sequence[str]):
             dense = [dot.dense for dot in dots if dot.length == length]
             marker = MARKERS[lengths.index(length) % len(MARKERS)]
             axes.plot(1, sum(dense) / len(dense), marker, color="black")
-        axes.set(xlim=(0, 1.05), ylim=(-5, 105), xlabel=f"{name}, measured", ylabel="score, %")
+        most = max((dot.shares.get(name) or 0 for dot in dots), default=1)
+        axes.set(
+            xlim=(0, max(1.05, most + 0.05)),
+            ylim=(-5, 105),
+            xlabel=f"{name}, measured",
+            ylabel="score, %",
+        )
         axes.grid(alpha=0.3)
     keys = [_key("s", colour, arm) for arm, colour in {**colours, "dense": "black"}.items()]
     keys += [_key(MARKERS[i % len(MARKERS)], "grey", f"{n} tokens") for i, n in enumerate(lengths)]

@@ -14,9 +14,11 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th { border-bottom: 2px solid #888; } td.words, th.words { text-align: left; }
+td.long { white-space: normal; min-width: 14rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; } p.note { color: #555; max-width: 50rem; }
 svg { max-width: 100%; height: auto; }
 """
+LONG = 32  # characters of a cell that may take more than one line
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,12 @@ def _html(part: Part) -> str:
 
 
 def _row(kind: str, cells: Sequence[str], words: int) -> str:
-    marked = ((' class="words"' if i < words else "", cell) for i, cell in enumerate(cells))
-    return "<tr>" + "".join(f"<{kind}{c}>{escape(cell)}</{kind}>" for c, cell in marked) + "</tr>"
+    def marked(at: int, cell: str) -> str:
+        marks = ["words"] * (at < words) + ["long"] * (len(cell) > LONG)
+        named = f' class="{" ".join(marks)}"' if marks else ""
+        return f"<{kind}{named}>{escape(cell)}</{kind}>"
+
+    return f"<tr>{''.join(marked(at, cell) for at, cell in enumerate(cells))}</tr>"
 
 
 def _svg(figure) -> str:

@@ -17,6 +17,11 @@ from .verdict import verdict
 
 RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
+NOTE = (
+    "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
+    "Whole: percent of samples with all that was asked for (qa: any one), as McNemar's exact "
+    "test compares them. Empty: outputs without a character. d/s: dense / this arm."
+)
 FEW = 50  # samples from which on a bootstrap's 95 % are about that; of 20 they are 88 %
 SHARES = {"pair density": "pair_density", "KV share": "cache_share"}
 
@@ -45,6 +50,8 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     if outcomes:
         every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes]), _arms(outcomes)]
         every += _pictures(outcomes)
+    few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
+    every.append(NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
         every += [Heading(f"Scores: {title}"), *_scores(outcome)]
@@ -157,16 +164,9 @@ def _scores(outcome: Outcome) -> list[Part]:
         ]
         return Table(head, rows)
 
-    note = (
-        "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
-        "Whole: percent of samples with all that was asked for (qa: any one), as McNemar's exact "
-        "test compares them. Empty: outputs without a character. d/s: dense / this arm."
-    )
-    if min((len(cell.dense) for cell in outcome.cells), default=FEW) < FEW:
-        note += f" Rows of fewer than {FEW} samples: their true interval is wider than shown."
     able = outcome.able
     apart = [cell for cell in outcome.cells if not cell.able]
-    found: list[Part] = [table([*able, outcome.whole]), note] if able else []
+    found: list[Part] = [table([*able, outcome.whole])] if able else []
     if apart:
         found.append(
             f"Set apart, and not in any sum: the dense model scores below {100 * ABLE:.0f} %."

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import hfsparse
+from hfsparse.loading import UsageError
 
 from .arms import Arm
 from .generate import answer
@@ -47,23 +48,27 @@ def run(
         for arm in (Arm(), *arms)
         if (todo := [c for c in cases if c.length == length and not _done(c, arm, results)])
     ]
+    for arm in dict.fromkeys(arm for arm, _ in rounds):
+        arm.prepare(tokenizer, {case.length for case in cases})
     with _progress() as progress:
         total = sum(case.length for _, todo in rounds for case in todo)
         bar = progress.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
         for arm, todo in rounds:
-            with arm.on(model) as handle:
-                for group in _groups(todo, batch if arm.batches else 1):
-                    progress.update(bar, description=f"{group[0].id} {arm.title}")
-                    samples = [suite.sample(case) for case in group]
-                    try:
-                        lines = _measure(model, tokenizer, samples, results, arm, handle, cap)
-                    except Exception as error:
-                        traceback.print_exception(error)
-                        results.append(_failed(model, samples[0], results, arm, error))
-                        break
-                    for line in lines:
-                        results.append(line)
-                    progress.update(bar, advance=sum(case.length for case in group))
+            at = todo[0]
+            try:
+                with arm.on(model) as handle:
+                    for group in _groups(todo, batch if arm.batches else 1):
+                        at = group[0]
+                        progress.update(bar, description=f"{at.id} {arm.title}")
+                        samples = [suite.sample(case) for case in group]
+                        for line in _measure(model, tokenizer, samples, results, arm, handle, cap):
+                            results.append(line)
+                        progress.update(bar, advance=sum(case.length for case in group))
+            except UsageError:
+                raise
+            except Exception as error:
+                traceback.print_exception(error)
+                results.append(_failed(model, at, results, arm, error))
 
 
 def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, cap) -> list[dict]:
@@ -99,7 +104,7 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
     ]
 
 
-def _about(model, sample: Sample, results, arm) -> dict:
+def _about(model, sample: Sample | Case, results, arm) -> dict:
     """Which sample, under what, where."""
     return {
         "id": sample.id,
@@ -114,9 +119,9 @@ def _about(model, sample: Sample, results, arm) -> dict:
     }
 
 
-def _failed(model, sample: Sample, results, arm, error: Exception) -> dict:
+def _failed(model, case: Case, results, arm, error: Exception) -> dict:
     told = " ".join(f"{type(error).__name__}: {error}".split())
-    return {**_about(model, sample, results, arm), "failed": told[:500]}
+    return {**_about(model, case, results, arm), "failed": told[:500]}
 
 
 def _done(case: Case, arm: Arm, results: Results) -> bool:
