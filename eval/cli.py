@@ -48,7 +48,7 @@ Plans = Annotated[
 ]
 Arms = Annotated[
     list[str] | None,
-    typer.Option("--arm", help="Also run a peer: kvpress:SnapKV:0.5[:agnostic]; may be repeated."),
+    typer.Option("--arm", help="Also run a peer: kvpress:SnapKV:0.5[:agnostic], modelopt:0.7."),
 ]
 SuiteOption = Annotated[
     str | None, typer.Option("--suite", help=f"Lengths and samples: {', '.join(SUITES)}.")

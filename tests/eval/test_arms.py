@@ -10,6 +10,7 @@ from hfsparse_eval import arms
 from hfsparse_eval.generate import answer
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
+from tests import tiny
 
 
 @pytest.mark.parametrize("name", ["flash:0.5", "kvpres:SnapKV:0.5", ""])
@@ -92,3 +93,20 @@ def test_a_press_answers_as_kvpress_itself_does(kvpress, name, kept, model, toke
         assert stats.decode_share < 0.58
         assert (stats.pair_density == 1) == (not arm.agnostic)
     assert "forward" not in vars(model)
+
+
+def test_skip_softmax_leaves_the_model_as_it_was_even_where_nothing_can_be_skipped(tokenizer):
+    """Random weights attend to everything alike: modelopt's calibration finds no threshold."""
+    pytest.importorskip("modelopt.torch.sparsity.attention_sparsity", exc_type=ImportError)
+    for name in ("modelopt", "modelopt:0.5:0.5", "modelopt:2"):
+        with pytest.raises(UsageError, match=r"give kvpress|is no share"):
+            arms.peer(name)
+    model = tiny.llama(window=1024, vocab_size=len(tokenizer))
+    arm = arms.peer("modelopt:0.5")
+    arm.prepare(tokenizer, [300])
+    before, kinds = set(vars(model)), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="calibration found no thresholds"), arm.on(model):
+        pass
+    assert [type(module) for module in model.modules()] == kinds
+    assert set(vars(model)) == before
+    assert model.config._attn_implementation == "sdpa"
