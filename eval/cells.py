@@ -42,6 +42,9 @@ class Outcome:
     def whole(self) -> Cell:
         return joined(self.able)
 
+    def at(self, length: str) -> Cell:
+        return joined([cell for cell in self.able if cell.length == length])
+
     @property
     def lengths(self) -> list[str]:
         return sorted({cell.length for cell in self.able}, key=int)

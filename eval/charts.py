@@ -63,14 +63,14 @@ def changes(rows: Mapping[str, Mapping[str, Change]]):
     from matplotlib.figure import Figure
 
     arms = list(dict.fromkeys(arm for row in rows.values() for arm in row))
-    figure = Figure(figsize=(8, 1.4 + (0.14 + 0.16 * len(arms)) * len(rows)))
+    figure = Figure(figsize=(8, 1.4 + (0.1 + 0.09 * len(arms)) * len(rows)))
     axes = figure.subplots()
     colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
     for at, row in enumerate(rows.values()):
         for arm, seen in row.items():
             y = at + 0.7 * ((arms.index(arm) + 0.5) / len(arms) - 0.5)
             axes.plot([seen.low, seen.high], [y, y], color=colours[arm])
-            axes.plot(seen.mean, y, "o", color=colours[arm], markersize=4)
+            axes.plot(seen.mean, y, "o", color=colours[arm], markersize=3)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="sparse − dense, points (95 %)")

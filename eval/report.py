@@ -13,7 +13,7 @@ from .render import Bullets, Heading, Part, Picture, Table
 from .results import Results, Settings, write_whole
 from .sections import SECTIONS
 from .tasks import TASKS, clean
-from .verdict import verdict
+from .verdict import beyond, verdict
 
 RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
@@ -107,7 +107,12 @@ def _verdict(outcome: Outcome) -> str:
     whole = outcome.whole
     seen = change(*whole.scores) if whole.dense else None
     lengths = [int(length) for length in outcome.lengths]
-    told = verdict(seen, _shares(whole), outcome.arm.get("promise", {}), lengths)
+    promise = outcome.arm.get("promise", {})
+    told = verdict(seen, _shares(whole), promise, lengths)
+    each = {n: change(*outcome.at(n).scores) for n in outcome.lengths}
+    worse = [n for n, alone in each.items() if beyond(alone, promise)]
+    if worse and len(each) > 1:
+        told += f"; beyond it at {', '.join(worse)} tokens alone"
     return f"{outcome.arm['title']}: {told}"
 
 
@@ -122,7 +127,7 @@ def _arms(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         expected = outcome.arm.get("expected", {})
         for length in outcome.lengths:
-            cell = joined([cell for cell in outcome.able if cell.length == length])
+            cell = outcome.at(length)
             said = expected.get(length, {})
             row = [outcome.arm["title"], length, *_compared(cell)[:5], _both(cell, _empty)]
             for field in SHARES.values():
@@ -137,7 +142,7 @@ def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
     for outcome in outcomes:
         title = outcome.arm["title"]
         for length in outcome.lengths:
-            cell = joined([cell for cell in outcome.able if cell.length == length])
+            cell = outcome.at(length)
             level = 100 * mean(cell.scores[0])
             dots.append(charts.Dot(title, int(length), level, change(*cell.scores), _shares(cell)))
         for cell in outcome.cells:

@@ -28,10 +28,9 @@ def verdict(
     if "limit" not in promise:
         return f"{told}: no promise is stated, so none is kept or broken"
     limit = 100 * promise["limit"]
-    least, most = -seen.high, -seen.low
-    if round(most, 1) <= limit:
+    if round(-seen.low, 1) <= limit:
         judged = f"within the promised {limit:.1f}"
-    elif least > limit:
+    elif beyond(seen, promise):
         judged = f"beyond the promised {limit:.1f}"
     else:
         judged = f"not decided against the promised {limit:.1f}: {seen.n} samples are too few"
@@ -40,6 +39,11 @@ def verdict(
         verified = ", ".join(map(str, promise["lengths"]))
         judged += f" (promised at {verified} tokens; here also {', '.join(map(str, other))})"
     return f"{told}: {judged}"
+
+
+def beyond(seen: Change, promise: Mapping) -> bool:
+    """Whether the whole interval lies above the promised loss, if one is promised."""
+    return -seen.high > 100 * promise.get("limit", float("inf"))
 
 
 def _plain(points: float) -> str:

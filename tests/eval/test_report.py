@@ -127,6 +127,17 @@ def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
     assert "- mine: nothing to judge" in nothing
 
 
+def test_the_verdict_names_a_length_that_breaks_the_promise_alone():
+    """Nothing is lost in 80 samples of the short length, half of 20 in the long one."""
+    dense = {("vt", 4096): [1.0] * 80, ("vt", 8192): [1.0] * 20}
+    worse = dense | {("vt", 8192): [1.0, 0.0] * 10}
+    lines = at_lengths("dense", dense) + at_lengths("sparse", worse)
+    text = report.write(lines, SETTINGS, [], [ARM | {"promise": {"limit": 0.2}}])
+    told = next(line for line in text.splitlines() if line.startswith("- mine: "))
+    assert told.startswith("- mine: drop 10.0 ± ")
+    assert told.endswith(": within the promised 20.0; beyond it at 8192 tokens alone")
+
+
 def test_a_report_without_an_arm_is_of_the_dense_one():
     strong = [line(i, "dense", score) for i, score in enumerate([1.0, 0.5])]
     text = report.write(strong, SETTINGS, [SESSION])
