@@ -10,16 +10,21 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import signature
 from statistics import mean
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.graphs import parameters
 from hfsparse.patcher import CACHES
 
 from .samples import Sample, Turn
 from .tasks import score
+
+# transformers 4.57 takes the model's own sampling where ours is what is usual.
+OLDER = "use_model_defaults" in signature(GenerationMixin.generate).parameters
+OURS = {"use_model_defaults": False} if OLDER else {}
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def _say(model, ids: Sequence[int], limit: int, watch: _Watch | None = None, cac
         attention_mask=torch.ones_like(given),
         generation_config=_greedy(model, limit),
         stopping_criteria=StoppingCriteriaList([watch] if watch else []),
+        **OURS,
         **({} if cache is None else {_cache_name(model): cache}),
     )
     return out.sequences[0, len(ids) :].tolist(), out.past_key_values

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .generate import Answer, _greedy, decode
+from .generate import OURS, Answer, _greedy, decode
 from .samples import Sample
 from .tasks import score
 
@@ -56,6 +56,7 @@ def together(model, tokenizer, samples: Sequence[Sample], cap: int | None = None
         attention_mask=mask.to(model.device),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([watch]),
+        **OURS,
     ).sequences[:, width:]
     texts = [decode(tokenizer, row[: watch.length[i]]) for i, row in enumerate(new.tolist())]
     each = (time.perf_counter() - start) / len(samples)
