@@ -165,8 +165,8 @@ differs was not tested.
 - The harness downloads its essays and its sentence splitter; here both used our prose \
 ({prose_source()}) and our splitter. Its qa_1 and qa_2 need SQuAD and HotpotQA: not run.
 - The prompts are not of equal length (tokens l/h): its haystacks grow in larger steps, and cwe's \
-leave room for an example that is not shown. Shorter prompts may be easier; whether that explains \
-what lies outside was not tested.
+leave room for an example that is not shown. Shorter prompts may be easier, which \
+could raise its scores and not lower them; no run at equal lengths was made.
 - cwe is asked without a solved example, as the harness does; `hfsparse eval` shows one, as RULER.
 
 {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, \
