@@ -74,7 +74,7 @@ def by_the_harness(model, tokenizer, name: str, options) -> list[dict]:
         tasks=[THEIRS[name]],
         limit=options.samples,
         metadata={"pretrained": options.model, "max_seq_lengths": [options.length]},
-        gen_kwargs={"max_gen_toks": options.cap},
+        gen_kwargs={"max_gen_toks": min(options.cap, TASKS[name].new_tokens)},
         bootstrap_iters=0,
     )
     return [
@@ -156,6 +156,7 @@ greedy. Means in percent.
 
 {chr(10).join(table)}
 
+- Not in the table: {", ".join(name for name in THEIRS if name not in rows) or "none"}.
 - Within: whether the difference lies inside its 95 % interval. {len(outside)} of {len(rows)} lie \
 outside ({", ".join(outside) or "none"}); about one in twenty would by chance. In the last row \
 differences of both signs cancel.
@@ -177,6 +178,7 @@ transformers {version("transformers")}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder of a Hugging Face model")
+    parser.add_argument("--tasks", default=",".join(THEIRS), help="by commas; or all eleven")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=24, help="of each task, on each side")
     parser.add_argument("--cap", type=int, default=48, help="new tokens at most, for both")
@@ -187,12 +189,12 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page")
     options = parser.parse_args()
     model, tokenizer = load(options.model, "cpu", options.dtype)
-    asked = {k: v for k, v in vars(options).items() if k not in ("model", "keep", "write")}
+    asked = {k: v for k, v in vars(options).items() if k not in ("model", "keep", "write", "tasks")}
     journal = Journal(options.keep, f"{weights_mark(model)} {asked}")
     with offline():
         rows = {
             name: journal.row(name, lambda name=name: compare(model, tokenizer, name, options))
-            for name in THEIRS
+            for name in options.tasks.split(",")
         }
     text = page({name: found for name, found in rows.items() if "ours" in found}, options, model)
     if options.write:
