@@ -1,4 +1,4 @@
-"""hfsparse eval ruler|needle|turns|custom MODEL [--plan plan.yaml …] [--arm kvpress:SnapKV:0.5]"""
+"""hfsparse eval ruler|needle|turns|custom|decode MODEL [--plan plan.yaml …] [--arm NAME …]"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
+from .decode import DECODES
 from .suites import SUITES, Size, named
 from .talks import TALKS
 from .tasks import TASKS, Niah, with_books
@@ -211,6 +212,33 @@ def custom(
         return Questions(items, prompter, window, max_new_tokens, metric.value)
 
     run.go(made, device, dtype, chat.value, data=mark, metric=metric.value, turns=told)
+
+
+@app.command()
+def decode(
+    model: ModelArg,
+    plan: Plans = None,
+    arm: Arms = None,
+    suite: SuiteOption = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of prompt and answer, by commas (4096).")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of each task at each length (8).")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(DECODES),
+    seed: Seed = 0,
+    output: Output = Path("eval-decode"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+    max_new_tokens: Cap = None,
+) -> None:
+    """Long answers: list, sort, add up, copy; the score, and agreement with dense by position."""
+    chosen = _tasks(tasks, DECODES)
+    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    run = Run("decode", model, plan, size, seed, output, max_new_tokens, arm)
+    run.go(run.suite(chosen), device, dtype, chat.value)
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""Greedy answers, timed, that stop as soon as the score can't change.
+"""Greedy answers, timed, that stop as soon as the score can't change; long ones go to their end.
 
 A sample with turns is a conversation over one KV cache: its text is read before any question is
 known, then each question follows what was said before.
@@ -38,7 +38,10 @@ class Answer:
 
 
 class _Watch(StoppingCriteria):
-    """Notes when the first token came; stops once every answer was said (a score only rises)."""
+    """Notes when the first token came; stops once every answer was said (a score only rises).
+
+    Long answers (`sequence`) are compared to their end.
+    """
 
     def __init__(self, tokenizer, given: int, answers: Sequence[str], metric: str):
         self.tokenizer = tokenizer
@@ -51,7 +54,7 @@ class _Watch(StoppingCriteria):
         text = decode(self.tokenizer, input_ids[0, self.given :])  # waits for the GPU
         if self.first is None:
             self.first = time.perf_counter()
-        done = bool(self.answers) and score(text, self.answers, self.metric) == 1.0
+        done = self.metric != "sequence" and score(text, self.answers, self.metric) == 1.0
         return torch.tensor([done], device=input_ids.device)
 
 
@@ -70,7 +73,8 @@ def answer(model, tokenizer, sample: Sample, cap: int | None = None) -> Answer:
     text = decode(tokenizer, new)
     seconds = time.perf_counter() - start
     found = score(text, sample.answers, sample.metric)
-    return Answer(text, found, len(new), round(seconds, 4), round(watch.first - start, 4))
+    more = {"output_ids": new} if sample.metric == "sequence" else {}  # to compare arms by token
+    return Answer(text, found, len(new), round(seconds, 4), round(watch.first - start, 4), more)
 
 
 def _converse(model, tokenizer, sample: Sample, limit: int) -> Answer:

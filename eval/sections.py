@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import mean
 
 from .cells import Outcome
+from .decode import by_position
 from .paired import change
 from .render import Part, Table
 
@@ -44,6 +45,7 @@ def _short(text: str, most: int = 160) -> str:
 
 
 SECTIONS = {  # by the command: heading, and what stands under it
+    "decode": ("Agreement with dense", by_position),
     "custom": ("Flipped", flipped),
     "turns": ("By turn", turns),
 }
