@@ -1,4 +1,4 @@
-"""hfsparse eval ruler|needle|turns|custom|decode MODEL [--plan plan.yaml …] [--arm NAME …]"""
+"""hfsparse eval ruler|needle|turns|custom|decode|ppl MODEL [--plan plan.yaml …]"""
 
 from __future__ import annotations
 
@@ -241,6 +241,43 @@ def decode(
     run.go(run.suite(chosen), device, dtype, chat.value)
 
 
+@app.command()
+def ppl(
+    model: ModelArg,
+    plan: Plans = None,
+    data: Annotated[Path | None, typer.Option(help="A text file; else prose of Python's.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a window, by commas.")] = "4096",
+    samples: Annotated[int, typer.Option(help="Windows of each length, at most.")] = 8,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from a window to the next; else side by side.")
+    ] = None,
+    output: Output = Path("eval-ppl"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Perplexity, and the divergence of the next token's distribution from dense, by position."""
+    from . import ppl as judge
+
+    content, mark = judge.source(data)
+    size = _size(None, lengths, samples, Size(samples, ()))
+    step = None if stride is None else _whole("stride", stride)
+    run = Run("ppl", model, plan, size, 0, output, None)
+
+    def made(prompter, window):
+        _check_window(window, size.lengths)
+        return [
+            case
+            for length in size.lengths
+            for case in judge.windows(prompter.tokenizer, content, length, size.samples, step)
+        ]
+
+    def measured(model, tokenizer, cases, results, share):
+        judge.check(model)
+        judge.run(model, cases[share[0] :: share[1]], results, run.arms)
+
+    run.go(made, device, dtype, "never", measured, data=mark)
+
+
 class Run:
     """What all commands do: check, load, run, write."""
 
@@ -267,7 +304,16 @@ class Run:
 
         return made
 
-    def go(self, made: Callable, device: str, dtype: str, chat: str, **named: str | None) -> None:
+    def go(
+        self,
+        made: Callable,
+        device: str,
+        dtype: str,
+        chat: str,
+        measured: Callable | None = None,
+        **named: str | None,
+    ) -> None:
+        """Run what `made` makes of a prompter and a window, by `measured` or as answers."""
         import hfsparse
         from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
@@ -302,7 +348,7 @@ class Run:
             results = Results(self.output, settings, session, facts, world.process_index)
         world.wait_for_everyone()
         share = world.process_index, world.num_processes
-        runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
+        (measured or self._answered)(model, tokenizer, suite, results, share)
         world.wait_for_everyone()
         if not world.is_main_process:
             return
@@ -318,6 +364,11 @@ class Run:
                 f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
                 f"({first['failed']}): the same command tries them again"
             )
+
+    def _answered(self, model, tokenizer, suite, results, share) -> None:
+        from . import runner
+
+        runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
 
 
 def _arms(plans, names) -> list:

@@ -11,7 +11,7 @@ from .cells import ABLE, Cell, Outcome, average, belongs, cells, joined
 from .paired import change, mcnemar
 from .render import Bullets, Heading, Part, Picture, Table
 from .results import Results, Settings, write_whole
-from .sections import SECTIONS
+from .sections import PAGES, SECTIONS
 from .tasks import TASKS, clean
 from .verdict import beyond, verdict
 
@@ -47,6 +47,8 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     batches = sorted({line.get("batch", 1) for line in good})
     every = [Heading(f"{settings.kind}: {settings.model}", 1)]
     every.append(Bullets(_facts(settings, sessions, arms, batches)))
+    if settings.kind in PAGES:
+        return [*every, *PAGES[settings.kind](good, arms)]
     if outcomes:
         every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes]), _arms(outcomes)]
         every += _pictures(outcomes)

@@ -46,24 +46,24 @@ def run(
         (arm, todo)
         for length in dict.fromkeys(case.length for case in cases)
         for arm in (Arm(), *arms)
-        if (todo := [c for c in cases if c.length == length and not _done(c, arm, results)])
+        if (todo := [c for c in cases if c.length == length and not done(c, arm, results)])
     ]
     for arm in dict.fromkeys(arm for arm, _ in rounds):
         arm.prepare(tokenizer, {case.length for case in cases})
-    with _progress() as progress:
+    with progress() as shown:
         total = sum(case.length for _, todo in rounds for case in todo)
-        bar = progress.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
+        bar = shown.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
         for arm, todo in rounds:
             at = todo[0]
             try:
                 with arm.on(model) as handle:
                     for group in _groups(todo, batch if arm.batches else 1):
                         at = group[0]
-                        progress.update(bar, description=f"{at.id} {arm.title}")
+                        shown.update(bar, description=f"{at.id} {arm.title}")
                         samples = [suite.sample(case) for case in group]
                         for line in _measure(model, tokenizer, samples, results, arm, handle, cap):
                             results.append(line)
-                        progress.update(bar, advance=sum(case.length for case in group))
+                        shown.update(bar, advance=sum(case.length for case in group))
             except UsageError:
                 raise
             except Exception as error:
@@ -81,10 +81,10 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
     else:
         said = together(model, tokenizer, samples, cap)
     stats = handle.stats() if handle else None
-    measured = {name: _number(stats, name) for name in MEASURED}
+    measured = {name: number(stats, name) for name in MEASURED}
     return [
         {
-            **_about(model, sample, results, arm),
+            **about(model, sample, results, arm),
             "score": one.score,
             "answers": sample.answers,
             "output": one.text,
@@ -104,7 +104,7 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
     ]
 
 
-def _about(model, sample: Sample | Case, results, arm) -> dict:
+def about(model, sample: Sample | Case, results, arm) -> dict:
     """Which sample, under what, where."""
     return {
         "id": sample.id,
@@ -121,10 +121,10 @@ def _about(model, sample: Sample | Case, results, arm) -> dict:
 
 def _failed(model, case: Case, results, arm, error: Exception) -> dict:
     told = " ".join(f"{type(error).__name__}: {error}".split())
-    return {**_about(model, case, results, arm), "failed": told[:500]}
+    return {**about(model, case, results, arm), "failed": told[:500]}
 
 
-def _done(case: Case, arm: Arm, results: Results) -> bool:
+def done(case: Case, arm: Arm, results: Results) -> bool:
     rest = (arm.name, arm.hash, results.settings.fingerprint, version("transformers"))
     return (case.id, *rest) in results.done
 
@@ -133,13 +133,13 @@ def _groups(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
     return (cases[i : i + size] for i in range(0, len(cases), size))
 
 
-def _number(stats, name: str) -> float | None:
+def number(stats, name: str) -> float | None:
     """What was measured; None where nothing ran, as NaN is no JSON."""
     value = getattr(stats, name, math.nan)
     return None if math.isnan(value) else round(value, 6)
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
     return Progress(
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),

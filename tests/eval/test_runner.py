@@ -192,9 +192,9 @@ def test_every_session_is_noted_once(tmp_path):
 
 def test_a_share_of_nothing_is_stored_as_null():
     stats = SimpleNamespace(decode_share=math.nan, cache_share=1 / 3)
-    assert runner._number(stats, "decode_share") is None
-    assert runner._number(stats, "cache_share") == 0.333333
-    assert runner._number(None, "pair_density") is None
+    assert runner.number(stats, "decode_share") is None
+    assert runner.number(stats, "cache_share") == 0.333333
+    assert runner.number(None, "pair_density") is None
 
 
 def test_stopping_once_every_answer_was_said_keeps_the_score(model, tokenizer, suite):
