@@ -1,4 +1,4 @@
-"""hfsparse eval ruler|needle|turns|custom|decode|ppl MODEL [--plan plan.yaml …]"""
+"""hfsparse eval ruler|needle|turns|custom|decode|ppl|recall MODEL [--plan plan.yaml …]"""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
+
+PLACED = [name for name in TASKS if name not in ("cwe", "fwe")]  # answers that stand in a place
 
 
 class Chat(str, Enum):
@@ -276,6 +278,35 @@ def ppl(
         judge.run(model, cases[share[0] :: share[1]], results, run.arms)
 
     run.go(made, device, dtype, "never", measured, data=mark)
+
+
+@app.command()
+def recall(
+    model: ModelArg,
+    plan: Annotated[list[Path], typer.Option("--plan", help="A plan; may be repeated.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer, by commas.")] = "4096",
+    samples: Annotated[int, typer.Option(help="Samples of each task at each length.")] = 8,
+    tasks: Annotated[
+        str, typer.Option(help=f"By commas, of {', '.join(PLACED)}.")
+    ] = "niah_single_2,niah_multikey_1",
+    seed: Seed = 0,
+    output: Output = Path("eval-recall"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chat: ChatOption = Chat.auto,
+) -> None:
+    """Which heads lose the needle under a plan, and which of its words did it."""
+    from . import recall as judge
+
+    chosen = _tasks(tasks, {name: TASKS[name] for name in PLACED})
+    size = _size(None, lengths, samples, Size(samples, ()))
+    run = Run("recall", model, plan, size, seed, output, None)
+
+    def measured(model, tokenizer, suite, results, share):
+        suite.cases = suite.cases[share[0] :: share[1]]
+        judge.run(model, tokenizer, suite, results, run.arms)
+
+    run.go(run.suite(chosen), device, dtype, chat.value, measured)
 
 
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from . import ppl
+from . import ppl, recall
 from .cells import Outcome
 from .decode import by_position
 from .paired import change
@@ -45,7 +45,7 @@ def _short(text: str, most: int = 160) -> str:
     return line if len(line) <= most else f"{line[:most]} …"
 
 
-PAGES = {"ppl": ppl.page}  # by the command: what stands in place of scores
+PAGES = {"ppl": ppl.page, "recall": recall.page}  # by the command: what stands in place of scores
 SECTIONS = {  # by the command: heading, and what stands under it
     "decode": ("Agreement with dense", by_position),
     "custom": ("Flipped", flipped),

@@ -92,7 +92,7 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
         effect = by_group(_whole_effect(seen, lists)).abs()
         note("ring", effect=effect, **more, **costs)
     for selector in candidates.selectors.values():
-        read, share = _pages_read(selector, q, k, seen.keys, scale)
+        read, share = pages_read(selector, q, k, seen.keys, scale)
         mask = read.new_ones(len(read), len(rows), L)
         mask[:, at_keys] = read
         effect, more = kept(mask, at_keys.float(), Hkv)
@@ -139,7 +139,7 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 
 
-def _pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
+def pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
     """Keys [Hq, R, L] that decode steps at `rows` would read, and their mean share by kv head."""
     if not hasattr(selector, "pages") or selector.refresh:
         raise ValueError(

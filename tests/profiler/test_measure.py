@@ -209,7 +209,7 @@ def at_keys(seen: Seen, keep, group: int) -> tuple[np.ndarray, np.ndarray]:
 def test_harm_and_error_are_sums_of_lengths_over_the_key_rows(seen, found):
     at = torch.arange(L)
     ring = ((at < 4) | (at[:, None] - at < 20)).expand(HQ, L, L)
-    read, _ = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, KEYS, SCALE)
+    read, _ = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, KEYS, SCALE)
     pages = torch.ones(HQ, L, L)
     pages[:, KEYS] = read.float()
     vs = pattern_mask(seen, CANDIDATES.patterns["vs"])
@@ -228,8 +228,8 @@ def test_a_step_does_not_know_the_keys_after_it_on_its_own_page(seen):
     told = torch.tensor([70])
     later = seen.k.clone()
     later[:, :, 71:] = 100.0  # would win every vote, were it seen
-    now = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, told, SCALE)
-    then = measure._pages_read(CANDIDATES.selectors["quest"], seen.q, later, told, SCALE)
+    now = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, told, SCALE)
+    then = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, later, told, SCALE)
     assert torch.equal(now[0], then[0])
 
 

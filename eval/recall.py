@@ -1,0 +1,216 @@
+"""Which head lost the needle: dense attention to the answer's place, and what a plan keeps of it.
+
+The right answer is given after the prompt, and the rows that predict it are looked at in a dense
+run: the prompt's last row reads as the plan's prefill does, the others as its decode steps do. For
+each q head: the mass on the gold tokens, and the share of it on keys that the head still reads.
+(Refreshed choices count as if each step chose; tiles that `skip` leaves out count as read.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from hfsparse.lists import Grid, default_block
+from hfsparse.patcher import patch
+from hfsparse.plan import Plan
+from hfsparse.profiler.measure import attention, pages_read
+
+from .arms import Arm, Sparse
+from .cells import belongs
+from .generate import answer
+from .render import Heading, Part, Table
+from .results import Results
+from .runner import MEASURED, about, done, number, progress
+from .samples import Sample, Suite
+
+LOST = 1e-3  # of a row's attention: heads that lose less are not named
+SHOWN = 20  # heads of an arm in the report
+
+
+def run(model, tokenizer, suite: Suite, results: Results, arms: Sequence[Sparse]) -> None:
+    """Fill `results` with what it lacks: dense answers, each arm's, and what its heads lost."""
+    left = [(c, [a for a in (Arm(), *arms) if not done(c, a, results)]) for c in suite.cases]
+    left = [(case, todo) for case, todo in left if todo]
+    with progress() as shown:
+        bar = shown.add_task("", total=sum(case.length for case, _ in left))
+        for case, todo in left:
+            sample = suite.sample(case)
+            shown.update(bar, description=case.id)
+            plans = [arm.plan for arm in todo if isinstance(arm, Sparse)]
+            found = iter(look(model, tokenizer, sample, plans) if plans else ())
+            for arm in todo:
+                with arm.on(model) as handle:
+                    if handle:
+                        handle.reset_stats()
+                    said = answer(model, tokenizer, sample)
+                    stats = handle.stats() if handle else None
+                line = about(model, sample, results, arm) | {
+                    "score": said.score,
+                    "answers": sample.answers,
+                    "output": said.text,
+                    **{name: number(stats, name) for name in MEASURED},
+                }
+                results.append(line | (next(found) if handle else {}))
+            shown.update(bar, advance=case.length)
+
+
+@torch.no_grad()
+def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
+    """For each plan: mass on gold tokens over all heads, what is kept of it, and who lost some."""
+    right = tokenizer(f" {', '.join(sample.answers)}", add_special_tokens=False).input_ids
+    ids = torch.tensor([[*sample.ids, *right]], device=model.get_input_embeddings().weight.device)
+    first = len(sample.ids) - 1
+    gold = sorted({token for low, high in sample.gold for token in range(low, high)})
+    found = [{"mass": 0.0, "kept": 0.0, "lost": []} for _ in plans]
+    eyes = [Kept(plan, first) for plan in plans]
+    decoder = model.get_decoder()
+
+    def observe(module, q, k, v, logits) -> None:
+        if module._hfsparse.window is not None:
+            return  # the model's own window decides there
+        seen = SimpleNamespace(q=q, k=k, logits=logits)
+        rows = torch.arange(first, first + len(right), device=q.device)
+        at = torch.tensor(gold, device=q.device)
+        mass = torch.stack([attention(seen, rows, h)[:, at] for h in range(q.shape[1])])
+        whole = mass.sum(2).mean(1)  # [Hq], of a row
+        for told, eye in zip(found, eyes, strict=True):
+            kept = (mass * eye.mask(module.layer_idx, q, k, rows, logits.scale)[..., at]).sum(2)
+            kept = kept.mean(1)
+            told["mass"] += float(whole.sum())
+            told["kept"] += float(kept.sum())
+            told["lost"] += [
+                {
+                    "layer": module.layer_idx,
+                    "head": head,
+                    "mass": round(float(whole[head]), 5),
+                    "kept": round(float(kept[head]), 5),
+                    "words": words(eye.plan, module.layer_idx, head),
+                }
+                for head in (whole - kept > LOST).nonzero()[:, 0].tolist()
+            ]
+
+    with patch(model):
+        for module in decoder.modules():
+            if module is not decoder and "_hfsparse" in module.__dict__:
+                module._hfsparse.observe = observe
+        decoder(input_ids=ids, use_cache=False)
+    return found
+
+
+class Kept:
+    """The keys that a plan's heads read at a prompt's last row, `first`, and in the steps after."""
+
+    def __init__(self, plan: Plan, first: int):
+        self.plan, self.first = plan, first
+        self.chosen: Tensor | None = None  # by the last layer that chose pages
+
+    def mask(self, layer: int, q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
+        """bool `[Hq, rows, L]`, future keys included; q `[1, Hq, L, D]`, k `[1, Hkv, L, D]`."""
+        prompt, steps = self.first + 1, rows[1:]
+        q_prompt, k_prompt = q[:, :, :prompt], k[:, :, :prompt]
+        kept = q.new_ones(q.shape[1], len(rows), k.shape[2], dtype=torch.bool)
+        kept[:, :1, :prompt] = self._prefill(layer, q_prompt, k_prompt, scale)
+        kept[:, 1:] = self._decode(layer, q, k, steps, scale)
+        return kept
+
+    def _prefill(self, layer: int, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """`[Hq, 1, L]` of the last row."""
+        heads, length, ratio = q.shape[1], q.shape[2], q.shape[1] // k.shape[1]
+        words, below = self.plan.layers[layer], self.plan.below
+        grid = Grid.causal(1, length, default_block(length, q.device), q.device)
+        groups = defaultdict(list)
+        for head, word in enumerate(words.prefill):
+            limit = below.prefill if words.cache[head // ratio] == "full" else below.cache
+            if word != "full" and length >= limit:
+                groups[word].append(head)
+        kept = q.new_ones(heads, 1, length, dtype=torch.bool)
+        last = torch.tensor([length - 1], device=q.device)
+        for word, own in groups.items():
+            kv = [head // ratio for head in own]
+            lists = self.plan.patterns[word].lists(q[:, own], k[:, kv], grid, scale)
+            kept[own] = lists.mask(last)[0]
+        return kept
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
+        """`[Hq, rows, L]`."""
+        ratio, (words, below) = q.shape[1] // k.shape[1], (self.plan.layers[layer], self.plan.below)
+        kept = q.new_ones(q.shape[1], len(rows), k.shape[2], dtype=torch.bool)
+        if not len(rows):
+            return kept
+        key, tokens = torch.arange(k.shape[2], device=q.device), rows[:, None] + 1
+        reads = {word: self.plan.patterns.get(word) for word in words.decode}
+        for chooser in {p for p in reads.values() if hasattr(p, "pages")}:
+            mine = pages_read(replace(chooser, refresh=0), q, k, rows, scale)[0]
+            own = [h for h in range(q.shape[1]) if reads[words.decode[h // ratio]] == chooser]
+            if self.chosen is None:
+                self.chosen = mine.clone()
+            self.chosen[own] = mine[own]
+        for head in range(q.shape[1]):
+            cache, decode = words.cache[head // ratio], words.decode[head // ratio]
+            if cache != "full":
+                band = self.plan.patterns[cache].band
+                near = (key < band.sink) | (key >= band.start(rows[:, None]))
+                kept[head] = near | (tokens < below.cache)
+            elif decode != "full":
+                kept[head] = self.chosen[head] | (tokens < below.decode)
+        return kept
+
+
+def words(plan: Plan, layer: int, head: int) -> str:
+    """What the plan's line of this layer says of a q head and its kv head."""
+    said = plan.layers[layer]
+    kv = head * len(said.cache) // len(said.prefill)
+    return f"prefill {said.prefill[head]}, cache {said.cache[kv]}, decode {said.decode[kv]}"
+
+
+def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
+    """Each sample's scores and kept mass; the heads that lost most, and their line of the plan."""
+    dense = {line["id"]: line for line in lines if line["arm"] == "dense"}
+    parts: list[Part] = []
+    for arm in arms:
+        own = [x for x in lines if belongs(x, arm) and x["id"] in dense]
+        if not own:
+            continue
+        parts += [Heading(f"Samples: {arm['title']}"), _samples(own, dense)]
+        wrong = [x for x in own if x["score"] < dense[x["id"]]["score"]]
+        told = f"the {len(wrong)} samples that it answers worse" if wrong else "all samples"
+        parts += [Heading(f"Lost by heads: {arm['title']}, {told}"), _heads(wrong or own)]
+    note = "Mass: attention of an answer's row to the gold tokens, as the dense model has it."
+    return [*parts, note] if parts else ["No plan was run beside the dense model."]
+
+
+def _samples(own: Sequence[Mapping], dense: Mapping[str, Mapping]) -> Table:
+    head = ["id", "dense", "arm's", "mass kept, %", "arm's answer"]
+    rows = [
+        [
+            x["id"],
+            f"{dense[x['id']]['score']:.2f}",
+            f"{x['score']:.2f}",
+            f"{100 * x['kept'] / x['mass']:.1f}" if x["mass"] else "–",
+            " ".join(x["output"].split())[:80],
+        ]
+        for x in own
+    ]
+    return Table(head, rows)
+
+
+def _heads(own: Sequence[Mapping]) -> Table:
+    """Means over these samples; a head that lost nothing in a sample counts as 0 there."""
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for x in own:
+        for head in x["lost"]:
+            each = sums[head["layer"], head["head"], head["words"]]
+            each[0] += head["mass"] - head["kept"]
+            each[1] += head["mass"]
+    most = sorted(sums.items(), key=lambda item: -item[1][0])[:SHOWN]
+    rows = [
+        [f"{layer}", f"{head}", f"{lost / len(own):.4f}", f"{100 * (1 - lost / mass):.1f}", said]
+        for (layer, head, said), (lost, mass) in most
+    ]
+    return Table(["layer", "q head", "mass lost", "kept, %", "the plan's words"], rows, words=0)
