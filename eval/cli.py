@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +124,12 @@ def needle(
     depths: Annotated[str, typer.Option(help="Percent of the haystack.")] = "0,25,50,75,100",
     samples: Annotated[int | None, typer.Option(help="Samples of each cell (2).")] = None,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID_TASKS)}.")] = "niah_single_2",
+    needles: Annotated[
+        int, typer.Option(help="Of a sample, all asked for: one at the depth, the rest after it.")
+    ] = 1,
+    haystack: Annotated[
+        Path | None, typer.Option(help="A text file of your own, in place of the prose.")
+    ] = None,
     seed: Seed = 0,
     output: Output = Path("eval-needle"),
     device: Device = "auto",
@@ -131,14 +138,15 @@ def needle(
     max_new_tokens: Cap = None,
     batch: Batch = 1,
 ) -> None:
-    """One needle at each depth and length: table and heat map, dense beside sparse."""
+    """Needles at each depth and length: table and heat map, dense beside sparse."""
     places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
     size = _size(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
     run = Run("needle", model, plan, size, seed, output, max_new_tokens, arm, batch)
     chosen = _tasks(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
-    run.go(run.suite(chosen, places), device, dtype, chat.value)
+    hidden, marks = _hidden(chosen[0], _whole("needles", needles), haystack)
+    run.go(run.suite([hidden], places), device, dtype, chat.value, **marks)
 
 
 @app.command()
@@ -370,8 +378,7 @@ class Run:
             seed=self.seed,
             chat=chat,
             max_new_tokens=self.cap,
-            prose=text.prose_source(),
-            **named,
+            **{"prose": text.prose_source(), **named},
         )
         facts = [arm.facts() for arm in self.arms]
         with world.main_process_first():
@@ -400,6 +407,23 @@ class Run:
         from . import runner
 
         runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
+
+
+def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:
+    """The task with so many needles, in a haystack of the user's own, and what names that."""
+    from .text import own
+
+    if needles > 1:
+        task = replace(task, name=f"{task.name}_x{needles}", keys=needles, queries=needles)
+    if haystack is None:
+        return task, {}
+    if task.haystack != "prose":
+        prose = [name for name in GRID_TASKS if TASKS[name].haystack == "prose"]
+        raise UsageError(
+            f"{task.name} makes its own haystack: --haystack goes with {', '.join(prose)}"
+        )
+    sentences, mark = own(haystack)
+    return replace(task, own=sentences), {"prose": mark}
 
 
 def _arms(plans, names) -> list:

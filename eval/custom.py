@@ -9,7 +9,6 @@ out. Prompts are run whole, as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from hfsparse.loading import UsageError
 
+from . import text
 from .drafts import Ask, Draft
 from .samples import Prompter, Sample
 
@@ -42,13 +42,9 @@ class Own:
 
 def read(path: Path) -> tuple[list[Item], str]:
     """The file's questions, and its name and hash; UsageError names the first line that is bad."""
-    try:
-        content = path.read_bytes()
-        lines = content.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{path}: can't read: {getattr(problem, 'strerror', problem)}") from None
+    content, mark = text.read(path)
     items: dict[str, Item] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -60,7 +56,7 @@ def read(path: Path) -> tuple[list[Item], str]:
         items[item.id] = item
     if not items:
         raise UsageError(f"{path} holds no question: give one JSON object a line")
-    return [*items.values()], f"{path.name}, sha256:{hashlib.sha256(content).hexdigest()[:12]}"
+    return [*items.values()], mark
 
 
 def _item(row, number: int) -> Item:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from string import ascii_uppercase
 from uuid import UUID
@@ -27,6 +27,7 @@ class Niah:
     value: str = "number"  # or uuid
     new_tokens: int = 128
     metric: str = "all"
+    own: tuple[str, ...] = field(default=(), repr=False)  # sentences in place of the prose
 
     @property
     def needles(self) -> int:
@@ -45,7 +46,10 @@ class Niah:
         return self
 
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
-        """`size` counts words of prose, or lines. `depth` (percent) places a single needle."""
+        """`size` counts words of prose, or lines.
+
+        `depth` (percent) places the first needle; further ones follow evenly up to the end.
+        """
         lines = size if self.haystack == "needles" else 0
         keys = some(rng, self.key, self.keys + lines)
         values = some(rng, self.value, self.needles + lines)
@@ -83,13 +87,15 @@ class Niah:
 
     def _haystack(self, rng, size, distractors, depth) -> tuple[list[str], list[int]]:
         """Its sentences or lines, and ascending places among them for this task's needles."""
+        step = 0 if depth is None else (100 - depth) / self.needles
+        depths = [] if depth is None else [depth + step * i for i in range(self.needles)]
         if self.haystack == "prose":
-            units = excerpt(rng, size)
-            depths = [depth] if depth is not None else sorted(rng.sample(SLOTS, self.needles))
+            units = excerpt(rng, size, self.own)
+            depths = depths or sorted(rng.sample(SLOTS, self.needles))
             return units, [int(len(units) * d / 100) for d in depths]
         units = distractors or [text.NOISE] * size
-        if depth is not None:
-            return units, [int(len(units) * depth / 100)]
+        if depths:
+            return units, [int(len(units) * d / 100) for d in depths]
         return units, sorted(rng.sample(range(len(units)), self.needles))
 
 
@@ -108,16 +114,17 @@ def _capitals(number: int) -> str:
     return "".join(ascii_uppercase[number // 26**place % 26] for place in range(5))
 
 
-def excerpt(rng: Random, words: int) -> list[str]:
+def excerpt(rng: Random, words: int, own: Sequence[str] = ()) -> list[str]:
     """Sentences of `words` words of prose from a random sentence on, repeated past its end."""
-    sentences = text.prose()
+    sentences = own or text.prose()
     start = rng.randrange(len(sentences))
     taken: list[str] = []
     at = start
     while len(taken) < words:
         taken += sentences[at % len(sentences)].split()
         at += 1
-    return text.split_sentences(" ".join(taken[:words]))
+    found = text.split_sentences(" ".join(taken[:words]))
+    return [piece for sentence in found for piece in text.cut(sentence)] if own else found
 
 
 def _listed(words: list[str]) -> str:

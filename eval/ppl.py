@@ -6,7 +6,6 @@ sees changes that the perplexity of the text averages away; neither sees what on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite
@@ -44,11 +43,7 @@ def source(path: Path | None) -> tuple[str, str]:
     """The text to read, the built-in prose without a file, and what it is."""
     if path is None:
         return " ".join(text.prose()), text.prose_source()
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8"), f"{path.name}, sha256:{_hash(content)}"
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{path}: can't read: {getattr(problem, 'strerror', problem)}") from None
+    return text.read(path)
 
 
 def windows(
@@ -206,7 +201,3 @@ def _figures(bins: Sequence[Mapping]) -> list[str]:
 
 def _loss(line: Mapping) -> float:
     return sum(b["loss"] for b in line["bins"]) / sum(b["tokens"] for b in line["bins"])
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]

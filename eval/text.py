@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from hfsparse.loading import UsageError
+
 from .words import ADJECTIVES, NOUNS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -39,8 +41,7 @@ def prose() -> tuple[str, ...]:
 def prose_source() -> str:
     """Where the prose comes from, its size and its hash: two runs compare only if this is equal."""
     text = " ".join(prose())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"CPython {_source()[0]}, {len(text.split())} words, sha256:{digest}"
+    return f"CPython {_source()[0]}, {len(text.split())} words, {_mark(text.encode())}"
 
 
 def key(number: int) -> str:
@@ -50,6 +51,34 @@ def key(number: int) -> str:
 
 def split_sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(text)
+
+
+def cut(sentence: str, most: int = 60) -> list[str]:
+    """Pieces of at most so many words: what has no sentences still has places for needles."""
+    words = sentence.split()
+    return [" ".join(words[i : i + most]) for i in range(0, len(words), most)]
+
+
+def own(path: Path) -> tuple[tuple[str, ...], str]:
+    """The sentences of a text file in reading order, and the file's name and hash."""
+    content, mark = read(path)
+    sentences = tuple(split_sentences(" ".join(content.split())))
+    if not any(sentences):
+        raise UsageError(f"{path} holds no words: give a text file")
+    return sentences, mark
+
+
+def read(path: Path) -> tuple[str, str]:
+    """A file's text, and its name and hash."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8"), f"{path.name}, {_mark(content)}"
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"{path}: can't read: {getattr(problem, 'strerror', problem)}") from None
+
+
+def _mark(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _source() -> tuple[str, Iterable[str]]:
