@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -15,19 +13,19 @@ from hfsparse.cli import Commands
 from hfsparse.loading import UsageError
 
 from .decode import DECODES
-from .suites import SUITES, Size, named
+from .job import DATA, Run, check_window, listed, pick, positive, sized
+from .suites import SUITES, Size
 from .talks import TALKS
 from .tasks import TASKS, Niah, with_books
 
 app = typer.Typer(
     cls=Commands,
-    help="Retrieval tasks, dense beside sparse.",
+    help="What a plan costs, judged in pairs: dense beside sparse.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
-
 PLACED = [name for name in TASKS if name not in ("cwe", "fwe")]  # answers that stand in a place
 
 
@@ -75,7 +73,6 @@ Squad = Annotated[
 HotpotQA = Annotated[
     str | None, typer.Option("--hotpotqa", help="qa_2: HotpotQA's dev file, or `datasets`.")
 ]
-DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # tasks that need data: the option that gives it
 
 
 @app.command()
@@ -106,8 +103,8 @@ def ruler(
     qa_1 and qa_2 need SQuAD and HotpotQA; without them qa_1_invented and qa_2_invented are run.
     """
     known, marks = _known(squad, hotpotqa)
-    chosen = _tasks(_standard(known) if tasks is None else tasks, known)
-    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    chosen = pick(_standard(known) if tasks is None else tasks, known)
+    size = sized(suite, lengths, samples, Size(8, (4096,)))
     run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
     run.go(run.suite(chosen), device, dtype, chat.value, **marks)
 
@@ -139,13 +136,13 @@ def needle(
     batch: Batch = 1,
 ) -> None:
     """Needles at each depth and length: table and heat map, dense beside sparse."""
-    places = _numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
-    size = _size(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
+    places = listed("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
+    size = sized(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
     run = Run("needle", model, plan, size, seed, output, max_new_tokens, arm, batch)
-    chosen = _tasks(task, {name: TASKS[name] for name in GRID_TASKS})
+    chosen = pick(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
-    hidden, marks = _hidden(chosen[0], _whole("needles", needles), haystack)
+    hidden, marks = _hidden(chosen[0], positive("needles", needles), haystack)
     run.go(run.suite([hidden], places), device, dtype, chat.value, **marks)
 
 
@@ -180,8 +177,8 @@ def turns(
     """
     from .talks import rules
 
-    chosen = _tasks(tasks, TALKS)
-    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    chosen = pick(tasks, TALKS)
+    size = sized(suite, lengths, samples, Size(8, (4096,)))
     run = Run("turns", model, plan, size, seed, output, max_new_tokens)
     run.gold, run.known = answers is Feed.gold, known
     told = rules(run.gold, run.known)
@@ -245,8 +242,8 @@ def decode(
     max_new_tokens: Cap = None,
 ) -> None:
     """Long answers: list, sort, add up, copy; the score, and agreement with dense by position."""
-    chosen = _tasks(tasks, DECODES)
-    size = _size(suite, lengths, samples, Size(8, (4096,)))
+    chosen = pick(tasks, DECODES)
+    size = sized(suite, lengths, samples, Size(8, (4096,)))
     run = Run("decode", model, plan, size, seed, output, max_new_tokens, arm)
     run.go(run.suite(chosen), device, dtype, chat.value)
 
@@ -269,12 +266,12 @@ def ppl(
     from . import ppl as judge
 
     content, mark = judge.source(data)
-    size = _size(None, lengths, samples, Size(samples, ()))
-    step = None if stride is None else _whole("stride", stride)
+    size = sized(None, lengths, samples, Size(samples, ()))
+    step = None if stride is None else positive("stride", stride)
     run = Run("ppl", model, plan, size, 0, output, None)
 
     def made(prompter, window):
-        _check_window(window, size.lengths)
+        check_window(window, size.lengths)
         return [
             case
             for length in size.lengths
@@ -306,8 +303,8 @@ def recall(
     """Which heads lose the needle under a plan, and which of its words did it."""
     from . import recall as judge
 
-    chosen = _tasks(tasks, {name: TASKS[name] for name in PLACED})
-    size = _size(None, lengths, samples, Size(samples, ()))
+    chosen = pick(tasks, {name: TASKS[name] for name in PLACED})
+    size = sized(None, lengths, samples, Size(samples, ()))
     run = Run("recall", model, plan, size, seed, output, None)
 
     def measured(model, tokenizer, suite, results, share):
@@ -315,98 +312,6 @@ def recall(
         judge.run(model, tokenizer, suite, results, run.arms)
 
     run.go(run.suite(chosen), device, dtype, chat.value, measured)
-
-
-class Run:
-    """What all commands do: check, load, run, write."""
-
-    gold = known = False  # of conversations, as `Prompter` takes them
-
-    def __init__(self, kind, model, plans, size: Size, seed, output, cap, arms=(), batch=1):
-        from .results import writable
-
-        self.kind, self.model, self.seed, self.output = kind, model, seed, output
-        self.size = size
-        self.cap = None if cap is None else _whole("max-new-tokens", cap)
-        self.batch = _whole("batch", batch)
-        self.arms = _arms(plans or (), arms or ())
-        writable(output)
-
-    def suite(self, tasks, depths=(None,)) -> Callable:
-        """What makes the samples of these tasks, once a prompter and the window are known."""
-
-        def made(prompter, window: int | None):
-            from .samples import Suite
-
-            _check_window(window, self.size.lengths)
-            return Suite(tasks, self.size.lengths, self.size.samples, prompter, self.seed, depths)
-
-        return made
-
-    def go(
-        self,
-        made: Callable,
-        device: str,
-        dtype: str,
-        chat: str,
-        measured: Callable | None = None,
-        **named: str | None,
-    ) -> None:
-        """Run what `made` makes of a prompter and a window, by `measured` or as answers."""
-        import hfsparse
-        from hfsparse.fingerprint import weights_mark
-        from hfsparse.loading import load
-        from hfsparse.plan import ModelId
-
-        from . import heatmap, report, runner, text
-        from .results import Results, Settings
-        from .samples import Prompter
-
-        world, device = _processes(device)
-        model, tokenizer = load(self.model, device, dtype)
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for arm in self.arms:
-            arm.check(model)
-        suite = made(Prompter(tokenizer, chat, self.gold, self.known), window)
-        settings = Settings(
-            kind=self.kind,
-            model=self.model,
-            fingerprint=ModelId.of(model).fingerprint,
-            weights=weights_mark(model),
-            version=hfsparse.__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            seed=self.seed,
-            chat=chat,
-            max_new_tokens=self.cap,
-            **{"prose": text.prose_source(), **named},
-        )
-        facts = [arm.facts() for arm in self.arms]
-        with world.main_process_first():
-            session = runner.session(model.device)
-            results = Results(self.output, settings, session, facts, world.process_index)
-        world.wait_for_everyone()
-        share = world.process_index, world.num_processes
-        (measured or self._answered)(model, tokenizer, suite, results, share)
-        world.wait_for_everyone()
-        if not world.is_main_process:
-            return
-        results.merge()
-        paths = report.save(results)
-        if self.kind == "needle":
-            paths += heatmap.save(results, f"{self.model}, {suite.cases[0].task}")
-        for path in paths:
-            typer.echo(path)
-        if failed := results.failed:
-            first = failed[0]
-            raise UsageError(
-                f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
-                f"({first['failed']}): the same command tries them again"
-            )
-
-    def _answered(self, model, tokenizer, suite, results, share) -> None:
-        from . import runner
-
-        runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
 
 
 def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:
@@ -426,50 +331,6 @@ def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict
     return replace(task, own=sentences), {"prose": mark}
 
 
-def _arms(plans, names) -> list:
-    """Everything that is run beside the dense model; what can't be is an error here."""
-    from hfsparse.plan import Plan
-
-    from .arms import Sparse, peer
-
-    found = [Sparse(Plan.load(path), path.stem) for path in plans] + [peer(n) for n in names]
-    seen: dict = {}
-    for arm in found:
-        if (arm.name, arm.hash) in seen:
-            raise UsageError(f"{arm.title} and {seen[arm.name, arm.hash]} are the same: give one")
-        if arm.title in seen.values():
-            arm.title += f" {arm.hash[7:13]}"
-        seen[arm.name, arm.hash] = arm.title
-    return found
-
-
-def _processes(device: str):
-    """This process among those of `accelerate launch`, and the device that is its own."""
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    world = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
-    if world.num_processes > 1 and device in ("auto", "cuda"):
-        device = str(world.device)
-    return world, device
-
-
-def _size(suite: str | None, lengths: str | None, samples: int | None, usual: Size) -> Size:
-    """What a suite's name stands for, or what is usual; a flag of its own goes before both."""
-    size = named(suite) if suite else usual
-    if lengths is not None:
-        numbers = _numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
-        size = Size(size.samples, tuple(numbers))
-    return size if samples is None else Size(_whole("samples", samples), size.lengths)
-
-
-def _whole(name: str, number: int) -> int:
-    if number < 1:
-        raise UsageError(f"{name} is {number}: give 1 or more")
-    return number
-
-
 def _known(squad: str | None, hotpotqa: str | None) -> tuple[dict, dict[str, str]]:
     """Every task that can be run with this data, and by which data."""
     from . import qa
@@ -486,41 +347,3 @@ def _standard(known: dict) -> str:
     """RULER's thirteen: the invented questions only where the real ones are missing."""
     replaced = {f"{name}_invented" for name in DATA if name in known}
     return ",".join(name for name in known if name not in replaced)
-
-
-def _tasks(names: str, known: dict) -> list:
-    chosen = []
-    for name in _split(names):
-        if name in DATA and name not in known and f"{name}_invented" in known:
-            raise UsageError(
-                f"{name} needs its data: give --{DATA[name]} FILE, or take {name}_invented"
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UsageError(f"unknown task {name}: did you mean {near[0]}? ({', '.join(known)})")
-        chosen.append(known[name])
-    if not chosen:
-        raise UsageError(f"no task given: give some of {', '.join(known)}")
-    return chosen
-
-
-def _numbers(name: str, given: str, kind: type, fits: Callable, wanted: str) -> list:
-    try:
-        numbers = [kind(word) for word in _split(given)]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(fits, numbers)):
-        raise UsageError(f"{name} is {given!r}: give numbers {wanted}, by commas")
-    return numbers
-
-
-def _split(words: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
-
-
-def _check_window(window: int | None, lengths: Sequence[int]) -> None:
-    if window and max(lengths) > window:
-        raise UsageError(
-            f"length {max(lengths)} is beyond this model's window of {window} tokens: "
-            f"give lengths up to {window}"
-        )

@@ -196,7 +196,7 @@ def _figures(bins: Sequence[Mapping]) -> list[str]:
     tokens, loss, kl, same = (sum(b[x] for b in bins) for x in ("tokens", "loss", "kl", "same"))
     power = loss / tokens
     shown = f"{exp(power):.3f}" if isfinite(power) and power < 20 else f"e^{power:.1f}"
-    return [f"{tokens:.0f}", shown, f"{kl / tokens:.5f}", f"{100 * same / tokens:.2f}"]
+    return [f"{tokens:.0f}", shown, f"{max(kl, 0.0) / tokens:.5f}", f"{100 * same / tokens:.2f}"]
 
 
 def _loss(line: Mapping) -> float:

@@ -16,6 +16,7 @@ from .tasks import TASKS, clean
 from .verdict import beyond, verdict
 
 RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
+UNUSED = {"ppl": ("prompts", "new tokens", "prose haystack"), "custom": ("prose haystack",)}
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
 NOTE = (
     "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
@@ -94,6 +95,8 @@ def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[s
             f"qa_1 {settings.squad or 'not run'}; qa_2 {settings.hotpotqa or 'not run'}; "
             "qa_*_invented: invented facts (not SQuAD or HotpotQA)"
         )
+    for name in UNUSED.get(settings.kind, ()):
+        del facts[name]
     lines = [f"{name}: {value}" for name, value in facts.items()]
     for session in sessions:
         versions = [f"{k} {v}" for k, v in session.items() if k != "machine"]

@@ -373,7 +373,7 @@ def bench(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def evaluate(context: typer.Context) -> None:
-    """Retrieval tasks, dense beside sparse: hfsparse eval ruler|needle."""
+    """What a plan costs, in pairs: ruler, needle, turns, custom, decode, ppl, recall."""
     try:
         from hfsparse_eval.cli import app as tasks
     except ModuleNotFoundError as error:

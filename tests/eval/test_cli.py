@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hfsparse.plan import ModelId, Plan
-from hfsparse_eval.cli import _size, app
+from hfsparse_eval.cli import app
+from hfsparse_eval.job import sized
 from hfsparse_eval.suites import Size
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
@@ -113,11 +114,11 @@ def test_the_same_plan_twice_is_one_clear_sentence(call, tmp_path, model):
 
 def test_a_suite_sets_lengths_and_samples_and_flags_go_before_it():
     usual = Size(8, (4096,))
-    assert _size(None, None, None, usual) == usual
-    assert _size("standard", None, None, usual) == Size(100, (4096, 8192, 16384, 32768))
-    assert _size("full", None, None, usual).lengths[-1] == 131072
-    assert _size("smoke", "512,600", None, usual) == Size(4, (512, 600))
-    assert _size("quick", None, 3, usual) == Size(3, (4096, 16384))
+    assert sized(None, None, None, usual) == usual
+    assert sized("standard", None, None, usual) == Size(100, (4096, 8192, 16384, 32768))
+    assert sized("full", None, None, usual).lengths[-1] == 131072
+    assert sized("smoke", "512,600", None, usual) == Size(4, (512, 600))
+    assert sized("quick", None, 3, usual) == Size(3, (4096, 16384))
 
 
 def test_another_model_in_the_same_directory_is_refused_and_nothing_is_touched(call, tmp_path):
