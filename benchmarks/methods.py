@@ -152,7 +152,7 @@ def make(given) -> None:
         if f"{group}-{seed}" not in log.rows and (group != "streaming-llm" or seed == 0)
     ]
     if tasks:
-        with crew(given, 1) as pool:
+        with crew(given, 3) as pool:
             for row in spread(given, pool, made, tasks):
                 log.add(row)
                 print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)

@@ -102,10 +102,10 @@ def profile(
         typer.Option(help="Another method for prompts, where --method keeps the cache full."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Prove the plan on retrieval trials; give back heads that fail.")
+        bool, typer.Option(help="Try the plan on retrieval trials; give back heads that fail.")
     ] = True,
     drop: Annotated[
-        float, typer.Option(help="Greatest share of answers that may be lost against dense.")
+        float, typer.Option(help="Give heads back where trials show that more answers are lost.")
     ] = 0.01,
     verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 12,
     proxy: Annotated[

@@ -7,6 +7,7 @@ of effects is least; mean pair density, cache share and decode share stay within
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,6 +125,23 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
 def least_loss(options: Options, budget: Budget) -> float:
     """Sum of effects of the choice that `allocate` makes; Infeasible where there is none."""
     return _programme(options, budget).solve()[1]
+
+
+def losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
+    """What each kv head of a choice loses, its q heads in prompts and its decode: [layers, Hkv]."""
+    kv_heads = options.ring_effect.shape[2]
+    group, found = options.prefill.shape[2] // kv_heads, np.zeros((len(layers), kv_heads))
+    for at, layer in enumerate(layers):
+        for g, (cache, decode) in enumerate(zip(layer.cache, layer.decode, strict=True)):
+            if cache in options.rings:
+                found[at, g] = options.ring_effect[at, options.rings.index(cache), g]
+                continue
+            for h in range(g * group, (g + 1) * group):
+                same = options.prefill[at, :, h] == layer.prefill[h]  # none, where it is full
+                found[at, g] += options.prefill_effect[at, same, h][:1].sum()
+            if decode in options.selectors:
+                found[at, g] += options.page_effect[at, options.selectors.index(decode), g]
+    return found
 
 
 def _programme(options: Options, budget: Budget) -> _Programme:

@@ -59,6 +59,7 @@ def plan(job: Job) -> Plan:
                 for name, each in told.items()
             },
         }
+    job.suspects = job.spread(rank)
     return rings(job, top(rank, told["error"], count), DEPLOYED, made | {"full_heads": count})
 
 

@@ -40,12 +40,20 @@ class Job:
     proxy: str | None = None  # `duo`: what ranks heads in place of training
     # Set by a method that can tell densities and shares of any choice of its words, by length.
     expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
+    # Likewise, by one that can tell what its plan loses, by layer and kv head `[layers, kv heads]`.
+    suspects: np.ndarray | None = None
     draw: Callable[[], Figure] | None = None  # likewise, by one that can draw `curves`
 
     @property
     def free(self) -> np.ndarray:
         """Which layers `[layers]` have no window of their own: their heads may be sparse."""
         return np.array([window is None for window in windows(self.model)])
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values `[free layers, ...]` as `[layers, ...]`, 0 in those with a window of their own."""
+        every = np.zeros((len(self.free), *values.shape[1:]))
+        every[self.free] = values
+        return every
 
     @property
     def below(self) -> Below:

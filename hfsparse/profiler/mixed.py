@@ -38,6 +38,8 @@ def plan(job: Job, prompts: Callable[[Job], Plan], rest: Callable[[Job], Plan]) 
         }
 
     job.expect = expect
+    told = [part.suspects / part.suspects.max() for part in (first, second) if _tells(part)]
+    job.suspects = sum(told) if told else None
     patterns = {names[word]: pattern for word, pattern in one.patterns.items()} | other.patterns
     return replace(
         other,
@@ -46,6 +48,10 @@ def plan(job: Job, prompts: Callable[[Job], Plan], rest: Callable[[Job], Plan]) 
         expected=expect(layers),
         made=one.made | other.made,
     )
+
+
+def _tells(job: Job) -> bool:
+    return job.suspects is not None and job.suspects.max() > 0
 
 
 def join(mine: Layer, theirs: Layer, names: dict[str, str]) -> Layer:

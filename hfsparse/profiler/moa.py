@@ -58,8 +58,12 @@ def plan(job: Job) -> Plan:
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
     job.expect = partial(_expected, each=each, tables=tables)
-    best = _best(job, [_plan(job, each, choice) for choice in choices], unseen)
+    plans = [_plan(job, each, choice) for choice in choices]
+    best = _best(job, plans, unseen)
     best.expected = job.expect(best.layers)
+    rules_of = choices[plans.index(best)]  # [free layers, q heads]
+    lost = np.take_along_axis(programme.scaled.sum(0), rules_of[..., None], 2)
+    job.suspects = job.spread(lost.reshape(len(lost), best.model.kv_heads, -1).sum(2))
     return best
 
 

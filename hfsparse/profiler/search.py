@@ -14,7 +14,7 @@ from hfsparse.fingerprint import windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import measure
-from hfsparse.profiler.allocate import Infeasible, Options, allocate
+from hfsparse.profiler.allocate import Infeasible, Options, allocate, losses
 from hfsparse.profiler.capture import capture
 from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.measure import Candidates
@@ -70,13 +70,15 @@ def chosen(
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     choices = options(free, candidates, *kept_and_read)
     try:
-        taken = iter(allocate(choices, job.budget))
+        taken = allocate(choices, job.budget)
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
+    job.suspects = job.spread(losses(choices, taken))
     job.draw = partial(_curves, job, candidates, free[max(free)], choices)
     this = ModelId.of(job.model)
     full = Plan.full(this).layers[0]
-    layers = tuple(next(taken) if sparse else full for sparse in job.free)
+    rest = iter(taken)
+    layers = tuple(next(rest) if sparse else full for sparse in job.free)
     job.expect = lambda layers: {n: expected(layers, candidates, t, n) for n, t in means.items()}
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
     return Plan(this, used(known, layers), layers, job.below, job.expect(layers))

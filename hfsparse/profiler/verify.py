@@ -1,9 +1,13 @@
-"""Prove a plan on paired trials, and give heads back until no more than a stated share is lost.
+"""Try a plan on paired trials, and give heads back where they show more lost than a stated share.
 
-The patched model and the dense one answer the same questions on the same tokens (`trials`). If the
-plan loses too much, each layer in turn is given back (made full) on the trials that lost most; in
-the order of what that wins, bisection finds the fewest layers, then in them the fewest kv heads,
-with which the plan keeps within the drop. What was asked and lost is written into `plan.made`.
+The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
+loses too much where the 95 % interval of the share lost lies above `drop`: a few values that turn
+by a hair are no reason to give a head back, and few trials can't tell one per cent. Then kv heads
+are given back (made full), those first that the method thinks lose most (`job.suspects`). Only the
+trials that lost are asked again, the shortest first: bisection finds how many heads win most of the
+lost values back, in nats, and those that are not needed are taken away. Then all trials are asked
+again; while they lose too much, half as many heads again are given back. What was asked and lost,
+and what that leaves open, is written into `plan.made`.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby
 from typing import TypeVar
 
 import numpy as np
@@ -25,9 +28,12 @@ from hfsparse.profiler import trials
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.search import used
 from hfsparse.profiler.trials import Trial
+from hfsparse.selectors.reuse import Reuse
 
 ABLE = 0.5  # a task counts if the dense model says so large a share of its values
-LOOKED = 2  # trials, those that lost most, on which single layers and heads are given back
+LOOKED = 0.9  # of what the lost values are worse than dense, in nats: trials that are asked again
+WON = 0.9  # of it, what a search wins back
+TRIES = 8  # at most, to do without heads that a search has given back
 
 Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
@@ -42,7 +48,7 @@ def asked(job: Job, samples: int) -> dict[str, Trial]:
 
 
 def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
-    """`plan`, or more of it full, that loses at most the share `drop` of these trials' answers.
+    """`plan`, or more of it full, that these trials don't show to lose more than the share `drop`.
 
     Lost is what the dense model says and the plan doesn't, less what only the plan says.
     `made["verified"]` says what was found.
@@ -50,7 +56,7 @@ def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
     start, given = time.time(), []
     pair = Pair(job, asked, {})
     pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
-    if pair.counted and pair.lost(plan).mean > drop:
+    if pair.counted and pair.lost(plan).low > drop:
         given = _given(pair, plan, drop)
     final = full(plan, given)
     if given:
@@ -59,7 +65,7 @@ def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
         "verified": {
             "lengths": list(job.prompts),
             "limit": drop,
-            **pair.report(final),
+            **pair.report(final, drop),
             "given_back": [f"layer {at} kv head {g}" for at, g in given],
             "seconds": round(time.time() - start, 1),
         }
@@ -109,10 +115,27 @@ class Pair:
             for name, found in self.run(plan, self.counted, "plan").items()
         }
 
+    def within(self, plan: Plan, missed: dict[str, np.ndarray], most: float, given: int) -> bool:
+        """Whether the values `missed`, by trial, are together at most `most` nats worse than dense.
+
+        Runs no more trials than tell it.
+        """
+        total = 0.0
+        for name in self.job.progress((f"given back: {given}", n) for n in missed):
+            found = self.run(plan, {name: self.asked[name]})[name]
+            total += self.worse(name, found, missed[name])
+            if total > most:
+                return False
+        return True
+
+    def worse(self, name: str, found: dict[str, np.ndarray], values: np.ndarray) -> float:
+        """By how many nats, in sum over some values of a trial, it was predicted worse."""
+        return float((found["loss"] - self.dense[name]["loss"])[values].sum())
+
     def lost(self, plan: Plan) -> Lost:
         return lost(list(self.changes(plan).values()))
 
-    def report(self, plan: Plan) -> dict:
+    def report(self, plan: Plan, drop: float) -> dict:
         """For `made`: what the dense model says, and what of it the plan loses."""
         tasks = {task: {"dense": round(share, 4)} for task, share in self.tasks.items()}
         if not self.counted:
@@ -125,7 +148,7 @@ class Pair:
         low, high = 100 * total.low, 100 * total.high
         return {
             "told": f"{100 * total.mean:.1f} % of {total.values} answers lost, 95 % interval "
-            f"{low:.1f} to {high:.1f}, in {len(changes)} trials",
+            f"{low:.1f} to {high:.1f}, in {len(changes)} trials: {total.against(drop)}",
             "trials": len(changes),
             "values": total.values,
             "drop": round(total.mean, 4),
@@ -142,6 +165,15 @@ class Lost:
     low: float  # its 95 % interval
     high: float
     values: int
+
+    def against(self, drop: float) -> str:
+        """What the interval says of a limit."""
+        limit = f"{100 * drop:g} %"
+        if self.high <= drop:
+            return f"within {limit}"
+        if self.low > drop:
+            return f"more than {limit}"
+        return f"more than {limit} is not shown, nor ruled out"
 
 
 def lost(changes: Sequence[np.ndarray]) -> Lost:
@@ -164,42 +196,63 @@ def lost(changes: Sequence[np.ndarray]) -> Lost:
 
 
 def full(plan: Plan, units: Sequence[Unit]) -> Plan:
-    """The plan with these kv heads, and the q heads of their groups, full."""
-    layers, group = list(plan.layers), plan.model.q_heads // plan.model.kv_heads
-    for at, g in units:
-        prefill, cache, decode = (list(words) for words in vars(layers[at]).values())
-        prefill[g * group : (g + 1) * group] = ["full"] * group
-        cache[g] = decode[g] = "full"
-        layers[at] = Layer(tuple(prefill), tuple(cache), tuple(decode))
+    """The plan with these kv heads, and the q heads of their groups, full.
+
+    Where later layers read the pages that one of these chose, decode is full there, too.
+    """
+    layers, group = [], plan.model.q_heads // plan.model.kv_heads
+    chooser = None  # the last layer that chose pages
+    for at, layer in enumerate(plan.layers):
+        prefill, cache, decode = (list(words) for words in vars(layer).values())
+        reused = [isinstance(plan.patterns.get(word), Reuse) for word in decode]
+        for g in range(plan.model.kv_heads):
+            if (at, g) in units:
+                prefill[g * group : (g + 1) * group] = ["full"] * group
+                cache[g] = decode[g] = "full"
+            elif reused[g] and (chooser, g) in units:
+                decode[g] = "full"
+        if any(
+            w not in ("full", "ring") and not r for w, r in zip(layer.decode, reused, strict=True)
+        ):
+            chooser = at
+        layers.append(Layer(tuple(prefill), tuple(cache), tuple(decode)))
     return replace(plan, layers=tuple(layers), patterns=used(plan.patterns, tuple(layers)))
 
 
 def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
-    """The fewest kv heads found that, given back, keep the plan within the drop."""
-    changes = pair.changes(plan)
-    worst = sorted(changes, key=lambda name: -changes[name].sum())[:LOOKED]
-    looked = {name: pair.asked[name] for name in worst if changes[name].sum() > 0}
-
-    def ranked(choices: Sequence[list[Unit]], what: str) -> list[list[Unit]]:
-        """These groups of heads, the one that wins most when given back first."""
-        left = []
-        for units in pair.job.progress((f"{what} {i}", c) for i, c in enumerate(choices)):
-            found = pair.run(full(plan, units), looked).values()
-            left.append(np.concatenate([each["loss"] for each in found]).mean())
-        return [choices[i] for i in np.argsort(left, kind="stable")]
-
-    def enough(choices: Sequence[list[Unit]]) -> bool:
-        return pair.lost(full(plan, [*chain(*choices)])).mean <= drop
-
-    sparse = [
+    """Few kv heads without which the plan is shown to lose more than the drop."""
+    order = [
         unit
         for unit in np.ndindex(len(plan.layers), plan.model.kv_heads)
         if full(plan, [unit]) != plan
     ]
-    layers = [list(units) for _, units in groupby(sparse, key=lambda unit: unit[0])]
-    layers = fewest(ranked(layers, "layer given back"), enough)
-    heads = [[unit] for units in layers for unit in units]
-    return sorted(chain(*fewest(ranked(heads, "head given back"), enough)))
+    if pair.job.suspects is not None:
+        order.sort(key=lambda unit: -pair.job.suspects[unit])
+    given: list[Unit] = []
+    while pair.lost(full(plan, given)).low > drop:
+        rest = [unit for unit in order if unit not in given]
+        given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, rest)
+    return sorted(given)
+
+
+def _found(pair: Pair, plan: Plan, order: list[Unit]) -> list[Unit]:
+    """Few heads, the first of `order` likely among them, that win back most of what is lost."""
+    now = pair.run(plan, pair.counted)
+    missed = {name: pair.dense[name]["said"] > now[name]["said"] for name in now}
+    worse = {name: pair.worse(name, now[name], missed[name]) for name in now}
+    total, looked = sum(worse.values()), []
+    for name in sorted(worse, key=lambda name: -worse[name]):
+        if sum(worse[n] for n in looked) < LOOKED * total:
+            looked.append(name)
+    if not looked:  # chance: the values lost were as likely as before
+        return order[: max(1, len(order) // 8)]
+    looked.sort(key=lambda name: len(pair.asked[name].text))
+    values = {name: missed[name] for name in looked}
+
+    def enough(units: Sequence[Unit]) -> bool:
+        return pair.within(full(plan, units), values, (1 - WON) * total, len(units))
+
+    return fewer(fewest(order, enough), enough)
 
 
 def fewest(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequence[T]:
@@ -209,3 +262,18 @@ def fewest(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequenc
         middle = (low + high) // 2
         low, high = (low, middle) if enough(order[:middle]) else (middle + 1, high)
     return order[:high]
+
+
+def fewer(found: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
+    """What of `found` is still enough, in TRIES tries: without a quarter, less, and single ones."""
+    left, tries, size = list(found), 0, -(-len(found) // 4)
+    while size:
+        for end in range(len(left), 0, -size):  # the least suspicious first
+            if tries == TRIES or len(left) == 1:
+                return left
+            without = left[: max(0, end - size)] + left[end:]
+            tries += 1
+            if without and enough(without):
+                left = without
+        size //= 2
+    return left

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hfsparse.plan import Layer
-from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate
+from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate, losses
 
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
 
@@ -73,7 +73,9 @@ def test_the_choice_is_the_best_of_all_choices(seed, limits):
         for effect, *costs in [price(o, both)]
         if all(c <= limit + 1e-9 for c, limit in zip(costs, limits, strict=True))
     )
-    effect, *costs = price(o, allocate(o, Budget(*limits)))
+    chosen = allocate(o, Budget(*limits))
+    effect, *costs = price(o, chosen)
+    assert losses(o, chosen).sum() == pytest.approx(effect)
     assert effect == pytest.approx(best, rel=2e-3, abs=1e-9)
     assert all(c <= limit + 1e-6 for c, limit in zip(costs, limits, strict=True))
     assert (best > 0) == (limits != (1, 1, 1))  # a budget that binds costs something

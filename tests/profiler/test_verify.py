@@ -15,6 +15,8 @@ from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import search, trials, verify
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.selectors.quest import Quest
+from hfsparse.selectors.reuse import Reuse
 from tests import tiny
 from tests.profiler.test_capture import lively
 
@@ -94,6 +96,22 @@ def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
     assert (1 - alike.high) ** 20 == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([[0, 0]] * 400, "within 1 %"),
+        ([[1, 0], [0, 0]] * 20, "more than 1 %"),
+        ([[1, 0]] + [[0, 0]] * 23, "more than 1 % is not shown, nor ruled out"),
+        (
+            [[1, 1]] * 3 + [[-1, -1]] * 3 + [[0, 0]] * 18,
+            "more than 1 % is not shown, nor ruled out",
+        ),
+    ],
+)
+def test_what_trials_say_of_a_limit(changes, told):
+    assert verify.lost([np.array(c) for c in changes]).against(0.01) == told
+
+
 # ---- heads given back
 
 
@@ -123,7 +141,7 @@ def believe(monkeypatch, vital: set[verify.Unit], able: float = 1.0) -> list[str
     return log
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeypatch, seed):
     every = [(at, g) for at in range(LAYERS) for g in range(KV)]
     vital = set(random.Random(seed).sample(every, seed + 1))
@@ -138,6 +156,54 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
     assert verified["values"] == 2 * 2 * 4
     assert len(verified["given_back"]) == len(vital)
     assert plan.made["method"] == "by hand"
+
+
+def test_heads_that_the_method_suspects_are_looked_at_first(model, monkeypatch):
+    runs = {}
+    for at, units in (("first", {(3, 0), (3, 1)}), ("last", {(0, 0), (0, 1)})):
+        log, this = believe(monkeypatch, {(3, 0), (3, 1)}), job(model)
+        this.suspects = np.zeros((LAYERS, KV))
+        for unit in units:
+            this.suspects[unit] = 1.0
+        plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
+        assert plan.made["verified"]["given_back"] == ["layer 3 kv head 0", "layer 3 kv head 1"]
+        runs[at] = len(log)
+    assert runs["first"] < runs["last"]
+
+
+def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypatch):
+    """Two of twelve tasks lose: the search runs those, and all others three times in all."""
+    lose, log = ("numbers-prose", "numbers-code"), []
+
+    def run(model, trial):
+        log.append(trial.task)
+        ring = model.get_decoder()._hfsparse.plan.layers[2].cache[1] != "full"
+        missed = [ring and trial.task in lose] * 4
+        return {"said": ~np.array(missed), "loss": np.array(missed, float)}
+
+    monkeypatch.setattr(trials, "run", run)
+    this = job(model)
+    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 12))
+    assert plan.made["verified"]["given_back"] == ["layer 2 kv head 1"]
+    counts = {task: log.count(task) for task in log}
+    others = {n for task, n in counts.items() if task not in lose}
+    assert others == {3 * 2}  # dense, plan, proof; two lengths
+    assert counts["numbers-prose"] > 3 * 2
+
+
+def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
+    this = ModelId.of(model)
+    full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse()}
+    rows = [("q", "q"), ("again", "full"), ("q", "full"), ("again", "full")]
+    layers = tuple(Layer(full, ("full",) * KV, row) for row in rows)
+    plan = verify.full(Plan(this, words, layers), [(0, 0)])
+    plan.validate()
+    assert [layer.decode for layer in plan.layers] == [
+        ("full", "q"),
+        ("full", "full"),
+        ("q", "full"),
+        ("again", "full"),
+    ]
 
 
 def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):
