@@ -105,7 +105,7 @@ def profile(
         bool, typer.Option(help="Try the plan on retrieval trials; give back heads that fail.")
     ] = True,
     drop: Annotated[
-        float, typer.Option(help="Give heads back where trials show that more answers are lost.")
+        float, typer.Option(help="Greatest share of answers that may be lost against dense.")
     ] = 0.01,
     verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 12,
     proxy: Annotated[

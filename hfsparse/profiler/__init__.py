@@ -76,8 +76,8 @@ def profile(
     prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then tried on `verify_samples` retrieval trials a length, and kv heads are
-    given back while these show that it loses more than the share `drop` of the answers against the
-    dense model: budgets may be passed by that, and `expected` says by how much. `proxy` (one of
+    given back until it loses at most the share `drop` of the answers, or one, against the dense
+    model: budgets may be passed by that, and `expected` says by how much. `proxy` (one of
     PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
     from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
     methods in DRAWN. Raises UsageError for what can't be done.

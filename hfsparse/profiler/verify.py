@@ -1,13 +1,13 @@
-"""Try a plan on paired trials, and give heads back where they show more lost than a stated share.
+"""Try a plan on paired trials, and give heads back until they lose no more than a stated share.
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
-loses too much where the 95 % interval of the share lost lies above `drop`: a few values that turn
-by a hair are no reason to give a head back, and few trials can't tell one per cent. Then kv heads
-are given back (made full), those first that the method thinks lose most (`job.suspects`). Only the
-trials that lost are asked again, the shortest first: bisection finds how many heads win most of the
-lost values back, in nats, and those that are not needed are taken away. Then all trials are asked
-again; while they lose too much, half as many heads again are given back. What was asked and lost,
-and what that leaves open, is written into `plan.made`.
+loses too much where that is more than the share `drop`, and more than one value: one may turn by a
+hair, and few trials can't tell one per cent. Then kv heads are given back (made full), those first
+that the method thinks lose most (`job.suspects`). Only the trials that lost are asked again, the
+shortest first: bisection finds how many heads win most of the lost values back, in nats, and those
+that are not needed are taken away. Then all trials are asked again; while they lose too much, half
+as many heads again are given back. What was asked and lost, and what that leaves open, is written
+into `plan.made`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def asked(job: Job, samples: int) -> dict[str, Trial]:
 
 
 def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
-    """`plan`, or more of it full, that these trials don't show to lose more than the share `drop`.
+    """`plan`, or more of it full, that loses at most the share `drop` of these trials' answers.
 
     Lost is what the dense model says and the plan doesn't, less what only the plan says.
     `made["verified"]` says what was found.
@@ -56,7 +56,7 @@ def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
     start, given = time.time(), []
     pair = Pair(job, asked, {})
     pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
-    if pair.counted and pair.lost(plan).low > drop:
+    if pair.counted and pair.lost(plan).beyond(drop):
         given = _given(pair, plan, drop)
     final = full(plan, given)
     if given:
@@ -166,6 +166,10 @@ class Lost:
     high: float
     values: int
 
+    def beyond(self, drop: float) -> bool:
+        """Whether more than this share is lost, and more than one value."""
+        return self.mean > max(drop, 1 / self.values) + 1e-9
+
     def against(self, drop: float) -> str:
         """What the interval says of a limit."""
         limit = f"{100 * drop:g} %"
@@ -220,7 +224,7 @@ def full(plan: Plan, units: Sequence[Unit]) -> Plan:
 
 
 def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
-    """Few kv heads without which the plan is shown to lose more than the drop."""
+    """Few kv heads that, given back, keep the plan within the drop."""
     order = [
         unit
         for unit in np.ndindex(len(plan.layers), plan.model.kv_heads)
@@ -229,7 +233,7 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
     if pair.job.suspects is not None:
         order.sort(key=lambda unit: -pair.job.suspects[unit])
     given: list[Unit] = []
-    while pair.lost(full(plan, given)).low > drop:
+    while pair.lost(full(plan, given)).beyond(drop):
         rest = [unit for unit in order if unit not in given]
         given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, rest)
     return sorted(given)
