@@ -30,7 +30,7 @@ from queue import SimpleQueue
 import torch
 import transformers
 from journal import end_in_order, failure
-from methods_trials import KINDS, Asker, counted
+from methods_trials import KINDS, Asker, Kind, counted
 
 import hfsparse
 from hfsparse import bench
@@ -50,7 +50,10 @@ from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
 from hfsparse.selectors.quest import Quest
 
-FAMILIES = ("prefill", "cache")  # of plans: equal pair density of prompts, or equal cache share
+# Of plans: equal pair density of prompts, equal cache share, equal share of keys read in decode
+FAMILIES = ("prefill", "cache", "decode")
+READ = 0.06  # that share
+PAGED = ("balanced", "minference")  # choose page shares by head
 SEEDS = (0, 1)
 GROUPS = {  # methods that share what they measure; the slowest first
     "moa": [("moa", None)],
@@ -156,7 +159,7 @@ def make(given) -> None:
             for row in spread(given, pool, made, tasks):
                 log.add(row)
                 print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)
-    for family in FAMILIES:
+    for family in ("prefill", "cache"):
         source = given.out / "plans" / f"{family}-balanced-0.yaml"
         for seed in SEEDS if source.exists() else ():
             name = f"{family}-random-{seed}.yaml"
@@ -167,14 +170,17 @@ def made(task) -> list[dict]:
     """Plans of one group of methods for every family; a row each, and one for all once done."""
     group, seed, lengths, samples, density, share, steps = task
     budgets = {"prefill": Budget(density, 1.0, 1.0), "cache": Budget(1.0, share, 1.0)}
+    budgets["decode"] = Budget(1.0, 1.0, READ)
     duo.STEPS, duo.PIECE = steps, min(steps, duo.PIECE)
     prompts = {n: prompts_of(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
     parts = Parts(OUT / "parts" / f"{group}-{seed}", repr(task))
     rows = []
     for family, budget in budgets.items():
         for method, proxy in GROUPS[group]:
-            if (method, family) == ("minference-error", "cache") or (proxy and seed):
-                continue  # rings are chosen by effect, as by minference; proxies: one seed
+            if (method == "minference-error" and family != "prefill") or (proxy and seed):
+                continue  # rings, pages are chosen by effect, as by minference; proxies: one seed
+            if family == "decode" and method not in PAGED:
+                continue
             name = f"{family}-{method}{f'-{proxy}' if proxy else ''}-{seed}"
             job = Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
             try:
@@ -250,11 +256,11 @@ def shuffled(plan: Plan, family: str, seed: int) -> Plan:
 
 
 def quest(model: ModelId, below: int) -> Plan:
-    """Decode alone: every head reads pages, 0.06 of the row."""
+    """Decode alone: every head reads pages, READ of the row."""
     full = Plan.full(model)
     layer = dataclasses.replace(full.layers[0], decode=("quest6",) * model.kv_heads)
     floor = dataclasses.replace(full.below, decode=below)
-    patterns = {"quest6": Quest(0.06, 4)}
+    patterns = {"quest6": Quest(READ, 4)}
     return dataclasses.replace(full, patterns=patterns, layers=(layer,) * model.layers, below=floor)
 
 
@@ -262,17 +268,22 @@ def quest(model: ModelId, below: int) -> Plan:
 
 
 def arms(out: Path, family: str) -> dict[str, Plan]:
-    """Plans of a family by name, and quest."""
+    """Plans of a family by name; of decode also quest, alike on every head."""
     files = sorted((out / "plans").glob(f"{family}-*.yaml"))
     plans = {file.stem.removeprefix(f"{family}-"): Plan.load(file) for file in files}
     some = next(iter(plans.values()), None)
     if some is None:
         raise UsageError(f"no {family} plans in {out / 'plans'}: --make first")
-    return plans | {"quest-0": quest(some.model, 2048)}
+    return plans | ({"quest-0": quest(some.model, 2048)} if family == "decode" else {})
 
 
 def judge(given) -> None:
     log = Log(given.out / "judge.jsonl", _made(given.model))
+    for name, row in [*log.rows.items()]:  # of a plan that was made anew since
+        kind, *_, arm = name.split("/")
+        known = _plans(_kind(kind).family, given.out) if "plan" in row else {}
+        if "plan" in row and row["plan"] != known[arm].hash():
+            del log.rows[name]
     with crew(given, given.workers) as pool:
         for stage in ("screen", "all"):
             todo = [task for task in _todo(given, stage, log) if task[2]]
@@ -313,15 +324,15 @@ def _main(arm: str) -> bool:
 def asked(task) -> list[dict]:
     """One text, read and answered by each of these arms."""
     name, (asks, length, index), wanted = task
-    kind = next(kind for kind in KINDS if kind.name == name)
-    rows = []
+    kind, rows = _kind(name), []
     try:
-        plans = _plans(kind.family) if any(wanted) else {}
+        plans = _plans(kind.family, OUT) if any(wanted) else {}
         text = ASKER.text(kind, asks, length, index)
         for arm in wanted:
             found = ASKER.answers(MODEL, text, plans[arm] if arm else None, index == 0)
             key = f"{name}/{length}/{asks}/{index}/{arm or 'dense'}"
-            rows.append({"name": key, "device": device_name(MODEL.device), **found})
+            mark = {"plan": plans[arm].hash()} if arm else {}
+            rows.append({"name": key, "device": device_name(MODEL.device), **mark, **found})
     except Exception as error:
         rows.append({"name": f"failed/{name}/{length}/{asks}/{index}", "why": failure(error)})
     return rows
@@ -330,10 +341,14 @@ def asked(task) -> list[dict]:
 LOADED: dict[str, dict[str, Plan]] = {}
 
 
-def _plans(family: str) -> dict[str, Plan]:
+def _plans(family: str, out: Path) -> dict[str, Plan]:
     if family not in LOADED:
-        LOADED[family] = arms(OUT, family)
+        LOADED[family] = arms(out, family)
     return LOADED[family]
+
+
+def _kind(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)
 
 
 # ---- cost at the size of 8B

@@ -14,10 +14,11 @@ from scipy.stats import spearmanr
 from hfsparse.plan import Plan
 from hfsparse.profiler.verify import lost
 
-SHOWN = {"seen": "pair_density", "turns": "cache_share"}
+SHOWN = {"seen": "pair_density", "turns": "cache_share", "reads": "decode_share"}
 TITLES = {
     "seen": "Prompts alone: equal pair density, full cache, dense decode; question seen",
     "turns": "Cache: equal cache share, full heads dense; text first, then up to 5 questions",
+    "reads": "Decode: equal share of keys read; text first, then up to 5 questions",
 }
 
 
@@ -28,7 +29,7 @@ def tables(out: Path) -> str:
     devices = {r["device"] for made in rows.values() for r in made if "device" in r}
     parts = [f"{heads[0] if heads else 'nothing yet'}; {', '.join(sorted(devices))}."]
     judged = Judged([row for row in rows["judge"] if "name" in row])
-    for kind in KINDS[:2]:
+    for kind in KINDS[: len(TITLES)]:
         parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.by_task(kind)]
     parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(rows["make"], out)]
     parts += ["## Cost", cost_small(rows["make"]), cost_large(rows["cost"])]
@@ -90,13 +91,6 @@ class Judged:
             for n in self.lengths:
                 known = [r[shown] for r in self.found[kind.name, n, arm].values() if r.get(shown)]
                 share = f"{np.mean(known):.3f}" if known else "–"
-                if arm == "quest-0":
-                    known = [
-                        r["decode_share"]
-                        for r in self.found[kind.name, n, arm].values()
-                        if r.get("decode_share")
-                    ]
-                    share = f"decode share {np.mean(known):.3f}" if known else "–"
                 row += [self.drop(kind.name, n, arm, tasks), share]
             if any(cell != "–" for cell in row[1:]):
                 rows.append(row)

@@ -1,9 +1,9 @@
 """What benchmarks/methods.py asks: texts with answers, teacher-forced like the profiler's trials.
 
-`seen` are RULER's tasks with the question at the end of the prompt; in `turns` a text is read
-first, and up to five questions follow one by one (the profiler's own puzzles, of which `numbers`
-and `needles` are calibrated on by no method); `prose` is the perplexity of the last 512 tokens of a
-long text. A value counts as said if each of its tokens is the model's first choice.
+`seen` are RULER's tasks with the question at the end of the prompt; in `turns` and `reads` a text
+is read first, and up to five questions follow one by one (the profiler's own puzzles, of which
+`numbers` and `needles` are calibrated on by no method); `prose` is the perplexity of the last 512
+tokens of a long text. A value counts as said if each of its tokens is the model's first choice.
 """
 
 from __future__ import annotations
@@ -63,9 +63,11 @@ PLAYED = {
     ("needles", "code"): needles,
     **PUZZLES,
 }
+TALKS = tuple(f"{kind}-{ground}" for kind, ground in PLAYED)
 KINDS = (
     Kind("seen", "prefill", tuple(name for name in TASKS if name not in NEVER)),
-    Kind("turns", "cache", tuple(f"{kind}-{ground}" for kind, ground in PLAYED)),
+    Kind("turns", "cache", TALKS),
+    Kind("reads", "decode", TALKS),
     Kind("prose-prefill", "prefill", ("prose",)),
     Kind("prose-cache", "cache", ("prose",)),
 )
@@ -98,7 +100,7 @@ class Asker:
             if (task, length) not in self.makers:
                 self.makers[task, length] = Maker(TASKS[task], length, self.prompter, SEED)
             return self._seen(self.makers[task, length].sample(Case(task, length, None, index)))
-        if kind.name == "turns":
+        if kind.tasks is TALKS:
             at, count = kind.tasks.index(task), len(PLAYED)
             made = trials.make(self.tokenizer, length, 2 * count * index + at, SEED, PLAYED)
             return replace(made, turns=made.turns[:TURNS])  # even rounds: no question in the text

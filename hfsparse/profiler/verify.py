@@ -1,13 +1,13 @@
 """Try a plan on paired trials, and give heads back until they lose no more than a stated share.
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
-loses too much where that is more than the share `drop`, and more than one value: one may turn by a
-hair, and few trials can't tell one per cent. Then kv heads are given back (made full), those first
-that the method thinks lose most (`job.suspects`). Only the trials that lost are asked again, the
-shortest first: bisection finds how many heads win most of the lost values back, in nats, and those
-that are not needed are taken away. Then all trials are asked again; while they lose too much, half
-as many heads again are given back. What was asked and lost, and what that leaves open, is written
-into `plan.made`.
+loses too much where it clearly loses more than the share `drop`, and more than one value: those
+that were said by a hair turn with any change, and few trials can't tell one per cent. Then kv heads
+are given back (made full), those first that the method thinks lose most (`job.suspects`). Only the
+trials that lost are asked again, the shortest first: bisection finds how many heads win most of the
+lost values back, in nats, and those that are not needed are taken away. Then all trials are asked
+again; while they lose too much, half as many heads again are given back. What was asked and lost,
+and what that leaves open, is written into `plan.made`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hfsparse.profiler.search import used
 from hfsparse.profiler.trials import Trial
 from hfsparse.selectors.reuse import Reuse
 
+HAIR = 0.1  # nats a token that a value turned by, at most, when it turned by chance
 ABLE = 0.5  # a task counts if the dense model says so large a share of its values
 LOOKED = 0.9  # of what the lost values are worse than dense, in nats: trials that are asked again
 WON = 0.9  # of it, what a search wins back
@@ -50,13 +51,14 @@ def asked(job: Job, samples: int) -> dict[str, Trial]:
 def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
     """`plan`, or more of it full, that loses at most the share `drop` of these trials' answers.
 
-    Lost is what the dense model says and the plan doesn't, less what only the plan says.
+    Lost is what the dense model says and the plan doesn't, less what only the plan says; clearly
+    lost, and that counts against `drop`, where a value got worse by more than HAIR.
     `made["verified"]` says what was found.
     """
     start, given = time.time(), []
     pair = Pair(job, asked, {})
     pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
-    if pair.counted and pair.lost(plan).beyond(drop):
+    if pair.counted and pair.lost(plan, HAIR).beyond(drop):
         given = _given(pair, plan, drop)
     final = full(plan, given)
     if given:
@@ -108,10 +110,13 @@ class Pair:
         able = {task for task, share in self.tasks.items() if share >= ABLE}
         return {name: trial for name, trial in self.asked.items() if trial.task in able}
 
-    def changes(self, plan: Plan) -> dict[str, np.ndarray]:
-        """By trial that counts, each value's change: 1 lost, 0 alike, -1 won."""
+    def changes(self, plan: Plan, hair: float = 0.0) -> dict[str, np.ndarray]:
+        """By trial that counts, each value's change: 1 lost, 0 alike, -1 won.
+
+        Alike are, too, values that turned by no more than `hair` nats a token.
+        """
         return {
-            name: self.dense[name]["said"].astype(int) - found["said"].astype(int)
+            name: turned(self.dense[name], found, hair)
             for name, found in self.run(plan, self.counted, "plan").items()
         }
 
@@ -132,8 +137,8 @@ class Pair:
         """By how many nats, in sum over some values of a trial, it was predicted worse."""
         return float((found["loss"] - self.dense[name]["loss"])[values].sum())
 
-    def lost(self, plan: Plan) -> Lost:
-        return lost(list(self.changes(plan).values()))
+    def lost(self, plan: Plan, hair: float = 0.0) -> Lost:
+        return lost(list(self.changes(plan, hair).values()))
 
     def report(self, plan: Plan, drop: float) -> dict:
         """For `made`: what the dense model says, and what of it the plan loses."""
@@ -144,17 +149,28 @@ class Pair:
         for task in {trial.task for trial in self.counted.values()}:
             each = [c for name, c in changes.items() if self.asked[name].task == task]
             tasks[task]["drop"] = round(float(np.concatenate(each).mean()), 4)
-        total = lost(list(changes.values()))
+        total, clear = lost(list(changes.values())), self.lost(plan, HAIR)
         low, high = 100 * total.low, 100 * total.high
         return {
             "told": f"{100 * total.mean:.1f} % of {total.values} answers lost, 95 % interval "
-            f"{low:.1f} to {high:.1f}, in {len(changes)} trials: {total.against(drop)}",
+            f"{low:.1f} to {high:.1f}, in {len(changes)} trials: {total.against(drop)}; "
+            f"{100 * clear.mean:.1f} % clearly lost (by more than {HAIR} nats a token)",
             "trials": len(changes),
             "values": total.values,
             "drop": round(total.mean, 4),
             "interval": [round(total.low, 4), round(total.high, 4)],
+            "clearly": round(clear.mean, 4),
             "tasks": tasks,
         }
+
+
+def turned(
+    dense: dict[str, np.ndarray], found: dict[str, np.ndarray], hair: float = 0.0
+) -> np.ndarray:
+    """Of one trial's values: 1 lost, -1 won, 0 alike or turned by no more than `hair` nats."""
+    change = dense["said"].astype(int) - found["said"].astype(int)
+    by = change * (found["loss"] - dense["loss"])
+    return np.where(by > hair, change, 0) if hair else change
 
 
 @dataclass(frozen=True)
@@ -233,7 +249,7 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
     if pair.job.suspects is not None:
         order.sort(key=lambda unit: -pair.job.suspects[unit])
     given: list[Unit] = []
-    while pair.lost(full(plan, given)).beyond(drop):
+    while pair.lost(full(plan, given), HAIR).beyond(drop):
         rest = [unit for unit in order if unit not in given]
         given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, rest)
     return sorted(given)
@@ -242,14 +258,12 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
 def _found(pair: Pair, plan: Plan, order: list[Unit]) -> list[Unit]:
     """Few heads, the first of `order` likely among them, that win back most of what is lost."""
     now = pair.run(plan, pair.counted)
-    missed = {name: pair.dense[name]["said"] > now[name]["said"] for name in now}
+    missed = {name: turned(pair.dense[name], now[name], HAIR) > 0 for name in now}
     worse = {name: pair.worse(name, now[name], missed[name]) for name in now}
     total, looked = sum(worse.values()), []
     for name in sorted(worse, key=lambda name: -worse[name]):
         if sum(worse[n] for n in looked) < LOOKED * total:
             looked.append(name)
-    if not looked:  # chance: the values lost were as likely as before
-        return order[: max(1, len(order) // 8)]
     looked.sort(key=lambda name: len(pair.asked[name].text))
     values = {name: missed[name] for name in looked}
 

@@ -111,6 +111,25 @@ def test_what_trials_say_of_a_limit(changes, beyond, told):
     assert (found.beyond(0.01), found.against(0.01)) == (beyond, told)
 
 
+def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
+    """A ring turns every value: by chance in one plan, clearly in the other."""
+    given = {}
+    for by in (verify.HAIR / 2, verify.HAIR * 2):
+
+        def run(model, trial, by=by):
+            ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
+            return {"said": np.array([not ring] * 4), "loss": np.full(4, by * ring)}
+
+        monkeypatch.setattr(trials, "run", run)
+        this = job(model)
+        made = verify.refine(this, rings(model), 0.0, verify.asked(this, 2)).made["verified"]
+        given[by] = made["given_back"], made["drop"], made["clearly"]
+    assert given == {
+        verify.HAIR / 2: ([], 1.0, 0.0),
+        verify.HAIR * 2: (["layer 0 kv head 0"], 0.0, 0.0),
+    }
+
+
 # ---- heads given back
 
 
