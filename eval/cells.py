@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 ABLE = 0.7  # a task that the dense model does worse is set apart
+DENSE = {"arm": "dense", "plan": None, "title": "dense"}
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,23 @@ class Outcome:
 
 
 def cells(lines: Sequence[dict], arm: Mapping | None = None) -> list[Cell]:
-    """A cell for each task and length: of an arm, the samples that the dense model also ran.
-
-    Pairs are of one version of transformers.
-    """
-    dense = {_pair(line): line for line in lines if line["arm"] == "dense"}
-    if arm is None:
-        sparse, pairs = {}, dense
-    else:
-        sparse = {_pair(line): line for line in lines if belongs(line, arm)}
-        pairs = {pair: line for pair, line in dense.items() if pair in sparse}
+    """A cell for each task and length: of an arm, the samples that the dense model also ran."""
     groups: dict[tuple[str, int], list] = {}
-    for pair, line in pairs.items():
-        groups.setdefault((line["task"], line["length"]), []).append(pair)
+    for pair in pairs(lines, arm or DENSE):
+        groups.setdefault((pair[0]["task"], pair[0]["length"]), []).append(pair)
     return [
-        Cell(task, f"{length}", [dense[p] for p in row], [sparse[p] for p in row if sparse])
+        Cell(task, f"{length}", [dense for dense, _ in row], [own for _, own in row if arm])
         for (task, length), row in sorted(groups.items())
     ]
+
+
+def pairs(lines: Sequence[dict], arm: Mapping) -> list[tuple[dict, dict]]:
+    """Dense lines and the arm's of the same samples, under one version of transformers."""
+    dense, own = (
+        {(line["id"], line.get("transformers")): line for line in lines if belongs(line, side)}
+        for side in (DENSE, arm)
+    )
+    return [(line, own[key]) for key, line in dense.items() if key in own]
 
 
 def joined(cells: Sequence[Cell]) -> Cell:
@@ -78,10 +79,6 @@ def joined(cells: Sequence[Cell]) -> Cell:
 def average(lines: Sequence[dict], name: str) -> float | None:
     values = [line[name] for line in lines if line.get(name) is not None]
     return mean(values) if values else None
-
-
-def _pair(line: Mapping) -> tuple[str, str | None]:
-    return line["id"], line.get("transformers")
 
 
 def belongs(line: Mapping, arm: Mapping) -> bool:

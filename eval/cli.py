@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+USUAL = Size(8, (4096,))
 GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
 PLACED = [name for name in TASKS if name not in ("cwe", "fwe")]  # answers that stand in a place
 
@@ -55,7 +56,11 @@ Arms = Annotated[
 SuiteOption = Annotated[
     str | None, typer.Option("--suite", help=f"Lengths and samples: {', '.join(SUITES)}.")
 ]
-Batch = Annotated[int, typer.Option(help="Samples of one length that run together, padded.")]
+Lengths = Annotated[
+    str | None, typer.Option(help="Tokens of prompt and answers, by commas (4096).")
+]
+Samples = Annotated[int | None, typer.Option(help="Samples of each task at each length (8).")]
+Batch = Annotated[int, typer.Option(help="Samples of one task and length that run together.")]
 Seed = Annotated[int, typer.Option(help="Of every sample; the same seed gives the same prompts.")]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Results directory; an unfinished run goes on.")
@@ -81,12 +86,8 @@ def ruler(
     plan: Plans = None,
     arm: Arms = None,
     suite: SuiteOption = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of prompt and answer, by commas (4096).")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each task at each length (8).")
-    ] = None,
+    lengths: Lengths = None,
+    samples: Samples = None,
     tasks: Annotated[str | None, typer.Option(help="RULER names, by commas; or all 13.")] = None,
     squad: Squad = None,
     hotpotqa: HotpotQA = None,
@@ -104,7 +105,7 @@ def ruler(
     """
     known, marks = _known(squad, hotpotqa)
     chosen = pick(_standard(known) if tasks is None else tasks, known)
-    size = sized(suite, lengths, samples, Size(8, (4096,)))
+    size = sized(suite, lengths, samples, USUAL)
     run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
     run.go(run.suite(chosen), device, dtype, chat.value, **marks)
 
@@ -151,12 +152,8 @@ def turns(
     model: ModelArg,
     plan: Plans = None,
     suite: SuiteOption = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of text, questions and answers, by commas (4096).")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each task at each length (8).")
-    ] = None,
+    lengths: Lengths = None,
+    samples: Samples = None,
     tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(TALKS),
     answers: Annotated[
         Feed, typer.Option(help="What a turn leaves for the next: the own answer or the right one.")
@@ -178,7 +175,7 @@ def turns(
     from .talks import rules
 
     chosen = pick(tasks, TALKS)
-    size = sized(suite, lengths, samples, Size(8, (4096,)))
+    size = sized(suite, lengths, samples, USUAL)
     run = Run("turns", model, plan, size, seed, output, max_new_tokens)
     run.gold, run.known = answers is Feed.gold, known
     told = rules(run.gold, run.known)
@@ -211,6 +208,8 @@ def custom(
     asked = any(item.draft.asks for item in items)
     if asked and (arm or batch > 1):
         raise UsageError("turns go on over a cache of their own: leave out --arm and --batch")
+    if any(name.endswith(":agnostic") for name in arm or ()):
+        raise UsageError("a prompt of your own is pressed as a whole: leave out :agnostic")
     run = Run("custom", model, plan, Size(1, ()), 0, output, max_new_tokens, arm, batch)
     run.gold, run.known = answers is Feed.gold, True
     told = rules(run.gold, run.known) if asked else None
@@ -227,12 +226,8 @@ def decode(
     plan: Plans = None,
     arm: Arms = None,
     suite: SuiteOption = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of prompt and answer, by commas (4096).")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Samples of each task at each length (8).")
-    ] = None,
+    lengths: Lengths = None,
+    samples: Samples = None,
     tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(DECODES),
     seed: Seed = 0,
     output: Output = Path("eval-decode"),
@@ -243,7 +238,7 @@ def decode(
 ) -> None:
     """Long answers: list, sort, add up, copy; the score, and agreement with dense by position."""
     chosen = pick(tasks, DECODES)
-    size = sized(suite, lengths, samples, Size(8, (4096,)))
+    size = sized(suite, lengths, samples, USUAL)
     run = Run("decode", model, plan, size, seed, output, max_new_tokens, arm)
     run.go(run.suite(chosen), device, dtype, chat.value)
 
@@ -253,8 +248,13 @@ def ppl(
     model: ModelArg,
     plan: Plans = None,
     data: Annotated[Path | None, typer.Option(help="A text file; else prose of Python's.")] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of a window, by commas.")] = "4096",
-    samples: Annotated[int, typer.Option(help="Windows of each length, at most.")] = 8,
+    suite: SuiteOption = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a window, by commas (4096).")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows of each length, at most (8).")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from a window to the next; else side by side.")
     ] = None,
@@ -266,7 +266,7 @@ def ppl(
     from . import ppl as judge
 
     content, mark = judge.source(data)
-    size = sized(None, lengths, samples, Size(samples, ()))
+    size = sized(suite, lengths, samples, USUAL)
     step = None if stride is None else positive("stride", stride)
     run = Run("ppl", model, plan, size, 0, output, None)
 
@@ -279,18 +279,18 @@ def ppl(
         ]
 
     def measured(model, tokenizer, cases, results, share):
-        judge.check(model)
-        judge.run(model, cases[share[0] :: share[1]], results, run.arms)
+        judge.run(model, cases, results, run.arms, share)
 
-    run.go(made, device, dtype, "never", measured, data=mark)
+    run.go(made, device, dtype, "never", measured, data=mark, stride=step)
 
 
 @app.command()
 def recall(
     model: ModelArg,
     plan: Annotated[list[Path], typer.Option("--plan", help="A plan; may be repeated.")],
-    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer, by commas.")] = "4096",
-    samples: Annotated[int, typer.Option(help="Samples of each task at each length.")] = 8,
+    suite: SuiteOption = None,
+    lengths: Lengths = None,
+    samples: Samples = None,
     tasks: Annotated[
         str, typer.Option(help=f"By commas, of {', '.join(PLACED)}.")
     ] = "niah_single_2,niah_multikey_1",
@@ -304,12 +304,11 @@ def recall(
     from . import recall as judge
 
     chosen = pick(tasks, {name: TASKS[name] for name in PLACED})
-    size = sized(None, lengths, samples, Size(samples, ()))
+    size = sized(suite, lengths, samples, USUAL)
     run = Run("recall", model, plan, size, seed, output, None)
 
     def measured(model, tokenizer, suite, results, share):
-        suite.cases = suite.cases[share[0] :: share[1]]
-        judge.run(model, tokenizer, suite, results, run.arms)
+        judge.run(model, tokenizer, suite, results, run.arms, share)
 
     run.go(run.suite(chosen), device, dtype, chat.value, measured)
 

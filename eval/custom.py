@@ -38,6 +38,8 @@ class Own:
     id: str
     length: int
     item: Item
+    task: str = "custom"
+    depth: float | None = None
 
 
 def read(path: Path) -> tuple[list[Item], str]:
@@ -108,5 +110,5 @@ class Questions:
         self.cases = [Own(i.id, 1 << (sizes[i.id] - 1).bit_length(), i) for i in ordered]
 
     def sample(self, case: Own) -> Sample:
-        named = dict(id=case.id, task="custom", seed=0, length=case.length, metric=self.metric)
+        named = dict(id=case.id, task=case.task, seed=0, length=case.length, metric=self.metric)
         return self.prompter.sample(case.item.draft, self.new_tokens, **named)

@@ -17,7 +17,7 @@ from .cells import Outcome
 from .counting import WORDS
 from .drafts import Draft, insert, mean_depth
 from .niah import excerpt, some
-from .render import Part, Table
+from .render import ALONE, Part, Table
 
 BINS = (0, 16, 64, 256, 1024, 4096)  # positions in the answer, tokens
 MOST = 0.6  # of the length: what list and answer may take
@@ -118,10 +118,12 @@ def first_difference(same: Sequence[bool]) -> int | None:
 
 def by_position(outcome: Outcome) -> Part:
     """Where answers first differ from the dense ones, and the share of equal tokens by position."""
+    if not any(cell.sparse for cell in outcome.cells):
+        return ALONE
     spans = list(pairwise(BINS))
     rows = []
     for cell in outcome.cells:
-        pairs = zip(cell.dense, cell.sparse, strict=False)
+        pairs = zip(cell.dense, cell.sparse, strict=True)
         same = [agreement(d["output_ids"], s["output_ids"]) for d, s in pairs]
         firsts = [at for one in same if (at := first_difference(one)) is not None]
         row = [cell.task, cell.length, f"{len(same) - len(firsts)} of {len(same)}"]

@@ -37,60 +37,101 @@ class Answer:
     more: dict = field(default_factory=dict)  # further fields of the result line
 
 
-class _Watch(StoppingCriteria):
-    """Notes when the first token came; stops once every answer was said (a score only rises).
+@dataclass(frozen=True)
+class _Wanted:
+    """What one row of a batch is to say, and its limit of new tokens."""
 
-    Long answers (`sequence`) are compared to their end.
+    answers: Sequence[str]
+    metric: str
+    limit: int
+
+
+class _Watch(StoppingCriteria):
+    """Ends each row at its end of text, at its limit, or once its answers were said.
+
+    A score only rises; long answers (`sequence`) are compared to their end.
     """
 
-    def __init__(self, tokenizer, given: int, answers: Sequence[str], metric: str):
-        self.tokenizer = tokenizer
-        self.given = given
-        self.answers = answers
-        self.metric = metric
-        self.first: float | None = None
+    def __init__(self, tokenizer, wanted: Sequence[_Wanted]):
+        self.tokenizer, self.wanted = tokenizer, wanted
+        self.first: float | None = None  # when the first token came
+        self.length: dict[int, int] = {}  # new tokens of the rows that have ended
+
+    def begin(self, given: int, stop: int | list[int] | None) -> None:
+        self.given, self.stop = given, stop if isinstance(stop, list) else [stop]
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        text = decode(self.tokenizer, input_ids[0, self.given :])  # waits for the GPU
+        new = input_ids[:, self.given :].tolist()  # waits for the GPU
         if self.first is None:
             self.first = time.perf_counter()
-        done = self.metric != "sequence" and score(text, self.answers, self.metric) == 1.0
-        return torch.tensor([done], device=input_ids.device)
+        for row, (wanted, ids) in enumerate(zip(self.wanted, new, strict=True)):
+            if row not in self.length and self._ended(wanted, ids):
+                self.length[row] = len(ids)
+        ended = [row in self.length for row in range(len(new))]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _ended(self, wanted: _Wanted, ids: list[int]) -> bool:
+        if len(ids) == wanted.limit or ids[-1] in self.stop:
+            return True
+        if wanted.metric == "sequence":
+            return False
+        return score(decode(self.tokenizer, ids), wanted.answers, wanted.metric) == 1.0
 
 
-@torch.inference_mode()
 def answer(model, tokenizer, sample: Sample, cap: int | None = None) -> Answer:
     """The model's greedy continuation of `sample`, of at most `cap` tokens if that is fewer.
 
     For a sample with turns: all continuations, the mean of their scores, and a record of each.
     """
-    limit = min(sample.new_tokens, cap or sample.new_tokens)
     if sample.turns:
-        return _converse(model, tokenizer, sample, limit)
+        return _converse(model, tokenizer, sample, cap)
+    return together(model, tokenizer, [sample], cap)[0]
+
+
+@torch.inference_mode()
+def together(model, tokenizer, samples: Sequence[Sample], cap: int | None = None) -> list[Answer]:
+    """What `answer` gives for each; times are the batch's, shared alike among its samples."""
     start = time.perf_counter()
-    watch = _Watch(tokenizer, len(sample.ids), sample.answers, sample.metric)
-    new, _ = _say(model, sample.ids, limit, watch)
-    text = decode(tokenizer, new)
-    seconds = time.perf_counter() - start
-    found = score(text, sample.answers, sample.metric)
-    more = {"output_ids": new} if sample.metric == "sequence" else {}  # to compare arms by token
-    return Answer(text, found, len(new), round(seconds, 4), round(watch.first - start, 4), more)
+    watch = _Watch(tokenizer, [_Wanted(s.answers, s.metric, _limit(s, cap)) for s in samples])
+    rows, _ = _say(model, [sample.ids for sample in samples], watch)
+    texts = [decode(tokenizer, ids) for ids in rows]
+    each = (time.perf_counter() - start) / len(samples)
+    first = (watch.first - start) / len(samples)
+    return [
+        Answer(
+            text,
+            score(text, sample.answers, sample.metric),
+            len(ids),
+            round(each, 4),
+            round(first, 4),
+            {"output_ids": ids} if sample.metric == "sequence" else {},  # to compare arms by token
+        )
+        for sample, ids, text in zip(samples, rows, texts, strict=True)
+    ]
 
 
-def _converse(model, tokenizer, sample: Sample, limit: int) -> Answer:
+def _limit(sample: Sample, cap: int | None) -> int:
+    return min(sample.new_tokens, cap or sample.new_tokens)
+
+
+@torch.inference_mode()
+def _converse(model, tokenizer, sample: Sample, cap: int | None) -> Answer:
     """Every turn goes on over the cache of the turns before it.
 
-    A turn with a given answer is said on a copy of the cache, since a ring can't be taken back.
+    A turn with a given answer is said on a copy of the cache, since a ring can't be taken back;
+    later turns then read the questions and answers before them again, but not the text.
     """
     start = time.perf_counter()
     first, told, ids, cache = None, [], list(sample.ids), None
-    if sample.turns[0].ids:  # nothing but text so far; its next token is thrown away
-        _, cache = _say(model, ids, 1)
+    if sample.turns[0].ids:  # nothing but text so far
+        cache = _read(model, ids)
+    elif sample.turns[0].given:  # the first question is read with the text; its last token is left
+        cache = _read(model, ids[:-1])
     for turn in sample.turns:
         ids += turn.ids
         began = time.perf_counter()
-        watch = _Watch(tokenizer, len(ids), turn.answers, sample.metric)
-        new, used = _say(model, ids, limit, watch, deepcopy(cache) if turn.given else cache)
+        watch = _Watch(tokenizer, [_Wanted(turn.answers, sample.metric, _limit(sample, cap))])
+        (new,), used = _say(model, [ids], watch, deepcopy(cache) if turn.given else cache)
         text = decode(tokenizer, new)
         first = first or watch.first
         told.append(_record(text, turn, sample.metric, len(new), time.perf_counter() - began))
@@ -119,18 +160,31 @@ def _record(text: str, turn: Turn, metric: str, tokens: int, seconds: float) -> 
     }
 
 
-def _say(model, ids: Sequence[int], limit: int, watch: _Watch | None = None, cache=None):
-    """The new tokens after `ids`, of which `cache` may hold the first, and the cache with them."""
-    given = torch.tensor([ids], device=model.device)
+def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
+    """The new tokens after each prompt, and the cache with them; `cache` may hold the first ones.
+
+    Prompts are padded on the left.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    config = _greedy(model, max(wanted.limit for wanted in watch.wanted))
+    watch.begin(width, config.eos_token_id)
     out = model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        generation_config=_greedy(model, limit),
-        stopping_criteria=StoppingCriteriaList([watch] if watch else []),
+        ids,
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([watch]),
         **OURS,
         **({} if cache is None else {_cache_name(model): cache}),
     )
-    return out.sequences[0, len(ids) :].tolist(), out.past_key_values
+    new = out.sequences[:, width:].tolist()
+    return [ids[: watch.length[row]] for row, ids in enumerate(new)], out.past_key_values
+
+
+def _read(model, ids: Sequence[int]):
+    """The cache of these tokens; the one that would follow is thrown away."""
+    return _say(model, [ids], _Watch(None, [_Wanted((), "all", 1)]))[1]
 
 
 def _cache_name(model) -> str:

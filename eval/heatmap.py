@@ -13,10 +13,15 @@ from .results import Results
 
 
 def draw(lines: Sequence[dict], arm: Mapping | None, title: str):
-    """A matplotlib Figure: dense alone, or dense, an arm, and the arm - dense."""
+    """A matplotlib Figure: dense alone, or dense, an arm, and the arm - dense; lines of one task.
+
+    None where an arm has no pairs.
+    """
     from matplotlib.figure import Figure
 
     pairs = joined(cells([line for line in lines if "failed" not in line], arm))
+    if not pairs.dense:
+        return None
     depths = sorted({line["depth"] for line in pairs.dense})
     lengths = sorted({line["length"] for line in pairs.dense})
     panels = {"dense": _grid(pairs.dense, depths, lengths)}
@@ -32,13 +37,17 @@ def draw(lines: Sequence[dict], arm: Mapping | None, title: str):
     return figure
 
 
-def save(results: Results, title: str) -> list[Path]:
-    """`heatmap.png` of the first arm, and one more for each other."""
+def save(results: Results, task: str) -> list[Path]:
+    """`heatmap.png` of a task under the first arm, and one more for each other."""
+    lines = [line for line in results.lines if line["task"] == task]
     paths = []
     for arm in results.arms or [None]:
+        figure = draw(lines, arm, f"{results.settings.model}, {task}")
+        if figure is None:
+            continue
         other = re.sub(r"[^\w.+-]+", "-", arm["title"]) if paths else ""
         path = results.folder / f"heatmap{'-' * bool(other)}{other}.png"
-        draw(results.lines, arm, title).savefig(path, dpi=120)
+        figure.savefig(path, dpi=120)
         paths.append(path)
     return paths
 

@@ -90,14 +90,14 @@ class Run:
         results.merge()
         paths = report.save(results)
         if self.kind == "needle":
-            paths += heatmap.save(results, f"{self.model}, {suite.cases[0].task}")
+            paths += heatmap.save(results, suite.cases[0].task)
         for path in paths:
             typer.echo(path)
         if failed := results.failed:
             first = failed[0]
             raise UsageError(
                 f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
-                f"({first['failed']}): the same command tries them again"
+                f"({first['failed']}): the command that asked for them tries them again"
             )
 
     def _answered(self, model, tokenizer, suite, results, share) -> None:
@@ -117,8 +117,6 @@ def _arms(plans, names) -> list:
     for arm in found:
         if (arm.name, arm.hash) in seen:
             raise UsageError(f"{arm.title} and {seen[arm.name, arm.hash]} are the same: give one")
-        if arm.title in seen.values():
-            arm.title += f" {arm.hash[7:13]}"
         seen[arm.name, arm.hash] = arm.title
     return found
 

@@ -19,11 +19,11 @@ from hfsparse.loading import UsageError
 
 from . import text
 from .arms import Arm
-from .cells import average, belongs
+from .cells import DENSE, average, pairs
 from .paired import interval
 from .render import Heading, Part, Table
 from .results import Results
-from .runner import MEASURED, about, done, number, progress
+from .runner import by_case
 
 BINS = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1 << 62)  # positions in a window
 ROWS = 256  # positions whose logits are held at a time
@@ -55,6 +55,8 @@ def windows(
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     size = length - len(bos)
     stride = min(stride or size, size)
+    if size < 2:
+        raise UsageError(f"length {length} has no token to foresee: give more")
     if len(ids) < size:
         raise UsageError(f"the text has {len(ids)} tokens: give lengths up to that, or more text")
     starts = range(0, len(ids) - size + 1, stride)[:count]
@@ -69,25 +71,26 @@ def windows(
     ]
 
 
-def run(model, cases: Sequence[Window], results: Results, arms: Sequence[Arm] = ()) -> None:
+def run(
+    model,
+    cases: Sequence[Window],
+    results: Results,
+    arms: Sequence[Arm] = (),
+    share: tuple[int, int] = (0, 1),
+) -> None:
     """Fill `results` with what it lacks; each window is read densely, then under each arm."""
-    left = [(w, [a for a in (Arm(), *arms) if not done(w, a, results)]) for w in cases]
-    left = [(window, todo) for window, todo in left if todo]
-    with progress() as shown:
-        bar = shown.add_task("", total=sum(w.length for w, _ in left))
-        for window, todo in left:
-            dense = hidden(model, window.ids)
-            for arm in todo:
-                shown.update(bar, description=f"{window.id} {arm.title}")
-                with arm.on(model) as handle:
-                    if handle:
-                        handle.reset_stats()
-                    found = dense if handle is None else hidden(model, window.ids)
-                    stats = handle.stats() if handle else None
-                told = compare(model, window.ids, dense, found, window.first)
-                measured = {name: number(stats, name) for name in MEASURED}
-                results.append({**about(model, window, results, arm), "bins": told, **measured})
-            shown.update(bar, advance=window.length)
+    check(model)
+
+    def look(window: Window, arms: Sequence[Arm]):
+        dense = hidden(model, window.ids)
+
+        def tell(arm: Arm) -> dict:
+            found = hidden(model, window.ids) if arm.hash else dense
+            return {"bins": compare(model, window.ids, dense, found, window.first)}
+
+        return tell
+
+    by_case(model, cases, results, arms, look, share)
 
 
 @torch.inference_mode()
@@ -145,15 +148,11 @@ def check(model) -> None:
 
 def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
     """Perplexities and divergences, over all positions and by position."""
-    dense = {line["id"]: line for line in lines if line["arm"] == "dense"}
-    sides: list[tuple[Mapping, list]] = [({"title": "dense"}, [(x, x) for x in dense.values()])]
-    for arm in arms:
-        own = [x for x in lines if belongs(x, arm) and x["id"] in dense]
-        sides.append((arm, [(dense[x["id"]], x) for x in own]))
     rows, places = [], []
-    for arm, pairs in sides:
-        for length in sorted({found["length"] for _, found in pairs}):
-            of = [pair for pair in pairs if pair[0]["length"] == length]
+    for arm in (DENSE, *arms):
+        own = pairs(lines, arm)
+        for length in sorted({found["length"] for _, found in own}):
+            of = [pair for pair in own if pair[0]["length"] == length]
             rows.append([arm["title"], str(length), *_whole(of)])
             for low in dict.fromkeys(b["from"] for _, found in of for b in found["bins"]):
                 places.append([arm["title"], str(length), f"{low} on", *_at(of, low)])

@@ -22,42 +22,41 @@ from hfsparse.plan import Plan
 from hfsparse.profiler.measure import attention, pages_read
 
 from .arms import Arm, Sparse
-from .cells import belongs
+from .cells import pairs
 from .generate import answer
-from .render import Heading, Part, Table
+from .render import ALONE, Heading, Part, Table
 from .results import Results
-from .runner import MEASURED, about, done, number, progress
-from .samples import Sample, Suite
+from .runner import by_case
+from .samples import Case, Sample, Suite
 
 LOST = 1e-3  # of a row's attention: heads that lose less are not named
 SHOWN = 20  # heads of an arm in the report
 
 
-def run(model, tokenizer, suite: Suite, results: Results, arms: Sequence[Sparse]) -> None:
+def run(
+    model,
+    tokenizer,
+    suite: Suite,
+    results: Results,
+    arms: Sequence[Sparse],
+    share: tuple[int, int] = (0, 1),
+) -> None:
     """Fill `results` with what it lacks: dense answers, each arm's, and what its heads lost."""
-    left = [(c, [a for a in (Arm(), *arms) if not done(c, a, results)]) for c in suite.cases]
-    left = [(case, todo) for case, todo in left if todo]
-    with progress() as shown:
-        bar = shown.add_task("", total=sum(case.length for case, _ in left))
-        for case, todo in left:
-            sample = suite.sample(case)
-            shown.update(bar, description=case.id)
-            plans = [arm.plan for arm in todo if isinstance(arm, Sparse)]
-            found = iter(look(model, tokenizer, sample, plans) if plans else ())
-            for arm in todo:
-                with arm.on(model) as handle:
-                    if handle:
-                        handle.reset_stats()
-                    said = answer(model, tokenizer, sample)
-                    stats = handle.stats() if handle else None
-                line = about(model, sample, results, arm) | {
-                    "score": said.score,
-                    "answers": sample.answers,
-                    "output": said.text,
-                    **{name: number(stats, name) for name in MEASURED},
-                }
-                results.append(line | (next(found) if handle else {}))
-            shown.update(bar, advance=case.length)
+
+    def judge(case: Case, todo: Sequence[Arm]):
+        sample = suite.sample(case)
+        own = [arm for arm in todo if isinstance(arm, Sparse)]
+        lost = look(model, tokenizer, sample, [arm.plan for arm in own]) if own else []
+        found = dict(zip(own, lost, strict=True))
+
+        def tell(arm: Arm) -> dict:
+            said = answer(model, tokenizer, sample)
+            shown = {"score": said.score, "answers": sample.answers, "output": said.text}
+            return shown | found.get(arm, {})
+
+        return tell
+
+    by_case(model, suite.cases, results, arms, judge, share)
 
 
 @torch.no_grad()
@@ -171,31 +170,30 @@ def words(plan: Plan, layer: int, head: int) -> str:
 
 def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
     """Each sample's scores and kept mass; the heads that lost most, and their line of the plan."""
-    dense = {line["id"]: line for line in lines if line["arm"] == "dense"}
     parts: list[Part] = []
     for arm in arms:
-        own = [x for x in lines if belongs(x, arm) and x["id"] in dense]
-        if not own:
+        if not (both := pairs(lines, arm)):
             continue
-        parts += [Heading(f"Samples: {arm['title']}"), _samples(own, dense)]
-        wrong = [x for x in own if x["score"] < dense[x["id"]]["score"]]
+        parts += [Heading(f"Samples: {arm['title']}"), _samples(both)]
+        wrong = [own for dense, own in both if own["score"] < dense["score"]]
         told = f"the {len(wrong)} samples that it answers worse" if wrong else "all samples"
-        parts += [Heading(f"Lost by heads: {arm['title']}, {told}"), _heads(wrong or own)]
+        heads = _heads(wrong or [own for _, own in both])
+        parts += [Heading(f"Lost by heads: {arm['title']}, {told}"), heads]
     note = "Mass: attention of an answer's row to the gold tokens, as the dense model has it."
-    return [*parts, note] if parts else ["No plan was run beside the dense model."]
+    return [*parts, note] if parts else [ALONE]
 
 
-def _samples(own: Sequence[Mapping], dense: Mapping[str, Mapping]) -> Table:
+def _samples(both: Sequence[tuple[Mapping, Mapping]]) -> Table:
     head = ["id", "dense", "arm's", "mass kept, %", "arm's answer"]
     rows = [
         [
             x["id"],
-            f"{dense[x['id']]['score']:.2f}",
+            f"{dense['score']:.2f}",
             f"{x['score']:.2f}",
             f"{100 * x['kept'] / x['mass']:.1f}" if x["mass"] else "–",
             " ".join(x["output"].split())[:80],
         ]
-        for x in own
+        for dense, x in both
     ]
     return Table(head, rows)
 

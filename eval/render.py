@@ -18,6 +18,7 @@ td.long { white-space: normal; min-width: 14rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; } p.note { color: #555; max-width: 50rem; }
 svg { max-width: 100%; height: auto; }
 """
+ALONE = "No arm was run beside the dense model."
 LONG = 32  # characters of a cell that may take more than one line
 
 

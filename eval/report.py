@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from . import charts, render
-from .cells import ABLE, Cell, Outcome, average, belongs, cells, joined
+from .cells import ABLE, DENSE, Cell, Outcome, average, belongs, cells, joined
 from .paired import change, mcnemar
 from .render import Bullets, Heading, Part, Picture, Table
 from .results import Results, Settings, write_whole
@@ -16,13 +16,20 @@ from .tasks import TASKS, clean
 from .verdict import beyond, verdict
 
 RULERS_CAPS = "as RULER: 128, vt 30, cwe 120, fwe 50, qa 32"
+EARLY = "generation stops early once every answer was said"
 UNUSED = {"ppl": ("prompts", "new tokens", "prose haystack"), "custom": ("prose haystack",)}
+SCORED = {  # by the command; else as RULER does
+    "custom": "Scores in percent; lengths are rounded up to powers of two.",
+    "decode": "Scores in percent: the share of the words wanted that came in their order.",
+    "turns": "Scores in percent: the share of the answers found, the mean of the turns.",
+}
+RULERS = "Scores are RULER's, in percent: the share of the answers found; for qa, any one found."
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
 NOTE = (
-    "Scores are RULER's, in percent: the share of the answers found; for qa, any one found. "
-    "Whole: percent of samples with all that was asked for (qa: any one), as McNemar's exact "
-    "test compares them. Empty: outputs without a character. d/s: dense / this arm."
+    " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
+    "Empty: outputs without a character. d/s: dense / this arm."
 )
+METRICS = {"part": "any of the right ones", "all": "all of the right ones; of some, their share"}
 FEW = 50  # samples from which on a bootstrap's 95 % are about that; of 20 they are 88 %
 SHARES = {"pair density": "pair_density", "KV share": "cache_share"}
 
@@ -44,17 +51,18 @@ def write(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
 def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> list[Part]:
     good = [line for line in lines if "failed" not in line]
     outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
-    dense = Outcome({"title": "dense"}, cells(good))
+    dense = Outcome(DENSE, cells(good))
     batches = sorted({line.get("batch", 1) for line in good})
     every = [Heading(f"{settings.kind}: {settings.model}", 1)]
     every.append(Bullets(_facts(settings, sessions, arms, batches)))
     if settings.kind in PAGES:
-        return [*every, *PAGES[settings.kind](good, arms)]
+        return [*every, *PAGES[settings.kind](good, arms), *_missing(lines, arms)]
     if outcomes:
         every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes]), _arms(outcomes)]
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
-    every.append(NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
+    scored = SCORED.get(settings.kind, RULERS)
+    every.append(scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
         every += [Heading(f"Scores: {title}"), *_scores(outcome)]
@@ -64,9 +72,7 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
         every += [Heading(f"Measured: {title}"), _measured(outcome.cells)]
     if settings.kind == "ruler" and len({cell.length for cell in dense.cells}) > 1:
         every += [Heading("Effective length"), *_effective(dense, outcomes)]
-    if missing := _missing(lines, arms):
-        every += [Heading("Missing"), missing]
-    return every
+    return every + _missing(lines, arms)
 
 
 def effective_length(means: Mapping[int, float], bar: float = LLAMA2_AT_4K) -> int | None:
@@ -83,11 +89,16 @@ def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[s
         "prompts": f"chat template {settings.chat}, seed {settings.seed}, batch size {sizes}, "
         "greedy",
         "new tokens": f"at most {settings.max_new_tokens or _caps(settings.kind)}; "
-        "generation stops early once every answer was said",
+        f"{'answers go on to their end' if settings.kind == 'decode' else EARLY}",
         "prose haystack": f"{settings.prose} (not RULER's essays: compare only runs with this)",
     }
     if settings.data:
         facts["data"] = settings.data
+    if settings.metric:
+        facts["right"] = f"an answer that holds {METRICS[settings.metric]}"
+    if settings.kind == "ppl":
+        apart = f"{settings.stride} tokens apart" if settings.stride else "side by side"
+        facts["windows"] = f"of the text's beginning, {apart}"
     if settings.turns:
         facts["turns"] = settings.turns
     if settings.kind == "ruler":
@@ -225,11 +236,11 @@ def _effective(dense: Outcome, outcomes: Sequence[Outcome]) -> list[Part]:
     return [Table(["arm", *map(str, lengths), "effective length"], table), note]
 
 
-def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> Table | None:
+def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Part]:
     """Samples that some arm has and another lacks, and why, by arm and length."""
     asked = {line["id"]: line["length"] for line in lines}
     rows = []
-    for arm in ({"arm": "dense", "plan": None, "title": "dense"}, *arms):
+    for arm in (DENSE, *arms):
         mine = [line for line in lines if belongs(line, arm)]
         lacking = asked.keys() - {line["id"] for line in mine if "failed" not in line}
         for length in sorted({asked[i] for i in lacking}):
@@ -238,7 +249,7 @@ def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> Table | None:
             why = [x["failed"] for x in mine if x["id"] in gone and "failed" in x]
             told = why[-1] if why else "not run"
             rows.append([arm["title"], f"{length}", f"{len(gone)} of {len(of)}", told])
-    return Table(["arm", "length", "samples", "why"], rows) if rows else None
+    return [Heading("Missing"), Table(["arm", "length", "samples", "why"], rows)] if rows else []
 
 
 def _measured(rows: Sequence[Cell]) -> Table:
@@ -261,7 +272,11 @@ def _measured(rows: Sequence[Cell]) -> Table:
 
 
 def _next_token(lines: Sequence[dict]) -> str:
-    """Milliseconds a token after the first; answers differ in length, so whole times don't tell."""
+    """Milliseconds a token after the first; answers differ in length, so whole times don't tell.
+
+    Those of conversations hold the reading of later questions.
+    """
+    lines = [line for line in lines if "turns" not in line]
     tokens = sum(line["new_tokens"] - 1 for line in lines)
     seconds = sum(line["seconds"] - line["first_token_seconds"] for line in lines)
     return f"{1000 * seconds / tokens:.0f}" if tokens else "–"

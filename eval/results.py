@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Settings:
     squad: str | None = None  # which data asks qa_1's questions
     hotpotqa: str | None = None  # and qa_2's
     data: str | None = None  # the user's own file
+    stride: int | None = None  # of windows; else they lie side by side
     metric: str | None = None  # of the user's own questions
     turns: str | None = None  # of conversations: whose answers go on, what is read when
 
@@ -49,7 +51,7 @@ class Results:
         self.settings = settings
         self.part = part
         self.sessions, known = self._run(session)
-        self.arms = [*(old for old in known if _arm(old) not in {*map(_arm, arms)}), *arms]
+        self.arms = _named([*(old for old in known if _arm(old) not in {*map(_arm, arms)}), *arms])
         if part == 0:
             self.merge()
             content = {"settings": asdict(settings), "sessions": self.sessions, "arms": self.arms}
@@ -149,6 +151,15 @@ def key(line: dict) -> Key:
 
 def _arm(facts: dict) -> tuple[str, str | None]:
     return facts["arm"], facts["plan"]
+
+
+def _named(arms: list[dict]) -> list[dict]:
+    """Each with a title of its own: a plan's file may have changed since an earlier run."""
+    count = Counter(arm["title"] for arm in arms)
+    return [
+        arm if count[arm["title"]] == 1 else {**arm, "title": f"{arm['title']} {arm['plan'][7:13]}"}
+        for arm in arms
+    ]
 
 
 def writable(folder: Path) -> None:

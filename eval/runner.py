@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,10 +18,9 @@ import hfsparse
 from hfsparse.loading import UsageError
 
 from .arms import Arm
-from .generate import answer
+from .generate import answer, together
 from .results import Results
 from .samples import Case, Sample, Suite
-from .together import together
 
 MEASURED = ("pair_density", "block_density", "decode_share", "cache_share")
 
@@ -37,8 +37,9 @@ def run(
 ) -> None:
     """Fill `results` with what it lacks: a length at a time, dense first, then under each arm.
 
-    batch: samples that run together, of one length. share (i, n): only each n-th case from the
-    i-th on. An arm that fails at a length is noted as failed and left there; the next goes on.
+    batch: samples that run together, of one task and length. share (i, n): only each n-th case
+    from the i-th on. An arm that fails at a length is noted as failed and left there; the next
+    goes on.
     """
     first, step = share
     cases = suite.cases[first::step]
@@ -80,8 +81,7 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
         said = [answer(model, tokenizer, samples[0], cap)]
     else:
         said = together(model, tokenizer, samples, cap)
-    stats = handle.stats() if handle else None
-    measured = {name: number(stats, name) for name in MEASURED}
+    measured = densities(handle)
     return [
         {
             **about(model, sample, results, arm),
@@ -97,14 +97,51 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
             "first_token_seconds": one.first_token_seconds,
             "batch": len(samples),
             **measured,
-            "kv_bytes": getattr(stats, "kv_bytes", None),
             **one.more,
         }
         for sample, one in zip(samples, said, strict=True)
     ]
 
 
-def about(model, sample: Sample | Case, results, arm) -> dict:
+def by_case(
+    model,
+    cases: Sequence,
+    results: Results,
+    arms: Sequence[Arm],
+    look: Callable,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Fill `results` with what it lacks, a case at a time: dense first, then under each arm.
+
+    look(case, arms): reads what these arms share; it gives what tells, of an arm that is on, the
+    fields of its line. Where that fails the next case goes on.
+    """
+    first, step = share
+    left = [(c, [a for a in (Arm(), *arms) if not done(c, a, results)]) for c in cases[first::step]]
+    left = [(case, todo) for case, todo in left if todo]
+    with progress() as shown:
+        bar = shown.add_task("", total=sum(case.length for case, _ in left))
+        for case, todo in left:
+            arm = todo[0]
+            try:
+                shown.update(bar, description=case.id)
+                tell = look(case, todo)
+                for arm in todo:
+                    shown.update(bar, description=f"{case.id} {arm.title}")
+                    with arm.on(model) as handle:
+                        if handle:
+                            handle.reset_stats()
+                        told = tell(arm) | densities(handle)
+                    results.append(about(model, case, results, arm) | told)
+            except UsageError:
+                raise
+            except Exception as error:
+                traceback.print_exception(error)
+                results.append(_failed(model, case, results, arm, error))
+            shown.update(bar, advance=case.length)
+
+
+def about(model, sample, results, arm) -> dict:
     """Which sample, under what, where."""
     return {
         "id": sample.id,
@@ -119,18 +156,28 @@ def about(model, sample: Sample | Case, results, arm) -> dict:
     }
 
 
-def _failed(model, case: Case, results, arm, error: Exception) -> dict:
+def _failed(model, case, results, arm, error: Exception) -> dict:
     told = " ".join(f"{type(error).__name__}: {error}".split())
     return {**about(model, case, results, arm), "failed": told[:500]}
 
 
-def done(case: Case, arm: Arm, results: Results) -> bool:
+def done(case, arm: Arm, results: Results) -> bool:
     rest = (arm.name, arm.hash, results.settings.fingerprint, version("transformers"))
     return (case.id, *rest) in results.done
 
 
 def _groups(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
-    return (cases[i : i + size] for i in range(0, len(cases), size))
+    """What runs together is of one task, so that densities and times are."""
+    for _, same in groupby(cases, lambda case: case.task):
+        same = list(same)
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def densities(handle) -> dict:
+    """What the arm measured since the last reset; None of everything for the dense model."""
+    stats = handle.stats() if handle else None
+    measured = {name: number(stats, name) for name in MEASURED}
+    return measured | {"kv_bytes": getattr(stats, "kv_bytes", None)}
 
 
 def number(stats, name: str) -> float | None:

@@ -8,7 +8,7 @@ from . import ppl, recall
 from .cells import Outcome
 from .decode import by_position
 from .paired import change
-from .render import Part, Table
+from .render import ALONE, Part, Table
 
 
 def turns(outcome: Outcome) -> Part:
@@ -27,14 +27,14 @@ def turns(outcome: Outcome) -> Part:
 
 def flipped(outcome: Outcome) -> Part:
     """Every sample whose score changed, with both answers."""
-    pairs = [pair for c in outcome.cells for pair in zip(c.dense, c.sparse, strict=False)]
+    if not any(cell.sparse for cell in outcome.cells):
+        return ALONE
+    pairs = [pair for c in outcome.cells for pair in zip(c.dense, c.sparse, strict=True)]
     rows = [
         [dense["id"], *(f"{x['score']:.2f}" for x in pair), *(_short(x["output"]) for x in pair)]
         for pair in pairs
         if (dense := pair[0])["score"] != pair[1]["score"]
     ]
-    if not pairs:
-        return "No arm was run beside the dense model."
     if not rows:
         return f"No score of {len(pairs)} samples changed."
     return Table(["id", "dense", "arm's", "dense answer", "arm's answer"], rows)

@@ -10,7 +10,7 @@ import hfsparse
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval import generate
+from hfsparse_eval import generate, runner
 from hfsparse_eval.cli import app
 from hfsparse_eval.custom import Questions, read
 from hfsparse_eval.samples import Prompter
@@ -82,6 +82,23 @@ def test_a_prompt_beyond_the_window_names_its_line(file, tokenizer):
     items, _ = read(file(GOOD, {**GOOD, "prompt": "word " * 300}))
     with pytest.raises(UsageError, match=r"line 2 \(id 2\) needs \d+ tokens .* window is 256"):
         Questions(items, Prompter(tokenizer), 256)
+
+
+def test_a_failure_is_noted(file, folder, tmp_path, monkeypatch):
+    def fail(*args):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(runner, "answer", fail)
+    words = ["custom", str(folder), "--data", str(file(GOOD)), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert "1 rounds failed, the first at 1 under dense (MemoryError: none left)" in result.stderr
+    told = (tmp_path / "out" / "report.md").read_text()
+    assert "| 1 of 1 | MemoryError: none left |" in told
+
+
+def test_a_prompt_of_ones_own_has_no_part_before_the_question(file):
+    words = ["custom", "absent", "--data", str(file(GOOD)), "--arm", "kvpress:SnapKV:0.5:agnostic"]
+    assert "leave out :agnostic" in CliRunner().invoke(app, words).stderr
 
 
 def test_the_report_lists_each_flipped_id_with_both_answers(

@@ -56,6 +56,8 @@ def test_windows_slide_and_score_each_token_once(tokenizer):
     alone = ppl.windows(tokenizer, TEXT, 300, 2)
     assert [token for window in alone for token in window.ids[1:]] == ids[:598]
     assert [window.first for window in alone] == [1, 1]
+    with pytest.raises(UsageError, match="length 2 has no token to foresee"):
+        ppl.windows(tokenizer, TEXT, 2, 2)
     with pytest.raises(UsageError, match="the text has 2 tokens"):
         ppl.windows(tokenizer, "abc", 300, 2)
 
@@ -90,5 +92,30 @@ def test_the_command_reports_by_position_and_goes_on(folder, model, tmp_path):
     assert whole["full", "400"][3:7] == [*whole["dense", "400"][3:5], "0.00000", "100.00"]
     assert float(whole["stream", "400"][5]) > 0
     assert float(whole["stream", "400"][7]) < 0.5
+    refused = CliRunner().invoke(app, [*words, "2", "--stride", "100"])
+    assert "holds results with stride None, this run has 100" in refused.stderr
     absent = CliRunner().invoke(app, ["ppl", str(folder), "--data", "absent.txt"])
     assert absent.stderr.strip() == "error: absent.txt: can't read: No such file or directory"
+
+
+def test_an_arm_that_fails_is_noted_and_the_next_window_goes_on(
+    folder, model, tmp_path, monkeypatch
+):
+    def failing(model, ids, dense, found, first):
+        if found is not dense and not seen:
+            seen.append(ids)
+            raise torch.OutOfMemoryError("80 GiB")
+        return compare(model, ids, dense, found, first)
+
+    compare, seen = ppl.compare, []
+    monkeypatch.setattr(ppl, "compare", failing)
+    streaming(model).save(tmp_path / "stream.yaml")
+    words = ["ppl", str(folder), "-o", str(tmp_path / "out"), "--lengths", "200", "--samples", "2"]
+    words += ["--plan", str(tmp_path / "stream.yaml")]
+    result = CliRunner().invoke(app, words)
+    assert "1 rounds failed, the first at ppl-200-199-0000 under sparse (OutOfMe" in result.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| stream | 200 | 1 of 2 | OutOfMemoryError: 80 GiB |" in report
+    assert "| stream | 200 | 1 | " in report.split("## By position")[0]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert "Missing" not in (tmp_path / "out" / "report.md").read_text()

@@ -256,6 +256,33 @@ def test_the_heat_map_of_a_dense_run_has_one_panel_and_leaves_holes_blank():
     assert [text.get_text() for text in figure.axes[0].texts] == ["100", "50", "0"]
 
 
+def test_the_heat_map_is_of_one_task_and_of_arms_that_have_pairs(tmp_path):
+    other = {**ARM, "plan": "sha256:q", "title": "other"}
+    results = Results(tmp_path, SETTINGS, SESSION, [other, ARM])
+    for one in grid("dense", GRID) + grid("sparse", SPARSE) + [line(0, "dense", 1.0, task="cwe")]:
+        results.append(one)
+    assert [path.name for path in heatmap.save(results, "vt")] == ["heatmap.png"]
+    assert heatmap.draw(results.lines, other, "") is None
+
+
+def test_a_plan_that_changed_between_runs_is_an_arm_of_its_own_name(tmp_path):
+    first = {**ARM, "plan": "sha256:aaaaaaaa"}
+    Results(tmp_path, SETTINGS, SESSION, [first])
+    again = Results(tmp_path, SETTINGS, SESSION, [{**ARM, "plan": "sha256:bbbbbbbb"}])
+    assert [arm["title"] for arm in again.arms] == ["mine aaaaaa", "mine bbbbbb"]
+    same = Results(tmp_path, SETTINGS, SESSION, [first])
+    assert [arm["title"] for arm in same.arms] == ["mine bbbbbb", "mine"]
+
+
+def test_scores_are_named_by_what_they_are():
+    for kind, told in (("decode", "words wanted"), ("turns", "mean of the turns"), ("ruler", "qa")):
+        lines = [{**line(0, "dense", 1.0), "turns": []}]
+        text = report.write(lines, Settings(kind, *list(vars(SETTINGS).values())[1:]), [])
+        note = next(row for row in text.splitlines() if row.startswith("Scores"))
+        assert told in note
+        assert ("RULER" in note) == (kind == "ruler")
+
+
 def test_the_page_needs_no_other_file_and_shows_what_the_tables_do(tmp_path):
     broken = {**LINES[4], "failed": "ValueError: <b>&</b>", "id": "vt-1024-0007"}
     results = Results(tmp_path, SETTINGS, SESSION, [ARM])

@@ -1,5 +1,6 @@
 """Conversations over one cache: their samples, and that every arm goes on where it stopped."""
 
+import functools
 import hashlib
 import json
 import re
@@ -95,9 +96,25 @@ def check(model, tokenizer, one, told):
     assert len(told.more["turns"]) == ASKED
     for turn, record in zip(one.turns, told.more["turns"], strict=True):
         ids += turn.ids
-        new, _ = generate._say(model, ids, 8)
+        wanted = generate._Wanted(("no such",), "all", 8)
+        (new,), _ = generate._say(model, [ids], generate._Watch(tokenizer, [wanted]))
         assert record["output"] == generate.decode(tokenizer, new)
         ids += turn.given or generate._without_end(new, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("gold", [False, True])
+def test_the_text_is_read_once(gold, known, model, tokenizer, monkeypatch):
+    one = sample("turns_niah", tokenizer, gold=gold, known=known)
+    forward, read = model.forward, []
+
+    def counted(input_ids=None, **more):
+        read.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "forward", functools.wraps(forward)(counted))
+    generate.answer(model, tokenizer, one, 2)
+    assert len([tokens for tokens in read if tokens > len(one.ids) / 2]) == 1
 
 
 def test_each_turn_has_its_score_and_the_line_their_mean(model, tokenizer):
