@@ -20,7 +20,6 @@ from . import text
 from .drafts import Ask, Draft
 from .samples import Prompter, Sample
 
-NEW_TOKENS = 64
 KEYS = {"prompt", "answers", "id", "turns"}
 
 
@@ -95,7 +94,7 @@ class Questions:
         items: Sequence[Item],
         prompter: Prompter,
         window: int | None,
-        new_tokens: int = NEW_TOKENS,
+        new_tokens: int,
         metric: str = "part",
     ):
         self.prompter, self.new_tokens, self.metric = prompter, new_tokens, metric

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from string import ascii_uppercase
 from uuid import UUID
@@ -43,7 +43,9 @@ class Niah:
         return 5 if short else 25
 
     def fitted(self, tokens: Callable[[str], int], length: int) -> Niah:
-        return self
+        """With more room for its answers than RULER's where many are asked for."""
+        values = some(Random(0), self.value, self.queries * self.values)
+        return replace(self, new_tokens=max(self.new_tokens, 2 * tokens(", ".join(values))))
 
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
         """`size` counts words of prose, or lines.
@@ -91,12 +93,17 @@ class Niah:
         depths = [] if depth is None else [depth + step * i for i in range(self.needles)]
         if self.haystack == "prose":
             units = excerpt(rng, size, self.own)
-            depths = depths or sorted(rng.sample(SLOTS, self.needles))
+            depths = depths or sorted(_drawn(rng, SLOTS, self.needles))
             return units, [int(len(units) * d / 100) for d in depths]
         units = distractors or [text.NOISE] * size
         if depths:
             return units, [int(len(units) * d / 100) for d in depths]
-        return units, sorted(rng.sample(range(len(units)), self.needles))
+        return units, sorted(_drawn(rng, range(len(units)), self.needles))
+
+
+def _drawn(rng: Random, places: Sequence[int], count: int) -> list[int]:
+    """Each place once, unless there are too few."""
+    return rng.sample(places, count) if count <= len(places) else rng.choices(places, k=count)
 
 
 def some(rng: Random, kind: str, count: int) -> list[str]:

@@ -54,9 +54,11 @@ def windows(
     bos = bos if bos == [tokenizer.bos_token_id] else []
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     size = length - len(bos)
-    stride = min(stride or size, size)
+    if stride and stride > length:
+        raise UsageError(f"stride {stride} skips text between windows of {length}: give less")
     if size < 2:
         raise UsageError(f"length {length} has no token to foresee: give more")
+    stride = min(stride or size, size)
     if len(ids) < size:
         raise UsageError(f"the text has {len(ids)} tokens: give lengths up to that, or more text")
     starts = range(0, len(ids) - size + 1, stride)[:count]

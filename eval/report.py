@@ -75,9 +75,9 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     return every + _missing(lines, arms)
 
 
-def effective_length(means: Mapping[int, float], bar: float = LLAMA2_AT_4K) -> int | None:
+def effective_length(means: Mapping[int, float]) -> int | None:
     """The longest length whose mean over tasks, in percent, reaches the bar; None if none does."""
-    return max((length for length, mean in means.items() if mean >= bar), default=None)
+    return max((length for length, mean in means.items() if mean >= LLAMA2_AT_4K), default=None)
 
 
 def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[str]:
@@ -116,7 +116,7 @@ def _facts(settings: Settings, sessions, arms, batches: Sequence[int]) -> list[s
 
 
 def _caps(kind: str) -> str:
-    return RULERS_CAPS if kind in ("ruler", "needle") else "what each task asks for"
+    return RULERS_CAPS if kind == "ruler" else "what each task asks for"
 
 
 def _verdict(outcome: Outcome) -> str:

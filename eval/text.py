@@ -72,7 +72,7 @@ def read(path: Path) -> tuple[str, str]:
     """A file's text, and its name and hash."""
     try:
         content = path.read_bytes()
-        return content.decode("utf-8"), f"{path.name}, {_mark(content)}"
+        return content.decode("utf-8-sig"), f"{path.name}, {_mark(content)}"
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"{path}: can't read: {getattr(problem, 'strerror', problem)}") from None
 

@@ -81,7 +81,7 @@ def test_files_without_questions_and_prompts_beyond_the_window_are_refused(file,
 def test_a_prompt_beyond_the_window_names_its_line(file, tokenizer):
     items, _ = read(file(GOOD, {**GOOD, "prompt": "word " * 300}))
     with pytest.raises(UsageError, match=r"line 2 \(id 2\) needs \d+ tokens .* window is 256"):
-        Questions(items, Prompter(tokenizer), 256)
+        Questions(items, Prompter(tokenizer), 256, 64)
 
 
 def test_a_failure_is_noted(file, folder, tmp_path, monkeypatch):

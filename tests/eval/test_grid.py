@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from hfsparse.loading import UsageError
 from hfsparse_eval import text
 from hfsparse_eval.cli import _hidden, app
+from hfsparse_eval.samples import Case, Maker, Prompter
 from hfsparse_eval.tasks import TASKS
 
 
@@ -43,6 +44,17 @@ def test_the_haystack_is_the_users_text_even_without_sentences(tmp_path):
     assert set(rest.split()) == {"one", "two", "three", "four"}
     assert len(rest.split()) == 600
     assert 0.4 < low / len(made.context) < 0.6
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
+def test_there_is_room_for_many_needles_and_their_answers(name, tokenizer):
+    task, _ = _hidden(TASKS[name], 45, None)
+    sample = Maker(task, 6000, Prompter(tokenizer)).sample(Case(task.name, 6000, 0, 0))
+    assert len(set(sample.answers)) == 45
+    said = ", ".join(sample.answers)
+    assert len(tokenizer(said).input_ids) < sample.new_tokens
+    few, _ = _hidden(TASKS[name], 1, None)
+    assert few.fitted(Prompter(tokenizer).tokens, 1900) == few
 
 
 def test_haystacks_that_cannot_be_used_are_one_clear_sentence(tmp_path):

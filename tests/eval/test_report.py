@@ -187,10 +187,6 @@ def test_the_effective_length_is_the_longest_that_reaches_rulers_bar(means, expe
     assert report.effective_length(means) == expected
 
 
-def test_another_bar_can_be_set():
-    assert report.effective_length({1: 50.0, 2: 40.0}, bar=45) == 1
-
-
 def at_lengths(arm, scores):
     make = line if arm == "dense" else lambda i, arm, score, **more: sparse(i, score, **more)
     return [
