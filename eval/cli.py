@@ -45,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USUAL = Size(8, (4096,))
+MOST_NEEDLES = 100
 GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
 PLACED = [name for name in TASKS if name not in ("cwe", "fwe")]  # answers that stand in a place
 
@@ -112,7 +113,9 @@ def needle(
     chosen = pick(task, {name: TASKS[name] for name in GRID_TASKS})
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
-    hidden, marks = _hidden(chosen[0], positive("needles", needles), haystack)
+    if positive("needles", needles) > MOST_NEEDLES:
+        raise UsageError(f"needles is {needles}: give up to {MOST_NEEDLES}")
+    hidden, marks = _hidden(chosen[0], needles, haystack)
     run.go(run.suite([hidden], places), device, dtype, chat.value, **marks)
 
 

@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[list[Item], str]:
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), number)
+            item = _item(_parsed(line), number)
             if item.id in items:
                 raise ValueError(f"id {item.id} is that of line {items[item.id].line}, too")
         except ValueError as problem:
@@ -58,6 +58,13 @@ def read(path: Path) -> tuple[list[Item], str]:
     if not items:
         raise UsageError(f"{path} holds no question: give one JSON object a line")
     return [*items.values()], mark
+
+
+def _parsed(line: str):
+    try:
+        return json.loads(line)
+    except ValueError as problem:
+        raise ValueError(f"not JSON: {problem.msg} at column {problem.colno}") from None
 
 
 def _item(row, number: int) -> Item:

@@ -169,6 +169,8 @@ def writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+    except FileExistsError:
+        raise UsageError(f"cannot write to {folder}: it is a file, give a folder") from None
     except OSError as problem:
         raise UsageError(f"cannot write to {folder}: {problem.strerror}") from problem
 

@@ -52,7 +52,7 @@ def test_prompts_are_run_as_they_are_and_turns_follow(file, tokenizer):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("{", "Expecting property name"),
+        ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
         ("[]", "expected an object with answers, id, prompt, turns"),
         ({**GOOD, "answer": "x"}, "expected an object with answers, id, prompt, turns"),
         ({"answers": ["x"]}, "prompt is missing, empty or no string"),
