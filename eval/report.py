@@ -43,12 +43,8 @@ def save(results: Results) -> list[Path]:
     return [*paths]
 
 
-def write(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> str:
-    """The report in Markdown: of the dense lines, and of each of these arms beside them."""
-    return render.markdown(parts(lines, settings, sessions, arms))
-
-
 def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> list[Part]:
+    """The report: of the dense lines, and of each of these arms beside them."""
     good = [line for line in lines if "failed" not in line]
     outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
     dense = Outcome(DENSE, cells(good))

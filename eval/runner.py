@@ -50,7 +50,7 @@ def run(
         if (todo := [c for c in cases if c.length == length and not done(c, arm, results)])
     ]
     for arm in dict.fromkeys(arm for arm, _ in rounds):
-        arm.prepare(tokenizer, {case.length for case in cases})
+        arm.prepare(tokenizer, {case.length for case in suite.cases})  # alike in all processes
     with progress() as shown:
         total = sum(case.length for _, todo in rounds for case in todo)
         bar = shown.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hfsparse_eval import heatmap, report
+from hfsparse_eval import heatmap, render, report
 from hfsparse_eval.results import Results, Settings
 
 SETTINGS = Settings(
@@ -54,6 +54,10 @@ LINES = [
 ]
 
 
+def write(*given):
+    return render.markdown(report.parts(*given))
+
+
 def rows(text, title):
     below = text.split(f"## {title}\n\n")[1].split("\n\n")
     table = next(part for part in below if part[0] == "|").strip()
@@ -61,7 +65,7 @@ def rows(text, title):
 
 
 def test_scores_differences_and_empty_answers_of_the_pairs():
-    text = report.write(LINES, SETTINGS, [SESSION], [ARM])
+    text = write(LINES, SETTINGS, [SESSION], [ARM])
     head, _, vt, overall = rows(text, "Scores: mine")
     assert head[:5] == ["task", "length", "n", "dense", "arm's"]
     # dense (100 + 60 + 80) / 3, sparse (100 + 20 + 80) / 3; changes 0, -40, 0; no whole one lost
@@ -74,7 +78,7 @@ def test_what_one_arm_lacks_is_listed_with_why():
     failed = {key: line(9, "sparse", 0)[key] for key in ("id", "task", "length", "arm", "model")}
     failed |= {"plan": "sha256:p", "transformers": "5.0", "failed": "OutOfMemoryError: 80 GiB"}
     rest = [{**x, "length": 2048, "id": x["id"] + "b"} for x in LINES if x["arm"] == "sparse"][:1]
-    text = report.write([*LINES, failed, *rest], SETTINGS, [SESSION], [ARM])
+    text = write([*LINES, failed, *rest], SETTINGS, [SESSION], [ARM])
     assert rows(text, "Missing")[2:] == [
         ["dense", "2048", "1 of 1", "not run"],
         ["mine", "1024", "1 of 4", "OutOfMemoryError: 80 GiB"],
@@ -92,7 +96,7 @@ def test_pairs_are_of_one_version_of_transformers():
 
 
 def test_measured_densities_shares_and_times():
-    text = report.write(LINES, SETTINGS, [SESSION], [ARM])
+    text = write(LINES, SETTINGS, [SESSION], [ARM])
     _, _, vt, _ = rows(text, "Measured: mine")
     # pair density (0.5 + 0.2 + 0.5) / 3; decode share (0.25 + 0.35) / 2; first token 1.0 and 0.6
     # next token: dense (1 + 2 + 2) s / 30, sparse (1 + 2.4 + 2.4) s / 30
@@ -117,13 +121,13 @@ def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
         for arm, make in (("dense", line), ("sparse", lambda i, _, s, **more: sparse(i, s, **more)))
         for i, score in enumerate([0.69, 0.7] if arm == "dense" else [0.0, 0.0])
     ]
-    text = report.write(LINES + hard, SETTINGS, [], [ARM])
+    text = write(LINES + hard, SETTINGS, [], [ARM])
     tables = text.split("## Scores: mine")[1].split("## ")[0].split("Set apart")
     assert "| vt | " in tables[0]
     assert "| all | all | 3 | 80.0 | 66.7 | " in tables[0]
     assert "| cwe | 1024 | 2 | 69.5 | 0.0 | " in tables[1]
     assert "| cwe | 1024 | 990 " in text.split("## Measured: mine")[1]
-    nothing = report.write(hard, SETTINGS, [], [ARM])
+    nothing = write(hard, SETTINGS, [], [ARM])
     assert "- mine: nothing to judge" in nothing
 
 
@@ -132,7 +136,7 @@ def test_the_verdict_names_a_length_that_breaks_the_promise_alone():
     dense = {("vt", 4096): [1.0] * 80, ("vt", 8192): [1.0] * 20}
     worse = dense | {("vt", 8192): [1.0, 0.0] * 10}
     lines = at_lengths("dense", dense) + at_lengths("sparse", worse)
-    text = report.write(lines, SETTINGS, [], [ARM | {"promise": {"limit": 0.2}}])
+    text = write(lines, SETTINGS, [], [ARM | {"promise": {"limit": 0.2}}])
     told = next(line for line in text.splitlines() if line.startswith("- mine: "))
     assert told.startswith("- mine: drop 10.0 ± ")
     assert told.endswith(": within the promised 20.0; beyond it at 8192 tokens alone")
@@ -140,7 +144,7 @@ def test_the_verdict_names_a_length_that_breaks_the_promise_alone():
 
 def test_a_report_without_an_arm_is_of_the_dense_one():
     strong = [line(i, "dense", score) for i, score in enumerate([1.0, 0.5])]
-    text = report.write(strong, SETTINGS, [SESSION])
+    text = write(strong, SETTINGS, [SESSION])
     _, _, vt, _ = rows(text, "Scores: dense")
     assert vt == ["vt", "1024", "2", "75.0", "–", "–", "–", "50.0", "0.0"]
     assert rows(text, "Measured: dense")[2][3:] == ["–", "–", "–", "–", "1.00", "200", "3.00"]
@@ -149,7 +153,7 @@ def test_a_report_without_an_arm_is_of_the_dense_one():
 
 
 def test_the_head_names_model_plan_machine_versions_and_prose():
-    text = report.write(LINES, SETTINGS, [SESSION, {"machine": "b"}], [ARM])
+    text = write(LINES, SETTINGS, [SESSION, {"machine": "b"}], [ARM])
     assert text.startswith("# ruler: some/model\n")
     for fact in (
         "some/model (fingerprint sha256:m), bfloat16",
@@ -169,7 +173,7 @@ def test_rows_are_by_task_then_length_as_numbers():
         line(0, "dense", 1.0, task=task, length=length, id=f"{task}-{length}")
         for task, length in (("vt", 16384), ("vt", 4096), ("niah_single_1", 8192))
     ]
-    names = [row[:2] for row in rows(report.write(lines, SETTINGS, []), "Scores: dense")[2:]]
+    names = [row[:2] for row in rows(write(lines, SETTINGS, []), "Scores: dense")[2:]]
     assert names == [["niah_single_1", "8192"], ["vt", "4096"], ["vt", "16384"], ["all", "all"]]
 
 
@@ -205,7 +209,7 @@ def test_effective_lengths_are_of_tasks_run_at_every_length_and_weigh_tasks_alik
         ("fwe", 4096): [0.0],  # not run at 8192: left out
     }
     lines = at_lengths("dense", dense) + at_lengths("sparse", dense | {("vt", 4096): [0.4, 0.6]})
-    text = report.write(lines, SETTINGS, [], [ARM])
+    text = write(lines, SETTINGS, [], [ARM])
     table = rows(text, "Effective length")
     assert table[0] == ["arm", "4096", "8192", "effective length"]
     assert table[2:] == [
@@ -216,7 +220,7 @@ def test_effective_lengths_are_of_tasks_run_at_every_length_and_weigh_tasks_alik
 
 
 def test_one_length_has_no_effective_length():
-    assert "Effective" not in report.write(LINES, SETTINGS, [])
+    assert "Effective" not in write(LINES, SETTINGS, [])
 
 
 def grid(arm, scores):
@@ -273,7 +277,7 @@ def test_a_plan_that_changed_between_runs_is_an_arm_of_its_own_name(tmp_path):
 def test_scores_are_named_by_what_they_are():
     for kind, told in (("decode", "words wanted"), ("turns", "mean of the turns"), ("ruler", "qa")):
         lines = [{**line(0, "dense", 1.0), "turns": []}]
-        text = report.write(lines, Settings(kind, *list(vars(SETTINGS).values())[1:]), [])
+        text = write(lines, Settings(kind, *list(vars(SETTINGS).values())[1:]), [])
         note = next(row for row in text.splitlines() if row.startswith("Scores"))
         assert told in note
         assert ("RULER" in note) == (kind == "ruler")
