@@ -54,7 +54,8 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     if settings.kind in PAGES:
         return [*every, *PAGES[settings.kind](good, arms), *_missing(lines, arms)]
     if outcomes:
-        every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes]), _arms(outcomes)]
+        every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes])]
+        every += [_arms(outcomes)] if any(o.able for o in outcomes) else []
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
     scored = SCORED.get(settings.kind, RULERS)
