@@ -179,7 +179,8 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
         **({} if cache is None else {_cache_name(model): cache}),
     )
     new = out.sequences[:, width:].tolist()
-    return [ids[: watch.length[row]] for row, ids in enumerate(new)], out.past_key_values
+    used = next((out[name] for name in CACHES if name in out), None)
+    return [ids[: watch.length[row]] for row, ids in enumerate(new)], used
 
 
 def _read(model, ids: Sequence[int]):
