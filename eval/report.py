@@ -23,7 +23,7 @@ SCORED = {  # by the command; else as RULER does
     "decode": "Scores in percent: the share of the words wanted that came in their order.",
     "turns": "Scores in percent: the share of the answers found, the mean of the turns.",
 }
-RULERS = "Scores are RULER's, in percent: the share of the answers found; for qa, any one found."
+AS_RULER = "Scores are RULER's, in percent: the share of the answers found; for qa, any one found."
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
 NOTE = (
     " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
@@ -58,7 +58,7 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
         every += [_arms(outcomes)] if any(o.able for o in outcomes) else []
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
-    scored = SCORED.get(settings.kind, RULERS)
+    scored = SCORED.get(settings.kind, AS_RULER)
     every.append(scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
