@@ -9,7 +9,7 @@ from io import StringIO
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto;
-  padding: 0 1rem; max-width: 72rem; }
+  padding: 0 1rem; max-width: 90rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
