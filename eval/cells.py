@@ -21,7 +21,8 @@ class Cell:
 
     @property
     def able(self) -> bool:
-        return mean(line["score"] for line in self.dense) >= ABLE
+        """Of the user's own questions all count: their lengths are no tasks."""
+        return self.task == "custom" or mean(line["score"] for line in self.dense) >= ABLE
 
     @property
     def scores(self) -> tuple[list[float], list[float]]:

@@ -131,6 +131,14 @@ def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
     assert "- mine: nothing to judge" in nothing
 
 
+def test_the_users_own_questions_all_count():
+    lines = at_lengths("dense", {("custom", 128): [0.0, 1.0, 0.0], ("custom", 256): [1.0]})
+    lines += at_lengths("sparse", {("custom", 128): [0.0, 0.0, 0.0], ("custom", 256): [1.0]})
+    text = write(lines, SETTINGS, [], [ARM])
+    assert "| all | all | 4 | 50.0 | 25.0 | " in text
+    assert "Set apart" not in text
+
+
 def test_the_verdict_names_a_length_that_breaks_the_promise_alone():
     """Nothing is lost in 80 samples of the short length, half of 20 in the long one."""
     dense = {("vt", 4096): [1.0] * 80, ("vt", 8192): [1.0] * 20}
