@@ -4,9 +4,10 @@
     python benchmarks/agreement.py MODEL [--length 1024] [--samples 24] --keep FILE --write FILE
 
 Both make samples of their own, of the eleven tasks that need no data, and the model answers them
-greedily. A difference of the two means beyond its 95 % interval is a finding. Each --check'th
-prompt of theirs also goes through our generation and scorer, which has to give the same score.
-Nothing is downloaded: their essays are replaced by our prose, their sentence splitter by ours.
+greedily; ours are as long as theirs. A difference of the two means beyond its 95 % interval is a
+finding. Each --check'th prompt of theirs also goes through our generation and scorer, which has to
+give the same score. Nothing is downloaded: their essays are replaced by our prose, their sentence
+splitter by ours.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def compare(model, tokenizer, name: str, options) -> dict:
     """Scores of both on samples of their own, and of ours on theirs."""
     theirs = by_the_harness(model, tokenizer, name, options)
     task = ZeroShot() if name == "cwe" else TASKS[name]
-    suite = Suite([task], [options.length], options.samples, Prompter(tokenizer, "never"))
+    tokens = round(np.mean([len(tokenizer(said["prompt"]).input_ids) for said in theirs]))
+    length = tokens + task.new_tokens  # prompts as long as theirs
+    suite = Suite([task], [length], options.samples, Prompter(tokenizer, "never"))
 
     def ours(sample: Sample) -> float:
         return score(answer(model, tokenizer, sample, options.cap).text, sample.answers)
@@ -110,10 +113,7 @@ def compare(model, tokenizer, name: str, options) -> dict:
         "theirs": [said["score"] for said in theirs],
         "ours": [ours(sample) for sample in samples],
         "checked": checked,
-        "tokens": [
-            round(np.mean([len(tokenizer(said["prompt"]).input_ids) for said in theirs])),
-            round(np.mean([len(sample.ids) for sample in samples])),
-        ],
+        "tokens": [tokens, round(np.mean([len(sample.ids) for sample in samples]))],
     }
 
 
@@ -165,9 +165,10 @@ by ours. Ours ran alone and theirs in batches of {options.batch}: whether roundi
 differs was not tested.
 - The harness downloads its essays and its sentence splitter; here both used our prose \
 ({prose_source()}) and our splitter. Its qa_1 and qa_2 need SQuAD and HotpotQA: not run.
-- The prompts are not of equal length (tokens l/h): its haystacks grow in larger steps, and cwe's \
-leave room for an example that is not shown. Shorter prompts may be easier, which \
-could raise its scores and not lower them; no run at equal lengths was made.
+- Its prompts of {options.length} tokens are shorter than that: its haystacks grow in larger \
+steps, and cwe's leave room for an example that is not shown. Ours are made about as long as its \
+are on average (tokens l/h); at {options.length} tokens, as first run, ours were longer, and vt and \
+cwe scored lower.
 - cwe is asked without a solved example, as the harness does; `hfsparse eval` shows one, as RULER.
 
 {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, \
