@@ -3,10 +3,11 @@
     python benchmarks/methods.py MODEL --out DIR --make --judge --tables [--gpus 4] [--limit 540]
     python benchmarks/methods.py MODEL --out DIR --cost                  (8B shape, random weights)
 
---make writes plans at equal pair density (prompts only) and at equal cache share, with seconds and
-peak memory; --judge asks dense and every plan the same (`methods_trials`); --tables prints what is
-known so far. MODEL also gives the tokenizer of --cost. All is kept in --out as it comes, so that a
-run that was killed, or ended by --limit, goes on when it is started again.
+--make writes plans at equal pair density (prompts only), at equal cache share and at equal share of
+keys read in decode, with seconds and peak memory; --judge asks dense and every plan the same
+(`methods_trials`); --tables prints what is known so far. MODEL also gives the tokenizer of --cost.
+All is kept in --out as it comes, so that a run that was killed, or ended by --limit, goes on when
+it is started again.
 """
 
 from __future__ import annotations
@@ -281,8 +282,7 @@ def judge(given) -> None:
     log = Log(given.out / "judge.jsonl", _made(given.model))
     for name, row in [*log.rows.items()]:  # of a plan that was made anew since
         kind, *_, arm = name.split("/")
-        known = _plans(_kind(kind).family, given.out) if "plan" in row else {}
-        if "plan" in row and row["plan"] != known[arm].hash():
+        if "plan" in row and row["plan"] != _plans(_kind(kind).family, given.out)[arm].hash():
             del log.rows[name]
     with crew(given, given.workers) as pool:
         for stage in ("screen", "all"):

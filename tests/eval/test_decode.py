@@ -1,20 +1,18 @@
 """Long answers: their samples, their score by order, and agreement counted by hand."""
 
 import hashlib
-import json
 import re
 from random import Random
 
 import pytest
-from typer.testing import CliRunner
 
 from hfsparse.plan import ModelId, Plan
 from hfsparse_eval import decode, text
 from hfsparse_eval.cells import Cell, Outcome
-from hfsparse_eval.cli import app
 from hfsparse_eval.decode import DECODES
 from hfsparse_eval.samples import Case, Maker, Prompter
 from hfsparse_eval.tasks import score
+from tests.eval.running import goes_on
 
 GOLDEN = {
     "decode_keys": "c4ceea07fa0082cb",
@@ -93,15 +91,8 @@ def test_a_plan_that_drops_nothing_says_the_same_tokens(folder, model, tmp_path)
     words = ["decode", str(folder), "-o", str(tmp_path / "out"), "--lengths", "700"]
     words += ["--plan", str(tmp_path / "plan.yaml"), "--tasks", "decode_sum,decode_keys"]
     words += ["--max-new-tokens", "24", "--samples"]
-    assert CliRunner().invoke(app, [*words, "1"]).exit_code == 0
-    done = (tmp_path / "out" / "results.jsonl").read_text()
-    result = CliRunner().invoke(app, [*words, "2"])
-    assert result.exit_code == 0, result.output
-    content = (tmp_path / "out" / "results.jsonl").read_text()
-    assert content.startswith(done)
-    lines = [json.loads(line) for line in content.splitlines()]
+    lines, report = goes_on(words, tmp_path / "out")
     said = {(line["id"], line["arm"]): line["output_ids"] for line in lines}
     assert len(said) == len(lines) == 8
     assert all(said[i, "dense"] == said[i, "sparse"] for i, _ in said)
-    report = (tmp_path / "out" / "report.md").read_text()
     assert "| decode_sum | 700 | 2 of 2 | – | 100 | " in report

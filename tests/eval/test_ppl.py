@@ -1,6 +1,5 @@
 """Perplexity and divergence against plain definitions on whole logits."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval import ppl
 from hfsparse_eval.cli import app
+from tests.eval.running import goes_on
 
 TEXT = " ".join(f"The {n} seas are {n * 7 % 31} miles deep." for n in range(400))
 
@@ -77,15 +77,8 @@ def test_the_command_reports_by_position_and_goes_on(folder, model, tmp_path):
     words = ["ppl", str(folder), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt")]
     words += ["--plan", str(tmp_path / "full.yaml"), "--plan", str(tmp_path / "stream.yaml")]
     words += ["--lengths", "200,400", "--samples"]
-    assert CliRunner().invoke(app, [*words, "1"]).exit_code == 0
-    done = (tmp_path / "out" / "results.jsonl").read_text()
-    result = CliRunner().invoke(app, [*words, "2"])
-    assert result.exit_code == 0, result.output
-    content = (tmp_path / "out" / "results.jsonl").read_text()
-    assert content.startswith(done)
-    lines = [json.loads(line) for line in content.splitlines()]
+    lines, report = goes_on(words, tmp_path / "out")
     assert len({(line["id"], line["plan"]) for line in lines}) == len(lines) == 12
-    report = (tmp_path / "out" / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in report.splitlines()]
     whole = {(r[0], r[1]): r for r in rows if len(r) == 9 and r[1] in ("200", "400")}
     assert [r[2] for r in whole.values()] == ["2"] * 6

@@ -1,6 +1,5 @@
 """The mass on the needle against eager attention, and what is kept of it against the oracle."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from hfsparse_eval import recall
 from hfsparse_eval.cli import app
 from hfsparse_eval.samples import Case, Maker, Prompter
 from hfsparse_eval.tasks import TASKS
+from tests.eval.running import goes_on
 from tests.patcher import oracle
 
 PATTERNS = {
@@ -101,14 +101,8 @@ def test_the_command_names_the_heads_and_goes_on(folder, model, tmp_path):
     plan_of(model).save(tmp_path / "plan.yaml")
     words = ["recall", str(folder), "-o", str(tmp_path / "out"), "--lengths", "600"]
     words += ["--plan", str(tmp_path / "plan.yaml"), "--tasks", "niah_single_2", "--samples"]
-    assert CliRunner().invoke(app, [*words, "1"]).exit_code == 0
-    done = (tmp_path / "out" / "results.jsonl").read_text()
-    result = CliRunner().invoke(app, [*words, "2"])
-    assert result.exit_code == 0, result.output
-    content = (tmp_path / "out" / "results.jsonl").read_text()
-    assert content.startswith(done)
-    assert [json.loads(x)["arm"] for x in content.splitlines()] == ["dense", "sparse"] * 2
-    report = (tmp_path / "out" / "report.md").read_text()
+    lines, report = goes_on(words, tmp_path / "out")
+    assert [line["arm"] for line in lines] == ["dense", "sparse"] * 2
     assert "## Lost by heads: plan, all samples" in report
     assert "| prefill s, cache s, decode ring |" in report
     refused = CliRunner().invoke(app, [*words, "2", "--tasks", "cwe"])

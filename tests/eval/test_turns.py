@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import re
 from dataclasses import replace
 from random import Random
@@ -18,6 +17,7 @@ from hfsparse_eval import generate, text
 from hfsparse_eval.cli import app
 from hfsparse_eval.samples import Case, Maker, Prompter
 from hfsparse_eval.talks import ASKED, TALKS
+from tests.eval.running import goes_on
 
 GOLDEN = {
     "turns_kv": "35b2f143afa7c7bd",
@@ -141,14 +141,8 @@ def test_the_command_reports_each_turn_and_goes_on_where_it_stopped(folder, mode
         str(tmp_path / "plan.yaml"),
     ]
     words += ["--lengths", "1000", "--tasks", "turns_niah", "--max-new-tokens", "3", "--samples"]
-    assert CliRunner().invoke(app, [*words, "1"]).exit_code == 0
-    done = (tmp_path / "out" / "results.jsonl").read_text()
-    result = CliRunner().invoke(app, [*words, "2"])
-    assert result.exit_code == 0, result.output
-    lines = (tmp_path / "out" / "results.jsonl").read_text()
-    assert lines.startswith(done)
-    assert [json.loads(line)["arm"] for line in lines.splitlines()] == ["dense", "sparse"] * 2
-    report = (tmp_path / "out" / "report.md").read_text()
+    lines, report = goes_on(words, tmp_path / "out")
+    assert [line["arm"] for line in lines] == ["dense", "sparse"] * 2
     assert "own answers go on; the text is read before any question is known" in report
     turns = re.findall(r"\| turns_niah \| 1000 \| (\d) \| ", report.split("## By turn: ")[1])
     assert turns == ["1", "2", "3", "4", "5"]
