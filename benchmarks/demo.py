@@ -22,8 +22,8 @@ import hfsparse
 from hfsparse.cli import app
 from hfsparse.loading import load
 from hfsparse.plan import Plan
+from hfsparse_eval.cells import Cell, cells, joined
 from hfsparse_eval.generate import answer
-from hfsparse_eval.report import Cell, cells
 from hfsparse_eval.results import parse
 from hfsparse_eval.runner import session
 from hfsparse_eval.samples import Prompter, Suite
@@ -53,10 +53,11 @@ def main(
         f"--tasks {','.join(TASK_NAMES)} --max-new-tokens {NEW_TOKENS} -o {results}"
     )
     lines = parse((results / "results.jsonl").read_text("utf-8"), results)
-    table = summary(lines, Plan.load(plan).hash())
+    rows = grid(lines, Plan.load(plan).hash())
+    table = summary(rows)
     (out / "demo.md").write_text(table + facts(start), encoding="utf-8")
     print(f"\n{table}{facts(start)}\nplan, pictures and reports: {out}/")
-    judge(cells(lines, Plan.load(plan).hash())[0][-1])
+    judge(rows[-1])
 
 
 def command(line: str) -> None:
@@ -85,14 +86,19 @@ def side_by_side(folder: str, plan: Plan) -> None:
     print(str(stats).splitlines()[0])
 
 
-def summary(lines: list[dict], plan: str) -> str:
-    """The closing table, in Markdown, from the eval's result lines."""
+def grid(lines: list[dict], plan: str) -> list[Cell]:
+    """The tasks of the eval's result lines under a plan, by its hash, and all of them as one."""
+    rows = cells(lines, {"arm": "sparse", "plan": plan})
+    return [*rows, joined(rows)]
+
+
+def summary(table: list[Cell]) -> str:
+    """The closing table, in Markdown."""
     rows = [
         "| task | dense | sparse | pair density | cache share | seconds dense | seconds sparse |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-
-    for cell in cells(lines, plan)[0]:
+    for cell in table:
         right = [
             f"{sum(x['score'] for x in arm):g}/{len(arm)}" for arm in (cell.dense, cell.sparse)
         ]
