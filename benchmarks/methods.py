@@ -46,23 +46,31 @@ from hfsparse.profiler import (
     moa,
     prompts_of,
     search,
+    verify,
 )
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.profiler.proxies import PROXIES
 from hfsparse.selectors.quest import Quest
 
 # Of plans: equal pair density of prompts, equal cache share, equal share of keys read in decode
-FAMILIES = ("prefill", "cache", "decode")
+FAMILIES = {"prefill": "pairs", "cache": "cache", "decode": "decode"}
+FREE = dict.fromkeys(FAMILIES.values(), 1.0)
 READ = 0.06  # that share
 PAGED = ("balanced", "minference")  # choose page shares by head
 SEEDS = (0, 1)
-GROUPS = {  # methods that share what they measure; the slowest first
-    "moa": [("moa", None)],
-    "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
-    "balanced": [("balanced", None)],
+# Methods that share what they measure, and variants of them, made with seed 0 alone: a proxy that
+# ranks heads; twice the prompts; verified, with heads given back. The slowest first.
+GROUPS = {
+    "balanced": [("balanced", None), ("balanced", "twice"), ("balanced", "verified")],
     "minference": [("minference", None), ("minference-error", None)],
+    "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
+    "moa": [("moa", None)],
     "streaming-llm": [("streaming-llm", None)],
 }
+DROP, TRIALS = 0.01, 12  # of a verified plan: the limit, and trials a length
+# Other budgets, of balanced alone: which would do?
+OTHERS = {"prefill": (0.13,), "cache": (0.35, 0.5), "decode": (0.12, 0.25)}
 COST = {  # method: lengths, samples a length; 8 samples in all
     "minference": ((4096, 8192, 16384, 32768), 2),
     "balanced": ((4096, 8192, 16384, 32768), 2),
@@ -81,11 +89,17 @@ class Log:
         rows = [row for line in lines if (row := _parsed(line))]
         if rows and rows[0].get("made") != made:
             sys.exit(f"{file} holds rows of {rows[0].get('made')}; this is {made}: another --out")
-        self.rows = {row["name"]: row for row in rows[1:]}
+        self.made, self.rows = {"made": made}, {row["name"]: row for row in rows[1:]}
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".tmp")  # without a line that was cut short
-        draft.write_text("".join(json.dumps(r) + "\n" for r in rows or [{"made": made}]), "utf-8")
-        draft.replace(file)
+        self.drop([])  # a line that was cut short
+
+    def drop(self, names: list[str]) -> None:
+        for name in names:
+            del self.rows[name]
+        draft = self.file.with_suffix(".tmp")
+        lines = (json.dumps(row) + "\n" for row in (self.made, *self.rows.values()))
+        draft.write_text("".join(lines), "utf-8")
+        draft.replace(self.file)
 
     def of(self, start: str) -> list[dict]:
         return [row for name, row in self.rows.items() if name.startswith(start)]
@@ -149,8 +163,9 @@ def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
 
 def make(given) -> None:
     log = Log(given.out / "make.jsonl", _made(given.model))
+    shares = {"prefill": given.density, "cache": given.share, "decode": READ}
     tasks = [
-        (group, seed, given.lengths, given.samples, given.density, given.share, given.duo_steps)
+        (group, seed, given.lengths, given.samples, shares, given.duo_steps)
         for group in GROUPS
         for seed in SEEDS
         if f"{group}-{seed}" not in log.rows and (group != "streaming-llm" or seed == 0)
@@ -168,42 +183,67 @@ def make(given) -> None:
 
 
 def made(task) -> list[dict]:
-    """Plans of one group of methods for every family; a row each, and one for all once done."""
-    group, seed, lengths, samples, density, share, steps = task
-    budgets = {"prefill": Budget(density, 1.0, 1.0), "cache": Budget(1.0, share, 1.0)}
-    budgets["decode"] = Budget(1.0, 1.0, READ)
+    """Plans of one group of methods for every family; a row each, and one for all once done.
+
+    Those that were written by a run that was stopped are not made again.
+    """
+    group, seed, lengths, samples, shares, steps = task
     duo.STEPS, duo.PIECE = steps, min(steps, duo.PIECE)
-    prompts = {n: prompts_of(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
     parts = Parts(OUT / "parts" / f"{group}-{seed}", repr(task))
     rows = []
-    for family, budget in budgets.items():
-        for method, proxy in GROUPS[group]:
-            if (method == "minference-error" and family != "prefill") or (proxy and seed):
-                continue  # rings, pages are chosen by effect, as by minference; proxies: one seed
-            if family == "decode" and method not in PAGED:
+
+    def job(share: float, count: int = samples, proxy: str | None = None) -> Job:
+        prompts = {n: prompts_of(ASKER.tokenizer, n, count, seed, None) for n in lengths}
+        budget = Budget(**{**FREE, FAMILIES[family]: share})
+        return Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
+
+    for family, share in shares.items():
+        for method, variant in variants(group, family, seed):
+            word = f"{100 * variant:.0f}" if isinstance(variant, float) else variant
+            name = f"{family}-{method}{f'-{word}' if word else ''}-{seed}"
+            if (OUT / "plans" / f"{name}.yaml").exists():
                 continue
-            name = f"{family}-{method}{f'-{proxy}' if proxy else ''}-{seed}"
-            job = Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
+            this = job(
+                variant if isinstance(variant, float) else share,
+                2 * samples if variant == "twice" else samples,
+                variant if variant in PROXIES else None,
+            )
             try:
-                rows.append({"name": name, **_planned(name, job, method)})
+                rows.append({"name": name, **_planned(name, this, method, variant == "verified")})
             except Exception as error:
                 rows.append({"name": name, "failed": failure(error)})
     if all(row.get("failed", "UsageError").startswith("UsageError") for row in rows):
-        ranks = ranking(group, job) if group != "streaming-llm" else {}
+        ranks = ranking(group, job(1.0)) if group != "streaming-llm" else {}
         rows.append({"name": f"{group}-{seed}", "ranks": ranks})
     return rows
 
 
-def _planned(name: str, job: Job, method: str) -> dict:
+def variants(group: str, family: str, seed: int) -> list[tuple[str, str | float | None]]:
+    """Methods of a group, and what is changed about them: a word, or the family's budget."""
+    if family == "decode" and group not in PAGED:
+        return []
+    more = [(group, share) for share in OTHERS[family]] if group == "balanced" else []
+    return [
+        (method, variant)
+        for method, variant in GROUPS[group] + more
+        if not (variant and seed)
+        and not (method == "minference-error" and family != "prefill")  # rings, pages: by effect
+        and not (variant == "twice" and family == "decode")  # told by the other two
+    ]
+
+
+def _planned(name: str, job: Job, method: str, verified: bool) -> dict:
     """One plan, saved, and what it cost; `fresh`: nothing of it was measured before."""
     fresh = not any(job.parts.folder.glob("*.npz"))
     if MODEL.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.time()
     plan = METHODS[method].plan(job)
-    seconds = round(time.time() - start, 1)
     if name.startswith("prefill"):
         plan = prompts_only(plan)
+    if verified:
+        plan = verify.refine(job, plan, DROP, verify.asked(job, TRIALS))
+    seconds = round(time.time() - start, 1)
     (OUT / "plans").mkdir(exist_ok=True)
     plan.save(OUT / "plans" / f"{name}.yaml")
     peak = round(_peak_bytes(MODEL) / 2**30, 2)
@@ -270,20 +310,18 @@ def quest(model: ModelId, below: int) -> Plan:
 
 def arms(out: Path, family: str) -> dict[str, Plan]:
     """Plans of a family by name; of decode also quest, alike on every head."""
-    files = sorted((out / "plans").glob(f"{family}-*.yaml"))
-    plans = {file.stem.removeprefix(f"{family}-"): Plan.load(file) for file in files}
-    some = next(iter(plans.values()), None)
-    if some is None:
-        raise UsageError(f"no {family} plans in {out / 'plans'}: --make first")
-    return plans | ({"quest-0": quest(some.model, 2048)} if family == "decode" else {})
+    every = {file.stem: Plan.load(file) for file in sorted((out / "plans").glob("*.yaml"))}
+    if not every:
+        raise UsageError(f"no plans in {out / 'plans'}: --make first")
+    own = f"{family}-"
+    plans = {n.removeprefix(own): plan for n, plan in every.items() if n.startswith(own)}
+    more = {"quest-0": quest(next(iter(every.values())).model, 2048)}
+    return plans | (more if family == "decode" else {})
 
 
 def judge(given) -> None:
     log = Log(given.out / "judge.jsonl", _made(given.model))
-    for name, row in [*log.rows.items()]:  # of a plan that was made anew since
-        kind, *_, arm = name.split("/")
-        if "plan" in row and row["plan"] != _plans(_kind(kind).family, given.out)[arm].hash():
-            del log.rows[name]
+    log.drop([name for name, row in log.rows.items() if stale(given.out, name, row)])
     with crew(given, given.workers) as pool:
         for stage in ("screen", "all"):
             todo = [task for task in _todo(given, stage, log) if task[2]]
@@ -292,6 +330,13 @@ def judge(given) -> None:
                 log.add(row)
                 if done % 500 == 0:
                     print(f"{done} runs, {time.time() - given.start:.0f} s", flush=True)
+
+
+def stale(out: Path, name: str, row: dict) -> bool:
+    """Whether a row is of a plan that is no more, or was made anew since."""
+    kind, *_, arm = name.split("/")
+    plan = _plans(_kind(kind).family, out).get(arm) if "plan" in row else None
+    return "plan" in row and (plan is None or plan.hash() != row["plan"])
 
 
 def _todo(given, stage: str, log: Log) -> list[tuple]:
@@ -306,19 +351,26 @@ def _todo(given, stage: str, log: Log) -> list[tuple]:
                 share = given.trials // 16
             count = -(-share // max(1, len(names)))
             for i in range(min(given.pilot, count) if stage == "screen" else count):
-                wanted = [None, *(a for a in plans if _main(a) or i < count / 3)]
+                wanted = [None, *(a for a in plans if i * portion(a) < count)]
                 for name in names:
-                    key = f"{kind.name}/{length}/{name}/{i}"
-                    lacks = [a for a in wanted if f"{key}/{a or 'dense'}" not in log.rows]
+                    at = f"{length}/{name}/{i}"
+                    lacks = [a for a in wanted if key(kind, at, a) not in log.rows]
                     where = i / count
                     tasks.append((where, kind.name, (name, length, i), lacks))
     tasks.sort(key=lambda task: task[0])
     return [task[1:] for task in tasks]
 
 
-def _main(arm: str) -> bool:
-    """Whether an arm is asked everything: others show what seeds and proxies change."""
-    return arm in ("duo-0", "random-1") or (arm.endswith("-0") and not arm.startswith("duo-"))
+def portion(arm: str) -> int:
+    """One in how many of the texts an arm is asked: all, if it is held against the targets."""
+    if arm in ("balanced-0", "balanced-13-0"):
+        return 1 if arm == "balanced-0" else 2
+    return 3 if arm.startswith(("balanced-", "minference-0")) and arm != "balanced-1" else 6
+
+
+def key(kind: Kind, at: str, arm: str | None) -> str:
+    """What a row is called: conversations alike share the dense model's answers."""
+    return f"{kind.name if arm else kind.dense or kind.name}/{at}/{arm or 'dense'}"
 
 
 def asked(task) -> list[dict]:
@@ -330,9 +382,9 @@ def asked(task) -> list[dict]:
         text = ASKER.text(kind, asks, length, index)
         for arm in wanted:
             found = ASKER.answers(MODEL, text, plans[arm] if arm else None, index == 0)
-            key = f"{name}/{length}/{asks}/{index}/{arm or 'dense'}"
             mark = {"plan": plans[arm].hash()} if arm else {}
-            rows.append({"name": key, "device": device_name(MODEL.device), **mark, **found})
+            called = key(kind, f"{length}/{asks}/{index}", arm)
+            rows.append({"name": called, "device": device_name(MODEL.device), **mark, **found})
     except Exception as error:
         rows.append({"name": f"failed/{name}/{length}/{asks}/{index}", "why": failure(error)})
     return rows

@@ -65,6 +65,9 @@ class Judged:
                 length, task, index, arm = place
                 self.found[kind, int(length), arm][task, int(index)] = row
         self.lengths = sorted({length for _, length, _ in self.found})
+        for kind in KINDS:
+            for n in self.lengths if kind.dense else ():
+                self.found[kind.name, n, "dense"] = self.found[kind.dense, n, "dense"]
         self.arms = sorted({arm for _, _, arm in self.found} - {"dense"})
 
     def changes(self, kind: str, length: int, arm: str, tasks) -> list[np.ndarray]:

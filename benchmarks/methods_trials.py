@@ -37,6 +37,7 @@ class Kind:
     name: str
     family: str  # of plans
     tasks: tuple[str, ...]
+    dense: str = ""  # another kind of the same texts: what the dense model answered there counts
 
 
 def needles(rng: Random, facts: int) -> Puzzle:
@@ -67,9 +68,9 @@ TALKS = tuple(f"{kind}-{ground}" for kind, ground in PLAYED)
 KINDS = (
     Kind("seen", "prefill", tuple(name for name in TASKS if name not in NEVER)),
     Kind("turns", "cache", TALKS),
-    Kind("reads", "decode", TALKS),
+    Kind("reads", "decode", TALKS, dense="turns"),
     Kind("prose-prefill", "prefill", ("prose",)),
-    Kind("prose-cache", "cache", ("prose",)),
+    Kind("prose-cache", "cache", ("prose",), dense="prose-prefill"),
 )
 
 
@@ -78,7 +79,7 @@ def counted(rows: Iterable[dict], kind: Kind) -> list[str]:
     said: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         name, *place = row["name"].split("/")
-        if name == kind.name and place[-1] == "dense":
+        if name == (kind.dense or kind.name) and place[-1] == "dense":
             said.setdefault((place[1], place[0]), []).extend(row.get("said", [1]))
     shares = {at: sum(each) / len(each) for at, each in said.items()}
     return [
