@@ -32,7 +32,7 @@ from hfsparse.selectors.reuse import Reuse
 
 SURE = 0.1  # nats a token that a value costs, at most, when who said it was sure of it
 HAIR = 0.1  # nats a token that a value turned by, at most, when it turned by chance
-ABLE = 0.7  # a task counts if the dense model says so large a share of its values
+ABLE = 0.5  # a task counts if the dense model says so large a share of its values
 TRIES = 8  # at most, to do without heads that a search has given back
 
 Unit = tuple[int, int]  # layer, kv head
