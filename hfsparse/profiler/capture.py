@@ -4,8 +4,8 @@ Two forward passes without gradients (apart, so that logits and graph never lie 
 find the prompt's key tokens: those that the model predicts well, and badly when every head is
 short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on few other
 tokens. The way back from their margin then visits each layer with its attention's output and
-gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's
-and the hidden states between layers.
+gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's;
+hidden states between layers wait in the CPU's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfsparse.attention import Logits
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
+from hfsparse.profiler.slices import sliced, wrapped
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
@@ -61,9 +63,10 @@ def capture(
     decoder = model.get_decoder()
     margins = []
     for plan in (short_sighted, None):
-        with patch(model, plan), torch.no_grad():
+        with patch(model, plan), sliced(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             margins.append(_margins(model, hidden, ids))
+            del hidden
     lost = margins[1] - margins[0]
     keys = lost.topk(min(KEYS, len(lost))).indices.sort().values.to(ids.device)
     return backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), measure)
@@ -114,8 +117,8 @@ def backward(
                 module._hfsparse.observe = observe
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            at = keys.to(hidden.device)
-            objective(model, hidden[:, at], ids[0, keys + 1]).backward()
+            hidden = hidden[:, keys.to(hidden.device)]
+            objective(model, hidden, ids[0, keys + 1]).backward()
     return [found[layer] for layer in sorted(found)]
 
 
@@ -171,25 +174,23 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
         for module in model.get_decoder().modules()
         if any("_hfsparse" in child.__dict__ for child in module.children())
     ]
-    before = [layer.__dict__.get("forward") for layer in layers]
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: out.requires_grad_(True)
-    )
+    hook = model.get_input_embeddings().register_forward_hook(_begin)
     try:
         for weight in weights:
             weight.requires_grad_(False)
-        for layer in layers:
-            layer.forward = partial(_recomputed, layer.forward)
-        yield
+        with sliced(model), wrapped(layers, _recomputed):
+            yield
     finally:
         hook.remove()
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
         for weight in weights:
             weight.requires_grad_(True)
 
 
+def _begin(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
+    """Embeddings as a result of a scalar: autograd would hold a leaf, and its gradient."""
+    return out + out.new_zeros((), requires_grad=True)
+
+
 def _recomputed(forward: Callable, hidden_states: Tensor, *args, **kwargs):
-    return checkpoint(partial(forward, **kwargs), hidden_states, *args, use_reentrant=True)
+    with save_on_cpu(pin_memory=hidden_states.is_cuda):  # what waits for the way back
+        return checkpoint(partial(forward, **kwargs), hidden_states, *args, use_reentrant=True)

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from hfsparse import kernels
@@ -21,6 +20,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import checkpointed
+from hfsparse.profiler.slices import sliced
 
 
 @torch.inference_mode(False)
@@ -30,7 +30,7 @@ def distil(
     """Squared distance to the dense model's last hidden states at `rows`, mean over rows and dims.
 
     gates [layers, Hkv], a leaf: one row for each layer without a window of its own; its gradient is
-    added to `gates.grad`. ids `[1, L]`. Hidden states between layers wait in the CPU's memory.
+    added to `gates.grad`. ids `[1, L]`.
     """
     ids = ids.to(model.get_input_embeddings().weight.device).clone()
     decoder = model.get_decoder()
@@ -39,11 +39,10 @@ def distil(
         return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
 
     with patch(model):
-        with torch.no_grad():
+        with torch.no_grad(), sliced(model):
             dense = hidden()
         with torch.enable_grad(), checkpointed(model), gated(model, gates, stream):
-            with save_on_cpu(pin_memory=ids.is_cuda):
-                distance = (hidden() - dense).float().square().mean()
+            distance = (hidden() - dense).float().square().mean()
             distance.backward()
     return float(distance.detach())
 

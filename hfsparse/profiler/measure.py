@@ -14,6 +14,7 @@ patterns, others over the depth, which stand for all the rest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.profiler.capture import Seen
 
 SPREAD = 48  # query rows over the depth of a prompt
+AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,48 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
     same per kv head; `page_*` per kv head: effect, harm, error, recall, share of keys read.
     """
+    seen = replace(seen, proj=_eyes(seen) if seen.proj is None else seen.proj)
+    L, parts = seen.k.shape[2], list(_parts(seen))
+    grid = Grid.causal(1, L, default_block(L), seen.k.device)
+    output = sum(
+        torch.einsum("hrd,hdo->ro", _exact(part, seen.keys)[2], part.proj.float()) for part in parts
+    )
+    output = output.norm(dim=-1).clamp(min=1e-9)  # [keys]
+    found = [_part(part, candidates, grid, output) for part in parts]
+    return {name: np.concatenate([each[name] for each in found], 1) for name in found[0]}
+
+
+def _parts(seen: Seen) -> Iterator[Seen]:
+    """A few kv heads and their q heads at a time: at most AT_ONCE rows of q, or one kv head."""
+    Hkv, L, group = *seen.k.shape[1:3], seen.q.shape[1] // seen.k.shape[1]
+    step = max(1, AT_ONCE // (group * L))
+    for first in range(0, Hkv, step):
+        kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
+        sinks = seen.logits.s_aux
+        logits = seen.logits if sinks is None else replace(seen.logits, s_aux=sinks[q])
+        by_kv = {name: getattr(seen, name)[:, kv] for name in ("k", "v")}
+        by_q = {name: getattr(seen, name)[:, q] for name in ("q", "out", "grad")}
+        yield replace(seen, **by_kv, **by_q, logits=logits, proj=seen.proj[q])
+
+
+def _exact(seen: Seen, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention [Hq, R, L], values [Hq, L, Dv] and the output [Hq, R, Dv], in float32."""
+    heads, group = seen.q.shape[1], seen.q.shape[1] // seen.k.shape[1]
+    mass = torch.stack([attention(seen, rows, head) for head in range(heads)])
+    values = seen.v[0].float().repeat_interleave(group, 0)
+    return mass, values, mass @ values
+
+
+def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dict[str, np.ndarray]:
+    """`layer` for some heads, where `output` [keys] is the length of the layer's whole output."""
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    grid = Grid.causal(1, L, default_block(L), k.device)
     rows, weight = sampled_rows(L, seen.keys)
-    mass = torch.stack([attention(seen, rows, head) for head in range(q.shape[1])])  # [Hq, R, L]
-    values = seen.v[0].float().repeat_interleave(group, 0)
-    exact = mass @ values  # [Hq, R, Dv]
+    mass, values, exact = _exact(seen, rows)
     bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
     grad = seen.grad[0, :, rows].float()
     at_keys = torch.isin(rows, seen.keys)
-    proj = _eyes(seen) if seen.proj is None else seen.proj.float()  # [Hq, Dv, hidden]
-    output = torch.einsum("hrd,hdo->ro", exact[:, at_keys], proj).norm(dim=-1).clamp(min=1e-9)
+    proj = seen.proj.float()  # [Hq, Dv, hidden]
     found: dict[str, list[Tensor]] = {}
 
     def note(kind: str, **values: Tensor) -> None:
