@@ -410,8 +410,9 @@ def cost(given) -> None:
     """Each method in a process of its own, so that it can be stopped; one at a time on a GPU."""
     log = Log(given.out / "cost.jsonl", _made(given.shape))
     free = SimpleQueue()
-    for device in given.devices:
-        free.put(device.removeprefix("cuda:"))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(given.devices)))))
+    for card in seen.split(",") if torch.cuda.is_available() else given.devices:
+        free.put(card)
     tries = {m: log.of(f"{m}/") for m in (given.methods.split(",") if given.methods else COST)}
     todo = [m for m in tries if not any(row.keys() & {"peak_gib", "failed"} for row in tries[m])]
 
