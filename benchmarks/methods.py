@@ -155,7 +155,9 @@ def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
             yield from found.next(max(1.0, end - time.time()))
         except multiprocessing.TimeoutError:
             print(f"{done} of {len(tasks)} done: start this again, it goes on", flush=True)
-            sys.exit(3)
+            for worker in multiprocessing.active_children():  # may be long in what it computes
+                worker.kill()
+            os._exit(3)
 
 
 # ---- plans

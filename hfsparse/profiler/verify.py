@@ -1,13 +1,13 @@
 """Try a plan on paired trials, and give heads back until they lose no more than a stated share.
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
-loses too much where it clearly loses more than the share `drop`, and more than one value: what was
-said by a hair turns with any change. Then kv heads are given back (made full), those first that the
-method thinks lose most (`job.suspects`). Only the trials that clearly lost are asked again, the
-shortest first: bisection finds how many heads keep them within the drop, and those that are not
-needed are taken away. Then all trials are asked again; while they lose too much, half as many heads
-again are given back. What was asked and lost, and what that leaves open, is written into
-`plan.made`.
+loses too much where it clearly loses more than the share `drop`, and more than chance: those that
+were said by a hair turn with any change, and few trials can't tell one per cent. Then kv heads are
+given back (made full), those first that the method thinks lose most (`job.suspects`). Only the
+trials that lost are asked again, the shortest first: bisection finds how many heads win back what
+is lost too much, in nats, and those that are not needed are taken away. Then all trials are asked
+again; while they lose too much, half as many heads again are given back. What was asked and lost,
+and what that leaves open, is written into `plan.made`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from hfsparse.profiler.search import used
 from hfsparse.profiler.trials import Trial
 from hfsparse.selectors.reuse import Reuse
 
-SURE = 0.1  # nats a token that a value costs, at most, when who said it was sure of it
 HAIR = 0.1  # nats a token that a value turned by, at most, when it turned by chance
 ABLE = 0.5  # a task counts if the dense model says so large a share of its values
+LOOKED = 0.9  # of what the lost values are worse than dense, in nats: trials that are asked again
+FEW = 2  # values lost that so few trials may lose by chance
+CHANCE = 0.1  # share of other draws of trials that would lose nothing: less is no chance
 TRIES = 8  # at most, to do without heads that a search has given back
 
 Unit = tuple[int, int]  # layer, kv head
@@ -51,13 +53,13 @@ def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
     """`plan`, or more of it full, that loses at most the share `drop` of these trials' answers.
 
     Lost is what the dense model says and the plan doesn't, less what only the plan says; clearly
-    lost, and that counts against `drop`, where who said it was sure of it (SURE) and the other's
-    loss is larger by more than HAIR. `made["verified"]` says what was found.
+    lost, and that counts against `drop`, where a value got worse by more than HAIR.
+    `made["verified"]` says what was found.
     """
     start, given = time.time(), []
     pair = Pair(job, asked, {})
     pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
-    if pair.counted and pair.lost(plan, clearly=True).beyond(drop):
+    if pair.counted and pair.lost(plan, HAIR).beyond(drop):
         given = _given(pair, plan, drop)
     final = full(plan, given)
     if given:
@@ -109,25 +111,35 @@ class Pair:
         able = {task for task, share in self.tasks.items() if share >= ABLE}
         return {name: trial for name, trial in self.asked.items() if trial.task in able}
 
-    def changes(self, plan: Plan, clearly: bool = False) -> dict[str, np.ndarray]:
-        """By trial that counts, each value's change: 1 lost, 0 alike, -1 won (`turned`)."""
+    def changes(self, plan: Plan, hair: float = 0.0) -> dict[str, np.ndarray]:
+        """By trial that counts, each value's change: 1 lost, 0 alike, -1 won.
+
+        Alike are, too, values that turned by no more than `hair` nats a token.
+        """
         return {
-            name: turned(self.dense[name], found, clearly)
+            name: turned(self.dense[name], found, hair)
             for name, found in self.run(plan, self.counted, "plan").items()
         }
 
-    def within(self, plan: Plan, looked: list[str], most: float, given: int) -> bool:
-        """Whether these trials clearly lose at most so many values. Runs no more than tell it."""
-        total = 0
-        for name in self.job.progress((f"given back: {given}", n) for n in looked):
+    def within(self, plan: Plan, missed: dict[str, np.ndarray], most: float, given: int) -> bool:
+        """Whether the values `missed`, by trial, are together at most `most` nats worse than dense.
+
+        Runs no more trials than tell it.
+        """
+        total = 0.0
+        for name in self.job.progress((f"given back: {given}", n) for n in missed):
             found = self.run(plan, {name: self.asked[name]})[name]
-            total += turned(self.dense[name], found, clearly=True).sum()
+            total += self.worse(name, found, missed[name])
             if total > most:
                 return False
         return True
 
-    def lost(self, plan: Plan, clearly: bool = False) -> Lost:
-        return lost(list(self.changes(plan, clearly).values()))
+    def worse(self, name: str, found: dict[str, np.ndarray], values: np.ndarray) -> float:
+        """By how many nats, in sum over some values of a trial, it was predicted worse."""
+        return float((found["loss"] - self.dense[name]["loss"])[values].sum())
+
+    def lost(self, plan: Plan, hair: float = 0.0) -> Lost:
+        return lost(list(self.changes(plan, hair).values()))
 
     def report(self, plan: Plan, drop: float) -> dict:
         """For `made`: what the dense model says, and what of it the plan loses."""
@@ -138,13 +150,12 @@ class Pair:
         for task in {trial.task for trial in self.counted.values()}:
             each = [c for name, c in changes.items() if self.asked[name].task == task]
             tasks[task]["drop"] = round(float(np.concatenate(each).mean()), 4)
-        total, clear = lost(list(changes.values())), self.lost(plan, clearly=True)
+        total, clear = lost(list(changes.values())), self.lost(plan, HAIR)
         low, high = 100 * total.low, 100 * total.high
         return {
             "told": f"{100 * total.mean:.1f} % of {total.values} answers lost, 95 % interval "
             f"{low:.1f} to {high:.1f}, in {len(changes)} trials: {total.against(drop)}; "
-            f"{100 * clear.mean:.1f} % clearly lost (said surely, and worse by more than {HAIR} "
-            "nats a token)",
+            f"{100 * clear.mean:.1f} % clearly lost (by more than {HAIR} nats a token)",
             "trials": len(changes),
             "values": total.values,
             "drop": round(total.mean, 4),
@@ -154,13 +165,13 @@ class Pair:
         }
 
 
-def turned(dense: dict[str, np.ndarray], found: dict[str, np.ndarray], clearly: bool) -> np.ndarray:
-    """Of one trial's values: 1 lost, -1 won, 0 alike or, if `clearly`, turned by chance."""
+def turned(
+    dense: dict[str, np.ndarray], found: dict[str, np.ndarray], hair: float = 0.0
+) -> np.ndarray:
+    """Of one trial's values: 1 lost, -1 won, 0 alike or turned by no more than `hair` nats."""
     change = dense["said"].astype(int) - found["said"].astype(int)
-    if not clearly:
-        return change
-    sure = np.minimum(dense["loss"], found["loss"]) <= SURE
-    return np.where(sure & (change * (found["loss"] - dense["loss"]) > HAIR), change, 0)
+    by = change * (found["loss"] - dense["loss"])
+    return np.where(by > hair, change, 0) if hair else change
 
 
 @dataclass(frozen=True)
@@ -171,10 +182,11 @@ class Lost:
     low: float  # its 95 % interval
     high: float
     values: int
+    chance: float  # share of draws of the trials that lose nothing
 
     def beyond(self, drop: float) -> bool:
-        """Whether more than this share is lost, and more than one value."""
-        return self.mean * self.values > most(drop, self.values)
+        """Whether more than this share is lost, and more than chance and few trials explain."""
+        return self.mean * self.values > most(drop, self.values) and self.chance < CHANCE
 
     def against(self, drop: float) -> str:
         """What the interval says of a limit."""
@@ -191,23 +203,24 @@ def lost(changes: Sequence[np.ndarray]) -> Lost:
     sums, counts = (np.array([f(c) for c in changes], float) for f in (np.sum, len))
     mean, n, values = float(sums.sum() / counts.sum()), len(changes), int(counts.sum())
     if not sums.any():  # n alike in a row: exact, by trials
-        return Lost(mean, 0.0, 1 - 0.05 ** (1 / n), values)
+        return Lost(mean, 0.0, 1 - 0.05 ** (1 / n), values, 1.0)
     if n == 1:
-        return Lost(mean, -1.0, 1.0, values)
-    around = bootstrap(
+        return Lost(mean, -1.0, 1.0, values, 1.0)
+    drawn = bootstrap(
         (sums, counts),
         lambda s, c, axis: s.sum(axis) / c.sum(axis),
         paired=True,
         vectorized=True,
         method="percentile",
         random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return Lost(mean, float(around.low), float(around.high), values)
+    )
+    around, chance = drawn.confidence_interval, float((drawn.bootstrap_distribution <= 0).mean())
+    return Lost(mean, float(around.low), float(around.high), values, chance)
 
 
 def most(drop: float, values: int) -> float:
     """How many of so many values may be lost."""
-    return max(drop * values, 1) + 1e-6
+    return max(drop * values, FEW) + 1e-6
 
 
 def full(plan: Plan, units: Sequence[Unit]) -> Plan:
@@ -244,7 +257,7 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
     if pair.job.suspects is not None:
         order.sort(key=lambda unit: -pair.job.suspects[unit])
     given: list[Unit] = []
-    while pair.lost(full(plan, given), clearly=True).beyond(drop):
+    while pair.lost(full(plan, given), HAIR).beyond(drop):
         rest = [unit for unit in order if unit not in given]
         given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, rest, drop)
     return sorted(given)
@@ -252,13 +265,20 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
 
 def _found(pair: Pair, plan: Plan, order: list[Unit], drop: float) -> list[Unit]:
     """Few heads, the first of `order` likely among them, that win back what is lost too much."""
-    changes = pair.changes(plan, clearly=True)
-    allowed = most(drop, sum(map(len, changes.values())))
-    looked = [name for name, change in changes.items() if change.sum() > 0]
+    now = pair.run(plan, pair.counted)
+    missed = {name: turned(pair.dense[name], now[name], HAIR) > 0 for name in now}
+    worse = {name: pair.worse(name, now[name], missed[name]) for name in now}
+    total, looked = sum(worse.values()), []
+    for name in sorted(worse, key=lambda name: -worse[name]):
+        if sum(worse[n] for n in looked) < LOOKED * total:
+            looked.append(name)
     looked.sort(key=lambda name: len(pair.asked[name].text))
+    values = {name: missed[name] for name in looked}
+    lost = pair.lost(plan, HAIR)
+    left = min(1.0, most(drop, lost.values) / (lost.mean * lost.values))  # share that may stay lost
 
     def enough(units: Sequence[Unit]) -> bool:
-        return pair.within(full(plan, units), looked, allowed, len(units))
+        return pair.within(full(plan, units), values, left * total, len(units))
 
     return fewer(fewest(order, enough), enough)
 

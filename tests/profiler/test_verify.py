@@ -102,33 +102,36 @@ def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
         ([[0, 0]] * 400, False, "within 1 %"),
         ([[1, 0], [0, 0]] * 20, True, "more than 1 %"),
         ([[1, 0]] + [[0, 0]] * 23, False, "more than 1 % is not shown, nor ruled out"),
-        ([[1, 0]] * 2 + [[0, 0]] * 22, True, "more than 1 % is not shown, nor ruled out"),
+        ([[1, 0]] * 2 + [[0, 0]] * 22, False, "more than 1 % is not shown, nor ruled out"),
+        ([[1, 0]] * 3 + [[0, 0]] * 21, True, "more than 1 % is not shown, nor ruled out"),
+        ([[1, 0]] * 6 + [[-1, 0]] * 3 + [[0, 0]] * 15, False, "more than 1 % is not shown"),
+        ([[1] * 4] + [[0] * 4] * 23, False, "more than 1 % is not shown, nor ruled out"),
         ([[1, 0]] * 2 + [[0, 0]] * 98, False, "more than 1 % is not shown, nor ruled out"),
     ],
 )
 def test_what_trials_say_of_a_limit(changes, beyond, told):
     found = verify.lost([np.array(c) for c in changes])
-    assert (found.beyond(0.01), found.against(0.01)) == (beyond, told)
+    assert found.beyond(0.01) == beyond
+    assert found.against(0.01).startswith(told)
 
 
-@pytest.mark.parametrize(
-    ("dense", "by", "given_back"),
-    [
-        (0.0, verify.HAIR / 2, False),  # turned by a hair
-        (verify.SURE * 2, verify.HAIR * 2, False),  # the dense model was not sure of it
-        (0.0, verify.HAIR * 2, True),
-    ],
-)
-def test_values_that_turn_by_chance_give_no_head_back(model, monkeypatch, dense, by, given_back):
-    def run(model, trial):
-        ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
-        return {"said": np.array([not ring] * 4), "loss": np.full(4, dense + by * ring)}
+def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
+    """A ring turns every value: by chance in one plan, clearly in the other."""
+    given = {}
+    for by in (verify.HAIR / 2, verify.HAIR * 2):
 
-    monkeypatch.setattr(trials, "run", run)
-    this = job(model)
-    made = verify.refine(this, rings(model), 0.0, verify.asked(this, 2)).made["verified"]
-    assert made["given_back"] == (["layer 0 kv head 0"] if given_back else [])
-    assert (made["drop"], made["clearly"]) == (0.0 if given_back else 1.0, 0.0)
+        def run(model, trial, by=by):
+            ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
+            return {"said": np.array([not ring] * 4), "loss": np.full(4, by * ring)}
+
+        monkeypatch.setattr(trials, "run", run)
+        this = job(model)
+        made = verify.refine(this, rings(model), 0.0, verify.asked(this, 2)).made["verified"]
+        given[by] = made["given_back"], made["drop"], made["clearly"]
+    assert given == {
+        verify.HAIR / 2: ([], 1.0, 0.0),
+        verify.HAIR * 2: (["layer 0 kv head 0"], 0.0, 0.0),
+    }
 
 
 # ---- heads given back
