@@ -96,17 +96,16 @@ def backward(
                 return None
 
             # Detached: a hook that held its own tensor's graph would keep every layer alive.
-            seen = [t.detach() for t in (q, k, v)]
+            held = [t.detach() for t in (q, k, v)]
 
             def watch(out: Tensor) -> None:
-                value = out.detach()
+                held.append(out.detach())
 
                 def visit(grad: Tensor) -> None:
                     with torch.no_grad():
-                        at, proj = keys.to(grad.device), projection(module, value)
-                        found[module.layer_idx] = measure(
-                            Seen(*seen, value, grad, logits, at, proj)
-                        )
+                        at, proj = keys.to(grad.device), projection(module, held[-1])
+                        found[module.layer_idx] = measure(Seen(*held, grad, logits, at, proj))
+                    held.clear()  # autograd keeps this hook until it is through with the layer
 
                 out.register_hook(visit)
 

@@ -24,6 +24,7 @@ from hfsparse.plan import Plan
 from hfsparse.profiler.capture import Seen, backward
 from hfsparse.profiler.measure import attention
 from hfsparse.profiler.prompts import Prompt
+from hfsparse.profiler.slices import sliced
 
 BLOCK = 64  # edge of the blocks that |E| is summed in
 TILE = 512  # query rows of one head that exist at a time
@@ -93,7 +94,7 @@ def losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) -> np.ndar
     ids, keys = answered(model, prompt)
     decoder, found = model.get_decoder(), []
     for plan in plans:
-        with patch(model, plan), torch.no_grad():
+        with patch(model, plan), sliced(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             at = keys.to(hidden.device)
             found.append(float(_cross_entropy(model, hidden[:, at], ids[0, keys + 1])))

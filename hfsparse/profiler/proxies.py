@@ -22,6 +22,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import PROJECTIONS, projection
 from hfsparse.profiler.gates import sparse_layers
 from hfsparse.profiler.passkeys import Passkeys
+from hfsparse.profiler.slices import sliced
 
 PROXIES = ("copy", "mass", "error")
 ROWS = 64  # rows looked at, spread over the answers
@@ -38,7 +39,7 @@ def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
     ids = keys.ids.to(model.get_input_embeddings().weight.device)
-    with patch(model), torch.no_grad():
+    with patch(model), sliced(model), torch.no_grad():
         for layer in sparse_layers(model):
             layer.observe = observe
         model.get_decoder()(input_ids=ids, use_cache=False)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hfsparse
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import measure
+from hfsparse.profiler import measure, slices
 from hfsparse.profiler.capture import KEYS, SURE, Seen, capture
 from tests import tiny
 from tests.helpers import close
@@ -340,6 +341,35 @@ def test_a_tied_output_layer_takes_no_gradient(ids):
 # ---- memory
 
 
+def test_layers_seen_in_slices_of_tokens_are_the_same(ids, layers, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 96)  # the last slice is shorter
+    model, wide = lively(), set()
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_pre_hook(
+            lambda module, args: wide.add(args[0].shape[1])
+        )
+    again = run(model, ids)
+    assert wide == {96, L % 96}
+    assert torch.equal(again[0].keys, layers[0].keys)
+    for one, other in zip(again, layers, strict=True):
+        assert close(one.out, other.out)
+        assert close(one.grad, other.grad)
+
+
+def test_experts_are_not_sliced():
+    shape = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=16, vocab_size=99)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    experts = dict(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0])
+    config = Qwen3MoeConfig(**shape, **heads, **experts, num_hidden_layers=2)
+    model = Qwen3MoeForCausalLM(config)
+    with slices.sliced(model):
+        named = model.model.named_modules()
+        found = {name for name, module in named if "forward" in module.__dict__}
+    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    assert found == {"layers.0.mlp", "norm", *(f"layers.{i}.{n}" for i in (0, 1) for n in norms)}
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_no_layers_tensors_outlive_a_prompt(model, ids):
     def alive() -> int:
         gc.collect()
@@ -376,7 +406,7 @@ print(json.dumps({"loaded": loaded, "peak": peak}))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
-    """0.29 GiB, and 9 MiB of hidden states for each layer more; 0.6 if graphs of layers stay."""
+    """0.27 GiB, and 9 MiB of hidden states for each layer more; 0.6 if graphs of layers stay."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(smollm2)], capture_output=True, text=True, check=True
     )
@@ -384,4 +414,4 @@ def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
     more = (size["peak"] - size["loaded"]) / 2**30
     print(f"{size['loaded'] / 2**30:.2f} GiB loaded, {more:.2f} GiB more at the peak")
     assert size["loaded"] > 2**28  # the model is in it
-    assert more <= 0.36
+    assert more <= 0.32

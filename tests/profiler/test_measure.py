@@ -246,6 +246,12 @@ def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
     }
 
 
+def test_a_few_kv_heads_at_a_time_are_measured_alike(seen, found, monkeypatch):
+    monkeypatch.setattr(measure, "AT_ONCE", GROUP * L)
+    for name, array in measure.layer(seen, CANDIDATES).items():
+        near(array, found[name], 1e-5)
+
+
 def test_half_precision_is_measured_in_single(seen):
     half = {name: getattr(seen, name).bfloat16() for name in ("q", "k", "v", "out", "grad")}
     up = {name: tensor.float() for name, tensor in half.items()}
