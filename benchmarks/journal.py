@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -21,13 +22,11 @@ class Journal:
     """
 
     def __init__(self, file: Path | None, made: str):
-        self.file, self.made, self.rows = file, made, {}
-        if file is None or not file.exists():
-            return
-        head, *lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        if head["made"] != made:
-            sys.exit(f"{file} holds rows of {head['made']}\nthis is {made}: name another --out")
-        self.rows = {line.pop("name"): line for line in lines}
+        self.file, self.made = file, made
+        held, self.rows = read(file) if file else (None, {})
+        if held not in (None, made):
+            sys.exit(f"{file} holds rows of {held}\nthis is {made}: name another --out")
+        self.drop([])  # a row that was cut short
 
     def row(self, name: str, run: Callable[[], dict]) -> dict:
         """What `run` gives, or {"failed": why}; what is there already is not run again."""
@@ -40,24 +39,50 @@ class Journal:
         except Exception as error:
             found = {"failed": failure(error)}
             broken = lost(error)
-        self.rows[name] = found
-        self._write()
+        self.add(name, **found)
         print(f"  {name}: {json.dumps(found)}", file=sys.stderr, flush=True)
         if broken:
             sys.exit(f"{name}: {broken}. Start this again: it goes on with the next arm")
         return found
 
-    def _write(self) -> None:
+    def add(self, name: str, **row) -> None:
+        self.rows[name] = row
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                _write(out, {"name": name, **row})
+
+    def drop(self, names: list[str]) -> None:
+        """Forget these rows: they are run again."""
+        for name in names:
+            del self.rows[name]
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"made": self.made}, *({"name": n, **row} for n, row in self.rows.items())]
         beside = self.file.with_suffix(".tmp")
         with beside.open("w", encoding="utf-8") as out:
-            out.write("".join(json.dumps(line) + "\n" for line in lines))
-            out.flush()
-            os.fsync(out.fileno())
+            _write(out, {"made": self.made}, *({"name": n, **r} for n, r in self.rows.items()))
         beside.replace(self.file)
+
+
+def read(file: Path) -> tuple[str | None, dict[str, dict]]:
+    """What made the rows of a file, and the rows by name; a line that was cut short is no row."""
+    made, rows = None, {}
+    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if "name" in row:
+            rows[row.pop("name")] = row
+        else:
+            made = row["made"]
+    return made, rows
+
+
+def _write(out: IO[str], *rows: dict) -> None:
+    out.write("".join(json.dumps(row) + "\n" for row in rows))
+    out.flush()
+    os.fsync(out.fileno())
 
 
 def failure(error: Exception) -> str:

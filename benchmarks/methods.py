@@ -30,7 +30,7 @@ from queue import SimpleQueue
 
 import torch
 import transformers
-from journal import end_in_order, failure
+from journal import Journal, end_in_order, failure
 from methods_trials import KINDS, Asker, Kind, counted
 
 import hfsparse
@@ -80,43 +80,6 @@ COST = {  # method: lengths, samples a length; 8 samples in all
 COST_STEPS = 12  # of duo's training, timed
 
 
-class Log:
-    """Rows of one file, a JSON object a line, by their "name"; written as they come."""
-
-    def __init__(self, file: Path, made: str):
-        self.file = file
-        lines = file.read_text("utf-8").splitlines() if file.exists() else []
-        rows = [row for line in lines if (row := _parsed(line))]
-        if rows and rows[0].get("made") != made:
-            sys.exit(f"{file} holds rows of {rows[0].get('made')}; this is {made}: another --out")
-        self.made, self.rows = {"made": made}, {row["name"]: row for row in rows[1:]}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.drop([])  # a line that was cut short
-
-    def drop(self, names: list[str]) -> None:
-        for name in names:
-            del self.rows[name]
-        draft = self.file.with_suffix(".tmp")
-        lines = (json.dumps(row) + "\n" for row in (self.made, *self.rows.values()))
-        draft.write_text("".join(lines), "utf-8")
-        draft.replace(self.file)
-
-    def of(self, start: str) -> list[dict]:
-        return [row for name, row in self.rows.items() if name.startswith(start)]
-
-    def add(self, row: dict) -> None:
-        self.rows[row["name"]] = row
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 # ---- workers: each has a model of its own on one device
 
 MODEL, ASKER, OUT = None, None, None
@@ -164,7 +127,7 @@ def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
 
 
 def make(given) -> None:
-    log = Log(given.out / "make.jsonl", _made(given.model))
+    log = Journal(given.out / "make.jsonl", _made(given.model))
     shares = {"prefill": given.density, "cache": given.share, "decode": READ}
     tasks = [
         (group, seed, given.lengths, given.samples, shares, given.duo_steps)
@@ -175,7 +138,7 @@ def make(given) -> None:
     if tasks:
         with crew(given, 3) as pool:
             for row in spread(given, pool, made, tasks):
-                log.add(row)
+                log.add(**row)
                 print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)
     for family in ("prefill", "cache"):
         source = given.out / "plans" / f"{family}-balanced-0.yaml"
@@ -322,14 +285,14 @@ def arms(out: Path, family: str) -> dict[str, Plan]:
 
 
 def judge(given) -> None:
-    log = Log(given.out / "judge.jsonl", _made(given.model))
+    log = Journal(given.out / "judge.jsonl", _made(given.model))
     log.drop([name for name, row in log.rows.items() if stale(given.out, name, row)])
     with crew(given, given.workers) as pool:
         for stage in ("screen", "all"):
             todo = [task for task in _todo(given, stage, log) if task[2]]
             print(f"{stage}: {len(todo)} texts, {sum(len(t[2]) for t in todo)} runs", flush=True)
             for done, row in enumerate(spread(given, pool, asked, todo), 1):
-                log.add(row)
+                log.add(**row)
                 if done % 500 == 0:
                     print(f"{done} runs, {time.time() - given.start:.0f} s", flush=True)
 
@@ -341,12 +304,12 @@ def stale(out: Path, name: str, row: dict) -> bool:
     return "plan" in row and (plan is None or plan.hash() != row["plan"])
 
 
-def _todo(given, stage: str, log: Log) -> list[tuple]:
+def _todo(given, stage: str, log: Journal) -> list[tuple]:
     """(kind, (task, length, index), arms that lack it): what is asked next, evenly mixed."""
     tasks = []
     for kind in KINDS:
         plans = {} if stage == "screen" else arms(given.out, kind.family)
-        names = kind.tasks if stage == "screen" else counted(log.rows.values(), kind)
+        names = kind.tasks if stage == "screen" else counted(log.rows, kind)
         for length in given.at:
             share = given.trials if length <= given.full_until else given.trials // 3
             if kind.name.startswith("prose"):
@@ -410,21 +373,21 @@ def _kind(name: str) -> Kind:
 
 def cost(given) -> None:
     """Each method in a process of its own, so that it can be stopped; one at a time on a GPU."""
-    log = Log(given.out / "cost.jsonl", _made(given.shape))
+    log = Journal(given.out / "cost.jsonl", _made(given.shape))
     free = SimpleQueue()
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(given.devices)))))
     for card in seen.split(",") if torch.cuda.is_available() else given.devices:
         free.put(card)
-    tries = {m: log.of(f"{m}/") for m in (given.methods.split(",") if given.methods else COST)}
+    methods = given.methods.split(",") if given.methods else COST
+    tries = {m: [r for n, r in log.rows.items() if n.startswith(f"{m}/")] for m in methods}
     todo = [m for m in tries if not any(row.keys() & {"peak_gib", "failed"} for row in tries[m])]
 
     def one(method: str) -> None:
         device = free.get()
         left = min(given.arm_limit, given.start + given.limit - time.time())
         if left > 30:
-            log.add(
-                {"name": f"{method}/{len(tries[method])}", **_costed(given, method, device, left)}
-            )
+            row = _costed(given, method, device, left)
+            log.add(f"{method}/{len(tries[method])}", **row)
         else:
             print(f"{method}: no time is left, start this again", flush=True)
         free.put(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from math import exp
 from pathlib import Path
 
 import numpy as np
+from journal import read
 from methods_trials import KINDS, Kind, counted
 from scipy.stats import spearmanr
 
@@ -24,28 +24,19 @@ TITLES = {
 
 def tables(out: Path) -> str:
     """Markdown of everything known so far."""
-    rows = {name: rows_of(out / f"{name}.jsonl") for name in ("make", "judge", "cost")}
-    heads = [made[0]["made"] for made in rows.values() if made]
-    devices = {r["device"] for made in rows.values() for r in made if "device" in r}
-    parts = [f"{heads[0] if heads else 'nothing yet'}; {', '.join(sorted(devices))}."]
-    judged = Judged([row for row in rows["judge"] if "name" in row])
+    (made, plans), (_, answers), (_, costs) = (
+        read(out / f"{name}.jsonl") for name in ("make", "judge", "cost")
+    )
+    devices = {
+        r["device"] for rows in (plans, answers, costs) for r in rows.values() if "device" in r
+    }
+    parts = [f"{made or 'nothing yet'}; {', '.join(sorted(devices))}."]
+    judged = Judged(answers)
     for kind in KINDS[: len(TITLES)]:
         parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.by_task(kind)]
-    parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(rows["make"], out)]
-    parts += ["## Cost", cost_small(rows["make"]), cost_large(rows["cost"])]
+    parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(plans, out)]
+    parts += ["## Cost", cost_small(plans), cost_large(costs)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def rows_of(file: Path) -> list[dict]:
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text("utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # cut short
-            continue
-    return rows
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -56,11 +47,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 class Judged:
     """Answers by kind, length and arm: {(task, index): row}."""
 
-    def __init__(self, rows: list[dict]):
+    def __init__(self, rows: dict[str, dict]):
         self.rows = rows
         self.found: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
-        for row in rows:
-            kind, *place = row["name"].split("/")
+        for name, row in rows.items():
+            kind, *place = name.split("/")
             if kind != "failed":
                 length, task, index, arm = place
                 self.found[kind, int(length), arm][task, int(index)] = row
@@ -157,9 +148,9 @@ class Judged:
         return f"{told}\n\n{table(head, rows)}" if rows else ""
 
 
-def stability(rows: list[dict], out: Path) -> str:
+def stability(rows: dict[str, dict], out: Path) -> str:
     """How well rankings of kv heads, and the heads kept full, agree between two seeds."""
-    ranks = {row["name"]: row["ranks"] for row in rows if "ranks" in row}
+    ranks = {name: row["ranks"] for name, row in rows.items() if "ranks" in row}
     lines = []
     for name in ranks:
         group, seed = name.rsplit("-", 1)
@@ -185,12 +176,12 @@ def _full(plan: Plan) -> set[tuple[int, int]]:
     }
 
 
-def cost_small(rows: list[dict]) -> str:
+def cost_small(rows: dict[str, dict]) -> str:
     """Seconds and memory of profiles of the judged model, where nothing was reused."""
     first: dict[str, dict] = {}
-    for row in rows:
+    for name, row in rows.items():
         if row.get("fresh"):
-            first.setdefault(row["name"].split("-", 1)[1], row)
+            first.setdefault(name.split("-", 1)[1], row)
     lines = [
         [name, f"{row['seconds']:.0f}", f"{row['gib']:.1f}", row["device"]]
         for name, row in first.items()
@@ -199,12 +190,11 @@ def cost_small(rows: list[dict]) -> str:
     return f"{told}\n\n{table(['method-seed', 'seconds', 'peak GiB', 'device'], lines)}"
 
 
-def cost_large(rows: list[dict]) -> str:
+def cost_large(rows: dict[str, dict]) -> str:
     """Seconds and memory at the size of 8B, over all calls that an arm took."""
     tries: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        if "/" in row.get("name", ""):
-            tries[row["name"].split("/")[0]].append(row)
+    for name, row in rows.items():
+        tries[name.split("/")[0]].append(row)
     lines = []
     for method, each in tries.items():
         last, stopped = each[-1], each[:-1]

@@ -8,7 +8,7 @@ tokens of a long text. A value counts as said if each of its tokens is the model
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isnan
@@ -74,12 +74,12 @@ KINDS = (
 )
 
 
-def counted(rows: Iterable[dict], kind: Kind) -> list[str]:
+def counted(rows: Mapping[str, dict], kind: Kind) -> list[str]:
     """Tasks of a kind that the dense model can do, at every length that was asked."""
     said: dict[tuple[str, str], list[int]] = {}
-    for row in rows:
-        name, *place = row["name"].split("/")
-        if name == (kind.dense or kind.name) and place[-1] == "dense":
+    for name, row in rows.items():
+        kind_name, *place = name.split("/")
+        if kind_name == (kind.dense or kind.name) and place[-1] == "dense":
             said.setdefault((place[1], place[0]), []).extend(row.get("said", [1]))
     shares = {at: sum(each) / len(each) for at, each in said.items()}
     return [
