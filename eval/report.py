@@ -30,6 +30,7 @@ NOTE = (
     "Empty: outputs without a character. d/s: dense / this arm."
 )
 METRICS = {"part": "any of the right ones", "all": "all of the right ones; of some, their share"}
+OTHER = ("decode", "custom")  # what no plan was verified on
 FEW = 50  # samples from which on a bootstrap's 95 % are about that; of 20 they are 88 %
 SHARES = {"pair density": "pair_density", "KV share": "cache_share"}
 
@@ -54,7 +55,7 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     if settings.kind in PAGES:
         return [*every, *PAGES[settings.kind](good, arms), *_missing(lines, arms)]
     if outcomes:
-        every += [Heading("Verdicts"), Bullets([_verdict(o) for o in outcomes])]
+        every += [Heading("Verdicts"), Bullets([_verdict(o, settings.kind) for o in outcomes])]
         every += [_arms(outcomes)] if any(o.able for o in outcomes) else []
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
@@ -116,7 +117,7 @@ def _caps(kind: str) -> str:
     return RULERS_CAPS if kind == "ruler" else "what each task asks for"
 
 
-def _verdict(outcome: Outcome) -> str:
+def _verdict(outcome: Outcome, kind: str) -> str:
     whole = outcome.whole
     seen = change(*whole.scores) if whole.dense else None
     lengths = [int(length) for length in outcome.lengths]
@@ -126,6 +127,8 @@ def _verdict(outcome: Outcome) -> str:
     worse = [n for n, alone in each.items() if beyond(alone, promise)]
     if worse and len(each) > 1:
         told += f"; beyond it at {', '.join(worse)} tokens alone"
+    if promise and kind in OTHER:
+        told += "; it was promised for retrieval, which this is not"
     return f"{outcome.arm['title']}: {told}"
 
 

@@ -1,13 +1,14 @@
 """Try a plan on paired trials, and give heads back until they lose no more than a stated share.
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
-loses too much where it clearly loses more than the share `drop`, and more than chance: those that
-were said by a hair turn with any change, and few trials can't tell one per cent. Then kv heads are
-given back (made full), those first that the method thinks lose most (`job.suspects`). Only the
-trials that lost are asked again, the shortest first: bisection finds how many heads win back what
-is lost too much, in nats, and those that are not needed are taken away. Then all trials are asked
-again; while they lose too much, half as many heads again are given back. What was asked and lost,
-and what that leaves open, is written into `plan.made`.
+loses too much where it loses more than the share `drop` of the values and chance does not explain
+it: values said by a hair, which turn with any change, don't count, and of other draws of the same
+trials few would lose nothing. Then kv heads are given back (made full), those first that the method
+thinks lose most (`job.suspects`). Only the trials that lost are asked again, the shortest first:
+bisection finds how many heads win back what is lost too much, in nats, and those that are not
+needed are taken away. Then all trials are asked again; while they lose too much, half as many heads
+again are given back. What was asked and lost, and what that leaves open, is written into
+`plan.made`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from hfsparse.selectors.reuse import Reuse
 HAIR = 0.1  # nats a token that a value turned by, at most, when it turned by chance
 ABLE = 0.5  # a task counts if the dense model says so large a share of its values
 LOOKED = 0.9  # of what the lost values are worse than dense, in nats: trials that are asked again
-FEW = 2  # values lost that so few trials may lose by chance
-CHANCE = 0.1  # share of other draws of trials that would lose nothing: less is no chance
+FEW = 2  # values that may be lost whatever the limit
+CHANCE = 0.1  # a loss is chance where so large a share of bootstrap draws loses nothing
 TRIES = 8  # at most, to do without heads that a search has given back
 
 Unit = tuple[int, int]  # layer, kv head
@@ -182,10 +183,10 @@ class Lost:
     low: float  # its 95 % interval
     high: float
     values: int
-    chance: float  # share of draws of the trials that lose nothing
+    chance: float  # share of bootstrap draws that lose nothing
 
     def beyond(self, drop: float) -> bool:
-        """Whether more than this share is lost, and more than chance and few trials explain."""
+        """Whether more than this share is lost, and not by chance."""
         return self.mean * self.values > most(drop, self.values) and self.chance < CHANCE
 
     def against(self, drop: float) -> str:

@@ -1,6 +1,7 @@
 """Numbers worked out by hand from lines written by hand."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -148,6 +149,17 @@ def test_the_verdict_names_a_length_that_breaks_the_promise_alone():
     told = next(line for line in text.splitlines() if line.startswith("- mine: "))
     assert told.startswith("- mine: drop 10.0 ± ")
     assert told.endswith(": within the promised 20.0; beyond it at 8192 tokens alone")
+
+
+def test_the_verdict_says_where_a_promise_was_of_other_tasks():
+    def told(kind: str, arm: dict) -> bool:
+        text = write(LINES, replace(SETTINGS, kind=kind), [], [arm])
+        return "; it was promised for retrieval" in text
+
+    promised = ARM | {"promise": {"limit": 0.2}}
+    kinds = {kind: told(kind, promised) for kind in ("ruler", "turns", "custom", "decode")}
+    assert kinds == {"ruler": False, "turns": False, "custom": True, "decode": True}
+    assert not told("custom", ARM)
 
 
 def test_a_report_without_an_arm_is_of_the_dense_one():
