@@ -157,8 +157,8 @@ def test_the_verdict_says_where_a_promise_was_of_other_tasks():
         return "; it was promised for retrieval" in text
 
     promised = ARM | {"promise": {"limit": 0.2}}
-    kinds = {kind: told(kind, promised) for kind in ("ruler", "turns", "custom", "decode")}
-    assert kinds == {"ruler": False, "turns": False, "custom": True, "decode": True}
+    kinds = {kind: told(kind, promised) for kind in ("ruler", "needle", "custom")}
+    assert kinds == {"ruler": False, "needle": False, "custom": True}
     assert not told("custom", ARM)
 
 
