@@ -127,7 +127,9 @@ def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
 
 
 def make(given) -> None:
-    log = Journal(given.out / "make.jsonl", _made(given.model))
+    settings = f"prompts of {given.lengths}, {given.samples} each, budgets {given.density} and "
+    settings += f"{given.share}, {given.duo_steps} steps of duo"
+    log = Journal(given.out / "make.jsonl", f"{_made(given.model)}; {settings}")
     shares = {"prefill": given.density, "cache": given.share, "decode": READ}
     tasks = [
         (group, seed, given.lengths, given.samples, shares, given.duo_steps)
@@ -306,7 +308,7 @@ def stale(out: Path, name: str, row: dict) -> bool:
 
 def _todo(given, stage: str, log: Journal) -> list[tuple]:
     """(kind, (task, length, index), arms that lack it): what is asked next, evenly mixed."""
-    tasks = []
+    tasks, known = [], set(log.rows)
     for kind in KINDS:
         plans = {} if stage == "screen" else arms(given.out, kind.family)
         names = kind.tasks if stage == "screen" else counted(log.rows, kind)
@@ -319,7 +321,8 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
                 wanted = [None, *(a for a in plans if i * portion(a) < count)]
                 for name in names:
                     at = f"{length}/{name}/{i}"
-                    lacks = [a for a in wanted if key(kind, at, a) not in log.rows]
+                    lacks = [a for a in wanted if key(kind, at, a) not in known]
+                    known.update(key(kind, at, arm) for arm in lacks)
                     where = i / count
                     tasks.append((where, kind.name, (name, length, i), lacks))
     tasks.sort(key=lambda task: task[0])
@@ -376,7 +379,8 @@ def cost(given) -> None:
     log = Journal(given.out / "cost.jsonl", _made(given.shape))
     free = SimpleQueue()
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(given.devices)))))
-    for card in seen.split(",") if torch.cuda.is_available() else given.devices:
+    cards = seen.split(",") if torch.cuda.is_available() else given.devices
+    for card in cards[: len(given.devices)]:
         free.put(card)
     methods = given.methods.split(",") if given.methods else COST
     tries = {m: [r for n, r in log.rows.items() if n.startswith(f"{m}/")] for m in methods}

@@ -21,8 +21,8 @@ from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 
-import torch
 from journal import end_in_order
+from torch import cuda
 
 
 def main() -> None:
@@ -42,25 +42,25 @@ def main() -> None:
     given, others = parser.parse_known_args()
     end_in_order()
     end, free = time.time() + given.limit, SimpleQueue()
-    for place in ([*range(torch.cuda.device_count())] or [None]) * given.workers:
-        free.put(place)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cuda.device_count()))))
+    for card in (seen.split(",") if cuda.is_available() else [""]) * given.workers:
+        free.put(card)
     base = [sys.executable, "-m", "hfsparse", "eval", given.command, given.model, *others]
 
     def run(unit: tuple[str, str]) -> bool:
         """Whether all of a task at a length is done; it waits for a free place."""
-        (length, task), place, start = unit, free.get(), time.time()
+        (length, task), card, start = unit, free.get(), time.time()
         folder = given.output / "parts" / f"{task}-{length}"
         command = [*base, "--tasks", task, "--lengths", length, "-o", str(folder)]
-        seen = {} if place is None else {"CUDA_VISIBLE_DEVICES": str(place)}
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w") as log:
-            told = dict(stdout=log, stderr=log, env={**os.environ, **seen})
+            told = dict(stdout=log, stderr=log, env={**os.environ, "CUDA_VISIBLE_DEVICES": card})
             try:
-                code = subprocess.run(command, timeout=max(1, end - start), **told).returncode
+                code = subprocess.run(command, timeout=max(0, end - start), **told).returncode
                 done = f"failed, see {folder / 'log'}" if code else "done"
             except subprocess.TimeoutExpired:
                 done = "not done in time"
-        free.put(place)
+        free.put(card)
         print(f"{task}, {length} tokens: {done} after {time.time() - start:.0f} s", flush=True)
         return done == "done"
 

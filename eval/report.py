@@ -128,7 +128,7 @@ def _verdict(outcome: Outcome, kind: str) -> str:
     if worse and len(each) > 1:
         told += f"; beyond it at {', '.join(worse)} tokens alone"
     if promise and kind in OTHER:
-        told += "; it was promised for retrieval, which this is not"
+        told += "; it was promised for retrieval trials, not for these tasks"
     return f"{outcome.arm['title']}: {told}"
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 SLICE = 2048  # tokens
@@ -59,5 +59,6 @@ def _in_slices(forward: Callable, *args, **kwargs):
         return forward(*args, **kwargs)
     if torch.is_grad_enabled():
         forward = partial(checkpoint, forward, use_reentrant=False)
-    parts: list[Tensor] = [forward(part) for part in args[0].split(SLICE, 1)]
+    with set_checkpoint_early_stop(False):  # hooks that offload weights run behind a forward
+        parts: list[Tensor] = [forward(part) for part in args[0].split(SLICE, 1)]
     return torch.cat(parts, 1)

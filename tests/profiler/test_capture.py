@@ -11,6 +11,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -354,6 +355,16 @@ def test_layers_seen_in_slices_of_tokens_are_the_same(ids, layers, monkeypatch):
     for one, other in zip(again, layers, strict=True):
         assert close(one.out, other.out)
         assert close(one.grad, other.grad)
+
+
+def test_weights_that_are_offloaded_are_so_again_after_a_capture(ids, monkeypatch):
+    """Recomputing a slice goes to its end: what accelerate does behind a forward is done."""
+    monkeypatch.setattr(slices, "SLICE", 96)
+    model = lively()
+    for layer in model.model.layers:
+        cpu_offload(layer, torch.device("cpu"))
+    run(model, ids)
+    assert {p.device.type for p in model.model.layers.parameters()} == {"meta"}
 
 
 def test_experts_are_not_sliced():
