@@ -1,10 +1,10 @@
 """The `balanced` method, this project's own and the default: prefill, cache and decode at once.
 
 One forward and backward pass a prompt measures every candidate on every head. What a head loses is
-the sum of the measurements in SEEN, each in units of its mean over rings; `allocate` takes one
-choice a head, of least total loss under all budgets. SEEN is the first-order effect on the prompt's
-key tokens alone: `harm` and `error` agree better between prompts, but kept one needle of five less
-(SmolLM2-135M, 2,048 tokens; five tell little).
+the first-order effect on the prompt's key tokens, and the share of attention that is missed, each
+in units of its mean over rings; `allocate` takes one choice a head, of least total loss under all
+budgets. The effect alone tells which heads carry answers, but cares for nothing else that a text
+needs; the missed attention alone does not tell them (see measure).
 
 Losses are read off a line over the logarithm of the length, at REACH times the longest: a fixed
 count of tokens that loses more in longer rows gives way to a share of the row, or to a window that
@@ -30,8 +30,7 @@ from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
 from hfsparse.selectors.quest import Quest
 
-SEEN = ("effect",)  # of effect, harm and error, see measure
-REACH = 4  # plans are used on rows longer than those that were measured
+REACH = 1  # 4 lost more at the longest length, and no less at three times it (few texts)
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
 SMALL = 0.05  # another, where the row is long enough to show it
@@ -71,16 +70,24 @@ def options(
 ) -> Options:
     """Every candidate of every head, from measurements `[layers, candidates, heads]` by length."""
     longest = means[max(means)]
-    unit = {x: {n: t[f"ring_{x}"].mean() or 1.0 for n, t in means.items()} for x in SEEN}
-
-    def loss(kind: str) -> np.ndarray:
-        return fit({n: sum(t[f"{kind}_{x}"] / unit[x][n] for x in SEEN) for n, t in means.items()})
-
     layers, _, q_heads = longest["pattern_pairs"].shape
+    group = q_heads // longest["ring_pairs"].shape[2]
+
+    def missed(kind: str) -> np.ndarray:
+        return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
+
+    unit = missed("ring").mean() or 1.0
+
+    def loss(kind: str, heads: int = 1) -> np.ndarray:
+        """`heads`: how many stand for one kv head."""
+        units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
+        effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
+        return effect + missed(kind) / unit / heads
+
     words = np.array(list(names.patterns), dtype=object)[None, :, None]
     return Options(
         prefill=np.broadcast_to(words, (layers, len(names.patterns), q_heads)),
-        prefill_effect=loss("pattern"),
+        prefill_effect=loss("pattern", group),
         prefill_cost=longest["pattern_pairs"],
         rings=list(names.rings),
         ring_effect=loss("ring"),

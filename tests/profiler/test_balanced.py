@@ -39,11 +39,29 @@ def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
         means[n] = {
             f"{kind}_{name}": np.full((1, *shape), 0.5)
             for kind, shape in counts.items()
-            for name in (*balanced.SEEN, "pairs", "share")
+            for name in ("effect", "recall", "pairs", "share")
         }
-        for name in balanced.SEEN:
-            means[n][f"ring_{name}"][:, rings["last256"]] = 0.4 if n == 2048 and grows else 0.1
-            means[n][f"ring_{name}"][:, rings["ring12"]] = 0.2
+        means[n]["ring_effect"][:, rings["last256"]] = 0.4 if n == 2048 and grows else 0.1
+        means[n]["ring_effect"][:, rings["ring12"]] = 0.2
     kept = [0.2] * len(rings)
     (layer,) = allocate(balanced.options(means, names, kept, kept), Budget(1, 0.3, 1))
     assert set(layer.cache) == {"ring12" if grows else "last256"}
+
+
+def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_taken():
+    names = balanced.candidates(2048)
+    counts = {"pattern": (len(names.patterns), 4), "ring": (len(names.rings), 2)}
+    counts["page"] = (len(names.selectors), 2)
+    found = {
+        f"{kind}_{name}": np.full((1, *shape), 0.5)
+        for kind, shape in counts.items()
+        for name in ("effect", "recall", "pairs", "share")
+    }
+    best = list(names.rings).index("last64")
+    found["ring_recall"][:, best] = 0.6
+    kept = [0.2] * len(names.rings)
+    choices = balanced.options({2048: found}, names, kept, kept)
+    (layer,) = allocate(choices, Budget(1, 0.3, 1))
+    assert set(layer.cache) == {"last64"}
+    unit = (1 - found["ring_recall"]).mean()
+    assert choices.prefill_effect[0, 0, 0] == pytest.approx(0.5 / 0.5 + 0.5 / unit / 2)
