@@ -267,7 +267,7 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
 def _found(pair: Pair, plan: Plan, order: list[Unit], drop: float) -> list[Unit]:
     """Few heads, the first of `order` likely among them, that win back what is lost too much."""
     now = pair.run(plan, pair.counted)
-    change = {name: turned(pair.dense[name], found, HAIR) for name, found in now.items()}
+    change = pair.changes(plan, HAIR)
     missed = {name: each > 0 for name, each in change.items() if (each > 0).any()}
     missed = dict(sorted(missed.items(), key=lambda item: len(pair.asked[item[0]].text)))
     worse = sum(pair.worse(name, now[name], values) for name, values in missed.items())
