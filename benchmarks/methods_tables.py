@@ -76,17 +76,26 @@ class Judged:
         around = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
         return f"{100 * found.mean:.1f} {around}, {len(changes)}"
 
+    def nats(self, kind: str, length: int, arm: str, tasks) -> str:
+        """What the right answers lost, in nats a token."""
+        dense, own = self.found[kind, length, "dense"], self.found[kind, length, arm]
+        both = [at for at in own if at in dense and at[0] in tasks]
+        more = [np.mean(own[at]["loss"]) - np.mean(dense[at]["loss"]) for at in both]
+        if not more:
+            return "–"
+        return f"{np.mean(more):.3f} ± {1.96 * np.std(more) / len(more) ** 0.5:.3f}"
+
     def method(self, kind: Kind) -> str:
         tasks, shown = counted(self.rows, kind), SHOWN[kind.name]
         head, rows = ["plan"], []
         for n in self.lengths:
-            head += [f"{n:,}: lost, points [95 %], texts", shown.replace("_", " ")]
+            head += [f"{n:,}: lost, points [95 %], texts", "nats", shown.replace("_", " ")]
         for arm in self.arms:
             row = [arm]
             for n in self.lengths:
                 known = [r[shown] for r in self.found[kind.name, n, arm].values() if r.get(shown)]
                 share = f"{np.mean(known):.3f}" if known else "–"
-                row += [self.drop(kind.name, n, arm, tasks), share]
+                row += [f(kind.name, n, arm, tasks) for f in (self.drop, self.nats)] + [share]
             if any(cell != "–" for cell in row[1:]):
                 rows.append(row)
         apart = [task for task in kind.tasks if task not in tasks]

@@ -1,16 +1,18 @@
 """The proof: `hfsparse eval` of many plans and peers, a few processes a GPU, in one results folder.
 
     python benchmarks/proof.py ruler MODEL -o DIR --tasks vt,cwe --lengths 4096,8192 --samples 100
-        --plan a.yaml --plan b.yaml --arm modelopt:0.7 --batch 8 --workers 4 --limit 540
+        --plan a.yaml --plan b.yaml --arm modelopt:0.7 --workers 4 --limit 540
+    python benchmarks/proof.py report -o DIR
 
-All options but --workers and --limit are those of `hfsparse eval`. Each task at each length is a
-run of its own, the longest first; then one command takes all their results over and writes the
-report. Start it again, with more plans or samples, and it goes on.
+Other options are those of `hfsparse eval`. Each task at each length is a run of its own in
+DIR/parts, the longest first. Start it again, with more plans or samples, and it goes on. At the
+end, or by `report` alone, what is there is merged into DIR and reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +26,9 @@ from queue import SimpleQueue
 from journal import end_in_order
 from torch import cuda
 
+from hfsparse_eval import report
+from hfsparse_eval.results import Results, Settings
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -33,13 +38,23 @@ def main() -> None:
     )
     add = parser.add_argument
     add("command")
-    add("model")
+    add("model", nargs="?")
     add("-o", "--output", type=Path, required=True)
-    add("--tasks", required=True)
-    add("--lengths", required=True)
+    add("--tasks", default="")
+    add("--lengths", default="")
     add("--workers", type=int, default=1, help="processes a GPU, or on the CPU")
+    # Padded prompts take a mask, which dense attention is slow and large with: only short ones.
+    add("--together", type=int, default=16384, help="tokens of samples that run together")
     add("--limit", type=float, default=540, help="seconds, after which it ends in order")
     given, others = parser.parse_known_args()
+    whole = given.command == "report" or run_all(given, others)
+    merge(given.output)
+    if not whole:
+        sys.exit("not all is done: start this again, it goes on")
+
+
+def run_all(given, others: list[str]) -> bool:
+    """Whether every task at every length is done."""
     end_in_order()
     end, free = time.time() + given.limit, SimpleQueue()
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cuda.device_count()))))
@@ -48,10 +63,12 @@ def main() -> None:
     base = [sys.executable, "-m", "hfsparse", "eval", given.command, given.model, *others]
 
     def run(unit: tuple[str, str]) -> bool:
-        """Whether all of a task at a length is done; it waits for a free place."""
+        """It waits for a free place."""
         (length, task), card, start = unit, free.get(), time.time()
         folder = given.output / "parts" / f"{task}-{length}"
+        batch = max(1, given.together // int(length))
         command = [*base, "--tasks", task, "--lengths", length, "-o", str(folder)]
+        command += ["--batch", str(batch)]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w") as log:
             told = dict(stdout=log, stderr=log, env={**os.environ, "CUDA_VISIBLE_DEVICES": card})
@@ -65,15 +82,20 @@ def main() -> None:
         return done == "done"
 
     lengths = sorted(given.lengths.split(","), key=int, reverse=True)
-    units = list(product(lengths, given.tasks.split(",")))
     with ThreadPoolExecutor(free.qsize()) as threads:
-        whole = all([*threads.map(run, units)])
-    for at, part in enumerate(sorted(given.output.glob("parts/*/results.jsonl")), 1):
-        shutil.copy(part, given.output / f"results-{at}.jsonl")
-    if not whole:
-        sys.exit("not all is done: start this again, it goes on")
-    joint = ["--tasks", given.tasks, "--lengths", given.lengths, "-o", str(given.output)]
-    sys.exit(subprocess.run([*base, *joint]).returncode)
+        return all([*threads.map(run, product(lengths, given.tasks.split(",")))])
+
+
+def merge(folder: Path) -> None:
+    """The parts' results as those of one run, and its report."""
+    runs = [json.loads(run.read_text("utf-8")) for run in sorted(folder.glob("parts/*/run.json"))]
+    for at, part in enumerate(sorted(folder.glob("parts/*/results.jsonl")), 1):
+        shutil.copy(part, folder / f"results-{at}.jsonl")
+    for run in runs:
+        for session in run["sessions"]:
+            results = Results(folder, Settings(**run["settings"]), session, run["arms"])
+    for path in report.save(results):
+        print(path)
 
 
 if __name__ == "__main__":

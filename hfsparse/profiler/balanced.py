@@ -1,20 +1,18 @@
 """The `balanced` method, this project's own and the default: prefill, cache and decode at once.
 
 One forward and backward pass a prompt measures every candidate on every head. What a head loses is
-the first-order effect on the prompt's key tokens, and the share of attention that is missed, each
-in units of its mean over rings; `allocate` takes one choice a head, of least total loss under all
-budgets. The effect alone tells which heads carry answers, but cares for nothing else that a text
-needs; the missed attention alone does not tell them (see measure).
+the first-order effect on the prompt's key tokens, in units of its mean over rings, and a little for
+the share of attention that is missed; `allocate` takes one choice a head, of least total loss under
+all budgets.
 
-Losses are read off a line over the logarithm of the length, at REACH times the longest: a fixed
-count of tokens that loses more in longer rows gives way to a share of the row, or to a window that
-grows (`recent_per_token`). One length alone tells nothing of that.
+Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
+that loses more in longer rows gives way to a share of the row, or to a window that grows
+(`recent_per_token`). One length alone tells nothing of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log2
 
 import numpy as np
 
@@ -30,14 +28,15 @@ from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
 from hfsparse.selectors.quest import Quest
 
-REACH = 1  # 4 lost more at the longest length, and no less at three times it (few texts)
+# Missed attention beside the effect: it decides between heads that no key token needs. At a weight
+# of 1 it took full heads from those that find answers (benchmarks/results/methods.md).
+MISSED = 0.1
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
 SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
-RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
-FIXED = (64, 128, 256, 1024)  # tokens: rings that don't
-PAGES = (0.03, 0.06, 0.12, 0.25, 0.5)  # of the row: quest
+RATES = (1 / 32, 1 / 16, 1 / 8)  # rings: of the row, growing with it, or of the longest prompt
+PAGES = (0.1, 0.2, 0.35, 0.5)  # of the row: quest; heads that read less lost more than rings
 FEWEST = 4  # blocks and pages that are always kept
 
 
@@ -57,8 +56,9 @@ def candidates(longest: int) -> Candidates:
         columns, diagonals = round(longest * share * 0.8), round(longest * share * 0.15)
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
-    rings |= {f"last{n}": Streaming(SINK, n) for n in FIXED if n <= longest // 8}
-    pages = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # fewer would not be seen
+    rings |= {f"last{n}": Streaming(SINK, n) for n in (round(longest * r) for r in RATES)}
+    seen = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # others read FEWEST pages
+    pages = seen or PAGES[-1:]
     return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})
 
 
@@ -82,7 +82,7 @@ def options(
         """`heads`: how many stand for one kv head."""
         units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
         effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
-        return effect + missed(kind) / unit / heads
+        return effect + MISSED * missed(kind) / unit / heads
 
     words = np.array(list(names.patterns), dtype=object)[None, :, None]
     return Options(
@@ -101,15 +101,15 @@ def options(
 
 
 def fit(losses: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Losses at REACH times the longest length, on a line over log2 of the length that never falls.
+    """Losses at the longest length, on a line over the logarithm of the length that never falls.
 
     `losses` holds an array of any shape for each length in tokens.
     """
     at = np.log2(list(losses))
+    at -= at.mean()
     values = np.stack(list(losses.values()))
-    off = at - at.mean()
-    slope = np.tensordot(off, values, 1) / max((off**2).sum(), 1e-9)
-    return values.mean(0) + np.maximum(slope, 0) * (at.max() + log2(REACH) - at.mean())
+    slope = np.tensordot(at, values, 1) / max((at**2).sum(), 1e-9)
+    return values.mean(0) + np.maximum(slope, 0) * at.max()
 
 
 def _percent(share: float) -> int:

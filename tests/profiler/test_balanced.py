@@ -9,13 +9,12 @@ from hfsparse.profiler import balanced
 from hfsparse.profiler.allocate import Budget, allocate
 
 
-def test_losses_are_read_off_a_line_at_the_reach_and_never_fall():
+def test_losses_are_read_off_a_line_at_the_longest_length_and_never_fall():
     rng = np.random.default_rng(0)
     start, slope = rng.random((2, 3)), rng.normal(size=(2, 3))
     losses = {n: start + slope * np.log2(n / 1024) for n in (1024, 2048, 8192)}
-    ahead = np.log2(8 * balanced.REACH)
     mean = start + slope * np.mean([0, 1, 3])
-    wanted = np.where(slope > 0, start + slope * ahead, mean)
+    wanted = np.where(slope > 0, start + slope * 3, mean)
     np.testing.assert_allclose(balanced.fit(losses), wanted)
     np.testing.assert_allclose(balanced.fit({1024: start}), start)
 
@@ -26,6 +25,10 @@ def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
     streaming = [p for p in names.patterns.values() if isinstance(p, Streaming)]
     assert all(p.recent_per_token for p in streaming)
     assert {bool(ring.recent_per_token) for ring in names.rings.values()} == {False, True}
+
+
+def test_short_prompts_have_pages_to_choose_from():
+    assert balanced.candidates(256).selectors
 
 
 @pytest.mark.parametrize("grows", [False, True])
@@ -64,4 +67,5 @@ def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_take
     (layer,) = allocate(choices, Budget(1, 0.3, 1))
     assert set(layer.cache) == {"last64"}
     unit = (1 - found["ring_recall"]).mean()
-    assert choices.prefill_effect[0, 0, 0] == pytest.approx(0.5 / 0.5 + 0.5 / unit / 2)
+    wanted = 0.5 / 0.5 + balanced.MISSED * 0.5 / unit / 2
+    assert choices.prefill_effect[0, 0, 0] == pytest.approx(wanted)
