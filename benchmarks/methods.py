@@ -57,12 +57,14 @@ from hfsparse.selectors.quest import Quest
 FAMILIES = {"prefill": "pairs", "cache": "cache", "decode": "decode"}
 FREE = dict.fromkeys(FAMILIES.values(), 1.0)
 READ = 0.06  # that share
-PAGED = ("balanced", "minference")  # choose page shares by head
+PAGED = ("balanced", "verified", "minference")  # choose page shares by head
 SEEDS = (0, 1)
+ONCE = ("verified", "streaming-llm")  # with seed 0 alone, and nothing is ranked
 # Methods that share what they measure, and variants of them, made with seed 0 alone: a proxy that
 # ranks heads; twice the prompts; verified, with heads given back. The slowest first.
 GROUPS = {
-    "balanced": [("balanced", None), ("balanced", "twice"), ("balanced", "verified")],
+    "verified": [("balanced", "verified")],
+    "balanced": [("balanced", None), ("balanced", "twice")],
     "minference": [("minference", None), ("minference-error", None)],
     "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
     "moa": [("moa", None)],
@@ -135,7 +137,7 @@ def make(given) -> None:
         (group, seed, given.lengths, given.samples, shares, given.duo_steps)
         for group in GROUPS
         for seed in SEEDS
-        if f"{group}-{seed}" not in log.rows and (group != "streaming-llm" or seed == 0)
+        if f"{group}-{seed}" not in log.rows and not (group in ONCE and seed)
     ]
     if tasks:
         with crew(given, 3) as pool:
@@ -180,7 +182,7 @@ def made(task) -> list[dict]:
             except Exception as error:
                 rows.append({"name": name, "failed": failure(error)})
     if all(row.get("failed", "UsageError").startswith("UsageError") for row in rows):
-        ranks = ranking(group, job(1.0)) if group != "streaming-llm" else {}
+        ranks = {} if group in ONCE else ranking(group, job(1.0))
         rows.append({"name": f"{group}-{seed}", "ranks": ranks})
     return rows
 
