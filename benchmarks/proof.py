@@ -89,11 +89,14 @@ def run_all(given, others: list[str]) -> bool:
 def merge(folder: Path) -> None:
     """The parts' results as those of one run, and its report."""
     runs = [json.loads(run.read_text("utf-8")) for run in sorted(folder.glob("parts/*/run.json"))]
+    if not runs:
+        sys.exit(f"no results in {folder / 'parts'} yet")
     for at, part in enumerate(sorted(folder.glob("parts/*/results.jsonl")), 1):
         shutil.copy(part, folder / f"results-{at}.jsonl")
-    for run in runs:
-        for session in run["sessions"]:
-            results = Results(folder, Settings(**run["settings"]), session, run["arms"])
+    arms = {(arm["arm"], arm["plan"]): arm for run in runs for arm in run["arms"]}
+    same = {json.dumps([run["settings"], session]) for run in runs for session in run["sessions"]}
+    for settings, session in map(json.loads, sorted(same)):  # other settings are refused
+        results = Results(folder, Settings(**settings), session, [*arms.values()])
     for path in report.save(results):
         print(path)
 
