@@ -61,7 +61,7 @@ PAGED = ("balanced", "verified", "minference")  # choose page shares by head
 SEEDS = (0, 1)
 ONCE = ("verified", "streaming-llm")  # with seed 0 alone, and nothing is ranked
 # Methods that share what they measure, and variants of them, made with seed 0 alone: a proxy that
-# ranks heads; twice the prompts; verified, with heads given back. The slowest first.
+# ranks heads; twice the prompts; verified, with heads given back (apart, as that takes longest).
 GROUPS = {
     "verified": [("balanced", "verified")],
     "balanced": [("balanced", None), ("balanced", "twice")],
@@ -202,8 +202,8 @@ def variants(group: str, family: str, seed: int) -> list[tuple[str, str | float 
 
 
 def _planned(name: str, job: Job, method: str, verified: bool) -> dict:
-    """One plan, saved, and what it cost; `fresh`: nothing of it was measured before."""
-    fresh = not any(job.parts.folder.glob("*.npz"))
+    """One plan, saved, and what it cost; `fresh`: all of it was measured, and no more."""
+    fresh = not (verified or any(job.parts.folder.glob("*.npz")))
     if MODEL.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.time()

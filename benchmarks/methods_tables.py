@@ -62,25 +62,26 @@ class Judged:
                 self.found[kind.name, n, "dense"] = self.found[kind.dense, n, "dense"]
         self.arms = sorted({arm for _, _, arm in self.found} - {"dense"})
 
-    def changes(self, kind: str, length: int, arm: str, tasks) -> list[np.ndarray]:
-        """Each text's values: 1 lost, 0 alike, -1 won."""
+    def pairs(self, kind: str, length: int, arm: str, tasks) -> list[tuple[dict, dict]]:
+        """Dense rows and the arm's of the same texts."""
         dense, own = self.found[kind, length, "dense"], self.found[kind, length, arm]
-        both = [at for at in own if at in dense and at[0] in tasks]
-        return [np.array(dense[at]["said"]) - np.array(own[at]["said"]) for at in both]
+        return [(dense[at], own[at]) for at in own if at in dense and at[0] in tasks]
 
-    def drop(self, kind: str, length: int, arm: str, tasks) -> str:
-        changes = self.changes(kind, length, arm, tasks)
+    def changes(self, *which) -> list[np.ndarray]:
+        """Each text's values: 1 lost, 0 alike, -1 won."""
+        return [np.array(d["said"]) - np.array(own["said"]) for d, own in self.pairs(*which)]
+
+    def drop(self, *which) -> str:
+        changes = self.changes(*which)
         if not changes:
             return "–"
         found = lost(changes)
         around = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
         return f"{100 * found.mean:.1f} {around}, {len(changes)}"
 
-    def nats(self, kind: str, length: int, arm: str, tasks) -> str:
+    def nats(self, *which) -> str:
         """What the right answers lost, in nats a token."""
-        dense, own = self.found[kind, length, "dense"], self.found[kind, length, arm]
-        both = [at for at in own if at in dense and at[0] in tasks]
-        more = [np.mean(own[at]["loss"]) - np.mean(dense[at]["loss"]) for at in both]
+        more = [np.mean(own["loss"]) - np.mean(dense["loss"]) for dense, own in self.pairs(*which)]
         if not more:
             return "–"
         return f"{np.mean(more):.3f} ± {1.96 * np.std(more) / len(more) ** 0.5:.3f}"

@@ -44,9 +44,11 @@ def main() -> None:
     add("--lengths", default="")
     add("--workers", type=int, default=1, help="processes a GPU, or on the CPU")
     # Padded prompts take a mask, which dense attention is slow and large with: only short ones.
-    add("--together", type=int, default=16384, help="tokens of samples that run together")
+    add("--together", type=int, default=16384, help="ruler: tokens of a batch of samples")
     add("--limit", type=float, default=540, help="seconds, after which it ends in order")
     given, others = parser.parse_known_args()
+    if given.command != "report" and not (given.model and given.tasks and given.lengths):
+        parser.error("give a model, --tasks and --lengths; or `report`")
     whole = given.command == "report" or run_all(given, others)
     merge(given.output)
     if not whole:
@@ -63,12 +65,12 @@ def run_all(given, others: list[str]) -> bool:
     base = [sys.executable, "-m", "hfsparse", "eval", given.command, given.model, *others]
 
     def run(unit: tuple[str, str]) -> bool:
-        """It waits for a free place."""
+        """Whether it is done; it waits for a free place."""
         (length, task), card, start = unit, free.get(), time.time()
         folder = given.output / "parts" / f"{task}-{length}"
-        batch = max(1, given.together // int(length))
         command = [*base, "--tasks", task, "--lengths", length, "-o", str(folder)]
-        command += ["--batch", str(batch)]
+        if given.command == "ruler":
+            command += ["--batch", str(max(1, given.together // int(length)))]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w") as log:
             told = dict(stdout=log, stderr=log, env={**os.environ, "CUDA_VISIBLE_DEVICES": card})

@@ -2,9 +2,10 @@
 
     python benchmarks/proof_plans.py MODEL -o DIR --lengths 4096,8192
 
-`balanced` (within the budgets below, then verified), `safe` and `small-cache` are made first;
-`minference`, `moa`, `duo` and a window alike on all heads then get the shares that the verified
-`balanced` is expected to use at the longest length. A plan that is there is not made again.
+`balanced` (within the budgets below, then verified), `safe` and `small-cache` are made first. Then
+`minference` gets the shares that the verified `balanced` is expected to use at the longest length,
+`moa`, `duo` and a window alike on all heads (a little more than) its cache share. A plan of a
+recipe that is there is not made again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540, help="seconds of one plan")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(7) as threads:
+    with ThreadPoolExecutor(5) as threads:
         others = [threads.submit(made, given, recipe, {}) for recipe in ("safe", "small-cache")]
         plan = made(given, "balanced", BUDGETS)
         if plan is None:
@@ -63,7 +64,8 @@ def made(given, recipe: str, budgets: dict[str, float]) -> Plan | None:
         with path.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
             subprocess.run(command, timeout=given.limit, stdout=log, stderr=log)
     plan = Plan.load(path) if path.exists() else None
-    print(f"{recipe}: {plan.expected[max(plan.expected)] if plan else 'failed'}", flush=True)
+    told = plan.expected[max(plan.expected)] if plan else f"not made, see {path.stem}.log"
+    print(f"{recipe}: {told}", flush=True)
     return plan
 
 

@@ -22,7 +22,7 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Plan
-from hfsparse.profiler import search
+from hfsparse.profiler import minference, search
 from hfsparse.profiler.allocate import Options
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure import Candidates
@@ -35,8 +35,8 @@ SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
 SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
-RATES = (1 / 32, 1 / 16, 1 / 8)  # rings: of the row, growing with it, or of the longest prompt
-PAGES = (0.1, 0.2, 0.35, 0.5)  # of the row: quest; heads that read less lost more than rings
+RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
+PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: quest
 FEWEST = 4  # blocks and pages that are always kept
 
 
@@ -56,7 +56,7 @@ def candidates(longest: int) -> Candidates:
         columns, diagonals = round(longest * share * 0.8), round(longest * share * 0.15)
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
-    rings |= {f"last{n}": Streaming(SINK, n) for n in (round(longest * r) for r in RATES)}
+    rings |= {f"last{n}": Streaming(SINK, n) for n in minference.windows(longest)}
     seen = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # others read FEWEST pages
     pages = seen or PAGES[-1:]
     return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})

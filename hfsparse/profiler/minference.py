@@ -46,9 +46,14 @@ def candidates(longest: int) -> Candidates:
         patterns[f"blocks{round(share * 100)}"] = BlockTopK(share, min_blocks=2)
         columns, diagonals = _round(longest * level * 0.6), _round(longest * level * 0.1)
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
-    rings = {f"ring{r}": Streaming(SINK, r) for r in (_round(longest / part) for part in RINGS)}
+    rings = {f"ring{r}": Streaming(SINK, r) for r in windows(longest)}
     selectors = {f"quest{round(s * 100)}": Quest(s, min_pages=4) for s in SHARES}
     return Candidates(patterns, rings, selectors)
+
+
+def windows(longest: int) -> list[int]:
+    """Tokens of the rings that heads may become, for prompts of up to `longest` tokens."""
+    return [_round(longest / part) for part in RINGS]
 
 
 def options(

@@ -27,10 +27,6 @@ def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
     assert {bool(ring.recent_per_token) for ring in names.rings.values()} == {False, True}
 
 
-def test_short_prompts_have_pages_to_choose_from():
-    assert balanced.candidates(256).selectors
-
-
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
     names = balanced.candidates(2048)

@@ -42,6 +42,14 @@ def test_a_plan_meets_its_budgets_and_says_what_it_expects(model, plan):
     assert plan.made["samples"] == 2
 
 
+def test_prompts_too_short_for_a_choice_of_pages_make_a_plan(model):
+    shares = dict.fromkeys(("prefill_density", "cache_share", "decode_share"), 0.9)
+    plan = hfsparse.profile(
+        model, tiny.tokenizer(), lengths=(384,), samples=1, verify=False, **shares
+    )
+    assert all(plan.expected[384][name.replace("prefill", "pair")] <= 0.9 + 1e-3 for name in shares)
+
+
 def test_what_a_plan_expects_is_what_the_patched_model_measures(model, plan):
     expected = plan.expected[512]
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
