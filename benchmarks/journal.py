@@ -105,6 +105,14 @@ def lost(error: Exception) -> str | None:
     return None
 
 
+def cards() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES of another names them."""
+    if not torch.cuda.is_available():
+        return []
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+
+
 def end_in_order() -> None:
     """SIGTERM, as `timeout` sends it, ends the script through its `finally` clauses."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))

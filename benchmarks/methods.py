@@ -30,7 +30,7 @@ from queue import SimpleQueue
 
 import torch
 import transformers
-from journal import Journal, end_in_order, failure
+from journal import Journal, cards, end_in_order, failure
 from methods_trials import KINDS, Asker, Kind, counted
 
 import hfsparse
@@ -380,9 +380,7 @@ def cost(given) -> None:
     """Each method in a process of its own, so that it can be stopped; one at a time on a GPU."""
     log = Journal(given.out / "cost.jsonl", _made(given.shape))
     free = SimpleQueue()
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(given.devices)))))
-    cards = seen.split(",") if torch.cuda.is_available() else given.devices
-    for card in cards[: len(given.devices)]:
+    for card in (cards() or given.devices)[: len(given.devices)]:
         free.put(card)
     methods = given.methods.split(",") if given.methods else COST
     tries = {m: [r for n, r in log.rows.items() if n.startswith(f"{m}/")] for m in methods}

@@ -23,8 +23,7 @@ from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 
-from journal import end_in_order
-from torch import cuda
+from journal import cards, end_in_order
 
 from hfsparse_eval import report
 from hfsparse_eval.results import Results, Settings
@@ -47,9 +46,11 @@ def main() -> None:
     add("--together", type=int, default=16384, help="ruler: tokens of a batch of samples")
     add("--limit", type=float, default=540, help="seconds, after which it ends in order")
     given, others = parser.parse_known_args()
-    if given.command != "report" and not (given.model and given.tasks and given.lengths):
+    if given.command == "report":
+        return merge(given.output)
+    if not (given.model and given.tasks and given.lengths):
         parser.error("give a model, --tasks and --lengths; or `report`")
-    whole = given.command == "report" or run_all(given, others)
+    whole = run_all(given, others)
     merge(given.output)
     if not whole:
         sys.exit("not all is done: start this again, it goes on")
@@ -59,8 +60,7 @@ def run_all(given, others: list[str]) -> bool:
     """Whether every task at every length is done."""
     end_in_order()
     end, free = time.time() + given.limit, SimpleQueue()
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cuda.device_count()))))
-    for card in (seen.split(",") if cuda.is_available() else [""]) * given.workers:
+    for card in (cards() or [""]) * given.workers:
         free.put(card)
     base = [sys.executable, "-m", "hfsparse", "eval", given.command, given.model, *others]
 

@@ -77,10 +77,10 @@ def options(
         return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
 
     unit = missed("ring").mean() or 1.0
+    units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
 
     def loss(kind: str, heads: int = 1) -> np.ndarray:
         """`heads`: how many stand for one kv head."""
-        units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
         effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
         return effect + MISSED * missed(kind) / unit / heads
 

@@ -151,12 +151,12 @@ class Pair:
             tasks[task]["drop"] = round(float(np.concatenate(each).mean()), 4)
         total, clear = lost(list(changes.values())), self.lost(plan, HAIR)
         low, high = 100 * total.low, 100 * total.high
+        chance = clear.mean > drop and not clear.beyond(drop)
         return {
             "told": f"{100 * total.mean:.1f} % of {total.values} answers lost, 95 % interval "
             f"{low:.1f} to {high:.1f}, in {len(changes)} trials: {total.against(drop)}; "
             f"{100 * clear.mean:.1f} % clearly lost (by more than {HAIR} nats a token)"
-            + ", which may be chance"
-            * (clear.mean > drop and not clear.beyond(drop)),
+            f"{', which may be chance' if chance else ''}",
             "trials": len(changes),
             "values": total.values,
             "drop": round(total.mean, 4),
