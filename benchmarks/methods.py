@@ -46,7 +46,6 @@ from hfsparse.profiler import (
     moa,
     prompts_of,
     search,
-    verify,
 )
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
@@ -57,22 +56,19 @@ from hfsparse.selectors.quest import Quest
 FAMILIES = {"prefill": "pairs", "cache": "cache", "decode": "decode"}
 FREE = dict.fromkeys(FAMILIES.values(), 1.0)
 READ = 0.06  # that share
-PAGED = ("balanced", "verified", "minference")  # choose page shares by head
+PAGED = ("balanced", "minference")  # choose page shares by head
 SEEDS = (0, 1)
-ONCE = ("verified", "streaming-llm")  # with seed 0 alone, and nothing is ranked
-# Methods that share what they measure, and variants of them, made with seed 0 alone: a proxy that
-# ranks heads; twice the prompts; verified, with heads given back (apart, as that takes longest).
+ONCE = ("streaming-llm",)  # with seed 0 alone, and nothing is ranked
+# Methods that share what they measure, and proxies that rank heads, with seed 0 alone.
 GROUPS = {
-    "verified": [("balanced", "verified")],
-    "balanced": [("balanced", None), ("balanced", "twice")],
+    "balanced": [("balanced", None)],
     "minference": [("minference", None), ("minference-error", None)],
     "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
     "moa": [("moa", None)],
     "streaming-llm": [("streaming-llm", None)],
 }
-DROP, TRIALS = 0.01, 12  # of a verified plan: the limit, and trials a length
 # Other budgets, of balanced alone: which would do?
-OTHERS = {"prefill": (0.13,), "cache": (0.35, 0.5), "decode": (0.12, 0.25)}
+OTHERS = {"prefill": (0.12,), "cache": (0.35, 0.5), "decode": (0.12, 0.25)}
 COST = {  # method: lengths, samples a length; 8 samples in all
     "minference": ((4096, 8192, 16384, 32768), 2),
     "balanced": ((4096, 8192, 16384, 32768), 2),
@@ -144,11 +140,6 @@ def make(given) -> None:
             for row in spread(given, pool, made, tasks):
                 log.add(**row)
                 print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)
-    for family in ("prefill", "cache"):
-        source = given.out / "plans" / f"{family}-balanced-0.yaml"
-        for seed in SEEDS if source.exists() else ():
-            name = f"{family}-random-{seed}.yaml"
-            shuffled(Plan.load(source), family, seed).save(source.with_name(name))
 
 
 def made(task) -> list[dict]:
@@ -161,8 +152,8 @@ def made(task) -> list[dict]:
     parts = Parts(OUT / "parts" / f"{group}-{seed}", repr(task))
     rows = []
 
-    def job(share: float, count: int = samples, proxy: str | None = None) -> Job:
-        prompts = {n: prompts_of(ASKER.tokenizer, n, count, seed, None) for n in lengths}
+    def job(share: float, proxy: str | None = None) -> Job:
+        prompts = {n: prompts_of(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
         budget = Budget(**{**FREE, FAMILIES[family]: share})
         return Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
 
@@ -172,13 +163,10 @@ def made(task) -> list[dict]:
             name = f"{family}-{method}{f'-{word}' if word else ''}-{seed}"
             if (OUT / "plans" / f"{name}.yaml").exists():
                 continue
-            this = job(
-                variant if isinstance(variant, float) else share,
-                2 * samples if variant == "twice" else samples,
-                variant if variant in PROXIES else None,
-            )
+            own = variant if isinstance(variant, float) else share
+            this = job(own, variant if variant in PROXIES else None)
             try:
-                rows.append({"name": name, **_planned(name, this, method, variant == "verified")})
+                rows.append({"name": name, **_planned(name, this, method)})
             except Exception as error:
                 rows.append({"name": name, "failed": failure(error)})
     if all(row.get("failed", "UsageError").startswith("UsageError") for row in rows):
@@ -197,21 +185,18 @@ def variants(group: str, family: str, seed: int) -> list[tuple[str, str | float 
         for method, variant in GROUPS[group] + more
         if not (variant and seed)
         and not (method == "minference-error" and family != "prefill")  # rings, pages: by effect
-        and not (variant == "twice" and family == "decode")  # told by the other two
     ]
 
 
-def _planned(name: str, job: Job, method: str, verified: bool) -> dict:
+def _planned(name: str, job: Job, method: str) -> dict:
     """One plan, saved, and what it cost; `fresh`: all of it was measured, and no more."""
-    fresh = not (verified or any(job.parts.folder.glob("*.npz")))
+    fresh = not any(job.parts.folder.glob("*.npz"))
     if MODEL.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.time()
     plan = METHODS[method].plan(job)
     if name.startswith("prefill"):
         plan = prompts_only(plan)
-    if verified:
-        plan = verify.refine(job, plan, DROP, verify.asked(job, TRIALS))
     seconds = round(time.time() - start, 1)
     (OUT / "plans").mkdir(exist_ok=True)
     plan.save(OUT / "plans" / f"{name}.yaml")
@@ -278,14 +263,16 @@ def quest(model: ModelId, below: int) -> Plan:
 
 
 def arms(out: Path, family: str) -> dict[str, Plan]:
-    """Plans of a family by name; of decode also quest, alike on every head."""
+    """Plans of a family by name; beside them heads at random and, of decode, quest on all."""
     every = {file.stem: Plan.load(file) for file in sorted((out / "plans").glob("*.yaml"))}
     if not every:
         raise UsageError(f"no plans in {out / 'plans'}: --make first")
     own = f"{family}-"
     plans = {n.removeprefix(own): plan for n, plan in every.items() if n.startswith(own)}
-    more = {"quest-0": quest(next(iter(every.values())).model, 2048)}
-    return plans | (more if family == "decode" else {})
+    if family == "decode":
+        return plans | {"quest-0": quest(next(iter(every.values())).model, 2048)}
+    drawn = SEEDS if "balanced-0" in plans else ()
+    return plans | {f"random-{s}": shuffled(plans["balanced-0"], family, s) for s in drawn}
 
 
 def judge(given) -> None:
@@ -320,7 +307,7 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
                 share = given.trials // 16
             count = -(-share // max(1, len(names)))
             for i in range(min(given.pilot, count) if stage == "screen" else count):
-                wanted = [None, *(a for a in plans if i * portion(a) < count)]
+                wanted = [None, *(a for a in plans if i * portion(kind.family, a) < count)]
                 for name in names:
                     at = f"{length}/{name}/{i}"
                     lacks = [a for a in wanted if key(kind, at, a) not in known]
@@ -331,11 +318,11 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
     return [task[1:] for task in tasks]
 
 
-def portion(arm: str) -> int:
+def portion(family: str, arm: str) -> int:
     """One in how many of the texts an arm is asked: all, if it is held against the targets."""
-    if arm in ("balanced-0", "balanced-13-0"):
-        return 1 if arm == "balanced-0" else 2
-    return 3 if arm.startswith(("balanced-", "minference-0")) and arm != "balanced-1" else 6
+    if arm in ("balanced-0", "minference-0") or (family, arm) == ("prefill", "balanced-12-0"):
+        return 1
+    return 3 if arm.startswith("balanced-") and arm != "balanced-1" else 6
 
 
 def key(kind: Kind, at: str, arm: str | None) -> str:

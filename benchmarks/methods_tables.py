@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from hfsparse.plan import Plan
 from hfsparse.profiler.verify import lost
 
+OURS = "balanced-0"  # held against the others
 SHOWN = {"seen": "pair_density", "turns": "cache_share", "reads": "decode_share"}
 PLANNED = ("gates", "influence", "ring effect")  # rankings that both seeds' plans follow
 TITLES = {
@@ -34,7 +35,8 @@ def tables(out: Path) -> str:
     parts = [f"{made or 'nothing yet'}; {', '.join(sorted(devices))}."]
     judged = Judged(answers)
     for kind in KINDS[: len(TITLES)]:
-        parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.by_task(kind)]
+        parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.rivals(kind)]
+        parts += [judged.by_task(kind)]
     parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(plans, out)]
     parts += ["## Cost", cost_small(plans), cost_large(costs)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -62,9 +64,9 @@ class Judged:
                 self.found[kind.name, n, "dense"] = self.found[kind.dense, n, "dense"]
         self.arms = sorted({arm for _, _, arm in self.found} - {"dense"})
 
-    def pairs(self, kind: str, length: int, arm: str, tasks) -> list[tuple[dict, dict]]:
-        """Dense rows and the arm's of the same texts."""
-        dense, own = self.found[kind, length, "dense"], self.found[kind, length, arm]
+    def pairs(self, kind: str, n: int, arm: str, tasks, base="dense") -> list[tuple[dict, dict]]:
+        """Rows of the dense model, or of another arm, and the arm's of the same texts."""
+        dense, own = self.found[kind, n, base], self.found[kind, n, arm]
         return [(dense[at], own[at]) for at in own if at in dense and at[0] in tasks]
 
     def changes(self, *which) -> list[np.ndarray]:
@@ -102,6 +104,18 @@ class Judged:
         apart = [task for task in kind.tasks if task not in tasks]
         note = f"Counted: {', '.join(tasks)}. Set apart, dense below 70 %: {', '.join(apart)}."
         return f"{table(head, rows)}\n\n{note}" if rows else ""
+
+    def rivals(self, kind: Kind) -> str:
+        """What OURS loses beyond each other method, on the texts that both were asked."""
+        tasks, rows = counted(self.rows, kind), []
+        for arm in self.arms:
+            each = [(kind.name, n, OURS, tasks, arm) for n in self.lengths]
+            row = [cell for at in each for cell in (self.drop(*at), self.nats(*at))]
+            if not arm.startswith("balanced") and any(cell != "–" for cell in row):
+                rows.append([arm, *row])
+        cells = [f"{n:,}: {words}" for n in self.lengths for words in ("points, texts", "nats")]
+        told = f"What `{OURS}` loses beyond the others, on the same texts (below 0: they lose more)"
+        return f"{told}:\n\n{table(['beyond', *cells], rows)}" if rows else ""
 
     def by_task(self, kind: Kind) -> str:
         """Where the loss comes from, at the longest length that was asked in full."""
