@@ -102,14 +102,15 @@ def profile(
     parts = Parts(out, _settings(model, methods, prompts))
     shown = bar if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
-    asked = proof.asked(job, verify_samples) if verify else {}
+    if verify:
+        proof.asked(job, verify_samples)  # refuses lengths that hold no trial, ahead of all work
     if prefill_method is None:
         plan = METHODS[method].plan(job)
     else:
         plan = mixed.plan(job, METHODS[prefill_method].plan, METHODS[method].plan)
     seconds = time.time() - start
     if verify:
-        plan = proof.refine(job, plan, drop, asked)
+        plan = proof.refine(job, plan, drop, verify_samples)
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,

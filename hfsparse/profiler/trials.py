@@ -8,7 +8,7 @@ text is read before any question is known. Values are drawn anew: no plan was ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from random import Random
@@ -26,6 +26,7 @@ from hfsparse.profiler import prompts
 from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
 
 TASKS = OTHERS | PUZZLES
+KNOWN = "-known"  # of tasks whose first question stands at the end of the text
 MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 
 
@@ -33,17 +34,22 @@ MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 class Trial:
     """Tokens of a conversation; each value follows what is given before it."""
 
-    task: str  # kind-ground, or kind-ground-known
+    task: str  # `task_of`
     text: list[int]  # read in one go
     turns: list[tuple[list[int], list[int]]]  # given, value
+
+
+def task_of(index: int, tasks: Collection[tuple[str, str]] = TASKS) -> str:
+    """What the `index`th trial asks."""
+    kind, ground = list(tasks)[index % len(tasks)]
+    return f"{kind}-{ground}{KNOWN if index // len(tasks) % 2 else ''}"
 
 
 def make(
     tokenizer, length: int, index: int, seed: int, tasks: Mapping[tuple[str, str], Callable] = TASKS
 ) -> Trial:
     """The `index`th trial, of exactly `length` tokens; `tasks` make puzzles, by kind and ground."""
-    kind, ground = list(tasks)[index % len(tasks)]
-    at_once = index // len(tasks) % 2 == 1  # the first question stands at the end of the text
+    task, (kind, ground) = task_of(index, tasks), list(tasks)[index % len(tasks)]
     rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
     puzzle = tasks[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))
@@ -61,9 +67,9 @@ def make(
         )
     body = prompts.hide(facts, prompts.fill(tokenizer, ground, room, rng), rng)
     text = head + body
-    if at_once:
+    if task.endswith(KNOWN):
         text, turns[0] = text + first[0], ([], first[1])
-    return Trial(f"{kind}-{ground}{'-known' * at_once}", text, turns)
+    return Trial(task, text, turns)
 
 
 def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:

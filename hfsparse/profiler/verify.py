@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count, islice
 from typing import TypeVar
 
 import numpy as np
@@ -40,24 +41,30 @@ Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
 
 
-def asked(job: Job, samples: int) -> dict[str, Trial]:
-    """So many trials at each of the job's lengths, by a name that stands for their tokens."""
-    every = [
-        trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in range(samples)
-    ]
+def asked(job: Job, samples: int, tasks: Collection[str] | None = None) -> dict[str, Trial]:
+    """So many trials at each of the job's lengths, by a name that stands for their tokens.
+
+    They are the first of all trials, or of those of some tasks.
+    """
+    of = (i for i in count() if tasks is None or trials.task_of(i) in tasks)
+    first = list(islice(of, samples))
+    every = [trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in first]
     return {hashlib.sha256(repr(trial).encode()).hexdigest()[:12]: trial for trial in every}
 
 
-def refine(job: Job, plan: Plan, drop: float, asked: dict[str, Trial]) -> Plan:
-    """`plan`, or more of it full, that loses no more of these trials' answers than `drop` allows.
+def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
+    """`plan`, or more of it full, that loses no more of its trials' answers than `drop` allows.
+
+    `samples` trials a length are of tasks that the dense model can do, if it can do any.
 
     Lost is what the dense model says and the plan doesn't, less what only the plan says; clearly
     lost, and that counts against `drop`, where a value got worse by more than HAIR.
     `made["verified"]` says what was found.
     """
     start, given = time.time(), []
-    pair = Pair(job, asked, {})
-    pair.dense = pair.run(Plan.full(ModelId.of(job.model)), asked, "dense")
+    pair = Pair(job)
+    pair.ask(asked(job, samples))
+    pair.ask(asked(job, samples, pair.able) if pair.able else {})
     if pair.counted and pair.lost(plan, HAIR).beyond(drop):
         given = _given(pair, plan, drop)
     final = full(plan, given)
@@ -80,9 +87,14 @@ class Pair:
     """Trials, what the dense model says in them, and what plans do."""
 
     job: Job
-    asked: dict[str, Trial]
-    dense: dict[str, dict[str, np.ndarray]]
+    asked: dict[str, Trial] = field(default_factory=dict)
+    dense: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def ask(self, asked: dict[str, Trial]) -> None:
+        """Have the dense model answer these trials, too."""
+        self.asked |= asked
+        self.dense |= self.run(Plan.full(ModelId.of(self.job.model)), asked, "dense")
 
     def run(
         self, plan: Plan, asked: dict[str, Trial], label: str | None = None
@@ -105,9 +117,13 @@ class Pair:
         return {task: float(np.concatenate(each).mean()) for task, each in said.items()}
 
     @property
+    def able(self) -> set[str]:
+        """Tasks that the dense model can do: on others nothing can be lost."""
+        return {task for task, share in self.tasks.items() if share >= ABLE}
+
+    @property
     def counted(self) -> dict[str, Trial]:
-        """Trials of tasks that the dense model can do: on others nothing can be lost."""
-        able = {task for task, share in self.tasks.items() if share >= ABLE}
+        able = self.able
         return {name: trial for name, trial in self.asked.items() if trial.task in able}
 
     def changes(self, plan: Plan, hair: float = 0.0) -> dict[str, np.ndarray]:

@@ -128,7 +128,7 @@ def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
 
         monkeypatch.setattr(trials, "run", run)
         this = job(model)
-        made = verify.refine(this, rings(model), 0.0, verify.asked(this, 2)).made["verified"]
+        made = verify.refine(this, rings(model), 0.0, 2).made["verified"]
         given[by] = made["given_back"], made["drop"], made["clearly"]
     assert given == {
         verify.HAIR / 2: ([], 1.0, 0.0),
@@ -171,7 +171,7 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
     vital = set(random.Random(seed).sample(every, seed + 1))
     believe(monkeypatch, vital)
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.01, verify.asked(this, 2))
+    plan = verify.refine(this, rings(model), 0.01, 2)
     kept = {(at, g) for at, g in every if plan.layers[at].cache[g] == "full"}
     assert kept == vital
     plan.validate()
@@ -189,7 +189,7 @@ def test_heads_that_the_method_suspects_are_looked_at_first(model, monkeypatch):
         this.suspects = np.zeros((LAYERS, KV))
         for unit in units:
             this.suspects[unit] = 1.0
-        plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
+        plan = verify.refine(this, rings(model), 0.0, 2)
         assert plan.made["verified"]["given_back"] == ["layer 3 kv head 0", "layer 3 kv head 1"]
         runs[at] = len(log)
     assert runs["first"] < runs["last"]
@@ -207,7 +207,7 @@ def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypat
 
     monkeypatch.setattr(trials, "run", run)
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 12))
+    plan = verify.refine(this, rings(model), 0.0, 12)
     assert plan.made["verified"]["given_back"] == ["layer 2 kv head 1"]
     counts = {task: log.count(task) for task in log}
     others = {n for task, n in counts.items() if task not in lose}
@@ -228,7 +228,7 @@ def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
 
     monkeypatch.setattr(trials, "run", run)
     this = job(model)
-    made = verify.refine(this, rings(model), 0.0, verify.asked(this, 12)).made["verified"]
+    made = verify.refine(this, rings(model), 0.0, 12).made["verified"]
     assert made["given_back"] == ["layer 1 kv head 0"]
     assert made["drop"] == made["clearly"] == round(2 / 96, 4)
     assert "clearly lost (by more than 0.1 nats a token), which may be chance" in made["told"]
@@ -252,15 +252,41 @@ def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
 def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):
     believe(monkeypatch, set())
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
+    plan = verify.refine(this, rings(model), 0.0, 2)
     assert plan.hash() == rings(model).hash()
     assert plan.made["verified"]["given_back"] == []
+
+
+def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, monkeypatch):
+    """It can do two of twelve tasks, and so many trials a length are of these."""
+    can, log = ("multihop-code", "numbers-prose-known"), []
+
+    def run(model, trial):
+        log.append(trial)
+        return {"said": np.array([trial.task in can] * 4), "loss": np.zeros(4)}
+
+    monkeypatch.setattr(trials, "run", run)
+    this = job(model)
+    made = verify.refine(this, rings(model), 0.0, 8).made["verified"]
+    assert made["trials"] == 2 * 8
+    assert made["values"] == 2 * 8 * 4
+    assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
+    assert len(made["tasks"]) == 8
+    texts = [tuple(trial.text) for trial in log]
+    assert len(set(texts)) == 2 * (8 + 8 - 2)  # of the first eight tasks two count already
+    assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
+        "numbers-prose",
+        "multihop-code",
+        "numbers-prose-known",
+        "multihop-code-known",
+        "numbers-prose",
+    ]
 
 
 def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
     believe(monkeypatch, set(), able=0.0)
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, verify.asked(this, 2))
+    plan = verify.refine(this, rings(model), 0.0, 2)
     assert plan.hash() == rings(model).hash()
     assert "the dense model can do none" in plan.made["verified"]["told"]
 
