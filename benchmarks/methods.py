@@ -49,7 +49,6 @@ from hfsparse.profiler import (
 )
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
-from hfsparse.profiler.proxies import PROXIES
 from hfsparse.selectors.quest import Quest
 
 # Of plans: equal pair density of prompts, equal cache share, equal share of keys read in decode
@@ -164,7 +163,7 @@ def made(task) -> list[dict]:
             if (OUT / "plans" / f"{name}.yaml").exists():
                 continue
             own = variant if isinstance(variant, float) else share
-            this = job(own, variant if variant in PROXIES else None)
+            this = job(own, variant if isinstance(variant, str) else None)
             try:
                 rows.append({"name": name, **_planned(name, this, method)})
             except Exception as error:
@@ -176,7 +175,7 @@ def made(task) -> list[dict]:
 
 
 def variants(group: str, family: str, seed: int) -> list[tuple[str, str | float | None]]:
-    """Methods of a group, and what is changed about them: a word, or the family's budget."""
+    """Methods of a group, and what is changed about them: a proxy, or the family's budget."""
     if family == "decode" and group not in PAGED:
         return []
     more = [(group, share) for share in OTHERS[family]] if group == "balanced" else []
@@ -320,7 +319,7 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
 
 def portion(family: str, arm: str) -> int:
     """One in how many of the texts an arm is asked: all, if it is held against the targets."""
-    if arm in ("balanced-0", "minference-0") or (family, arm) == ("prefill", "balanced-12-0"):
+    if arm in ("balanced-0", "minference-0") or (arm == "balanced-12-0" and family == "prefill"):
         return 1
     return 3 if arm.startswith("balanced-") and arm != "balanced-1" else 6
 

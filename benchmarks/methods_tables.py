@@ -66,12 +66,13 @@ class Judged:
 
     def pairs(self, kind: str, n: int, arm: str, tasks, base="dense") -> list[tuple[dict, dict]]:
         """Rows of the dense model, or of another arm, and the arm's of the same texts."""
-        dense, own = self.found[kind, n, base], self.found[kind, n, arm]
-        return [(dense[at], own[at]) for at in own if at in dense and at[0] in tasks]
+        first, own = self.found[kind, n, base], self.found[kind, n, arm]
+        return [(first[at], own[at]) for at in own if at in first and at[0] in tasks]
 
     def changes(self, *which) -> list[np.ndarray]:
-        """Each text's values: 1 lost, 0 alike, -1 won."""
-        return [np.array(d["said"]) - np.array(own["said"]) for d, own in self.pairs(*which)]
+        """Each text's values: 1 lost against the base, 0 alike, -1 won."""
+        pairs = self.pairs(*which)
+        return [np.array(first["said"]) - np.array(own["said"]) for first, own in pairs]
 
     def drop(self, *which) -> str:
         changes = self.changes(*which)
@@ -82,8 +83,8 @@ class Judged:
         return f"{100 * found.mean:.1f} {around}, {len(changes)}"
 
     def nats(self, *which) -> str:
-        """What the right answers lost, in nats a token."""
-        more = [np.mean(own["loss"]) - np.mean(dense["loss"]) for dense, own in self.pairs(*which)]
+        """What the right answers lost against the base, in nats a token."""
+        more = [np.mean(own["loss"]) - np.mean(first["loss"]) for first, own in self.pairs(*which)]
         if not more:
             return "–"
         return f"{np.mean(more):.3f} ± {1.96 * np.std(more) / len(more) ** 0.5:.3f}"
@@ -106,7 +107,10 @@ class Judged:
         return f"{table(head, rows)}\n\n{note}" if rows else ""
 
     def rivals(self, kind: Kind) -> str:
-        """What OURS loses beyond each other method, on the texts that both were asked."""
+        """What OURS loses beyond each other method, on the texts that both were asked.
+
+        Its other seed and budgets (`balanced-*`) are left out.
+        """
         tasks, rows = counted(self.rows, kind), []
         for arm in self.arms:
             each = [(kind.name, n, OURS, tasks, arm) for n in self.lengths]

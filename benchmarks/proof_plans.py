@@ -2,7 +2,7 @@
 
     python benchmarks/proof_plans.py MODEL -o DIR --lengths 4096,8192
 
-`balanced` (within the budgets below, then verified), `safe` and `small-cache` are made first. Then
+`balanced` (within --budgets, then verified), `safe` and `small-cache` are made first. Then
 `minference` gets the shares that the verified `balanced` is expected to use at the longest length,
 `moa`, `duo` and a window alike on all heads (a little more than) its cache share. A plan of a
 recipe that is there is not made again.
@@ -20,7 +20,7 @@ from pathlib import Path
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, Plan
 
-BUDGETS = {"prefill-density": 0.25, "cache-share": 0.4, "decode-share": 0.25}
+SHARES = ("prefill-density", "cache-share", "decode-share")
 SINK, RECENT = 4, 64  # of the window, which then grows with the text
 
 
@@ -31,24 +31,27 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lengths", required=True, help="of calibration prompts, by commas")
+    parser.add_argument("--budgets", default="0.25,0.4,0.25", help=", ".join(SHARES))
     parser.add_argument("--samples", help="of each length; else each recipe's own")
     parser.add_argument("--limit", type=float, default=540, help="seconds of one plan")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(5) as threads:
         others = [threads.submit(made, given, recipe, {}) for recipe in ("safe", "small-cache")]
-        plan = made(given, "balanced", BUDGETS)
+        budgets = map(float, given.budgets.split(","))
+        plan = made(given, "balanced", dict(zip(SHARES, budgets, strict=True)))
         if plan is None:
             sys.exit("no balanced plan: the others wait for its shares")
         used = plan.expected[max(plan.expected)]
         pairs, cache, read = (used[n] for n in ("pair_density", "cache_share", "decode_share"))
         uniform(plan, cache).save(given.output / "uniform.yaml")
         for recipe, budgets in {
-            "minference": {"prefill-density": pairs, "cache-share": cache, "decode-share": read},
-            "moa": {"prefill-density": 1.0, "cache-share": cache, "decode-share": 1.0},
-            "duo": {"prefill-density": 1.0, "cache-share": cache, "decode-share": 1.0},
+            "minference": (pairs, cache, read),
+            "moa": (1.0, cache, 1.0),
+            "duo": (1.0, cache, 1.0),
         }.items():
-            others.append(threads.submit(made, given, recipe, budgets))
+            shares = dict(zip(SHARES, budgets, strict=True))
+            others.append(threads.submit(made, given, recipe, shares))
         if not all(other.result() for other in others):
             sys.exit("not all plans were made: start this again")
 

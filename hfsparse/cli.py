@@ -107,7 +107,9 @@ def profile(
     drop: Annotated[
         float, typer.Option(help="Greatest share of answers that may be lost against dense.")
     ] = 0.01,
-    verify_samples: Annotated[int, typer.Option(min=1, help="Trials at each length.")] = 12,
+    verify_samples: Annotated[
+        int, typer.Option(min=1, help="Trials at each length, of tasks the model can do.")
+    ] = 12,
     proxy: Annotated[
         str | None,
         typer.Option(help="duo: rank heads by copy, mass or error instead of training gates."),

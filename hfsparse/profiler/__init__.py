@@ -75,9 +75,10 @@ def profile(
     smallest shares within these budgets that are expected to lose no more. `samples`
     prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
-    `verify` the plan is then tried on `verify_samples` retrieval trials a length, and kv heads are
-    given back until it loses at most the share `drop` of the answers, or one, against the dense
-    model: budgets may be passed by that, and `expected` says by how much. `proxy` (one of
+    `verify` the plan is then tried on `verify_samples` retrieval trials a length, of tasks that the
+    model can do, and kv heads are given back until it loses at most the share `drop` of the answers
+    against the dense model, or two, or what may be chance: budgets may be passed by that, and
+    `expected` says by how much. `proxy` (one of
     PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
     from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
     methods in DRAWN. Raises UsageError for what can't be done.
@@ -103,7 +104,7 @@ def profile(
     shown = bar if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
     if verify:
-        proof.asked(job, verify_samples)  # refuses lengths that hold no trial, ahead of all work
+        proof.draw(job)  # refuses lengths that hold no trial, ahead of all work
     if prefill_method is None:
         plan = METHODS[method].plan(job)
     else:

@@ -8,7 +8,7 @@ text is read before any question is known. Values are drawn anew: no plan was ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from random import Random
@@ -27,6 +27,7 @@ from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
 
 TASKS = OTHERS | PUZZLES
 KNOWN = "-known"  # of tasks whose first question stands at the end of the text
+ROUND = 2 * len(TASKS)  # trials that ask each task once, known and not
 MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 
 
@@ -34,13 +35,13 @@ MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 class Trial:
     """Tokens of a conversation; each value follows what is given before it."""
 
-    task: str  # `task_of`
+    task: str  # kind-ground, or kind-ground-known
     text: list[int]  # read in one go
     turns: list[tuple[list[int], list[int]]]  # given, value
 
 
-def task_of(index: int, tasks: Collection[tuple[str, str]] = TASKS) -> str:
-    """What the `index`th trial asks."""
+def task_of(index: int, tasks: Mapping[tuple[str, str], Callable] = TASKS) -> str:
+    """The task of the `index`th trial."""
     kind, ground = list(tasks)[index % len(tasks)]
     return f"{kind}-{ground}{KNOWN if index // len(tasks) % 2 else ''}"
 
@@ -49,7 +50,8 @@ def make(
     tokenizer, length: int, index: int, seed: int, tasks: Mapping[tuple[str, str], Callable] = TASKS
 ) -> Trial:
     """The `index`th trial, of exactly `length` tokens; `tasks` make puzzles, by kind and ground."""
-    task, (kind, ground) = task_of(index, tasks), list(tasks)[index % len(tasks)]
+    task = task_of(index, tasks)
+    kind, ground = task.removesuffix(KNOWN).split("-")
     rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
     puzzle = tasks[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))

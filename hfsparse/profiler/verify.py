@@ -1,7 +1,8 @@
 """Try a plan on paired trials, and give heads back until they lose no more than a stated share.
 
-The patched model and the dense one answer the same questions on the same tokens (`trials`). A plan
-loses too much where it loses more than the share `drop` of the values and chance does not explain
+The patched model and the dense one answer the same questions on the same tokens (`trials`), of
+tasks that the dense one can do (it is asked each once): on others nothing can be lost. A plan loses
+too much where it loses more than the share `drop` of the values and chance does not explain
 it: values said by a hair, which turn with any change, don't count, nor does what one trial alone
 loses. Then kv heads are given back (made full), those first that the method thinks lose most
 (`job.suspects`). Only the trials that lost are asked again, the shortest first: bisection finds how
@@ -32,7 +33,7 @@ from hfsparse.profiler.trials import Trial
 from hfsparse.selectors.reuse import Reuse
 
 HAIR = 0.1  # nats a token that a value turned by, at most, when it turned by chance
-ABLE = 0.5  # a task counts if the dense model says so large a share of its values
+ABLE = 0.5  # a task counts if the dense model says so large a share of its first values
 FEW = 2  # values that may be lost whatever the limit
 CHANCE = 0.15  # of bootstrap draws lose nothing: 0.36 where one trial loses, 0.13 where two do
 TRIES = 8  # at most, to do without heads that a search has given back
@@ -41,11 +42,10 @@ Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
 
 
-def asked(job: Job, samples: int, tasks: Collection[str] | None = None) -> dict[str, Trial]:
-    """So many trials at each of the job's lengths, by a name that stands for their tokens.
-
-    They are the first of all trials, or of those of some tasks.
-    """
+def draw(
+    job: Job, samples: int = trials.ROUND, tasks: Collection[str] | None = None
+) -> dict[str, Trial]:
+    """The first trials, or those of some tasks, at each length, by a name that is their tokens'."""
     of = (i for i in count() if tasks is None or trials.task_of(i) in tasks)
     first = list(islice(of, samples))
     every = [trials.make(job.tokenizer, n, i, job.seed) for n in job.prompts for i in first]
@@ -55,16 +55,16 @@ def asked(job: Job, samples: int, tasks: Collection[str] | None = None) -> dict[
 def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
     """`plan`, or more of it full, that loses no more of its trials' answers than `drop` allows.
 
-    `samples` trials a length are of tasks that the dense model can do, if it can do any.
-
-    Lost is what the dense model says and the plan doesn't, less what only the plan says; clearly
+    `samples` trials a length are asked, of tasks that the dense model can do once it has been asked
+    each task. Lost is what it says and the plan doesn't, less what only the plan says; clearly
     lost, and that counts against `drop`, where a value got worse by more than HAIR.
     `made["verified"]` says what was found.
     """
-    start, given = time.time(), []
-    pair = Pair(job)
-    pair.ask(asked(job, samples))
-    pair.ask(asked(job, samples, pair.able) if pair.able else {})
+    start, given, pair = time.time(), [], Pair(job)
+    pair.ask(draw(job))
+    able = {task for task, share in pair.tasks.items() if share >= ABLE}
+    pair.counted = draw(job, samples, able) if able else {}
+    pair.ask(pair.counted)
     if pair.counted and pair.lost(plan, HAIR).beyond(drop):
         given = _given(pair, plan, drop)
     final = full(plan, given)
@@ -88,6 +88,7 @@ class Pair:
 
     job: Job
     asked: dict[str, Trial] = field(default_factory=dict)
+    counted: dict[str, Trial] = field(default_factory=dict)  # of tasks that the dense model can do
     dense: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
 
@@ -115,16 +116,6 @@ class Pair:
         for name, trial in self.asked.items():
             said.setdefault(trial.task, []).append(self.dense[name]["said"])
         return {task: float(np.concatenate(each).mean()) for task, each in said.items()}
-
-    @property
-    def able(self) -> set[str]:
-        """Tasks that the dense model can do: on others nothing can be lost."""
-        return {task for task, share in self.tasks.items() if share >= ABLE}
-
-    @property
-    def counted(self) -> dict[str, Trial]:
-        able = self.able
-        return {name: trial for name, trial in self.asked.items() if trial.task in able}
 
     def changes(self, plan: Plan, hair: float = 0.0) -> dict[str, np.ndarray]:
         """By trial that counts, each value's change: 1 lost, 0 alike, -1 won.

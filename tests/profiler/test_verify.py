@@ -271,9 +271,9 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
     assert made["trials"] == 2 * 8
     assert made["values"] == 2 * 8 * 4
     assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
-    assert len(made["tasks"]) == 8
-    texts = [tuple(trial.text) for trial in log]
-    assert len(set(texts)) == 2 * (8 + 8 - 2)  # of the first eight tasks two count already
+    assert len(made["tasks"]) == trials.ROUND == 12
+    texts = {tuple(trial.text) for trial in log}
+    assert len(texts) == 2 * (12 + 8 - 2)  # two of the first round count already
     assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
         "numbers-prose",
         "multihop-code",
