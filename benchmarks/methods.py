@@ -67,7 +67,7 @@ GROUPS = {
     "streaming-llm": [("streaming-llm", None)],
 }
 # Other budgets, of balanced alone: which would do?
-OTHERS = {"prefill": (0.12,), "cache": (0.35, 0.5), "decode": (0.12, 0.25)}
+OTHERS = {"prefill": (0.12,), "cache": (0.35, 0.5, 0.75), "decode": (0.12, 0.25)}
 COST = {  # method: lengths, samples a length; 8 samples in all
     "minference": ((4096, 8192, 16384, 32768), 2),
     "balanced": ((4096, 8192, 16384, 32768), 2),
@@ -306,7 +306,7 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
                 share = given.trials // 16
             count = -(-share // max(1, len(names)))
             for i in range(min(given.pilot, count) if stage == "screen" else count):
-                wanted = [None, *(a for a in plans if i * portion(kind.family, a) < count)]
+                wanted = [None, *(a for a in plans if i * portion(a) < count)]
                 for name in names:
                     at = f"{length}/{name}/{i}"
                     lacks = [a for a in wanted if key(kind, at, a) not in known]
@@ -317,11 +317,10 @@ def _todo(given, stage: str, log: Journal) -> list[tuple]:
     return [task[1:] for task in tasks]
 
 
-def portion(family: str, arm: str) -> int:
+def portion(arm: str) -> int:
     """One in how many of the texts an arm is asked: all, if it is held against the targets."""
-    if arm in ("balanced-0", "minference-0") or (arm == "balanced-12-0" and family == "prefill"):
-        return 1
-    return 3 if arm.startswith("balanced-") and arm != "balanced-1" else 6
+    held = arm == "minference-0" or (arm.startswith("balanced-") and arm != "balanced-1")
+    return 1 if held else 6
 
 
 def key(kind: Kind, at: str, arm: str | None) -> str:
