@@ -76,7 +76,7 @@ def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     start, end = prompt.answer_span or (L - min(ANSWER, L // 4), L)
     text, greedy = ids[:, :start], dict(do_sample=False, num_beams=1, repetition_penalty=1.0)
     unset = dict.fromkeys(("temperature", "top_p", "top_k"))  # of a model that samples
-    with patch(model):
+    with patch(model), sliced(model):
         whole = model.generate(
             text,
             attention_mask=torch.ones_like(text),
