@@ -35,8 +35,8 @@ def tables(out: Path) -> str:
     parts = [f"{made or 'nothing yet'}; {', '.join(sorted(devices))}."]
     judged = Judged(answers)
     for kind in KINDS[: len(TITLES)]:
-        parts += [f"## {TITLES[kind.name]}", judged.method(kind), judged.rivals(kind)]
-        parts += [judged.by_task(kind)]
+        parts += [f"## {TITLES[kind.name]}"]
+        parts += [judged.method(kind), judged.rivals(kind), judged.by_task(kind)]
     parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(plans, out)]
     parts += ["## Cost", cost_small(plans), cost_large(costs)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -112,10 +112,10 @@ class Judged:
         Its other seed and budgets (`balanced-*`) are left out.
         """
         tasks, rows = counted(self.rows, kind), []
-        for arm in self.arms:
+        for arm in (arm for arm in self.arms if not arm.startswith("balanced")):
             each = [(kind.name, n, OURS, tasks, arm) for n in self.lengths]
             row = [cell for at in each for cell in (self.drop(*at), self.nats(*at))]
-            if not arm.startswith("balanced") and any(cell != "–" for cell in row):
+            if any(cell != "–" for cell in row):
                 rows.append([arm, *row])
         cells = [f"{n:,}: {words}" for n in self.lengths for words in ("points, texts", "nats")]
         told = f"What `{OURS}` loses beyond the others, on the same texts (below 0: they lose more)"

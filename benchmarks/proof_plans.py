@@ -31,15 +31,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lengths", required=True, help="of calibration prompts, by commas")
-    parser.add_argument("--budgets", default="0.25,0.4,0.25", help=", ".join(SHARES))
+    parser.add_argument(
+        "--budgets", nargs=3, type=float, default=(0.25, 0.4, 0.25), help=", ".join(SHARES)
+    )
     parser.add_argument("--samples", help="of each length; else each recipe's own")
     parser.add_argument("--limit", type=float, default=540, help="seconds of one plan")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(5) as threads:
         others = [threads.submit(made, given, recipe, {}) for recipe in ("safe", "small-cache")]
-        budgets = map(float, given.budgets.split(","))
-        plan = made(given, "balanced", dict(zip(SHARES, budgets, strict=True)))
+        plan = made(given, "balanced", dict(zip(SHARES, given.budgets, strict=True)))
         if plan is None:
             sys.exit("no balanced plan: the others wait for its shares")
         used = plan.expected[max(plan.expected)]

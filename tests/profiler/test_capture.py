@@ -417,12 +417,20 @@ print(json.dumps({"loaded": loaded, "peak": peak}))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
-    """0.27 to 0.32 GiB, and 9 MiB of hidden states a layer more; 0.6 if graphs of layers stay."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(smollm2)], capture_output=True, text=True, check=True
-    )
-    size = json.loads(done.stdout.splitlines()[-1])
-    more = (size["peak"] - size["loaded"]) / 2**30
-    print(f"{size['loaded'] / 2**30:.2f} GiB loaded, {more:.2f} GiB more at the peak")
-    assert size["loaded"] > 2**28  # the model is in it
-    assert more <= 0.4
+    """0.27 GiB, and 9 MiB of hidden states for each layer more; 0.6 if graphs of layers stay.
+
+    The smaller of two peaks: on a busy machine one may be 0.05 larger than the other.
+    """
+    peaks = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(smollm2)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        size = json.loads(done.stdout.splitlines()[-1])
+        peaks.append((size["peak"] - size["loaded"]) / 2**30)
+        print(f"{size['loaded'] / 2**30:.2f} GiB loaded, {peaks[-1]:.2f} GiB more at the peak")
+        assert size["loaded"] > 2**28  # the model is in it
+    assert min(peaks) <= 0.32
