@@ -419,7 +419,7 @@ print(json.dumps({"loaded": loaded, "peak": peak}))
 def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
     """0.27 GiB, and 9 MiB of hidden states for each layer more; 0.6 if graphs of layers stay.
 
-    The smaller of two peaks: on a busy machine one may be 0.05 larger than the other.
+    Measured again if it is more: on a busy machine one peak may be 0.05 larger than another.
     """
     peaks = []
     for _ in range(2):
@@ -433,4 +433,6 @@ def test_a_prompt_of_4096_tokens_takes_little_beyond_four_layers(smollm2):
         peaks.append((size["peak"] - size["loaded"]) / 2**30)
         print(f"{size['loaded'] / 2**30:.2f} GiB loaded, {peaks[-1]:.2f} GiB more at the peak")
         assert size["loaded"] > 2**28  # the model is in it
-    assert min(peaks) <= 0.32
+        if peaks[-1] <= 0.32:
+            return
+    raise AssertionError(peaks)
