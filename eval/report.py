@@ -149,8 +149,14 @@ def _arms(outcomes: Sequence[Outcome]) -> Table:
             for field in SHARES.values():
                 row += [_mean(cell.sparse, field, 1, ".3f")]
                 row += [f"{said[field]:.3f}" if field in said else "–"]
-            rows.append([*row, _mean(cell.sparse, "kv_bytes", 2**-20, ".1f")])
+            rows.append([*row, _mean(_alone(cell.sparse), "kv_bytes", 2**-20, ".1f")])
     return Table(head, rows)
+
+
+def _alone(lines: Sequence[dict]) -> list[dict]:
+    """With the cache of one sample where a whole batch's was measured."""
+    own = [(line, line.get("kv_bytes")) for line in lines]
+    return [line | {"kv_bytes": size and size / line.get("batch", 1)} for line, size in own]
 
 
 def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
@@ -254,7 +260,8 @@ def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Part]:
 
 def _measured(rows: Sequence[Cell]) -> Table:
     head = ["task", "length", "tokens", "pair density", "block density", "KV share"]
-    head += ["decode share", "first token, s d/s", "next token, ms d/s", "whole, s d/s"]
+    head += ["decode share", "batch d/s", "first token, s d/s", "next token, ms d/s"]
+    head += ["whole, s d/s"]
     names = "pair_density", "block_density", "cache_share", "decode_share"
     table = [
         [
@@ -262,6 +269,7 @@ def _measured(rows: Sequence[Cell]) -> Table:
             cell.length,
             _mean(cell.dense, "prompt_tokens", 1, ".0f"),
             *(_mean(cell.sparse, name, 1, ".3f") for name in names),
+            _both(cell, _batch),
             _both(cell, lambda arm: _mean(arm, "first_token_seconds", 1, ".2f")),
             _both(cell, _next_token),
             _both(cell, lambda arm: _mean(arm, "seconds", 1, ".2f")),
@@ -269,6 +277,11 @@ def _measured(rows: Sequence[Cell]) -> Table:
         for cell in [*rows, joined(rows)]
     ]
     return Table(head, table)
+
+
+def _batch(lines: Sequence[dict]) -> str:
+    """A batch shares its time alike among its samples: times compare between equal ones."""
+    return str(max((line.get("batch", 1) for line in lines), default="–"))
 
 
 def _next_token(lines: Sequence[dict]) -> str:

@@ -110,10 +110,21 @@ def test_measured_densities_shares_and_times():
         "0.600",
         "0.750",
         "0.300",
+        "1 / 1",
         "1.00 / 0.60",
         "167 / 193",
         "2.67 / 2.53",
     ]
+
+
+def test_what_a_batch_held_is_told_of_one_sample_and_its_times_beside_its_size():
+    dense = [line(i, "dense", 1.0, batch=4) for i in range(2)]
+    own = [sparse(0, 1.0, batch=2, kv_bytes=6 * 2**20), sparse(1, 1.0, kv_bytes=2 * 2**20)]
+    text = write([*dense, *own], SETTINGS, [SESSION], [ARM])
+    _, _, whole = rows(text, "Verdicts")
+    assert whole[-1] == "2.5"  # (6 / 2 + 2) / 2 MiB
+    _, _, vt, _ = rows(text, "Measured: mine")
+    assert vt[7] == "4 / 2"
 
 
 def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
@@ -167,7 +178,7 @@ def test_a_report_without_an_arm_is_of_the_dense_one():
     text = write(strong, SETTINGS, [SESSION])
     _, _, vt, _ = rows(text, "Scores: dense")
     assert vt == ["vt", "1024", "2", "75.0", "–", "–", "–", "50.0", "0.0"]
-    assert rows(text, "Measured: dense")[2][3:] == ["–", "–", "–", "–", "1.00", "200", "3.00"]
+    assert rows(text, "Measured: dense")[2][3:] == [*4 * ["–"], "1", "1.00", "200", "3.00"]
     assert "Missing" not in text
     assert "Verdicts" not in text
 
