@@ -281,7 +281,8 @@ def _measured(rows: Sequence[Cell]) -> Table:
 
 def _batch(lines: Sequence[dict]) -> str:
     """A batch shares its time alike among its samples: times compare between equal ones."""
-    return str(max((line.get("batch", 1) for line in lines), default="–"))
+    sizes = {line.get("batch", 1) for line in lines} or {"–"}
+    return "–".join(f"{size}" for size in sorted({min(sizes), max(sizes)}))
 
 
 def _next_token(lines: Sequence[dict]) -> str:

@@ -118,13 +118,14 @@ def test_measured_densities_shares_and_times():
 
 
 def test_what_a_batch_held_is_told_of_one_sample_and_its_times_beside_its_size():
-    dense = [line(i, "dense", 1.0, batch=4) for i in range(2)]
-    own = [sparse(0, 1.0, batch=2, kv_bytes=6 * 2**20), sparse(1, 1.0, kv_bytes=2 * 2**20)]
+    dense = [line(i, "dense", 1.0, batch=4) for i in range(3)]
+    sizes = [{}, {"batch": 4, "kv_bytes": None}, {"batch": 2, "kv_bytes": 6 * 2**20}]
+    own = [sparse(i, 1.0, **{"kv_bytes": 2 * 2**20, **more}) for i, more in enumerate(sizes)]
     text = write([*dense, *own], SETTINGS, [SESSION], [ARM])
     _, _, whole = rows(text, "Verdicts")
-    assert whole[-1] == "2.5"  # (6 / 2 + 2) / 2 MiB
+    assert whole[-1] == "2.5"  # (2 + 6 / 2) / 2 MiB
     _, _, vt, _ = rows(text, "Measured: mine")
-    assert vt[7] == "4 / 2"
+    assert vt[7] == "4 / 1–4"
 
 
 def test_tasks_that_the_dense_model_cannot_do_are_set_apart_and_not_summed():
