@@ -77,8 +77,8 @@ def profile(
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then tried on `verify_samples` retrieval trials a length, of tasks that the
     model can do, and kv heads are given back until it loses at most the share `drop` of the answers
-    against the dense model, or two, or what may be chance: budgets may be passed by that, and
-    `expected` says by how much. `proxy` (one of
+    against the dense model, or two, or what may be chance, or budgets are widened, where that uses
+    less: budgets may be passed by that, and `expected` says by how much. `proxy` (one of
     PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
     from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
     methods in DRAWN. Raises UsageError for what can't be done.

@@ -29,6 +29,13 @@ class Budget:
     decode: float
     loss: float | None = None
 
+    def wider(self, by: float) -> Budget:
+        """Each share by this part of its way to 1, the loss to 0."""
+        pairs, cache, decode = (
+            round(share + by * (1 - share), 4) for share in (self.pairs, self.cache, self.decode)
+        )
+        return Budget(pairs, cache, decode, None if self.loss is None else self.loss * (1 - by))
+
 
 @dataclass(frozen=True)
 class Options:

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfsparse.fingerprint import windows
-from hfsparse.plan import Below, Layer
+from hfsparse.plan import Below, Layer, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
 
@@ -40,6 +40,9 @@ class Job:
     proxy: str | None = None  # `duo`: what ranks heads in place of training
     # Set by a method that can tell densities and shares of any choice of its words, by length.
     expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
+    # Likewise, by one that can choose anew, without measuring: the plan of another budget, or None
+    # where there is none.
+    choose: Callable[[Budget], Plan | None] | None = None
     # Likewise, by one that can tell what its plan loses, by layer and kv head `[layers, kv heads]`.
     suspects: np.ndarray | None = None
     draw: Callable[[], Figure] | None = None  # likewise, by one that can draw `curves`

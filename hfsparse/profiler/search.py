@@ -14,7 +14,7 @@ from hfsparse.fingerprint import windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import measure
-from hfsparse.profiler.allocate import Infeasible, Options, allocate, losses
+from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate, losses
 from hfsparse.profiler.capture import capture
 from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.measure import Candidates
@@ -69,19 +69,30 @@ def chosen(
     kept_and_read = ring_shares(candidates, max(means))
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     choices = options(free, candidates, *kept_and_read)
+    this = ModelId.of(job.model)
+    full = Plan.full(this).layers[0]
+    known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
+
+    def of(taken: list[Layer]) -> Plan:
+        rest = iter(taken)
+        layers = tuple(next(rest) if sparse else full for sparse in job.free)
+        return Plan(this, used(known, layers), layers, job.below, job.expect(layers))
+
+    def choose(budget: Budget) -> Plan | None:
+        try:
+            return of(allocate(choices, budget))
+        except Infeasible:
+            return None
+
     try:
         taken = allocate(choices, job.budget)
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
     job.suspects = job.spread(losses(choices, taken))
     job.draw = partial(_curves, job, candidates, free[max(free)], choices)
-    this = ModelId.of(job.model)
-    full = Plan.full(this).layers[0]
-    rest = iter(taken)
-    layers = tuple(next(rest) if sparse else full for sparse in job.free)
     job.expect = lambda layers: {n: expected(layers, candidates, t, n) for n, t in means.items()}
-    known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
-    return Plan(this, used(known, layers), layers, job.below, job.expect(layers))
+    job.choose = choose
+    return of(taken)
 
 
 def _curves(job: Job, candidates: Candidates, found: dict[str, np.ndarray], choices: Options):

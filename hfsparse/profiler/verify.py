@@ -8,6 +8,9 @@ loses. Then kv heads are given back (made full), those first that the method thi
 (`job.suspects`). Only the trials that lost are asked again, the shortest first: bisection finds how
 many heads win back what is lost too much, in nats, and those that are not needed are taken away.
 Then all trials are asked again; while they lose too much, half as many heads again are given back.
+Many heads that lose a little are budgets that are too small. So a method that can choose anew
+(`job.choose`) does it within wider ones, as long as it then uses less than with the heads given
+back, and the plan of the smallest that keeps within `drop` is taken in place of that one.
 What was asked and lost, and what that leaves open, is written into `plan.made`.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from typing import TypeVar
@@ -37,6 +40,7 @@ ABLE = 0.5  # a task counts if the dense model says so large a share of its firs
 FEW = 2  # values that may be lost whatever the limit
 CHANCE = 0.15  # of bootstrap draws lose nothing: 0.36 where one trial loses, 0.13 where two do
 TRIES = 8  # at most, to do without heads that a search has given back
+WIDER = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # of the way from the budgets to dense attention
 
 Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
@@ -60,7 +64,7 @@ def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
     lost, and that counts against `drop`, where a value got worse by more than HAIR.
     `made["verified"]` says what was found.
     """
-    start, given, pair = time.time(), [], Pair(job)
+    start, given, wider, pair = time.time(), [], {}, Pair(job)
     pair.ask(draw(job))
     able = {task for task, share in pair.tasks.items() if share >= ABLE}
     pair.counted = draw(job, samples, able) if able else {}
@@ -70,11 +74,14 @@ def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
     final = full(plan, given)
     if given:
         final.expected = {} if job.expect is None else job.expect(final.layers)
+    if given and job.choose and (found := _cheaper(pair, plan, drop, final)):
+        given, (final, wider) = [], found
     final.made = plan.made | {
         "verified": {
             "lengths": list(job.prompts),
             "limit": drop,
             **pair.report(final, drop),
+            **({"budgets": wider} if wider else {}),
             "given_back": [f"layer {at} kv head {g}" for at, g in given],
             "seconds": round(time.time() - start, 1),
         }
@@ -127,13 +134,13 @@ class Pair:
             for name, found in self.run(plan, self.counted, "plan").items()
         }
 
-    def within(self, plan: Plan, missed: dict[str, np.ndarray], most: float, given: int) -> bool:
+    def within(self, plan: Plan, missed: dict[str, np.ndarray], most: float, label: str) -> bool:
         """Whether the values `missed`, by trial, are together at most `most` nats worse than dense.
 
         Runs no more trials than tell it.
         """
         total = 0.0
-        for name in self.job.progress((f"given back: {given}", n) for n in missed):
+        for name in self.job.progress((label, n) for n in missed):
             found = self.run(plan, {name: self.asked[name]})[name]
             total += self.worse(name, found, missed[name])
             if total > most:
@@ -257,22 +264,63 @@ def full(plan: Plan, units: Sequence[Unit]) -> Plan:
 
 def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
     """Few kv heads that, given back, keep the plan within the drop."""
-    order = [
-        unit
-        for unit in np.ndindex(len(plan.layers), plan.model.kv_heads)
-        if full(plan, [unit]) != plan
-    ]
-    if pair.job.suspects is not None:
-        order.sort(key=lambda unit: -pair.job.suspects[unit])
-    given: list[Unit] = []
+    order, given = _order(pair.job, plan), []
     while pair.lost(full(plan, given), HAIR).beyond(drop):
         rest = [unit for unit in order if unit not in given]
-        given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, rest, drop)
+        given += rest[: max(1, len(given) // 2)] if given else _found(pair, plan, drop)
     return sorted(given)
 
 
-def _found(pair: Pair, plan: Plan, order: list[Unit], drop: float) -> list[Unit]:
-    """Few heads, the first of `order` likely among them, that win back what is lost too much."""
+def _cheaper(pair: Pair, plan: Plan, drop: float, other: Plan) -> tuple[Plan, dict] | None:
+    """A plan of wider budgets that keeps within the drop and uses less than the other, and these
+    budgets."""
+    job, plans = pair.job, {}
+    for by in WIDER:
+        found = job.choose(job.budget.wider(by))
+        if found is None or _use(job, found) >= _use(job, other):
+            break
+        plans[by] = replace(found, made=plan.made)
+    wins = _wins_back(pair, plan, drop)
+
+    def enough(steps: Sequence[float]) -> bool:
+        return wins(plans[steps[-1]], f"budgets wider by {steps[-1]:g}")
+
+    steps = list(plans)
+    for by in steps[len(fewest(steps, enough)) - 1 :] if steps else ():
+        if not pair.lost(plans[by], HAIR).beyond(drop):
+            budgets = asdict(job.budget.wider(by)).items()
+            return plans[by], {name: share for name, share in budgets if share is not None}
+    return None
+
+
+def _use(job: Job, plan: Plan) -> float:
+    """Expected pair density, cache and decode share in sum, at the longest length."""
+    expected = job.expect(plan.layers)[max(job.prompts)]
+    return sum(expected[name] for name in ("pair_density", "cache_share", "decode_share"))
+
+
+def _order(job: Job, plan: Plan) -> list[Unit]:
+    """The kv heads that are not full, those first that the method suspects most."""
+    units = np.ndindex(len(plan.layers), plan.model.kv_heads)
+    order = [unit for unit in units if full(plan, [unit]) != plan]
+    return order if job.suspects is None else sorted(order, key=lambda unit: -job.suspects[unit])
+
+
+def _found(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
+    """Few heads, the most suspicious likely among them, that win back what is lost too much."""
+    wins = _wins_back(pair, plan, drop)
+
+    def enough(units: Sequence[Unit]) -> bool:
+        return wins(full(plan, units), f"given back: {len(units)}")
+
+    return fewer(fewest(_order(pair.job, plan), enough), enough)
+
+
+def _wins_back(pair: Pair, plan: Plan, drop: float) -> Callable[[Plan, str], bool]:
+    """Tells of another plan whether it wins back what this one loses too much, in nats.
+
+    It asks the trials that lost, and shows a label beside their bar.
+    """
     now = pair.run(plan, pair.counted)
     change = pair.changes(plan, HAIR)
     missed = {name: each > 0 for name, each in change.items() if (each > 0).any()}
@@ -280,11 +328,7 @@ def _found(pair: Pair, plan: Plan, order: list[Unit], drop: float) -> list[Unit]
     worse = sum(pair.worse(name, now[name], values) for name, values in missed.items())
     found = lost(list(change.values()))
     allowed = worse * most(drop, found.values) / (found.mean * found.values)
-
-    def enough(units: Sequence[Unit]) -> bool:
-        return pair.within(full(plan, units), missed, allowed, len(units))
-
-    return fewer(fewest(order, enough), enough)
+    return lambda other, label: pair.within(other, missed, allowed, label)
 
 
 def fewest(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequence[T]:

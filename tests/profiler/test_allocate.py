@@ -148,3 +148,10 @@ def test_budgets_that_cannot_be_met_are_refused_by_name():
     sentence = r"pair density 0\.05, cache share 1, decode share 0\.5"
     with pytest.raises(Infeasible, match=sentence):
         allocate(options(np.random.default_rng(0)), Budget(0.05, 1, 0.5))
+
+
+def test_wider_budgets_lie_on_the_way_to_all_of_attention_and_no_loss():
+    budget = Budget(0.2, 1.0, 0.5, loss=0.1)
+    assert budget.wider(0) == budget
+    assert budget.wider(0.5) == Budget(0.6, 1.0, 0.75, loss=0.05)
+    assert budget.wider(1) == Budget(1.0, 1.0, 1.0, loss=0.0)

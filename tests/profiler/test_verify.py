@@ -234,6 +234,48 @@ def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
     assert "clearly lost (by more than 0.1 nats a token), which may be chance" in made["told"]
 
 
+@pytest.mark.parametrize("many", [True, False], ids=["a little each", "one head"])
+def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
+    model, monkeypatch, many
+):
+    """Five small rings of eight heads break the trials, which wide rings on all heads don't, or
+    one head does."""
+
+    def run(model, trial):
+        words = [
+            word for layer in model.get_decoder()._hfsparse.plan.layers for word in layer.cache
+        ]
+        missed = max(0, words.count("r") - 3) if many else words[5] != "full"
+        return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
+
+    def choose(budget):
+        word, this = "w" if budget.cache >= 0.5 else "r", ModelId.of(model)
+        layer = Layer((word,) * this.q_heads, (word,) * KV, ("ring",) * KV)
+        return Plan(this, {word: Streaming(4, 128 if word == "w" else 16)}, (layer,) * LAYERS)
+
+    def expect(layers):
+        share = {"full": 1.0, "w": 0.4, "r": 0.1}
+        mean = np.mean([share[word] for layer in layers for word in layer.cache])
+        names = "pair_density", "cache_share", "decode_share"
+        return {n: dict.fromkeys(names, float(mean)) for n in (512, 1024)}
+
+    monkeypatch.setattr(trials, "run", run)
+    this = job(model)
+    this.budget, this.choose, this.expect = Budget(1, 0.3, 0.1), choose, expect
+    plan = verify.refine(this, rings(model), 0.01, 2)
+    plan.validate()
+    verified = plan.made["verified"]
+    assert verified["drop"] == 0
+    assert plan.made["method"] == "by hand"
+    if many:
+        assert {word for layer in plan.layers for word in layer.cache} == {"w"}
+        assert verified["given_back"] == []
+        assert verified["budgets"] == {"pairs": 1.0, "cache": 0.5625, "decode": 0.4375}
+    else:
+        assert verified["given_back"] == ["layer 2 kv head 1"]
+        assert "budgets" not in verified
+
+
 def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
     this = ModelId.of(model)
     full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse()}
