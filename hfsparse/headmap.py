@@ -212,3 +212,8 @@ def _verified(plan: Plan) -> Iterator[str]:
     found = plan.made.get("verified")
     if isinstance(found, dict) and "told" in found:
         yield f"\nverified: {found['told']}"
+        if given := found.get("given_back"):
+            yield f"for that, kv heads given back: {len(given)}"
+        if wider := found.get("budgets"):
+            told = ", ".join(f"{name} {share:g}" for name, share in wider.items())
+            yield f"for that, budgets widened: {told}"

@@ -121,6 +121,20 @@ def test_the_map_shows_every_head_of_every_layer_in_80_columns(shape):
     assert sorted(shown.replace(" ", "")) == sorted(marks[word] for word in words)
 
 
+def test_what_the_verification_changed_is_said():
+    plan = plan_of(3, 6, 3)
+    plan.made["verified"] = {
+        "told": "0.0 % of 64 answers lost",
+        "given_back": ["layer 0 kv head 1", "layer 2 kv head 2"],
+        "budgets": {"pairs": 0.625, "cache": 1.0},
+    }
+    assert headmap.text(plan).plain.splitlines()[-3:] == [
+        "verified: 0.0 % of 64 answers lost",
+        "for that, kv heads given back: 2",
+        "for that, budgets widened: pairs 0.625, cache 1",
+    ]
+
+
 def test_the_legend_names_unused_patterns_and_every_parameter():
     full = Plan.full(ModelId("LlamaForCausalLM", 2, 4, 2, 64, "sha256:0123456789abcdef"))
     full.patterns = NAMED
