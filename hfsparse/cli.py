@@ -102,7 +102,10 @@ def profile(
         typer.Option(help="Another method for prompts, where --method keeps the cache full."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Try the plan on retrieval trials; give back heads that fail.")
+        bool,
+        typer.Option(
+            help="Try the plan on retrieval trials; give back heads that fail, or widen budgets."
+        ),
     ] = True,
     drop: Annotated[
         float, typer.Option(help="Greatest share of answers that may be lost against dense.")

@@ -212,8 +212,9 @@ def _verified(plan: Plan) -> Iterator[str]:
     found = plan.made.get("verified")
     if isinstance(found, dict) and "told" in found:
         yield f"\nverified: {found['told']}"
-        if given := found.get("given_back"):
+        given, wider = found.get("given_back"), found.get("budgets")
+        if given and isinstance(given, list):
             yield f"for that, kv heads given back: {len(given)}"
-        if wider := found.get("budgets"):
-            told = ", ".join(f"{name} {share:g}" for name, share in wider.items())
-            yield f"for that, budgets widened: {told}"
+        if wider and isinstance(wider, dict):
+            told = ", ".join(f"{name} {share}" for name, share in wider.items())
+            yield f"for that, budgets widened to: {told}"

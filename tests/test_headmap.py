@@ -126,13 +126,15 @@ def test_what_the_verification_changed_is_said():
     plan.made["verified"] = {
         "told": "0.0 % of 64 answers lost",
         "given_back": ["layer 0 kv head 1", "layer 2 kv head 2"],
-        "budgets": {"pairs": 0.625, "cache": 1.0},
+        "budgets": {"pairs": 0.625, "cache": 0.5},
     }
     assert headmap.text(plan).plain.splitlines()[-3:] == [
         "verified: 0.0 % of 64 answers lost",
         "for that, kv heads given back: 2",
-        "for that, budgets widened: pairs 0.625, cache 1",
+        "for that, budgets widened to: pairs 0.625, cache 0.5",
     ]
+    plan.made["verified"] |= {"given_back": 2, "budgets": "none"}
+    assert headmap.text(plan).plain.endswith("verified: 0.0 % of 64 answers lost")
 
 
 def test_the_legend_names_unused_patterns_and_every_parameter():

@@ -31,10 +31,10 @@ class Budget:
 
     def wider(self, by: float) -> Budget:
         """Each share by this part of its way to 1, the loss to 0."""
-        pairs, cache, decode = (
-            round(share + by * (1 - share), 4) for share in (self.pairs, self.cache, self.decode)
-        )
-        return Budget(pairs, cache, decode, None if self.loss is None else self.loss * (1 - by))
+        shares = (self.pairs, self.cache, self.decode)
+        pairs, cache, decode = (round(float(x + by * (1 - x)), 4) for x in shares)
+        loss = None if self.loss is None else round(float(self.loss * (1 - by)), 6)
+        return Budget(pairs, cache, decode, loss)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def figure(
     for name, (shares, losses) in budgets(options).items():
         (line,) = axis.plot(shares, losses, marker=".", label=NAMES[name])
         axis.axvline(getattr(budget, name), color=line.get_color(), linestyle=":", linewidth=1)
-    axis.set(title="one budget at a time", xlabel="budget (dotted: the plan's)", ylabel="loss")
+    axis.set(title="one budget at a time", xlabel="budget (dotted: as given)", ylabel="loss")
     axis.legend()
     return drawn
 

@@ -1,4 +1,4 @@
-"""Try a plan on paired trials, and give heads back until they lose no more than a stated share.
+"""Try a plan on paired trials; give heads back, or widen budgets, until it loses little enough.
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`), of
 tasks that the dense one can do (it is asked each once): on others nothing can be lost. A plan loses
@@ -10,7 +10,7 @@ many heads win back what is lost too much, in nats, and those that are not neede
 Then all trials are asked again; while they lose too much, half as many heads again are given back.
 Many heads that lose a little are budgets that are too small. So a method that can choose anew
 (`job.choose`) does it within wider ones, as long as it then uses less than with the heads given
-back, and the plan of the smallest that keeps within `drop` is taken in place of that one.
+back, and the plan of the smallest that bisection finds is taken in place of that one.
 What was asked and lost, and what that leaves open, is written into `plan.made`.
 """
 
@@ -30,6 +30,7 @@ from scipy.stats import bootstrap
 from hfsparse.patcher import patch
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import trials
+from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.search import used
 from hfsparse.profiler.trials import Trial
@@ -57,14 +58,14 @@ def draw(
 
 
 def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
-    """`plan`, or more of it full, that loses no more of its trials' answers than `drop` allows.
+    """`plan`, more of it full, or one of wider budgets, that loses no more than `drop` allows.
 
     `samples` trials a length are asked, of tasks that the dense model can do once it has been asked
     each task. Lost is what it says and the plan doesn't, less what only the plan says; clearly
     lost, and that counts against `drop`, where a value got worse by more than HAIR.
     `made["verified"]` says what was found.
     """
-    start, given, wider, pair = time.time(), [], {}, Pair(job)
+    start, given, budget, pair = time.time(), [], job.budget, Pair(job)
     pair.ask(draw(job))
     able = {task for task, share in pair.tasks.items() if share >= ABLE}
     pair.counted = draw(job, samples, able) if able else {}
@@ -75,7 +76,8 @@ def refine(job: Job, plan: Plan, drop: float, samples: int) -> Plan:
     if given:
         final.expected = {} if job.expect is None else job.expect(final.layers)
     if given and job.choose and (found := _cheaper(pair, plan, drop, final)):
-        given, (final, wider) = [], found
+        given, (budget, final) = [], found
+    wider = {k: v for k, v in asdict(budget).items() if v != getattr(job.budget, k)}
     final.made = plan.made | {
         "verified": {
             "lengths": list(job.prompts),
@@ -271,31 +273,33 @@ def _given(pair: Pair, plan: Plan, drop: float) -> list[Unit]:
     return sorted(given)
 
 
-def _cheaper(pair: Pair, plan: Plan, drop: float, other: Plan) -> tuple[Plan, dict] | None:
-    """A plan of wider budgets that keeps within the drop and uses less than the other, and these
-    budgets."""
-    job, plans = pair.job, {}
-    for by in WIDER:
-        found = job.choose(job.budget.wider(by))
-        if found is None or _use(job, found) >= _use(job, other):
-            break
-        plans[by] = replace(found, made=plan.made)
+def _cheaper(pair: Pair, plan: Plan, drop: float, other: Plan) -> tuple[Budget, Plan] | None:
+    """Wider budgets and their plan that keeps within the drop and uses less than the other, if any.
+
+    Bisection looks for the smallest that win back what `plan` loses too much, then all trials are
+    asked, of wider ones, too, until they lose little enough.
+    """
+    found = []
+    for budget in map(pair.job.budget.wider, WIDER):
+        wide = pair.job.choose(budget)
+        if wide is not None and _use(wide) < _use(other):
+            found.append((budget, wide))
+    if not found:
+        return None
     wins = _wins_back(pair, plan, drop)
 
-    def enough(steps: Sequence[float]) -> bool:
-        return wins(plans[steps[-1]], f"budgets wider by {steps[-1]:g}")
+    def enough(steps: Sequence[tuple[Budget, Plan]]) -> bool:
+        budget, wide = steps[-1]
+        return wins(wide, f"budgets widened, cache {budget.cache:g}")
 
-    steps = list(plans)
-    for by in steps[len(fewest(steps, enough)) - 1 :] if steps else ():
-        if not pair.lost(plans[by], HAIR).beyond(drop):
-            budgets = asdict(job.budget.wider(by)).items()
-            return plans[by], {name: share for name, share in budgets if share is not None}
-    return None
+    first = len(fewest(found, enough)) - 1
+    good = (step for step in found[first:] if not pair.lost(step[1], HAIR).beyond(drop))
+    return next(good, None)
 
 
-def _use(job: Job, plan: Plan) -> float:
+def _use(plan: Plan) -> float:
     """Expected pair density, cache and decode share in sum, at the longest length."""
-    expected = job.expect(plan.layers)[max(job.prompts)]
+    expected = plan.expected[max(plan.expected)]
     return sum(expected[name] for name in ("pair_density", "cache_share", "decode_share"))
 
 

@@ -7,6 +7,9 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler import balanced
 from hfsparse.profiler.allocate import Budget, allocate
+from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.profiler.prompts import samples
+from tests import tiny
 
 
 def test_losses_are_read_off_a_line_at_the_longest_length_and_never_fall():
@@ -65,3 +68,16 @@ def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_take
     unit = (1 - found["ring_recall"]).mean()
     wanted = 0.5 / 0.5 + balanced.MISSED * 0.5 / unit / 2
     assert choices.prefill_effect[0, 0, 0] == pytest.approx(wanted)
+
+
+def test_it_chooses_anew_within_other_budgets_without_measuring():
+    model, tokenizer = tiny.llama(window=1024, num_hidden_layers=2), tiny.tokenizer()
+    prompts = {512: samples(tokenizer, 512, 1, 0)}
+    job = Job(model, tokenizer, prompts, Budget(0.5, 0.5, 0.5), Parts(None, ""), silent)
+    plan = balanced.plan(job)
+    job.prompts[512].clear()
+    again, wider = job.choose(job.budget), job.choose(job.budget.wider(0.5))
+    assert again.hash() == plan.hash()
+    assert again.expected == plan.expected
+    assert plan.expected[512]["cache_share"] <= 0.5 < wider.expected[512]["cache_share"] <= 0.75
+    assert job.choose(Budget(0.001, 0.001, 0.001)) is None

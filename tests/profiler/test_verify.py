@@ -238,26 +238,34 @@ def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
 def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
     model, monkeypatch, many
 ):
-    """Five small rings of eight heads break the trials, which wide rings on all heads don't, or
-    one head does."""
+    """More than three small rings of eight heads break the trials, and wide rings don't; or one
+    small ring does."""
+    use, log = {"full": 1.0, "small": 0.2, "wide": 0.4, "wider": 0.9}, []
 
-    def run(model, trial):
-        words = [
-            word for layer in model.get_decoder()._hfsparse.plan.layers for word in layer.cache
-        ]
-        missed = max(0, words.count("r") - 3) if many else words[5] != "full"
-        return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
-
-    def choose(budget):
-        word, this = "w" if budget.cache >= 0.5 else "r", ModelId.of(model)
+    def plan_of(word, recent):
+        this = ModelId.of(model)
         layer = Layer((word,) * this.q_heads, (word,) * KV, ("ring",) * KV)
-        return Plan(this, {word: Streaming(4, 128 if word == "w" else 16)}, (layer,) * LAYERS)
+        layers = (layer,) * LAYERS
+        return Plan(this, {word: Streaming(4, recent)}, layers, expected=expect(layers))
 
     def expect(layers):
-        share = {"full": 1.0, "w": 0.4, "r": 0.1}
-        mean = np.mean([share[word] for layer in layers for word in layer.cache])
-        names = "pair_density", "cache_share", "decode_share"
-        return {n: dict.fromkeys(names, float(mean)) for n in (512, 1024)}
+        mean = float(np.mean([use.get(word, 0.1) for layer in layers for word in layer.cache]))
+        longest = {"pair_density": mean, "cache_share": mean, "decode_share": mean / 2}
+        return {512: dict.fromkeys(longest, 0.5), 1024: longest}
+
+    def choose(budget):
+        """None, then a plan that loses as much, one that doesn't, and one that uses too much."""
+        steps = {0.4: None, 0.5: ("small", 20), 0.7: ("wide", 128), 1.0: ("wider", 256)}
+        words = next(words for most, words in steps.items() if budget.cache <= most)
+        return words and plan_of(*words)
+
+    def run(model, trial):
+        layers = model.get_decoder()._hfsparse.plan.layers
+        words = [word for layer in layers for word in layer.cache]
+        log.append(words[5])
+        short = [word in ("r", "small") for word in words]
+        missed = max(0, sum(short) - 3) if many else short[5]
+        return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
 
     monkeypatch.setattr(trials, "run", run)
     this = job(model)
@@ -267,10 +275,13 @@ def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
     verified = plan.made["verified"]
     assert verified["drop"] == 0
     assert plan.made["method"] == "by hand"
+    assert plan.expected == expect(plan.layers)
+    assert "wider" not in log
     if many:
-        assert {word for layer in plan.layers for word in layer.cache} == {"w"}
+        assert {word for layer in plan.layers for word in layer.cache} == {"wide"}
         assert verified["given_back"] == []
-        assert verified["budgets"] == {"pairs": 1.0, "cache": 0.5625, "decode": 0.4375}
+        assert verified["budgets"] == {"cache": 0.5625, "decode": 0.4375}
+        assert log.count("small") < log.count("wide") == 2 * 2  # a search, and all trials
     else:
         assert verified["given_back"] == ["layer 2 kv head 1"]
         assert "budgets" not in verified
@@ -333,13 +344,32 @@ def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
     assert "the dense model can do none" in plan.made["verified"]["told"]
 
 
-def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(model, monkeypatch, tmp_path):
-    log = believe(monkeypatch, {(1, 0), (3, 1)})
+def shortness(monkeypatch) -> list[str]:
+    """Trials fail where rings are short, a little for each; answers the log of runs."""
+    log = []
+
+    def run(model, trial):
+        log.append(trial.task)
+        plan = model.get_decoder()._hfsparse.plan
+        words = [word for layer in plan.layers for word in layer.cache if word != "full"]
+        missed = max(0.0, sum(max(0, 96 - plan.patterns[w].band.span(512)) for w in words) / 32 - 2)
+        return {"said": np.array([not missed] * 4), "loss": np.full(4, missed)}
+
+    monkeypatch.setattr(trials, "run", run)
+    return log
+
+
+@pytest.mark.parametrize("changed", ["given_back", "budgets"])
+def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(
+    model, monkeypatch, tmp_path, changed
+):
+    vital = {(1, 0), (3, 1)}
+    log = believe(monkeypatch, vital) if changed == "given_back" else shortness(monkeypatch)
     settings = dict(
         lengths=(512,), samples=2, cache_share=0.4, decode_share=0.6, seed=3, verify_samples=2
     )
     whole = hfsparse.profile(model, tiny.tokenizer(), **settings)
-    assert whole.made["verified"]["given_back"]
+    assert whole.made["verified"][changed]
     needed, rng, left = len(log), random.Random(0), [0]
     log.clear()
 
