@@ -21,13 +21,16 @@ class Dot:
     shares: Mapping[str, float | None]  # measured, by name
 
 
-def scores(dots: Sequence[Dot], names: Sequence[str]):
-    """A matplotlib Figure: score by each measured share; bars are the change's interval."""
+def scores(dots: Sequence[Dot], names: Sequence[str], arms: Sequence[str]):
+    """A matplotlib Figure: score by each measured share; bars are the change's interval.
+
+    An arm has the same colour in every picture of the same `arms`.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(names), 4.2))
+    figure = Figure(figsize=(5.2 * len(names), 3.6))
     panels = figure.subplots(1, len(names), squeeze=False)[0]
-    colours, lengths = _colours(dots), sorted({dot.length for dot in dots})
+    colours, lengths = _colours(arms), sorted({dot.length for dot in dots})
     for axes, name in zip(panels, names, strict=True):
         for dot in (dot for dot in dots if dot.shares.get(name) is not None):
             bars = [[dot.change.mean - dot.change.low], [dot.change.high - dot.change.mean]]
@@ -53,19 +56,16 @@ def scores(dots: Sequence[Dot], names: Sequence[str]):
         axes.grid(alpha=0.3)
     keys = [_key("s", colour, arm) for arm, colour in {**colours, "dense": "black"}.items()]
     keys += [_key(MARKERS[i % len(MARKERS)], "grey", f"{n} tokens") for i, n in enumerate(lengths)]
-    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
-    figure.set_layout_engine("constrained")
-    return figure
+    return _with_legend(figure, keys)
 
 
-def changes(rows: Mapping[str, Mapping[str, Change]]):
+def changes(rows: Mapping[str, Mapping[str, Change]], arms: Sequence[str]):
     """A matplotlib Figure: for each task and length the change under each arm, with intervals."""
     from matplotlib.figure import Figure
 
-    arms = list(dict.fromkeys(arm for row in rows.values() for arm in row))
-    figure = Figure(figsize=(8, 1.4 + (0.1 + 0.09 * len(arms)) * len(rows)))
+    colours = _colours(arms)
+    figure = Figure(figsize=(8, 1.2 + (0.1 + 0.09 * len(arms)) * len(rows)))
     axes = figure.subplots()
-    colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
     for at, row in enumerate(rows.values()):
         for arm, seen in row.items():
             y = at + 0.7 * ((arms.index(arm) + 0.5) / len(arms) - 0.5)
@@ -75,17 +75,28 @@ def changes(rows: Mapping[str, Mapping[str, Change]]):
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="sparse − dense, points (95 %)")
     axes.grid(axis="x", alpha=0.3)
-    keys = [_key("o", colours[arm], arm) for arm in arms]
-    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
+    return _with_legend(figure, [_key("o", colour, arm) for arm, colour in colours.items()])
+
+
+def _colours(arms: Sequence[str]) -> dict[str, object]:
+    """A colour of its own for each arm, up to 20."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
+    return {arm: colours[i % len(colours)] for i, arm in enumerate(arms)}
+
+
+def _with_legend(figure, keys: Sequence):
+    """The figure with a legend below, of as many columns as its labels leave room for."""
+    wide = 0.5 + 0.09 * max((len(key.get_label()) for key in keys), default=0)  # inches
+    columns = min(4, max(1, int(figure.get_figwidth() / wide)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(keys) // columns))
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False)
     figure.set_layout_engine("constrained")
     return figure
 
 
-def _colours(dots: Sequence[Dot]) -> dict[str, str]:
-    return {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(dot.arm for dot in dots))}
-
-
-def _key(marker: str, colour: str, label: str):
+def _key(marker: str, colour, label: str):
     from matplotlib.lines import Line2D
 
     return Line2D([], [], marker=marker, color=colour, linestyle="", label=label)

@@ -160,7 +160,7 @@ def _alone(lines: Sequence[dict]) -> list[dict]:
 
 
 def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
-    dots, rows = [], {}
+    dots, rows, arms = [], {}, list(dict.fromkeys(o.arm["title"] for o in outcomes))
     for outcome in outcomes:
         title = outcome.arm["title"]
         for length in outcome.lengths:
@@ -173,10 +173,12 @@ def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
     found = []
     if dots:
         told = "score by measured pair density and by share of the KV cache"
-        found.append(Picture(charts.scores(dots, list(SHARES)), told))
+        found.append(Picture(charts.scores(dots, list(SHARES), arms), told))
     if rows:
         named = {f"{task} {length}": seen for (task, length), seen in sorted(rows.items())}
-        found.append(Picture(charts.changes(named), "change in each task, with 95 % intervals"))
+        found.append(
+            Picture(charts.changes(named, arms), "change in each task, with 95 % intervals")
+        )
     return found
 
 
