@@ -154,9 +154,9 @@ def _arms(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _alone(lines: Sequence[dict]) -> list[dict]:
-    """With the cache of one sample where a whole batch's was measured."""
-    own = [(line, line.get("kv_bytes")) for line in lines]
-    return [line | {"kv_bytes": size and size / line.get("batch", 1)} for line, size in own]
+    """Lines that know the cache's bytes, with those of one sample in place of the whole batch's."""
+    known = (line for line in lines if line.get("kv_bytes") is not None)
+    return [line | {"kv_bytes": line["kv_bytes"] / line.get("batch", 1)} for line in known]
 
 
 def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:

@@ -282,8 +282,11 @@ def _cheaper(pair: Pair, plan: Plan, drop: float, other: Plan) -> tuple[Budget, 
     found = []
     for budget in map(pair.job.budget.wider, WIDER):
         wide = pair.job.choose(budget)
-        if wide is not None and _use(wide) < _use(other):
-            found.append((budget, wide))
+        if wide is None:
+            continue
+        if _use(wide) >= _use(other):  # so do all that are wider still
+            break
+        found.append((budget, wide))
     if not found:
         return None
     wins = _wins_back(pair, plan, drop)
