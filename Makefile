@@ -2,14 +2,16 @@
 # make test-oldest   families and ways on the oldest transformers that is supported
 # make test-matrix   the same on each tested version; writes docs/support.md
 # make test-gpu      kernels and patched models on a CUDA device, with the packages of PYTHON
-# All others set up what they need on first use: .venv (packages) and, of SmolLM2-135M-Instruct,
-# .cache/smollm2.
+# All others set up what they need on first use: .venv (packages; those of tests only where tests
+# run) and, of SmolLM2-135M-Instruct, .cache/smollm2.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := .cache/smollm2
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 # Other versions of transformers: side folders over the same torch, with what they need older.
 OLDER  := 4.57.6 5.0.0 5.17.0
@@ -25,10 +27,10 @@ MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup tests/support
 test: lint $(MODEL)/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-oldest: $(SIDE)4.57.6
+test-oldest: $(DEV) $(SIDE)4.57.6
 	PYTHONPATH=$< $(MATRIX)
 
-test-matrix: $(READY) $(addprefix $(SIDE),$(OLDER))
+test-matrix: $(DEV) $(addprefix $(SIDE),$(OLDER))
 	for v in $(OLDER); do PYTHONPATH=$(SIDE)$$v $(MATRIX) tests/patcher --write-support || exit; done
 	$(MATRIX) tests/patcher --write-support
 
@@ -36,21 +38,25 @@ test-gpu:
 	$(PYTHON) -m pytest tests/gpu $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf "%s" "-n 8")
 
 $(SIDE)%: | $(READY)
-	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==$* $(WITH_$*)
+	$(PIP) --no-deps --target $@ transformers==$* $(WITH_$*)
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 demo: $(READY) $(MODEL)/config.json
 	$(BIN)/python benchmarks/demo.py --model $(MODEL) --out demo-out
 
-venv: $(READY)
+venv: $(DEV)
 model: $(MODEL)/config.json
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,eval]'
+	$(PIP) -c constraints.txt -e '.[eval]'
+	@touch $@
+
+$(DEV): $(READY)
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Order-only: a newer environment is no reason to convert the weights again.

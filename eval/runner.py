@@ -11,11 +11,10 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import hfsparse
 from hfsparse.loading import UsageError
+from hfsparse.progress import Bar
 
 from .arms import Arm
 from .generate import answer, together
@@ -51,7 +50,7 @@ def run(
     ]
     for arm in dict.fromkeys(arm for arm, _ in rounds):
         arm.prepare(tokenizer, {case.length for case in suite.cases})  # alike in all processes
-    with progress() as shown:
+    with Bar() as shown:
         total = sum(case.length for _, todo in rounds for case in todo)
         bar = shown.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
         for arm, todo in rounds:
@@ -119,7 +118,7 @@ def by_case(
     first, step = share
     left = [(c, [a for a in (Arm(), *arms) if not done(c, a, results)]) for c in cases[first::step]]
     left = [(case, todo) for case, todo in left if todo]
-    with progress() as shown:
+    with Bar() as shown:
         bar = shown.add_task("", total=sum(case.length for case, _ in left))
         for case, todo in left:
             arm = todo[0]
@@ -184,16 +183,6 @@ def number(stats, name: str) -> float | None:
     """What was measured; None where nothing ran, as NaN is no JSON."""
     value = getattr(stats, name, math.nan)
     return None if math.isnan(value) else round(value, 6)
-
-
-def progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-    )
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Packages that transformers imports where they are installed; they warn of what a user can't mend.
+CHATTY = ("torchao", "torch.utils._pytree")
 
 
 class UsageError(ValueError):
@@ -24,9 +29,13 @@ def load(
     `auto` is the GPU if there is one, and float32 on a CPU, bfloat16 elsewhere.
     """
     local = _check_folder(model)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
+    if target.type == "cpu":
+        leave_busy_cores()
     options = {"dtype": _dtype(dtype, target)}
     parts = (
         ("the configuration", AutoConfig, {}),
@@ -40,6 +49,30 @@ def load(
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
             raise UsageError(f"cannot load {what} of {model}: {_first_line(problem)}") from problem
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def leave_busy_cores() -> None:
+    """Have torch use no more threads than there are idle cores, unless OMP_NUM_THREADS is set.
+
+    Threads of one operation wait for one another: where other work keeps a core busy, each of
+    thousands of small operations would wait until that core is free for a moment.
+    """
+    import psutil
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    busy = psutil.cpu_percent(interval=0.3, percpu=True)
+    cores = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    idle = round(sum(1 - busy[core] / 100 for core in cores or range(len(busy))))
+    if idle < threads:
+        torch.set_num_threads(max(1, idle))
+        print(
+            f"note: other work keeps cores busy: {max(1, idle)} of {threads} threads are used "
+            "(OMP_NUM_THREADS sets another number)",
+            file=sys.stderr,
+        )
 
 
 def _check_folder(model: str) -> bool:

@@ -21,6 +21,7 @@ from hfsparse.fingerprint import windows
 from hfsparse.plan import Below, Layer, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
+from hfsparse.progress import Bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,12 +126,9 @@ def silent(pairs: Iterable[tuple[str, object]]) -> Iterator:
 
 def bar(pairs: Iterable[tuple[str, object]]) -> Iterator:
     """Each item, with a progress bar that shows its label."""
-    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
-
     if not (pairs := list(pairs)):
         return  # all is known
-    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as shown:
+    with Bar() as shown:
         task = shown.add_task("profile", total=len(pairs))
         for label, item in pairs:
             shown.update(task, description=label)

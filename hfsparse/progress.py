@@ -1,0 +1,53 @@
+"""Where long work stands: a bar on a terminal, elsewhere (logs, pipes) a line a minute."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Bar(Progress):
+    """A rich progress bar on standard error, which also speaks where no bar can be drawn."""
+
+    minute = 60.0  # seconds between two lines of a log
+
+    def __init__(self, console: Console | None = None):
+        console = console or Console(stderr=True)
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        words = TextColumn("{task.description}", markup=False)  # labels hold brackets
+        super().__init__(BarColumn(), TaskProgressColumn(), *times, words, console=console)
+        self._drawn = console.is_terminal or console.is_jupyter
+        self._stopped = threading.Event()
+        self._log = threading.Thread(target=self._speak, daemon=True)
+
+    def start(self) -> None:
+        super().start() if self._drawn else self._log.start()
+
+    def stop(self) -> None:
+        if self._drawn:
+            return super().stop()
+        self._stopped.set()
+        self._log.join()
+
+    def _speak(self) -> None:
+        while not self._stopped.wait(self.minute):
+            for task in self.tasks:
+                self.console.print(_where(task), markup=False, highlight=False, soft_wrap=True)
+
+
+def _where(task: Task) -> str:
+    left = task.time_remaining
+    rest = "" if left is None else f", about {timedelta(seconds=int(left))} left"
+    elapsed = timedelta(seconds=int(task.elapsed or 0))
+    return f"{task.percentage:.0f} % after {elapsed}{rest}: {task.description}"
