@@ -119,7 +119,7 @@ def main() -> None:
     text = report(given, totals)
     print(text)
     if given.write:
-        given.write.write_text(text)
+        given.write.write_text(text, encoding="utf-8")
 
 
 def report(given, totals: dict[str, Tensor]) -> str:

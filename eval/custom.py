@@ -9,18 +9,20 @@ out. Prompts are run whole, as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfsparse import reading
 from hfsparse.loading import UsageError
+from hfsparse.plan_rules import show
 
 from . import text
 from .drafts import Ask, Draft
 from .samples import Prompter, Sample
 
-KEYS = {"prompt", "answers", "id", "turns"}
+TURN_KEYS = {"prompt", "answers"}
+KEYS = TURN_KEYS | {"id", "turns"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,9 @@ def read(path: Path) -> tuple[list[Item], str]:
     """The file's questions, and its name and hash; UsageError names the first line that is bad."""
     content, mark = text.read(path)
     items: dict[str, Item] = {}
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in reading.rows(content):
         try:
-            item = _item(_parsed(line), number)
+            item = _item(reading.parse(line), number)
             if item.id in items:
                 raise ValueError(f"id {item.id} is that of line {items[item.id].line}, too")
         except ValueError as problem:
@@ -60,19 +60,13 @@ def read(path: Path) -> tuple[list[Item], str]:
     return [*items.values()], mark
 
 
-def _parsed(line: str):
-    try:
-        return json.loads(line)
-    except ValueError as problem:
-        raise ValueError(f"not JSON: {problem.msg} at column {problem.colno}") from None
-
-
 def _item(row, number: int) -> Item:
-    if not isinstance(row, dict) or row.keys() - KEYS:
-        raise ValueError(f"expected an object with {', '.join(sorted(KEYS))}")
+    _check_keys(row, KEYS)
     turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("turns is no list of objects")
+    for turn in turns:
+        _check_keys(turn, TURN_KEYS)
     first, *later = (_ask(turn) for turn in [row, *turns])
     name = row.get("id", number)
     if not isinstance(name, str | int) or name == "":
@@ -80,6 +74,13 @@ def _item(row, number: int) -> Item:
     answers = tuple(answer for ask in (first, *later) for answer in ask.answers)
     asks = (Ask("", "", first.answers), *later) if later else ()
     return Item(str(name), number, Draft("", first.question, "", "", answers, (), None, asks))
+
+
+def _check_keys(row, known: set[str]) -> None:
+    if not isinstance(row, dict) or row.keys() - known:
+        found = [show(key) for key in row if key not in known] if isinstance(row, dict) else []
+        unknown = f", not {', '.join(found)}" if found else ""
+        raise ValueError(f"expected an object with {', '.join(sorted(known))}{unknown}")
 
 
 def _ask(turn: dict) -> Ask:

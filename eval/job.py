@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from hfsparse.loading import UsageError
+from hfsparse.reading import local
 
 from .suites import Size, named
 
@@ -22,12 +23,12 @@ class Run:
     def __init__(self, kind, model, plans, size: Size, seed, output, cap, arms=(), batch=1):
         from .results import writable
 
-        self.kind, self.model, self.seed, self.output = kind, model, seed, output
+        self.kind, self.model, self.seed, self.output = kind, model, seed, local(output)
         self.size = size
         self.cap = None if cap is None else positive("max-new-tokens", cap)
         self.batch = positive("batch", batch)
         self.arms = _arms(plans or (), arms or ())
-        writable(output)
+        writable(self.output)
 
     def suite(self, tasks, depths=(None,)) -> Callable:
         """What makes the samples of these tasks, once a prompter and the window are known."""

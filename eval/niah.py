@@ -128,9 +128,9 @@ def excerpt(rng: Random, words: int, own: Sequence[str] = ()) -> list[str]:
     taken: list[str] = []
     at = start
     while len(taken) < words:
-        taken += sentences[at % len(sentences)].split()
+        taken += text.words(f"{sentences[at % len(sentences)]} ")
         at += 1
-    found = text.split_sentences(" ".join(taken[:words]))
+    found = text.split_sentences("".join(taken[:words]).rstrip())
     return [piece for sentence in found for piece in text.cut(sentence)] if own else found
 
 

@@ -5,16 +5,16 @@ Unlike RULER, the documents are shuffled anew for each sample, so an answer may 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
+from hfsparse import reading
 from hfsparse.loading import UsageError
 
+from . import text
 from .drafts import Draft, mean_depth, spans_of
 
 HUB = "datasets"  # in place of a file: take the data set of that name from the Hugging Face hub
@@ -173,19 +173,15 @@ def _checked(book: Book, source: str) -> Book:
 
 def _file(form: str, source: str, read: Callable[[object], Book]) -> tuple[Book, str]:
     """The book that `read` makes of this JSON file, and the file's name and hash."""
-    path = Path(source)
+    content, mark = text.read(Path(source))
     try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise UsageError(f"{source}: can't read: {problem.strerror}") from None
-    try:
-        book = read(json.loads(content))
+        book = read(reading.parse(content))
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UsageError(
             f"{source} is not {form}'s published JSON ({type(problem).__name__}: {problem}): "
             f"give its development file, or {HUB}"
         ) from None
-    return _checked(book, source), f"{path.name}, sha256:{hashlib.sha256(content).hexdigest()[:12]}"
+    return _checked(book, source), mark
 
 
 def _hub(*name: str):

@@ -125,7 +125,7 @@ def _read(path: Path) -> list[dict]:
 
 
 def _append(path: Path, lines: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
@@ -177,5 +177,5 @@ def writable(folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(text, encoding="utf-8", newline="\n")
     draft.replace(path)

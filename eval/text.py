@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from hfsparse import reading
 from hfsparse.loading import UsageError
 
 from .words import ADJECTIVES, NOUNS
@@ -26,7 +27,12 @@ inspect tarfile zipfile threading datetime _pydatetime statistics optparse loggi
 shutil ssl socket tempfile unittest/case unittest/mock xmlrpc/client urllib/request
 """.split()
 KEYS = range(len(ADJECTIVES) * len(NOUNS))  # each needle key as a number, which `key` spells
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[。！？])\s*(?=\S)")
+# Scripts that put no blanks between words: Thai to Myanmar, Khmer, kana and Han with their
+# punctuation. Each character counts as a word; so do four letters of a run that no word is.
+_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3001-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_LETTER = rf"[^\s{_UNSPACED}]"
+_WORD = re.compile(rf"([{_UNSPACED}]|{_LETTER}{{1,60}}(?!{_LETTER})|{_LETTER}{{4}})\s*")
 _PLAIN = re.compile(r"[A-Z][A-Za-z0-9_ ,;:'’\"()\-./]+\.")
 _LAYOUT = re.compile(r">>>|::=|^\s*[-=*]{3,}", re.MULTILINE)  # code, grammars, underlined titles
 
@@ -53,10 +59,15 @@ def split_sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(text)
 
 
+def words(text: str) -> list[str]:
+    """Its words, each with the blanks behind it."""
+    return [match[0] for match in _WORD.finditer(text)]
+
+
 def cut(sentence: str, most: int = 60) -> list[str]:
     """Pieces of at most so many words: what has no sentences still has places for needles."""
-    words = sentence.split()
-    return [" ".join(words[i : i + most]) for i in range(0, len(words), most)]
+    found = words(sentence)
+    return ["".join(found[i : i + most]).rstrip() for i in range(0, len(found), most)]
 
 
 def own(path: Path) -> tuple[tuple[str, ...], str]:
@@ -71,10 +82,10 @@ def own(path: Path) -> tuple[tuple[str, ...], str]:
 def read(path: Path) -> tuple[str, str]:
     """A file's text, and its name and hash."""
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), f"{path.name}, {_mark(content)}"
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{path}: can't read: {getattr(problem, 'strerror', problem)}") from None
+        content = reading.content(path)
+        return reading.decode(content), f"{path.name}, {_mark(content)}"
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"{path}: can't read: {reading.why(problem)}") from None
 
 
 def _mark(content: bytes) -> str:

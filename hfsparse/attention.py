@@ -238,11 +238,27 @@ def row_starts(mask: Tensor | None) -> list[int] | None:
     count, first = torch.stack([real.sum(1), real.argmax(1)]).tolist()  # one wait
     starts = [f if n else width for f, n in zip(first, count, strict=True)]
     if any(f + n != width for f, n in zip(starts, count, strict=True)):
-        raise PatchError(
-            "attention_mask has holes or right padding. hfsparse supports left padding only: set "
-            "tokenizer.padding_side = 'left', or run this on the unpatched model (handle.undo())."
-        )
+        raise PatchError(_not_left(real.tolist()))
     return starts if any(starts) else None
+
+
+def _not_left(mask: list[list[int]]) -> str:
+    """What is wrong with a mask `[B][columns]`, by its first row masked behind a real column."""
+    firsts = [(*real, 1).index(1) for real in mask]
+    row = next(row for row, first in enumerate(firsts) if 0 in mask[row][first:])
+    column = mask[row].index(0, firsts[row])
+    if 1 in mask[row][column:]:
+        return (
+            f"attention_mask has holes (row {row}, from column {column} on): columns behind the "
+            "row's first token, such as padding between two turns. hfsparse supports padding in "
+            "front of a row only: start again from the whole conversation, padded there, give one "
+            "row at a time, or run this on the unpatched model (handle.undo())."
+        )
+    return (
+        f"attention_mask has right padding (row {row}, from column {column} on). hfsparse supports "
+        "left padding only: set tokenizer.padding_side = 'left', or run this on the unpatched "
+        "model (handle.undo())."
+    )
 
 
 def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:

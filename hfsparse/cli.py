@@ -5,8 +5,10 @@ torch and transformers are imported inside the commands, so that `hfsparse --hel
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +16,22 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from hfsparse import reading
 from hfsparse.loading import DTYPES, UsageError
+
+STOPPING = ("strict", "surrogateescape")  # how streams are opened, if they are not told otherwise
 
 
 class Commands(TyperGroup):
-    """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace."""
+    """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace.
+
+    What the console's encoding can't show (cp1252, ASCII) is printed as `?`.
+    """
+
+    def main(self, *args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in STOPPING:
+            sys.stdout.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx):
         try:
@@ -398,11 +411,14 @@ def main() -> None:
 
 def check_writable(file: Path) -> None:
     """Raise unless `file` can be written: asked before hours of work, not after."""
-    if file.is_dir():
-        raise UsageError(f"{file} is a folder: give a file name")
-    if not file.parent.is_dir():
-        raise UsageError(f"there is no folder {file.parent} to write {file.name} in: make it first")
+    file = reading.local(file)
     try:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder: give a file name")
+        if not file.parent.is_dir():
+            raise UsageError(
+                f"there is no folder {file.parent} to write {file.name} in: make it first"
+            )
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -432,15 +448,13 @@ def _bytes(size: str) -> int:
 def _config(model: str):
     from transformers import AutoConfig
 
-    from hfsparse.loading import _check_folder, _first_line
+    from hfsparse.loading import find, not_loaded
 
-    local = _check_folder(model)
+    place, here = find(model)
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=local)
+        return AutoConfig.from_pretrained(place, local_files_only=here)
     except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
-        raise UsageError(
-            f"cannot load the configuration of {model}: {_first_line(problem)}"
-        ) from problem
+        raise not_loaded("the configuration", model, here, problem) from problem
 
 
 def _check_window(model, tokens: int, what: str) -> None:
@@ -454,11 +468,11 @@ def _check_window(model, tokens: int, what: str) -> None:
 
 def _read_prompt(file: Path) -> str:
     try:
-        prompt = file.read_text(encoding="utf-8").strip()
+        prompt = reading.text(file).strip()
     except FileNotFoundError:
         raise UsageError(f"there is no prompt file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the prompt file {file}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read the prompt file {file}: {reading.why(error)}") from None
     if not prompt:
         raise UsageError(f"the prompt file {file} is empty")
     return prompt

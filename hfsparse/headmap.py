@@ -11,12 +11,12 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from hfsparse.plan import Plan
+from hfsparse.reading import local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,11 +93,12 @@ def png(plan: Plan, file: str | os.PathLike) -> None:
         Patch(facecolor=colour, label=label) for colour, label in zip(palette, labels, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", fontsize="small")
-    write_png(figure, Path(file))
+    write_png(figure, file)
 
 
-def write_png(figure: Figure, file: Path) -> None:
+def write_png(figure: Figure, file: str | os.PathLike) -> None:
     """Save a figure whole or not at all."""
+    file = local(file)
     draft = file.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         figure.savefig(draft, format="png", dpi=150)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hfsparse.reading import local
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Packages that transformers imports where they are installed; they warn of what a user can't mend.
 CHATTY = ("torchao", "torch.utils._pytree")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class UsageError(ValueError):
@@ -28,7 +31,7 @@ def load(
 
     `auto` is the GPU if there is one, and float32 on a CPU, bfloat16 elsewhere.
     """
-    local = _check_folder(model)
+    place, here = find(model)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -45,9 +48,9 @@ def load(
     loaded = {}
     for what, loader, extra in parts:
         try:
-            loaded[what] = loader.from_pretrained(model, local_files_only=local, **extra)
+            loaded[what] = loader.from_pretrained(place, local_files_only=here, **extra)
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
-            raise UsageError(f"cannot load {what} of {model}: {_first_line(problem)}") from problem
+            raise not_loaded(what, model, here, problem) from problem
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
 
 
@@ -75,22 +78,34 @@ def leave_busy_cores() -> None:
         )
 
 
-def _check_folder(model: str) -> bool:
-    """Whether `model` is a folder here, not a hub name; raises when it can be neither."""
+def find(model: str) -> tuple[str, bool]:
+    """What transformers loads `model` from, and whether that is a folder here, not the hub.
+
+    UsageError where it can be neither.
+    """
+    path = local(model)
     try:
-        path = Path(model).expanduser()
         found, whole = path.is_dir(), (path / "config.json").is_file()
-    except (OSError, RuntimeError) as problem:
+        file = not found and path.exists()
+    except (OSError, ValueError) as problem:
         raise UsageError(f"can't look for the model {model}: {_first_line(problem)}") from problem
     if found:
         if not whole:
             raise UsageError(f"{model} has no config.json: give the folder of a Hugging Face model")
-        return True
-    if path.exists():
+        return str(path), True
+    if file:
         raise UsageError(f"{model} is a file: give the folder of a Hugging Face model")
-    if model.startswith((".", "/", "~")) or len(path.parts) > 2:
+    if not HUB_NAME.fullmatch(model):
         raise UsageError(f"no such model folder: {model}")
-    return False
+    return model, False
+
+
+def not_loaded(what: str, model: str, here: bool, problem: Exception) -> UsageError:
+    """The sentence for a part of `model` that transformers can't load."""
+    sentence = f"cannot load {what} of {model}: {_first_line(problem)}"
+    if not here:
+        sentence += f" (there is no folder {model} here, so it was asked of the Hugging Face hub)"
+    return UsageError(sentence)
 
 
 def _device(name: str) -> torch.device:

@@ -48,6 +48,14 @@ from hfsparse.stats import LayerStats, Stats
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
 # `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size.
 LONG, CHUNK = 1 << 17, 1 << 15
+MISTAKEN = (
+    "this is a patch's handle, not the model: write handle = hfsparse.patch(model, plan), not "
+    "model = hfsparse.patch(model, plan)"
+)
+VIRTUAL = (
+    "Prefix tuning (peft) brings virtual tokens in a cache of its own, which hfsparse can't "
+    "follow: run it on the unpatched model (handle.undo())"
+)
 SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -80,6 +88,15 @@ class Patched:
 
     def __exit__(self, *error) -> None:
         self.undo()
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"{MISTAKEN}. Call the model that you gave, which is changed in place")
+
+    def __getattr__(self, name: str):
+        model = self.__dict__.get("model")
+        if name.startswith("__") or not hasattr(model, name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise AttributeError(f"{MISTAKEN}. Use {name} of the model, which is changed in place")
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing, nor touches a later patch."""
@@ -140,8 +157,7 @@ def patch(
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
     PlanError or PatchError before anything changes.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise PatchError(f"got {type(model).__name__}: give a transformers model (PreTrainedModel)")
+    _check_model(model)
     if is_patched(model):
         raise PatchError(
             f"this {type(model).__name__} is patched already: call handle.undo() or "
@@ -217,6 +233,23 @@ def _restore(model: PreTrainedModel, state: State) -> None:
         module.__dict__.pop("_hfsparse", None)
     for name in ("_prepare_cache_for_generation", *SERVING, "_compiled_call", "_cache"):
         model.__dict__.pop(name, None)
+
+
+def _check_model(model: Any) -> None:
+    """PatchError for what is no model of transformers, or only holds one."""
+    if isinstance(model, Patched):
+        raise PatchError(f"{MISTAKEN}. The model is handle.model")
+    if isinstance(model, PreTrainedModel):
+        return
+    if callable(getattr(model, "get_base_model", None)):  # a PeftModel
+        inside = "get_base_model()"
+    else:
+        modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+        held = [*modules, ("model", getattr(model, "model", None))]
+        inside = next((name for name, each in held if isinstance(each, PreTrainedModel)), None)
+    kind = type(model).__name__
+    where = "" if inside is None else f": patch its {inside}, and go on with the {kind}"
+    raise PatchError(f"got {kind}: give a transformers model (PreTrainedModel){where}")
 
 
 def is_patched(model: Any) -> bool:
@@ -302,6 +335,7 @@ def _weights_name(model: PreTrainedModel) -> str:
 
 
 def _state(model: PreTrainedModel) -> State:
+    _check_model(model)
     state = model.get_decoder().__dict__.get("_hfsparse") if is_patched(model) else None
     if state is None:
         raise PatchError(
@@ -512,9 +546,11 @@ def _check_width(given: dict, cache: Any) -> None:
         return
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     if mask.shape[1] != past + new.shape[1]:
+        virtual = f". {VIRTUAL}" if mask.shape[1] > past + new.shape[1] else ""
         raise PatchError(
             f"attention_mask covers {mask.shape[1]} columns, past and input together have "
             f"{past + new.shape[1]}: pass the mask of the whole conversation, no more and no less"
+            f"{virtual}"
         )
 
 
@@ -544,7 +580,7 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
     if cache.get_seq_length():
         raise CacheError(
             f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "
-            "hfsparse can't go on from: start again from the prompt with a new cache"
+            f"hfsparse can't go on from: start again from the prompt with a new cache. {VIRTUAL}"
         )
     layers: list[Any] = [None] * len(state.plan.layers)
     if len(state.layers) < len(layers):  # linear layers keep transformers' own

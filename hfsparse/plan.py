@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from hfsparse import plan_yaml
+from hfsparse import plan_yaml, reading
 from hfsparse.fingerprint import linear_layers, windows
 from hfsparse.plan_rules import (
     MAX_BYTES,
@@ -65,10 +65,10 @@ class Plan:
     def load(cls, path: str | os.PathLike) -> Plan:
         """Read a plan file; PlanError names everything wrong with it."""
         try:
-            with open(path, "rb") as file:
-                text = file.read(MAX_BYTES + 1)
+            text = reading.content(path, MAX_BYTES + 1)
         except (OSError, ValueError) as error:
-            raise PlanError(f"{path}: can't read it: {_why(error)}. Give a plan file") from error
+            why = reading.why(error)
+            raise PlanError(f"{path}: can't read it: {why}. Give a plan file") from error
         return plan_yaml.read(cls, text, str(path))
 
     @classmethod
@@ -91,7 +91,7 @@ class Plan:
         """Write the whole file or, on failure, leave what was there untouched."""
         data = self.dumps().encode()
         try:
-            target = os.path.realpath(path)
+            target = os.path.realpath(reading.local(path))
             draft = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
             try:
                 with open(draft, "xb") as file:
@@ -103,7 +103,8 @@ class Plan:
                 with contextlib.suppress(OSError):
                     os.unlink(draft)
         except (OSError, ValueError) as error:
-            raise PlanError(f"{path}: can't write it: {_why(error)}. Give another path") from error
+            why = reading.why(error)
+            raise PlanError(f"{path}: can't write it: {why}. Give another path") from error
 
     def validate(self) -> None:
         """Raise PlanError naming every rule that this plan breaks."""
@@ -165,7 +166,3 @@ class Plan:
             f"plan was made for {ours.class_name}{have}; "
             f"this model is {theirs.class_name}{found}. {renew}"
         )
-
-
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

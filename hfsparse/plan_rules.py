@@ -15,6 +15,7 @@ from typing import Any
 from hfsparse.fingerprint import fingerprint, shape
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.reading import SURROGATE
 from hfsparse.selectors import SELECTORS
 from hfsparse.selectors.reuse import Reuse
 
@@ -23,7 +24,6 @@ MAX_LAYERS = MAX_HEADS = 1024
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 60
-SURROGATE = re.compile("[\ud800-\udfff]")
 BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", "ring")}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 import hfsparse
+from hfsparse import reading
 from hfsparse.plan_rules import (
     BAD,
     MAX_BYTES,
@@ -48,7 +49,11 @@ REQUIRED, OPTIONAL = (
 )
 WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
 RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
+LENGTH = re.compile(r"[1-9]\d{0,18}")
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
+# Numbers of YAML 1.2 that PyYAML, a reader of 1.1, takes for text: 4e0, 1.5e3, -.5, 0o17.
+FLOAT = re.compile(r"[-+]?(\d+\.?|\d*\.\d+)[eE][-+]?\d+|[-+]\.\d+")
+OCTAL = re.compile(r"0o[0-7]+")
 TAG = "tag:yaml.org,2002:"
 BOOLS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
@@ -100,12 +105,16 @@ def read(make: type, text: str | bytes, name: str) -> Any:
 def plain(text: str | bytes, say: Say, lines: dict[tuple, int]) -> Any:
     """YAML as plain data, BAD if it is none; `lines` gets the line of every path of keys."""
     try:
-        return _plain(_compose(_decode(text), say), (), lines, say)
+        decoded = _decode(text)
+        return _plain(_compose(decoded, say), (), lines, say)
     except PlanError:
         raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        say(mark.line + 1 if mark else 1, f"not YAML: {error.problem or error.context}")
+        line = mark.line + 1 if mark else 1
+        tab = any("\t" in each for each in decoded.split("\n")[line - 1 : line])
+        hint = " (this line has a tab: indent with spaces)" if tab else ""
+        say(line, f"not YAML: {error.problem or error.context}{hint}")
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         say(1, f"not a text that YAML can hold: {' '.join(str(error).split())[:200]}")
     return BAD
@@ -140,6 +149,12 @@ class PythonLoader(_Strict, yaml.SafeLoader):
     """PyYAML's own."""
 
 
+def _read_numbers(loader: type[yaml.resolver.Resolver]) -> None:
+    loader.add_implicit_resolver(TAG + "float", FLOAT, [*"+-.0123456789"])
+    loader.add_implicit_resolver(TAG + "int", OCTAL, ["0"])
+
+
+_read_numbers(PythonLoader)
 Loader = PythonLoader
 if hasattr(yaml, "CSafeLoader"):
 
@@ -150,13 +165,14 @@ if hasattr(yaml, "CSafeLoader"):
             yaml.CSafeLoader.__init__(self, stream)
             yaml.composer.Composer.__init__(self)
 
+    _read_numbers(FastLoader)
     Loader = FastLoader
 
 
 def _decode(text: str | bytes) -> str:
     if len(text) > MAX_BYTES:
         raise ValueError(f"it is longer than {MAX_BYTES} bytes")
-    return text.decode() if isinstance(text, bytes) else text
+    return reading.decode(text) if isinstance(text, bytes) else text
 
 
 def _compose(text: str, say: Say) -> yaml.Node | None:
@@ -234,6 +250,7 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
         "below": Below(**below),
         "skip": float(skip) if type(skip) is int and abs(skip) < 2**63 else skip,
         "patterns": patterns,
+        "expected": _expected(sections["expected"], lines, say),
         "layers": _layers(sections["layers"], model["layers"], lines, say),
     }
 
@@ -324,6 +341,20 @@ def _layers(raw: Any, count: int, lines: dict[tuple, int], say: Say) -> tuple:
     if missing:
         say(("layers",), f"layers {', '.join(map(str, missing[:20]))} are missing: give each once")
     return tuple(layers.get(i, BAD) for i in range(total))
+
+
+def _expected(raw: Any, lines: dict[tuple, int], say: Say) -> Any:
+    """Figures by length in tokens: JSON, which plans may go through, makes text of its keys."""
+    if type(raw) is not dict:
+        return raw
+    figures = {}
+    for key, value in raw.items():
+        length = int(key) if type(key) is str and LENGTH.fullmatch(key) else key
+        if length in figures:
+            say(("expected", key), f"expected.{length} is given twice: keep one")
+        lines["expected", length] = lines["expected", key]
+        figures[length] = value
+    return figures
 
 
 def _words(text: Any, path: tuple, say: Say) -> Any:

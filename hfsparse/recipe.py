@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hfsparse import reading
 from hfsparse.loading import UsageError
 from hfsparse.plan_rules import BAD, nearest, show
 from hfsparse.plan_yaml import plain
@@ -37,9 +38,9 @@ def load(name: str) -> dict[str, Any]:
         raise UsageError(f"no recipe {name}: {nearest(name, known)} Or give a path, my-own.yaml")
     file = Path(name) if own else FOLDER / f"{name}.yaml"
     try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"can't read the recipe {file}: {error.strerror}") from None
+        text = reading.content(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read the recipe {file}: {reading.why(error)}") from None
     return {**parse(text, str(file)), "recipe": file.stem}
 
 

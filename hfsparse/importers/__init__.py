@@ -23,6 +23,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Layer, ModelId, Plan, PlanMismatch
 from hfsparse.plan_rules import nearest, show
+from hfsparse.reading import local
 
 READERS: dict[str, Callable[..., Found]] = {
     "minference": minference.read,
@@ -45,7 +46,7 @@ def import_plan(
         raise UsageError(f"share belongs to the form duo: leave it away for {form}")
     if share is not None and not 0 <= share <= 1:
         raise UsageError(f"share is {share}: give 0 to 1")
-    path = Path(path)
+    path = local(path)
     found = READERS[form](path, **({} if share is None else {"share": share}))
     layers, heads = found.shape
     unit = found.unit.replace("_", " ")

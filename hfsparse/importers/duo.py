@@ -8,7 +8,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hfsparse.importers.form import Found, bad, describe, mark, parsed, places, rectangle, text
+from hfsparse.importers.form import (
+    Found,
+    bad,
+    describe,
+    mark,
+    parsed,
+    places,
+    rectangle,
+    text,
+    unread,
+)
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan_rules import show
 
@@ -41,7 +51,7 @@ def read(path: Path, share: float = SHARE) -> Found:
             f"first in order stream: {places(tied)}"
         )
     rows = [[stream if streaming else None for streaming in row] for row in streams]
-    return Found(rows, "kv_heads", True, notes)
+    return Found(rows, "kv_heads", True, notes + unread(config, *names))
 
 
 def cut(gates: list[list[float]], share: float) -> tuple[list[list[bool]], dict[int, list[int]]]:
@@ -63,7 +73,7 @@ def cut(gates: list[list[float]], share: float) -> tuple[list[list[bool]], dict[
 
 
 def _gates(file: Path) -> list[list[float]]:
-    lines = [line.split("\t") for line in text(file, "duo").splitlines() if line.strip()]
+    lines = [line.split("\t") for line in text(file, "duo").split("\n") if line.strip()]
     try:
         gates = [[float(value) for value in line] for line in lines]
     except ValueError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from hfsparse import reading
 from hfsparse.patterns import Pattern
 from hfsparse.plan import PlanError
 from hfsparse.plan_diff import ranges
@@ -61,23 +61,21 @@ def _count(unit: str, numbers: list[int]) -> str:
 def text(path: Path, form: str) -> str:
     """A file's UTF-8 text."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE + 1)
+        data = reading.content(path, MAX_FILE + 1)
         if len(data) > MAX_FILE:
             raise ValueError(f"it is over {MAX_FILE} bytes")
-        return data.decode()
+        return reading.decode(data)
     except (OSError, ValueError) as error:
-        raise bad(path, form, getattr(error, "strerror", None) or str(error)) from None
+        raise bad(path, form, reading.why(error)) from None
 
 
 def parsed(path: Path, form: str) -> Any:
     """A file's JSON."""
+    found = text(path, form)
     try:
-        return json.loads(text(path, form))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, PlanError):
-            raise
-        raise bad(path, form, f"not JSON: {error}") from None
+        return reading.parse(found)
+    except ValueError as error:
+        raise bad(path, form, str(error)) from None
 
 
 def rectangle(path: Path, form: str, rows: Any, name: str = "it") -> None:
@@ -87,6 +85,12 @@ def rectangle(path: Path, form: str, rows: Any, name: str = "it") -> None:
     widths = sorted({len(row) for row in rows})
     if len(widths) > 1 or not widths[0]:
         raise bad(path, form, f"{name} has layers of {' and '.join(map(str, widths[:5]))} heads")
+
+
+def unread(data: dict, *known: str) -> list[str]:
+    """A note that names the keys of a file that are not among the known ones, if it has any."""
+    more = [show(key) for key in data if key not in known]
+    return [f"keys of the file that are not read: {', '.join(more[:9])}"] if more else []
 
 
 def describe(data: Any) -> str:

@@ -10,9 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hfsparse.importers.form import Found, bad, describe, mark, parsed, places, rectangle
+from hfsparse.importers.form import Found, bad, describe, mark, parsed, places, rectangle, unread
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan_rules import show
 
 SINK, LEAST = 64, 128
 
@@ -43,9 +42,7 @@ def read(path: Path) -> Found:
     if dense:
         note = "full, as beta is 1 (there: the -alpha tokens after the sink are not read)"
         notes.append(f"{note}: {places(dense)}")
-    if more := [show(key) for key in data if key not in ("alphas", "betas")]:
-        notes.append(f"keys of the file that are not read: {', '.join(more[:9])}")
-    return Found(rows, "q_heads", True, notes)
+    return Found(rows, "q_heads", True, notes + unread(data, "alphas", "betas"))
 
 
 def elastic(alpha: float, beta: float) -> Streaming | None:

@@ -126,7 +126,7 @@ def profile(
     }
     plan.validate()
     if curves is not None:
-        write_png(job.draw(), Path(curves))
+        write_png(job.draw(), curves)
     if out is not None:
         plan.save(out)
         parts.remove()

@@ -22,6 +22,7 @@ from hfsparse.plan import Below, Layer, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
 from hfsparse.progress import Bar
+from hfsparse.reading import local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,15 +82,15 @@ class Parts:
     """
 
     def __init__(self, out: str | Path | None, settings: str):
-        self.folder = None if out is None else Path(f"{out}.parts")
+        self.folder = None if out is None else local(f"{out}.parts")
         if self.folder is None:
             return
         mark = self.folder / "settings.json"
-        if mark.is_file() and mark.read_text() == settings:
+        if mark.is_file() and mark.read_text(encoding="utf-8") == settings:
             return
         self.remove()
         self.folder.mkdir(parents=True)
-        mark.write_text(settings)
+        mark.write_text(settings, encoding="utf-8")
 
     def get(
         self, key: str | int, compute: Callable[[], dict[str, np.ndarray]]

@@ -12,7 +12,6 @@ give the same prompts.
 from __future__ import annotations
 
 import ast
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -24,7 +23,9 @@ from random import Random
 import torch
 from torch import Tensor
 
+from hfsparse import reading
 from hfsparse.loading import UsageError
+from hfsparse.plan_rules import show
 from hfsparse.profiler.puzzles import PUZZLES
 
 KINDS = ("retrieval", "multihop", "prose", "code")
@@ -46,7 +47,7 @@ def samples(
 ) -> list[Prompt]:
     """`count` prompts of exactly `length` tokens; fewer only if `data` has fewer so long."""
     if data is not None:
-        return own_texts(tokenizer, length, count, seed, Path(data))
+        return own_texts(tokenizer, length, count, seed, data)
     return [make(tokenizer, length, index, seed) for index in range(count)]
 
 
@@ -178,7 +179,7 @@ def _source(module: str) -> str:
 # ---- the user's own texts
 
 
-def own_texts(tokenizer, length: int, count: int, seed: int, file: Path) -> list[Prompt]:
+def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -> list[Prompt]:
     """Up to `count` texts of `file`, drawn by `seed`, from those with at least `length` tokens.
 
     A longer text loses its start, so the end, where a question usually stands, stays.
@@ -213,31 +214,34 @@ def own_texts(tokenizer, length: int, count: int, seed: int, file: Path) -> list
     return prompts
 
 
-def read_jsonl(file: Path) -> list[tuple[int, dict[str, str]]]:
+def read_jsonl(file: str | Path) -> list[tuple[int, dict[str, str]]]:
     """Line number and object of each line that isn't blank."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        content = reading.text(file)
     except FileNotFoundError:
         raise UsageError(f"there is no calibration file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the calibration file {file}: {error}") from None
-    rows = [
-        (number, _row(file, number, line)) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read the calibration file {file}: {reading.why(error)}") from None
+    rows = [(number, _row(file, number, line)) for number, line in reading.rows(content)]
     if not rows:
         raise UsageError(f"the calibration file {file} is empty")
     return rows
 
 
-def _row(file: Path, number: int, line: str) -> dict[str, str]:
+def _row(file: str | Path, number: int, line: str) -> dict[str, str]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file}, line {number} is not JSON: {error.msg}") from None
+        row = reading.parse(line)
+    except ValueError as error:
+        raise UsageError(f"{file}, line {number} is {error}") from None
     wanted = '"text", or "prompt" and perhaps "answer"'
     if not isinstance(row, dict) or not ({"text", "prompt"} & row.keys()):
-        raise UsageError(f"{file}, line {number}: expected an object with {wanted}")
-    for key in ("text", "prompt", "answer"):
+        found = f", not with {', '.join(map(show, row))}" if row and isinstance(row, dict) else ""
+        raise UsageError(f"{file}, line {number}: expected an object with {wanted}{found}")
+    keys = ("prompt", "answer") if "prompt" in row else ("text",)
+    if unread := [show(key) for key in row if key not in keys]:
+        told = f"{', '.join(unread)} would not be read beside {keys[0]}"
+        raise UsageError(f"{file}, line {number}: {told}: give {wanted}")
+    for key in keys:
         if not isinstance(row.get(key, ""), str):
             raise UsageError(f"{file}, line {number}: {key} is not a string")
     return row
