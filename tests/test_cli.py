@@ -1,5 +1,6 @@
 """The command line: help at once, and one line, no traceback, for whatever can't be used."""
 
+import io
 import json
 import subprocess
 import sys
@@ -172,6 +173,55 @@ def test_no_such_model_folder(command, plan, prompt, tmp_path):
 def test_a_broken_config_is_one_line(plan, tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "cannot load the configuration" in error("check", plan, tmp_path)
+
+
+def test_a_name_that_may_be_a_folder_or_the_hubs_is_told_as_both(plan, monkeypatch):
+    from transformers import AutoConfig
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    for command in (["check", plan], ["generate", "--prompt-file", plan]):
+        told = error(*command, "models/llama")
+        assert "(there is no folder models/llama here, so it was asked of the Hugging" in told
+    for name in ("llama/", "my llama", "C:\\llama", "models/old/llama", "./llama", "~/llama"):
+        assert error("check", plan, name) == f"no such model folder: {name}"
+
+
+# ---- what the console can't show
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_the_console_cannot_show_is_replaced(encoding, plan, model, prompt, monkeypatch):
+    """In the middle of an answer, in a table, in a name, and in help."""
+    odd = plan.rename(plan.with_name("模型.yaml"))
+    answer = ["generate", model, "--prompt-file", prompt, "--max-new-tokens", 60]
+    spelled = "ĉ模 a"
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *a, **k: spelled)
+    for words, told in (
+        (["check", odd, model], " fits "),  # click writes UTF-8 where Python would write ASCII
+        (answer, "?? a"),
+        (["eval", "ruler", "--help"], "cuda:1"),
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as end:
+                app([str(word) for word in words])
+        stream.flush()
+        assert end.value.code in (0, None)
+        assert told in stream.buffer.getvalue().decode(errors="replace")
+
+
+def test_a_way_to_show_it_that_was_asked_for_is_kept(plan, monkeypatch):
+    odd = plan.rename(plan.with_name("模型.yaml"))
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit):
+        app(["diff", str(odd), str(odd)])
+    stream.flush()
+    assert r"\u6a21\u578b.yaml" in stream.buffer.getvalue().decode(errors="replace")
 
 
 # ---- generate

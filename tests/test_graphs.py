@@ -91,7 +91,7 @@ def test_a_replay_that_differs_from_the_eager_step_is_the_last(interpreted):
 @pytest.mark.parametrize(
     ("what", "behind", "why"),
     [
-        (("choosing", frozen.hole, 270), True, "has holes or right padding"),
+        (("choosing", frozen.hole, 270), True, "has holes"),
         (("full", frozen.longer_row, 80), True, "by this attention_mask"),
         (("full", frozen.none, 80, (9,)), False, "by this attention_mask"),
     ],

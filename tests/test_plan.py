@@ -440,11 +440,40 @@ def test_hostile_text_is_one_clear_error(case, loader):
 
 
 def test_odd_words_in_made_are_kept_as_text(loader):
-    text = swap("seed: 0", "day: 2024-01-01, at: 12:30:45, code: 010, big: 1e5, <<: x")
+    text = swap("seed: 0", "day: 2024-01-01, at: 12:30:45, code: 010, big: '1e5', <<: x")
     made = Plan.loads(text).made
     assert made["day"], made["at"] == ("2024-01-01", "12:30:45")
     assert (made["code"], made["big"], made["<<"]) == ("010", "1e5", "x")
     assert Plan.loads(Plan.loads(text).dumps()).made == made
+
+
+@pytest.mark.parametrize(
+    ("word", "number"),
+    [
+        *(("4e0", 4.0), ("1e5", 1e5), ("3e-1", 0.3), ("-1.5E3", -1500.0), ("2.e+1", 20.0)),
+        *((".5e1", 5.0), ("-.5", -0.5), ("+.5", 0.5), ("0o17", 15), ("1_000", 1000)),
+    ],
+)
+def test_numbers_of_yaml_1_2_are_numbers(word, number, loader):
+    made = Plan.loads(swap("seed: 0", f"seed: {word}, text: '{word}'")).made
+    assert (made["seed"], type(made["seed"]), made["text"]) == (number, type(number), word)
+    again = Plan.loads(Plan.loads(swap("seed: 0", f"seed: {word}, text: '{word}'")).dumps()).made
+    assert again == made
+
+
+@pytest.mark.parametrize("word", ["1e", "e5", "1e5x", "0o18", "1e5e5", "1.2.3e4", "--1e5", "."])
+def test_what_only_looks_like_a_number_is_text(word, loader):
+    assert Plan.loads(swap("seed: 0", f"seed: {word}")).made["seed"] == word
+
+
+def test_a_skip_is_read_as_people_write_it(loader):
+    assert Plan.loads(TEXT + "skip: 4e0\n").skip == 4.0
+
+
+def test_a_tab_is_named(loader):
+    problems = problems_of("hfsparse: 1\nmodel:\n\tclass: x\n")
+    assert "this line has a tab: indent with spaces" in problems[0][1]
+    assert problems[0][0] == 3
 
 
 # --- corruption: a valid plan or PlanError, never another exception

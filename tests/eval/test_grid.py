@@ -46,6 +46,31 @@ def test_the_haystack_is_the_users_text_even_without_sentences(tmp_path):
     assert 0.4 < low / len(made.context) < 0.6
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "海边的风很大，船慢慢地回来了。" * 400,
+        "海边的风很大船慢慢地回来了" * 400,
+        "ลมทะเลแรงมาก" * 400,
+        "x" * 20_000,
+    ],
+    ids=["Chinese", "no sentences", "Thai", "one word"],
+)
+@pytest.mark.parametrize("length", [700, 4200])
+def test_a_haystack_without_blanks_has_places_and_any_length(content, length, tmp_path, tokenizer):
+    (tmp_path / "own.txt").write_text(content, encoding="utf-8")
+    task, _ = _hidden(TASKS["niah_single_2"], 1, tmp_path / "own.txt")
+    maker = Maker(task, length, Prompter(tokenizer))
+    for depth in (0, 50, 100):
+        sample = maker.sample(Case(task.name, length, depth, 0))
+        assert length / 2 < sample.real <= length
+    made = task.draw(Random(1), 600, 50)
+    (low, high) = made.gold[0]
+    assert 0.4 < low / len(made.context) < 0.6
+    rest = made.context[:low] + made.context[high:]
+    assert rest.replace(" ", "") in content * 4
+
+
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
 def test_there_is_room_for_many_needles_and_their_answers(name, tokenizer):
     task, _ = _hidden(TASKS[name], 45, None)

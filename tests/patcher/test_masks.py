@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.cache import CacheError
@@ -28,16 +29,42 @@ def test_holes_in_a_mask_are_refused(model):
     mask = ones(1, 30)
     mask[0, 10:12] = 0
     for run in (forward, generate):
-        with pytest.raises(ValueError, match=r"has holes or right padding.*padding_side = 'left'"):
+        with pytest.raises(ValueError, match=r"has holes \(row 0, from column 10 on\)") as error:
             run(model, tokens(1, 30), mask)
+        assert "padding_side" not in str(error.value)
+
+
+def test_padding_between_two_turns_is_no_question_of_the_side(model):
+    """Each turn was padded on the left: the second one's padding lies behind the first."""
+    ids, first = left_padded(60)
+    cache = forward(model, ids, first).past_key_values
+    mask = torch.cat([first, ones(3, 8)], 1)
+    mask[1, 60:63] = 0
+    with pytest.raises(ValueError, match=r"row 1, from column 60 on.*between two turns") as error:
+        model(tokens(3, 8), attention_mask=mask, **{CACHE: cache})
+    assert "padding_side" not in str(error.value)
 
 
 def test_right_padding_is_refused(model):
     mask = ones(2, 30)
     mask[1, 25:] = 0
     for more in ({}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="has holes or right padding"):
+        told = r"has right padding \(row 1, from column 25 on\).*padding_side = 'left'"
+        with pytest.raises(ValueError, match=told):
             forward(model, tokens(2, 30), mask, **more)
+
+
+def test_virtual_tokens_of_prefix_tuning_are_named(model):
+    """peft hands on a cache of its own and a mask that covers it, beside what generate made."""
+    ids, mask = tokens(1, 20), torch.cat([ones(1, 5), ones(1, 20)], 1)
+    with pytest.raises(ValueError, match=r"covers 25 columns.*Prefix tuning \(peft\)"):
+        model(ids, attention_mask=mask, **{CACHE: DynamicCache()})
+    virtual, config = DynamicCache(), model.config.get_text_config()
+    for index in range(config.num_hidden_layers):
+        keys = torch.zeros(1, config.num_key_value_heads, 5, config.head_dim)
+        virtual.update(keys, keys, index)
+    with pytest.raises(CacheError, match=r"holds 5 tokens.*Prefix tuning \(peft\)"):
+        model(ids, attention_mask=mask, **{CACHE: virtual})
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 30, 30), (1, 30, 30)], ids=["4D", "3D"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,53 @@ def test_unpatching_a_part_of_a_patched_model_is_refused():
 def test_patching_something_else_is_one_clear_sentence(thing):
     with pytest.raises(PatchError, match=f"got {type(thing).__name__}: give a transformers model"):
         hfsparse.patch(thing)
+
+
+class Adapter(torch.nn.Module):
+    """As a PeftModel: no model of transformers, but around one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        (Adapter, r"got Adapter.*: patch its get_base_model\(\), and go on with the Adapter"),
+        (torch.nn.DataParallel, "patch its module, and go on with the DataParallel"),
+        (lambda model: SimpleNamespace(model=model), "patch its model, and go on"),
+    ],
+    ids=["peft", "data parallel", "pipeline"],
+)
+def test_what_only_holds_a_model_is_told_where_it_is(wrap, told):
+    model = tiny("llama")
+    for call in (hfsparse.patch, hfsparse.unpatch, hfsparse.explain):
+        with pytest.raises(PatchError, match=told):
+            call(wrap(model))
+    assert not is_patched(model)
+
+
+def test_a_handle_taken_for_the_model_shows_the_right_way():
+    model = tiny("llama")
+    handle = hfsparse.patch(model)
+    right = r"write handle = hfsparse\.patch\(model, plan\), not model = "
+    with pytest.raises(TypeError, match=right):
+        handle(tokens(1, 5))
+    for name in ("generate", "config", "eval", "to"):
+        with pytest.raises(AttributeError, match=f"{right}.*Use {name} of the model"):
+            getattr(handle, name)
+        assert not hasattr(handle, name)
+    with pytest.raises(AttributeError, match="'Patched' object has no attribute 'stat'"):
+        handle.stat  # noqa: B018
+    for call in (hfsparse.patch, hfsparse.unpatch, hfsparse.explain):
+        with pytest.raises(PatchError, match=rf"{right}.*The model is handle\.model"):
+            call(handle)
+    assert copy.copy(handle).model is model
+    handle.undo()
 
 
 def test_a_plan_for_another_model_is_refused_and_the_model_left_alone():

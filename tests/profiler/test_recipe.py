@@ -80,6 +80,11 @@ def test_a_recipe_that_says_what_profile_does_not_take_is_refused(text, says):
     assert says in str(error.value)
 
 
+def test_shares_are_read_as_people_write_them():
+    page = recipe.parse("cache_share: 3e-1\nloss: 5e-2\nseed: 0o17\n", "own.yaml")
+    assert page == {"cache_share": 0.3, "loss": 0.05, "seed": 15}
+
+
 def test_unknown_names_and_absent_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"no recipe balance: did you mean balanced\?"):
         recipe.load("balance")
