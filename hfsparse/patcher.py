@@ -49,8 +49,8 @@ CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, be
 # `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size.
 LONG, CHUNK = 1 << 17, 1 << 15
 MISTAKEN = (
-    "this is a patch's handle, not the model: write handle = hfsparse.patch(model, plan), not "
-    "model = hfsparse.patch(model, plan)"
+    "this is the handle of a patch, not the model (handle.model), which is changed in place: write "
+    "handle = hfsparse.patch(model, plan), not model = hfsparse.patch(model, plan)"
 )
 VIRTUAL = (
     "Prefix tuning (peft) brings virtual tokens in a cache of its own, which hfsparse can't "
@@ -90,13 +90,13 @@ class Patched:
         self.undo()
 
     def __call__(self, *args, **kwargs):
-        raise TypeError(f"{MISTAKEN}. Call the model that you gave, which is changed in place")
+        raise TypeError(f"{MISTAKEN}, and call the model")
 
     def __getattr__(self, name: str):
         model = self.__dict__.get("model")
         if name.startswith("__") or not hasattr(model, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        raise AttributeError(f"{MISTAKEN}. Use {name} of the model, which is changed in place")
+        raise AttributeError(f"{MISTAKEN}, and use model.{name}")
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing, nor touches a later patch."""
@@ -238,7 +238,7 @@ def _restore(model: PreTrainedModel, state: State) -> None:
 def _check_model(model: Any) -> None:
     """PatchError for what is no model of transformers, or only holds one."""
     if isinstance(model, Patched):
-        raise PatchError(f"{MISTAKEN}. The model is handle.model")
+        raise PatchError(MISTAKEN)
     if isinstance(model, PreTrainedModel):
         return
     if callable(getattr(model, "get_base_model", None)):  # a PeftModel
