@@ -44,7 +44,8 @@ def main() -> None:
         if plan is None:
             sys.exit("no balanced plan: the others wait for its shares")
         used = plan.expected[max(plan.expected)]
-        pairs, cache, read = (used[n] for n in ("pair_density", "cache_share", "decode_share"))
+        names = "pair_density", "cache_share", "decode_share"
+        pairs, cache, read = (used.get(f"{n}_free", used[n]) for n in names)  # as budgets mean them
         uniform(plan, cache).save(given.output / "uniform.yaml")
         for recipe, budgets in {
             "minference": (pairs, cache, read),

@@ -145,7 +145,7 @@ class Kept:
         key, tokens = torch.arange(k.shape[2], device=q.device), rows[:, None] + 1
         reads = {word: self.plan.patterns.get(word) for word in words.decode}
         for chooser in {p for p in reads.values() if hasattr(p, "pages")}:
-            mine = pages_read(replace(chooser, refresh=0), q, k, rows, scale)[0]
+            mine = pages_read(replace(chooser, refresh=0), q, k, rows, scale)
             own = [h for h in range(q.shape[1]) if reads[words.decode[h // ratio]] == chooser]
             if self.chosen is None:
                 self.chosen = mine.clone()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from hfsparse.lists import (
     index_on,
 )
 from hfsparse.plan import Below
+from hfsparse.stats import Work
 
 NAME = "hfsparse"
 STEP = (
@@ -101,14 +103,14 @@ class Counts:
         found = [read.cpu() for (own, _), read in self.read.items() if own == heads]
         return sum(found, torch.zeros(len(heads), dtype=torch.int64)).tolist()
 
-    def densities(self) -> np.ndarray:
-        """[2, Hq] shares of pairs and of blocks; nan where nothing ran."""
+    def work(self) -> tuple[Work, Work]:
+        """Pairs and blocks of prompts, by q head."""
         kept, dense = self.kept.cpu().numpy().copy(), np.zeros((2, self.q_heads))
         for table, found in ((kept, self.whole), (dense, self.dense)):
             for heads, work in found.items():
                 table[:, heads] += np.array(work)[:, None]
-        with np.errstate(invalid="ignore"):
-            return kept / dense
+        pairs, blocks = (Work(*each) for each in zip(kept.tolist(), dense.tolist(), strict=True))
+        return pairs, blocks
 
 
 def _add(table: dict, heads: Iterable[int], work: tuple[int, int]) -> None:
@@ -144,11 +146,14 @@ class LayerPlan:
         more = reserve, expected, self.window, self.below.decode
         return Layer(self.owner, self.groups, below, *more)
 
-    def decode_shares(self) -> list[float]:
-        """Per kv head: keys read by decode steps, of those that dense attention reads."""
-        shares = [float("nan")] * self.kv_heads
+    def reads(self) -> Work:
+        """Keys that decode steps read, by kv head; nan where only a run tells them, and none was.
+
+        Dense attention reads all, or those in the model's window.
+        """
+        keys = [0] * self.kv_heads
         if not self.steps:
-            return shares
+            return Work(keys, keys)
         length, new, times = (
             np.array(x) for x in zip(*((*at, t) for at, t in self.steps.items()), strict=True)
         )
@@ -156,14 +161,14 @@ class LayerPlan:
         for group in self.groups:
             limit = self.below.decode if group.band == FULL else self.below.cache
             if group.reuses:
-                chosen = self.source.decode_shares()
+                chosen = self.source.reads().done
                 for head in group.heads:
-                    shares[head] = chosen[head]
+                    keys[head] = chosen[head]
                 continue
             if group.selector is not None and group.selector.counted:
                 whole = (np.where(length < limit, length, 0) * times).sum()
                 for head, read in zip(group.heads, self.counts.keys_read(group.heads), strict=True):
-                    shares[head] = float((whole + read) / (total * times).sum())
+                    keys[head] = int(whole + read) or nan
                 continue
             if group.selector is not None:
                 read = group.selector.reads(length, new)
@@ -174,10 +179,8 @@ class LayerPlan:
             if group.band == FULL or self.window is None:
                 read = np.where(length < limit, length, read)
             for head in group.heads:
-                shares[head] = float(
-                    (np.minimum(read, total) * times).sum() / (total * times).sum()
-                )
-        return shares
+                keys[head] = int((np.minimum(read, total) * times).sum())
+        return Work(keys, [int((total * times).sum())] * self.kv_heads)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ padding takes no room, and a row's history never depends on its neighbours.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from hfsparse import kernels
 from hfsparse.kernels.places import Place, Places, Table
 from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, at_heads
 from hfsparse.selectors.choice import Choice
+from hfsparse.stats import Work
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
 
@@ -44,6 +45,37 @@ class Group:
     def chosen(self) -> bool:
         """Whether a step reads pages that were chosen for these heads."""
         return bool(self.selector or self.reuses)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer's cache takes, to be told later without it: no buffer moves until it is noted
+    again, and rows grow into the room that there is."""
+
+    # kv heads, bytes, and tokens that there is room for (None: a ring, whose slots serve again)
+    stores: list[tuple[tuple[int, ...], int, int | None]]
+    column: int  # bytes of one column of the stock cache, over all rows and heads
+    window: int | None
+
+    def bytes(self, kv_heads: int) -> list[int]:
+        """By kv head, as allocated."""
+        return self._each(kv_heads, lambda size, room: size)
+
+    def work(self, kv_heads: int, seen: int) -> Work:
+        """By kv head, of `seen` columns: bytes of the pages that hold some, of rings and of page
+        summaries; and of the stock cache, which keeps all, or as many as the model's window."""
+        pages = -(-seen // PAGE) * PAGE
+        used = self._each(
+            kv_heads, lambda size, room: size * min(pages, room) // room if room else size
+        )
+        return Work(used, [self.column * min(seen, self.window or FAR) // kv_heads] * kv_heads)
+
+    def _each(self, kv_heads: int, part: Callable[[int, int | None], int]) -> list[int]:
+        found = [0] * kv_heads
+        for heads, size, room in self.stores:
+            for head in heads:
+                found[head] = part(size, room) // len(heads)
+        return found
 
 
 def enter(owner: str | None) -> None:
@@ -211,6 +243,11 @@ class Layer(CacheLayerMixin):
         """Bytes allocated for keys, values and summaries."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
 
+    def held(self) -> Held:
+        """What its buffers take."""
+        own = [(s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity) for s in self.stores]
+        return Held(own, self.column_bytes(), self.window)
+
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
         heads = sum(len(store.group.heads) for store in self.stores)
@@ -264,6 +301,11 @@ class Full:
         own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
         last = () if self.choice is None else self.choice.tensors()
         return [t for t in (*own, *last) if t is not None]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self.k.shape[2]
 
     def place(self) -> Place:
         group, more = self.group, {"below": self.below}
@@ -339,7 +381,7 @@ class Ring:
     from its row's length alone. Rows under `below` tokens drop nothing.
     """
 
-    choice = None
+    choice = capacity = None
 
     def __init__(self, group: Group, below: int):
         self.group, self.band, self.below = group, group.band, below

@@ -58,6 +58,7 @@ Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
+BUDGET = ", of the layers without a window of their own; 1 is no limit"
 
 
 def _version(wanted: bool) -> None:
@@ -89,11 +90,13 @@ def profile(
     lengths: Annotated[str, typer.Option(help="Tokens of a sample, by commas.")] = "1024,2048",
     samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 6,
     prefill_density: Annotated[
-        float, typer.Option(help="Share of query-key pairs to compute in the prefill.")
+        float, typer.Option(help=f"Share of query-key pairs to compute in the prefill{BUDGET}.")
     ] = 0.4,
-    cache_share: Annotated[float, typer.Option(help="Share of the KV cache to keep.")] = 0.8,
+    cache_share: Annotated[
+        float, typer.Option(help=f"Share of the KV cache's bytes to keep{BUDGET}.")
+    ] = 0.8,
     decode_share: Annotated[
-        float, typer.Option(help="Share of the keys to read in decode.")
+        float, typer.Option(help=f"Share of the keys to read in decode{BUDGET}.")
     ] = 0.25,
     loss: Annotated[
         float | None,
@@ -281,6 +284,8 @@ def check(
         return
 
     from hfsparse import memory
+    from hfsparse.figures import predict
+    from hfsparse.stats import FREE
 
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
@@ -292,6 +297,9 @@ def check(
             most = memory.longest(config, arm, room, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
         typer.echo(line)
+    for end, part in predict(config, loaded, length).parts.items():
+        shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
+        typer.echo(f"plan, {FREE if end else 'of the dense model'}: {', '.join(shares)}")
     if room is not None and need.peak > room:
         raise UsageError(
             f"this plan needs {need.peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "

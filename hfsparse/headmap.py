@@ -17,6 +17,7 @@ from rich.text import Text
 
 from hfsparse.plan import Plan
 from hfsparse.reading import local
+from hfsparse.stats import FREE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,14 +199,21 @@ def _below(plan: Plan) -> Iterator[str]:
 
 
 def _expected(plan: Plan) -> Iterator[str]:
-    """The numbers stated by the plan, a row a length."""
-    names = list(dict.fromkeys(chain.from_iterable(plan.expected.values())))
+    """The numbers stated by the plan, a row a length; those of its free part in a row below."""
+    rows: list[tuple[int | str, dict[str, float]]] = []
+    for length, numbers in sorted(plan.expected.items()):
+        free = {n.removesuffix("_free"): x for n, x in numbers.items() if n.endswith("_free")}
+        rows.append((length, {n: x for n, x in numbers.items() if not n.endswith("_free")}))
+        rows += [("free", free)] if free else []
+    names = list(dict.fromkeys(chain.from_iterable(numbers for _, numbers in rows)))
     if names:
         yield "\nexpected at" + "".join(f"  {name}" for name in names)
-    for length, numbers in sorted(plan.expected.items()):
+    for label, numbers in rows:
         cells = (f"{numbers[name]:.3f}" if name in numbers else "-" for name in names)
         columns = (f"  {cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True))
-        yield f"{length:>11}" + "".join(columns)
+        yield f"{label:>11}" + "".join(columns)
+    if any(label == "free" for label, _ in rows):
+        yield f"free: {FREE}, which a plan may change; budgets are shares of it"
 
 
 def _verified(plan: Plan) -> Iterator[str]:

@@ -1,10 +1,9 @@
 """How much memory a prompt takes under a plan, from the model's configuration alone.
 
-Peak = weights + KV cache + work. The cache is no formula: the plan's own stores are filled on
-torch's meta device, which keeps shapes and no data. Work is what lives while a layer's MLP runs on
-the tokens of one call: `WIDE` tensors of its intermediate size and `NARROW` of the hidden size;
-`hfsparse bench` on one H100 saw 0.5 % more than that at most. Mixtures of experts and kernels of a
-model's own may need more.
+Peak = weights + KV cache + work. The cache is no formula: the plan's own stores are filled
+(`figures.filled`). Work is what lives while a layer's MLP runs on the tokens of one call: `WIDE`
+tensors of its intermediate size and `NARROW` of the hidden size; `hfsparse bench` on one H100 saw
+0.5 % more than that at most. Mixtures of experts and kernels of a model's own may need more.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from hfsparse.fingerprint import linear_layers, windows
-from hfsparse.patcher import CHUNK, _layer_plans
+from hfsparse.figures import filled
+from hfsparse.patcher import CHUNK
 from hfsparse.plan import ModelId, Plan
 
 WIDE, NARROW = 3, 4
@@ -55,18 +54,10 @@ def _beside_weights(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple
 
 def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:
     """Elements that the plan's cache and the stock cache hold after prompts of `tokens`."""
-    indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
-    seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
     ours = stock = 0
-    for layer_plan in _layer_plans(plan, indices, windows(config), plan.below):
-        layer = layer_plan.new_cache(tokens)
-        layer.lazy_initialization(seen, seen)
-        layer.seen = tokens
-        for store in layer.stores:
-            heads = seen[:, : len(store.group.heads)]
-            store.append(heads, heads, [0] * batch, [tokens] * batch)
-        ours += layer.bytes() // seen.element_size()
-        stock += layer.dense_bytes() // seen.element_size()
+    for _, layer in filled(config, plan, tokens, batch):
+        ours += layer.bytes() // layer.keys.element_size()
+        stock += layer.dense_bytes() // layer.keys.element_size()
     return ours, stock
 
 

@@ -36,14 +36,14 @@ from transformers.cache_utils import Cache
 
 from hfsparse import kernels
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
-from hfsparse.cache import CacheError, Group, Layer, enter
+from hfsparse.cache import CacheError, Group, Held, Layer, enter
 from hfsparse.fingerprint import LINEAR, attention_values, windows
 from hfsparse.graphs import Graphs, new_tokens, parameters
-from hfsparse.lists import FAR, FULL, Band
+from hfsparse.lists import FULL, Band
 from hfsparse.loading import device_name
 from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.selectors.reuse import Reuse
-from hfsparse.stats import LayerStats, Stats
+from hfsparse.stats import LayerStats, Stats, Work
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
 # `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size.
@@ -69,10 +69,8 @@ class State:
     implementations: list[tuple[Any, str]]  # every config and the attention it asked for
     graphs: Graphs
     hooks: list[Any] = field(default_factory=list)
-    # Of the last call that had a cache: bytes held by layer and kv heads; of the stock cache by
-    # layer, a column's bytes and how many are kept; columns seen.
-    held: list[list[tuple[tuple[int, ...], int]]] = field(default_factory=list)
-    dense: list[tuple[int, int]] = field(default_factory=list)
+    # Of the last call that had a cache: what each layer's takes, and columns seen.
+    held: list[Held] = field(default_factory=list)
     seen: int = 0
 
 
@@ -106,23 +104,21 @@ class Patched:
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
         state = self._own()
-        layers = [LayerStats([], [], [], [], [], []) for _ in state.plan.layers]
+        layers = [LayerStats() for _ in state.plan.layers]
         for at, layer in enumerate(state.layers):
-            pairs, blocks = layer.counts.densities().tolist()
-            skipped, tiles = layer.counts.skipped.double().T.cpu()
-            kv_bytes = [0] * layer.kv_heads
-            for heads, size in state.held[at] if state.held else ():
-                for head in heads:
-                    kv_bytes[head] = size // len(heads)
+            held = state.held[at] if state.held else Held([], 0, None)
+            pairs, blocks = layer.counts.work()
             layers[layer.index] = LayerStats(
                 pairs,
                 blocks,
-                layer.decode_shares(),
-                kv_bytes,
+                layer.reads(),
+                held.work(layer.kv_heads, state.seen),
+                held.bytes(layer.kv_heads),
                 layer.counts.cut.tolist(),
-                (skipped / tiles).tolist(),
+                Work(*layer.counts.skipped.T.tolist()),
+                layer.window,
             )
-        return Stats(layers, sum(size * min(most, state.seen) for size, most in state.dense))
+        return Stats(layers)
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
@@ -531,11 +527,7 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     if state.graphs.why is None and state.graphs.held() is layers[0]:
         return  # a replay: it wrote into what was there
     state.graphs.held = weakref.ref(layers[0])
-    state.held = [
-        [(s.group.heads, sum(t.nbytes for t in s.tensors())) for s in layer.stores]
-        for layer in layers
-    ]
-    state.dense = [(layer.column_bytes(), layer.window or FAR) for layer in layers]
+    state.held = [layer.held() for layer in layers]
 
 
 def _check_width(given: dict, cache: Any) -> None:

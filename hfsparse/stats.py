@@ -1,79 +1,156 @@
-"""What a patched model computed and holds, against dense attention."""
+"""What a model computes, holds and reads, as shares of what it does without a plan.
+
+One definition for `Patched.stats()`, a plan's `expected`, `hfsparse eval` and `hfsparse check`:
+what all heads did together, over what dense attention of the same model does, within its own
+sliding windows. A head counts by its work, and layers without attention count nowhere
+(docs/figures.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
+
+FIGURES = ("pair_density", "block_density", "cache_share", "decode_share")
+FREE = "of the layers without a window of their own"  # those that a plan may change
+
+
+@dataclass(frozen=True)
+class Work:
+    """By head: what was done, and what dense attention does."""
+
+    done: Sequence[float] = ()
+    dense: Sequence[float] = ()
+
+    @property
+    def shares(self) -> list[float]:
+        """nan where dense attention does nothing: nothing ran."""
+        return [a / b if b else nan for a, b in zip(self.done, self.dense, strict=True)]
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer. Densities are shares of dense attention, nan where nothing ran.
+    """One layer; all is empty for a layer without attention."""
 
-    All are empty for a layer without attention.
-    """
+    pairs: Work = Work()  # per q head: query-key pairs of prompts
+    blocks: Work = Work()  # per q head: key blocks computed for prompts
+    reads: Work = Work()  # per kv head: keys read by decode steps
+    cache: Work = Work()  # per kv head: bytes that hold tokens, page summaries included
+    kv_bytes: Sequence[int] = ()  # per kv head: bytes allocated, room for later tokens included
+    cut: Sequence[int] = ()  # per q head: query blocks that a pattern's max_share cut short
+    tiles: Work = Work()  # per q head: tiles of prompts skipped, of those that lists kept
+    window: int | None = None  # the model's own sliding window, in tokens
 
-    pair_density: list[float]  # per q head: query-key pairs of prompts
-    block_density: list[float]  # per q head: blocks computed for prompts
-    decode_share: list[float]  # per kv head: keys read by decode steps
-    kv_bytes: list[int]  # per kv head: cache bytes allocated, page summaries included
-    cut: list[int]  # per q head: query blocks that a pattern's max_share cut short
-    skipped: list[float]  # per q head: tiles of prompts skipped, of those that lists kept
+    @property
+    def pair_density(self) -> list[float]:
+        return self.pairs.shares
+
+    @property
+    def block_density(self) -> list[float]:
+        return self.blocks.shares
+
+    @property
+    def decode_share(self) -> list[float]:
+        return self.reads.shares
+
+    @property
+    def skipped(self) -> list[float]:
+        return self.tiles.shares
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Densities since the last reset, and the cache after the last call that had one."""
+    """Densities since the last reset, and the cache after the last call that had one.
 
-    layers: list[LayerStats]
-    kv_bytes_dense: int
+    Each figure is a share of the whole model's dense attention, nan where nothing ran.
+    """
+
+    layers: Sequence[LayerStats]
 
     @property
     def pair_density(self) -> float:
-        return _mean(d for layer in self.layers for d in layer.pair_density)
+        return _share(layer.pairs for layer in self.layers)
 
     @property
     def block_density(self) -> float:
-        return _mean(d for layer in self.layers for d in layer.block_density)
+        return _share(layer.blocks for layer in self.layers)
+
+    @property
+    def cache_share(self) -> float:
+        return _share(layer.cache for layer in self.layers)
 
     @property
     def decode_share(self) -> float:
-        return _mean(d for layer in self.layers for d in layer.decode_share)
+        return _share(layer.reads for layer in self.layers)
 
     @property
     def skipped(self) -> float:
-        return _mean(d for layer in self.layers for d in layer.skipped)
+        return _share(layer.tiles for layer in self.layers)
 
     @property
     def kv_bytes(self) -> int:
         return sum(sum(layer.kv_bytes) for layer in self.layers)
 
     @property
-    def cache_share(self) -> float:
-        return self.kv_bytes / self.kv_bytes_dense if self.kv_bytes_dense else nan
+    def kv_bytes_dense(self) -> int:
+        return sum(sum(layer.cache.dense) for layer in self.layers)
+
+    @property
+    def free(self) -> Stats:
+        """The same of the layers without a window of their own, which a plan may change."""
+        return Stats([layer for layer in self.layers if layer.window is None])
+
+    @property
+    def parts(self) -> dict[str, Stats]:
+        """The whole model and, if other layers have attention, too, what is `free`; by what the
+        names of their figures end in."""
+        kinds = {layer.window is None for layer in self.layers if layer.reads.dense}
+        return {"": self, "_free": self.free} if len(kinds) > 1 else {"": self}
+
+    @property
+    def known(self) -> dict[str, float]:
+        """Those of FIGURES that something is known of, rounded."""
+        found = {name: getattr(self, name) for name in FIGURES}
+        return {name: round(value, 4) for name, value in found.items() if not isnan(value)}
+
+    def figures(self) -> dict[str, float]:
+        """What is known of each part, as a plan holds it."""
+        parts = self.parts.items()
+        return {f"{name}{end}": x for end, part in parts for name, x in part.known.items()}
 
     def __str__(self) -> str:
         mib = 1 << 20
+        held = sum(sum(layer.cache.done) for layer in self.layers)
         head = (
-            f"pair density {_show(self.pair_density)}, block density {_show(self.block_density)}, "
-            f"decode share {_show(self.decode_share)}, cache {self.kv_bytes / mib:.1f} of "
+            f"{self._densities}, cache {held / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
         if not isnan(self.skipped):
             head += f", {_show(self.skipped)} of the kept tiles skipped"
+        if free := self.parts.get("_free"):
+            head += f"\n{FREE}: {free._densities}, cache share {_show(free.cache_share)}"
         rows = [
             f"{i:>5}  {_list(layer.pair_density)}  {_list(layer.block_density)}  "
-            f"{_list(layer.decode_share)}  {' '.join(f'{b / 1024:.0f}' for b in layer.kv_bytes)}"
+            f"{_list(layer.decode_share)}  {' '.join(f'{b / 1024:.0f}' for b in layer.cache.done)}"
             for i, layer in enumerate(self.layers)
             if layer.kv_bytes
         ]
         title = "layer  pair density (q heads)  block density  decode share (kv heads)  KiB"
         return "\n".join([head, title, *rows])
 
+    @property
+    def _densities(self) -> str:
+        return (
+            f"pair density {_show(self.pair_density)}, block density {_show(self.block_density)}, "
+            f"decode share {_show(self.decode_share)}"
+        )
 
-def _mean(values) -> float:
-    known = [value for value in values if not isnan(value)]
-    return sum(known) / len(known) if known else nan
+
+def _share(works: Iterator[Work]) -> float:
+    sums = [(sum(work.done), sum(work.dense)) for work in works]
+    done, dense = (sum(each) for each in zip(*sums, strict=True)) if sums else (0, 0)
+    return done / dense if dense else nan
 
 
 def _show(share: float) -> str:

@@ -69,8 +69,10 @@ def profile(
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
 
-    Budgets are shares of dense attention, met at the longest of `lengths` (tokens; by `moa` at each
-    and beyond): query-key pairs of a prompt, bytes of cache, keys read by a decode step. With
+    Budgets are shares of what the layers without a sliding window of their own do without a plan,
+    the part that a plan may change: query-key pairs of a prompt, bytes of cache, keys read by a
+    decode step (docs/figures.md). 1 is no limit. They are met at the longest of `lengths` (tokens;
+    by `moa` at each and beyond); `expected` says what that makes of the whole model, too. With
     `loss`, a share of what the worst rings on every head would lose, methods in DRAWN look for the
     smallest shares within these budgets that are expected to lose no more. `samples` prompts a
     length, made offline or taken from `data` (JSONL with "text" or "prompt"). `prefill_method`

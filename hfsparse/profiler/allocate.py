@@ -2,7 +2,8 @@
 
 A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each
 of its q heads takes a prefill pattern and the kv head a page selector; all may stay full. The sum
-of effects is least; mean pair density, cache share and decode share stay within their budgets.
+of effects is least; mean pair density, cache share and decode share stay within their budgets. All
+heads here do equal work without a plan, so that means over them are shares of it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hfsparse.plan import Layer
 
 @dataclass(frozen=True)
 class Budget:
-    """Greatest mean shares of dense attention, over all heads that may be sparse.
+    """Greatest shares of what the layers without a window of their own do without a plan.
 
+    A share of 1 is no limit: whole pages, and bounds of pages, take a little more than keys alone.
     `loss`, where given, is a share of the sum of effects with the worst ring on every kv head.
     """
 
@@ -28,6 +30,12 @@ class Budget:
     cache: float
     decode: float
     loss: float | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The most that pairs, cache and decode may be."""
+        shares = {"pairs": self.pairs, "cache": self.cache, "decode": self.decode}
+        return {name: share if share < 1 else np.inf for name, share in shares.items()}
 
     def wider(self, by: float) -> Budget:
         """Each share by this part of its way to 1, the loss to 0."""
@@ -51,7 +59,9 @@ class Options:
     ring_read: list[float]
     selectors: list[str]
     page_effect: np.ndarray  # [layers, selectors, kv heads], of the whole group
-    page_share: np.ndarray
+    page_kept: list[float]  # as of rings: keys and the bounds of their pages
+    page_read: list[float]
+    full_kept: float  # whole pages
 
 
 class Infeasible(ValueError):
@@ -78,11 +88,15 @@ class _Programme:
     def turn(self, most: float) -> None:
         """What was least, the loss, is at most this; what had limits is least in sum as well."""
         self.uses += [("loss", at, loss) for at, loss in enumerate(self.loss)]
+        self.aim(*self.limits)
+        self.limits["loss"] = most
+
+    def aim(self, *limited: str) -> None:
+        """What of these limits is used, in sum, is least."""
         self.loss = [0.0] * len(self.loss)
         for key, at, use in self.uses:
-            if key in self.limits:
+            if key in limited:
                 self.loss[at] += use
-        self.limits["loss"] = most
 
     def solve(self) -> tuple[dict[tuple, str], float]:
         """What each group takes at least loss, and the loss."""
@@ -113,9 +127,11 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         taken, _ = _programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
+        pairs, cache, decode = (f"{_least(options, share):.3f}" for share in budget.limits)
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
-            f"{budget.cache}, decode share {budget.decode}{loss}): {error}"
+            f"{budget.cache}, decode share {budget.decode}{loss}): {error} The smallest that each "
+            f"can be by itself: pair density {pairs}, cache share {cache}, decode share {decode}"
         ) from None
     choices = []
     for layer in range(layers):
@@ -132,6 +148,13 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
 def least_loss(options: Options, budget: Budget) -> float:
     """Sum of effects of the choice that `allocate` makes; Infeasible where there is none."""
     return _programme(options, budget).solve()[1]
+
+
+def _least(options: Options, share: str) -> float:
+    """The smallest that one share can be."""
+    programme = _programme(options, Budget(1, 1, 1))
+    programme.aim(share)
+    return programme.solve()[1]
 
 
 def losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
@@ -155,7 +178,7 @@ def _programme(options: Options, budget: Budget) -> _Programme:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     group, one = q_heads // kv_heads, 1 / (layers * kv_heads)  # one: a kv head's part of a mean
-    programme = _Programme({"pairs": budget.pairs, "cache": budget.cache, "decode": budget.decode})
+    programme = _Programme(budget.limits)
     for layer in range(layers):
         for g in range(kv_heads):
             cache, decode = ("cache", layer, g), ("decode", layer, g)
@@ -169,11 +192,12 @@ def _programme(options: Options, budget: Budget) -> _Programme:
                     cache=one * options.ring_kept[i],
                     decode=one * options.ring_read[i],
                 )
-            programme.add([cache], "full", 0.0, cache=one)
-            programme.add([decode], "full", 0.0, decode=one)
+            programme.add([cache], "full", 0.0)
+            programme.add([decode], "full", 0.0, cache=one * options.full_kept, decode=one)
             for i, name in enumerate(options.selectors):
-                share = options.page_share[layer, i, g]
-                programme.add([decode], name, options.page_effect[layer, i, g], decode=one * share)
+                kept, read = one * options.page_kept[i], one * options.page_read[i]
+                effect = options.page_effect[layer, i, g]
+                programme.add([decode], name, effect, cache=kept, decode=read)
             for key in prefill:
                 programme.add([key], "full", 0.0, pairs=one / group)
                 for i, name in enumerate(options.prefill[layer, :, key[2]]):

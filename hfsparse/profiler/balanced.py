@@ -13,6 +13,7 @@ that loses more in longer rows gives way to a share of the row, or to a window t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -65,10 +66,12 @@ def candidates(longest: int) -> Candidates:
 def options(
     means: Mapping[int, Mapping[str, np.ndarray]],
     names: Candidates,
-    ring_kept: list[float],
-    ring_read: list[float],
+    costs: Mapping[str, Any],
 ) -> Options:
-    """Every candidate of every head, from measurements `[layers, candidates, heads]` by length."""
+    """Every candidate of every head, from measurements `[layers, candidates, heads]` by length.
+
+    costs: what `search.costs` tells of the longest.
+    """
     longest = means[max(means)]
     layers, _, q_heads = longest["pattern_pairs"].shape
     group = q_heads // longest["ring_pairs"].shape[2]
@@ -92,11 +95,9 @@ def options(
         rings=list(names.rings),
         ring_effect=loss("ring"),
         ring_cost=longest["ring_pairs"],
-        ring_kept=ring_kept,
-        ring_read=ring_read,
         selectors=list(names.selectors),
         page_effect=loss("page"),
-        page_share=longest["page_share"],
+        **costs,
     )
 
 

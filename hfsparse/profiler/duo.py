@@ -11,7 +11,7 @@ training.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from random import Random
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from hfsparse.cache import ring_size
+from hfsparse.figures import Prompts, one_head
 from hfsparse.lists import Grid, default_block
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
@@ -170,50 +170,46 @@ def top(rank: np.ndarray, then: np.ndarray, count: int) -> np.ndarray:
 def full_heads(job: Job) -> int:
     """How many kv heads may stay full for every budget to be met at the longest length."""
     heads = int(job.free.sum()) * ModelId.of(job.model).kv_heads
-    ring = ring_costs(max(job.prompts), DEPLOYED)
-    budgets = {
-        "pair_density": job.budget.pairs,
-        "cache_share": job.budget.cache,
-        "decode_share": job.budget.decode,
+    longest, limits = max(job.prompts), job.budget.limits
+    ring = ring_costs(longest, DEPLOYED, job.model.device)
+    shares = {  # the budget, and what a full head costs
+        "pair_density": (limits["pairs"], 1.0),
+        "cache_share": (limits["cache"], one_head(longest)[0]),
+        "decode_share": (limits["decode"], 1.0),
     }
     counts = [heads]
-    for name, budget in budgets.items():
+    for name, (budget, full) in shares.items():
         if ring[name] > budget:
             raise UsageError(
                 f"a ring of {DEPLOYED.sink} + {DEPLOYED.recent} tokens alone has {name} "
-                f"{ring[name]:.3f} at {max(job.prompts)} tokens, over the budget of {budget}. Give "
+                f"{ring[name]:.3f} at {longest} tokens, over the budget of {budget}. Give "
                 "larger budgets, or longer --lengths"
             )
-        if ring[name] < 1:
-            counts.append(int((budget - ring[name]) / (1 - ring[name]) * heads + 1e-9))
+        if budget < full:
+            counts.append(int((budget - ring[name]) / (full - ring[name]) * heads + 1e-9))
     return min(counts)
 
 
-def ring_costs(length: int, ring: Streaming) -> dict[str, float]:
+def ring_costs(
+    length: int, ring: Streaming, device: torch.device | None = None
+) -> dict[str, float]:
     """Shares of dense attention that a ring head costs at `length` tokens."""
-    grid = Grid.causal(1, length, default_block(length))
+    grid = Grid.causal(1, length, default_block(length, device))
     lists = grid.banded(ring.band, 1)
+    kept, read = one_head(length, ring)
     return {
         "pair_density": float(lists.pairs() / grid.pairs()),
         "block_density": float(lists.blocks() / grid.blocks()),
-        "cache_share": min(1.0, (ring.sink + ring_size(ring.band, length)) / length),
-        "decode_share": min(1.0, (ring.sink + ring.recent) / length),
+        "cache_share": kept,
+        "decode_share": read,
     }
 
 
-def expected(
-    layers: tuple[Layer, ...], lengths: Iterable[int], ring: Streaming
-) -> dict[int, dict[str, float]]:
-    """Mean densities and shares of a choice of full heads and rings, by length."""
-    prompts = np.mean([word != "full" for layer in layers for word in layer.prefill])
-    kept = np.mean([word != "full" for layer in layers for word in layer.cache])
-
-    def total(name: str, cost: float) -> float:
-        streaming = prompts if name.endswith("density") else kept
-        return round(float(1 - streaming * (1 - cost)), 4)
-
-    costs = {n: ring_costs(n, ring) for n in lengths}
-    return {n: {name: total(name, cost) for name, cost in costs[n].items()} for n in costs}
+def _prompted(layers: tuple[Layer, ...], costs: dict[int, dict[str, float]]) -> dict[int, Prompts]:
+    """What a choice of full heads and rings does in prompts, by length."""
+    full = np.array([[word == "full" for word in layer.prefill] for layer in layers])
+    shares = ("pair_density", "block_density")
+    return {n: Prompts(*(np.where(full, 1.0, of[x]) for x in shares)) for n, of in costs.items()}
 
 
 def rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Plan:
@@ -226,6 +222,7 @@ def rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Plan:
         prefill = tuple(word for word in cache for _ in range(group))
         layers.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
     layers = tuple(layers)
-    job.expect = partial(expected, lengths=tuple(job.prompts), ring=ring)
-    patterns = used({"stream": ring}, layers)
-    return Plan(this, patterns, layers, job.below, job.expect(layers), made=made)
+    costs = {n: ring_costs(n, ring, job.model.device) for n in job.prompts}
+    patterns = {"stream": ring}
+    job.tell(patterns, partial(_prompted, costs=costs))
+    return Plan(this, used(patterns, layers), layers, job.below, job.expect(layers), made=made)

@@ -44,12 +44,12 @@ class Programme:
         if limits is not None:
             high = np.concatenate([high[:-losses], limits])
         width, free = matrix.shape[1], matrix.shape[1] - aim.size
-        shares = layers * self.kv_heads * len(self.held)
+        whole = np.arange(width) < width - layers * self.kv_heads * len(self.held)
         found = milp(
             np.pad(aim, (0, free)),
             constraints=LinearConstraint(matrix, low, high),
-            integrality=np.arange(width) < width - shares,
-            bounds=Bounds(0, 1),
+            integrality=whole,
+            bounds=Bounds(0, np.where(whole, 1, np.inf)),
             options={"mip_rel_gap": GAP, "time_limit": 600},
         )
         if found.status == 2:
@@ -71,7 +71,7 @@ class Programme:
     @cached_property
     def constraints(self) -> tuple[csr_array, np.ndarray, np.ndarray]:
         losses, layers, heads, rules = self.costs.shape
-        lengths, kv = len(self.held), self.kv_heads
+        lengths, kv, most = len(self.held), self.kv_heads, self.budget.limits
         all_heads, all_kv, group = layers * heads, layers * kv, heads // kv
         per_layer = kron(_eye(layers), np.ones((heads, 1)))
         per_group = kron(_eye(all_kv), np.ones((group, 1)))
@@ -81,9 +81,9 @@ class Programme:
             (_eye(all_heads * rules), -kron(per_layer, _eye(rules)), None, -np.inf, 0),
             (None, kron(_eye(layers), np.ones((1, rules))), None, -np.inf, LIMIT),
             (None, kron(_eye(layers), nested), None, -np.inf, LIMIT),
-            (_mean(self.pairs, all_heads), None, None, -np.inf, self.budget.pairs),
+            (_mean(self.pairs, all_heads), None, None, -np.inf, most["pairs"]),
             (kron(_eye(all_heads), self.held), None, -kron(per_group, _eye(lengths)), -np.inf, 0),
-            (None, None, _mean(np.eye(lengths), all_kv), -np.inf, self.budget.cache),
+            (None, None, _mean(np.eye(lengths), all_kv), -np.inf, most["cache"]),
             (csr_array(self.scaled.reshape(losses, -1)), None, None, -np.inf, np.inf),
         ]
         sizes = [next(part for part in row[:3] if part is not None).shape[0] for row in rows]

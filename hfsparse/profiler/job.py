@@ -11,14 +11,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hfsparse.figures import Prompts, predict
 from hfsparse.fingerprint import windows
-from hfsparse.plan import Below, Layer, Plan
+from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
 from hfsparse.progress import Bar
@@ -40,7 +41,9 @@ class Job:
     progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
     seed: int = 0
     proxy: str | None = None  # `duo`: what ranks heads in place of training
-    # Set by a method that can tell densities and shares of any choice of its words, by length.
+    # Set by a method that can tell what any choice of its words does, by length: in prompts, and
+    # in all, as a plan says it under `expected`.
+    prompted: Callable[[tuple[Layer, ...]], dict[int, Prompts]] | None = None
     expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
     # Likewise, by one that can choose anew, without measuring: the plan of another budget, or None
     # where there is none.
@@ -59,6 +62,24 @@ class Job:
         every = np.zeros((len(self.free), *values.shape[1:]))
         every[self.free] = values
         return every
+
+    def tell(
+        self,
+        patterns: dict[str, Any],
+        prompted: Callable[[tuple[Layer, ...]], dict[int, Prompts]],
+    ) -> None:
+        """Set what tells of choices of these words what they do; `recall` is of free heads."""
+
+        def expect(layers: tuple[Layer, ...]) -> dict[int, dict[str, float]]:
+            plan = Plan(ModelId.of(self.model), patterns, layers, self.below)
+            told = {}
+            for n, each in prompted(layers).items():
+                told[n] = predict(self.model.config, plan, n, each, self.model.device).figures()
+                if each.recall is not None:
+                    told[n]["recall"] = round(float(each.recall[self.free].mean()), 4)
+            return told
+
+        self.prompted, self.expect = prompted, expect
 
     @property
     def below(self) -> Below:

@@ -43,11 +43,11 @@ def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
     `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
-    same per kv head; `page_*` per kv head: effect, harm, error, recall, share of keys read.
+    same per kv head; `page_*` per kv head: effect, harm, error, recall.
     """
     seen = replace(seen, proj=_eyes(seen) if seen.proj is None else seen.proj)
     L, parts = seen.k.shape[2], list(_parts(seen))
-    grid = Grid.causal(1, L, default_block(L), seen.k.device)
+    grid = Grid.causal(1, L, default_block(L, seen.k.device), seen.k.device)
     output = sum(
         torch.einsum("hrd,hdo->ro", _exact(part, seen.keys)[2], part.proj.float()) for part in parts
     )
@@ -124,11 +124,11 @@ def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dic
         effect = by_group(_whole_effect(seen, lists)).abs()
         note("ring", effect=effect, **more, **costs)
     for selector in candidates.selectors.values():
-        read, share = pages_read(selector, q, k, seen.keys, scale)
+        read = pages_read(selector, q, k, seen.keys, scale)
         mask = read.new_ones(len(read), len(rows), L)
         mask[:, at_keys] = read
         effect, more = kept(mask, at_keys.float(), Hkv)
-        note("page", effect=by_group(effect).abs(), **more, share=share)
+        note("page", effect=by_group(effect).abs(), **more)
     return {name: torch.stack(values).numpy() for name, values in found.items()}
 
 
@@ -171,8 +171,8 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 
 
-def pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
-    """Keys [Hq, R, L] that decode steps at `rows` would read, and their mean share by kv head."""
+def pages_read(selector, q, k, rows, scale) -> Tensor:
+    """Keys [Hq, R, L] that decode steps at `rows` would read."""
     if not hasattr(selector, "pages") or selector.refresh:
         raise ValueError(
             f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
@@ -197,5 +197,4 @@ def pages_read(selector, q, k, rows, scale) -> tuple[Tensor, Tensor]:
     read.scatter_(2, torch.where(used, chosen.pages, low.shape[2]), True)
     read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
-    share = (read.sum(2) / (rows + 1)[:, None]).mean(0)
-    return read.transpose(0, 1).repeat_interleave(group, 0), share
+    return read.transpose(0, 1).repeat_interleave(group, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -59,18 +60,15 @@ def windows(longest: int) -> list[int]:
 def options(
     means: Mapping[int, dict[str, np.ndarray]],
     names: Candidates,
-    ring_kept: list[float],
-    ring_read: list[float],
+    costs: Mapping[str, Any],
     score: str = "recall",
 ) -> Options:
     """What each head may choose, from measurements `[layers, candidates, heads]` by length.
 
-    Losses are means over lengths; costs are those of the longest.
+    Losses are means over lengths; costs, those of `search.costs` too, are of the longest.
     """
     found = search.mean(list(means.values()))
-    found |= {
-        name: means[max(means)][name] for name in ("pattern_pairs", "ring_pairs", "page_share")
-    }
+    found |= {name: means[max(means)][name] for name in ("pattern_pairs", "ring_pairs")}
     effect, pairs = found["pattern_effect"], found["pattern_pairs"]
     good = found["pattern_recall"] if score == "recall" else 1 / (1 + found["pattern_error"])
     best = np.zeros((len(LEVELS), effect.shape[0], effect.shape[2]), dtype=int)
@@ -85,11 +83,9 @@ def options(
         rings=list(names.rings),
         ring_effect=found["ring_effect"],
         ring_cost=found["ring_pairs"],
-        ring_kept=ring_kept,
-        ring_read=ring_read,
         selectors=list(names.selectors),
         page_effect=found["page_effect"],
-        page_share=found["page_share"],
+        **costs,
     )
 
 

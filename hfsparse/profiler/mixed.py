@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from hfsparse.figures import Prompts
 from hfsparse.plan import Layer, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job
@@ -26,28 +27,32 @@ def plan(job: Job, prompts: Callable[[Job], Plan], rest: Callable[[Job], Plan]) 
     pairs = zip(one.layers, other.layers, strict=True)
     layers = tuple(join(mine, theirs, names) for mine, theirs in pairs)
     back = {name: word for word, name in names.items()}
+    patterns = {names[word]: pattern for word, pattern in one.patterns.items()} | other.patterns
 
-    def expect(layers: tuple[Layer, ...]) -> dict[int, dict[str, float]]:
-        """Means over heads, where a full one counts 1: each method knows its own heads."""
-        halves = [split(layer, back) for layer in layers]
-        x, y = first.expect([a for a, _ in halves]), second.expect([b for _, b in halves])
-        return {
-            n: {name: round(x[n][name] + y[n][name] - 1, 4) for name in x[n] if name in y[n]}
-            for n in x
-            if n in y
-        }
+    def prompted(layers: tuple[Layer, ...]) -> dict[int, Prompts]:
+        """A head that one method leaves full is the other's: each knows its own."""
+        halves = zip(*(split(layer, back) for layer in layers), strict=True)
+        x, y = (part.prompted(half) for part, half in zip((first, second), halves, strict=True))
+        return {n: _both(x[n], y[n]) for n in x if n in y}
 
-    job.expect = expect
+    job.tell(patterns, prompted)
     told = [part.suspects / part.suspects.max() for part in (first, second) if _tells(part)]
     job.suspects = sum(told) if told else None
-    patterns = {names[word]: pattern for word, pattern in one.patterns.items()} | other.patterns
     return replace(
         other,
         layers=layers,
         patterns=used(patterns, layers),
-        expected=expect(layers),
+        expected=job.expect(layers),
         made=one.made | other.made,
     )
+
+
+def _both(one: Prompts, other: Prompts) -> Prompts:
+    """Of heads that at least one of the two leaves full, at 1."""
+    recall = None
+    if one.recall is not None and other.recall is not None:
+        recall = one.recall * other.recall
+    return Prompts(one.pairs * other.pairs, one.blocks * other.blocks, recall)
 
 
 def _tells(job: Job) -> bool:

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from hfsparse.cache import ring_size
+from hfsparse.figures import Prompts, one_head
 from hfsparse.lists import Grid, default_block
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
@@ -57,7 +57,8 @@ def plan(job: Job) -> Plan:
         choices = job.parts.get(f"pareto-{name}", lambda: {"rules": pareto(programme)})["rules"]
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
-    job.expect = partial(_expected, each=each, tables=tables)
+    patterns = dict(zip(map(_word, each[:-1]), each[:-1], strict=True))
+    job.tell(patterns, partial(_prompted, each=each, tables=tables))
     plans = [_plan(job, each, choice) for choice in choices]
     best = _best(job, plans, unseen)
     best.expected = job.expect(best.layers)
@@ -104,7 +105,6 @@ class Table:
     pairs: np.ndarray  # of a prompt
     blocks: np.ndarray
     held: np.ndarray  # of the cache
-    read: np.ndarray  # by a decode step
 
     @classmethod
     def of(cls, each: list[Streaming | None], n: int, job: Job) -> Table:
@@ -112,10 +112,8 @@ class Table:
         lists = [r and grid.banded(r.band, 1) for r in each]
         pairs = [1.0 if b is None else float(b.pairs()[0, 0] / grid.pairs()[0]) for b in lists]
         blocks = [1.0 if b is None else float(b.blocks()[0, 0] / grid.blocks()[0]) for b in lists]
-        read = [n if r is None else r.sink + r.band.span(n - 1) for r in each]
-        held = [n if r is None else r.sink + ring_size(r.band, n) for r in each]
-        held, read = (np.minimum(1.0, np.array(t) / n) for t in (held, read))
-        return cls(np.array(pairs), np.array(blocks), held, read)
+        held = [one_head(n, rule)[0] for rule in each]
+        return cls(np.array(pairs), np.array(blocks), np.array(held))
 
 
 def _influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
@@ -160,26 +158,13 @@ def _word(rule: Streaming | None) -> str:
     return "full" if rule is None else f"a{rule.recent}b{rule.recent_per_token:g}"
 
 
-def _expected(
+def _prompted(
     layers: tuple[Layer, ...], each: list[Streaming | None], tables: dict[int, Table]
-) -> dict[int, dict[str, float]]:
-    """Mean densities and shares of these layers, by length."""
+) -> dict[int, Prompts]:
+    """What these layers do in prompts, by length."""
     at = {_word(rule): i for i, rule in enumerate(each)}
-    prefill = [at[word] for layer in layers for word in layer.prefill]
-    cache = [at[word] for layer in layers for word in layer.cache]
-    return {
-        n: {
-            "pair_density": _mean(table.pairs[prefill]),
-            "block_density": _mean(table.blocks[prefill]),
-            "cache_share": _mean(table.held[cache]),
-            "decode_share": _mean(table.read[cache]),
-        }
-        for n, table in tables.items()
-    }
-
-
-def _mean(values: np.ndarray) -> float:
-    return round(float(values.mean()), 4)
+    heads = np.array([[at[word] for word in layer.prefill] for layer in layers])
+    return {n: Prompts(table.pairs[heads], table.blocks[heads]) for n, table in tables.items()}
 
 
 def _best(job: Job, plans: list[Plan], length: int) -> Plan:

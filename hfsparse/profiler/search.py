@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from hfsparse.cache import ring_size
+from hfsparse.figures import Prompts, one_head
 from hfsparse.fingerprint import windows
 from hfsparse.loading import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
@@ -64,11 +64,10 @@ def chosen(
 ) -> Plan:
     """Allocate what `options` makes of the measurements, in layers that may be sparse.
 
-    Rings are priced at the longest length.
+    Cache and decode are priced at the longest length.
     """
-    kept_and_read = ring_shares(candidates, max(means))
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
-    choices = options(free, candidates, *kept_and_read)
+    choices = options(free, candidates, costs(candidates, max(means)))
     this = ModelId.of(job.model)
     full = Plan.full(this).layers[0]
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
@@ -90,7 +89,7 @@ def chosen(
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
     job.suspects = job.spread(losses(choices, taken))
     job.draw = partial(_curves, job, candidates, free[max(free)], choices)
-    job.expect = lambda layers: {n: expected(layers, candidates, t, n) for n, t in means.items()}
+    job.tell(known, lambda layers: {n: prompted(layers, candidates, t) for n, t in means.items()})
     job.choose = choose
     return of(taken)
 
@@ -108,48 +107,37 @@ def used(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict[str, Any]:
     return {name: pattern for name, pattern in patterns.items() if name in words}
 
 
-def ring_shares(candidates: Candidates, length: int) -> tuple[list[float], list[float]]:
-    """Shares of a row of `length` tokens that each ring keeps, and that a decode step reads."""
-    kept, read = [], []
-    for ring in candidates.rings.values():
-        kept.append(min(1.0, (ring.sink + ring_size(ring.band, length)) / length))
-        read.append(min(1.0, (ring.sink + ring.band.span(length)) / length))
-    return kept, read
-
-
-def expected(
-    choices: tuple[Layer, ...], candidates: Candidates, found: dict[str, np.ndarray], length: int
-) -> dict[str, float]:
-    """Mean densities, shares and recall of a choice at one length, as measured."""
-    patterns, rings, pages = (
-        {name: i for i, name in enumerate(t)}
-        for t in (candidates.patterns, candidates.rings, candidates.selectors)
+def costs(candidates: Candidates, length: int) -> dict[str, Any]:
+    """What choices keep of a row of `length` tokens and what a step reads, for Options."""
+    rings, pages = (
+        [one_head(length, each) for each in kinds.values()]
+        for kinds in (candidates.rings, candidates.selectors)
     )
-    kept, read = ring_shares(candidates, length)
-    rows: dict[str, list[float]] = {
-        name: []
-        for name in ("pair_density", "block_density", "cache_share", "decode_share", "recall")
+    named = {"ring": rings, "page": pages}
+    found = {f"{name}_kept": [kept for kept, _ in each] for name, each in named.items()}
+    found |= {f"{name}_read": [read for _, read in each] for name, each in named.items()}
+    return found | {"full_kept": one_head(length)[0]}
+
+
+def prompted(
+    choices: tuple[Layer, ...], candidates: Candidates, found: dict[str, np.ndarray]
+) -> Prompts:
+    """What a choice does in prompts, as measured at one length."""
+    tables = {
+        word: (kind, i)
+        for kind, words in (("pattern", candidates.patterns), ("ring", candidates.rings))
+        for i, word in enumerate(words)
     }
-    for layer, choice in enumerate(choices):
-        group = len(choice.prefill) // len(choice.cache)
-        for h, word in enumerate(choice.prefill):
-            if word in rings:
-                table, i, at = "ring", rings[word], h // group
-            elif word in patterns:
-                table, i, at = "pattern", patterns[word], h
-            values = [1.0] * 3
-            if word != "full":
-                values = [
-                    found[f"{table}_{x}"][layer, i, at] for x in ("pairs", "blocks", "recall")
-                ]
-            for name, value in zip(
-                ("pair_density", "block_density", "recall"), values, strict=True
-            ):
-                rows[name].append(float(value))
-        for g, (cache, decode) in enumerate(zip(choice.cache, choice.decode, strict=True)):
-            rows["cache_share"].append(1.0 if cache == "full" else kept[rings[cache]])
-            share = 1.0 if decode == "full" else read[rings[cache]] if decode == "ring" else None
-            if share is None:
-                share = float(found["page_share"][layer, pages[decode], g])
-            rows["decode_share"].append(share)
-    return {name: round(float(np.mean(values)), 4) for name, values in rows.items()}
+    group = found["pattern_pairs"].shape[2] // found["ring_pairs"].shape[2]
+
+    def of(name: str) -> np.ndarray:
+        shares = np.ones((len(choices), len(choices[0].prefill)))
+        for layer, choice in enumerate(choices):
+            for head, word in enumerate(choice.prefill):
+                if word != "full":
+                    kind, i = tables[word]
+                    at = head // group if kind == "ring" else head
+                    shares[layer, head] = found[f"{kind}_{name}"][layer, i, at]
+        return shares
+
+    return Prompts(*map(of, ("pairs", "blocks", "recall")))

@@ -9,6 +9,7 @@ from hfsparse.plan import Layer
 from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate, losses
 
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
+PAGED, CHOSEN, WHOLE = 1.03, 0.3, 1.01  # kept and read where pages are chosen, kept by full heads
 
 
 def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
@@ -24,7 +25,9 @@ def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
         ring_read=[READ],
         selectors=["pages"],
         page_effect=rng.random((layers, 1, kv_heads)) * 0.1,
-        page_share=rng.uniform(0.2, 0.4, (layers, 1, kv_heads)),
+        page_kept=[PAGED],
+        page_read=[CHOSEN],
+        full_kept=WHOLE,
     )
 
 
@@ -43,9 +46,9 @@ def price(o: Options, choices: list[Layer]):
                 cache.append(KEPT)
                 decode.append(READ)
                 continue
-            cache.append(1.0)
+            cache.append({"pages": PAGED, "full": WHOLE}[read])
             effect += o.page_effect[layer, 0, g] if read == "pages" else 0
-            decode.append({"pages": o.page_share[layer, 0, g], "full": 1.0}[read])
+            decode.append({"pages": CHOSEN, "full": 1.0}[read])
             for h in heads:
                 i = {"cheap": 0, "fair": 1, "full": None}[choice.prefill[h]]
                 effect += 0 if i is None else o.prefill_effect[layer, i, h]
@@ -71,13 +74,13 @@ def test_the_choice_is_the_best_of_all_choices(seed, limits):
         effect
         for both in product(every_choice(), repeat=2)
         for effect, *costs in [price(o, both)]
-        if all(c <= limit + 1e-9 for c, limit in zip(costs, limits, strict=True))
+        if all(c <= limit + 1e-9 or limit == 1 for c, limit in zip(costs, limits, strict=True))
     )
     chosen = allocate(o, Budget(*limits))
     effect, *costs = price(o, chosen)
     assert losses(o, chosen).sum() == pytest.approx(effect)
     assert effect == pytest.approx(best, rel=2e-3, abs=1e-9)
-    assert all(c <= limit + 1e-6 for c, limit in zip(costs, limits, strict=True))
+    assert all(c <= limit + 1e-6 or limit == 1 for c, limit in zip(costs, limits, strict=True))
     assert (best > 0) == (limits != (1, 1, 1))  # a budget that binds costs something
 
 
@@ -90,10 +93,10 @@ def test_a_budget_of_loss_gives_the_smallest_shares_within_it(seed, share, cache
         sum(costs)
         for both in product(every_choice(), repeat=2)
         for effect, *costs in [price(o, both)]
-        if effect <= most and costs[1] <= cache
+        if effect <= most and (costs[1] <= cache or cache == 1)
     )
     effect, *costs = price(o, allocate(o, Budget(1, cache, 1, share)))
-    assert costs[1] <= cache
+    assert costs[1] <= cache or cache == 1
     assert effect <= most * (1 + 1e-6)
     assert sum(costs) == pytest.approx(best, rel=2e-3)
 
@@ -107,7 +110,7 @@ def test_rings_are_the_heads_that_lose_least_by_it():
     o = options(np.random.default_rng(0), layers=4, q_heads=6, kv_heads=3)
     o.ring_effect[:] = 10.0
     o.ring_effect[1, 0, 2] = o.ring_effect[3, 0, 0] = 0.01
-    chosen = allocate(o, Budget(1, 1 - 2 * (1 - KEPT) / 12, 1))
+    chosen = allocate(o, Budget(1, WHOLE - 2 * (WHOLE - KEPT) / 12, 1))
     rings = [
         (i, g) for i, c in enumerate(chosen) for g, word in enumerate(c.cache) if word != "full"
     ]
@@ -126,7 +129,9 @@ def test_the_better_of_two_rings_and_of_two_selectors_is_taken():
         ring_read=[0.4, 0.2],
         selectors=["few", "many"],
         page_effect=np.array([[[0.4], [0.1]]] * 2),
-        page_share=np.array([[[0.1], [0.4]]] * 2),
+        page_kept=[1.0, 1.0],
+        page_read=[0.1, 0.4],
+        full_kept=1.0,
     )
     wide, narrow = allocate(o, Budget(1, 0.7, 0.4)), allocate(o, Budget(1, 0.6, 0.15))
     assert [(c.cache, c.decode) for c in wide] == [(("long",), ("ring",)), (("full",), ("many",))]
@@ -145,9 +150,11 @@ def test_budgets_hold_on_a_whole_model_and_are_used():
 
 
 def test_budgets_that_cannot_be_met_are_refused_by_name():
+    o = options(np.random.default_rng(0))
     sentence = r"pair density 0\.05, cache share 1, decode share 0\.5"
-    with pytest.raises(Infeasible, match=sentence):
-        allocate(options(np.random.default_rng(0)), Budget(0.05, 1, 0.5))
+    least = rf"pair density {o.ring_cost[0, 0, 0]:.3f}, cache share {KEPT}\d*, decode share {READ}"
+    with pytest.raises(Infeasible, match=rf"{sentence}.*The smallest .*: {least}"):
+        allocate(o, Budget(0.05, 1, 0.5))
 
 
 def test_wider_budgets_lie_on_the_way_to_all_of_attention_and_no_loss():

@@ -5,7 +5,7 @@ import pytest
 
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler import balanced
+from hfsparse.profiler import balanced, search
 from hfsparse.profiler.allocate import Budget, allocate
 from hfsparse.profiler.job import Job, Parts, silent
 from hfsparse.profiler.prompts import samples
@@ -30,6 +30,12 @@ def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
     assert {bool(ring.recent_per_token) for ring in names.rings.values()} == {False, True}
 
 
+def equal(names):
+    """Costs at 2,048 tokens, of rings that all cost the same."""
+    rings = dict.fromkeys(("ring_kept", "ring_read"), [0.2] * len(names.rings))
+    return search.costs(names, 2048) | rings
+
+
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
     names = balanced.candidates(2048)
@@ -41,12 +47,11 @@ def test_a_ring_whose_loss_grows_with_the_length_is_passed_over(grows):
         means[n] = {
             f"{kind}_{name}": np.full((1, *shape), 0.5)
             for kind, shape in counts.items()
-            for name in ("effect", "recall", "pairs", "share")
+            for name in ("effect", "recall", "pairs")
         }
         means[n]["ring_effect"][:, rings["last256"]] = 0.4 if n == 2048 and grows else 0.1
         means[n]["ring_effect"][:, rings["ring12"]] = 0.2
-    kept = [0.2] * len(rings)
-    (layer,) = allocate(balanced.options(means, names, kept, kept), Budget(1, 0.3, 1))
+    (layer,) = allocate(balanced.options(means, names, equal(names)), Budget(1, 0.3, 1))
     assert set(layer.cache) == {"ring12" if grows else "last256"}
 
 
@@ -57,12 +62,11 @@ def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_take
     found = {
         f"{kind}_{name}": np.full((1, *shape), 0.5)
         for kind, shape in counts.items()
-        for name in ("effect", "recall", "pairs", "share")
+        for name in ("effect", "recall", "pairs")
     }
     best = list(names.rings).index("last64")
     found["ring_recall"][:, best] = 0.6
-    kept = [0.2] * len(names.rings)
-    choices = balanced.options({2048: found}, names, kept, kept)
+    choices = balanced.options({2048: found}, names, equal(names))
     (layer,) = allocate(choices, Budget(1, 0.3, 1))
     assert set(layer.cache) == {"last64"}
     unit = (1 - found["ring_recall"]).mean()

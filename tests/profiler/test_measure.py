@@ -183,12 +183,10 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
                 effect[group] += lost(seen, head, row, keep)
                 recall[group] += attention(seen, head, row, keep)[1] / GROUP / len(KEYS)
     assert share.max() < 0.9
-    near(found["page_share"][0], share, 1e-6)
     near(found["page_effect"][0], np.abs(effect))
     near(found["page_recall"][0], recall, 1e-5)
     np.testing.assert_allclose(found["page_effect"][1], 0, atol=2e-5)
     np.testing.assert_allclose(found["page_recall"][1], 1, rtol=1e-5)
-    np.testing.assert_allclose(found["page_share"][1], 1)
 
 
 def at_keys(seen: Seen, keep, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +207,7 @@ def at_keys(seen: Seen, keep, group: int) -> tuple[np.ndarray, np.ndarray]:
 def test_harm_and_error_are_sums_of_lengths_over_the_key_rows(seen, found):
     at = torch.arange(L)
     ring = ((at < 4) | (at[:, None] - at < 20)).expand(HQ, L, L)
-    read, _ = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, KEYS, SCALE)
+    read = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, KEYS, SCALE)
     pages = torch.ones(HQ, L, L)
     pages[:, KEYS] = read.float()
     vs = pattern_mask(seen, CANDIDATES.patterns["vs"])
@@ -230,7 +228,7 @@ def test_a_step_does_not_know_the_keys_after_it_on_its_own_page(seen):
     later[:, :, 71:] = 100.0  # would win every vote, were it seen
     now = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, seen.k, told, SCALE)
     then = measure.pages_read(CANDIDATES.selectors["quest"], seen.q, later, told, SCALE)
-    assert torch.equal(now[0], then[0])
+    assert torch.equal(now, then)
 
 
 def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
@@ -240,7 +238,7 @@ def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
         for kind, names in {
             "pattern": ("effect", "harm", "error", "recall", "pairs", "blocks"),
             "ring": ("effect", "harm", "error", "recall", "pairs", "blocks"),
-            "page": ("effect", "harm", "error", "recall", "share"),
+            "page": ("effect", "harm", "error", "recall"),
         }.items()
         for name in names
     }

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import hfsparse
 from hfsparse import profiler
+from hfsparse.figures import Prompts
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import mixed
@@ -44,7 +46,7 @@ def test_a_mixed_plan_takes_prompts_from_one_method_and_the_rest_from_another():
 
 
 def test_a_word_that_means_two_things_is_renamed_and_each_method_hears_its_own():
-    model, heard = tiny.llama(), {}
+    model, heard, whole = tiny.llama(), {}, Prompts(np.ones((2, 4)), np.ones((2, 4)))
     full = Plan.full(ModelId.of(model))
 
     def method(who: str, recent: int, cache: tuple[str, ...]):
@@ -54,7 +56,7 @@ def test_a_word_that_means_two_things_is_renamed_and_each_method_hears_its_own()
         def plan(job):
             layers = (Layer(("near",) * 4 if who == "one" else words, cache, reads),) * 2
             heard[who] = job.budget
-            job.expect = lambda layers: heard.update({f"{who} layer": layers[0]}) or {8: {"x": 1.0}}
+            job.tell({}, lambda layers: heard.update({f"{who} layer": layers[0]}) or {8: whole})
             return replace(full, layers=layers, patterns={"near": Streaming(4, recent)})
 
         return plan
