@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import torch
 
+from hfsparse.fingerprint import windows
+from hfsparse.lists import Grid
 from hfsparse.loading import UsageError
 
 from .arms import FORMS, Arm, share
@@ -116,27 +118,30 @@ class Pressed:
         self.cache = None
 
     def stats(self) -> SimpleNamespace:
-        """Densities against dense attention; bytes as held at the end.
+        """Densities against dense attention, over all layers; bytes as held at the end.
 
-        Presses that only mask keys (AdaKV) keep them all.
+        Presses that only mask keys (AdaKV) keep them all. What a window of the model's own drops,
+        no press did.
         """
         layers = self.cache.layers
-        heads = layers[0].keys.shape[1]
+        heads, total = layers[0].keys.shape[1], self.prompt + self.new
+        own = windows(self.model)
+        kept = [total if window is None else min(window - 1, total) for window in own]
         held = [layer.keys.shape[2] for layer in layers]
-        dropped = [self.prompt + self.new - tokens for tokens in held]
+        dropped = [stock - tokens for stock, tokens in zip(kept, held, strict=True)]
         masked = [
             len(at[0]) / heads if (at := getattr(layer, "masked_key_indices", None)) else 0
             for layer in (block.self_attn for block in self.model.model.layers)
         ]
-        read = [1 - (d + m) / self.prompt for d, m in zip(dropped, masked, strict=True)]
-        later = self.prompt - self.first
-        gone = (1 - sum(read) / len(read)) * self.prompt * later
+        gone = sum(dropped) + sum(masked)
+        pairs = sum(int(Grid.causal(1, self.prompt, window=window).pairs()) for window in own)
+        seen = sum(min(window or total, self.prompt) for window in own)
         each = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
-        dense = sum(b * (n + d) / n for b, n, d in zip(each, held, dropped, strict=True))
+        dense = sum(b * n / tokens for b, n, tokens in zip(each, kept, held, strict=True))
         return SimpleNamespace(
-            pair_density=1 - gone / (self.prompt * (self.prompt + 1) / 2),
+            pair_density=1 - gone * (self.prompt - self.first) / pairs,
             block_density=nan,
-            decode_share=sum(read) / len(read),
+            decode_share=1 - gone / seen,
             cache_share=sum(each) / dense,
             kv_bytes=sum(each),
         )

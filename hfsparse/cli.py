@@ -299,7 +299,7 @@ def check(
         typer.echo(line)
     for end, part in predict(config, loaded, length).parts.items():
         shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
-        typer.echo(f"plan, {FREE if end else 'of the dense model'}: {', '.join(shares)}")
+        typer.echo(f"shares {FREE if end else 'of the dense model'}: {', '.join(shares)}")
     if room is not None and need.peak > room:
         raise UsageError(
             f"this plan needs {need.peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "

@@ -185,7 +185,7 @@ def test_check_predicts_what_stats_tells(family, length, tmp_path):
     command = ["check", str(tmp_path / "plan.yaml"), str(tmp_path), "--length", str(length)]
     told = CliRunner().invoke(cli.app, command)
     assert told.exit_code == 0, told.output
-    lines = re.findall(r"plan, .*: cache share ([\d.]+), decode share ([\d.]+)", told.output)
+    lines = re.findall(r"shares .*: cache share ([\d.]+), decode share ([\d.]+)", told.output)
     parts = {"": stats} if hybrid or family == "plain" else {"": stats, "_free": stats.free}
     assert len(lines) == len(parts)
     for (cache, decode), part in zip(lines, parts.values(), strict=True):

@@ -1,16 +1,19 @@
 """Peers as arms. What needs kvpress runs where that is installed (transformers below 5.3)."""
 
 import importlib.metadata
+from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hfsparse.loading import UsageError
-from hfsparse_eval import arms
+from hfsparse_eval import arms, presses
 from hfsparse_eval.generate import answer
 from hfsparse_eval.samples import Prompter, Suite
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
+from tests.patcher.families import WINDOW, fresh, tokens
 
 
 @pytest.mark.parametrize("name", ["flash:0.5", "kvpres:SnapKV:0.5", ""])
@@ -110,3 +113,26 @@ def test_skip_softmax_leaves_the_model_as_it_was_even_where_nothing_can_be_skipp
     assert [type(module) for module in model.modules()] == kinds
     assert set(vars(model)) == before
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_press_is_not_blamed_for_what_the_models_own_windows_drop(share):
+    """A stand-in for a press, which halves the layers that have no window, as kvpress's do."""
+    model = fresh("gemma3")
+    cache = DynamicCache(config=model.config)
+
+    @contextmanager
+    def press(model):
+        yield
+        for layer in (x for x in cache.layers if not x.is_sliding):
+            left = round(layer.keys.shape[2] * (1 - share))
+            layer.keys, layer.values = layer.keys[:, :, :left], layer.values[:, :, :left]
+
+    with presses.Pressed(model, press).on() as pressed, torch.no_grad():
+        pressed.first = 300
+        model(tokens(1, 300), past_key_values=cache)
+        stats = pressed.stats()
+    whole = 2 * 300 + WINDOW - 1
+    assert stats.cache_share == pytest.approx((2 * 300 * (1 - share) + WINDOW - 1) / whole)
+    assert stats.decode_share == pytest.approx(1 - 2 * 300 * share / (2 * 300 + WINDOW))
+    assert stats.pair_density == 1
