@@ -19,9 +19,9 @@ from hfsparse.cache import Layer
 from hfsparse.fingerprint import linear_layers, windows
 from hfsparse.lists import Grid, default_block
 from hfsparse.patcher import _layer_plans
+from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer as Words
 from hfsparse.plan import ModelId, Plan
-from hfsparse.selectors import SELECTORS
 from hfsparse.stats import LayerStats, Stats, Work
 
 
@@ -47,14 +47,12 @@ def predict(
     """
     layers = [LayerStats()] * plan.model.layers
     for own, layer in filled(config, plan, tokens):
-        works = ()
+        works = {}
         if prompts is not None:
             grid = Grid.causal(1, tokens, default_block(tokens, device), window=own.window)
-            works = (
-                _work(prompts.pairs[own.index], grid.pairs()),
-                _work(prompts.blocks[own.index], grid.blocks()),
-            )
-        layers[own.index] = _told(own, layer, tokens, *works)
+            works["pairs"] = _work(prompts.pairs[own.index], grid.pairs())
+            works["blocks"] = _work(prompts.blocks[own.index], grid.blocks())
+        layers[own.index] = _told(own, layer, tokens, **works)
     return Stats(layers)
 
 
@@ -63,11 +61,11 @@ def one_head(tokens: int, pattern: Any = None) -> tuple[float, float]:
 
     pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head.
     """
-    this, full = ModelId("one", 1, 1, 1, 1, "head"), ("full",)
-    words = {None: full * 2, **dict.fromkeys(SELECTORS.values(), ("full", "it"))}
-    cache, decode = words.get(pattern and type(pattern), ("it", "ring"))
-    layer = Words(full, (cache,), (decode,))
-    plan = Plan(this, {"it": pattern}, (layer,))
+    decode = "full" if pattern is None else "it"
+    words = Words(("full",), ("full",), (decode,))
+    if isinstance(pattern, Streaming):
+        words = Words(("it",), ("it",), ("ring",))
+    plan = Plan(ModelId("one", 1, 1, 1, 1, "head"), {"it": pattern}, (words,))
     told = Stats([_told(*each, tokens) for each in _filled(plan, [0], [None], tokens)])
     return told.cache_share, told.decode_share
 
@@ -94,19 +92,11 @@ def _filled(
         yield own, layer
 
 
-def _told(
-    own: LayerPlan, layer: Layer, tokens: int, pairs: Work | None = None, blocks: Work | None = None
-) -> LayerStats:
+def _told(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStats:
     own.steps[tokens, 1] = 1
     held = layer.held()
-    return LayerStats(
-        pairs or Work(),
-        blocks or Work(),
-        own.reads(),
-        held.work(own.kv_heads, tokens),
-        held.bytes(own.kv_heads),
-        window=own.window,
-    )
+    works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
+    return LayerStats(**works, kv_bytes=held.bytes(own.kv_heads), window=own.window)
 
 
 def _work(shares: np.ndarray, dense: torch.Tensor) -> Work:

@@ -20,7 +20,7 @@ from hfsparse_eval.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 LENGTH, SAMPLES = 2048, 5
-BUDGETS = dict(prefill_density=0.37, cache_share=0.42, decode_share=0.3)
+BUDGETS = dict(prefill_density=0.37, cache_share=0.425, decode_share=0.3)
 PROFILE = dict(samples=6, method="minference", verify=False, **BUDGETS)  # the demo's
 
 
