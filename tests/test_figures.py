@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    cache_utils,
 )
 from typer.testing import CliRunner
 
@@ -176,6 +177,8 @@ def test_the_stock_cache_counts_as_what_transformers_holds(family, length):
 def test_check_predicts_what_stats_tells(family, length, tmp_path):
     """Hybrids, too: their linear layers' states count nowhere."""
     hybrid = family not in FAMILIES
+    if hybrid and not hasattr(cache_utils, "LinearAttentionLayer"):
+        pytest.skip("hybrids are followed from transformers 5.17 on")
     model = models.tiny(family) if hybrid else FAMILIES[family]()
     plan = by_hand(model)
     ids = torch.arange(length)[None] % 90 + 2
