@@ -7,7 +7,41 @@ import json
 from typing import Any
 
 LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
+UNITS = {
+    "layers": "layers",
+    "q_heads": "q heads",
+    "kv_heads": "kv heads",
+    "head_dim": "dims a head",
+}
 OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
+
+
+class ShapeError(ValueError):
+    """A config that does not say how its attention is shaped, or not in one way for all layers."""
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The config of a model's text decoder; ShapeError for what has none."""
+    config = getattr(model_or_config, "config", model_or_config)
+    try:
+        return config.get_text_config(decoder=True)
+    except Exception as error:  # a config is any code: of two decoders transformers knows no one
+        raise ShapeError(str(error)) from error
+
+
+def by_layer(config: Any, name: str) -> list[Any]:
+    """A config's value for each layer, None where unset; one item where no layer has its own."""
+    own = getattr(config, "is_heterogeneous", False)  # from 5.24 on
+    return [getattr(each, name, None) for each in (config.per_layer_config if own else [config])]
+
+
+def one_value(config: Any, name: str, default: Any = None) -> Any:
+    """A config's value for all layers, `default` where unset; ShapeError where layers differ."""
+    first, *others = by_layer(config, name)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise ShapeError(f"{name} is {first} in layer 0 and {other} in layer {index}")
+    return default if first is None else first
 
 
 def fingerprint(config: Any) -> str:
@@ -17,15 +51,25 @@ def fingerprint(config: Any) -> str:
 
 
 def attention_values(config: Any) -> dict:
-    """Shape, layer kinds, window and rope of a text decoder's config."""
-    windowed = getattr(config, "use_sliding_window", True)  # qwen: a window may be set but off
-    window = getattr(config, "sliding_window", None) if windowed else None
+    """Shape, layer kinds, window and rope of a text decoder's config; else a ShapeError."""
+    try:
+        return _attention_values(config)
+    except ShapeError:
+        raise
+    except Exception as error:  # a config is any code, and a hand-written one holds anything
+        raise ShapeError(str(error)) from error
+
+
+def _attention_values(config: Any) -> dict:
+    sizes = shape(config)
+    windowed = one_value(config, "use_sliding_window", True)  # qwen: a window may be set but off
+    window = one_value(config, "sliding_window") if windowed else None
     every = "sliding_attention" if window else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
+    kinds = one_value(config, "layer_types") or [every] * sizes["layers"]
     kinds = [OLD_NAMES.get(kind, kind) for kind in kinds]
-    rotated = getattr(config, "no_rope_layers", None) or []  # 1 where a layer has rope
+    rotated = one_value(config, "no_rope_layers") or []  # 1 where a layer has rope
     return {
-        **shape(config),
+        **sizes,
         "kinds": kinds,
         "window": window if "sliding_attention" in kinds else None,
         "rope": {kind: _rope(config, kind) for kind in sorted(set(kinds))},
@@ -45,8 +89,7 @@ def linear_layers(model_or_config: Any) -> list[int]:
 
 
 def _values(model_or_config: Any) -> dict:
-    config = getattr(model_or_config, "config", model_or_config)
-    return attention_values(config.get_text_config(decoder=True))
+    return attention_values(text_config(model_or_config))
 
 
 def weights_mark(model: Any) -> str:
@@ -59,40 +102,48 @@ def weights_mark(model: Any) -> str:
 
 
 def shape(config: Any) -> dict[str, Any]:
-    """Layers, heads and head dim; ValueError for a config that has no single number of them."""
-    layers, q_heads = config.num_hidden_layers, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    head_dim = getattr(config, "head_dim", None)
+    """Layers, heads and head dim; ShapeError for a config that has no single number of them."""
+    layers, q_heads, kv_heads, head_dim, hidden = (
+        one_value(config, name)
+        for name in (
+            *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            "hidden_size",
+        )
+    )
+    if head_dim is None and type(q_heads) is type(hidden) is int:
+        head_dim = hidden // q_heads
     values = {
         "layers": layers,
         "q_heads": q_heads,
         "kv_heads": q_heads if kv_heads is None else kv_heads,
-        "head_dim": config.hidden_size // q_heads if head_dim is None else head_dim,
+        "head_dim": head_dim,
     }
     for key, value in values.items():
+        if value is None:
+            raise ShapeError(f"{type(config).__name__} has no number of {UNITS[key]}")
         if type(value) is not int:
-            raise ValueError(f"{key} is {value!r}, not one whole number")
+            raise ShapeError(f"{key} is {value!r}, not one whole number")
     return values
 
 
 def _rope(config: Any, kind: str) -> dict:
     """Rope base and scaling of one kind of layer; what is unset or neutral is left out."""
-    given = getattr(config, "rope_parameters", None)  # 5.x; nested by kind in gemma3
-    local_base = getattr(config, "rope_local_base_freq", None)  # gemma3 in 4.x
+    given = one_value(config, "rope_parameters")  # 5.x; nested by kind in gemma3
+    local_base = one_value(config, "rope_local_base_freq")  # gemma3 in 4.x
     if given:
         flat = {key: value for key, value in given.items() if not isinstance(value, dict)}
         given = given.get(kind) or flat
     elif local_base and kind == "sliding_attention":
         given = {"rope_theta": local_base}
     else:
-        given = getattr(config, "rope_scaling", None) or {}  # 4.x
-    rope = {key: getattr(config, key, None) for key in ("rope_theta", "partial_rotary_factor")}
+        given = one_value(config, "rope_scaling") or {}  # 4.x
+    rope = {key: one_value(config, key) for key in ("rope_theta", "partial_rotary_factor")}
     rope.update((key, value) for key, value in given.items() if value is not None)
     old_name = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_name or "default"
 
-    longest = getattr(config, "max_position_embeddings", None)
-    trained = getattr(config, "original_max_position_embeddings", None)
+    longest = one_value(config, "max_position_embeddings")
+    trained = one_value(config, "original_max_position_embeddings")
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope["original_max_position_embeddings"] = (
             trained or rope.get("original_max_position_embeddings") or longest

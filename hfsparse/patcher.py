@@ -34,10 +34,17 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from hfsparse import kernels
+from hfsparse import kernels, probe
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
 from hfsparse.cache import CacheError, Group, Held, Layer, enter
-from hfsparse.fingerprint import LINEAR, attention_values, windows
+from hfsparse.fingerprint import (
+    LINEAR,
+    ShapeError,
+    attention_values,
+    by_layer,
+    text_config,
+    windows,
+)
 from hfsparse.graphs import Graphs, new_tokens, parameters
 from hfsparse.lists import FULL, Band
 from hfsparse.loading import device_name
@@ -342,12 +349,7 @@ def _state(model: PreTrainedModel) -> State:
 
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
-    modules = [
-        m
-        for m in model.get_decoder().modules()
-        if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
-    ]
-    modules.sort(key=lambda m: m.layer_idx)
+    modules = probe.attention_modules(model.get_decoder())
     why = next(_obstacles(model, modules), None)
     if why is not None:
         raise PatchError(
@@ -359,35 +361,55 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     """Why this model's attention can't follow a plan."""
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         yield "it is an encoder-decoder"
-    if getattr(config, "kv_lora_rank", None):
-        yield "its cache holds latents (MLA), not keys per head"
-    if getattr(config, "num_kv_shared_layers", 0):
-        yield "layers share keys and values"
-    if any(getattr(m, "indexer", None) is not None for m in modules):
-        yield "an indexer of its own chooses the keys that it reads"
-    if config.model_type == "diffllama":
-        yield "it calls attention twice a layer"
     try:
-        kinds = attention_values(config)["kinds"]
-    except (AttributeError, ValueError) as error:
+        config = text_config(model)
+        if any(by_layer(config, "kv_lora_rank")):
+            yield "its cache holds latents (MLA), not keys per head"
+        if any(by_layer(config, "num_kv_shared_layers")):
+            yield "layers share keys and values"
+        if any(getattr(m, "indexer", None) is not None for m in modules):
+            yield "an indexer of its own chooses the keys that it reads"
+        if config.model_type == "diffllama":
+            yield "it calls attention twice a layer"
+        values = attention_values(config)
+    except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
+    kinds = values["kinds"]
     if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
         yield f"it has layers of kind {', '.join(other)}"
     wanted = [i for i, kind in enumerate(kinds) if kind not in LINEAR]
     if len(wanted) < len(kinds) and not hasattr(cache_utils, "LinearAttentionLayer"):
         yield "this transformers keeps the state of linear layers in a cache of the model's own"
+    if len(wanted) < len(kinds) and not model._supports_default_dynamic_cache():
+        yield "it keeps the state of its linear layers in a cache of its own"
     if not modules:
         yield "it has no attention layers that hfsparse knows"
-    if not all(m.is_causal for m in modules):
+    found = [m.layer_idx for m in modules]
+    if None in found:
+        yield "some of its attention belongs to no layer of the decoder"
+    causal = {m.layer_idx for m in modules if m.is_causal}
+    if not causal.issuperset(found):
         yield "its tokens attend to later ones too"
-    if (found := [m.layer_idx for m in modules]) != wanted:
+    if not all(m.is_causal for m in modules):
+        yield "its layers have attention to an encoder, too (cross-attention)"
+    if found != wanted:
         yield f"its attention layers are {found}, its config says {wanted}"
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
+    full = Plan.full(ModelId.of(model))
+    why = probe.why_not(model.get_decoder(), _layer_plans(full, wanted, windows(model), full.below))
+    if why is not None:
+        yield why
+    for m in modules:  # code that the probe can't run
+        ratio = getattr(m, "num_key_value_groups", None)
+        if ratio is not None and ratio * values["kv_heads"] != values["q_heads"]:
+            yield (
+                f"layer {m.layer_idx} has q and kv heads as {ratio} to 1, where its config says "
+                f"{values['q_heads']} to {values['kv_heads']}"
+            )
 
 
 def _below(plan: Plan, device: torch.device) -> Below:

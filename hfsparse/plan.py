@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 from hfsparse import plan_yaml, reading
-from hfsparse.fingerprint import linear_layers, windows
+from hfsparse.fingerprint import UNITS, linear_layers, windows
 from hfsparse.plan_rules import (
     MAX_BYTES,
     MAX_PROBLEMS,
@@ -147,12 +147,10 @@ class Plan:
 
     def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:
         ours, theirs = self.model, ModelId.of(model_or_config)
-        units = {"layers": "layers", "q_heads": "q heads", "kv_heads": "kv heads"}
-        units["head_dim"] = "dims a head"
         renew = "Profile this model: hfsparse profile <model> -o plan.yaml"
         or_allow = ', or use the plan all the same: patch(..., allow={"fingerprint"})'
-        if differ := [key for key in units if getattr(ours, key) != getattr(theirs, key)]:
-            have = " with " + ", ".join(f"{getattr(ours, key)} {units[key]}" for key in differ)
+        if differ := [key for key in UNITS if getattr(ours, key) != getattr(theirs, key)]:
+            have = " with " + ", ".join(f"{getattr(ours, key)} {UNITS[key]}" for key in differ)
             found = " with " + ", ".join(str(getattr(theirs, key)) for key in differ)
         elif "fingerprint" in allow or ours == theirs:
             return

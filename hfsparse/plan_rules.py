@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from itertools import chain, groupby, islice
 from typing import Any
 
-from hfsparse.fingerprint import fingerprint, shape
+from hfsparse.fingerprint import ShapeError, fingerprint, shape, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.reading import SURROGATE
@@ -81,9 +81,9 @@ class ModelId:
         if whole is model_or_config:
             name = (getattr(whole, "architectures", None) or [name])[0]
         try:
-            config = whole.get_text_config(decoder=True)
+            config = text_config(whole)
             return cls(class_name=name, fingerprint=fingerprint(config), **shape(config))
-        except (AttributeError, TypeError, ValueError) as error:
+        except ShapeError as error:
             raise PlanError(
                 f"{name} is not a model that a plan can describe: {error}. "
                 "Give a decoder of transformers whose layers have equal heads, or its config"
