@@ -143,7 +143,7 @@ class LayerPlan:
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
-        more = reserve, expected, self.window, self.below.decode
+        more = reserve, expected, self.window, self.below.decode, self.index
         return Layer(self.owner, self.groups, below, *more)
 
     def reads(self) -> Work:

@@ -57,6 +57,12 @@ class Held:
     column: int  # bytes of one column of the stock cache, over all rows and heads
     window: int | None
 
+    @classmethod
+    def together(cls, parts: Sequence[Held]) -> Held:
+        """Of a layer that runs several times a call, each time with a cache of its own."""
+        stores = [store for part in parts for store in part.stores]
+        return cls(stores, sum(part.column for part in parts), parts[0].window)
+
     def bytes(self, kv_heads: int) -> list[int]:
         """By kv head, as allocated."""
         return self._each(kv_heads, lambda size, room: size)
@@ -74,7 +80,7 @@ class Held:
         found = [0] * kv_heads
         for heads, size, room in self.stores:
             for head in heads:
-                found[head] = part(size, room) // len(heads)
+                found[head] += part(size, room) // len(heads)
         return found
 
 
@@ -110,8 +116,9 @@ class Layer(CacheLayerMixin):
         expected: int = 0,
         window: int | None = None,
         read_below: int = 0,  # rows of fewer tokens read every page
+        index: int = 0,  # of the decoder layer that it serves; copies serve the same, in loops
     ):
-        self.owner = owner
+        self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
         self.stores = [

@@ -549,7 +549,10 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     if state.graphs.why is None and state.graphs.held() is layers[0]:
         return  # a replay: it wrote into what was there
     state.graphs.held = weakref.ref(layers[0])
-    state.held = [layer.held() for layer in layers]
+    held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
+    for layer in layers:
+        held[layer.index].append(layer.held())
+    state.held = [Held.together(parts) for parts in held.values()]
 
 
 def _check_width(given: dict, cache: Any) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import logging as transformers_logging
 
-from hfsparse.attention import LayerPlan, mask_start
+from hfsparse.attention import LayerPlan
 from hfsparse.cache import CacheError, enter, take_layer
 from hfsparse.graphs import parameters
 
@@ -87,6 +87,8 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     enter(plans[0].owner)
     with Answers():
         twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{name: cache})
+    if any(layers[plan.index].stored < layers[plan.index].seen for plan in plans):
+        raise CacheError("a layer's attention was not called")
 
 
 def look(
@@ -113,12 +115,13 @@ def look(
             "all tokens" if n is None else f"a window of {n}" for n in (sliding_window, plan.window)
         ]
         raise Unlike(f"layer {plan.index} attends to {words[0]}, where its config says {words[1]}")
-    take_layer()
+    if (layer := take_layer()) is not None:
+        layer.stored = layer.seen
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, look)
-AttentionMaskInterface.register(NAME, mask_start)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
 
 
 @contextmanager
