@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hfsparse
 from hfsparse import kernels
+from hfsparse.fingerprint import text_config
 from hfsparse.loading import UsageError
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
@@ -101,7 +102,7 @@ def stand_in(model: PreTrainedModel) -> Plan:
 def bench(model: PreTrainedModel, plan: Plan, lengths: list[int], repeat: int = 3) -> Iterator[Row]:
     """Rows, as they are measured. Dense is the model as it is; both fill a cache."""
     for tokens in sorted(lengths):
-        ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+        ids = torch.randint(0, text_config(model).vocab_size, (1, tokens), device=model.device)
         times: dict[str, list[float]] = {"dense": [], "sparse": []}
         peaks, clock = {}, Clock(model.device)
         for turn in range(repeat + 2):  # the first one warms up, the last one is looked into

@@ -275,10 +275,13 @@ def check(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
+    import hfsparse
+    from hfsparse.loading import skeleton
     from hfsparse.plan import Plan
 
     config, loaded = _config(model), Plan.load(plan)
     loaded.check(config)
+    hfsparse.patch(skeleton(config)).undo()  # says what patch would say of the model
     typer.echo(f"{plan} fits {model}")
     if length is None:
         return

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from hfsparse.loading import _first_line
+from hfsparse.loading import _first_line, skeleton
 
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4")
 TESTED = ("4.57.6", "5.0.0", "5.17.0", "5.24.0")  # of transformers
@@ -130,26 +130,15 @@ def verdict(name: str) -> dict[str, Any]:
     """Whether a model can be patched, from its config: it is built without weights."""
     found: dict[str, Any] = {"name": name, "supported": False}
     try:
-        import torch
-        import transformers
-
         import hfsparse
         from hfsparse.cli import _config
         from hfsparse.plan import ModelId
 
         config = _config(name)
         found["type"], found["tested"] = config.model_type, config.model_type in FAMILIES
-        wanted = getattr(transformers, (config.architectures or [""])[0], None)
-        build = wanted or transformers.AutoModelForCausalLM.from_config
-        said = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        try:
-            with torch.device("meta"):
-                model = build(config)
-            with hfsparse.patch(model):
-                shape = ModelId.of(model)
-        finally:
-            transformers.logging.set_verbosity(said)
+        model = skeleton(config)
+        with hfsparse.patch(model):
+            shape = ModelId.of(model)
     except Exception as problem:  # whatever a config can do to transformers
         ours = type(problem).__module__.startswith("hfsparse")
         return {**found, "why_not": _first_line(problem) if ours else _say(problem)}

@@ -12,7 +12,7 @@ from hfsparse.reading import local
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Packages that transformers imports where they are installed; they warn of what a user can't mend.
@@ -76,6 +76,24 @@ def leave_busy_cores() -> None:
             "(OMP_NUM_THREADS sets another number)",
             file=sys.stderr,
         )
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, without weights: on torch's meta device; UsageError if not built."""
+    import torch
+    import transformers
+
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return (named or transformers.AutoModelForCausalLM.from_config)(config)
+    except Exception as problem:  # whatever a config can do to transformers
+        name = type(config).__name__
+        raise UsageError(f"can't build the model of {name}: {_first_line(problem)}") from problem
+    finally:
+        transformers.logging.set_verbosity(said)
 
 
 def find(model: str) -> tuple[str, bool]:

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from hfsparse.figures import filled
+from hfsparse.fingerprint import ShapeError, by_layer, one_value, text_config
+from hfsparse.loading import skeleton
 from hfsparse.patcher import CHUNK
 from hfsparse.plan import ModelId, Plan
 
 WIDE, NARROW = 3, 4
+# What configs call the intermediate size; where none is set it is four hidden sizes (GPT-2, GPT-J).
+MLP = ("intermediate_size", "n_inner", "ffn_dim", "dff", "moe_intermediate_size")
 LONGEST = 1 << 27  # tokens looked at
 
 
@@ -45,10 +48,9 @@ def predict(
 
 def _beside_weights(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
     """Bytes of cache and work."""
-    text = config.get_text_config(decoder=True)
+    mlp, hidden = _widths(config)
     cache, dense = cache_elements(config, plan or Plan.full(ModelId.of(config)), tokens, batch)
-    live = WIDE * text.intermediate_size + NARROW * text.hidden_size
-    work = batch * min(tokens, chunk or tokens) * live
+    work = batch * min(tokens, chunk or tokens) * (WIDE * mlp + NARROW * hidden)
     return itemsize * (dense if plan is None else cache), itemsize * work
 
 
@@ -63,9 +65,17 @@ def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tupl
 
 def parameters(config: Any) -> int:
     """How many weights the model has."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in skeleton(config).parameters())
+
+
+def _widths(config: Any) -> tuple[int, int]:
+    """Of the widest layer's MLP, and of hidden states."""
+    text = text_config(config)
+    hidden = one_value(text, "hidden_size")
+    if type(hidden) is not int:
+        raise ShapeError(f"{type(text).__name__} has no hidden_size: its work can't be predicted")
+    layers = next((found for name in MLP if any(found := by_layer(text, name))), [4 * hidden])
+    return max(max(n) if isinstance(n, list) else n for n in layers if n), hidden
 
 
 def longest(

@@ -202,6 +202,7 @@ def check_curves(curves: str | Path | None, method: str, prefill_method: str | N
 
 
 def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int) -> None:
+    ModelId.of(model)  # PlanError for what no plan can describe
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "max_position_embeddings", None) or max(lengths, default=0)
     problems = [
