@@ -365,3 +365,67 @@ def test_profile_refuses_an_unwritable_output_before_it_loads_the_model(tmp_path
     message = error("profile", "m", "-o", tmp_path / "plan.yaml")
     assert "can't write in" in message
     assert "No space left on device" in message
+
+
+# ---- models that can't be served
+
+UNLIKE = dict(  # Gemma 4's global layers have other heads than its windowed ones
+    vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=3, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2, global_head_dim=16, num_global_key_value_heads=1,
+    attention_k_eq_v=True, hidden_size_per_layer_input=0, vocab_size_per_layer_input=400,
+    num_kv_shared_layers=0, sliding_window=40, max_position_embeddings=512,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+)  # fmt: skip
+SERVED = {
+    "profile": "profile {model} -o {out} --lengths 256",
+    "check": "check {plan} {model}",
+    "check of a length": "check {plan} {model} --length 100",
+    "generate": "generate {model} --prompt-file {prompt}",
+    "generate by a plan": "generate {model} --prompt-file {prompt} --plan {plan}",
+    "bench": "bench {model} --lengths 16",
+    "import": "import minference {published} -o {out} --model-config {model}",
+    "eval": "eval ppl {model} --plan {plan} --output {out}",
+}
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    """A folder of a model whose config refuses to name one number of kv heads."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this transformers has no Gemma 4")
+    folder = tmp_path_factory.mktemp("models") / "gemma4"
+    config = transformers.Gemma4TextConfig(**UNLIKE)
+    transformers.Gemma4ForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer(True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", SERVED)
+def test_heads_that_differ_by_layer_are_one_sentence_of_every_command(
+    command, unlike, plan, prompt, tmp_path
+):
+    published = tmp_path / "published.json"
+    pattern = [{str(h): ["vertical_and_slash", 100, 800, 1] for h in range(4)}] * 3
+    published.write_text(json.dumps(pattern))
+    named = dict(model=unlike, plan=plan, prompt=prompt, published=published, out=tmp_path / "out")
+    result = run(*(word.format(**named) for word in SERVED[command].split()))
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    said = result.output + result.stderr
+    assert "num_key_value_heads is 2 in layer 0 and 1 in layer 2" in said
+    assert "Traceback" not in said
+
+
+def test_check_says_what_patch_would_say(tmp_path):
+    """The plan fits the config, and patch would refuse the model."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PhimoeConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=40, num_local_experts=4,
+        architectures=["PhimoeForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    Plan.full(ModelId.of(config)).save(tmp_path / "plan.yaml")
+    said = error("check", tmp_path / "plan.yaml", tmp_path)
+    assert "can't be patched" in said

@@ -206,6 +206,16 @@ def test_a_model_that_is_refused(name, why, tmp_path):
     assert run(tmp_path, "--json")[0] == 1
 
 
+def test_a_refusal_is_in_the_words_of_patch(tmp_path):
+    """A window in the config that the model's code ignores: only a look at the code tells."""
+    config = transformers.PhimoeConfig(
+        num_hidden_layers=2, sliding_window=40, architectures=["PhimoeForCausalLM"]
+    )
+    code, printed = run(config_only(tmp_path, config))
+    assert code == 1
+    assert "layer 0 attends to all tokens, where its config says a window" in line("model", printed)
+
+
 def test_a_model_that_is_not_there_or_broken_is_a_line(tmp_path):
     code, printed = run(tmp_path / "absent")
     assert code == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfsparse
@@ -11,6 +14,7 @@ from hfsparse import bench, memory
 from hfsparse.plan import Plan
 from tests.patcher.families import FAMILIES, fresh, full, growing, mixed, streaming, tiny, tokens
 from tests.patcher.runs import forward
+from tests.support import models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,3 +92,36 @@ def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch
     fits = int(told.rpartition(" x ")[2].split()[0].replace(",", ""))
     again = dict(batch=2, chunk=memory.CHUNK, itemsize=4)
     assert memory.longest(model.config, plan, need.peak, **again) == fits >= 300
+
+
+OTHER_NAMES = {  # how wide the MLP is, for a hidden size of 64
+    "GPT2": (dict(n_embd=64, n_layer=2, n_head=4), 256),
+    "GPT2 of its own": (dict(n_embd=64, n_layer=2, n_head=4, n_inner=96), 96),
+    "GPTJ": (dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8), 256),
+    "GPTBigCode": (dict(n_embd=64, n_layer=2, n_head=4), 256),
+    "OPT": (
+        dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=80)
+        | dict(word_embed_proj_dim=64),
+        80,
+    ),
+    "CTRL": (dict(n_embd=64, n_layer=2, n_head=4, dff=72), 72),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_an_mlp_is_found_by_whatever_name_its_size_has(name):
+    more, width = OTHER_NAMES[name]
+    config = getattr(transformers, f"{name.split()[0]}Config")(vocab_size=100, **more)
+    need = memory.predict(config, None, 1000, itemsize=2)
+    assert need.work == 2 * 1000 * (memory.WIDE * width + memory.NARROW * 64)
+    assert need.weights > 0
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3_vl"])
+def test_a_model_of_images_is_predicted_by_its_text_decoder(family):
+    model = models.tiny(family)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    need = memory.predict(config, full(model), 100, itemsize=4)
+    assert need.weights == 4 * sum(p.numel() for p in model.parameters())
+    assert need.work == 4 * 100 * (memory.WIDE * 64 + memory.NARROW * 64)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from math import isnan
 
 import pytest
+import torch
+import transformers
 
 import hfsparse
 from hfsparse.patcher import PatchError
 from tests.patcher.families import (
     FAMILIES,
+    SIZES,
+    full,
     growing,
     left_padded,
     mixed,
@@ -159,3 +163,27 @@ def test_explain_names_kernels_reasons_and_windows():
     assert "not verified on these weights" in text
     with pytest.raises(PatchError, match="is not patched"):
         hfsparse.explain(model)
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_copies_of_a_looped_layer_count_for_it(loops):
+    """Dory's middle layers run several times a call, each time with a cache of their own."""
+    if not hasattr(transformers, "DoryForCausalLM"):
+        pytest.skip("this transformers has no Dory")
+    torch.manual_seed(0)
+    shape = dict(num_attention_heads=4, num_key_value_heads=2, n_recurrent_loops=loops)
+    parts = dict(n_input_layers=1, n_recurrent_layers=1, n_output_layers=1)
+    config = transformers.DoryConfig(
+        **{**SIZES, **shape, **parts}, layer_types=["full_attention"] * 3
+    )
+    model = transformers.DoryForCausalLM(config).eval()
+    for plan in (full(model), streaming(model)):
+        with hfsparse.patch(model, plan) as handle:
+            cache = forward(model, tokens(1, 300)).past_key_values
+            stats = handle.stats()
+        assert len(cache.layers) == 2 + loops
+        assert stats.kv_bytes == sum(layer.bytes() for layer in cache.layers)
+        assert stats.kv_bytes_dense == sum(layer.dense_bytes() for layer in cache.layers)
+        held = [sum(layer.kv_bytes) for layer in stats.layers]
+        assert held[1] == sum(cache.layers[i].bytes() for i in (1, *range(3, 2 + loops)))
+        assert held[0] == cache.layers[0].bytes()
