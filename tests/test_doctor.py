@@ -14,9 +14,12 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+import hfsparse
 from hfsparse import doctor, kernels
+from hfsparse.attention import PatchError
 from hfsparse.cli import app
 from hfsparse.kernels import Kernel
+from hfsparse.loading import skeleton
 from tests import tiny
 
 
@@ -213,7 +216,9 @@ def test_a_refusal_is_in_the_words_of_patch(tmp_path):
     )
     code, printed = run(config_only(tmp_path, config))
     assert code == 1
-    assert "layer 0 attends to all tokens, where its config says a window" in line("model", printed)
+    with pytest.raises(PatchError) as told:
+        hfsparse.patch(skeleton(config))
+    assert str(told.value) in line("model", printed)
 
 
 def test_a_model_that_is_not_there_or_broken_is_a_line(tmp_path):
