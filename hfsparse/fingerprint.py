@@ -103,13 +103,9 @@ def weights_mark(model: Any) -> str:
 
 def shape(config: Any) -> dict[str, Any]:
     """Layers, heads and head dim; ShapeError for a config that has no single number of them."""
-    layers, q_heads, kv_heads, head_dim, hidden = (
-        one_value(config, name)
-        for name in (
-            *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-            "hidden_size",
-        )
-    )
+    names = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"
+    layers, q_heads, kv_heads, head_dim = (one_value(config, name) for name in names)
+    hidden = one_value(config, "hidden_size")
     if head_dim is None and type(q_heads) is type(hidden) is int:
         head_dim = hidden // q_heads
     values = {
