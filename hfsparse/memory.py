@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hfsparse.figures import filled
 from hfsparse.fingerprint import ShapeError, by_layer, one_value, text_config
 from hfsparse.loading import skeleton
