@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import ceil
 
 import torch
 import triton
@@ -56,8 +55,7 @@ def why_not(pattern, q: Tensor, grid: Grid) -> str | None:
 
 def block_topk(pattern: BlockTopK, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """As BlockTopK.lists."""
-    most = max(pattern.min_blocks, ceil(grid.nk * pattern.share), 3)
-    found = triton_select.empty(grid, q.shape[1], most)
+    found = triton_select.empty(grid, q.shape[1], pattern.width(grid.nk))
     queries = _means(q, grid.q_len, grid.nq, grid.block)
     keys = _means(k, grid.k_len, grid.nk, grid.block)
     for first, scores in _slices(found, 1):
@@ -81,7 +79,7 @@ def antidiagonal(
     """As Antidiagonal.lists."""
     B, H, _, D = q.shape
     stride = min(STRIDE, grid.block)
-    found = triton_select.empty(grid, H, max(ceil(grid.nk * pattern.max_share), 3))
+    found = triton_select.empty(grid, H, pattern.width(grid.nk))
     found = replace(found, cut=torch.zeros(B, H, dtype=torch.int64, device=q.device))
     short = q.element_size() == 2
     queries, keys, depth = (128, 256, 64) if short else (64, 64, 32)

@@ -20,14 +20,14 @@ from torch import Tensor
 from hfsparse.kernels.triton_prefill import DTYPES, LOG2E
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.selectors.choice import Choice
-from hfsparse.selectors.quest import EXACT, Quest
+from hfsparse.selectors.quest import Quest
+from hfsparse.shares import ratio
 
 SIZES = tuple(1 << n for n in range(10, 16))  # pages
 MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
 EARLY = tl.constexpr(1 << 13)  # pages up to which four rows of bounds fit into registers
 TILE = 64  # pages whose bounds one program computes
 FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
-MASS = 20  # bits behind the point of a share of votes
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
@@ -94,13 +94,23 @@ def pages(
     _choose[(B * Hkv,)](
         *(bounds, totals, chosen, count, length, made),
         *(count if choice is None else choice.count, count if read is None else read),
-        *(Hkv, Q, queries, P, tiles, width, chosen.stride(1), quest.min_pages, quest.units),
-        *(below, quest.refresh, round(quest.top_p * (1 << MASS))),
-        EXACT=EXACT,
+        *(
+            Hkv,
+            Q,
+            queries,
+            P,
+            tiles,
+            width,
+            chosen.stride(1),
+            quest.min_pages,
+            below,
+            quest.refresh,
+        ),
+        *(*ratio(quest.share), *ratio(quest.top_p)),
         SIZE=size,
         TILE=TILE,
         PAGE=PAGE,
-        MASS=MASS if quest.top_p else 0,
+        MASS=quest.top_p > 0,
         KEEPS=choice is not None,
         COUNTS=read is not None,
         num_warps=max(4, min(32, size // 512)),
@@ -201,15 +211,15 @@ def _totals(a, b, c, d):
     return _total(i, e), _total(j, f), _total(k, g), _total(m, h)
 
 
-NUMBERS = "Hkv Q queries P tiles width stride min_pages units short refresh top_p"
+NUMBERS = "Hkv Q queries P tiles width stride min_pages short refresh part whole votes all_votes"
 
 
 @triton.jit(do_not_specialize=NUMBERS.split())
 def _choose(
     BOUNDS, TOTALS, CHOSEN, COUNT, LENGTH, MADE, KEPT, READ,
-    Hkv, Q, queries, P, tiles, width, stride, min_pages, units: tl.int64,
-    short: tl.int64, refresh, top_p,
-    EXACT: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
+    Hkv, Q, queries, P, tiles, width, stride, min_pages, short: tl.int64, refresh,
+    part: tl.int64, whole: tl.int64, votes: tl.int64, all_votes: tl.int64,
+    SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
     MASS: tl.constexpr, KEEPS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -270,7 +280,7 @@ def _choose(
     order = tl.where((page == 0) | (page >= newest), 0, order)
     order = tl.where(page < total, order, 0x7FFFFFFF)
     forced = tl.where(newest > 0, total - newest + 1, total)
-    budget = ((total * units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT).to(tl.int32)
+    budget = tl.cdiv(total * part, whole).to(tl.int32)
     budget = tl.minimum(tl.maximum(tl.maximum(budget, min_pages), forced), total)
 
     # Before `low` come `below` pages, no more than the budget; up to `high` no fewer. Each pass
@@ -279,7 +289,7 @@ def _choose(
     if MASS:
         # As many as hold enough of all votes: the cost at which, searched for as that below.
         vote = tl.where(page < total, _weight(1.0, rank), 0)
-        need = (tl.sum(vote, 0) * top_p + (1 << MASS) - 1) >> MASS
+        need = tl.cdiv(tl.sum(vote, 0) * votes, all_votes)
         need -= tl.sum(tl.where(order == 0, vote, 0), 0)
         while low < high:
             third = (high - low) // 3

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.lists import EDGES, FULL, BlockLists, Grid
+from hfsparse.shares import ratio
 
 CHUNK = 1024  # key blocks, or columns, looked at together
 LOWEST = tl.constexpr(-2139095041)  # -inf, as an integer that orders as floats do
@@ -56,7 +57,7 @@ def best_blocks(
         *(lists.full_count, lists.full_index, lists.part_count, lists.part_index),
         lists.full_count if lists.cut is None else lists.cut,
         *(H, n, first, grid.nq, nk, lists.full_index.shape[-1], lists.part_index.shape[-1]),
-        *(grid.window or 0, least, share, short),
+        *(grid.window or 0, least, *ratio(share), short),
         GROUPS=0 if totals is None else groups,
         MASS=tau is not None,
         BLOCK=grid.block,
@@ -130,10 +131,14 @@ def _above(row, n, bound, CHUNK: tl.constexpr):
     return count, mass
 
 
-@triton.jit(do_not_specialize="H n first nq nk full_width part_width window least".split())
+NUMBERS = "H n first nq nk full_width part_width window least numerator denominator"
+
+
+@triton.jit(do_not_specialize=NUMBERS.split())
 def _best(
     SCORES, TOTALS, Q_LEN, K_LEN, FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, CUT,
-    H, n, first, nq, nk, full_width, part_width, window, least, share, tau,
+    H, n, first, nq, nk, full_width, part_width, window, least,
+    numerator: tl.int64, denominator: tl.int64, tau,
     GROUPS: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +173,7 @@ def _best(
     tl.debug_barrier()
 
     # The lowest bound for which what lies above it is not enough yet.
-    budget = tl.ceil(visible.to(tl.float32) * share - 1e-6).to(tl.int32)
+    budget = tl.cdiv(visible * numerator, denominator).to(tl.int32)
     room = tl.maximum(tl.maximum(budget, least), own) - own
     short = total * tau - held
     low, high = tl.full([], LOWEST, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 
 PATTERNS: dict[str, type] = {}
+OWN = 3  # blocks kept in any case, at most: the row's first and two that hold the block's queries
 
 
 class Pattern(Protocol):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
-from hfsparse.patterns import register, require
+from hfsparse.patterns import OWN, register, require
+from hfsparse.shares import ratio, share_of
 
 STRIDE = 16  # tokens in a group
 
@@ -34,12 +35,16 @@ class Antidiagonal:
             f"max_share is {self.max_share}: give more than 0 and at most 1",
         )
 
+    def width(self, blocks: int) -> int:
+        """The most that a query block keeps of so many blocks, if there are that many."""
+        return max(share_of(blocks, *ratio(self.max_share)), OWN)
+
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         mass = scores(q, k, grid, scale)
         seen, _ = grid.reach()
         newest = (grid.first + grid.live - 1)[:, None]
-        forced = seen & (newest >= grid.q_first[..., None])  # its own queries: at most two blocks
+        forced = seen & (newest >= grid.q_first[..., None])  # its own queries
         forced[..., 0] |= seen[..., 0]
         score = mass.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -1)
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
@@ -50,7 +55,7 @@ class Antidiagonal:
         share = self.tau if self.tau < 1 else torch.inf  # at 1 rounding must not decide
         enough = before >= ranked.sum(-1, keepdim=True) * share
         wanted = (rank < visible) & (~enough | (rank < own))
-        most = torch.maximum((visible * self.max_share - 1e-6).ceil(), own)
+        most = torch.maximum(share_of(visible, *ratio(self.max_share)), own)
         keep = torch.zeros_like(wanted).scatter_(3, order, wanted & (rank < most))
         cut = (wanted & (rank >= most)).any(-1).sum(-1)
         return replace(BlockLists.of(grid, q.shape[1], keep), cut=cut)

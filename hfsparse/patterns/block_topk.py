@@ -7,13 +7,13 @@ see; the row's first block and those that hold its own queries always.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
-from hfsparse.patterns import register, require
+from hfsparse.patterns import OWN, register, require
+from hfsparse.shares import ratio, share_of
 
 
 @register("block_topk")
@@ -28,18 +28,22 @@ class BlockTopK:
         require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
         require(self.min_blocks >= 1, f"min_blocks is {self.min_blocks}: give 1 or more")
 
+    def width(self, blocks: int) -> int:
+        """The most that a query block keeps of so many blocks, if there are that many."""
+        return max(share_of(blocks, *ratio(self.share)), self.min_blocks, OWN)
+
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         score = scores(q, k, grid)
         seen, _ = grid.reach()
         newest = (grid.first + grid.live - 1)[:, None]
-        forced = seen & (newest >= grid.q_first[..., None])  # its own queries: at most two blocks
+        forced = seen & (newest >= grid.q_first[..., None])  # its own queries
         forced[..., 0] |= seen[..., 0]
         score = score.masked_fill(forced[:, None], torch.inf)
         score = score.masked_fill(~seen[:, None], -torch.inf)
         visible = seen.sum(-1)[:, None]
-        budget = (visible * self.share - 1e-6).ceil().clamp(min=self.min_blocks)
-        width = min(grid.nk, max(self.min_blocks, ceil(grid.nk * self.share)) + 2)
+        budget = share_of(visible, *ratio(self.share)).clamp(min=self.min_blocks)
+        width = min(grid.nk, self.width(grid.nk))
         best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :width]
         rank = torch.arange(width, device=q.device)
         ours = rank < torch.maximum(budget, forced.sum(-1)[:, None])[..., None]

@@ -11,7 +11,6 @@ ones, until they hold that share of all votes, which estimate the softmax's mass
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.patterns import require
 from hfsparse.selectors import register
-
-EXACT = 40  # bits behind the point of a share: float32 would decide page budgets by rounding
+from hfsparse.shares import ratio, share_of
 
 
 @register("quest")
@@ -50,14 +48,9 @@ class Quest:
         """Whether only the device knows how many pages a step reads."""
         return bool(self.refresh or self.top_p)
 
-    @property
-    def units(self) -> int:
-        """The share, in 1/2^EXACT."""
-        return round(self.share * (1 << EXACT))
-
     def width(self, pages: int, queries: int) -> int:
         """The most pages that are read of a buffer of so many; `queries` are new."""
-        most = max(self.min_pages, ceil(pages * self.share)) + 2 + -(-queries // PAGE)
+        most = max(self.min_pages, share_of(pages, *ratio(self.share))) + 2 + -(-queries // PAGE)
         return min(pages, most + -(-self.refresh // PAGE))
 
     def pages(
@@ -79,9 +72,7 @@ class Quest:
         forced = (page == 0) | ((page >= newest) & (page < total[:, None]))
         vote = vote.masked_fill(forced[:, None], torch.inf)
         vote = vote.masked_fill((page >= total[:, None])[:, None], -torch.inf)
-        # The share rounded up, but for what lies a millionth of a page above a whole number.
-        budget = (total * self.units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT
-        budget = budget.clamp(min=self.min_pages)
+        budget = share_of(total, *ratio(self.share)).clamp(min=self.min_pages)
         best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
         budget = budget[:, None].expand(B, Hkv)
         if self.top_p:
@@ -103,7 +94,7 @@ class Quest:
         total = -(-length // PAGE)
         newest = np.maximum(length - new, 0) // PAGE
         forced = total - newest + (newest > 0)
-        budget = (total * self.units + (1 << EXACT) - 1 - (1 << EXACT - 20)) >> EXACT
+        budget = share_of(total, *ratio(self.share))
         count = np.minimum(np.maximum(np.maximum(budget, self.min_pages), forced), total)
         return count * PAGE - -length % PAGE
 
