@@ -331,7 +331,7 @@ class BlockLists:
         if self.columns is not None:
             last = self.grid.q_last[:, None, :, None]
             alone = ~self.covered & (self.columns[:, :, None] <= last) & (last >= 0)
-            count = count + alone.sum((2, 3)) / self.grid.block
+            count = count + alone.sum((2, 3)).double() / self.grid.block
         return count.expand(len(self.grid.q_len), -1)
 
     def pairs(self) -> Tensor:

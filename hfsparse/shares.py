@@ -9,6 +9,8 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 
+from torch import Tensor
+
 
 @lru_cache
 def ratio(share: float) -> tuple[int, int]:
@@ -22,3 +24,8 @@ def share_of(whole, numerator, denominator):
     `whole` is an integer below 2^42, or an array or tensor of them (int64). Kernels do the same.
     """
     return (whole * numerator + denominator - 1) // denominator
+
+
+def counted(mass: Tensor) -> Tensor:
+    """Parts of a whole of 1 as int64, which sum up to the same in any order."""
+    return (mass * (1 << 32)).long()

@@ -65,4 +65,5 @@ def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **kw) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kw)
+    out = scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kw)
+    return out.to(v.dtype)  # autocast may give another

@@ -117,7 +117,7 @@ class Table:
         self.unit = gcd(16, *(n for row in rows for n in row[:4]))
         rows = [[n // self.unit for n in row[:4]] + row[4:] for row in rows]
         with torch.inference_mode(False):
-            cells = torch.tensor(rows)
+            cells = torch.tensor(rows, device="cpu")
             if self.cells is None or self.cells.device != first.k.device:
                 self.cells = torch.empty_like(cells, device=first.k.device)
             self.cells.copy_(cells, non_blocking=True)

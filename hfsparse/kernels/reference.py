@@ -1,7 +1,8 @@
 """Plain PyTorch attention over BlockLists (prefill) and PageLists (decode): every kernel's truth.
 
-Exact over the keys the lists keep, float32 inside, online softmax (Milakov and Gimelshein, arXiv
-1805.02867) in tiles of bounded size: no tensor of queries x keys is ever built. Runs on any
+Exact over the keys the lists keep, float32 inside under any autocast, online softmax (Milakov and
+Gimelshein, arXiv 1805.02867) in tiles of bounded size: no tensor of queries x keys is ever built.
+Float32 products are as precise as PyTorch is told (`set_float32_matmul_precision`). Runs on any
 device and under autograd. Bound by FLOPs; query blocks with lists of like length share a tile.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hfsparse.lists import PAGE, RATE_ONE, BlockLists, PageLists
+from hfsparse.precision import without_autocast
 
 TILE = 1 << 19  # float32 numbers in the largest temporary: 2 MiB stay in a core's cache
 
@@ -68,6 +70,7 @@ class _Skip:
         return worth.repeat_interleave(self.queries, 1)
 
 
+@without_autocast
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -183,6 +186,7 @@ def _add_columns(state, k, v, lists, rows, place, kv, at) -> None:
         state.add(k[pick], v[pick], kept)
 
 
+@without_autocast
 def decode(
     q: Tensor,
     k: Tensor,

@@ -87,7 +87,7 @@ def antidiagonal(
         keys = 128
     for first, scores in _slices(found, grid.block // stride, queries * stride // grid.block):
         n, groups = scores.shape[2:4]
-        totals = torch.empty(B, H, n, groups, device=q.device)
+        totals = torch.empty(B, H, n, groups, dtype=torch.float32, device=q.device)
         _antidiagonal[(triton.cdiv(n * groups, queries), B * H)](
             *(q, k, scores, totals, grid.q_len, grid.k_len, *q.stride()[:3], *k.stride()[:3]),
             *(H, H // k.shape[1], n * groups, first * groups, grid.nk, grid.window or 0),
@@ -137,8 +137,9 @@ FUSED: dict[type, Callable] = {
 def probe(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of each row's last queries, summed by key and by distance: two `[B, H, Sk]`."""
     (B, H), D = q.shape[:2], q.shape[-1]
-    by_column, by_diagonal = (torch.zeros(B, H, grid.Sk, device=q.device) for _ in range(2))
-    top, total = (torch.empty(B, H, SPLITS, PROBES, device=q.device) for _ in range(2))
+    single = {"dtype": torch.float32, "device": q.device}
+    by_column, by_diagonal = (torch.zeros(B, H, grid.Sk, **single) for _ in range(2))
+    top, total = (torch.empty(B, H, SPLITS, PROBES, **single) for _ in range(2))
     for sums in (False, True):
         _probe[(SPLITS, B * H)](
             *(q, k, top, total, by_column, by_diagonal, grid.q_len, grid.k_len),
@@ -185,7 +186,8 @@ def _slices(found: BlockLists, groups: int, step: int = 1) -> Iterator[tuple[int
     nk = found.grid.nk
     most = max(SCRATCH, found.full_index.nbytes) // (4 * B * H * groups * nk)
     n = min(max(most // step, 1) * step, nq)
-    room = torch.empty(B * H * n * groups * nk, device=found.full_count.device)
+    size, device = B * H * n * groups * nk, found.full_count.device
+    room = torch.empty(size, dtype=torch.float32, device=device)
     for first in range(0, nq, n):
         shape = (B, H, min(n, nq - first), groups, nk)
         yield first, room[: torch.Size(shape).numel()].view(shape)
@@ -194,7 +196,7 @@ def _slices(found: BlockLists, groups: int, step: int = 1) -> Iterator[tuple[int
 def _means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
     """Mean of each block's real tokens: x `[B, H, S, D]` to float32 `[B, H, n, D]`."""
     B, H, _, D = x.shape
-    out = torch.empty(B, H, n, D, device=x.device)
+    out = torch.empty(B, H, n, D, dtype=torch.float32, device=x.device)
     _mean[(n, B * H)](
         *(x, out, length, *x.stride()[:3], H, n), D=D, DP=_wide(x), BLOCK=block, num_warps=4
     )

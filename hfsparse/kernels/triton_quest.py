@@ -230,6 +230,8 @@ def _choose(
 
     if length < short:
         tl.store(COUNT + head, tl.zeros([], tl.int64))
+        if not KEEPS:  # what no list uses names a page too
+            tl.store(out + page, tl.zeros([SIZE], tl.int64), mask=page < width)
         return
     if KEEPS:
         young, made = _young(length, MADE, head, refresh)

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.precision import without_autocast
 
 PATTERNS: dict[str, type] = {}
 OWN = 3  # blocks kept in any case, at most: the row's first and two that hold the block's queries
@@ -30,7 +31,7 @@ def register(kind: str) -> Callable[[type], type]:
     """Make a pattern known to plans under `kind:`."""
 
     def add(cls: type) -> type:
-        cls.kind = kind
+        cls.kind, cls.lists = kind, without_autocast(cls.lists)
         PATTERNS[kind] = cls
         return cls
 

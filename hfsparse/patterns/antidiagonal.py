@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns import OWN, register, require
-from hfsparse.shares import ratio, share_of
+from hfsparse.precision import exact
+from hfsparse.shares import counted, ratio, share_of
 
 STRIDE = 16  # tokens in a group
 
@@ -48,12 +49,12 @@ class Antidiagonal:
         forced[..., 0] |= seen[..., 0]
         score = mass.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -1)
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-        ranked = mass.gather(3, order)
+        ranked = counted(mass.gather(3, order))
         before = ranked.cumsum(-1) - ranked  # mass of the blocks that come first
         rank = torch.arange(grid.nk, device=q.device)
         visible, own = seen.sum(-1)[:, None, :, None], forced.sum(-1)[:, None, :, None]
-        share = self.tau if self.tau < 1 else torch.inf  # at 1 rounding must not decide
-        enough = before >= ranked.sum(-1, keepdim=True) * share
+        enough = before >= share_of(ranked.sum(-1, keepdim=True), *ratio(self.tau))
+        enough &= self.tau < 1  # at 1 rounding must not decide
         wanted = (rank < visible) & (~enough | (rank < own))
         most = torch.maximum(share_of(visible, *ratio(self.max_share)), own)
         keep = torch.zeros_like(wanted).scatter_(3, order, wanted & (rank < most))
@@ -67,7 +68,8 @@ def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> Tensor:
     q_first, q_live, queries = _groups(q, grid.q_first, grid.q_rows, grid.block, stride)
     k_first, k_live, keys = _groups(k, grid.first, grid.live, grid.block, stride)
     queries = queries.flip(3).flatten(3).unflatten(1, (k.shape[1], -1))
-    logits = torch.einsum("bkgqd,bknd->bkgqn", queries, keys.flatten(3)).flatten(1, 2)
+    logits = torch.einsum("bkgqd,bknd->bkgqn", exact(queries), exact(keys.flatten(3)))
+    logits = logits.flatten(1, 2).float()
     q0, k0 = q_first[:, None, :, None], k_first[:, None, None]
     q1, k1 = q0 + q_live[:, None, :, None] - 1, k0 + k_live[:, None, None] - 1
     seen = (k0 <= q1) & (q1 >= q0) & (k1 >= k0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns import OWN, register, require
+from hfsparse.precision import exact
 from hfsparse.shares import ratio, share_of
 
 
@@ -57,7 +58,8 @@ def scores(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
     B, H = q.shape[:2]
     queries = _block_means(q, grid.q_rows, grid.block).view(B, k.shape[1], -1, grid.nq, q.shape[-1])
     keys = _block_means(k, grid.live, grid.block)
-    return torch.einsum("bkgqd,bknd->bkgqn", queries, keys).reshape(B, H, grid.nq, grid.nk)
+    products = torch.einsum("bkgqd,bknd->bkgqn", exact(queries), exact(keys))
+    return products.reshape(B, H, grid.nq, grid.nk).float()
 
 
 def _block_means(x: Tensor, live: Tensor, block: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfsparse.lists import FAR, BlockLists, Grid
 from hfsparse.patterns import register, require
+from hfsparse.precision import exact
 
 PROBES = 64  # last queries of a row whose attention is computed
 FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100  # always kept, as in the paper's code
@@ -47,14 +48,14 @@ def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tens
         grid.offset[:, None] + probes
     )  # [B, 64] positions; probes before the first query are unused
     rows = probes.clamp(min=0)[:, None, :, None].expand(B, H, -1, D)
-    probe = q.gather(2, rows).float().view(B, k.shape[1], -1, PROBES, D)
-    logits = torch.einsum("bkgpd,bksd->bkgps", probe, k.float()).reshape(B, H, PROBES, -1) * scale
+    probe = exact(q.gather(2, rows)).view(B, k.shape[1], -1, PROBES, D)
+    logits = torch.einsum("bkgpd,bksd->bkgps", probe, exact(k)).reshape(B, H, PROBES, -1) * scale
     far = at[:, None, :, None] - torch.arange(grid.Sk, device=q.device)  # distance query to key
     seen = (far >= 0) & (probes >= 0)[:, None, :, None]
     if grid.window is not None:
         seen &= far < grid.window
-    mass = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
-    by_diagonal = torch.zeros(B, H, grid.Sk, device=q.device)
+    mass = torch.softmax(logits.float().masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
+    by_diagonal = mass.new_zeros(B, H, grid.Sk)
     by_diagonal.scatter_add_(
         2, far.clamp(0, grid.Sk - 1).expand(B, H, -1, -1).flatten(2), mass.flatten(2)
     )
@@ -73,10 +74,11 @@ def _best(score: Tensor, forced: int, count: int, ends: Tensor) -> Tensor:
 def _slashes(diagonals: Tensor, grid: Grid) -> Tensor:
     """Block map `[B, H, nq, nk]` of the blocks that hold a kept diagonal `[B, H, n]`."""
     size = grid.Sk + 1
-    kept = torch.zeros(*diagonals.shape[:2], size, device=diagonals.device)
-    kept.scatter_(2, diagonals.clamp(max=grid.Sk), 1.0)
+    kept = torch.zeros(*diagonals.shape[:2], size, dtype=torch.int32, device=diagonals.device)
+    kept.scatter_(2, diagonals.clamp(max=grid.Sk), 1)
     kept[..., grid.Sk] = 0
-    before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))  # kept diagonals below a distance
+    kept = kept.cumsum(-1, dtype=torch.int32)
+    before = torch.nn.functional.pad(kept, (1, 0))  # kept diagonals below a distance
     # distances inside a block pair, pads left out: nearest .. farthest
     nearest = grid.q_first[:, :, None] - (grid.first + grid.live - 1)[:, None]
     farthest = grid.q_last[:, :, None] - grid.first[:, None]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hfsparse.precision import without_autocast
+
 SELECTORS: dict[str, type] = {}
 
 
@@ -17,6 +19,8 @@ def register(kind: str) -> Callable[[type], type]:
 
     def add(cls: type) -> type:
         cls.kind = kind
+        if hasattr(cls, "pages"):
+            cls.pages = without_autocast(cls.pages)
         SELECTORS[kind] = cls
         return cls
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.patterns import require
+from hfsparse.precision import exact
 from hfsparse.selectors import register
-from hfsparse.shares import ratio, share_of
+from hfsparse.shares import counted, ratio, share_of
 
 
 @register("quest")
@@ -76,9 +77,10 @@ class Quest:
         best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
         budget = budget[:, None].expand(B, Hkv)
         if self.top_p:
-            mass = weight.gather(-1, best).double().cumsum(-1)
-            before = torch.nn.functional.pad(mass, (1, 0))[..., :-1]  # without the page itself
-            enough = (before < self.top_p * mass[..., -1:]).sum(-1)
+            mass = counted(weight.gather(-1, best))
+            before = mass.cumsum(-1) - mass
+            needed = share_of(mass.sum(-1, keepdim=True), *ratio(self.top_p))
+            enough = (before < needed).sum(-1)
             budget = torch.minimum(budget, enough.clamp(min=self.min_pages))
         count = torch.maximum(budget, forced.sum(1)[:, None]).clamp(max=total[:, None])
         width = self.width(P, Q)
@@ -100,9 +102,9 @@ class Quest:
 
 
 def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Upper bounds of q · k over each page: q `[B, Hq, Q, D]` → `[B, Hq, Q, P]`, float32."""
+    """Upper bounds of q · k over each page: q `[B, Hq, Q, D]` → `[B, Hq, Q, P]`."""
     B, Hq, Q, D = q.shape
-    q = q.float().view(B, low.shape[1], -1, Q, D)
-    up = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(min=0), high.float())
-    down = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(max=0), low.float())
-    return (up + down).reshape(B, Hq, Q, -1)
+    q = exact(q).view(B, low.shape[1], -1, Q, D)
+    up = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(min=0), exact(high))
+    down = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(max=0), exact(low))
+    return (up + down).reshape(B, Hq, Q, -1).float()

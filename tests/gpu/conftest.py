@@ -36,3 +36,11 @@ def pytest_pycollect_makemodule(module_path, parent):
         module.why = why
         return module
     return None
+
+
+@pytest.fixture(autouse=True)
+def _asserted(monkeypatch):
+    """Lists are checked before kernels read them."""
+    from tests import asserts
+
+    asserts.install(monkeypatch.setattr)

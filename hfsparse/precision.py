@@ -1,0 +1,33 @@
+"""Patterns and selectors choose the same whatever settings of PyTorch round the model's products.
+
+Autocast casts the factors of a product, and those of float32 products may be rounded to TF32 or
+bfloat16 (`torch.set_float32_matmul_precision`, `allow_tf32`). What is chosen depends on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The function, or method, with autocast off on the device of its first tensor."""
+
+    @wraps(function)
+    def run(*args, **more):
+        device = next(t for t in (*args, *more.values()) if isinstance(t, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args, **more)
+
+    return run
+
+
+def exact(t: Tensor) -> Tensor:
+    """t as a factor of products that round nothing: float32, or float64 where that would round."""
+    backend = torch.backends.cuda if t.is_cuda else torch.backends.mkldnn
+    told = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # from torch 2.9 on
+    told = told or torch.get_float32_matmul_precision()
+    return t.float() if told in ("none", "ieee", "highest") else t.double()
