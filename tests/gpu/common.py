@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,20 @@ def unwritten(shape: torch.Size, dtype: torch.dtype) -> None:
     """Leave NaN in the memory that the next tensors of this size get."""
     made = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     del made
+
+
+@contextmanager
+def rounding():
+    """What a program may have set: TF32 products, autocast, deterministic algorithms alone."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autocast("cuda", BF16):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(before)
 
 
 def need_fa4(q: Tensor, k: Tensor, v: Tensor, lists: bool = True) -> None:

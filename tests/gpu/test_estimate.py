@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from hfsparse.kernels import triton_estimate
+from hfsparse.kernels import reference, triton_estimate, triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from tests.gpu.common import HALF, SINGLE, compiled, on_gpu
+from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, causal, compiled, near, on_gpu, rounding
 
 PATTERNS = (VerticalSlash(45, 130), BlockTopK(0.25, 2), Antidiagonal(0.6), Antidiagonal(0.9, 0.2))
 SHORT = dict(past=45, rows="left_padded")
@@ -44,3 +45,57 @@ def test_a_new_length_compiles_nothing():
             triton_estimate.lists(pattern, it.q, it.k, it.grid, it.scale)
         found.append(sum(compiled(m) for m in (triton_estimate, triton_estimate.triton_select)))
     assert found == [found[0]] * 4
+
+
+ENDED = [  # a pattern, and key blocks of which the last query, alone in its block, ends the last
+    (BlockTopK(0.36, 2), 350),
+    (BlockTopK(0.3, 2), 410),
+    (Antidiagonal(1.0, max_share=0.6), 205),
+]
+
+
+@pytest.mark.parametrize(("pattern", "blocks"), ENDED, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, SINGLE], ids=str)
+def test_no_list_is_wider_than_its_row(pattern, blocks, dtype):
+    """A turn of 129 tokens: its last query block has no partial key block."""
+    new, total, made = 129, blocks * 128, torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, n, 64, device=DEVICE, generator=made).to(dtype)
+        for n in (new, total, total)
+    )
+    grid, kv = causal(new, total), torch.arange(2, device=DEVICE)
+    found, plain = (way(pattern, q, k, grid) for way in (fused, plainly))
+    assert int(found.full_count.max()) <= found.full_index.shape[-1]
+    assert torch.equal(found.full_count, plain.full_count)
+    assert torch.equal(found.part_count, plain.part_count)
+    expected = reference.prefill(q, k, v, found, kv, scale=0.125)
+    assert near(triton_prefill.prefill(q, k, v, found, kv, scale=0.125), expected)
+
+
+def fused(pattern, q, k, grid):
+    return triton_estimate.lists(pattern, q, k, grid, 0.125)
+
+
+def plainly(pattern, q, k, grid):
+    return pattern.lists(q, k, grid, 0.125)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_buffers_take_no_default_dtype(pattern):
+    it = on_gpu(517, past=45, rows="left_padded", group=1)
+    expected = fused(pattern, it.q, it.k, it.grid)
+    torch.set_default_dtype(BF16)
+    try:
+        found = fused(pattern, it.q, it.k, it.grid)
+    finally:
+        torch.set_default_dtype(SINGLE)
+    assert torch.equal(found.mask(), expected.mask())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_plain_patterns_choose_the_same_whatever_rounds(pattern):
+    it = on_gpu(1037, past=45, rows="left_padded", dtype=SINGLE, dim=64)
+    expected = plainly(pattern, it.q, it.k, it.grid).mask()
+    with rounding():
+        found = plainly(pattern, it.q, it.k, it.grid).mask()
+    assert (found != expected).sum() <= 0.001 * expected.sum()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -38,7 +42,7 @@ def whole_float32():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
 @pytest.mark.parametrize("chunk", [None, 300])
-def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
+def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch, tmp_path):
     monkeypatch.setattr("hfsparse.attention.default_block", lambda tokens, device: 128)
     model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
@@ -46,14 +50,58 @@ def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch):
     for device in ("cpu", "cuda"):
         model.to(device)
         with hfsparse.patch(model, plan(model)) as handle:
-            scores = forward(model, ids.to(device), mask.to(device)).logits.cpu()
+            with watched(model) as layers:
+                scores = forward(model, ids.to(device), mask.to(device)).logits.cpu()
             said = generate(model, ids.to(device), mask.to(device), **more)
-            results.append((scores, said.sequences.tolist(), handle.stats()))
-    (want, tokens, stats), (got, same_tokens, same_stats) = results
-    assert (got - want)[mask.bool()].abs().max() < CLOSE
+            results.append((scores, said.sequences.tolist(), handle.stats(), layers))
+    (want, tokens, stats, there), (got, same_tokens, same_stats, here) = results
+    apart = (got - want)[mask.bool()].abs().max().item()
+    assert apart < CLOSE, kept_for_later(tmp_path, apart, there, here)
     assert same_tokens == tokens
     assert same_stats.pair_density == pytest.approx(stats.pair_density, abs=0.01)
     assert same_stats.kv_bytes == stats.kv_bytes
+
+
+@contextmanager
+def watched(model):
+    """A list that calls of a patched model fill: what each layer's attention gets and gives."""
+    seen = []
+
+    def observe(module, q, k, v, logits):
+        held = {name: t.clone() for name, t in zip("qkv", (q, k, v), strict=True)}
+        seen.append(held)
+        return lambda out: held.update(out=out.clone())
+
+    layers = model.get_decoder()._hfsparse.layers
+    for layer in layers:
+        layer.observe = observe
+    try:
+        yield seen
+    finally:
+        for layer in layers:
+            layer.observe = None
+
+
+def kept_for_later(folder: Path, apart: float, cpu: list[dict], gpu: list[dict]) -> str:
+    """What a rare difference is looked for in: tensors in a file, a line of each to read."""
+    file = Path(os.environ.get("OUT", folder)) / "layers.pt"
+    gpu = [{name: t.cpu() for name, t in layer.items()} for layer in gpu]
+    torch.save({"cpu": cpu, "gpu": gpu}, file)
+    lines = [
+        f"logits differ by {apart:.2e}; each layer's q, k, v and out are in {file}",
+        f"cublas TF32 {torch.backends.cuda.matmul.allow_tf32}, cudnn TF32 "
+        f"{torch.backends.cudnn.allow_tf32}, precision {torch.get_float32_matmul_precision()}, "
+        f"NVIDIA_TF32_OVERRIDE {os.environ.get('NVIDIA_TF32_OVERRIDE')}",
+        "layer  tensor  largest  apart  where  checksums of the CPU's and the GPU's bits",
+    ]
+    for i, (there, here) in enumerate(zip(cpu, gpu, strict=True)):
+        for name in there:
+            a, b = there[name], here[name]
+            off = (a - b).abs()
+            at = [int(n) for n in torch.unravel_index(off.argmax(), off.shape)]
+            sums = " ".join(f"{t.contiguous().view(torch.int32).sum():x}" for t in (a, b))
+            lines.append(f"{i}  {name}  {a.abs().max():.3e}  {off.max():.2e}  {at}  {sums}")
+    return "\n".join(lines)
 
 
 def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():

@@ -9,7 +9,7 @@ from hfsparse.kernels import triton_quest
 from hfsparse.lists import PAGE
 from hfsparse.selectors.choice import Choice
 from hfsparse.selectors.quest import Quest
-from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled
+from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled, rounding, unwritten
 
 LENGTHS = (64 * 21 + 5, 64 * 9, 300, 17, 0)
 
@@ -113,6 +113,24 @@ def test_equal_votes_go_to_the_lower_pages():
         assert torch.equal(found.count, expected.count)
         n = int(found.count[0, 0])
         assert torch.equal(found.pages[..., :n], expected.pages[..., :n])
+
+
+@pytest.mark.parametrize("quest", CHOICES, ids=str)
+def test_the_selector_chooses_the_same_whatever_rounds(quest):
+    q, low, high, length = summaries(LENGTHS)
+    expected = quest.pages(q, low, high, length, 0.125)
+    with rounding():
+        same(quest.pages(q, low, high, length, 0.125), expected)
+
+
+def test_rows_too_short_for_a_choice_name_pages_all_the_same():
+    """Memory that holds anything: a kernel that masks what it gathers reads what lists name."""
+    q, low, high, length = summaries((64 * 40, 9))
+    for _ in range(3):
+        unwritten((2, 2, Quest(0.3, 2).width(40, 1)), torch.float64)
+        found = triton_quest.pages(Quest(0.3, 2), q, low, high, length, 0.125, below=PAGE)
+        assert found.count.tolist() == [[12, 12], [0, 0]]
+        assert ((found.pages >= 0) & (found.pages < 40)).all()
 
 
 def test_a_new_length_compiles_nothing_within_a_size():

@@ -52,9 +52,63 @@ def _set(settings: dict) -> None:
     from tests import asserts  # imports kernels, which ask whether they are interpreted
 
     asserts.install()
+    _bound()
     for name, value in settings.items():
         module, name = name.split("__")
         setattr(import_module(f"hfsparse.kernels.{module}"), name, value)
+
+
+class _Memory:
+    """The interpreter's memory: a kernel may touch no more of it than the tensors it is given."""
+
+    def __init__(self, memory):
+        self.memory, self.given, self.reached = memory, (), ()
+
+    def __getattr__(self, name: str):
+        return getattr(self.memory, name)
+
+    def load(self, at, mask, other, dtype):
+        self.check(at, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(at, mask, other, dtype)
+
+    def store(self, at, value, mask):
+        self.check(at, mask, value.itemsize)
+        return self.memory.store(at, value, mask)
+
+    def atomic_rmw(self, op, at, value, mask, sem):
+        self.check(at, mask, value.itemsize)
+        return self.memory.atomic_rmw(op, at, value, mask, sem)
+
+    def check(self, at: np.ndarray, mask: np.ndarray, size: int) -> None:
+        at = at[mask.astype(bool)].astype(np.int64)
+        inside = np.zeros(at.shape, bool)
+        for tensor in (*self.given, *self.reached):
+            memory = tensor.untyped_storage()
+            begin = memory.data_ptr()
+            inside |= (at >= begin) & (at + size <= begin + memory.nbytes())
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} addresses lie in no tensor")
+
+
+def _bound() -> None:
+    """Have the interpreter raise where a kernel reads or writes outside of its tensors."""
+    from triton.runtime import interpreter as triton
+
+    from hfsparse.kernels.places import Table
+
+    memory = triton._interpreter = _Memory(triton._interpreter)
+    convert, places = triton.GridExecutor._init_args_hst, Table.places
+
+    def noted(self, args, more):
+        made = convert(self, args, more)
+        memory.given = [t for t in (*made[0], *made[1].values()) if isinstance(t, torch.Tensor)]
+        return made
+
+    def reached(self, parts):  # a table's kernels are given its first buffers alone
+        memory.reached = [t for part in parts for t in part.buffers]
+        return places(self, parts)
+
+    triton.GridExecutor._init_args_hst, Table.places = noted, reached
 
 
 def _call(wanted: bytes) -> bytes:

@@ -176,3 +176,12 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
         found = run("triton_quest.pages", Quest(0.3, 2), q, low, low, length, 1.0, None, PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
+
+
+def test_a_kernel_that_leaves_its_tensors_is_stopped(run):
+    """Keys end a token before the grid says so."""
+    grid = Grid.causal(1, 5 * BLOCK, BLOCK)
+    q, kv = torch.zeros(1, 1, grid.Sq, 16), torch.zeros(1, dtype=torch.int64)
+    k, lists = q[:, :, :-1].clone(), BlockLists.of(grid, 1)
+    with pytest.raises(Exception, match="addresses lie in no tensor"):
+        run("triton_prefill.prefill", q, k, q, lists, kv, scale=1.0)
