@@ -62,7 +62,7 @@ class _Memory:
     """The interpreter's memory: a kernel may touch no more of it than the tensors it is given."""
 
     def __init__(self, memory):
-        self.memory, self.given, self.reached = memory, (), ()
+        self.memory, self.given = memory, []
 
     def __getattr__(self, name: str):
         return getattr(self.memory, name)
@@ -80,14 +80,17 @@ class _Memory:
         return self.memory.atomic_rmw(op, at, value, mask, sem)
 
     def check(self, at: np.ndarray, mask: np.ndarray, size: int) -> None:
-        at = at[mask.astype(bool)].astype(np.int64)
-        inside = np.zeros(at.shape, bool)
-        for tensor in (*self.given, *self.reached):
-            memory = tensor.untyped_storage()
-            begin = memory.data_ptr()
-            inside |= (at >= begin) & (at + size <= begin + memory.nbytes())
-        if not inside.all():
-            raise IndexError(f"{(~inside).sum()} of {inside.size} addresses lie in no tensor")
+        at = at[mask.astype(bool)]
+        if at.size:
+            first, end = int(at.min()), int(at.max()) + size
+            if not any(a <= first and end <= b for a, b in self.given):
+                raise IndexError(f"addresses {first} to {end} lie in no tensor of the kernel's")
+
+
+def _spans(tensors) -> list[tuple[int, int]]:
+    """Where the memory of each begins and ends."""
+    held = [t.untyped_storage() for t in tensors]
+    return [(memory.data_ptr(), memory.data_ptr() + memory.nbytes()) for memory in held]
 
 
 def _bound() -> None:
@@ -97,18 +100,22 @@ def _bound() -> None:
     from hfsparse.kernels.places import Table
 
     memory = triton._interpreter = _Memory(triton._interpreter)
-    convert, places = triton.GridExecutor._init_args_hst, Table.places
+    convert, places, tables = triton.GridExecutor._init_args_hst, Table.places, []
 
     def noted(self, args, more):
         made = convert(self, args, more)
-        memory.given = [t for t in (*made[0], *made[1].values()) if isinstance(t, torch.Tensor)]
+        given = [t for t in (*made[0], *made[1].values()) if isinstance(t, torch.Tensor)]
+        # With a table of places a kernel is given the first buffers alone.
+        behind = [t for cells, buffers in tables if any(t is cells for t in args) for t in buffers]
+        memory.given = _spans([*given, *behind])
         return made
 
-    def reached(self, parts):  # a table's kernels are given its first buffers alone
-        memory.reached = [t for part in parts for t in part.buffers]
-        return places(self, parts)
+    def noted_places(self, parts):
+        made = places(self, parts)
+        tables[:] = [(made.cells, [t for part in parts for t in part.buffers])]
+        return made
 
-    triton.GridExecutor._init_args_hst, Table.places = noted, reached
+    triton.GridExecutor._init_args_hst, Table.places = noted, noted_places
 
 
 def _call(wanted: bytes) -> bytes:

@@ -183,5 +183,5 @@ def test_a_kernel_that_leaves_its_tensors_is_stopped(run):
     grid = Grid.causal(1, 5 * BLOCK, BLOCK)
     q, kv = torch.zeros(1, 1, grid.Sq, 16), torch.zeros(1, dtype=torch.int64)
     k, lists = q[:, :, :-1].clone(), BlockLists.of(grid, 1)
-    with pytest.raises(Exception, match="addresses lie in no tensor"):
+    with pytest.raises(Exception, match="lie in no tensor"):
         run("triton_prefill.prefill", q, k, q, lists, kv, scale=1.0)
