@@ -98,4 +98,4 @@ def test_the_plain_patterns_choose_the_same_whatever_rounds(pattern):
     expected = plainly(pattern, it.q, it.k, it.grid).mask()
     with rounding():
         found = plainly(pattern, it.q, it.k, it.grid).mask()
-    assert (found != expected).sum() <= 0.001 * expected.sum()
+    assert (found != expected).sum() <= 0.01 * expected.sum()
