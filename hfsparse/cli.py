@@ -345,10 +345,10 @@ def generate(
 
     chosen = Plan.load(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
-    inputs = _tokens(tokenizer, prompt).to(loaded.device)
-    _check_window(loaded, inputs["input_ids"].shape[1] + max_new_tokens, "prompt and answer")
+    tokens = _tokens(tokenizer, prompt)
+    _check_window(loaded, len(tokens) + max_new_tokens, "prompt and answer")
     with hfsparse.patch(loaded, chosen) as handle:
-        _stream(loaded, tokenizer, inputs, max_new_tokens)
+        _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
 
 
@@ -489,33 +489,29 @@ def _read_prompt(file: Path) -> str:
     return prompt
 
 
-def _tokens(tokenizer, prompt: str):
+def _tokens(tokenizer, prompt: str) -> list[int]:
+    from hfsparse.chat import frames
+
     if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt", verbose=False)
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"verbose": False},
-    )
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    before, after = frames(tokenizer, thinking=True)
+    text = before + prompt + after
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 # ---- output
 
 
-def _stream(model, tokenizer, inputs, max_new_tokens: int) -> None:
+def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
+    import torch
     from transformers import TextStreamer
 
-    model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,  # a model may bring its own for sampling, and would warn
-        top_p=None,
-        top_k=None,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    from hfsparse.greedy import greedy
+
+    ids = torch.tensor([tokens], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with greedy(model, max_new_tokens):
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
 
 
 def _print(text) -> None:
