@@ -287,7 +287,7 @@ def test_generate_refuses_a_prompt_longer_than_the_window(model, prompt):
     message = error("generate", model, "--prompt-file", prompt, "--max-new-tokens", 5)
     whole = f"<s><user>{prompt.read_text().strip()}\n<assistant>"
     tokens = 5 + len(tiny.tokenizer(chat=True)(whole)["input_ids"])
-    over = f"{tokens - 512} more than this model's window of 512"
+    over = f"{tokens - 512} more than this model's window of 512 (--beyond-window passes it)"
     assert message == f"prompt and answer take {tokens} tokens, {over}"
 
 
@@ -352,6 +352,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "verify_samples": 5,
         "progress": True,
         "proxy": None,
+        "beyond_window": False,
         "curves": None,
     }
     assert "recipe" not in result.stdout
@@ -370,7 +371,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
         (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
-        (["--lengths", "128,2048"], "1536 more than this model's window of 512"),
+        (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),
         (["--dtype", "int3"], "unknown dtype int3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -32,6 +32,7 @@ from hfsparse.profiler.influence import BLOCK, costs, losses
 from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.prompts import samples
 from hfsparse.profiler.search import used
+from hfsparse.window import context_window
 
 SINK, LEAST = 64, 128  # tokens: the sink, and the shortest alpha
 STEPS = 8  # of alpha, up to the longest prompt; and of beta, up to 1
@@ -133,8 +134,8 @@ def _influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
 
 def _unseen_length(job: Job) -> int:
     """Twice the longest prompt where the model's window has room, else the longest again."""
-    longest, config = max(job.prompts), job.model.config.get_text_config(decoder=True)
-    window = getattr(config, "max_position_embeddings", None) or longest
+    longest = max(job.prompts)
+    window = context_window(job.model.config) or longest
     return 2 * longest if 2 * longest <= window else longest
 
 
