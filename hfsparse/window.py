@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHORTEST = 256  # tokens of a calibration prompt
+ROOMY = 512  # tokens that hold its question and answer in any tokenizer's
 OFFSET = 2  # rows that tables of positions may hold more than there are positions
 
 
@@ -62,7 +63,7 @@ def limit(model: PreTrainedModel, beyond: bool = False) -> int | None:
 
 
 def calibration_lengths(model: PreTrainedModel) -> tuple[int, ...]:
-    """Two lengths, in tokens, for a model that none were named for.
+    """Two lengths, in tokens, for a model that none were named for; one where its window is short.
 
     The longer is half the model's window, at least 2,048 and at most 16,384; on a CPU it is 2,048.
     Neither passes the window.
@@ -72,5 +73,5 @@ def calibration_lengths(model: PreTrainedModel) -> tuple[int, ...]:
     half = 16384 if window is None else window // 2
     longest = 2048 if on_cpu else max(2048, min(16384, half))
     longest = longest if window is None else min(longest, window)
-    shortest = max(SHORTEST, longest // (2 if on_cpu else 4))
+    shortest = max(ROOMY, longest // (2 if on_cpu else 4))
     return tuple(sorted({min(shortest, longest), longest}))
