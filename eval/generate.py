@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.graphs import parameters
 from hfsparse.greedy import greedy
+from hfsparse.loading import input_device
 from hfsparse.patcher import CACHES
 
 from .samples import Sample, Turn
@@ -162,13 +163,13 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
     Prompts are padded on the left.
     """
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=model.device)
+    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=input_device(model))
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with greedy(model, max(wanted.limit for wanted in watch.wanted)) as settings:
         watch.begin(width, settings.eos_token_id)
         out = model.generate(
             ids,
-            attention_mask=mask.to(model.device),
+            attention_mask=mask.to(ids.device),
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([watch]),
             **({} if cache is None else {_cache_name(model): cache}),

@@ -521,8 +521,9 @@ def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
     from transformers import TextStreamer
 
     from hfsparse.greedy import greedy
+    from hfsparse.loading import input_device
 
-    ids = torch.tensor([tokens], device=model.device)
+    ids = torch.tensor([tokens], device=input_device(model))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, max_new_tokens):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfsparse.fingerprint import LINEAR, _rope
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def calibration_lengths(model: PreTrainedModel) -> tuple[int, ...]:
     Neither passes the window.
     """
     window = context_window(model.config)
-    on_cpu = model.device.type in ("cpu", "meta")  # meta: weights that accelerate keeps elsewhere
+    on_cpu = input_device(model).type == "cpu"
     half = 16384 if window is None else window // 2
     longest = 2048 if on_cpu else max(2048, min(16384, half))
     longest = longest if window is None else min(longest, window)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from hfsparse.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.capture import Seen, backward
@@ -71,7 +72,7 @@ def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     The answer takes the place of the prompt's own, or of its last ANSWER tokens (a quarter of the
     prompt at most), and counts up to its first end of text.
     """
-    where, L = model.get_input_embeddings().weight.device, prompt.ids.shape[1]
+    where, L = input_device(model), prompt.ids.shape[1]
     ids = prompt.ids.to(where).clone()
     start, end = prompt.answer_span or (L - min(ANSWER, L // 4), L)
     text, greedy = ids[:, :start], dict(do_sample=False, num_beams=1, repetition_penalty=1.0)

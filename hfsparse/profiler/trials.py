@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hfsparse.attention import STEP
 from hfsparse.chat import frames
 from hfsparse.graphs import parameters
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import CACHES
 from hfsparse.profiler import prompts
 from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
@@ -98,7 +98,7 @@ def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
     """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
     decoder, cache = model.get_decoder(), DynamicCache()
     named = next(name for name in CACHES if name in parameters(type(decoder)))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     said, loss = [], []
 
     def read(tokens: list[int]) -> Tensor:
