@@ -628,12 +628,8 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is None and width > LONG:
             fresh = model_kwargs.get("inputs_embeds") is None and not cache.get_seq_length()
             whole = generation_config.output_hidden_states  # of chunks only the last one's come
-            if (
-                fresh
-                and not whole
-                and _in_one_call(self.config) is None
-                and _in_order(model_kwargs)
-            ):
+            alike = _in_one_call(self.config) is None and _in_order(model_kwargs)
+            if fresh and alike and not whole:
                 generation_config.prefill_chunk_size = CHUNK
         chunked = generation_config.prefill_chunk_size
         if chunked and not width:

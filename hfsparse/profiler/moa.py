@@ -23,7 +23,7 @@ import numpy as np
 
 from hfsparse.figures import Prompts, one_head
 from hfsparse.lists import Grid, default_block
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.allocate import Infeasible
@@ -109,7 +109,7 @@ class Table:
 
     @classmethod
     def of(cls, each: list[Streaming | None], n: int, job: Job) -> Table:
-        grid = Grid.causal(1, n, default_block(n, job.model.device))
+        grid = Grid.causal(1, n, default_block(n, input_device(job.model)))
         lists = [r and grid.banded(r.band, 1) for r in each]
         pairs = [1.0 if b is None else float(b.pairs()[0, 0] / grid.pairs()[0]) for b in lists]
         blocks = [1.0 if b is None else float(b.blocks()[0, 0] / grid.blocks()[0]) for b in lists]

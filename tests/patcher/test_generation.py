@@ -8,12 +8,21 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig
 
 import hfsparse
 from hfsparse.cache import SLACK, Full
 from hfsparse.patcher import NUMBERED, SERVING, PatchError
-from tests.patcher.families import SIZES, growing, left_padded, mixed, streaming, tiny, tokens
+from tests.patcher.families import (
+    SCALED,
+    growing,
+    left_padded,
+    mixed,
+    rotated,
+    streaming,
+    tiny,
+    tokens,
+)
 from tests.patcher.oracle import CACHE
 from tests.patcher.runs import both, close, forward, generate, same_generation
 
@@ -180,35 +189,6 @@ def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
         finally:
             hook.remove()
     assert seen == [200, 1, 64, 64, 64, 18, 1, 150, 60, 1, 31]
-
-
-SCALED = {
-    "default": {},
-    "linear": dict(factor=2.0),
-    "yarn": dict(factor=4.0, original_max_position_embeddings=128),
-    "llama3": dict(
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=128,
-    ),
-    "dynamic": dict(factor=2.0),
-    "longrope": dict(
-        short_factor=[1.0] * 8,
-        long_factor=[4.0] * 8,
-        original_max_position_embeddings=128,
-        factor=2.0,
-    ),
-}
-
-
-def rotated(kind: str):
-    """The tiny Llama with rope of this kind, trained on 128 tokens."""
-    torch.manual_seed(0)
-    rope = {"rope_type": kind, **SCALED[kind]}
-    sizes = {**SIZES, "max_position_embeddings": 128, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, rope_theta=10000.0, rope_scaling=rope)
-    return LlamaForCausalLM(config).eval()
 
 
 def calls(model) -> list[int]:
