@@ -76,18 +76,17 @@ def profile(
     decode step (docs/figures.md). 1 is no limit. They are met at the longest of `lengths` (tokens;
     by `moa` at each and beyond); `expected` says what that makes of the whole model, too. None
     gives the lengths of `window.calibration_lengths`; `beyond_window` takes some that the model was
-    not made for. With
-    `loss`, a share of what the worst rings on every head would lose, methods in DRAWN look for the
-    smallest shares within these budgets that are expected to lose no more. `samples` prompts a
-    length, made offline or taken from `data` (JSONL with "text" or "prompt"). `prefill_method`
-    chooses for prompts what `method` leaves full in the cache (`mixed`). With `verify` the plan is
-    then tried on `verify_samples` retrieval trials a length, of tasks that the model can do, and kv
-    heads are given back until it loses at most the share `drop` of the answers against the dense
-    model, or two, or what may be chance. Where budgets wider by a few steps do that with less, the
-    plan is of those. Either may pass the budgets, and `expected` says by how much. `proxy` (one of
-    PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
-    from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
-    methods in DRAWN. Raises UsageError for what can't be done.
+    not made for. With `loss`, a share of what the worst rings on every head would lose, methods in
+    DRAWN look for the smallest shares within these budgets that are expected to lose no more.
+    `samples` prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
+    `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
+    `verify` the plan is then tried on `verify_samples` retrieval trials a length, of tasks that the
+    model can do, and kv heads are given back until it loses at most the share `drop` of the answers
+    against the dense model, or two, or what may be chance. Where budgets wider by a few steps do
+    that with less, the plan is of those. Either may pass the budgets, and `expected` says by how
+    much. `proxy` (one of PROXIES) ranks heads for `duo` in place of its training. `recipe` names
+    where the settings come from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write
+    (`profiler.curves`), for methods in DRAWN. Raises UsageError for what can't be done.
     """
     check_settings(
         method=method,
