@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hfsparse.cli import Commands
+from hfsparse.cli import BeyondWindow, Commands
 from hfsparse.loading import UsageError
 
 from .decode import DECODES
@@ -63,6 +63,7 @@ def ruler(
     hotpotqa: HotpotQA = None,
     seed: Seed = 0,
     output: Output = Path("eval-ruler"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -77,7 +78,7 @@ def ruler(
     chosen = pick(_standard(known) if tasks is None else tasks, known)
     size = sized(suite, lengths, samples, USUAL)
     run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
-    run.go(run.suite(chosen), device, dtype, chat.value, **marks)
+    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, **marks)
 
 
 @app.command()
@@ -100,6 +101,7 @@ def needle(
     ] = None,
     seed: Seed = 0,
     output: Output = Path("eval-needle"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -116,7 +118,7 @@ def needle(
     if positive("needles", needles) > MOST_NEEDLES:
         raise UsageError(f"needles is {needles}: give up to {MOST_NEEDLES}")
     hidden, marks = _hidden(chosen[0], needles, haystack)
-    run.go(run.suite([hidden], places), device, dtype, chat.value, **marks)
+    run.go(run.suite([hidden], places), device, dtype, beyond_window, chat.value, **marks)
 
 
 @app.command()
@@ -135,6 +137,7 @@ def turns(
     ] = False,
     seed: Seed = 0,
     output: Output = Path("eval-turns"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -151,7 +154,7 @@ def turns(
     run = Run("turns", model, plan, size, seed, output, max_new_tokens)
     run.gold, run.known = answers is Feed.gold, known
     told = rules(run.gold, run.known)
-    run.go(run.suite(chosen), device, dtype, chat.value, turns=told)
+    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, turns=told)
 
 
 @app.command()
@@ -163,6 +166,7 @@ def custom(
     metric: Annotated[Metric, typer.Option(help="Whether one answer is enough.")] = Metric.part,
     answers: Annotated[Feed, typer.Option(help="What a turn leaves for the next.")] = Feed.own,
     output: Output = Path("eval-custom"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -189,7 +193,9 @@ def custom(
     def made(prompter, window):
         return Questions(items, prompter, window, max_new_tokens, metric.value)
 
-    run.go(made, device, dtype, chat.value, data=mark, metric=metric.value, turns=told)
+    run.go(
+        made, device, dtype, beyond_window, chat.value, data=mark, metric=metric.value, turns=told
+    )
 
 
 @app.command()
@@ -203,6 +209,7 @@ def decode(
     tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(DECODES),
     seed: Seed = 0,
     output: Output = Path("eval-decode"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -212,7 +219,7 @@ def decode(
     chosen = pick(tasks, DECODES)
     size = sized(suite, lengths, samples, USUAL)
     run = Run("decode", model, plan, size, seed, output, max_new_tokens, arm)
-    run.go(run.suite(chosen), device, dtype, chat.value)
+    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value)
 
 
 @app.command()
@@ -231,6 +238,7 @@ def ppl(
         int | None, typer.Option(help="Tokens from a window to the next; else side by side.")
     ] = None,
     output: Output = Path("eval-ppl"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -253,7 +261,7 @@ def ppl(
     def measured(model, tokenizer, cases, results, share):
         judge.run(model, cases, results, run.arms, share)
 
-    run.go(made, device, dtype, "never", measured, data=mark, stride=step)
+    run.go(made, device, dtype, beyond_window, "never", measured, data=mark, stride=step)
 
 
 @app.command()
@@ -268,6 +276,7 @@ def recall(
     ] = "niah_single_2,niah_multikey_1",
     seed: Seed = 0,
     output: Output = Path("eval-recall"),
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     chat: ChatOption = Chat.auto,
@@ -282,7 +291,7 @@ def recall(
     def measured(model, tokenizer, suite, results, share):
         judge.run(model, tokenizer, suite, results, run.arms, share)
 
-    run.go(run.suite(chosen), device, dtype, chat.value, measured)
+    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, measured)
 
 
 def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:

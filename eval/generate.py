@@ -10,21 +10,18 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from inspect import signature
 from statistics import mean
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.graphs import parameters
+from hfsparse.greedy import greedy
+from hfsparse.loading import input_device
 from hfsparse.patcher import CACHES
 
 from .samples import Sample, Turn
 from .tasks import score
-
-# transformers 4.57 takes the model's own sampling where ours is what is usual.
-OLDER = "use_model_defaults" in signature(GenerationMixin.generate).parameters
-OURS = {"use_model_defaults": False} if OLDER else {}
 
 
 @dataclass(frozen=True)
@@ -166,18 +163,17 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
     Prompts are padded on the left.
     """
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=model.device)
+    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=input_device(model))
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    config = _greedy(model, max(wanted.limit for wanted in watch.wanted))
-    watch.begin(width, config.eos_token_id)
-    out = model.generate(
-        ids,
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([watch]),
-        **OURS,
-        **({} if cache is None else {_cache_name(model): cache}),
-    )
+    with greedy(model, max(wanted.limit for wanted in watch.wanted)) as settings:
+        watch.begin(width, settings.eos_token_id)
+        out = model.generate(
+            ids,
+            attention_mask=mask.to(ids.device),
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            **({} if cache is None else {_cache_name(model): cache}),
+        )
     new = out.sequences[:, width:].tolist()
     used = next((out[name] for name in CACHES if name in out), None)
     return [ids[: watch.length[row]] for row, ids in enumerate(new)], used
@@ -202,22 +198,3 @@ def _without_end(ids: list[int], stop: int | list[int] | None) -> list[int]:
 
 def decode(tokenizer, ids) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _greedy(model, limit: int) -> GenerationConfig:
-    """Plain greedy, whatever sampling or penalties the model's own settings ask for."""
-    own = model.generation_config
-    stop = own.eos_token_id
-    pad = own.pad_token_id
-    if pad is None and stop is not None:
-        pad = stop[0] if isinstance(stop, list) else stop
-    return GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=stop,
-        pad_token_id=pad,
-        bos_token_id=own.bos_token_id,
-        return_dict_in_generate=True,
-    )

@@ -46,6 +46,7 @@ class Run:
         made: Callable,
         device: str,
         dtype: str,
+        beyond_window: bool,
         chat: str,
         measured: Callable | None = None,
         **named: str | None,
@@ -55,6 +56,7 @@ class Run:
         from hfsparse.fingerprint import weights_mark
         from hfsparse.loading import load
         from hfsparse.plan import ModelId
+        from hfsparse.window import limit
 
         from . import heatmap, report, runner, text
         from .results import Results, Settings
@@ -62,7 +64,7 @@ class Run:
 
         world, device = _processes(device)
         model, tokenizer = load(self.model, device, dtype)
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        window = limit(model, beyond_window)
         for arm in self.arms:
             arm.check(model)
         suite = made(Prompter(tokenizer, chat, self.gold, self.known), window)
@@ -183,5 +185,5 @@ def check_window(window: int | None, lengths: Sequence[int]) -> None:
     if window and max(lengths) > window:
         raise UsageError(
             f"length {max(lengths)} is beyond this model's window of {window} tokens: "
-            f"give lengths up to {window}"
+            f"give lengths up to {window}, or --beyond-window"
         )

@@ -15,7 +15,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 
 from . import text
 from .arms import Arm
@@ -98,7 +98,7 @@ def run(
 @torch.inference_mode()
 def hidden(model, ids: Sequence[int]) -> Tensor:
     """What the output embedding reads, `[S, hidden]`."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     return model.get_decoder()(torch.tensor([ids], device=device)).last_hidden_state[0]
 
 
@@ -138,7 +138,7 @@ def log_probabilities(model, rows: Tensor) -> Tensor:
 @torch.inference_mode()
 def check(model) -> None:
     """UsageError where the logits of a model are not its output embedding of the hidden states."""
-    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(8, device=input_device(model))[None]
     want = model(ids).logits[0].float().log_softmax(-1)
     got = log_probabilities(model, hidden(model, ids[0].tolist()))
     if not torch.allclose(got, want.to(got.device), atol=0.05):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import Grid, default_block
+from hfsparse.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure import attention, pages_read
@@ -63,7 +64,7 @@ def run(
 def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
     """For each plan: mass on gold tokens over all heads, what is kept of it, and who lost some."""
     right = tokenizer(f" {', '.join(sample.answers)}", add_special_tokens=False).input_ids
-    ids = torch.tensor([[*sample.ids, *right]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([[*sample.ids, *right]], device=input_device(model))
     first = len(sample.ids) - 1
     gold = sorted({token for low, high in sample.gold for token in range(low, high)})
     found = [{"mass": 0.0, "kept": 0.0, "lost": []} for _ in plans]

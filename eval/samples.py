@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain, cycle, repeat
+from itertools import chain, repeat
 from random import Random
 
+from hfsparse.chat import frames
 from hfsparse.loading import UsageError
 
 from .drafts import Ask, Draft, largest
 from .tasks import Task
-
-MARK = "{{here}}"  # stands for a question or an answer while the chat template is applied
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Prompter:
             raise UsageError("this model's tokenizer gives no offsets: a fast tokenizer is needed")
         self.tokenizer = tokenizer
         self.chat = chat == "auto" and bool(tokenizer.chat_template)
+        self.frames = frames(tokenizer) if self.chat else None
         self.gold = gold
         self.known = known
         first = tokenizer("").input_ids[:1]
@@ -82,22 +82,22 @@ class Prompter:
         """The whole prompt but for a BOS token that the tokenizer would put first itself."""
         if not self.chat:
             return draft.message + draft.prefix
-        if draft.asks:
-            return self._chat(draft.message + MARK).partition(MARK)[0]
-        return self._chat(draft.message) + draft.prefix
+        head, tail = self.frames
+        head = head.removeprefix(self.tokenizer.bos_token if self.bos else "")
+        return head + draft.message + ("" if draft.asks else tail + draft.prefix)
 
     def between(self, draft: Draft) -> list[str]:
         """What stands between the text, or the answer before, and the answer to each question."""
-        first = later = f"\n\n{MARK}"
+        first = later = "\n\n", ""  # before and after a question
         if self.chat:
-            first += self._chat(MARK).partition(MARK)[2]
-            later = self._chat(MARK, MARK, MARK).split(MARK, 2)[2]
+            first = "\n\n", self.frames[1]
+        if self.chat and len(draft.asks) > 1:
+            later = tuple(frames(self.tokenizer, turns=3)[2:])
         if draft.asks and not draft.asks[0].question:  # the text ends with the first question
-            first = first.removeprefix("\n\n")
-        frames = chain([first], repeat(later))
+            first = "", first[1]
         return [
-            frame.replace(MARK, ask.question) + ask.prefix
-            for frame, ask in zip(frames, draft.asks, strict=False)
+            before + ask.question + after + ask.prefix
+            for (before, after), ask in zip(chain([first], repeat(later)), draft.asks, strict=False)
         ]
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -134,17 +134,10 @@ class Prompter:
     def _given(self, ask: Ask) -> tuple[int, ...]:
         return self.ids(f" {', '.join(ask.answers)}") if self.gold else ()
 
-    def _chat(self, *said: str) -> str:
-        """These messages in turn, the user's first, and the header of the assistant's next."""
-        roles = cycle(("user", "assistant"))
-        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text.removeprefix(self.tokenizer.bos_token if self.bos else "")
-
     def encode(self, draft: Draft) -> tuple[list[int], list[tuple[int, int]], int]:
         """Ids, the span of them that touches each gold needle, and where the question starts."""
         prompt = self.text(draft)
-        start = prompt.rindex(draft.context.strip())  # templates strip messages
+        start = prompt.rindex(draft.context)
         coded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         spans = []
         for low, high in draft.gold:

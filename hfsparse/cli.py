@@ -59,6 +59,9 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that prof
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
 BUDGET = ", of the layers without a window of their own; 1 is no limit"
+BeyondWindow = Annotated[
+    bool, typer.Option("--beyond-window", help="Go beyond the length that the model is made for.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -87,7 +90,13 @@ def profile(
         str | None,
         typer.Option(help="Settings by a name (see hfsparse recipes) or a .yaml; flags override."),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of a sample, by commas.")] = "1024,2048",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a sample, by commas; else 1024,2048, on a GPU up to 16384, and "
+            "no more than the model's window."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples at each length.")] = 6,
     prefill_density: Annotated[
         float, typer.Option(help=f"Share of query-key pairs to compute in the prefill{BUDGET}.")
@@ -137,12 +146,13 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw recall by density, and loss by budget."),
     ] = None,
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Measure how each head attends and write a plan."""
     settings = {
-        "lengths": _lengths(lengths),
+        "lengths": None if lengths is None else _lengths(lengths),
         "samples": samples,
         "seed": seed,
         "prefill_density": prefill_density,
@@ -155,6 +165,7 @@ def profile(
         "drop": drop,
         "verify_samples": verify_samples,
         "proxy": proxy,
+        "beyond_window": beyond_window,
     }
     for file in (output, curves):
         if file is not None:
@@ -178,7 +189,6 @@ def profile(
     from hfsparse.loading import load
 
     loaded, tokenizer = load(model, device, dtype)
-    _check_window(loaded, max(settings["lengths"]), "the samples")
     if page:
         typer.echo(recipes.told(page, flags))
     files = {"out": output, "data": data, "curves": curves}
@@ -333,6 +343,7 @@ def generate(
     prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
     plan: Annotated[Path | None, typer.Option(help="Without a plan every head is full.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -345,10 +356,10 @@ def generate(
 
     chosen = Plan.load(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
-    inputs = _tokens(tokenizer, prompt).to(loaded.device)
-    _check_window(loaded, inputs["input_ids"].shape[1] + max_new_tokens, "prompt and answer")
+    tokens = _tokens(tokenizer, prompt)
+    _check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
     with hfsparse.patch(loaded, chosen) as handle:
-        _stream(loaded, tokenizer, inputs, max_new_tokens)
+        _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
 
 
@@ -362,6 +373,7 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Prompt tokens, by commas.")] = "1024,8192,32768",
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each arm and length.")] = 3,
     write: Annotated[bool, typer.Option(help="Put table and break-even into the plan.")] = False,
+    beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -382,7 +394,7 @@ def bench(
         loaded = benching.random_model(shape, target, _dtype(dtype, target))
     else:
         loaded, _ = load(model, device, dtype)
-    _check_window(loaded, max(sizes), "prompts")
+    _check_window(loaded, beyond_window, max(sizes), "prompts")
     chosen = chosen or benching.stand_in(loaded)
     rows, name = [], device_name(loaded.device)
     for row in benching.bench(loaded, chosen, sizes, repeat):
@@ -468,12 +480,14 @@ def _config(model: str):
         raise not_loaded("the configuration", model, here, problem) from problem
 
 
-def _check_window(model, tokens: int, what: str) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_window(model, beyond: bool, tokens: int, what: str) -> None:
+    from hfsparse.window import limit
+
+    window = limit(model, beyond)
     if window is not None and tokens > window:
         raise UsageError(
             f"{what} take {tokens} tokens, {tokens - window} more than this model's window "
-            f"of {window}"
+            f"of {window} (--beyond-window passes it)"
         )
 
 
@@ -489,33 +503,30 @@ def _read_prompt(file: Path) -> str:
     return prompt
 
 
-def _tokens(tokenizer, prompt: str):
+def _tokens(tokenizer, prompt: str) -> list[int]:
+    from hfsparse.chat import frames
+
     if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt", verbose=False)
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"verbose": False},
-    )
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    before, after = frames(tokenizer, thinking=True)
+    text = before + prompt + after
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 # ---- output
 
 
-def _stream(model, tokenizer, inputs, max_new_tokens: int) -> None:
+def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
+    import torch
     from transformers import TextStreamer
 
-    model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,  # a model may bring its own for sampling, and would warn
-        top_p=None,
-        top_k=None,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    from hfsparse.greedy import greedy
+    from hfsparse.loading import input_device
+
+    ids = torch.tensor([tokens], device=input_device(model))
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with greedy(model, max_new_tokens):
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
 
 
 def _print(text) -> None:

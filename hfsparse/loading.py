@@ -149,6 +149,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where tokens go in: to the embeddings, or to where accelerate brings these when called."""
+    import torch
+
+    words = model.get_input_embeddings()
+    if words.weight.device.type != "meta":
+        return words.weight.device
+    hook = getattr(words, "_hf_hook", None)
+    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook]))
+    return torch.device(next((place for place in places if place is not None), "cpu"))
+
+
 def device_name(device: torch.device) -> str:
     """As plans call it under `measured`."""
     import torch

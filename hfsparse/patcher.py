@@ -29,6 +29,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
+    GenerationMixin,
     PreTrainedModel,
     cache_utils,
 )
@@ -53,8 +54,12 @@ from hfsparse.selectors.reuse import Reuse
 from hfsparse.stats import LayerStats, Stats, Work
 
 CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
-# `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size.
+# `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size, and
+# where chunks give what one call gives.
 LONG, CHUNK = 1 << 17, 1 << 15
+ROPES = ("default", "linear", "llama3", "yarn")  # turn by the position alone, not a call's length
+# Before it had this, `generate` numbered the tokens of chunks by columns, padding or not.
+NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
 MISTAKEN = (
     "this is the handle of a patch, not the model (handle.model), which is changed in place: write "
     "handle = hfsparse.patch(model, plan), not model = hfsparse.patch(model, plan)"
@@ -290,6 +295,9 @@ def explain(model: PreTrainedModel) -> str:
     past = "behind a past, " if kernels.fused(need) else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
     lines += _by_layer(state, need)
+    why = _in_one_call(model.config)
+    long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
+    lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
     windowed = [layer.index for layer in state.layers if layer.window is not None]
     if windowed:
@@ -617,10 +625,12 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         mask = model_kwargs.get("attention_mask")
         # 5.24 drops a mask of ones, and notes how wide it was
         width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
-        simple = model_kwargs.get("inputs_embeds") is None and not cache.get_seq_length()
-        simple = simple and not hasattr(self.config, "vision_config")
-        if width > LONG and simple and generation_config.prefill_chunk_size is None:
-            generation_config.prefill_chunk_size = CHUNK
+        if generation_config.prefill_chunk_size is None and width > LONG:
+            fresh = model_kwargs.get("inputs_embeds") is None and not cache.get_seq_length()
+            whole = generation_config.output_hidden_states  # of chunks only the last one's come
+            alike = _in_one_call(self.config) is None and _in_order(model_kwargs)
+            if fresh and alike and not whole:
+                generation_config.prefill_chunk_size = CHUNK
         chunked = generation_config.prefill_chunk_size
         if chunked and not width:
             raise PatchError(
@@ -631,6 +641,23 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
         _adopt(cache, self.get_decoder(), reserve, expected)
     return result
+
+
+def _in_one_call(config) -> str | None:
+    """Why prompts in chunks may be read otherwise than in one call; None: they are read alike."""
+    if hasattr(config, "vision_config"):
+        return "it may hold images"
+    ropes = attention_values(config.get_text_config(decoder=True))["rope"].values()
+    if other := sorted({rope["rope_type"] for rope in ropes} - {*ROPES}):
+        return f"rope {', '.join(other)} may depend on a call's length"
+    return None
+
+
+def _in_order(model_kwargs: dict) -> bool:
+    """Whether each row's tokens keep their positions in chunks."""
+    mask = model_kwargs.get("attention_mask")
+    plain = model_kwargs.get("position_ids") is None and (mask is None or bool(mask.all()))
+    return NUMBERED or plain
 
 
 def _no_serving(self, *args, **kwargs):

@@ -94,7 +94,7 @@ def _whole(value: Any) -> bool:
 
 
 KINDS = {
-    tuple[int, ...]: (
+    tuple[int, ...] | None: (
         "token counts, such as [1024, 2048]",
         lambda value: type(value) is list and all(_whole(n) and n > 0 for n in value or [0]),
     ),

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hfsparse.cli import app
@@ -249,12 +251,43 @@ def test_generate_gives_the_prompt_its_chat_template(model, prompt, monkeypatch)
     assert seen["prompt"] == "<s><user>What is at the end of a long text?\n<assistant>"
 
 
+def test_generate_is_greedy_whatever_the_models_settings_and_its_tokenizer_bring(
+    model, prompt, tmp_path
+):
+    plain = run("generate", model, "--prompt-file", prompt)
+    assert plain.exit_code == 0
+    folder = tmp_path / "bringing"
+    shutil.copytree(model, folder)
+    brought = dict(
+        do_sample=True,
+        temperature=5.0,
+        top_k=3,
+        num_beams=2,
+        num_return_sequences=2,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=40,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    (folder / "generation_config.json").write_text(json.dumps(brought))
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    named["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("a text")
+    got = run("generate", folder, "--prompt-file", prompt)
+    assert got.exit_code == 0, got.exception
+    assert got.stdout == plain.stdout
+    said = got.stderr.splitlines()
+    assert all("Loading weights" in line for line in said if line)
+
+
 def test_generate_refuses_a_prompt_longer_than_the_window(model, prompt):
     prompt.write_text("word " * 2000)
     message = error("generate", model, "--prompt-file", prompt, "--max-new-tokens", 5)
     whole = f"<s><user>{prompt.read_text().strip()}\n<assistant>"
     tokens = 5 + len(tiny.tokenizer(chat=True)(whole)["input_ids"])
-    over = f"{tokens - 512} more than this model's window of 512"
+    over = f"{tokens - 512} more than this model's window of 512 (--beyond-window passes it)"
     assert message == f"prompt and answer take {tokens} tokens, {over}"
 
 
@@ -319,6 +352,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "verify_samples": 5,
         "progress": True,
         "proxy": None,
+        "beyond_window": False,
         "curves": None,
     }
     assert "recipe" not in result.stdout
@@ -337,7 +371,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
         (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
-        (["--lengths", "128,2048"], "1536 more than this model's window of 512"),
+        (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),
         (["--dtype", "int3"], "unknown dtype int3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -32,6 +32,7 @@ from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
 from hfsparse.profiler.prompts import Prompt, samples
 from hfsparse.profiler.proxies import PROXIES
+from hfsparse.window import SHORTEST, calibration_lengths, limit
 
 METHODS = {
     "balanced": balanced,
@@ -49,7 +50,7 @@ def profile(
     tokenizer,
     *,
     out: str | Path | None = None,
-    lengths: tuple[int, ...] = (1024, 2048),
+    lengths: tuple[int, ...] | None = None,
     samples: int = 6,
     prefill_density: float = 0.4,
     cache_share: float = 0.8,
@@ -65,6 +66,7 @@ def profile(
     proxy: str | None = None,
     recipe: str | None = None,
     curves: str | Path | None = None,
+    beyond_window: bool = False,
     progress: bool = False,
 ) -> Plan:
     """Measure `model` on calibration prompts and return its plan, saved to `out` if given.
@@ -72,18 +74,19 @@ def profile(
     Budgets are shares of what the layers without a sliding window of their own do without a plan,
     the part that a plan may change: query-key pairs of a prompt, bytes of cache, keys read by a
     decode step (docs/figures.md). 1 is no limit. They are met at the longest of `lengths` (tokens;
-    by `moa` at each and beyond); `expected` says what that makes of the whole model, too. With
-    `loss`, a share of what the worst rings on every head would lose, methods in DRAWN look for the
-    smallest shares within these budgets that are expected to lose no more. `samples` prompts a
-    length, made offline or taken from `data` (JSONL with "text" or "prompt"). `prefill_method`
-    chooses for prompts what `method` leaves full in the cache (`mixed`). With `verify` the plan is
-    then tried on `verify_samples` retrieval trials a length, of tasks that the model can do, and kv
-    heads are given back until it loses at most the share `drop` of the answers against the dense
-    model, or two, or what may be chance. Where budgets wider by a few steps do that with less, the
-    plan is of those. Either may pass the budgets, and `expected` says by how much. `proxy` (one of
-    PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
-    from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
-    methods in DRAWN. Raises UsageError for what can't be done.
+    by `moa` at each and beyond); `expected` says what that makes of the whole model, too. None
+    gives the lengths of `window.calibration_lengths`; `beyond_window` takes some that the model was
+    not made for. With `loss`, a share of what the worst rings on every head would lose, methods in
+    DRAWN look for the smallest shares within these budgets that are expected to lose no more.
+    `samples` prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
+    `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
+    `verify` the plan is then tried on `verify_samples` retrieval trials a length, of tasks that the
+    model can do, and kv heads are given back until it loses at most the share `drop` of the answers
+    against the dense model, or two, or what may be chance. Where budgets wider by a few steps do
+    that with less, the plan is of those. Either may pass the budgets, and `expected` says by how
+    much. `proxy` (one of PROXIES) ranks heads for `duo` in place of its training. `recipe` names
+    where the settings come from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write
+    (`profiler.curves`), for methods in DRAWN. Raises UsageError for what can't be done.
     """
     check_settings(
         method=method,
@@ -97,7 +100,8 @@ def profile(
         proxy=proxy,
     )
     check_curves(curves, method, prefill_method)
-    _check(model, lengths, samples)
+    lengths = calibration_lengths(model) if lengths is None else lengths
+    _check(model, lengths, samples, beyond_window)
     budget = Budget(prefill_density, cache_share, decode_share, loss)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
     prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
@@ -201,18 +205,22 @@ def check_curves(curves: str | Path | None, method: str, prefill_method: str | N
         raise UsageError(f"{methods} draws no curves: {wanted}")
 
 
-def _check(model: PreTrainedModel, lengths: tuple[int, ...], samples: int) -> None:
+def _check(
+    model: PreTrainedModel, lengths: tuple[int, ...], samples: int, beyond_window: bool
+) -> None:
     ModelId.of(model)  # PlanError for what no plan can describe
-    config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "max_position_embeddings", None) or max(lengths, default=0)
+    window = limit(model, beyond_window)
     problems = [
         (not lengths, "no lengths given: name at least one, in tokens"),
         (model.training, "the model is in training mode: call model.eval() first"),
         (samples < 1, f"samples is {samples}: give 1 or more"),
-        (any(n < 256 for n in lengths), f"lengths {lengths}: give 256 tokens or more"),
         (
-            any(n > window for n in lengths),
-            f"lengths {lengths}: the model's window is {window} tokens",
+            any(n < SHORTEST for n in lengths),
+            f"lengths {lengths}: give {SHORTEST} tokens or more",
+        ),
+        (
+            window is not None and any(n > window for n in lengths),
+            f"lengths {lengths}: the model's window is {window} tokens (beyond_window passes it)",
         ),
     ]
     for wrong, sentence in problems:

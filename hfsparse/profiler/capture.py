@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfsparse.attention import Logits
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.slices import sliced, wrapped
@@ -99,9 +100,13 @@ def backward(
             held = [t.detach() for t in (q, k, v)]
 
             def watch(out: Tensor) -> None:
+                if not out.requires_grad:
+                    raise _no_gradient(model)
                 held.append(out.detach())
 
-                def visit(grad: Tensor) -> None:
+                def visit(grad: Tensor | None) -> None:
+                    if grad is None:
+                        raise _no_gradient(model)
                     with torch.no_grad():
                         at, proj = keys.to(grad.device), projection(module, held[-1])
                         found[module.layer_idx] = measure(Seen(*held, grad, logits, at, proj))
@@ -117,13 +122,30 @@ def backward(
         with torch.enable_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             hidden = hidden[:, keys.to(hidden.device)]
-            objective(model, hidden, ids[0, keys + 1]).backward()
+            wanted = objective(model, hidden, ids[0, keys + 1])
+            if not wanted.requires_grad:
+                raise _no_gradient(model)
+            wanted.backward()
     return [found[layer] for layer in sorted(found)]
+
+
+def check_gradients(model: PreTrainedModel) -> None:
+    """Raise UsageError where a layer's attention gets no gradient; a few tokens tell it."""
+    ids, keys = torch.zeros(1, 8, dtype=torch.long), torch.tensor([6])
+    backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), lambda seen: {})
+
+
+def _no_gradient(model: PreTrainedModel) -> UsageError:
+    return UsageError(
+        f"the weights of this {type(model).__name__} let no gradient through, as some that are "
+        "quantised don't: profile the model that they were made from, whose plan fits them too, or "
+        "use method streaming-llm"
+    )
 
 
 def _own(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """A copy where the model begins: an inference tensor can take no part in autograd."""
-    return ids.to(model.get_input_embeddings().weight.device).clone()
+    return ids.to(input_device(model)).clone()
 
 
 def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:

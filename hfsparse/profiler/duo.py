@@ -25,6 +25,7 @@ from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler import proxies
+from hfsparse.profiler.capture import check_gradients
 from hfsparse.profiler.gates import distil
 from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.passkeys import Passkeys, hide
@@ -68,6 +69,7 @@ def plan(job: Job) -> Plan:
 
 def _trained(job: Job) -> Iterator[tuple[Arrays, int]]:
     """Each checkpoint, and how often running the ranking was stable; the last one ends it."""
+    check_gradients(job.model)
     this = ModelId.of(job.model)
     shape = int(job.free.sum()), this.kv_heads
     state: Arrays = {name: np.zeros(shape, np.float32) for name in ("exp_avg", "exp_avg_sq")}

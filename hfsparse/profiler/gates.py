@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hfsparse import kernels
 from hfsparse.attention import LayerPlan, Logits
 from hfsparse.lists import Grid, default_block
+from hfsparse.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import checkpointed
@@ -32,7 +33,7 @@ def distil(
     gates [layers, Hkv], a leaf: one row for each layer without a window of its own; its gradient is
     added to `gates.grad`. ids `[1, L]`.
     """
-    ids = ids.to(model.get_input_embeddings().weight.device).clone()
+    ids = ids.to(input_device(model)).clone()
     decoder = model.get_decoder()
 
     def hidden() -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from hfsparse.greedy import greedy
+from hfsparse.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.capture import Seen, backward
@@ -71,19 +73,12 @@ def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     The answer takes the place of the prompt's own, or of its last ANSWER tokens (a quarter of the
     prompt at most), and counts up to its first end of text.
     """
-    where, L = model.get_input_embeddings().weight.device, prompt.ids.shape[1]
+    where, L = input_device(model), prompt.ids.shape[1]
     ids = prompt.ids.to(where).clone()
     start, end = prompt.answer_span or (L - min(ANSWER, L // 4), L)
-    text, greedy = ids[:, :start], dict(do_sample=False, num_beams=1, repetition_penalty=1.0)
-    unset = dict.fromkeys(("temperature", "top_p", "top_k"))  # of a model that samples
-    with patch(model), sliced(model):
-        whole = model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            max_new_tokens=end - start,
-            **greedy,
-            **unset,
-        )
+    text = ids[:, :start]
+    with patch(model), sliced(model), greedy(model, end - start):
+        whole = model.generate(text, attention_mask=torch.ones_like(text))
     end = whole.shape[1]  # earlier where the text ends
     ids[:, start:end] = whole[:, start:]
     return ids, torch.arange(start - 1, end - 1, device=ids.device)

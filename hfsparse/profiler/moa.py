@@ -23,7 +23,7 @@ import numpy as np
 
 from hfsparse.figures import Prompts, one_head
 from hfsparse.lists import Grid, default_block
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.allocate import Infeasible
@@ -32,6 +32,7 @@ from hfsparse.profiler.influence import BLOCK, costs, losses
 from hfsparse.profiler.job import Job, mark
 from hfsparse.profiler.prompts import samples
 from hfsparse.profiler.search import used
+from hfsparse.window import context_window
 
 SINK, LEAST = 64, 128  # tokens: the sink, and the shortest alpha
 STEPS = 8  # of alpha, up to the longest prompt; and of beta, up to 1
@@ -108,7 +109,7 @@ class Table:
 
     @classmethod
     def of(cls, each: list[Streaming | None], n: int, job: Job) -> Table:
-        grid = Grid.causal(1, n, default_block(n, job.model.device))
+        grid = Grid.causal(1, n, default_block(n, input_device(job.model)))
         lists = [r and grid.banded(r.band, 1) for r in each]
         pairs = [1.0 if b is None else float(b.pairs()[0, 0] / grid.pairs()[0]) for b in lists]
         blocks = [1.0 if b is None else float(b.blocks()[0, 0] / grid.blocks()[0]) for b in lists]
@@ -133,8 +134,8 @@ def _influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
 
 def _unseen_length(job: Job) -> int:
     """Twice the longest prompt where the model's window has room, else the longest again."""
-    longest, config = max(job.prompts), job.model.config.get_text_config(decoder=True)
-    window = getattr(config, "max_position_embeddings", None) or longest
+    longest = max(job.prompts)
+    window = context_window(job.model.config) or longest
     return 2 * longest if 2 * longest <= window else longest
 
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from hfsparse import reading
+from hfsparse.chat import frames
 from hfsparse.loading import UsageError
 from hfsparse.plan_rules import show
 from hfsparse.profiler.puzzles import PUZZLES
 
 KINDS = ("retrieval", "multihop", "prose", "code")
-BODY = "{{body}}"  # stands for the long text while the chat template is applied
 PASSAGE_LINES = 12  # facts go between passages, so none may be much longer than this
 
 
@@ -98,14 +98,8 @@ def frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
     if not getattr(tokenizer, "chat_template", None):
         tail = f"{after}\n" if after else ""
         return _bos(tokenizer) + encode(tokenizer, before), encode(tokenizer, tail)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{before}{BODY}{after}"}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
-    head, _, tail = text.partition(BODY)
-    return encode(tokenizer, head), encode(tokenizer, tail)
+    head, tail = frames(tokenizer)
+    return encode(tokenizer, head + before), encode(tokenizer, after + tail)
 
 
 def fill(tokenizer, kind: str, room: int, rng: Random) -> list[list[int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.attention import Logits
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import PROJECTIONS, projection
@@ -38,7 +38,7 @@ def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[
         at, source = rows.to(q.device), sources.to(q.device)
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
-    ids = keys.ids.to(model.get_input_embeddings().weight.device)
+    ids = keys.ids.to(input_device(model))
     with patch(model), sliced(model), torch.no_grad():
         for layer in sparse_layers(model):
             layer.observe = observe

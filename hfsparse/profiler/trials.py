@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hfsparse.attention import STEP
+from hfsparse.chat import frames
 from hfsparse.graphs import parameters
-from hfsparse.loading import UsageError
+from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import CACHES
 from hfsparse.profiler import prompts
 from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
@@ -28,7 +29,6 @@ from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
 TASKS = OTHERS | PUZZLES
 KNOWN = "-known"  # of tasks whose first question stands at the end of the text
 ROUND = 2 * len(TASKS)  # trials that ask each task once, known and not
-MARK = "{{answer}}"  # stands for an answer while the chat template is applied
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,10 @@ def _between(tokenizer, question: str, first: bool) -> str:
     """What stands between the text, or the answer before, and the answer to this question."""
     if not getattr(tokenizer, "chat_template", None):
         return f"\n\n{question}\n"
-    said = [{"role": "user", "content": prompts.BODY}]
-    if not first:
-        said += [{"role": "assistant", "content": MARK}, {"role": "user", "content": question}]
-    else:
-        said[0]["content"] += f"\n\n{question}"
-    text = tokenizer.apply_chat_template(
-        said, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return text.partition(prompts.BODY if first else MARK)[2]
+    if first:
+        return f"\n\n{question}{frames(tokenizer)[1]}"
+    _, _, between, tail = frames(tokenizer, turns=3)
+    return between + question + tail
 
 
 @torch.no_grad()
@@ -103,7 +98,7 @@ def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
     """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
     decoder, cache = model.get_decoder(), DynamicCache()
     named = next(name for name in CACHES if name in parameters(type(decoder)))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     said, loss = [], []
 
     def read(tokens: list[int]) -> Tensor:

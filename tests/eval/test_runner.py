@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import hfsparse
 from hfsparse.loading import UsageError
@@ -233,11 +234,16 @@ def test_generation_is_greedy_whatever_the_models_settings_say(model, tokenizer,
     sample = replace(suite.sample(suite.cases[0]), new_tokens=8)
     plain = generate.answer(model, tokenizer, sample).text
     own = model.generation_config
-    own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 9.0
+    sampling = dict(do_sample=True, temperature=5.0, repetition_penalty=9.0)
+    others = dict(num_beams=2, num_return_sequences=2, no_repeat_ngram_size=1, min_new_tokens=8)
     try:
-        assert [generate.answer(model, tokenizer, sample).text for _ in range(3)] == [plain] * 3
+        for settings in (sampling, others):
+            model.generation_config = GenerationConfig(**own.to_diff_dict(), **settings)
+            before = model.generation_config
+            assert [generate.answer(model, tokenizer, sample).text for _ in range(3)] == [plain] * 3
+            assert model.generation_config is before
     finally:
-        own.do_sample, own.temperature, own.repetition_penalty = False, 1.0, 1.0
+        model.generation_config = own
 
 
 def test_answers_of_a_batch_are_those_of_each_alone(model, tokenizer, monkeypatch):

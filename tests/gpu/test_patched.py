@@ -16,11 +16,13 @@ from hfsparse.attention import NAME, attend
 from tests.gpu.common import BF16, DEVICE
 from tests.patcher.families import (
     FAMILIES,
+    SCALED,
     fresh,
     full,
     growing,
     left_padded,
     mixed,
+    rotated,
     straddled,
     streaming,
     tokens,
@@ -102,6 +104,17 @@ def kept_for_later(folder: Path, apart: float, cpu: list[dict], gpu: list[dict])
             sums = " ".join(f"{t.contiguous().view(torch.int32).sum():x}" for t in (a, b))
             lines.append(f"{i}  {name}  {a.abs().max():.3e}  {off.max():.2e}  {at}  {sums}")
     return "\n".join(lines)
+
+
+@pytest.mark.parametrize("rope", SCALED)
+def test_steps_beyond_the_trained_length_are_those_of_the_stock_model(rope):
+    """What a rope computes anew as a row grows is never frozen in a graph."""
+    ids = tokens(1, 110).to(DEVICE)  # of 128
+    want = generate(rotated(rope).to(DEVICE), ids, new=40)
+    with hfsparse.patch(model := rotated(rope).to(DEVICE)):
+        got = generate(model, ids, new=40)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert (torch.stack(got.logits) - torch.stack(want.logits)).abs().max() < CLOSE
 
 
 def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():

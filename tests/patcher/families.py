@@ -90,6 +90,35 @@ def heads(model) -> tuple[int, int]:
     return config.num_attention_heads, config.num_key_value_heads
 
 
+SCALED = {
+    "default": {},
+    "linear": dict(factor=2.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=128),
+    "llama3": dict(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=128,
+    ),
+    "dynamic": dict(factor=2.0),
+    "longrope": dict(
+        short_factor=[1.0] * 8,
+        long_factor=[4.0] * 8,
+        original_max_position_embeddings=128,
+        factor=2.0,
+    ),
+}
+
+
+def rotated(kind: str):
+    """The tiny Llama with rope of this kind, trained on 128 tokens."""
+    torch.manual_seed(0)
+    rope = {"rope_type": kind, **SCALED[kind]}
+    sizes = {**SIZES, "max_position_embeddings": 128, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, rope_theta=10000.0, rope_scaling=rope)
+    return LlamaForCausalLM(config).eval()
+
+
 def wide_window():
     """A window so wide that vertical_slash and block_topk drop keys inside it."""
     torch.manual_seed(0)

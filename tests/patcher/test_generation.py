@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache, GenerationConfig
 
 import hfsparse
 from hfsparse.cache import SLACK, Full
-from hfsparse.patcher import SERVING, PatchError
-from tests.patcher.families import growing, left_padded, mixed, streaming, tiny, tokens
+from hfsparse.patcher import NUMBERED, SERVING, PatchError
+from tests.patcher.families import (
+    SCALED,
+    growing,
+    left_padded,
+    mixed,
+    rotated,
+    streaming,
+    tiny,
+    tokens,
+)
 from tests.patcher.oracle import CACHE
 from tests.patcher.runs import both, close, forward, generate, same_generation
 
@@ -178,3 +189,69 @@ def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
         finally:
             hook.remove()
     assert seen == [200, 1, 64, 64, 64, 18, 1, 150, 60, 1, 31]
+
+
+def calls(model) -> list[int]:
+    """Tokens of each call of the text decoder from now on."""
+    seen: list[int] = []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
+@pytest.mark.parametrize("rope", SCALED)
+def test_very_long_prompts_are_read_in_chunks_only_where_one_call_says_the_same(
+    rope, padded, monkeypatch
+):
+    ids, mask = left_padded(210) if padded else (tokens(2, 210), None)
+    want = generate(rotated(rope), ids, mask)
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    model = rotated(rope)  # dynamic rope remembers the longest call
+    seen = calls(model)
+    with hfsparse.patch(model) as handle:
+        same_generation(generate(model, ids, mask), want)
+        told = handle.explain()
+    alike = rope not in ("dynamic", "longrope")
+    assert (max(seen) <= 64) == (alike and (NUMBERED or not padded))
+    assert f"in generate: {'in chunks' if alike else f'in one call (rope {rope} may'}" in told
+    assert model.generation_config.prefill_chunk_size is None
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_chunks_that_are_asked_for_are_those_of_the_stock_model(rope):
+    run = partial(generate, ids=tokens(2, 210), prefill_chunk_size=64)
+    want = run(rotated(rope), cache=DynamicCache())
+    with hfsparse.patch(model := rotated(rope)):
+        same_generation(run(model, cache=DynamicCache()), want)
+    assert model.generation_config.prefill_chunk_size is None
+
+
+def test_a_settings_object_of_the_callers_own_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    model, own = rotated("default"), GenerationConfig(max_new_tokens=2, do_sample=False)
+    before, theirs = own.to_dict(), model.generation_config.to_dict()
+    with hfsparse.patch(model):
+        model.generate(tokens(1, 210), generation_config=own)
+    assert (own.to_dict(), model.generation_config.to_dict()) == (before, theirs)
+
+
+def test_hidden_states_that_are_asked_for_are_those_of_the_whole_prompt(monkeypatch):
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    model = rotated("default")
+    with hfsparse.patch(model):
+        said = generate(model, tokens(1, 210), output_hidden_states=True)
+    assert said.hidden_states[0][-1].shape[1] == 210
+
+
+@pytest.mark.skipif(NUMBERED, reason="chunks keep positions of one's own")
+def test_positions_of_ones_own_are_kept(monkeypatch):
+    ids, own = tokens(1, 210), torch.arange(0, 420, 2)[None]
+    want = generate(rotated("default"), ids, position_ids=own, new=1)
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    with hfsparse.patch(model := rotated("default")):
+        same_generation(generate(model, ids, position_ids=own, new=1), want)

@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from hfsparse.attention import Logits
 from hfsparse.profiler import influence
@@ -125,3 +126,14 @@ def test_an_answer_ends_where_the_model_ends_it():
     cut, keys = influence.answered(model, Prompt("text", text, (60, 80)))
     assert keys.tolist() == list(range(59, 59 + first))
     assert torch.equal(cut[:, : 60 + first], whole[:, : 60 + first])
+
+
+def test_an_answer_is_greedy_whatever_the_models_settings_say():
+    model = tiny.llama()
+    text = torch.randint(2, 400, (1, 80), generator=torch.Generator().manual_seed(1))
+    plain, _ = influence.answered(model, Prompt("text", text, (60, 80)))
+    brought = dict(
+        num_beams=2, no_repeat_ngram_size=1, min_new_tokens=20, return_dict_in_generate=True
+    )
+    model.generation_config = GenerationConfig(eos_token_id=1, **brought)
+    assert torch.equal(influence.answered(model, Prompt("text", text, (60, 80)))[0], plain)
