@@ -39,7 +39,7 @@ from journal import end_in_order, failure
 import hfsparse
 from hfsparse import bench, kernels, patcher
 from hfsparse.kernels.places import Place, Table
-from hfsparse.lists import PAGE, Band
+from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
@@ -417,7 +417,8 @@ def layer(length: int, batch: int) -> None:
         kernels.append(new, new, places, at)
         low, high = next((x.low, x.high) for x in places.parts if x.low is not None)
         own = [h * (H // HKV) + n for h in heads for n in range(H // HKV)]
-        read(places, kernels.choose_pages(quest, q, low, high, held, scale, own))
+        some = at_heads(own, q.device)
+        read(places, kernels.choose_pages(quest, q, low, high, held, scale, some))
 
     timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], every))
     timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], odd))

@@ -7,11 +7,10 @@ kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import nan
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hfsparse import kernels
-from hfsparse.cache import Full, Group, Layer, Ring, ring_positions, take_layer
+from hfsparse.cache import Full, Group, Layer, Ring, autocast, casts, ring_positions, take_layer
+from hfsparse.call import Call, running
 from hfsparse.lists import (
     FAR,
     FULL,
@@ -30,10 +30,9 @@ from hfsparse.lists import (
     Band,
     BlockLists,
     Grid,
+    HeadIndex,
     PageLists,
-    at_heads,
     default_block,
-    index_on,
 )
 from hfsparse.plan import Below
 from hfsparse.stats import Work
@@ -42,11 +41,6 @@ NAME = "hfsparse"
 STEP = (
     16  # behind a past or a prompt in chunks, at most so many new tokens are decode, more prefill
 )
-
-
-# This thread records a decode step: .step, the .layers {index: (LayerPlan, Layer)} that it serves,
-# and .cut, which is told before each layer's attention
-recording = threading.local()
 
 
 class PatchError(ValueError):
@@ -65,10 +59,10 @@ class Counts:
         # Prompts, by q head: pairs and blocks; of heads that follow lists the device knows them.
         self.dense: dict[tuple[int, ...], list[int]] = {}  # what dense attention would compute
         self.whole: dict[tuple[int, ...], list[int]] = {}  # heads that were computed densely
-        self.kept = torch.zeros(2, self.q_heads, dtype=torch.float64)
-        self.cut = torch.zeros(self.q_heads, dtype=torch.int64)  # query blocks, by a max_share
+        self.kept = _zeros(2, self.q_heads, dtype=torch.float64)
+        self.cut = _zeros(self.q_heads)  # query blocks, by a max_share
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
-        self.skipped = torch.zeros(self.q_heads, 2, dtype=torch.int64)
+        self.skipped = _zeros(self.q_heads, 2)
         for read in self.read.values():
             read.zero_()  # recorded steps go on adding to it
 
@@ -77,31 +71,32 @@ class Counts:
         _add(self.whole, heads, work)
         _add(self.dense, heads, work)
 
-    def add_lists(self, heads: list[int], lists: BlockLists, work: tuple[int, int]) -> None:
-        """Heads that followed lists, and the work of dense attention."""
+    def add_lists(
+        self, heads: list[int], at: slice | Tensor, lists: BlockLists, work: tuple[int, int]
+    ) -> None:
+        """Heads that followed lists, an index of them, and the work of dense attention."""
         _add(self.dense, heads, work)
         device = lists.full_count.device
-        self.kept, at = self.kept.to(device), at_heads(heads, device)
+        self.kept = _moved(self.kept, device)
         self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
         if lists.cut is not None:
-            self.cut = self.cut.to(device)
+            self.cut = _moved(self.cut, device)
             self.cut[at] += lists.cut.sum(0)
 
-    def add_skipped(self, heads: list[int], tiles: Tensor) -> None:
+    def add_skipped(self, at: slice | Tensor, tiles: Tensor) -> None:
         """tiles [heads, 2]: skipped, and looked at."""
-        self.skipped = self.skipped.to(tiles.device)
-        self.skipped[at_heads(heads, tiles.device)] += tiles
+        self.skipped = _moved(self.skipped, tiles.device)
+        self.skipped[at] += tiles
 
     def read_by(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
         """[heads] keys that decode steps of kv heads read, where only the device knows."""
         if (heads, device) not in self.read:
-            with torch.inference_mode(False):
-                self.read[heads, device] = torch.zeros(len(heads), dtype=torch.int64, device=device)
+            self.read[heads, device] = _zeros(len(heads), device=device)
         return self.read[heads, device]
 
     def keys_read(self, heads: tuple[int, ...]) -> list[int]:
         found = [read.cpu() for (own, _), read in self.read.items() if own == heads]
-        return sum(found, torch.zeros(len(heads), dtype=torch.int64)).tolist()
+        return sum(found, _zeros(len(heads))).tolist()
 
     def work(self) -> tuple[Work, Work]:
         """Pairs and blocks of prompts, by q head."""
@@ -111,6 +106,17 @@ class Counts:
                 table[:, heads] += np.array(work)[:, None]
         pairs, blocks = (Work(*each) for each in zip(kept.tolist(), dense.tolist(), strict=True))
         return pairs, blocks
+
+
+def _zeros(*shape: int, dtype=torch.int64, device: torch.device | str = "cpu") -> Tensor:
+    """What is counted in, in any mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return t.to(device)
 
 
 def _add(table: dict, heads: Iterable[int], work: tuple[int, int]) -> None:
@@ -140,10 +146,11 @@ class LayerPlan:
     fusing: bool = False  # the model is being compiled: one operator stands for attention
     source: LayerPlan | None = None  # the layer whose choice of pages some heads read
     shared: bool = False  # whether others read what this one chooses
+    at: HeadIndex = field(default_factory=HeadIndex)  # one for all layers of a patch
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
-        more = reserve, expected, self.window, self.below.decode, self.index
+        more = reserve, expected, self.window, self.below.decode, self.index, self.at
         return Layer(self.owner, self.groups, below, *more)
 
     def reads(self) -> Work:
@@ -191,13 +198,11 @@ class Logits:
     softcap: float | None
     s_aux: Tensor | None  # [Hq] sink logits
 
-    def of(self, heads: list[int] | None = None) -> dict[str, Any]:
-        """Keyword arguments for a kernel that serves these q heads (None: all)."""
+    def of(self, at: slice | Tensor = slice(None)) -> dict[str, Any]:
+        """Keyword arguments for a kernel that serves these q heads."""
         if not self.special:
             return {"scale": self.scale}
-        sinks = self.s_aux
-        if sinks is not None and heads is not None:
-            sinks = sinks[at_heads(heads, sinks.device)]
+        sinks = self.s_aux if self.s_aux is None else self.s_aux[at]
         return {"scale": self.scale, "softcap": self.softcap, "s_aux": sinks}
 
     @property
@@ -229,7 +234,8 @@ def mask_start(
     if found is None:
         return None
     starts = torch.tensor(found, device=attention_mask.device)
-    starts.on_host = found  # asked once, not in every layer
+    if (call := running()) is not None:
+        call.starts[starts] = found
     return starts
 
 
@@ -303,20 +309,31 @@ def attend(
 
     Returns `[B, Q, Hq, Dv]`.
     """
+    if casts(kind := query.device.type):  # nothing inside may change its type
+        more = scaling, dropout, sliding_window, softcap, s_aux
+        cast = autocast(query, key, value)
+        with torch.autocast(kind, enabled=False):
+            return attend(module, *cast, attention_mask, *more, **kwargs)
     plan: LayerPlan | None = getattr(module, "_hfsparse", None)
     if plan is None:
         raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
-    B, _, Q, D = query.shape
+    (B, _, Q, D), dtype = query.shape, query.dtype
     _refuse(plan, query, key, attention_mask, dropout, sliding_window, kwargs)
-    if getattr(recording, "step", None) is not None:
+    call = running()
+    if call is None or call.owner != plan.owner:
+        call = Call()  # the layer runs by itself, as where gradients recompute it
+    if call.recorded is not None:
         return _recorded_step(query, key, value, plan.index, scaling, softcap, s_aux), None
-    layer = take_layer()
+    layer = take_layer(call)
+    if layer is not None:  # perhaps it was filled under autocast, or before
+        k, v = layer.tensors()
+        query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
     logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
     watch = plan.observe and plan.observe(module, query, key, value, logits)
-    starts = None if attention_mask is None else _on_host(attention_mask)
+    starts = None if attention_mask is None else call.starts_of(attention_mask)
     if layer is None:
         past, new = [0] * B, [Q - s for s in starts or [0] * B]
     else:
@@ -328,15 +345,14 @@ def attend(
     if layer is not None and is_step(layer, Q, layer.seen):
         need = kernels.Need.of(query, key, value, s_aux, lists=True, block=PAGE)
         whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
-        modes = torch.is_inference_mode_enabled(), threading.get_ident()
-        step = _step(tuple(past), tuple(layer.rows), Q, whole, *modes).on(query.device)
+        step = call.once(_step, tuple(past), tuple(layer.rows), Q, whole).on(query.device)
         if plan.leads:
             plan.steps.update(zip(layer.rows, new, strict=True))
         with _on(query):
             out = _decode(plan, layer, query, key, value, step, logits)
     else:
         with _on(query):
-            out = _prefill(plan, layer, query, key, value, past, new, logits)
+            out = _prefill(call, plan, layer, query, key, value, past, new, logits)
     if watch:
         changed = watch(out)
         out = out if changed is None else changed
@@ -344,7 +360,7 @@ def attend(
         out = _shift(out, -pads)
     if layer is not None:
         layer.stored = layer.seen
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous().to(dtype), None
 
 
 def _recorded_step(
@@ -357,11 +373,12 @@ def _recorded_step(
     s_aux: Tensor | None,
 ) -> Tensor:
     """As `attend`, for the step that this thread records; it changes nothing on the host."""
-    if recording.cut is not None:
-        recording.cut(index)
-    plan, layer = recording.layers[index]
+    step, layers, cut = running().recorded
+    if cut is not None:
+        cut(index)
+    plan, layer = layers[index]
     logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    step = recording.step.on(query.device)
+    step = step.on(query.device)
     with _on(query):
         out = _decode(plan, layer, query, key, value, step, logits)
     return out.transpose(1, 2).contiguous()
@@ -390,10 +407,6 @@ def _on(t: Tensor) -> AbstractContextManager:
 def is_step(layer: Layer, Q: int, seen: int) -> bool:
     """Whether Q new tokens, the last of `seen`, are decode: few, and behind the prompt."""
     return Q <= STEP and seen > max(Q, layer.expected)
-
-
-def _on_host(starts: Tensor) -> list[int]:
-    return getattr(starts, "on_host", None) or starts.tolist()
 
 
 def _refuse(plan, query, key, mask, dropout, window, more) -> None:
@@ -447,26 +460,26 @@ def _q_heads(kv_heads: tuple[int, ...], ratio: int) -> list[int]:
     return [h * ratio + i for h in kv_heads for i in range(ratio)]
 
 
-def _alike(keys: list) -> Iterator[tuple[Any, Tensor | None]]:
+def _alike(keys: list, device: torch.device) -> Iterator[tuple[Any, Tensor | None]]:
     """Batch rows of equal key: (key, row indices), or (key, None) when all are."""
     for key in dict.fromkeys(keys):
         rows = [b for b, other in enumerate(keys) if other == key]
-        yield key, None if len(rows) == len(keys) else torch.tensor(rows)
+        yield key, None if len(rows) == len(keys) else torch.tensor(rows, device=device)
 
 
-def _put(out: Tensor, rows: Tensor | None, heads: list[int], part: Tensor) -> None:
+def _put(out: Tensor, rows: Tensor | None, at: slice | Tensor, part: Tensor) -> None:
     """Write a part's result into `[B, H, Q, D]` at some rows and heads."""
     if rows is None:
-        out[:, at_heads(heads, out.device)] = part
+        out[:, at] = part
     else:
-        out[rows[:, None], torch.tensor(heads)] = part
+        out[rows if isinstance(at, slice) else rows[:, None], at] = part
 
 
 def _some(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if rows is None else tuple(t[rows] for t in tensors)
 
 
-def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
+def _prefill(call, plan, layer, q, k, v, past, new, logits) -> Tensor:
     """A prompt, or a chunk behind a past: patterns choose the blocks. Returns `[B, Hq, Q, Dv]`."""
     Q, ratio = q.shape[2], q.shape[1] // k.shape[1]
     total = [p + n for p, n in zip(past, new, strict=True)]
@@ -474,10 +487,8 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
     if layer is not None and layer.expected:
         whole = [max(t, layer.expected - layer.seen + t) for t in total]
     window = plan.window if plan.window is not None and max(total) > plan.window else None
-    grid = _grid(
-        *(tuple(past), tuple(new), Q, default_block(max(whole), q.device), window),
-        *(q.device, torch.is_inference_mode_enabled()),
-    )
+    block = default_block(max(whole), q.device)
+    grid = call.once(_grid, tuple(past), tuple(new), Q, block, window, q.device)
     # What a row reads depends on its own length only, never on its neighbours'.
     kinds = [
         (n < plan.below.prefill, n < plan.below.cache, default_block(n, q.device)) for n in whole
@@ -488,9 +499,10 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
     if full and easy and len(set(kinds)) == 1 and (short or plan.skip is None):
         return _whole(plan, layer, q, k, v, past, new, grid, logits.scale)
     out = None
-    for kv_heads, keys, values, spot in _segments(layer, k, v, past, new, grid):
+    for kv_heads, keys, values, spot in _segments(plan, layer, k, v, past, new, grid):
         heads = _q_heads(kv_heads, ratio)
-        for (short, kept, block), rows in _alike(kinds):
+        own = plan.at(heads, q.device)
+        for (short, kept, block), rows in _alike(kinds, q.device):
             patterns = [
                 None if (kept if h // ratio in plan.rings else short) else plan.prefill[h]
                 for h in heads
@@ -502,21 +514,21 @@ def _prefill(plan, layer, q, k, v, past, new, logits) -> Tensor:
                 place = place if place.block == block else replace(place, block=block)
             else:  # a window layer's ring: its slots are no place for patterns that rank them
                 patterns = [p if hasattr(p, "band") else None for p in patterns]
-            part = _some(rows, q[:, at_heads(heads, q.device)], keys, values)
+            part = _some(rows, q[:, own], keys, values)
             skip = None if short else plan.skip
             made = _patterned(plan, *part, place, heads, patterns, logits, work, skip)
             if rows is None and len(heads) == q.shape[1]:
                 out = made
                 continue
             out = _empty(q, v) if out is None else out
-            _put(out, rows, heads, made)
+            _put(out, rows, own, made)
     return out
 
 
 def _whole(plan, layer, q, k, v, past, new, grid, scale) -> Tensor:
     """A prompt that no head drops anything of: the short way, since the host's time counts here."""
     for store in () if layer is None else layer.stores:
-        at = at_heads(store.group.heads, k.device)
+        at = plan.at(store.group.heads, k.device)
         store.append(k[:, at], v[:, at], past, new)
     work = _work(tuple(zip(past, new, strict=True)), grid.block, None)
     plan.counts.add_whole(range(q.shape[1]), work)
@@ -524,9 +536,7 @@ def _whole(plan, layer, q, k, v, past, new, grid, scale) -> Tensor:
     return kernels.pick(kernels.PREFILL, need).run(q, k, v, grid, scale=scale)
 
 
-@lru_cache(16)
-def _grid(past, new, Q, block, window, device, inference) -> Grid:
-    """The same for every layer of a call. `inference`: its tensors can't be used outside."""
+def _grid(past, new, Q, block, window, device) -> Grid:
     total = [p + n for p, n in zip(past, new, strict=True)]
     q_len, k_len = (torch.tensor(t, device=device) for t in (new, total))
     return Grid(q_len, k_len, Q, Q, block, window, padded=min(new) < Q, past=any(past))
@@ -559,13 +569,13 @@ def _empty(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(B, Q, H, v.shape[3]).transpose(1, 2)
 
 
-def _segments(layer, k, v, past, new, grid) -> Iterator[tuple]:
+def _segments(plan, layer, k, v, past, new, grid) -> Iterator[tuple]:
     """Append a chunk to the cache; yield (kv heads, keys, values, grid) for it to attend to."""
     if layer is None or not any(past):
         yield tuple(range(k.shape[1])), k, v, grid
     for store in () if layer is None else layer.stores:
         heads = store.group.heads
-        at = at_heads(heads, k.device)
+        at = plan.at(heads, k.device)
         chunk = k[:, at], v[:, at]
         if isinstance(store, Ring):
             if any(past):
@@ -591,6 +601,11 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tens
     # Behind a past sdpa builds masks, a few queries' at a time: a list of every block is faster.
     easy = grid.window is None and not (logits.special or (grid.past and kernels.fused(need)))
     whole, parts, order = [], [], []
+
+    def part(at: list[int]) -> tuple[Tensor, slice | Tensor]:
+        """These heads of q, and the kv heads that they read."""
+        return q[:, plan.at(at, q.device)], plan.at(_kv_of(tuple(at), ratio), q.device)
+
     for pattern in dict.fromkeys(patterns):
         at = [i for i, other in enumerate(patterns) if other == pattern]
         if pattern is None and easy and skip is None:
@@ -599,24 +614,25 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tens
             parts.append(grid.banded(FULL, len(at)))
             order += at
         else:
-            some, kv = q[:, at_heads(at, q.device)], _kv_of(tuple(at), ratio, q.device)
+            some, kv = part(at)
             parts.append(kernels.choose(pattern, some, k[:, kv], grid, logits.scale))
             order += at
 
     def dense(at: list[int]) -> Tensor:
-        some, kv = q[:, at_heads(at, q.device)], _kv_of(tuple(at), ratio, q.device)
+        some, kv = part(at)
         plan.counts.add_whole([heads[i] for i in at], work)
         kernel = kernels.pick(kernels.PREFILL, need)
         return kernel.run(some, k[:, kv], v[:, kv], grid, scale=logits.scale)
 
     def listed(at: list[int]) -> Tensor:
-        lists, own = BlockLists.cat(parts).in_order(order), [heads[i] for i in at]
-        plan.counts.add_lists(own, lists, work)
+        lists, q_heads = BlockLists.cat(parts).in_order(order, plan.at), [heads[i] for i in at]
+        own = plan.at(q_heads, q.device)
+        plan.counts.add_lists(q_heads, own, lists, work)
         kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
-        some, kv = q[:, at_heads(at, q.device)], index_on(tuple(i // ratio for i in at), q.device)
+        some, kv = q[:, plan.at(at, q.device)], plan.at.tensor([i // ratio for i in at], q.device)
         if skip is None:
             return kernel.run(some, k, v, lists, kv, **logits.of(own))
-        tiles = torch.zeros(len(own), 2, dtype=torch.int64, device=q.device)
+        tiles = torch.zeros(len(at), 2, dtype=torch.int64, device=q.device)
         skipping = {"skip": skip, "skipped": tiles}
         made = kernel.run(some, k, v, lists, kv, **logits.of(own), **skipping)
         plan.counts.add_skipped(own, tiles)
@@ -628,16 +644,16 @@ def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tens
         return listed(sorted(order))
     out = _empty(q, v)
     for at, run in ((whole, dense), (sorted(order), listed)):
-        out[:, at_heads(at, q.device)] = run(at)
+        out[:, plan.at(at, q.device)] = run(at)
     return out
 
 
 @lru_cache(256)
-def _kv_of(at: tuple[int, ...], ratio: int, device: torch.device) -> slice | Tensor:
+def _kv_of(at: tuple[int, ...], ratio: int) -> tuple[int, ...]:
     """The kv heads of some q heads: each once where whole groups are meant, else one a q head."""
-    kv = [i // ratio for i in at]
+    kv = tuple(i // ratio for i in at)
     whole = all(kv.count(g) == ratio for g in kv)
-    return at_heads(sorted(set(kv)) if whole else kv, device)
+    return tuple(sorted(set(kv))) if whole else kv
 
 
 class Step:
@@ -686,11 +702,9 @@ class Step:
         return self._starts[band]
 
 
-@lru_cache(16)
-def _step(past, rows, Q, whole, inference, thread) -> Step:
-    """The same for every layer of a call. `inference`: its tensors can't be used outside."""
-    first, length = torch.tensor(past), torch.tensor(rows)
-    query_pos = first[:, None] + torch.arange(Q)
+def _step(past, rows, Q, whole) -> Step:
+    first, length = (torch.tensor(t, device="cpu") for t in (past, rows))
+    query_pos = first[:, None] + torch.arange(Q, device="cpu")
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
     return Step(past, rows, length, query_pos, None if whole else max(rows))
 
@@ -701,18 +715,19 @@ def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
     ratio = q.shape[1] // k.shape[1]
     layer.append(k, v, step.past, new, step.query_pos)
     lists = _listed(plan, layer, q, ratio, step, logits.scale)
-    if (kernel := _decoder(q, layer.keys, layer.values, logits.of(), True)).name == "Triton":
+    if (kernel := _decoder(q, *layer.tensors(), logits.of(), True)).name == "Triton":
         listed = [part for part in lists if part is not None]
         pages = PageLists.cat(listed) if listed else None
         more = {"length": step.length, **logits.of()}
         return kernel.run(q, layer.places(), step.query_pos, pages, **more)
     out = None
     for store, pages in zip(layer.stores, lists, strict=True):
-        own = _q_heads(store.group.heads, ratio)
-        for short, some in _alike([n < store.below for n in step.rows]):
-            what = store, short, some, q[:, at_heads(own, q.device)], step, logits.of(own)
+        heads = _q_heads(store.group.heads, ratio)
+        own = plan.at(heads, q.device)
+        for short, some in _alike([n < store.below for n in step.rows], q.device):
+            what = store, short, some, q[:, own], step, logits.of(own)
             part = _read_ring(*what) if isinstance(store, Ring) else _read_full(*what, pages)
-            if some is None and len(own) == q.shape[1]:
+            if some is None and len(heads) == q.shape[1]:
                 return part
             out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
             _put(out, some, own, part)
@@ -733,12 +748,13 @@ def _listed(plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
         if not chooses(store, step.rows):
             continue
         if group.reuses:
-            lists[i] = step.chosen[0].of(group.reuses, q.device)
+            lists[i] = step.chosen[0].of(group.reuses, q.device, plan.at)
             continue
         selector, read = group.selector, None
         if selector.counted:
             read = plan.counts.read_by(group.heads, q.device)
-        more = _q_heads(group.heads, ratio), store.below, store.choice, read
+        heads = plan.at(_q_heads(group.heads, ratio), q.device)
+        more = heads, store.below, store.choice, read
         sums = store.summaries(step.longest)
         lists[i] = kernels.choose_pages(selector, q, *sums, step.length, scale, *more)
         own.append(lists[i])

@@ -7,7 +7,6 @@ padding takes no room, and a row's history never depends on its neighbours.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hfsparse import kernels
+from hfsparse.call import Call, running
 from hfsparse.kernels.places import Place, Places, Table
-from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, at_heads
+from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, HeadIndex
 from hfsparse.selectors.choice import Choice
 from hfsparse.stats import Work
 
 SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
-
-# This thread's .owner: the patch whose model runs; .layer: updated last; .updates: in this call
-_here = threading.local()
 
 
 class CacheError(ValueError):
@@ -84,15 +81,10 @@ class Held:
         return found
 
 
-def enter(owner: str | None) -> None:
-    """Say which patch's model runs in this thread from now on (None: none)."""
-    _here.owner, _here.layer, _here.updates = owner, None, 0
-
-
-def take_layer() -> Layer | None:
-    """The layer that this thread's last `update` went to, once; None when there is no cache."""
-    layer, _here.layer = getattr(_here, "layer", None), None
-    if layer is None and getattr(_here, "updates", 0):
+def take_layer(call: Call) -> Layer | None:
+    """The layer that the call's last `update` went to, once; None when there is no cache."""
+    layer, call.layer = call.layer, None
+    if layer is None and call.updates:
         raise CacheError(
             "attention was called twice for one cache update: this model calls it in a way that "
             "hfsparse can't follow. Call handle.undo() and run it as it is"
@@ -117,6 +109,7 @@ class Layer(CacheLayerMixin):
         window: int | None = None,
         read_below: int = 0,  # rows of fewer tokens read every page
         index: int = 0,  # of the decoder layer that it serves; copies serve the same, in loops
+        at: HeadIndex | None = None,
     ):
         self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
@@ -124,7 +117,7 @@ class Layer(CacheLayerMixin):
         self.stores = [
             Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
         ]
-        self.table = Table()
+        self.table, self.at = Table(), HeadIndex() if at is None else at
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many the attention function has put away
         self.rows: list[int] = []  # tokens in each row
@@ -140,28 +133,29 @@ class Layer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Note the new columns and return them untouched; history stays in the stores."""
-        if getattr(_here, "owner", None) != self.owner:
+        call = running()
+        if call is None or call.owner != self.owner:
             raise CacheError(
                 "this cache was filled under an hfsparse patch that is no longer on the model "
                 "(undone, replaced, or switched off by set_attn_implementation). It holds only "
                 "what that plan kept: start again from the prompt with a new cache."
             )
-        if getattr(_here, "layer", None) is not None:
+        if call.layer is not None:
             raise CacheError(
                 "hfsparse's cache is filled, but another attention function reads it: a forward "
                 "was interrupted, or part of the model was switched back. Start again from the "
                 "prompt with a new cache"
             )
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(*autocast(key_states, value_states))
         if len(key_states) != len(self.rows):
             raise CacheError(
                 f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
                 "pass a batch of the same size, or a new cache"
             )
         self.seen += key_states.shape[-2]
-        _here.layer = self
-        _here.updates += 1
+        call.layer = self
+        call.updates += 1
         return key_states, value_states
 
     def get_seq_length(self, *args) -> int:
@@ -179,11 +173,28 @@ class Layer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        return self.stores[0].k
+        """As in the stock cache, `[B, Hkv, S, D]`; CacheError unless every key is held."""
+        return self._history("k")
 
     @property
     def values(self) -> Tensor | None:
-        return self.stores[0].v
+        return self._history("v")
+
+    def _history(self, name: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        if any(isinstance(store, Ring) for store in self.stores) or {*self.rows} != {self.seen}:
+            raise CacheError(
+                "this cache can't be read or rebuilt as transformers' own: heads of this layer "
+                "keep only their newest keys, rows are padded, or a forward is under way. Go on "
+                "with it as it is (copy.deepcopy copies it), or read the prompt again after "
+                "handle.undo()"
+            )
+        parts = [getattr(store, name)[:, :, : self.seen] for store in self.stores]
+        if len(parts) == 1:
+            return parts[0]
+        heads = [head for store in self.stores for head in store.group.heads]
+        return torch.cat(parts, 1)[:, sorted(range(len(heads)), key=heads.__getitem__)]
 
     def crop(self, length) -> None:
         """Take back the newest tokens: all beyond `length`, or `-length` of them."""
@@ -211,12 +222,13 @@ class Layer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+        rows = torch.arange(len(self.rows), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
-        picked = torch.arange(len(self.rows))[indices.cpu()].tolist()
+        picked = torch.arange(len(self.rows), device="cpu")[indices.cpu()].tolist()
         self.rows = [self.rows[i] for i in picked]
         with torch.inference_mode(False):  # buffers are written in any mode
             for store in self.stores:
@@ -239,12 +251,20 @@ class Layer(CacheLayerMixin):
             store.room(past, rows)
         if not kernels.append(k, v, self.places(), position):
             for store in self.stores:
-                heads = at_heads(store.group.heads, k.device)
+                heads = self.at(store.group.heads, k.device)
                 store.append(k[:, heads], v[:, heads], past, new)
 
     def places(self) -> Places:
         """Where each kv head has its keys, for kernels."""
         return self.table.places([store.place() for store in self.stores])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first store, as they lie: shape, type and device of all."""
+        return self.stores[0].k, self.stores[0].v
+
+    @property
+    def device(self) -> torch.device:
+        return self.stores[0].k.device
 
     def bytes(self) -> int:
         """Bytes allocated for keys, values and summaries."""
@@ -258,8 +278,8 @@ class Layer(CacheLayerMixin):
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
         heads = sum(len(store.group.heads) for store in self.stores)
-        width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
-        return len(self.rows) * heads * width
+        k, v = self.tensors()
+        return len(self.rows) * heads * (k.shape[3] + v.shape[3]) * k.element_size()
 
     def dense_bytes(self) -> int:
         """Bytes of the stock cache: every column, or the model's window, of every row and head."""
@@ -531,6 +551,17 @@ class Ring:
             return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
 
         return gather(self.k, k), gather(self.v, v), grid
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that autocast gives to attention, where it is on."""
+    kind = tensors[0].device.type
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
+
+
+def casts(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:

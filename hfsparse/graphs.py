@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
-from hfsparse.attention import LayerPlan, Step, chooses, is_step, recording, row_starts
+from hfsparse.attention import LayerPlan, Step, chooses, is_step, row_starts
 from hfsparse.cache import Layer
+from hfsparse.call import Recorded, running
 from hfsparse.lists import PAGE
 
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
@@ -236,7 +237,7 @@ class Graphs:
         if self.linear:
             return "it has linear layers, whose states are not hfsparse's"
         lies = {t.device.type for t in (*decoder.parameters(), *decoder.buffers())}
-        if apart := sorted(lies - {first.keys.device.type}):
+        if apart := sorted(lies - {first.device.type}):
             return f"parts of it lie on {', '.join(apart)}"
         if any(layer.observe for layer in self.layers):
             return "the profiler looks on"
@@ -340,7 +341,7 @@ class Graph:
         self.key, self.replays = key, 0
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
         self.device = next(iter(self.inputs.values())).device
-        lies = dict.fromkeys(layer.keys.device for _, layer in serving.values())
+        lies = dict.fromkeys(layer.device for _, layer in serving.values())
         self.others = [device for device in lies if device != self.device]
         self.length = torch.tensor(rows, device=self.device)
         self.parts: list[torch.cuda.CUDAGraph] = []
@@ -421,7 +422,7 @@ class Graph:
         if len(set(rows)) == 1:
             self.length.fill_(rows[0])
         else:
-            self.length.copy_(torch.tensor(rows), non_blocking=True)
+            self.length.copy_(torch.tensor(rows, device="cpu"), non_blocking=True)
         stream = torch.cuda.current_stream(self.device)
         self._gather(stream)
         self.launch()
@@ -440,11 +441,12 @@ def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
 
 @contextlib.contextmanager
 def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
-    recording.step, recording.layers, recording.cut = step, serving, cut
+    call = running()
+    call.recorded = Recorded(step, serving, cut)
     try:
         yield
     finally:
-        recording.step = recording.layers = recording.cut = None
+        call.recorded = None
 
 
 def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
@@ -498,7 +500,7 @@ def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     given = {**kwargs, "attention_mask": None}
     for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
         if name in parameters(decoder) and given.get(name) is None:
-            given[name] = torch.full(shape, first.seen, device=first.keys.device)
+            given[name] = torch.full(shape, first.seen, device=first.device)
     return given
 
 

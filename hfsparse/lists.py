@@ -7,8 +7,8 @@ before it. Densities count query-key pairs (budgets use these) and blocks (speed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,21 +22,42 @@ EDGES = 8  # partial blocks of a query block, at most: its own, and where window
 
 
 def at_heads(heads: Sequence[int], device: torch.device) -> slice | Tensor:
-    """An index for heads: a view where they stand side by side, else a tensor on the device.
-
-    A plain list would be copied to the device by each use, and the host would wait for that.
-    """
+    """An index for heads: a view where they stand side by side, else a tensor on the device."""
     first, end = heads[0], heads[-1] + 1
-    if list(heads) == [*range(first, end)]:
-        return slice(first, end)
-    return index_on(tuple(heads), device)
+    return slice(first, end) if list(heads) == [*range(first, end)] else _tensor(heads, device)
 
 
-@lru_cache(1024)
-def index_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Heads as a tensor that is kept on the device."""
+def _tensor(heads: Sequence[int], device: torch.device) -> Tensor:
+    """Complete when this returns: other streams may read it."""
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)
+
+
+class HeadIndex:
+    """Indices for heads, each made once and owned here.
+
+    A plain list would be copied to the device by each use, and the host would wait for that. CUDA
+    graphs read an index where it lies: it stays there as long as its owner lives.
+    """
+
+    def __init__(self):
+        self._made: dict[tuple, slice | Tensor] = {}
+
+    def __reduce__(self):
+        return HeadIndex, ()  # a copy makes its own
+
+    def __call__(self, heads: Sequence[int], device: torch.device) -> slice | Tensor:
+        """As `at_heads`."""
+        return self._once(at_heads, tuple(heads), device)
+
+    def tensor(self, heads: Sequence[int], device: torch.device) -> Tensor:
+        """The index as a tensor in any case."""
+        return self._once(_tensor, tuple(heads), device)
+
+    def _once(self, *key) -> slice | Tensor:
+        if key not in self._made:  # two threads both get the first one's
+            self._made.setdefault(key, key[0](*key[1:]))
+        return self._made[key]
 
 
 def default_block(tokens: int, device: torch.device | None = None) -> int:
@@ -86,6 +107,10 @@ class Grid:
     # Known without asking the device; True: perhaps.
     padded: bool = True  # rows of other lengths
     past: bool = True  # tokens before the queries
+    # Lists of a band alone, by band and number of heads.
+    _banded: dict[tuple[Band, int], BlockLists] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     @classmethod
     def causal(cls, B: int, S: int, block: int = 32, device=None, window: int | None = None):
@@ -165,10 +190,9 @@ class Grid:
 
     def banded(self, band: Band, heads: int) -> BlockLists:
         """Lists of the band alone, made once: they are the same in every layer of a call."""
-        made = self.__dict__.setdefault("_banded", {})
-        if (band, heads) not in made:
-            made[band, heads] = BlockLists.of(self, heads, band=band)
-        return made[band, heads]
+        if (band, heads) not in self._banded:
+            self._banded[band, heads] = BlockLists.of(self, heads, band=band)
+        return self._banded[band, heads]
 
     def take(self, rows: Tensor) -> Grid:
         """The grid of some of the batch's rows."""
@@ -269,12 +293,12 @@ class BlockLists:
             join("cut", None) if cut else None,
         )
 
-    def in_order(self, heads: list[int]) -> BlockLists:
+    def in_order(self, heads: list[int], index: HeadIndex) -> BlockLists:
         """The same for `heads`, which these lists hold in another order, ascending."""
         order = sorted(range(len(heads)), key=heads.__getitem__)
         if order == list(range(len(heads))):
             return self
-        at = at_heads(order, self.full_count.device)
+        at = index(order, self.full_count.device)
         names = "full_count full_index part_count part_index columns covered cut".split()
         held = {name: getattr(self, name) for name in names}
         held = {name: t if t is None else t[:, at] for name, t in held.items()}
@@ -387,11 +411,11 @@ class PageLists:
         pages = [pad(part.pages, (0, width - part.pages.shape[2])) for part in parts]
         return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1))
 
-    def of(self, heads: Sequence[int], device: torch.device) -> PageLists:
+    def of(self, heads: Sequence[int], device: torch.device, index: HeadIndex) -> PageLists:
         """Those of some kv heads, on a device."""
         if len(heads) == self.pages.shape[1] and device == self.pages.device:
             return self
-        at = at_heads(heads, self.pages.device)
+        at = index(heads, self.pages.device)
         return PageLists(self.pages[:, at].to(device), self.count[:, at].to(device))
 
     def keys(self, length: Tensor) -> Tensor:

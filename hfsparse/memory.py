@@ -56,8 +56,8 @@ def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tupl
     """Elements that the plan's cache and the stock cache hold after prompts of `tokens`."""
     ours = stock = 0
     for _, layer in filled(config, plan, tokens, batch):
-        ours += layer.bytes() // layer.keys.element_size()
-        stock += layer.dense_bytes() // layer.keys.element_size()
+        ours += layer.bytes() // layer.tensors()[0].element_size()
+        stock += layer.dense_bytes() // layer.tensors()[0].element_size()
     return ours, stock
 
 

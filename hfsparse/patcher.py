@@ -37,7 +37,8 @@ from transformers.cache_utils import Cache
 
 from hfsparse import kernels, probe
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
-from hfsparse.cache import CacheError, Group, Held, Layer, enter
+from hfsparse.cache import CacheError, Group, Held, Layer
+from hfsparse.call import enter, leave
 from hfsparse.fingerprint import (
     LINEAR,
     ShapeError,
@@ -47,7 +48,7 @@ from hfsparse.fingerprint import (
     windows,
 )
 from hfsparse.graphs import Graphs, new_tokens, parameters
-from hfsparse.lists import FULL, Band
+from hfsparse.lists import FULL, Band, HeadIndex
 from hfsparse.loading import device_name
 from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.selectors.reuse import Reuse
@@ -228,7 +229,8 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 def _restore(model: PreTrainedModel, state: State) -> None:
-    enter(None)  # an interrupted forward may have left this thread inside
+    while leave(state.owner):
+        pass  # interrupted forwards may have left this thread inside
     state.graphs.kept.clear()
     for hook in state.hooks:
         hook.remove()
@@ -432,7 +434,7 @@ def _layer_plans(
     plan: Plan, indices: list[int], windows: list[int | None], below: Below
 ) -> list[LayerPlan]:
     plans, owner, source = [], uuid.uuid4().hex, None
-    steps: Counter[tuple[int, int]] = Counter()
+    steps, at = Counter(), HeadIndex()
     for index in indices:
         words, window = plan.layers[index], windows[index]
         rings = frozenset(g for g, word in enumerate(words.cache) if word != "full")
@@ -457,6 +459,7 @@ def _layer_plans(
                 not plans,
                 steps,
                 source=source if any(isinstance(g.selector, Reuse) for g in groups) else None,
+                at=at,
             )
         )
         if any(g.selector is not None for g in plans[-1].groups):
@@ -495,6 +498,11 @@ def _replaying(decoder: type):
             return state.graphs.run(own, self, kwargs, cache)
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(_too_much(self, kwargs, cache)) from error
+        except Exception:
+            raise
+        except BaseException:  # the hook behind a forward is told of an Exception alone
+            leave(state.owner)
+            raise
 
     return forward
 
@@ -516,6 +524,7 @@ def _too_much(decoder, kwargs: dict, cache: Any) -> str:
 def _before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: give it a cache of ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
+    enter(state.owner)
     if decoder.config._attn_implementation != NAME:
         raise PatchError(
             f"the attention implementation was set to {decoder.config._attn_implementation} under "
@@ -538,7 +547,6 @@ def _before_forward(decoder, args, kwargs):
     _check_width(kwargs, cache)
     if cache is not None:
         _adopt(cache, decoder)
-    enter(state.owner)
     return args, kwargs
 
 
@@ -546,7 +554,7 @@ def _before_forward(decoder, args, kwargs):
 def _after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
-    enter(None)
+    leave(state.owner)
     cache = _cache_in(kwargs)
     if cache is None or output is None:
         return  # no cache, or an error

@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers import logging as transformers_logging
 
 from hfsparse.attention import LayerPlan
-from hfsparse.cache import CacheError, enter, take_layer
+from hfsparse.cache import CacheError, take_layer
+from hfsparse.call import enter, leave, running
 from hfsparse.graphs import parameters
 
 NAME = "hfsparse-probe"
@@ -67,7 +68,7 @@ def _learn(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
     except Exception:  # code that wants data, or more than tokens
         return None
     finally:
-        enter(None)
+        leave(plans[0].owner)
     return None
 
 
@@ -115,7 +116,7 @@ def look(
             "all tokens" if n is None else f"a window of {n}" for n in (sliding_window, plan.window)
         ]
         raise Unlike(f"layer {plan.index} attends to {words[0]}, where its config says {words[1]}")
-    if (layer := take_layer()) is not None:
+    if (layer := take_layer(running())) is not None:
         layer.stored = layer.seen
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 

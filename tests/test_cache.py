@@ -7,7 +7,8 @@ import torch
 
 import hfsparse
 from hfsparse.attention import STEP
-from hfsparse.cache import SLACK, CacheError, Full, Group, Layer, Ring, enter
+from hfsparse.cache import SLACK, CacheError, Full, Group, Layer, Ring
+from hfsparse.call import enter, leave
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer as Words
@@ -32,7 +33,7 @@ def append(to: Layer, k, v, starts=None, check: bool = True) -> None:
     """As the attention function does it, columns in: row-relative, then into every store."""
     enter("plan")
     to.update(k, v)
-    enter(None)
+    leave("plan")
     past, new = to.advance(starts, k.shape[2])
     k, v = (row_relative(t, new) for t in (k, v))
     for store in to.stores:
@@ -210,11 +211,12 @@ def test_page_summaries_forget_what_was_taken_back(crop):
 
 def test_a_cache_of_another_patch_is_refused():
     it = filled(5)
-    for owner in (None, "another plan"):
-        enter(owner)
+    for owner in ("no plan", "another plan"):
+        if owner == "another plan":
+            enter(owner)
         with pytest.raises(CacheError, match="start again from the prompt"):
             it.update(*torch.zeros(2, 1, HEADS, 1, DIM))
-    enter(None)
+    leave("another plan")
     assert it.seen == 5
 
 
@@ -223,7 +225,7 @@ def test_another_batch_size_is_refused():
     enter("plan")
     with pytest.raises(CacheError, match="holds 1 rows and the input has 2"):
         it.update(*torch.zeros(2, 2, HEADS, 1, DIM))
-    enter(None)
+    leave("plan")
     assert it.seen == 5
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hfsparse.attention import STEP
-from hfsparse.cache import SLACK, CacheError, Full, Group, Layer, Ring, enter
+from hfsparse.cache import SLACK, CacheError, Full, Group, Layer, Ring
+from hfsparse.call import enter, leave
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.selectors.quest import Quest
@@ -103,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
 
         enter("plan")
         assert all(a is b for a, b in zip(self.layer.update(k, v), (k, v), strict=True))
-        enter(None)
+        leave("plan")
         assert self.layer.advance(starts if any(starts) else None, columns) == (past, new)
         k, v = (front(t, new) for t in (k, v))
         for store in self.layer.stores:

@@ -6,7 +6,7 @@ Kernels know nothing of plans, models or caches. A check answers None, or why th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hfsparse.kernels import dense, reference
 from hfsparse.kernels.places import Places
-from hfsparse.lists import BlockLists, Grid, PageLists, at_heads
+from hfsparse.lists import BlockLists, Grid, PageLists
 from hfsparse.selectors.choice import Choice
 
 
@@ -147,25 +147,24 @@ def choose_pages(
     high: Tensor,
     length: Tensor,
     scale: float,
-    heads: Sequence[int] | None = None,
+    heads: slice | Tensor = slice(None),
     below: int = 0,
     choice: Choice | None = None,
     read: Tensor | None = None,
 ) -> PageLists:
     """`selector.pages`, fused where it can be.
 
-    heads: of these heads of q (None: of all). below: rows of fewer tokens get empty lists, and
-    nothing of them is kept. choice: the rows' last one, which is renewed where it is due. read
+    heads: an index of the heads of q that are meant. below: rows of fewer tokens get empty lists,
+    and nothing of them is kept. choice: the rows' last one, which is renewed where it is due. read
     [Hkv] int64: by how many keys the lists hold, it is raised.
     """
-    at = slice(None) if heads is None else at_heads(heads, q.device)
     if _no_triton(Need.of(q, low, low)) is None:
         fused = import_module("hfsparse.kernels.triton_quest")
         if fused.why_not(selector, q, low) is None:
-            q, some = (q, at) if isinstance(at, Tensor) else (q[:, at], None)
+            q, some = (q, heads) if isinstance(heads, Tensor) else (q[:, heads], None)
             more = some, below, choice, read
             return fused.pages(selector, q.detach(), low, high, length, scale, *more)
-    lists = selector.pages(q[:, at], low, high, length, scale)
+    lists = selector.pages(q[:, heads], low, high, length, scale)
     lists = PageLists(lists.pages, lists.count.masked_fill((length < below)[:, None], 0))
     if choice is not None:
         lists = choice.renew(lists, length, selector.refresh)

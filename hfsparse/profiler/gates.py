@@ -91,4 +91,4 @@ def streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits
         *(q, k, v, logits.s_aux), lists=True, logits=logits.special, block=grid.block
     )
     kernel = kernels.pick(kernels.PREFILL, need)
-    return kernel.run(q, k, v, lists, kv, **logits.of(list(range(heads))))
+    return kernel.run(q, k, v, lists, kv, **logits.of())

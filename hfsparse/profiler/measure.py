@@ -167,7 +167,7 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     kv = torch.arange(heads, device=seen.q.device) // (heads // seen.k.shape[1])
     need = kernels.Need.of(seen.q, seen.k, seen.v, lists=True, logits=seen.logits.special)
     kernel = kernels.pick(kernels.PREFILL, replace(need, block=lists.grid.block))
-    out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of(list(range(heads))))
+    out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of())
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 
 

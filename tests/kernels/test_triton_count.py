@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfsparse.lists import Band, BlockLists
+from hfsparse.lists import Band, BlockLists, HeadIndex
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -33,4 +33,5 @@ def test_the_kernel_counts_the_pairs_of_the_mask(count, rows, past, window):
     want = lists.mask().sum((2, 3))
     assert count(lists).tolist() == lists.pairs().tolist() == want.tolist()
     order = [4, 0, 8, 2, 6, 1, 3, 5, 7]
-    assert count(lists.in_order(order)).tolist() == want[:, torch.tensor(order).argsort()].tolist()
+    found = count(lists.in_order(order, HeadIndex()))
+    assert found.tolist() == want[:, torch.tensor(order).argsort()].tolist()
