@@ -3,10 +3,10 @@
 From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
-cache's buffers: another cache, a growth of the buffers or the first row that passes `below.decode`
-is recorded anew, at about the price of an eager step. So weights, adapters and hooks that changed
-between two calls of `generate` are seen (a loop of single tokens written by hand sees them at its
-next prompt).
+cache's buffers and the model's weights: another cache, weights that lie elsewhere, a growth of the
+buffers or the first row that passes `below.decode` is recorded anew, at about the price of an eager
+step. Each call of `generate` begins anew and sees adapters and hooks that changed (a loop of single
+tokens written by hand sees these at its next prompt).
 What can't be replayed runs as it is (`Graphs.why`). While a step is recorded, another thread that
 draws random numbers on the same GPU may fail: torch's generators know one recording at a time.
 """
@@ -17,16 +17,15 @@ import contextlib
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache
 
 from hfsparse import kernels
@@ -96,6 +95,8 @@ class Graphs:
 
     def _step(self, forward, decoder, kwargs, layers) -> Any:
         first, mask = layers[0], kwargs.get("attention_mask")
+        if first in self.kept and self.kept[first].weights.moved():
+            self.forget(first)
         given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
         asked, rows = _asked(given), [n + 1 for n in first.rows]
         if graph is not None and self.checked and min(rows) > 1 and graph.fits(asked, rows):
@@ -143,7 +144,8 @@ class Graphs:
                     output = _live(call, given, past, rows, serving)
                 self._passed(layers, rows)
                 return output
-            self.kept[first] = graph = Graph(call, given, past, rows, key, serving)
+            graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
+            self.kept[first] = graph
             graph.holds(layers, rows)
             return self._replay(graph, given, layers, rows)
         except torch.cuda.OutOfMemoryError:
@@ -203,11 +205,12 @@ class Graphs:
     def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
         first, starts = layers[0], _later(mask)
-        place, current = _place(graph.device), torch.cuda.current_stream(graph.device)
-        with place.lock:
-            if place.last is not None and place.last != current:  # they share libraries' memory
-                current.wait_stream(place.last)
-            place.last = current
+        current = torch.cuda.current_stream(graph.device)
+        with _alone_on(graph.devices) as places:
+            for place in places:
+                if place.last is not None and place.last != current:
+                    current.wait_stream(place.last)
+                place.last = current
             output = graph.replay(given, rows)
         if mask is not None:
             try:
@@ -262,12 +265,91 @@ def _only_moves(module: nn.Module) -> bool:
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
-@lru_cache
-def _place(device: torch.device) -> SimpleNamespace:
-    """Of all graphs on a device: the stream that they are recorded on, that of the last replay,
-    and one for what is asked meanwhile."""
-    stream, aside = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    return SimpleNamespace(stream=stream, aside=aside, last=None, lock=threading.Lock())
+class Place:
+    """What all graphs on a device share: streams, and memory, since no two of them run at once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # that they are recorded on
+        self.aside = torch.cuda.Stream(device)  # for what is asked while one runs
+        self.last: torch.cuda.Stream | None = None  # of the last replay
+        self.lock = threading.Lock()
+
+    @cached_property
+    def held(self) -> torch.cuda.CUDAGraph:
+        """A graph that holds the pool from which graphs that begin on this device are recorded.
+
+        A pool whose graphs are all gone can't be used again, and stays reserved.
+        """
+        held = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            held.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self.device)  # of an empty graph torch warns
+            held.capture_end()
+        return held
+
+    @cached_property
+    def pool(self) -> torch.cuda.MemPool:
+        """The memory of graphs that begin on another device."""
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool()
+
+
+_places: dict[torch.device, Place] = {}
+
+
+def _place(device: torch.device) -> Place:
+    if device not in _places:
+        _places.setdefault(device, Place(device))
+    return _places[device]
+
+
+@contextlib.contextmanager
+def _alone_on(devices: Sequence[torch.device]):
+    """The places of some devices, where no other graph is recorded or launched meanwhile."""
+    places = [_place(device) for device in devices]
+    with contextlib.ExitStack() as stack:
+        for place in sorted(places, key=lambda place: str(place.device)):
+            stack.enter_context(place.lock)
+        yield places
+
+
+class Weights:
+    """Where a model's weights and buffers lie, as long as nobody moves or replaces one."""
+
+    def __init__(self, decoder: nn.Module):
+        held = [
+            (table, name, is_traceable_wrapper_subclass(tensor))
+            for module in decoder.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self.plain = [(table, name) for table, name, wrapped in held if not wrapped]
+        self.wrapped = [(table, name) for table, name, wrapped in held if wrapped]
+        self.tables, self.names = zip(*self.plain, strict=True) if self.plain else ((), ())
+        self.lie = self._look()
+
+    def moved(self) -> bool:
+        try:
+            return self._look() != self.lie
+        except (KeyError, TypeError, AttributeError):  # one is gone, or another kind of tensor
+            return True
+
+    def _look(self) -> list[int]:
+        tensors = map(dict.__getitem__, self.tables, self.names)
+        found = [*map(Tensor.data_ptr, tensors)]  # asked in each step: no Python for each of them
+        for table, name in self.wrapped:
+            found += _pointers(table[name])
+        return found
+
+
+def _pointers(t: Tensor) -> list[int]:
+    """Where a tensor, or what it is made of, lies."""
+    if not is_traceable_wrapper_subclass(t):
+        return [t.data_ptr()]
+    inner, _ = t.__tensor_flatten__()
+    return [at for name in inner for at in _pointers(getattr(t, name))]
 
 
 def _later(mask: Tensor | None) -> Callable[[], list[int] | None]:
@@ -287,14 +369,13 @@ def _later(mask: Tensor | None) -> Callable[[], list[int] | None]:
 
 @contextlib.contextmanager
 def _aside(device: torch.device):
-    """A stream of a device, as its current one, that joins another's recording; yields a pool.
+    """A stream of a device, as its current one, that joins another's recording.
 
-    What is allocated there meanwhile lies in the pool and is nobody else's while that lives.
+    What is allocated there meanwhile lies in the pool of such recordings.
     """
-    with torch.cuda.stream(_place(device).stream):
-        pool = torch.cuda.MemPool()
-        with torch.cuda.use_mem_pool(pool, device):
-            yield pool
+    place = _place(device)
+    with torch.cuda.stream(place.stream), torch.cuda.use_mem_pool(place.pool, device):
+        yield
 
 
 class NoWait(TorchDispatchMode):
@@ -336,20 +417,24 @@ class Through(Cache):
 class Graph:
     """One recorded step, and the tensors that it reads and writes."""
 
-    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving):
+    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, weights):
         """Record `call(**given)`: its Python runs, its kernels don't."""
-        self.key, self.replays = key, 0
+        self.key, self.replays, self.weights = key, 0, weights
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
         self.device = next(iter(self.inputs.values())).device
         lies = dict.fromkeys(layer.device for _, layer in serving.values())
         self.others = [device for device in lies if device != self.device]
+        self.devices = self.device, *self.others
         self.length = torch.tensor(rows, device=self.device)
         self.parts: list[torch.cuda.CUDAGraph] = []
         stream, current = _place(self.device).stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         self._gather(stream)
         with contextlib.ExitStack() as stack:
-            self.pools = [stack.enter_context(_aside(device)) for device in self.others]
+            stack.enter_context(_alone_on(self.devices))
+            self.pool = _place(self.device).held.pool()
+            for device in self.others:
+                stack.enter_context(_aside(device))
             stack.enter_context(torch.cuda.stream(stream))
             self._begin(stream)
             try:
@@ -360,6 +445,7 @@ class Graph:
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     self.parts[-1].capture_end()
+                del _place(self.device).held  # torch may go on counting its pool as recorded to
                 raise
             self.parts[-1].capture_end()
         current.wait_stream(stream)
@@ -370,10 +456,9 @@ class Graph:
                 raise TypeError(f"{name} of its output is a {type(x).__name__}")
 
     def _begin(self, stream) -> None:
-        """Record on, as a graph more; all share the memory of the first."""
-        pool = self.parts[0].pool() if self.parts else None
+        """Record on, as a graph more."""
         self.parts.append(torch.cuda.CUDAGraph())
-        self.parts[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+        self.parts[-1].capture_begin(pool=self.pool, capture_error_mode="thread_local")
         self._scatter(stream)
 
     def _cut(self, stream, serving: dict, index: int) -> None:

@@ -28,10 +28,11 @@ class Frozen(graphs.Graph):
 
     recorded, off = 0, 0.0  # how many, and what is wrong with their output
     device = torch.device("cpu")
+    devices = (device,)
 
-    def __init__(self, call, given, past, rows, key, serving):
+    def __init__(self, call, given, past, rows, key, serving, weights):
         Frozen.recorded += 1
-        self.replays = 0
+        self.replays, self.weights = 0, weights
         self.call, self.key, self.given, self.serving = call, key, given, serving
         self.past, self.rows = past, rows
 
@@ -148,6 +149,56 @@ def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]
             assert model.get_decoder()._hfsparse.graphs.why is None
             found.append(torch.stack(logits))
     return told, bool(ran), torch.equal(*found)
+
+
+def moved(move, length: int = 40) -> tuple[list[int], bool]:
+    """Graphs recorded after each single token of a loop in which `move(model)` comes once, after
+    the sixth; whether the tokens that follow are eager ones."""
+    counts, found, Frozen.off = [], [], 0.0
+    ids = families.tokens(1, length)
+    for replayed in (True, False):
+        model = families.fresh("llama")
+        with ExitStack() as stack:
+            stack.enter_context(plain_prompts())
+            kind = stack.enter_context(frozen()) if replayed else None
+            stack.enter_context(hfsparse.patch(model, families.full(model)))
+            cache, logits = DynamicCache(), []
+            runs.forward(model, ids, cache=cache)
+            for step in range(12):
+                if step == 6:
+                    move(model)
+                logits.append(runs.forward(model, ids[:, step : step + 1], cache=cache).logits)
+                if kind:
+                    counts.append(kind.recorded)
+            found.append(torch.stack(logits))
+    return counts, torch.equal(*found)
+
+
+def nothing(model):
+    pass
+
+
+def whole_model(model):
+    model._apply(torch.clone)  # what model.cpu() and model.cuda() do
+
+
+def data_of_one(model):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data * 2
+
+
+def new_parameter(model):
+    layer = model.model.layers[2].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
+
+
+def new_buffer(model):
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
 
 
 def hole(mask):

@@ -9,9 +9,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
-from hfsparse.graphs import NoWait
+from hfsparse.graphs import NoWait, Weights
 from tests import frozen
 
 
@@ -101,6 +103,53 @@ def test_a_wrong_mask_is_refused_behind_a_replay_and_none_before(interpreted, wh
     assert why in told
     assert ran == behind
     assert same, "the refused step left something behind"
+
+
+@pytest.mark.parametrize(
+    ("move", "recorded"),
+    [
+        (frozen.nothing, 1),
+        (frozen.in_place, 1),
+        (frozen.whole_model, 2),
+        (frozen.data_of_one, 2),
+        (frozen.new_parameter, 2),
+        (frozen.new_buffer, 2),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_recorded_anew(interpreted, move, recorded):
+    counts, same = interpreted(move, run=frozen.moved)
+    assert (counts[5], counts[6], counts[-1]) == (1, 1, recorded)
+    assert same
+
+
+@pytest.mark.parametrize("change", ["data", "parameter", "gone", "buffer"])
+def test_each_kind_of_weight_is_watched(change):
+    inner = nn.Linear(3, 2)
+    model = nn.Sequential(inner, nn.BatchNorm1d(2), nn.Linear(2, 2, bias=False))
+    weights = Weights(model)
+    assert not weights.moved()
+    inner.weight.detach().zero_()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    assert not weights.moved()
+    if change == "data":
+        inner.bias.data = inner.bias.data.clone()
+    elif change == "parameter":
+        inner.weight = nn.Parameter(inner.weight.detach().clone())
+    elif change == "gone":
+        inner.bias = None
+    else:
+        model[1].running_mean = model[1].running_mean.clone()
+    assert weights.moved()
+
+
+def test_weights_made_of_several_tensors_are_watched():
+    made = TwoTensor(torch.zeros(2), torch.zeros(2))
+    model = nn.Module()
+    model.weight = nn.Parameter(made)
+    weights = Weights(model)
+    assert not weights.moved()
+    model.weight.b = torch.zeros(2)
+    assert weights.moved()
 
 
 def test_a_copy_to_the_host_is_a_wait():
