@@ -113,7 +113,7 @@ class Grid:
     )
 
     @classmethod
-    def causal(cls, B: int, S: int, block: int = 32, device=None, window: int | None = None):
+    def causal(cls, B: int, S: int, block: int = 32, device="cpu", window: int | None = None):
         """The grid of prompts of S tokens without padding or past."""
         length = torch.full((B,), S, device=device)
         return cls(length, length, S, S, block, window)

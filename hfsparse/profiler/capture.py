@@ -28,6 +28,7 @@ from hfsparse.attention import Logits
 from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
+from hfsparse.profiler.modes import own_modes
 from hfsparse.profiler.slices import sliced, wrapped
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
@@ -51,7 +52,7 @@ class Seen:
     proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
 
 
-@torch.inference_mode(False)
+@own_modes
 def capture(
     model: PreTrainedModel,
     ids: Tensor,
@@ -73,7 +74,7 @@ def capture(
     return backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), measure)
 
 
-@torch.inference_mode(False)
+@own_modes
 def backward(
     model: PreTrainedModel,
     ids: Tensor,

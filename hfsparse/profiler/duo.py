@@ -28,6 +28,7 @@ from hfsparse.profiler import proxies
 from hfsparse.profiler.capture import check_gradients
 from hfsparse.profiler.gates import distil
 from hfsparse.profiler.job import Job, mark
+from hfsparse.profiler.modes import own_modes
 from hfsparse.profiler.passkeys import Passkeys, hide
 from hfsparse.profiler.search import used
 
@@ -87,7 +88,7 @@ def _trained(job: Job) -> Iterator[tuple[Arrays, int]]:
             return
 
 
-@torch.inference_mode(False)
+@own_modes
 @torch.enable_grad()
 def advance(job: Job, state: Arrays, end: int) -> Arrays:
     """Gates and AdamW's state after step `end`, from a checkpoint before it."""
@@ -96,7 +97,8 @@ def advance(job: Job, state: Arrays, end: int) -> Arrays:
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0)
     moments = {name: torch.from_numpy(state[name].copy()) for name in ("exp_avg", "exp_avg_sq")}
     first = int(state["step"])
-    optimizer.state[gates] = {"step": torch.tensor(float(first)), **moments}
+    done = torch.tensor(float(first), dtype=torch.float32, device="cpu")
+    optimizer.state[gates] = {"step": done, **moments}
     for step in range(first, end):
         keys = passkeys(job, f"step {step}")
         optimizer.zero_grad()
@@ -200,7 +202,7 @@ def ring_costs(
     lists = grid.banded(ring.band, 1)
     kept, read = one_head(length, ring)
     return {
-        "pair_density": float(lists.pairs() / grid.pairs()),
+        "pair_density": float(lists.pairs().float() / grid.pairs()),
         "block_density": float(lists.blocks() / grid.blocks()),
         "cache_share": kept,
         "decode_share": read,

@@ -21,10 +21,11 @@ from hfsparse.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import checkpointed
+from hfsparse.profiler.modes import own_modes
 from hfsparse.profiler.slices import sliced
 
 
-@torch.inference_mode(False)
+@own_modes
 def distil(
     model: PreTrainedModel, gates: Tensor, ids: Tensor, rows: list[int], stream: Streaming
 ) -> float:

@@ -25,6 +25,7 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.capture import Seen, backward
 from hfsparse.profiler.measure import attention
+from hfsparse.profiler.modes import own_modes
 from hfsparse.profiler.prompts import Prompt
 from hfsparse.profiler.slices import sliced
 
@@ -38,7 +39,7 @@ def influence(seen: Seen) -> Tensor:
     """|E| summed in blocks, float32 `[Hq, n, n]` with n = ceil(L / BLOCK)."""
     (_, heads, L, _), device = seen.q.shape, seen.q.device
     group, n = heads // seen.k.shape[1], -(-L // BLOCK)
-    total = torch.zeros(heads, n, n, device=device)
+    total = torch.zeros(heads, n, n, dtype=torch.float32, device=device)
     for start in range(0, L, TILE):
         end = min(start + TILE, L)
         rows, known = torch.arange(start, end, device=device), replace(seen, k=seen.k[:, :, :end])
@@ -66,7 +67,7 @@ def costs(model: PreTrainedModel, prompt: Prompt, dropped: np.ndarray) -> np.nda
     return np.stack([layer["cost"] for layer in layers])
 
 
-@torch.inference_mode(False)
+@own_modes
 def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """The prompt with the model's own greedy answer `[1, L]`, and the rows [n] that predict it.
 

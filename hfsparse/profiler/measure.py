@@ -110,7 +110,7 @@ def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dic
         return each.view(Hkv, group).sum(1)
 
     def densities(lists: Any) -> dict[str, Tensor]:
-        pairs = lists.pairs()[0] / grid.pairs()[0]
+        pairs = lists.pairs()[0].float() / grid.pairs()[0]
         return {"pairs": pairs, "blocks": lists.blocks()[0] / grid.blocks()[0]}
 
     for pattern in candidates.patterns.values():
@@ -135,15 +135,17 @@ def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dic
 def _eyes(seen: Seen) -> Tensor:
     """Heads side by side, as [Hq, Dv, Hq * Dv]: where no output projection was found."""
     heads, size = seen.out.shape[1], seen.out.shape[3]
-    return torch.eye(heads * size, device=seen.out.device).view(heads, size, -1)
+    return torch.eye(heads * size, dtype=torch.float32, device=seen.out.device).view(
+        heads, size, -1
+    )
 
 
 def sampled_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Query rows looked at, ascending, and how many rows each stands for."""
-    spread = torch.linspace(0, length - 1, SPREAD, device=keys.device).long()
+    spread = torch.linspace(0, length - 1, SPREAD, dtype=torch.float32, device=keys.device).long()
     rows = torch.cat([keys, spread]).unique()
     alone = torch.isin(rows, keys)
-    others = (length - len(keys)) / (~alone).sum().clamp(min=1)
+    others = (length - len(keys)) / (~alone).sum().clamp(min=1).float()
     return rows, torch.where(alone, 1.0, others)
 
 

@@ -111,7 +111,9 @@ class Table:
     def of(cls, each: list[Streaming | None], n: int, job: Job) -> Table:
         grid = Grid.causal(1, n, default_block(n, input_device(job.model)))
         lists = [r and grid.banded(r.band, 1) for r in each]
-        pairs = [1.0 if b is None else float(b.pairs()[0, 0] / grid.pairs()[0]) for b in lists]
+        pairs = [
+            1.0 if b is None else float(b.pairs()[0, 0].float() / grid.pairs()[0]) for b in lists
+        ]
         blocks = [1.0 if b is None else float(b.blocks()[0, 0] / grid.blocks()[0]) for b in lists]
         held = [one_head(n, rule)[0] for rule in each]
         return cls(np.array(pairs), np.array(blocks), np.array(held))

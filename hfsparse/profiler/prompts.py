@@ -80,7 +80,7 @@ def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
 
 
 def _ids(tokens: list[int]) -> Tensor:
-    return torch.tensor([tokens])
+    return torch.tensor([tokens], device="cpu")
 
 
 def encode(tokenizer, text: str) -> list[int]:

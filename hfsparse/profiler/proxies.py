@@ -21,6 +21,7 @@ from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.capture import PROJECTIONS, projection
 from hfsparse.profiler.gates import sparse_layers
+from hfsparse.profiler.modes import own_modes
 from hfsparse.profiler.passkeys import Passkeys
 from hfsparse.profiler.slices import sliced
 
@@ -28,10 +29,11 @@ PROXIES = ("copy", "mass", "error")
 ROWS = 64  # rows looked at, spread over the answers
 
 
+@own_modes
 def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[str, np.ndarray]:
     """Each proxy `[layers, Hkv]`, a row for each layer without a window of its own."""
     some = np.linspace(0, len(keys.rows) - 1, min(ROWS, len(keys.rows))).astype(int)
-    rows, sources = (torch.tensor(t)[some] for t in (keys.rows, keys.sources))
+    rows, sources = (torch.tensor(t, device="cpu")[some] for t in (keys.rows, keys.sources))
     found: list[dict[str, Tensor]] = []
 
     def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> None:
