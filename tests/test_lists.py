@@ -1,12 +1,15 @@
 """Invariants of the lists, for grids and patterns drawn by hypothesis."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfsparse.kernels import reference
-from hfsparse.lists import Band, BlockLists, Grid, default_block
+from hfsparse.lists import Band, BlockLists, Grid, HeadIndex, default_block
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -193,3 +196,23 @@ def test_a_comparison_that_is_off_fails():
     assert not close(a, torch.full_like(a, torch.nan))
     assert close((a * 1.001).bfloat16(), a)
     assert not close((a * 1.02).bfloat16(), a)
+
+
+def test_an_index_of_heads_stays_where_it_is():
+    """A recorded step reads it by its address, whatever else was asked for since."""
+    index, cpu = HeadIndex(), torch.device("cpu")
+    first, side_by_side = index((0, 2, 5), cpu), index((3, 4), cpu)
+    for last in range(6, 3000):
+        index((0, 2, last), cpu)
+    assert index([0, 2, 5], cpu) is first
+    assert (first.tolist(), side_by_side) == ([0, 2, 5], slice(3, 5))
+    assert index.tensor((3, 4), cpu) is index.tensor((3, 4), cpu)
+    assert copy.deepcopy(index)((0, 2, 5), cpu) is not first
+
+
+def test_lists_of_a_band_belong_to_one_grid():
+    grid = Grid.causal(2, 100)
+    made = grid.banded(Band(2, 10), 4)
+    assert grid.banded(Band(2, 10), 4) is made
+    other = replace(grid, window=30)
+    assert other.banded(Band(2, 10), 4).grid is other

@@ -48,3 +48,14 @@ def test_two_devices_memory_comes_back():
         torch.cuda.empty_cache()
         held.append([torch.cuda.memory_allocated(i) for i in range(2)])
     assert held[2] == held[1]
+
+
+def test_two_devices_keep_no_memory_reserved():
+    model, (ids, mask), held = spread(fresh("llama")), inputs(120), []
+    with hfsparse.patch(model, mixed(model)):
+        for _ in range(30):
+            generate(model, ids, mask, new=8)
+            assert graphs(model).why is None
+            held.append([torch.cuda.memory_reserved(i) for i in range(2)])
+    for first, most in zip(held[0], map(max, zip(*held, strict=True)), strict=True):
+        assert most <= first + (4 << 20)

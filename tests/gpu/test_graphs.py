@@ -175,6 +175,115 @@ def test_what_changes_between_two_calls_is_seen():
         assert generate(model, ids, mask, new=8).sequences.tolist() == got
 
 
+def to_the_cpu_and_back(model):
+    model.cpu()
+    torch.cuda.empty_cache()
+    return [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(4)], model.cuda()
+
+
+def new_data(model):
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+
+
+def new_parameter(model):
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("move", [to_the_cpu_and_back, new_data, new_parameter])
+def test_weights_that_move_between_single_tokens_are_recorded_anew(move):
+    ids, found = left_padded(200, (0,))[0].to(DEVICE), []
+    for never in (None, "this test wants it eager"):
+        model, seen = fresh("llama").to(DEVICE), []
+        torch.manual_seed(0)
+        with hfsparse.patch(model, mixed(model)):
+            graphs(model).never = never
+            cache = DynamicCache()
+            model(ids, **{CACHE: cache})
+            for step in range(16):
+                kept = move(model) if step == 8 else None
+                seen.append(model(ids[:, step : step + 1], **{CACHE: cache}).logits)
+                del kept
+                if never is None and step in (7, 15):
+                    assert graphs(model).why is None
+        found.append(torch.cat(seen))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_graph_reads_the_heads_that_it_was_recorded_with():
+    """However many other plans were made, run and forgotten since."""
+    model, other = (fresh("qwen2").to(DEVICE) for _ in range(2))
+    ids, found = left_padded(300, (0,))[0].to(DEVICE), []
+    for busy in (False, True):
+        with hfsparse.patch(model, choosing(model)):
+            cache, seen = DynamicCache(), []
+            model(ids, **{CACHE: cache})
+            for step in range(14):
+                if busy and step == 7:
+                    for plan in (mixed, choosing, streaming) * 4:
+                        with hfsparse.patch(other, plan(other)):
+                            generate(other, ids[:, :90], new=6)
+                    gc.collect()
+                    unused = [torch.full((9,), 5, device=DEVICE) for _ in range(4096)]
+                    del unused
+                seen.append(model(ids[:, step : step + 1], **{CACHE: cache}).logits)
+            assert graphs(model).why is None
+        found.append(torch.cat(seen))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_graphs_come_and_go_and_leave_no_memory_reserved(fuse):
+    model, (ids, mask) = fresh("llama").to(DEVICE), inputs(64)
+    with hfsparse.patch(model, mixed(model), fuse=fuse):
+        held = []
+        for _ in range(100):
+            generate(model, ids, mask, new=8)
+            assert graphs(model).why is None
+            gc.collect()
+            held.append(torch.cuda.memory_reserved())
+    assert max(held) <= held[0] + (4 << 20)
+
+
+def test_patches_come_and_go_and_leave_no_memory_reserved():
+    model, (ids, mask), held = fresh("llama").to(DEVICE), inputs(64), []
+    for _ in range(30):
+        with hfsparse.patch(model, mixed(model)):
+            generate(model, ids, mask, new=8)
+        gc.collect()
+        held.append(torch.cuda.memory_reserved())
+    assert max(held) <= held[0] + (4 << 20)
+
+
+def test_two_models_replay_in_turn_in_the_memory_that_they_share():
+    made = [
+        (fresh(family).to(DEVICE), plan) for family, plan in (("llama", mixed), ("qwen3", full))
+    ]
+    (ids, mask), want = inputs(120), []
+    for model, plan in made:
+        want.append(said(model, plan, ids, mask, replay=False, new=30)[0])
+    for model, plan in made:
+        hfsparse.patch(model, plan(model))
+    got = [None, None]
+
+    def run(i: int) -> None:
+        for _ in range(3):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                got[i] = generate(made[i][0], ids, mask, new=30).sequences.tolist()
+                torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == want
+
+
 def test_fused_steps_say_nearly_the_same():
     model, (ids, mask) = fresh("llama").to(DEVICE), inputs(150, (0, 9))
     want = said(model, mixed, ids, mask, replay=False, new=16)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantoQuantizedLayer
 import hfsparse
 from hfsparse.cache import CacheError, Layer
 from hfsparse.patcher import PatchError
-from tests.patcher.families import left_padded, mixed, streaming, tiny, tokens
+from tests.patcher.families import choosing, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, forward, generate, same_generation
 
@@ -292,3 +292,40 @@ def test_a_copied_cache_serves_as_a_prefix_many_times():
     for ours, truth in zip(got, want, strict=True):
         close(ours, truth)
     assert torch.equal(got[0], got[3])
+
+
+def stock_pairs(model, ids):
+    return [(layer.keys, layer.values) for layer in forward(model, ids).past_key_values.layers]
+
+
+@pytest.mark.parametrize("plan", [full, choosing])
+def test_a_cache_that_keeps_everything_can_be_rebuilt_as_the_stock_one(plan):
+    """From its pairs: no token more than were read, heads in order, though buffers have room."""
+    model = tiny("qwen2")
+    ids, more = tokens(2, 100), tokens(2, 1, seed=1)
+    with hfsparse.patch(model, plan(model)):
+        cache = forward(model, ids).past_key_values
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    for ours, stock in zip(pairs, stock_pairs(model, ids), strict=True):
+        for got, want in zip(ours, stock, strict=True):
+            close(got, want)
+    make = getattr(DynamicCache, "from_legacy_cache", DynamicCache)
+    copied = make([(k.clone(), v.clone()) for k, v in pairs])
+    assert copied.get_seq_length() == 100
+    want = forward(model, torch.cat([ids, more], 1)).logits[:, -1:]
+    close(forward(model, more, cache=copied).logits, want)
+
+
+@pytest.mark.parametrize("why", ["rings", "padding", "window"])
+def test_a_cache_that_does_not_is_never_taken_for_the_stock_one(why):
+    model = tiny("mistral-window" if why == "window" else "llama")
+    plan = streaming(model) if why == "rings" else None
+    ids, mask = left_padded(80) if why == "padding" else (tokens(1, 80), None)
+    with hfsparse.patch(model, plan):
+        cache = forward(model, ids, mask).past_key_values
+        for name in ("keys", "values"):
+            with pytest.raises(CacheError, match=r"can't be read or rebuilt.*copy\.deepcopy"):
+                [getattr(layer, name) for layer in cache.layers]
+        longer = None if mask is None else continue_with(ids, mask, 1)
+        forward(model, tokens(len(ids), 1), longer, cache=copy.deepcopy(cache))
+    assert repr(cache)

@@ -187,3 +187,19 @@ def test_copies_of_a_looped_layer_count_for_it(loops):
         held = [sum(layer.kv_bytes) for layer in stats.layers]
         assert held[1] == sum(cache.layers[i].bytes() for i in (1, *range(3, 2 + loops)))
         assert held[0] == cache.layers[0].bytes()
+
+
+@pytest.mark.parametrize("inside", ["patch", "prompt", "reset_stats"])
+def test_what_was_begun_in_inference_mode_is_counted_on_outside_it(inside):
+    model, ids = tiny("llama"), tokens(1, 200)
+    with torch.inference_mode(inside == "patch"):
+        handle = hfsparse.patch(model, mixed(model))
+    with torch.no_grad(), torch.inference_mode(inside == "prompt"):
+        model(ids)
+    want = handle.stats()
+    with torch.inference_mode(inside == "reset_stats"):
+        handle.reset_stats()
+    generate(model, ids, new=1)
+    assert handle.stats().pair_density == want.pair_density
+    assert handle.stats().block_density == want.block_density
+    handle.undo()
