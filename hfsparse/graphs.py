@@ -145,6 +145,8 @@ class Graphs:
                 self._passed(layers, rows)
                 return output
             graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
+            if graph.weights.moved():
+                raise RuntimeError("its forward replaces weights or buffers")
             self.kept[first] = graph
             graph.holds(layers, rows)
             return self._replay(graph, given, layers, rows)
