@@ -49,6 +49,8 @@ def block_mask(band: Band, length: int, device: torch.device) -> BlockMask:
         for blocks in (some & ~every, every):
             order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
             lists += [t[:, None].int() for t in (blocks.sum(-1), order)]
+        if device.type == "cuda":  # it is kept, and other streams may read it
+            torch.cuda.current_stream(device).synchronize()
         return BlockMask.from_kv_blocks(
             *lists, BLOCK_SIZE=BLOCK, mask_mod=kept, seq_lengths=(length, length)
         )
