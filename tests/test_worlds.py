@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -18,45 +17,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def plain():
-    """What each slice gives in no world in particular."""
-    found = {}
-
-    def ask(name: str):
-        if name not in found:
-            prepare, work = worlds.SLICES[name]
-            with torch.no_grad():
-                found[name] = work(prepare(CPU))
-        return found[name]
-
-    return ask
+    return worlds.asked(CPU)
 
 
 @pytest.mark.parametrize("name", worlds.SLICES)
 @pytest.mark.parametrize("world", worlds.WORLDS)
 def test_a_world_changes_nothing(world, name, plain):
-    want, (prepare, work) = plain(name), worlds.SLICES[name]
-    enter, off = worlds.WORLDS[world]
-    made = prepare(CPU)
-    with torch.no_grad(), enter(CPU):
-        got = work(made)
-    worlds.compare(got, want, min(off, worlds.SUMS) if name in worlds.CHOICES else off)
-
-
-def at_once(*work) -> list:
-    """What each answers when all run in threads of their own, begun together."""
-    begin, found = Barrier(len(work)), [None] * len(work)
-
-    def run(i: int) -> None:
-        begin.wait()
-        with torch.no_grad():
-            found[i] = work[i]()
-
-    threads = [Thread(target=run, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    off = worlds.WORLDS[world][1]
+    off = min(off, worlds.SUMS) if name in worlds.CHOICES else off
+    worlds.compare(worlds.run(world, name, CPU), plain(name), off)
 
 
 def test_threads_share_a_patched_model_and_run_another_beside_it():
@@ -69,7 +38,7 @@ def test_threads_share_a_patched_model_and_run_another_beside_it():
         want = [worlds.talk(model, *inputs), worlds.talk(model, *theirs)]
         want.append(worlds.talk(other, ids[:1], mask[:1], more[:1]))
         for _ in range(2):
-            got = at_once(
+            got = worlds.at_once(
                 lambda: worlds.talk(model, *inputs),
                 lambda: worlds.talk(model, *theirs),
                 lambda: worlds.talk(other, ids[:1], mask[:1], more[:1]),
@@ -81,7 +50,7 @@ def test_threads_share_a_patched_model_and_run_another_beside_it():
 def test_threads_profile_models_of_their_own(plain):
     prepare, work = worlds.SLICES["profile_balanced"]
     made = [prepare(CPU), prepare(CPU)]
-    for got in at_once(*(lambda each=each: work(each) for each in made)):
+    for got in worlds.at_once(*(lambda each=each: work(each) for each in made)):
         worlds.compare(got, plain("profile_balanced"), worlds.EXACT)
 
 

@@ -1,10 +1,9 @@
 """Global states that a library meets, and a slice of each part of ours to run under them.
 
-    want = work(made)               # made = prepare(device), outside of any world
-    with world():
-        got = work(made)
+    want, got = asked(device)(name), run(world, name, device)
+    compare(got, want, off)         # off: what the world does to arithmetic
 
-What a world doesn't say it changes must be bit-equal.
+A slice is prepared outside of the world and works in it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from threading import Barrier, Thread
 from typing import Any
 
 import torch
@@ -220,3 +221,40 @@ def compare(got: list, want: list, off: float) -> None:
         a, b = a.double().nan_to_num(-1), b.double().nan_to_num(-1)
         apart = float((a - b).norm() / b.norm().clamp(min=1e-30))
         assert apart <= off, f"{at}: {apart:.1e} off"
+
+
+def asked(device: torch.device) -> Callable[[str], list]:
+    """What each slice gives in no world in particular."""
+
+    @cache
+    def ask(name: str) -> list:
+        prepare, work = SLICES[name]
+        with torch.no_grad():
+            return work(prepare(device))
+
+    return ask
+
+
+def run(world: str, name: str, device: torch.device) -> list:
+    """What a slice gives in a world."""
+    prepare, work = SLICES[name]
+    made = prepare(device)
+    with torch.no_grad(), WORLDS[world][0](device):
+        return work(made)
+
+
+def at_once(*work: Callable[[], Any]) -> list:
+    """What each answers when all run in threads of their own, begun together."""
+    begin, found = Barrier(len(work)), [None] * len(work)
+
+    def answer(i: int) -> None:
+        begin.wait()
+        with torch.no_grad():
+            found[i] = work[i]()
+
+    threads = [Thread(target=answer, args=(i,)) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

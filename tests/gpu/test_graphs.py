@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from functools import partial
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import hfsparse
+from tests import worlds
 from tests.gpu.common import DEVICE
 from tests.patcher.families import (
     choosing,
@@ -267,20 +269,15 @@ def test_two_models_replay_in_turn_in_the_memory_that_they_share():
         want.append(said(model, plan, ids, mask, replay=False, new=30)[0])
     for model, plan in made:
         hfsparse.patch(model, plan(model))
-    got = [None, None]
 
-    def run(i: int) -> None:
-        for _ in range(3):
-            with torch.cuda.stream(torch.cuda.Stream()):
-                got[i] = generate(made[i][0], ids, mask, new=30).sequences.tolist()
-                torch.cuda.current_stream().synchronize()
+    def run(model) -> list:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                said = generate(model, ids, mask, new=30).sequences.tolist()
+        return said
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = worlds.at_once(*(partial(run, model) for model, _ in made))
     assert got == want
 
 

@@ -15,32 +15,18 @@ OFF = {"model": 1e-3}  # float32 in a kernel of another kind: with gradients Tri
 
 @pytest.fixture(scope="module")
 def plain():
-    """What each slice gives in no world in particular."""
-    found = {}
-
-    def ask(name: str):
-        if name not in found:
-            prepare, work = worlds.SLICES[name]
-            with torch.no_grad():
-                found[name] = work(prepare(DEVICE))
-        return found[name]
-
-    return ask
+    return worlds.asked(DEVICE)
 
 
 @pytest.mark.parametrize("name", worlds.SLICES)
 @pytest.mark.parametrize("world", worlds.WORLDS)
 def test_a_world_changes_nothing(world, name, plain):
-    want, (prepare, work) = plain(name), worlds.SLICES[name]
-    enter, off = worlds.WORLDS[world]
-    made = prepare(DEVICE)
-    with torch.no_grad(), enter(DEVICE):
-        got = work(made)
+    off = worlds.WORLDS[world][1]
     if name in worlds.CHOICES:
         off = min(off, worlds.SUMS)
     elif "gradients" in world:
         off = OFF.get(name, off)
-    worlds.compare(got, want, off)
+    worlds.compare(worlds.run(world, name, DEVICE), plain(name), off)
 
 
 def test_the_cpu_by_default_changes_nothing(plain):
