@@ -12,7 +12,7 @@ import torch
 from hfsparse import kernels
 from hfsparse.attention import Counts, Logits, Step, _decode
 from hfsparse.cache import Full, Group, Layer
-from hfsparse.lists import PAGE, Band, PageLists
+from hfsparse.lists import PAGE, Band, HeadIndex, PageLists
 from hfsparse.selectors.quest import Quest
 from tests.helpers import close
 from tests.kernels.interpreter import interpreter
@@ -71,7 +71,10 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
     layer = layer_of(groups, past, k, v, below)
     plain = copy.deepcopy(layer)
     plain.stores.reverse()  # none depends on another
-    ours, theirs = (SimpleNamespace(counts=Counts(heads * ratio), shared=False) for _ in range(2))
+    ours, theirs = (
+        SimpleNamespace(counts=Counts(heads * ratio), shared=False, at=HeadIndex())
+        for _ in range(2)
+    )
     sinks = torch.linspace(-2, 3, heads * ratio) if sinks else None
     logits, outs = Logits(dims[0] ** -0.5, softcap, sinks), []
     for new in steps:
