@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hfsparse import kernels
-from hfsparse.cache import Full, Group, Layer, Ring, autocast, casts, ring_positions, take_layer
+from hfsparse.cache import Full, Group, Layer, Ring, autocast, ring_positions, take_layer
 from hfsparse.call import Call, running
 from hfsparse.lists import (
     FAR,
@@ -35,6 +35,7 @@ from hfsparse.lists import (
     default_block,
 )
 from hfsparse.plan import Below
+from hfsparse.precision import casts
 from hfsparse.stats import Work
 
 NAME = "hfsparse"

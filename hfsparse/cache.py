@@ -19,6 +19,7 @@ from hfsparse import kernels
 from hfsparse.call import Call, running
 from hfsparse.kernels.places import Place, Places, Table
 from hfsparse.lists import FAR, FULL, PAGE, Band, Grid, HeadIndex
+from hfsparse.precision import casts
 from hfsparse.selectors.choice import Choice
 from hfsparse.stats import Work
 
@@ -557,11 +558,6 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the type that autocast gives to attention, where it is on."""
     kind = tensors[0].device.type
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
-
-
-def casts(kind: str) -> bool:
-    """Whether autocast is on for devices of a kind."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 
+def casts(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(function: Callable) -> Callable:
     """The function, or method, with autocast off on the device of its first tensor."""
 
     @wraps(function)
     def run(*args, **more):
         device = next(t for t in (*args, *more.values()) if isinstance(t, Tensor)).device.type
+        if not casts(device):
+            return function(*args, **more)
         with torch.autocast(device, enabled=False):
             return function(*args, **more)
 

@@ -67,8 +67,6 @@ def _learn(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
         return "it doesn't call attention once for each update of its cache"
     except Exception:  # code that wants data, or more than tokens
         return None
-    finally:
-        leave(plans[0].owner)
     return None
 
 
@@ -86,8 +84,11 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     cache.layers, cache.layer_class_to_replicate = layers, None
     name = "cache" if "cache" in parameters(decoder) else "past_key_values"
     enter(plans[0].owner)
-    with Answers():
-        twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{name: cache})
+    try:
+        with Answers():
+            twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{name: cache})
+    finally:
+        leave(plans[0].owner)
     if any(layers[plan.index].stored < layers[plan.index].seen for plan in plans):
         raise CacheError("a layer's attention was not called")
 
