@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hfsparse import kernels
 from hfsparse.call import Call, running
@@ -23,7 +23,7 @@ from hfsparse.precision import casts
 from hfsparse.selectors.choice import Choice
 from hfsparse.stats import Work
 
-SLACK = 32  # tokens a ring keeps beyond its window, so that newest ones can be taken back
+SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can be taken back
 
 
 class CacheError(ValueError):
@@ -198,16 +198,25 @@ class Layer(CacheLayerMixin):
         return torch.cat(parts, 1)[:, sorted(range(len(heads)), key=heads.__getitem__)]
 
     def crop(self, length) -> None:
-        """Take back the newest tokens: all beyond `length`, or `-length` of them."""
-        length = int(length)
-        drop = -length if length < 0 else max(self.seen - length, 0) if length else 0
+        """Take back the newest tokens, as many as transformers' own layer would."""
+        if self.is_initialized:
+            self.take_back(self.seen - _cropped(self.seen, int(length)))
+
+    def take_back(self, drop: int) -> None:
+        """Forget the newest `drop` tokens, and what was chosen with them."""
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(self.rows, rows)
-        self.seen = self.stored = max(self.seen - drop, 0)
+        self.seen = self.stored = self.seen - drop
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
         self._forget_choices()
+
+    def keep(self, tokens: int) -> None:
+        """From now on at least so many of the newest tokens can be taken back."""
+        for store in self.stores:
+            if isinstance(store, Ring):
+                store.slack = max(store.slack, tokens)
 
     def reset(self) -> None:
         self.seen = self.stored = self.expected = 0
@@ -396,9 +405,18 @@ class Full:
         return self.low[:, :, :pages], self.high[:, :, :pages]
 
 
-def ring_size(band: Band, tokens: int) -> int:
+def _cropped(seen: int, length: int) -> int:
+    """Tokens that transformers' layer holds after `crop(length)`: its meaning changed twice."""
+    layer = DynamicLayer()
+    layer.keys = layer.values = torch.empty(1, 1, seen, 1, device="meta")
+    layer.is_initialized = True
+    layer.crop(length)
+    return layer.keys.shape[2]
+
+
+def ring_size(band: Band, tokens: int, slack: int = SLACK) -> int:
     """Slots that a ring has behind its sink for rows of so many tokens; it grows by pages."""
-    size = band.span(tokens) + SLACK
+    size = band.span(tokens) + slack
     return -(-size // PAGE) * PAGE if band.rate else size
 
 
@@ -414,7 +432,7 @@ class Ring:
     def __init__(self, group: Group, below: int):
         self.group, self.band, self.below = group, group.band, below
         self.k = self.v = None
-        self.size = 0
+        self.size, self.slack = 0, SLACK
         # First position beyond the sink that each row still held when `room` was last asked.
         self.low: list[int] = []
 
@@ -445,9 +463,9 @@ class Ring:
         for n, low in zip(rows, self.low, strict=True):
             if self.oldest(n, n + 1) < min(n, low):
                 raise CacheError(
-                    f"cannot go back to {n} tokens: a ring keeps {SLACK} tokens beyond its window "
-                    "and the rest is gone. Start again from the prompt, or use a plan whose cache "
-                    "is full"
+                    f"cannot go back to {n} tokens: a ring keeps {self.slack} tokens beyond its "
+                    "window and the rest is gone. Start again from the prompt, or use a plan whose "
+                    "cache is full"
                 )
 
     def slots(self, position: Tensor) -> Tensor:
@@ -486,18 +504,19 @@ class Ring:
     def until(self, rows: list[int]) -> int:
         """Tokens up to which rows may grow and no buffer moves, as far as it looks."""
         later = max(rows) + PAGE
-        return later if min(rows) >= self.below + SLACK and self._fits([later])[0] else max(rows)
+        settled = min(rows) >= self.below + self.slack and self._fits([later])[0]
+        return later if settled else max(rows)
 
     def _fits(self, rows: list[int]) -> tuple[bool, int, int, bool]:
         """Whether the buffers fit rows of these lengths; the size that they need and, once none
         is short, may have; whether one is short: a crop could lead back under `below`."""
-        spans = [self.band.span(n) + SLACK for n in rows]
+        spans = [self.band.span(n) + self.slack for n in rows]
         lengths = [max(n - self.band.sink, 1) for n in rows]
-        short = [n < self.below + SLACK for n in rows] if self.below else [False] * len(rows)
+        short = [n < self.below + self.slack for n in rows] if self.below else [False] * len(rows)
         need = max(
             n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
         )
-        most = ring_size(self.band, max(rows))
+        most = ring_size(self.band, max(rows), self.slack)
         fits = need <= self.size and (any(short) or self.size <= most)
         return fits, need, most, any(short)
 

@@ -11,16 +11,16 @@ cache. All state lies on the model, so `unpatch(model)` needs no handle.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import uuid
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from types import MethodType
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse import kernels, probe
 from hfsparse.attention import NAME, Counts, LayerPlan, PatchError, attention, mask_start
-from hfsparse.cache import CacheError, Group, Held, Layer
+from hfsparse.cache import SLACK, CacheError, Group, Held, Layer
 from hfsparse.call import enter, leave
 from hfsparse.fingerprint import (
     LINEAR,
@@ -72,6 +72,32 @@ VIRTUAL = (
 SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
+# Not in `patch`: a pickled model that was patched may be loaded where none has been.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask_start)
+
+
+@dataclass
+class OwnConfig:
+    """The copy of a config that a model has while it is patched: others may share the original."""
+
+    original: Any
+    copy: Any
+    modules: list[Any]  # that had the original
+    before: dict[str, Any]  # the copy's attributes when it was made
+
+    def give_back(self) -> None:
+        """Put the original back, with what was changed in the copy meanwhile."""
+        name = "_attn_implementation_internal"
+        setattr(self.copy, name, getattr(self.original, name))
+        for name, value in vars(self.copy).items():
+            if name not in self.before or value is not self.before[name]:
+                vars(self.original)[name] = value
+        for module in self.modules:
+            if module.config is self.copy:
+                module.config = self.original
+
+
 @dataclass
 class State:
     """What a patch leaves on the text decoder (as `_hfsparse`)."""
@@ -79,7 +105,7 @@ class State:
     owner: str
     plan: Plan
     layers: list[LayerPlan]  # of the layers that have attention
-    implementations: list[tuple[Any, str]]  # every config and the attention it asked for
+    configs: list[OwnConfig]
     graphs: Graphs
     hooks: list[Any] = field(default_factory=list)
     # Of the last call that had a cache: what each layer's takes, and columns seen.
@@ -175,24 +201,21 @@ def patch(
     modules = _attention_modules(model)
     if plan is None:
         plan = Plan.full(ModelId.of(model))
-    elif not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+    else:  # the caller may go on with theirs
+        plan = copy.deepcopy(plan) if isinstance(plan, Plan) else Plan.load(plan)
     plan.validate()
     plan.check(model, allow)
     below = _below(plan, model.device)
     layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model), below)
     decoder = model.get_decoder()
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask_start)
     graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
-    state = State(layers[0].owner, plan, layers, before, graphs)
+    state = State(layers[0].owner, plan, layers, _own_configs(model), graphs)
     try:
-        for config, _ in before:
-            if config is modules[0].config:
-                config._attn_implementation_internal = NAME
+        for own in state.configs:
+            for module in own.modules:
+                module.config = own.copy
+        decoder.config._attn_implementation_internal = NAME
         decoder._hfsparse = state
         for module, layer in zip(modules, layers, strict=True):
             module._hfsparse = layer
@@ -200,14 +223,15 @@ def patch(
         state.hooks.append(
             decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
         )
+        adopt = _partial(_before_attention, decoder, like=_before_attention)
+        state.hooks.append(modules[0].register_forward_pre_hook(adopt, with_kwargs=True))
         if "forward" in decoder.__dict__:
             graphs.never = "its decoder's forward is not its class's (accelerate's hooks?)"
         else:
-            decoder.forward = MethodType(_replaying(type(decoder)), decoder)
-        model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
-        for name in SERVING:
+            decoder.forward = _partial(_forward, decoder, like=decoder.forward)
+        for name, function in SHADOWS.items():
             if hasattr(type(model), name):
-                setattr(model, name, MethodType(_no_serving, model))
+                setattr(model, name, _partial(function, model, like=getattr(model, name)))
         wrong = [m.layer_idx for m in modules if m.config._attn_implementation != NAME]
         if wrong:
             raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
@@ -228,20 +252,26 @@ def unpatch(model: PreTrainedModel) -> None:
     _restore(model, state)
 
 
+def _partial(function: Callable, owner: Any, like: Callable) -> functools.partial:
+    """A method for one object, with another's signature: unlike a bound one, it can be pickled."""
+    made = functools.partial(function, owner)
+    return functools.update_wrapper(made, like, assigned=("__module__",), updated=())
+
+
 def _restore(model: PreTrainedModel, state: State) -> None:
     while leave(state.owner):
         pass  # interrupted forwards may have left this thread inside
     state.graphs.kept.clear()
     for hook in state.hooks:
         hook.remove()
-    for config, name in state.implementations:
-        config._attn_implementation_internal = name
+    for own in state.configs:
+        own.give_back()
     decoder = model.get_decoder()
-    if getattr(decoder.forward, "__func__", None) is _replaying(type(decoder)):
+    if getattr(decoder.forward, "func", None) is _forward:
         del decoder.forward
     for module in model.modules():
         module.__dict__.pop("_hfsparse", None)
-    for name in ("_prepare_cache_for_generation", *SERVING, "_compiled_call", "_cache"):
+    for name in (*SHADOWS, "_compiled_call", "_cache"):
         model.__dict__.pop(name, None)
 
 
@@ -260,6 +290,20 @@ def _check_model(model: Any) -> None:
     kind = type(model).__name__
     where = "" if inside is None else f": patch its {inside}, and go on with the {kind}"
     raise PatchError(f"got {kind}: give a transformers model (PreTrainedModel){where}")
+
+
+def _own_configs(model: PreTrainedModel) -> list[OwnConfig]:
+    """A copy of each config that the model and its submodels have, still parts of one another."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    copies = {key: copy.copy(config) for key, config in configs.items()}
+    for own in copies.values():
+        for name, part in vars(own).items():
+            vars(own)[name] = copies.get(id(part), part)
+    made = []
+    for key, config in configs.items():
+        modules = [m for m in model.modules() if getattr(m, "config", None) is config]
+        made.append(OwnConfig(config, copies[key], modules, dict(vars(copies[key]))))
+    return made
 
 
 def is_patched(model: Any) -> bool:
@@ -483,28 +527,22 @@ def _cache_in(kwargs: dict) -> Any:
     return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
-@functools.cache
-def _replaying(decoder: type):
-    """The forward of a patched text decoder: the class's own, or the replay of a recorded step."""
-
-    @functools.wraps(decoder.forward)
-    def forward(self, *args, **kwargs):
-        state = self.__dict__.get("_hfsparse")
-        own = functools.partial(decoder.forward, self)
-        if args or state is None or torch.compiler.is_dynamo_compiling():
-            return own(*args, **kwargs)
-        cache = _cache_in(kwargs)
-        try:
-            return state.graphs.run(own, self, kwargs, cache)
-        except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(_too_much(self, kwargs, cache)) from error
-        except Exception:
-            raise
-        except BaseException:  # the hook behind a forward is told of an Exception alone
-            leave(state.owner)
-            raise
-
-    return forward
+def _forward(decoder, *args, **kwargs):
+    """The forward of a patched text decoder: its class's own, or the replay of a recorded step."""
+    state = decoder.__dict__.get("_hfsparse")
+    own = functools.partial(type(decoder).forward, decoder)
+    if args or state is None or torch.compiler.is_dynamo_compiling():
+        return own(*args, **kwargs)
+    cache = _cache_in(kwargs)
+    try:
+        return state.graphs.run(own, decoder, kwargs, cache)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(_too_much(decoder, kwargs, cache)) from error
+    except Exception:
+        raise
+    except BaseException:  # the hook behind a forward is told of an Exception alone
+        leave(state.owner)
+        raise
 
 
 def _too_much(decoder, kwargs: dict, cache: Any) -> str:
@@ -522,9 +560,14 @@ def _too_much(decoder, kwargs: dict, cache: Any) -> str:
 
 @torch.compiler.disable
 def _before_forward(decoder, args, kwargs):
-    """Pre-hook on the text decoder: give it a cache of ours, and tell that cache who is running."""
+    """Pre-hook on the text decoder: make its cache ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
     enter(state.owner)
+    if getattr(decoder, "_is_replica", False):
+        raise PatchError(
+            "DataParallel runs copies of the model that share one patch: use one process a GPU "
+            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
+        )
     if decoder.config._attn_implementation != NAME:
         raise PatchError(
             f"the attention implementation was set to {decoder.config._attn_implementation} under "
@@ -540,8 +583,8 @@ def _before_forward(decoder, args, kwargs):
         )
     cache = _cache_in(kwargs)
     use_cache = kwargs.get("use_cache")
-    use_cache = decoder.config.use_cache if use_cache is None else use_cache
-    if cache is None and use_cache:
+    use_cache = getattr(decoder.config, "use_cache", None) if use_cache is None else use_cache
+    if cache is None and use_cache and not decoder.training:  # in training it is the model's affair
         cache = DynamicCache()
         kwargs[next(name for name in CACHES if name in names)] = cache
     _check_width(kwargs, cache)
@@ -550,17 +593,43 @@ def _before_forward(decoder, args, kwargs):
     return args, kwargs
 
 
+def _before_attention(decoder, module, args, kwargs) -> None:
+    """Pre-hook on the first attention module: make ours a cache that the decoder has made itself.
+
+    While it is trained, whether it makes one is left to it: without one, as where activations are
+    checkpointed, it looks for packed sequences.
+    """
+    if not module._hfsparse.fusing:
+        _adopt_made(decoder, (*args, *kwargs.values()))
+
+
+@torch.compiler.disable
+def _adopt_made(decoder, given: tuple) -> None:
+    cache = next((x for x in given if isinstance(x, Cache)), None)
+    if cache is None or any(isinstance(layer, Layer) for layer in cache.layers):
+        return
+    if len(cache.layers) > len(decoder._hfsparse.plan.layers):
+        raise PatchError(
+            f"{type(decoder).__name__} loops over layers, and its cache can't be followed while it "
+            "is trained: pass use_cache=False, or call model.eval()"
+        )
+    _adopt(cache, decoder)
+
+
 @torch.compiler.disable
 def _after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
     leave(state.owner)
-    cache = _cache_in(kwargs)
-    if cache is None or output is None:
-        return  # no cache, or an error
+    if output is None:
+        return  # an error
+    returned = output.values() if isinstance(output, dict) else output
+    cache = next((x for x in (_cache_in(kwargs), *returned) if isinstance(x, Cache)), None)
+    if cache is None:
+        return
     layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
-    if not all(layer.is_initialized for layer in layers):
-        return  # gradient checkpointing goes without
+    if len(layers) < len(state.layers) or not all(layer.is_initialized for layer in layers):
+        return  # a draft by the first layers; gradient checkpointing goes without
     state.seen = layers[0].seen
     if state.graphs.why is None and state.graphs.held() is layers[0]:
         return  # a replay: it wrote into what was there
@@ -620,12 +689,13 @@ def _adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> Non
         layers = cache.layers or DynamicCache(config=decoder.config).layers
     for layer in state.layers:
         layers[layer.index] = layer.new_cache(reserve, expected)
-    cache.layers = layers
+    cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
     cache.layer_class_to_replicate = None
 
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
+    self.__dict__.pop("_cache", None)  # up to 5.0 a static cache goes on with the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = _cache_in(model_kwargs)
@@ -648,6 +718,8 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         expected = width if chunked else 0
         reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
         _adopt(cache, self.get_decoder(), reserve, expected)
+        if generation_config.is_assistant:
+            _keep(cache, SLACK + (generation_config.max_new_tokens or 0))
     return result
 
 
@@ -668,8 +740,37 @@ def _in_order(model_kwargs: dict) -> bool:
     return NUMBERED or plain
 
 
+def _candidate_generator(self, *args, **kwargs):
+    """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
+    generator = type(self)._get_candidate_generator(self, *args, **kwargs)
+    draft = generator.get_candidates
+
+    def get_candidates(input_ids, *args, **more):
+        found = draft(input_ids, *args, **more)
+        _keep(_cache_in(kwargs["model_kwargs"]), found[0].shape[1] - input_ids.shape[1])
+        return found
+
+    generator.get_candidates = get_candidates
+    return generator
+
+
+def _keep(cache: Any, tokens: int) -> None:
+    """Have a cache keep so many tokens beyond its windows."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, Layer):
+            layer.keep(tokens)
+
+
 def _no_serving(self, *args, **kwargs):
     raise PatchError(
         "continuous batching keeps its own paged cache, which hfsparse can't shape: use "
         "model.generate, or handle.undo() first"
     )
+
+
+# Methods of a patched model that are ours.
+SHADOWS = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "_get_candidate_generator": _candidate_generator,
+    **dict.fromkeys(SERVING, _no_serving),
+}

@@ -6,7 +6,7 @@ what it takes from the host is frozen, as in a graph, and only tensors tell one 
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import hfsparse
 from hfsparse import graphs, kernels
 from hfsparse.attention import Step
-from hfsparse.lists import BlockLists
+from hfsparse.lists import PAGE, BlockLists
 from hfsparse.plan import Below
 from tests.patcher import families, runs
 
@@ -26,7 +26,7 @@ from tests.patcher import families, runs
 class Frozen(graphs.Graph):
     """Its Python is what is replayed."""
 
-    recorded, off = 0, 0.0  # how many, and what is wrong with their output
+    recorded, wrong = 0, ""  # how many, and what is wrong with their replays
     device = torch.device("cpu")
     devices = (device,)
 
@@ -39,10 +39,22 @@ class Frozen(graphs.Graph):
     def replay(self, given, rows):
         step = Step.single(self.past, self.rows, torch.tensor(rows))
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-        with graphs._recording(step, self.serving):
+        with graphs._recording(step, self.serving), self.wrong_page():
             output = self.call(**graphs._without_cache({**self.given, **tensors}))
-        output.last_hidden_state += self.off
+        if self.wrong == "bit":
+            output.last_hidden_state[0, 0, 0] *= 1 + torch.finfo(torch.float32).eps
         return graphs._with_cache(output, given)
+
+    @contextmanager
+    def wrong_page(self):
+        """The last layer reads one page of one head in the place of another."""
+        k = self.serving[max(self.serving)][1].stores[-1].k[:1, :1]
+        right = k.clone()
+        if self.wrong == "page":
+            k[:, :, :PAGE] = right[:, :, PAGE : 2 * PAGE]
+        yield
+        if self.wrong == "page":
+            k[:, :, :PAGE] = right[:, :, :PAGE]
 
 
 @contextmanager
@@ -61,6 +73,16 @@ def frozen():
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         Frozen.recorded = 0
         yield Frozen
+
+
+def noisy(norm) -> type:
+    """A kind of norm that says something else each time, as sums in another order do."""
+
+    class Noisy(type(norm)):
+        def forward(self, x):
+            return super().forward(x) + 1e-5 * torch.randn_like(x)
+
+    return Noisy
 
 
 LAUNCHES = ("triton_append.append", "triton_decode.decode", "triton_quest.pages")
@@ -100,7 +122,7 @@ def plain_prompts():
 
 
 def compare(
-    family: str, plan: str, below=None, length=100, pads=(0,), new=9, fuse=False, off=0.0, **more
+    family: str, plan: str, below=None, length=100, pads=(0,), new=9, fuse=False, wrong="", **more
 ):
     """A generation, eager and replayed: what came out, and how many steps were recorded."""
     model = families.fresh(family)
@@ -108,7 +130,9 @@ def compare(
     if below is not None:
         made = replace(made, below=Below(*below))
     ids, mask = families.left_padded(length, pads)
-    Frozen.off = off
+    Frozen.wrong = wrong
+    if wrong == "noise":
+        model.model.norm.__class__ = noisy(model.model.norm)
     found = []
     for replayed in (False, True):
         with ExitStack() as stack:
@@ -131,7 +155,7 @@ def compare(
 
 def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]:
     """What a step says to a mask that `mend` spoilt, whether it ran, whether later ones bear it."""
-    model, told, found, Frozen.off = families.fresh("qwen2"), "nothing", [], 0.0
+    model, told, found, Frozen.wrong = families.fresh("qwen2"), "nothing", [], ""
     ids, mask = families.left_padded(length, pads)
     for spoilt in (False, True):
         with plain_prompts(), frozen(), hfsparse.patch(model, getattr(families, plan)(model)):
@@ -154,7 +178,7 @@ def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]
 def moved(move, length: int = 40) -> tuple[list[int], bool]:
     """Graphs recorded after each single token of a loop in which `move(model)` comes once, after
     the sixth; whether the tokens that follow are eager ones."""
-    counts, found, Frozen.off = [], [], 0.0
+    counts, found, Frozen.wrong = [], [], ""
     ids = families.tokens(1, length)
     for replayed in (True, False):
         model = families.fresh("llama")
@@ -199,6 +223,58 @@ def new_buffer(model):
 def in_place(model):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(2)
+
+
+def by_steps(model, ids, steps: int, act=None, at: int = 0) -> torch.Tensor:
+    """Logits of single tokens written by hand over one cache, `act` called before one of them."""
+    cache, logits = DynamicCache(), []
+    runs.forward(model, ids, cache=cache)
+    for step in range(steps):
+        if act and step == at:
+            act()
+        logits.append(runs.forward(model, ids[:, step : step + 1], cache=cache).logits)
+    return torch.cat(logits, 1)
+
+
+def spoilt_later() -> tuple[list[str | None], bool]:
+    """Why the first and the second cache's last step was no replay, where the second is wrong."""
+    model, why, found = families.fresh("llama"), [], []
+    for kind in (nullcontext, frozen):
+        with plain_prompts(), kind(), hfsparse.patch(model, families.streaming(model)):
+            for Frozen.wrong in ("", "page"):
+                ids = families.tokens(1, 200, seed=len(why) % 2)
+                found.append(by_steps(model, ids, 6))
+                why.append(model.get_decoder()._hfsparse.graphs.why)
+    return why[2:], torch.equal(torch.stack(found[:2]), torch.stack(found[2:]))
+
+
+class Scaled(torch.nn.Module):
+    """A projection with an adapter's scale in a dict and a word that says which, as in peft."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scaling, self.active = base, {"a": 1.0, "b": 2.0}, "a"
+
+    def forward(self, x):
+        return self.base(x) * self.scaling[self.active]
+
+
+def changed(what: str) -> tuple[bool, int]:
+    """Whether steps are eager ones when a Python number changes on the way; graphs recorded."""
+    found, Frozen.wrong = [], ""
+    for kind in (nullcontext, frozen):
+        model = families.fresh("llama")
+        attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+        mlp.up_proj = Scaled(mlp.up_proj)
+        acts = {
+            "scale": lambda held=attention: setattr(held, "scaling", held.scaling * 2),
+            "adapter": lambda held=mlp.up_proj: held.scaling.update(a=3.0),
+            "training": model.train,
+            "config": lambda held=model: setattr(held.config, "rms_norm_eps", 1e-2),
+        }
+        with plain_prompts(), kind(), hfsparse.patch(model, families.streaming(model)):
+            found.append(by_steps(model, families.tokens(1, 80), 12, acts[what], at=6))
+    return torch.equal(*found), Frozen.recorded
 
 
 def hole(mask):

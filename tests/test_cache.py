@@ -1,9 +1,11 @@
 """The cache layer: rings, growth, page summaries, owners, bytes."""
 
+import re
 from itertools import pairwise
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import hfsparse
 from hfsparse.attention import STEP
@@ -145,12 +147,36 @@ def test_a_chunk_after_a_crop_into_the_sink_sees_all_of_itself():
     append(it, *torch.randn(2, 1, HEADS, 60, DIM))  # checks the chunk's keys itself
 
 
-def test_crop_says_how_many_tokens_stay_or_go():
-    for length, left in ((-3, 47), (47, 47), (0, 50), (50, 50), (60, 50), (-50, 0), (-70, 0)):
-        it = filled(50)
+@pytest.mark.parametrize("length", [-3, 47, 0, 50, 60, -50, -70])
+def test_crop_means_what_it_means_to_transformers_own_layer(length):
+    """0 was "nothing stays" at first, and is "nothing goes"; what is refused there is here."""
+    it, stock = filled(50), DynamicLayer()
+    stock.update(*(torch.zeros(1, HEADS, 50, DIM) for _ in "kv"))
+    try:
+        stock.crop(length)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            it.crop(length)
+    else:
         it.crop(length)
-        assert it.get_seq_length() == left
-        assert it.rows == [left]
+    assert it.get_seq_length() == stock.keys.shape[2]
+    assert it.rows == [stock.keys.shape[2]]
+
+
+def test_a_crop_before_the_first_token_is_nothing():
+    it = layer()
+    it.crop(-3)
+    assert it.get_seq_length() == 0
+
+
+def test_more_can_be_taken_back_once_more_is_to_be_kept():
+    it = filled(300)
+    it.keep(80)
+    with pytest.raises(CacheError, match="cannot go back to 220 tokens"):
+        it.crop(-80)  # they went before it was said
+    append(it, *torch.zeros(2, 1, HEADS, 80, DIM))
+    it.crop(-80)
+    assert it.rows == [300]
 
 
 # -- growth --------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.seen)
     @rule(drop=st.integers(1, SLACK))
     def take_back(self, drop):
-        self.crop(-min(drop, self.seen))
+        self.crop(min(drop, self.seen))
 
     @precondition(lambda self: self.seen)
     @rule(data=st.data())
@@ -175,8 +175,7 @@ class CacheMachine(RuleBasedStateMachine):
         far = next((n for n in range(1, self.seen) if not self.can_drop(n)), self.seen)
         first = st.integers(max(self.seen - 5, 1), self.seen)
         drop = data.draw(st.just(far) | first | st.integers(1, self.seen))
-        left = self.seen - drop
-        self.crop(data.draw(st.sampled_from([-drop, left])) if left else -drop)
+        self.crop(drop)
         self.append(data.draw(st.integers(1, 130)))
 
     def can_drop(self, drop):
@@ -187,17 +186,15 @@ class CacheMachine(RuleBasedStateMachine):
                     return False
         return True
 
-    def crop(self, length):
-        """`length` tokens stay, or `-length` go."""
-        drop = -length if length < 0 else self.seen - length
+    def crop(self, drop):
         left = self.seen - drop
         can = self.can_drop(drop)
         assert can or self.furthest - left > SLACK
         if not can:
             with pytest.raises(CacheError, match="Start again"):
-                self.layer.crop(length)
+                self.layer.crop(-drop)
             return
-        self.layer.crop(length)
+        self.layer.crop(-drop)
         self.rows = [row[: max(len(row) - drop, 0)] for row in self.rows]
         self.seen, self.expected = left, min(self.expected, left)
         self.starts = [min(start, left) for start in self.starts]

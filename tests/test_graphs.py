@@ -84,10 +84,36 @@ def test_a_fused_step_gives_the_same(interpreted):
     torch.testing.assert_close(fused["shares"], eager["shares"], equal_nan=True)
 
 
-def test_a_replay_that_differs_from_the_eager_step_is_the_last(interpreted):
-    eager, replayed = interpreted("llama", "streaming", length=20, new=7, off=0.5)
+@pytest.mark.parametrize("wrong", ["page", "bit"])
+def test_a_replay_that_differs_from_the_eager_step_is_the_last_and_answers_nothing(
+    interpreted, wrong
+):
+    """One page of one head's in one layer, or one bit of one number."""
+    eager, replayed = interpreted("llama", "streaming", length=200, new=7, wrong=wrong)
     assert "gives something else than eagerly" in replayed["graphs"]
-    assert replayed["tokens"][0][:23] == eager["tokens"][0][:23]
+    assert replayed["recorded"] == 1
+    same(eager, replayed)
+
+
+def test_a_model_that_differs_from_itself_is_replayed_all_the_same(interpreted):
+    eager, replayed = interpreted("llama", "streaming", length=20, new=7, wrong="noise")
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    torch.testing.assert_close(eager["logits"], replayed["logits"], rtol=0, atol=1e-3)
+
+
+def test_every_graph_is_checked(interpreted):
+    """Of a patch's second cache too."""
+    (first, second), eager = interpreted(run=frozen.spoilt_later)
+    assert first is None
+    assert "gives something else than eagerly" in second
+    assert eager
+
+
+@pytest.mark.parametrize("what", ["scale", "adapter", "training", "config"])
+def test_numbers_that_change_between_the_steps_of_a_cache_are_seen(interpreted, what):
+    same_logits, recorded = interpreted(what, run=frozen.changed)
+    assert same_logits
+    assert recorded == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from accelerate import dispatch_model
 
 import hfsparse
+from hfsparse.patcher import PatchError
 from tests.gpu.test_graphs import graphs, inputs
 from tests.patcher.families import choosing, fresh, full, mixed
 from tests.patcher.runs import generate
@@ -59,3 +60,12 @@ def test_two_devices_keep_no_memory_reserved():
             held.append([torch.cuda.memory_reserved(i) for i in range(2)])
     for first, most in zip(held[0], map(max, zip(*held, strict=True)), strict=True):
         assert most <= first + (4 << 20)
+
+
+def test_data_parallel_is_refused():
+    model, (ids, _) = fresh("llama").to("cuda:0"), inputs(40, (0, 0))
+    with (
+        hfsparse.patch(model),
+        pytest.raises(PatchError, match=r"DataParallel runs copies.*one process a GPU"),
+    ):
+        torch.nn.DataParallel(model)(ids)

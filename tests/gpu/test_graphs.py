@@ -12,7 +12,10 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
+from hfsparse.graphs import Graph
+from hfsparse.lists import PAGE
 from tests import worlds
+from tests.frozen import Scaled, by_steps
 from tests.gpu.common import DEVICE
 from tests.patcher.families import (
     choosing,
@@ -279,6 +282,68 @@ def test_two_models_replay_in_turn_in_the_memory_that_they_share():
     torch.cuda.synchronize()
     got = worlds.at_once(*(partial(run, model) for model, _ in made))
     assert got == want
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", [full, mixed])
+def test_every_graph_is_checked_bit_for_bit(monkeypatch, plan, dtype, fuse):
+    """A replay gives the bits of the same step run live: no rounding is asked for, in no dtype."""
+    model, (ids, mask) = fresh("llama").to(DEVICE, dtype), inputs(200, (0, 9))
+    monkeypatch.setattr("hfsparse.graphs.NOISE", -1)
+    with hfsparse.patch(model, plan(model), fuse=fuse):
+        for _ in range(2):
+            cache = DynamicCache()
+            generate(model, ids, mask, cache=cache, new=8)
+            assert graphs(model).why is None
+            assert graphs(model).kept[cache.layers[0]].settings is not None
+
+
+def test_one_wrong_page_of_one_head_is_seen(monkeypatch):
+    """Also in bfloat16, where it is far below the dtype's rounding of a whole layer."""
+    model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(2000)
+    replay = Graph.replay
+
+    def wrong(self, given, rows):
+        store, _ = self.places[-1]
+        first, second = (store.k[:1, :1, at : at + PAGE].clone() for at in (0, PAGE))
+        store.k[:1, :1, :PAGE] = second
+        try:
+            return replay(self, given, rows)
+        finally:
+            store.k[:1, :1, :PAGE] = first
+
+    with hfsparse.patch(model, full(model)):
+        want = generate(model, ids, mask, new=8)
+        assert graphs(model).why is None
+    with hfsparse.patch(model, full(model)):
+        monkeypatch.setattr(Graph, "replay", wrong)
+        got = generate(model, ids, mask, new=8)
+        assert "gives something else than eagerly" in graphs(model).why
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["scale", "adapter"])
+def test_numbers_that_change_between_the_steps_of_a_cache_are_seen(what):
+    ids, _ = inputs(80)
+
+    def run(eager: bool) -> torch.Tensor:
+        model = fresh("llama")
+        attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+        mlp.up_proj = Scaled(mlp.up_proj)
+        model = model.to(DEVICE)
+        with hfsparse.patch(model, streaming(model)):
+            graphs(model).never = "this test wants it eager" if eager else None
+            act = {
+                "scale": lambda: setattr(attention, "scaling", attention.scaling * 2),
+                "adapter": lambda: mlp.up_proj.scaling.update(a=3.0),
+            }[what]
+            logits = by_steps(model, ids, 14, act, at=7)
+            assert eager or graphs(model).why is None
+        return logits
+
+    assert torch.equal(run(eager=False), run(eager=True))
 
 
 def test_fused_steps_say_nearly_the_same():

@@ -99,10 +99,18 @@ def test_a_layer_with_a_config_of_its_own_is_refused_by_patch(model):
 
 
 def test_a_missing_hook_is_noticed(model, sparse):
-    """Without the hook the model makes a stock cache, and the second call is refused."""
+    """Without the hook the model makes a stock cache, and nobody says whose forward it is."""
     model.model._forward_pre_hooks.clear()
+    with pytest.raises(CacheError, match="no longer on the model"):
+        forward(model, IDS)
+
+
+def test_a_missing_hook_on_attention_is_noticed(model, sparse):
+    """Without it a model in training keeps its stock cache, and the second call is refused."""
+    model.train()
+    model.model.layers[0].self_attn._forward_pre_hooks.clear()
     cache = forward(model, IDS).past_key_values
-    with pytest.raises(ValueError, match="got more keys than queries: this cache does not belong"):
+    with pytest.raises(CacheError, match="holds 260 tokens of the unpatched"):
         forward(model, IDS[:, :1], cache=cache)
 
 
