@@ -539,8 +539,17 @@ def _whole(plan, layer, q, k, v, past, new, grid, scale) -> Tensor:
 
 def _grid(past, new, Q, block, window, device) -> Grid:
     total = [p + n for p, n in zip(past, new, strict=True)]
-    q_len, k_len = (torch.tensor(t, device=device) for t in (new, total))
+    q_len, k_len = (_lengths(t, device) for t in (new, total))
     return Grid(q_len, k_len, Q, Q, block, window, padded=min(new) < Q, past=any(past))
+
+
+def _lengths(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Rows' lengths `[B]` on a device; the host waits for no copy."""
+    if len(set(rows)) == 1:
+        return torch.full((len(rows),), rows[0], device=device)
+    lengths = torch.tensor(rows, device="cpu")
+    lengths = lengths.pin_memory() if device.type == "cuda" else lengths
+    return lengths.to(device, non_blocking=True)
 
 
 @lru_cache(64)

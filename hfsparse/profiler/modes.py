@@ -13,12 +13,13 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def own_modes(work: Callable[P, T]) -> Callable[P, T]:
-    """`work` outside of the caller's inference mode and autocast."""
+    """`work` outside of the caller's inference mode, autocast and default device."""
 
     @wraps(work)
     def run(*args: P.args, **more: P.kwargs) -> T:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.device("cpu"))
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
