@@ -179,6 +179,12 @@ def patch(
         plan = Plan.load(plan)
     plan.validate()
     plan.check(model, allow)
+    if plan.unproved:
+        warnings.warn(
+            f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
+            "answers. Compare it with dense on your own questions, by hfsparse eval custom",
+            stacklevel=2,
+        )
     below = _below(plan, model.device)
     layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model), below)
     decoder = model.get_decoder()
