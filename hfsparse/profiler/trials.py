@@ -30,7 +30,6 @@ from hfsparse.profiler.puzzles import COMPLETIONS, OTHERS, PUZZLES, Ask
 TASKS = OTHERS | PUZZLES
 LEVELS = TASKS, COMPLETIONS  # the second for models that can do nothing of the first
 KNOWN = "-known"  # of tasks whose first question stands at the end of the text
-ROUND = 2 * len(TASKS)  # trials that ask each task once, known and not
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 
@@ -331,7 +332,7 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
     assert made["trials"] == 2 * 8
     assert made["values"] == 2 * 8 * 4
     assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
-    assert len(made["tasks"]) == trials.ROUND == 12
+    assert len(made["tasks"]) == 12
     texts = {tuple(trial.text) for trial in log}
     assert len(texts) == 2 * (12 + 8 - 2 + 8)  # two of the first round count; 8 more tell
     assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
@@ -525,6 +526,32 @@ def test_texts_are_held_out_of_calibration(there, kept, held):
     some, out = key_tokens.hold_out({512: named(there)}, 6)
     assert (len(some[512]), len(out[512])) == (kept, held)
     assert not {p.name for p in some[512]} & {p.name for p in out[512]}
+
+
+def test_your_texts_that_prove_a_plan_have_not_calibrated_it(model, monkeypatch, tmp_path):
+    file, seen = tmp_path / "own.jsonl", {}
+    rows = [json.dumps({"text": f"{i} and so on, " * 200}) for i in range(8)]
+    file.write_text("\n".join(rows))
+
+    def watch(module, name, at):
+        function = getattr(module, name)
+
+        def run(*args):
+            seen.setdefault(name, set()).add(args[at].name)
+            return function(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    watch(search, "of_prompt", 1)
+    watch(key_tokens, "losses", 1)
+    believe(monkeypatch, set())
+    hfsparse.profile(
+        model, tiny.tokenizer(), lengths=(512,), samples=2, data=file, verify_samples=1
+    )
+    yours = {name for name in seen["losses"] if name.startswith("data-")}
+    assert len(seen["of_prompt"]) == 2
+    assert len(yours) == 6
+    assert not yours & seen["of_prompt"]
 
 
 def test_a_text_held_out_at_one_length_is_held_out_at_all():
