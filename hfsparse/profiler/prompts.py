@@ -92,8 +92,8 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def bos(tokenizer) -> list[int]:
     """The token that this tokenizer puts before every text, if any."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    token = tokenizer.bos_token_id
+    return [token] if token is not None and tokenizer("a")["input_ids"][0] == token else []
 
 
 def frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
