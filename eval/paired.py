@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from hfsparse.interval import interval
+
 
 @dataclass(frozen=True)
 class Change:
@@ -29,7 +31,7 @@ class Change:
 def change(dense: Sequence[float], sparse: Sequence[float]) -> Change:
     """From scores of 0 to 1, in the same order; ValueError for none.
 
-    The interval is a bootstrap over samples. Of samples that are all alike it is what a share of
+    The interval is Student's over samples. Of samples that are all alike it is what a share of
     others, as large as could be missed by chance, might do at worst.
     """
     changes = [100 * (s - d) for d, s in zip(dense, sparse, strict=True)]
@@ -39,16 +41,6 @@ def change(dense: Sequence[float], sparse: Sequence[float]) -> Change:
     share = _unseen(n)
     low, high = middle - share * (100 + middle), middle + share * (100 - middle)
     return Change(n, middle, low, high, alike=True)
-
-
-def interval(changes: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean: the same numbers give the same interval."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    random = np.random.default_rng(0)
-    result = bootstrap((changes,), np.mean, method="percentile", random_state=random)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def mcnemar(dense: Sequence[bool], sparse: Sequence[bool]) -> float:

@@ -15,12 +15,12 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from hfsparse.interval import interval
 from hfsparse.loading import UsageError, input_device
 
 from . import text
 from .arms import Arm
 from .cells import DENSE, average, pairs
-from .paired import interval
 from .render import Heading, Part, Table
 from .results import Results
 from .runner import by_case
@@ -163,8 +163,8 @@ def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
     return [
         Heading("Perplexity"),
         Table([*head, *shares], rows),
-        "Change: of the perplexity against dense, by a bootstrap over windows. KL: of the next "
-        "token, dense to this arm. Same: tokens whose first choice is the dense one's.",
+        "Change: of the perplexity against dense, with Student's interval over windows. KL: of the "
+        "next token, dense to this arm. Same: tokens whose first choice is the dense one's.",
         Heading("By position"),
         Table(["arm", "length", "position", "tokens", *head[3:4], *head[5:]], places, words=1),
     ]

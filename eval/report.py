@@ -31,7 +31,7 @@ NOTE = (
 )
 METRICS = {"part": "any of the right ones", "all": "all of the right ones; of some, their share"}
 OTHER = ("decode", "custom")  # what no plan was verified on
-FEW = 50  # samples from which on a bootstrap's 95 % are about that; of 20 they are 88 %
+FEW = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
 SHARES = {"pair density": "pair_density", "KV share": "cache_share"}
 
 

@@ -129,14 +129,17 @@ def profile(
     verify: Annotated[
         bool,
         typer.Option(
-            help="Try the plan on retrieval trials; give back heads that fail, or widen budgets."
+            help="Try the plan on trials and texts; give back heads that fail, or widen budgets."
         ),
     ] = True,
     drop: Annotated[
         float, typer.Option(help="Greatest share of answers that may be lost against dense.")
     ] = 0.01,
+    nats: Annotated[
+        float, typer.Option(help="Greatest mean loss on tokens that need the far context.")
+    ] = 0.1,
     verify_samples: Annotated[
-        int, typer.Option(min=1, help="Trials at each length, of tasks the model can do.")
+        int, typer.Option(min=1, help="Trials at each length that choose, and as many that tell.")
     ] = 12,
     proxy: Annotated[
         str | None,
@@ -163,6 +166,7 @@ def profile(
         "prefill_method": prefill_method,
         "verify": verify,
         "drop": drop,
+        "nats": nats,
         "verify_samples": verify_samples,
         "proxy": proxy,
         "beyond_window": beyond_window,
@@ -172,7 +176,7 @@ def profile(
             check_writable(file)
 
     from hfsparse import recipe as recipes
-    from hfsparse.profiler import check_curves, check_settings
+    from hfsparse.profiler import budgets_told, check_curves, check_settings, doubt
     from hfsparse.profiler.prompts import read_jsonl
 
     given = [x for x in settings if context.get_parameter_source(x).name == "COMMANDLINE"]
@@ -194,11 +198,16 @@ def profile(
     files = {"out": output, "data": data, "curves": curves}
     plan = hfsparse.profile(loaded, tokenizer, progress=True, **files, **settings)
     _print(headmap.legend(plan))
+    if plan.expected:
+        shares = ("prefill_density", "cache_share", "decode_share")
+        typer.echo(f"\n{budgets_told(plan, *(settings[name] for name in shares))}")
     written = shlex.quote(str(output))
     drawn = "" if curves is None else f" and {curves}"
     typer.echo(f"\nwrote {output}{drawn}. Look at it, then run it:")
     typer.echo(f"  hfsparse show {written}")
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
+    if warning := doubt(plan):
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
 @app.command("recipes")

@@ -190,7 +190,7 @@ def patch(
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
-    PlanError or PatchError before anything changes.
+    PlanError or PatchError before anything changes. Warns of a plan whose proof told nothing.
     """
     _check_model(model)
     if is_patched(model):
@@ -205,6 +205,12 @@ def patch(
         plan = copy.deepcopy(plan) if isinstance(plan, Plan) else Plan.load(plan)
     plan.validate()
     plan.check(model, allow)
+    if plan.unproved:
+        warnings.warn(
+            f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
+            "answers. Compare it with dense on your own questions, by hfsparse eval custom",
+            stacklevel=2,
+        )
     below = _below(plan, model.device)
     layers = _layer_plans(plan, [m.layer_idx for m in modules], windows(model), below)
     decoder = model.get_decoder()

@@ -34,6 +34,8 @@ from hfsparse.plan_rules import (
     rules,
 )
 
+NONE = "none"  # what `made.verified.told` begins with where nothing could be told
+
 __all__ = ["Below", "Layer", "ModelId", "Plan", "PlanError", "PlanMismatch"]
 
 
@@ -110,6 +112,14 @@ class Plan:
         """Raise PlanError naming every rule that this plan breaks."""
         if problems := list(islice(rules(self), MAX_PROBLEMS)):
             raise PlanError.of("plan", problems)
+
+    @property
+    def unproved(self) -> str | None:
+        """Why the profiler's proof told nothing of this plan, if it ran and didn't."""
+        verified = self.made.get("verified")
+        told = verified.get("told") if isinstance(verified, dict) else None
+        said, _, why = str(told).partition(": ")
+        return why if said in (NONE, "nothing") else None  # as plans of 0.1 said it
 
     def hash(self) -> str:
         """Identity of what is computed: `expected`, `measured` and `made` are left out."""

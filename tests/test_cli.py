@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -328,6 +329,8 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "--no-verify",
         "--drop",
         0.02,
+        "--nats",
+        0.3,
         "--verify-samples",
         5,
         "--loss",
@@ -349,6 +352,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         "prefill_method": None,
         "verify": False,
         "drop": 0.02,
+        "nats": 0.3,
         "verify_samples": 5,
         "progress": True,
         "proxy": None,
@@ -357,6 +361,59 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
     }
     assert "recipe" not in result.stdout
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
+
+
+def test_profile_ends_with_the_budgets_met_and_a_warning_of_what_the_proof_cannot_say(
+    model, tmp_path, monkeypatch
+):
+    numbers = {"pair_density": 0.38, "cache_share": 0.85, "decode_share": 0.2}
+    verified = {
+        "told": "1.0 % of 96 answers lost",
+        "kept": True,
+        "given_back": ["layer 0 kv head 0"],
+    }
+    told = []
+
+    def measure(loaded, tokenizer, **options):
+        expected = {256: dict.fromkeys(numbers, 1.0), 512: numbers}
+        return replace(
+            Plan.full(ModelId.of(loaded)), expected=expected, made={"verified": verified}
+        )
+
+    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    for change in ({}, {"kept": False}, {"told": "none: there was nothing to ask"}):
+        verified |= change
+        result = run("profile", model, "-o", tmp_path / "plan.yaml", "--lengths", "512")
+        assert result.exit_code == 0, result.output
+        told.append(result.output.strip().splitlines()[-1])
+        assert (
+            "budgets at 512 tokens: pairs 0.38 of 0.40 met; cache 0.85 of 0.80 not met; reads 0.20 "
+            "of 0.25 met: more is kept so that the plan loses no more than its limits\n"
+        ) in result.output
+        assert "\x1b" not in result.output  # this is no terminal
+    assert told[0].lstrip().startswith("hfsparse generate")
+    assert told[1].startswith("warning: this plan loses more than its limits")
+    assert told[2].startswith("warning: nothing verified this plan: there was nothing to ask.")
+
+
+@pytest.mark.parametrize(
+    ("verified", "warning"),
+    [
+        ({"told": "1.0 % of 96 answers lost", "kept": True}, None),
+        ({"told": "1.0 % of 96 answers lost"}, None),  # of 0.1
+        ({"told": "9.0 % of 96 answers lost", "kept": False}, "loses more than its limits"),
+        ({"told": "none: no task"}, "nothing verified this plan: no task"),
+        ({"told": "nothing: no task"}, "nothing verified this plan: no task"),
+    ],
+)
+def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
+    from hfsparse.profiler import doubt
+
+    plan = Plan.full(ModelId.of(tiny.llama()))
+    assert doubt(plan) is None
+    plan.made = {"verified": verified}
+    said = doubt(plan)
+    assert said is None if warning is None else warning in said
 
 
 @pytest.mark.parametrize(
@@ -369,6 +426,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         (["--cache-share", "1.5"], "cache_share is 1.5: give more than 0 and at most 1"),
         (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
+        (["--nats", "-1"], "nats is -1.0: give 0 or more"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
         (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
         (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),

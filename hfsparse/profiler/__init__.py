@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 import torch
@@ -26,7 +27,16 @@ from hfsparse.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.headmap import write_png
 from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import balanced, duo, minference, minference_error, mixed, moa, streaming_llm
+from hfsparse.profiler import (
+    balanced,
+    duo,
+    key_tokens,
+    minference,
+    minference_error,
+    mixed,
+    moa,
+    streaming_llm,
+)
 from hfsparse.profiler import verify as proof
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
@@ -62,6 +72,7 @@ def profile(
     prefill_method: str | None = None,
     verify: bool = True,
     drop: float = 0.01,
+    nats: float = key_tokens.LIMIT,
     verify_samples: int = 12,
     proxy: str | None = None,
     recipe: str | None = None,
@@ -81,12 +92,14 @@ def profile(
     `samples` prompts a length, made offline or taken from `data` (JSONL with "text" or "prompt").
     `prefill_method` chooses for prompts what `method` leaves full in the cache (`mixed`). With
     `verify` the plan is then tried on `verify_samples` retrieval trials a length, of tasks that the
-    model can do, and kv heads are given back until it loses at most the share `drop` of the answers
-    against the dense model, or two, or what may be chance. Where budgets wider by a few steps do
-    that with less, the plan is of those. Either may pass the budgets, and `expected` says by how
-    much. `proxy` (one of PROXIES) ranks heads for `duo` in place of its training. `recipe` names
-    where the settings come from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write
-    (`profiler.curves`), for methods in DRAWN. Raises UsageError for what can't be done.
+    model can do, and on texts held out from calibration; kv heads are given back until it loses at
+    most the share `drop` of the answers against the dense model, or two, or what may be chance, and
+    at most `nats` on a token that needs the far context. Where budgets wider by a few steps do that
+    with less, the plan is of those. Either may pass the budgets, and `expected` says by how much.
+    What the plan loses in the end, `made` tells by as many trials and texts more. `proxy` (one of
+    PROXIES) ranks heads for `duo` in place of its training. `recipe` names where the settings come
+    from (see `hfsparse.recipe`), for `made`. `curves` is a PNG to write (`profiler.curves`), for
+    methods in DRAWN. Raises UsageError for what can't be done.
     """
     check_settings(
         method=method,
@@ -96,6 +109,7 @@ def profile(
         decode_share=decode_share,
         loss=loss,
         drop=drop,
+        nats=nats,
         verify_samples=verify_samples,
         proxy=proxy,
     )
@@ -104,20 +118,24 @@ def profile(
     _check(model, lengths, samples, beyond_window)
     budget = Budget(prefill_density, cache_share, decode_share, loss)
     start, lengths = time.time(), tuple(sorted(set(lengths)))
-    prompts = {n: prompts_of(tokenizer, n, samples, seed, data) for n in lengths}
+    count = samples + 2 * key_tokens.TEXTS if verify else samples
+    prompts, held = {n: prompts_of(tokenizer, n, count, seed, data) for n in lengths}, {}
+    if verify:
+        prompts, held = key_tokens.hold_out(prompts, samples)
+        held = key_tokens.filled_up(tokenizer, held, seed)
     methods = method if prefill_method is None else f"{prefill_method} and {method}"
     parts = Parts(out, _settings(model, methods, prompts))
     shown = bar if progress else silent
-    job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy)
+    job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy, held=held)
     if verify:
-        proof.draw(job)  # refuses lengths that hold no trial, ahead of all work
+        proof.check_lengths(job)  # ahead of all work
     if prefill_method is None:
         plan = METHODS[method].plan(job)
     else:
         plan = mixed.plan(job, METHODS[prefill_method].plan, METHODS[method].plan)
     seconds = time.time() - start
     if verify:
-        plan = proof.refine(job, plan, drop, verify_samples)
+        plan = proof.refine(job, plan, drop, verify_samples, nats)
     plan.made = {
         "version": hfsparse.__version__,
         "method": method,
@@ -139,6 +157,47 @@ def profile(
     return plan
 
 
+def budgets_told(
+    plan: Plan, prefill_density: float, cache_share: float, decode_share: float
+) -> str:
+    """One line: which of the budgets a plan with `expected` meets at its longest length."""
+    longest = max(plan.expected)
+    expected, verified = plan.expected[longest], plan.made.get("verified", {})
+    rows = (
+        ("pairs", "pair_density", prefill_density),
+        ("cache", "cache_share", cache_share),
+        ("reads", "decode_share", decode_share),
+    )
+    parts, missed = [], False
+    for word, name, budget in rows:
+        used = expected.get(f"{name}_free", expected.get(name))
+        if used is None:
+            continue
+        met = budget >= 1 or used <= budget + 1e-3
+        missed = missed or not met
+        parts.append(f"{word} {used:.2f} of {budget:.2f} {'met' if met else 'not met'}")
+    told = f"budgets at {longest} tokens: {'; '.join(parts)}"
+    if missed and (verified.get("given_back") or verified.get("budgets")):
+        told += ": more is kept so that the plan loses no more than its limits"
+    return told
+
+
+def doubt(plan: Plan) -> str | None:
+    """What to say last of a plan whose proof told nothing, or too much; None of any other."""
+    verified = plan.made.get("verified", {})
+    if plan.unproved:
+        return (
+            f"nothing verified this plan: {plan.unproved}. Compare it with dense on your own "
+            "questions, by hfsparse eval custom"
+        )
+    if not verified.get("kept", True):
+        return (
+            "this plan loses more than its limits on what was asked after it was chosen. Give "
+            "wider budgets, or choose by more --verify-samples"
+        )
+    return None
+
+
 prompts_of = samples  # `profile` has an argument of that name
 
 
@@ -148,6 +207,7 @@ def check_settings(
     prefill_method: str | None,
     loss: float | None,
     drop: float,
+    nats: float,
     verify_samples: int,
     proxy: str | None,
     **others,
@@ -156,7 +216,7 @@ def check_settings(
     for each in (method, prefill_method or method):
         if each not in METHODS:
             raise UsageError(f"no method {each}: there is {', '.join(METHODS)}")
-    check_proof(drop, verify_samples)
+    check_proof(drop, nats, verify_samples)
     check_proxy(proxy, method)
     check_loss(loss, method, prefill_method)
     for name in ("prefill_density", "cache_share", "decode_share"):
@@ -165,10 +225,12 @@ def check_settings(
             raise UsageError(f"{name} is {share}: give more than 0 and at most 1")
 
 
-def check_proof(drop: float, samples: int) -> None:
+def check_proof(drop: float, nats: float, samples: int) -> None:
     """Raise UsageError for settings of the verification that can't work."""
     if not 0 <= drop < 1:
         raise UsageError(f"drop is {drop}: give 0 or more, and less than 1")
+    if not 0 <= nats < inf:
+        raise UsageError(f"nats is {nats}: give 0 or more, what a key token may lose")
     if samples < 1:
         raise UsageError(f"verify_samples is {samples}: give 1 or more, or no verification")
 

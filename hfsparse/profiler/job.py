@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -51,6 +51,7 @@ class Job:
     # Likewise, by one that can tell what its plan loses, by layer and kv head `[layers, kv heads]`.
     suspects: np.ndarray | None = None
     draw: Callable[[], Figure] | None = None  # likewise, by one that can draw `curves`
+    held: dict[int, list[Prompt]] = field(default_factory=dict)  # by length; not calibrated on
 
     @property
     def free(self) -> np.ndarray:

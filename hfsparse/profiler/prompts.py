@@ -30,6 +30,9 @@ from hfsparse.plan_rules import show
 from hfsparse.profiler.puzzles import PUZZLES
 
 KINDS = ("retrieval", "multihop", "prose", "code")
+NOISE = (
+    "The wind has turned. A boat lies in the bay. Somebody sweeps the yard. So the day goes by.\n"
+)
 PASSAGE_LINES = 12  # facts go between passages, so none may be much longer than this
 
 
@@ -56,7 +59,7 @@ def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
     turn, kind = index // len(KINDS), KINDS[index % len(KINDS)]
     rng = Random(f"hfsparse {kind} {index} {seed}")
     if kind in ("prose", "code"):
-        start = _bos(tokenizer)
+        start = bos(tokenizer)
         body = fill(tokenizer, kind, length - len(start), rng)
         return Prompt(f"{kind}-{index}", _ids(start + list(chain(*body))), None)
 
@@ -87,17 +90,17 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _bos(tokenizer) -> list[int]:
+def bos(tokenizer) -> list[int]:
     """The token that this tokenizer puts before every text, if any."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    token = tokenizer.bos_token_id
+    return [token] if token is not None and tokenizer("a")["input_ids"][0] == token else []
 
 
 def frame(tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
     """Tokens around a long text in a user's turn: everything before it, and up to the answer."""
     if not getattr(tokenizer, "chat_template", None):
         tail = f"{after}\n" if after else ""
-        return _bos(tokenizer) + encode(tokenizer, before), encode(tokenizer, tail)
+        return bos(tokenizer) + encode(tokenizer, before), encode(tokenizer, tail)
     head, tail = frames(tokenizer)
     return encode(tokenizer, head + before), encode(tokenizer, after + tail)
 
@@ -133,6 +136,9 @@ def hide(facts: list[list[int]], passages: list[list[int]], rng: Random) -> list
 
 def _passages(kind: str, rng: Random) -> Iterator[str]:
     """Paragraphs of one document after another, the documents in an order drawn from `rng`."""
+    if kind == "noise":
+        yield NOISE
+        return
     prose = _prose() if kind == "prose" else {}
     names = sorted(prose) if kind == "prose" else _modules()
     rng.shuffle(names)
@@ -187,7 +193,7 @@ def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -
             body = encode(tokenizer, row["prompt"])
             answer = encode(tokenizer, row.get("answer", ""))
         else:
-            head, body, tail, answer = (_bos(tokenizer), encode(tokenizer, row["text"]), [], [])
+            head, body, tail, answer = (bos(tokenizer), encode(tokenizer, row["text"]), [], [])
         room = length - len(head) - len(tail) - len(answer)
         if room <= 0:
             raise UsageError(

@@ -1,8 +1,11 @@
-"""Questions about facts hidden in a text: looked up directly, or followed from one to the next."""
+"""Questions about facts hidden in a text: looked up directly, or followed from one to the next.
+
+For models that answer no questions there are completions: what the text has said begins once more.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
@@ -30,7 +33,7 @@ NAMES = (
 class Ask:
     """One question, and the answer in two parts: how it begins (as its fact does), and the rest."""
 
-    question: str
+    question: str  # "": none is asked, the answer follows the text as if it were part of it
     lead: str
     value: str
 
@@ -161,6 +164,50 @@ def numbers(rng: Random, facts: int) -> Puzzle:
     )
 
 
+def plain_numbers(rng: Random, facts: int) -> Puzzle:
+    """The same numbers, without questions."""
+    puzzle = numbers(rng, facts)
+    return replace(puzzle, asks=tuple(replace(ask, question="") for ask in puzzle.asks))
+
+
+def needle(rng: Random, facts: int) -> Puzzle:
+    """One number alone."""
+    puzzle = plain_numbers(rng, facts)
+    return replace(puzzle, facts=puzzle.facts[:1], asks=puzzle.asks[:1])
+
+
+def repeated_list(rng: Random, facts: int) -> Puzzle:
+    """A list that has been said twice goes on: after two of its words comes the third."""
+    words = rng.sample(NAMES, 3 * max(2, facts // 2))
+    said = f"The trees along the path: {', '.join(words)}."
+    threes = [words[at : at + 3] for at in range(0, len(words), 3)]
+    return Puzzle(
+        task="Read the text below. A list is repeated in it.",
+        facts=(said, said),
+        question="Which trees stand along the path?",
+        answer=said,
+        asks=tuple(Ask("", f"{first}, {second},", f" {third}") for first, second, third in threes),
+    )
+
+
+def passage(rng: Random, facts: int) -> Puzzle:
+    """A passage of a few sentences, each said once more up to its end."""
+    people, places = _people(rng, facts // 2), rng.sample(NAMES, facts // 2)
+    things = rng.sample(THINGS, facts // 2)
+    sentences = [
+        (f"{person} carried the {thing} to the house beside the", f" {place}")
+        for person, thing, place in zip(people, things, places, strict=True)
+    ]
+    whole = " ".join(f"{start}{end}." for start, end in sentences)
+    return Puzzle(
+        task="Read the text below. One passage of it is said once more.",
+        facts=(whole,),
+        question="Who carried what to which house?",
+        answer=whole,
+        asks=tuple(Ask("", start, end) for start, end in sentences),
+    )
+
+
 def _interleave(a: list[str], b: list[str]) -> list[str]:
     """Both chains in their own order, one step of each in turn."""
     pairs = [[*a[i : i + 1], *b[i : i + 1]] for i in range(max(len(a), len(b)))]
@@ -175,3 +222,10 @@ PUZZLES = {
 }
 # No plan is calibrated on these.
 OTHERS = {("numbers", "prose"): numbers, ("numbers", "code"): numbers}
+# For models that can do none of the others, from hard to easy.
+COMPLETIONS = {
+    ("facts", "prose"): plain_numbers,
+    ("needle", "noise"): needle,
+    ("list", "prose"): repeated_list,
+    ("copy", "prose"): passage,
+}

@@ -4,6 +4,7 @@ A trial is a conversation on given tokens. Every answer but its value is given, 
 as said if each of its tokens is the model's first choice, which is what greedy decoding would say.
 In every second round (`-known`) the first question stands at the end of the text; otherwise the
 text is read before any question is known. Values are drawn anew: no plan was calibrated on them.
+Completions ask nothing: the text goes on with the beginning of what it has said before.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from hfsparse.graphs import parameters
 from hfsparse.loading import UsageError, input_device
 from hfsparse.patcher import CACHES
 from hfsparse.profiler import prompts
-from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask
+from hfsparse.profiler.puzzles import COMPLETIONS, OTHERS, PUZZLES, Ask
 
 TASKS = OTHERS | PUZZLES
+LEVELS = TASKS, COMPLETIONS  # the second for models that can do nothing of the first
 KNOWN = "-known"  # of tasks whose first question stands at the end of the text
-ROUND = 2 * len(TASKS)  # trials that ask each task once, known and not
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ def make(
     puzzle = tasks[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))
     first, *later = (_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
-    head, _ = prompts.frame(tokenizer, "Read the text below. Questions about it follow.\n\n", "")
+    head = prompts.bos(tokenizer)
+    if asked[0].question:
+        head, _ = prompts.frame(
+            tokenizer, "Read the text below. Questions about it follow.\n\n", ""
+        )
     facts = [prompts.encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
     turns = [first, *later]
     while len(turns) > 1 and sum(map(len, chain.from_iterable(turns))) > length // 2:
@@ -85,6 +90,8 @@ def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
 
 def _between(tokenizer, question: str, first: bool) -> str:
     """What stands between the text, or the answer before, and the answer to this question."""
+    if not question:
+        return "\n\n"
     if not getattr(tokenizer, "chat_template", None):
         return f"\n\n{question}\n"
     if first:
@@ -93,19 +100,23 @@ def _between(tokenizer, question: str, first: bool) -> str:
     return between + question + tail
 
 
-@torch.no_grad()
-def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
-    """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
+def reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+    """Reads a conversation piece by piece: hidden states `[1, n, hidden]` of the next tokens."""
     decoder, cache = model.get_decoder(), DynamicCache()
     named = next(name for name in CACHES if name in parameters(type(decoder)))
     device = input_device(model)
-    said, loss = [], []
 
     def read(tokens: list[int]) -> Tensor:
-        """Hidden states `[1, n, hidden]` of the conversation's next tokens."""
         ids = torch.tensor([tokens], device=device)
         return decoder(input_ids=ids, use_cache=True, **{named: cache}).last_hidden_state
 
+    return read
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
+    """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
+    read, said, loss = reader(model), [], []
     last = read(trial.text)[:, -1:]
     for given, value in trial.turns:
         last = read(given)[:, -1:] if given else last

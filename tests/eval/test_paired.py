@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from hfsparse_eval.paired import change, interval, mcnemar
+from hfsparse.interval import interval
+from hfsparse_eval.paired import change, mcnemar
 from hfsparse_eval.verdict import verdict
 
 

@@ -70,7 +70,8 @@ def test_scores_differences_and_empty_answers_of_the_pairs():
     head, _, vt, overall = rows(text, "Scores: mine")
     assert head[:5] == ["task", "length", "n", "dense", "arm's"]
     # dense (100 + 60 + 80) / 3, sparse (100 + 20 + 80) / 3; changes 0, -40, 0; no whole one lost
-    shown = ["80.0", "66.7", "-13.3 [-40.0, +0.0]", "1.000", "33.3 / 33.3", "33.3 / 33.3"]
+    # Student's interval of three: 13.33 is the standard error, too, and 4.303 times that is 57.4
+    shown = ["80.0", "66.7", "-13.3 [-70.7, +44.0]", "1.000", "33.3 / 33.3", "33.3 / 33.3"]
     assert vt == ["vt", "1024", "3", *shown]
     assert overall == ["all", "all", *vt[2:]]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import hfsparse
 from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import search, trials, verify
+from hfsparse.profiler import answers, give_back, key_tokens, search, trials, verify
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.profiler.prompts import Prompt
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
 from tests import tiny
@@ -84,16 +87,16 @@ def test_a_length_that_holds_no_trial_is_refused():
 def test_values_of_one_trial_are_no_new_evidence():
     rng = np.random.default_rng(0)
     changes = [rng.integers(-1, 2, 4) for _ in range(12)]
-    once, often = verify.lost(changes), verify.lost([np.repeat(c, 10) for c in changes])
+    once, often = answers.lost(changes), answers.lost([np.repeat(c, 10) for c in changes])
     assert (once.mean, once.low, once.high) == pytest.approx((often.mean, often.low, often.high))
     assert once.low < once.mean < once.high
     assert (once.values, often.values) == (48, 480)
 
 
 def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
-    alike = verify.lost([np.zeros(8, int)] * 20)
-    assert (alike.mean, alike.low) == (0, 0)
-    assert (1 - alike.high) ** 20 == pytest.approx(0.05)
+    alike = answers.lost([np.zeros(8, int)] * 20)
+    assert (alike.mean, alike.low) == (0, -alike.high)
+    assert 0.04 < (1 - alike.high) ** 20 < 0.05  # so many lost are missed once in twenty
 
 
 @pytest.mark.parametrize(
@@ -112,15 +115,15 @@ def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
     ],
 )
 def test_what_trials_say_of_a_limit(changes, beyond, told):
-    found = verify.lost([np.array(c) for c in changes])
+    found = answers.lost([np.array(c) for c in changes])
     assert found.beyond(0.01) == beyond
-    assert found.against(0.01).startswith(told)
+    assert answers.against(found.low, found.high, 0.01, "1 %").startswith(told)
 
 
 def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
     """A ring turns every value: by chance in one plan, clearly in the other."""
     given = {}
-    for by in (verify.HAIR / 2, verify.HAIR * 2):
+    for by in (answers.HAIR / 2, answers.HAIR * 2):
 
         def run(model, trial, by=by):
             ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
@@ -131,8 +134,8 @@ def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
         made = verify.refine(this, rings(model), 0.0, 2).made["verified"]
         given[by] = made["given_back"], made["drop"], made["clearly"]
     assert given == {
-        verify.HAIR / 2: ([], 1.0, 0.0),
-        verify.HAIR * 2: (["layer 0 kv head 0"], 0.0, 0.0),
+        answers.HAIR / 2: ([], 1.0, 0.0),
+        answers.HAIR * 2: (["layer 0 kv head 0"], 0.0, 0.0),
     }
 
 
@@ -150,7 +153,7 @@ def job(model, parts=None) -> Job:
     return Job(model, tiny.tokenizer(), prompts, Budget(1, 1, 1), parts or Parts(None, ""), silent)
 
 
-def believe(monkeypatch, vital: set[verify.Unit], able: float = 1.0) -> list[str]:
+def believe(monkeypatch, vital: set[give_back.Unit], able: float = 1.0) -> list[str]:
     """Trials fail where one of the vital heads is a ring; answers the log of runs."""
     log = []
 
@@ -196,7 +199,10 @@ def test_heads_that_the_method_suspects_are_looked_at_first(model, monkeypatch):
 
 
 def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypatch):
-    """Two of twelve tasks lose: the search runs those, and all others three times in all."""
+    """Two of twelve tasks lose: the search runs those, and all others three times in all.
+
+    Twice more run those that tell what is lost in the end.
+    """
     lose, log = ("numbers-prose", "numbers-code"), []
 
     def run(model, trial):
@@ -211,8 +217,8 @@ def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypat
     assert plan.made["verified"]["given_back"] == ["layer 2 kv head 1"]
     counts = {task: log.count(task) for task in log}
     others = {n for task, n in counts.items() if task not in lose}
-    assert others == {3 * 2}  # dense, plan, proof; two lengths
-    assert counts["numbers-prose"] > 3 * 2
+    assert others == {5 * 2}  # dense, plan, proof; two that chose nothing, dense and plan
+    assert counts["numbers-prose"] > 5 * 2
 
 
 def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
@@ -281,7 +287,9 @@ def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
         assert {word for layer in plan.layers for word in layer.cache} == {"wide"}
         assert verified["given_back"] == []
         assert verified["budgets"] == {"cache": 0.5625, "decode": 0.4375}
-        assert log.count("small") < log.count("wide") == 2 * 2  # a search, and all trials
+        assert (
+            log.count("small") < log.count("wide") == 4 * 2
+        )  # a search, all trials, those that tell
     else:
         assert verified["given_back"] == ["layer 2 kv head 1"]
         assert "budgets" not in verified
@@ -292,7 +300,7 @@ def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
     full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse()}
     rows = [("q", "q"), ("again", "full"), ("q", "full"), ("again", "full")]
     layers = tuple(Layer(full, ("full",) * KV, row) for row in rows)
-    plan = verify.full(Plan(this, words, layers), [(0, 0)])
+    plan = give_back.full(Plan(this, words, layers), [(0, 0)])
     plan.validate()
     assert [layer.decode for layer in plan.layers] == [
         ("full", "q"),
@@ -324,9 +332,9 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
     assert made["trials"] == 2 * 8
     assert made["values"] == 2 * 8 * 4
     assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
-    assert len(made["tasks"]) == trials.ROUND == 12
+    assert len(made["tasks"]) == 12
     texts = {tuple(trial.text) for trial in log}
-    assert len(texts) == 2 * (12 + 8 - 2)  # two of the first round count already
+    assert len(texts) == 2 * (12 + 8 - 2 + 8)  # two of the first round count; 8 more tell
     assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
         "numbers-prose",
         "multihop-code",
@@ -336,12 +344,229 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
     ]
 
 
-def test_what_the_dense_model_cannot_do_tells_nothing(model, monkeypatch):
+def test_a_plan_is_told_by_trials_that_chose_nothing(model, monkeypatch):
+    """Two heads are vital in the trials that choose, a third one in all others: it stays a ring."""
+    log, this = [], job(model)
+    first = {tuple(t.text) for t in answers.draw(this, range(12)).values()}
+
+    def run(model, trial):
+        layers = model.get_decoder()._hfsparse.plan.layers
+        chose = tuple(trial.text) in first
+        vital = [(0, 1), (2, 0)] if chose else [(3, 1)]
+        lost = any(layers[at].cache[g] != "full" for at, g in vital)
+        log.append((chose, [layer.cache for layer in layers]))
+        return {"said": np.array([not lost] * 4), "loss": np.full(4, float(lost))}
+
+    monkeypatch.setattr(trials, "run", run)
+    plan = verify.refine(this, rings(model), 0.01, 12)
+    made = plan.made["verified"]
+    assert made["given_back"] == ["layer 0 kv head 1", "layer 2 kv head 0"]
+    assert (made["drop"], made["kept"], made["trials"]) == (1.0, False, 2 * 12)
+    assert "loses more than its limits, which was asked after all was chosen" in made["told"]
+    fresh = [words for chose, words in log if not chose]
+    assert len(fresh) == 2 * 2 * 12  # each once: dense, and the plan that was final
+    assert [words for words in fresh if words != [("full",) * KV] * LAYERS] == [
+        [layer.cache for layer in plan.layers]
+    ] * (2 * 12)
+
+
+def test_a_model_that_answers_no_question_is_asked_to_complete(model, monkeypatch):
+    can = ("needle-noise", "copy-prose-known")
+
+    def run(model, trial):
+        layers = model.get_decoder()._hfsparse.plan.layers
+        said = trial.task in can and layers[1].cache[1] == "full"
+        return {"said": np.array([said] * 2), "loss": np.full(2, float(not said))}
+
+    monkeypatch.setattr(trials, "run", run)
+    plan = verify.refine(job(model), rings(model), 0.01, 4)
+    made = plan.made["verified"]
+    assert made["given_back"] == ["layer 1 kv head 1"]
+    assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
+    assert len(made["tasks"]) == 12 + 8
+    assert (made["drop"], made["kept"], made["limit"]) == (0.0, True, 0.01)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_a_completion_begins_once_more_what_its_text_has_said(chat):
+    tokenizer = tiny.tokenizer(chat)
+    for i in range(8):
+        trial = trials.make(tokenizer, 700, i, 7, trials.COMPLETIONS)
+        assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 700
+        text = tokenizer.decode(trial.text)
+        assert "?" not in text[-60:]
+        assert "<user>" not in text
+        for given, value in trial.turns:
+            begun = tokenizer.decode(given) or text[-60:]
+            assert begun.rpartition("\n\n")[2] + tokenizer.decode(value) in text
+    needle = trials.make(tokenizer, 700, 1, 7, trials.COMPLETIONS)
+    assert (needle.task, len(needle.turns)) == ("needle-noise", 1)
+
+
+# ---- key tokens of held-out texts
+
+
+def far(monkeypatch, vital: set[give_back.Unit], nats: float = 3.0) -> list[tuple]:
+    """No question can be answered; ten tokens a text cost so much more for each vital ring."""
     believe(monkeypatch, set(), able=0.0)
-    this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, 2)
+    log = []
+
+    def losses(model, prompt):
+        layers = model.get_decoder()._hfsparse.plan.layers
+        log.append((prompt.name, [layer.cache for layer in layers]))
+        loss = np.zeros(prompt.ids.shape[1] - 1)
+        loss[10:20] = nats * sum(layers[at].cache[g] != "full" for at, g in vital)
+        return {"loss": loss}
+
+    monkeypatch.setattr(key_tokens, "losses", losses)
+    return log
+
+
+def texts(model) -> Job:
+    this, names = job(model), [f"prose-{i}" for i in range(2 * key_tokens.TEXTS)]
+    make = torch.Generator().manual_seed(0)
+    this.held = {
+        n: [Prompt(name, torch.randint(2, 400, (1, n), generator=make), None) for name in names]
+        for n in this.prompts
+    }
+    return this
+
+
+def test_heads_that_key_tokens_need_are_given_back_where_no_task_can_be_done(model, monkeypatch):
+    log = far(monkeypatch, {(0, 1), (2, 0)})
+    plan = verify.refine(texts(model), rings(model), 0.01, 2)
+    plan.validate()
+    made = plan.made["verified"]
+    assert made["given_back"] == ["layer 0 kv head 1", "layer 2 kv head 0"]
+    assert made["told"].startswith(
+        "the dense model can do none of the tasks that were asked; 0.000"
+    )
+    assert (made["kept"], "limit" in made, plan.unproved) == (True, False, None)
+    found = made["key_tokens"]
+    assert (found["limit"], found["texts"], found["tokens"]) == (0.1, 8, 80)
+    assert (found["nats"], found["interval"], found["worth"]) == (0.0, [0.0, 0.0], 6.0)
+    told = {name for name, words in log if words == [layer.cache for layer in plan.layers]}
+    assert told == {f"prose-{i}" for i in range(2 * key_tokens.TEXTS)}
+    tried = [name for name, words in log if words == [("r",) * KV] * LAYERS]
+    assert not {f"prose-{i}" for i in range(key_tokens.TEXTS, 8)} & set(tried)
+
+
+def test_key_tokens_and_answers_are_both_kept(model, monkeypatch):
+    """A head that answers need, and another that key tokens need."""
+    far(monkeypatch, {(3, 0)})
+    believe(monkeypatch, {(1, 1)})
+    made = verify.refine(texts(model), rings(model), 0.01, 2).made["verified"]
+    assert made["given_back"] == ["layer 1 kv head 1", "layer 3 kv head 0"]
+    assert made["kept"]
+    assert "answers lost" in made["told"]
+    assert "nats lost" in made["told"]
+
+
+def test_key_tokens_that_lose_little_give_nothing_back(model, monkeypatch):
+    far(monkeypatch, {(at, g) for at in range(LAYERS) for g in range(KV)})
+    assert len(verify.refine(texts(model), rings(model), 0.01, 2, 23.0).made["verified"]["told"])
+    assert (
+        verify.refine(texts(model), rings(model), 0.01, 2, 25.0).made["verified"]["given_back"]
+        == []
+    )
+
+
+@pytest.mark.parametrize("left", ["no texts", "no key tokens"])
+def test_where_nothing_can_be_told_it_says_none_and_why(model, monkeypatch, left):
+    far(monkeypatch, {(0, 0)}, nats=1.0)
+    plan = verify.refine(job(model) if left == "no texts" else texts(model), rings(model), 0.0, 2)
     assert plan.hash() == rings(model).hash()
-    assert "the dense model can do none" in plan.made["verified"]["told"]
+    made = plan.made["verified"]
+    assert made["told"] == (
+        "none: the dense model can do none of the tasks that were asked, and no two texts have "
+        "tokens that need the far context"
+    )
+    assert not {"limit", "kept", "drop"} & made.keys()
+    again = Plan.loads(plan.dumps())
+    assert again.unproved == plan.unproved == made["told"].removeprefix("none: ")
+    again.below = type(again.below)()
+    with pytest.warns(UserWarning, match="was verified by nothing .the dense model can do"):
+        handle = hfsparse.patch(model, again)
+    with handle, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # said once, not at each call
+        model(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_patch_says_nothing_of_plans_that_were_verified_or_never_asked_to_be(model, recwarn):
+    for made in ({}, {"verified": {"told": "0.0 % of 64 answers lost"}}, {"verified": "by hand"}):
+        plan = rings(model)
+        plan.made = made
+        hfsparse.patch(model, plan).undo()
+    assert not [each for each in recwarn if "verified" in str(each.message)]
+    plan.made = {"verified": {"told": "nothing: the dense model can do none of these tasks"}}
+    with pytest.warns(UserWarning, match="verified by nothing"):  # a plan of 0.1
+        hfsparse.patch(model, plan).undo()
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_losses_of_a_text_are_those_of_one_forward_pass(patched):
+    model = lively()
+    ids = torch.randint(2, 400, (1, 403), generator=torch.Generator().manual_seed(0))
+    with hfsparse.patch(model) if patched else torch.no_grad():
+        found = key_tokens.losses(model, Prompt("x", ids, None))["loss"]
+    with torch.no_grad():
+        scores = model(ids).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="none")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def named(count: int) -> list[Prompt]:
+    return [Prompt(f"data-{i}", torch.tensor([[i]]), None) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("there", "kept", "held"), [(14, 6, 8), (9, 6, 3), (8, 6, 2), (6, 5, 1), (3, 3, 0)]
+)
+def test_texts_are_held_out_of_calibration(there, kept, held):
+    some, out = key_tokens.hold_out({512: named(there)}, 6)
+    assert (len(some[512]), len(out[512])) == (kept, held)
+    assert not {p.name for p in some[512]} & {p.name for p in out[512]}
+
+
+def test_your_texts_that_prove_a_plan_have_not_calibrated_it(model, monkeypatch, tmp_path):
+    file, seen = tmp_path / "own.jsonl", {}
+    rows = [json.dumps({"text": f"{i} and so on, " * 200}) for i in range(8)]
+    file.write_text("\n".join(rows))
+
+    def watch(module, name, at):
+        function = getattr(module, name)
+
+        def run(*args):
+            seen.setdefault(name, set()).add(args[at].name)
+            return function(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    watch(search, "of_prompt", 1)
+    watch(key_tokens, "losses", 1)
+    believe(monkeypatch, set())
+    hfsparse.profile(
+        model, tiny.tokenizer(), lengths=(512,), samples=2, data=file, verify_samples=1
+    )
+    yours = {name for name in seen["losses"] if name.startswith("data-")}
+    assert len(seen["of_prompt"]) == 2
+    assert len(yours) == 6
+    assert not yours & seen["of_prompt"]
+
+
+def test_a_text_held_out_at_one_length_is_held_out_at_all():
+    every = named(14)
+    found = {512: every, 1024: every[:3] + every[9:12] + every[4:6]}
+    some, out = key_tokens.hold_out(found, 6)
+    kept = {p.name for each in some.values() for p in each}
+    held = {p.name for each in out.values() for p in each}
+    assert kept
+    assert held
+    assert not kept & held
+    full = key_tokens.filled_up(tiny.tokenizer(), {700: named(3)}, 0)[700]
+    assert [p.name for p in full[:2]] == ["data-0", "retrieval-prose-0"]
+    assert [p.name for p in full[4:7]] == ["data-1", "data-2", "retrieval-code-4"]
+    assert len(full) == 2 * key_tokens.TEXTS
 
 
 def shortness(monkeypatch) -> list[str]:
