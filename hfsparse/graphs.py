@@ -98,14 +98,13 @@ class Graphs:
 
     def _step(self, forward, decoder, kwargs, layers) -> Any:
         first, mask = layers[0], kwargs.get("attention_mask")
-        if first in self.kept and self.kept[first].weights.moved():
-            self.forget(first)
-        given, graph = _given(kwargs, first, type(decoder)), self.kept.get(first)
-        asked, rows = _asked(given), [n + 1 for n in first.rows]
-        if graph is not None and graph.settings is not None and not graph.settings.hold():
+        graph = self.kept.get(first)
+        if graph is not None and graph.stale():
             self.forget(first)
             graph = None
-        if graph is not None and graph.settings and min(rows) > 1 and graph.fits(asked, rows):
+        given = _given(kwargs, first, type(decoder))
+        asked, rows = _asked(given), [n + 1 for n in first.rows]
+        if graph is not None and min(rows) > 1 and graph.fits(asked, rows):
             if mask is None:
                 first.lengths(None, first.seen, 1)
             return self._replay(graph, given, layers, rows, mask)
@@ -129,9 +128,7 @@ class Graphs:
             graph = None
         if graph is not None:
             graph.holds(layers, rows)
-            if graph.settings is not None:
-                return self._replay(graph, given, layers, rows)
-            return self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
+            return self._replay(graph, given, layers, rows)
         steps, chose = self.warm.get(first, (0, key[1]))
         steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
         self.warm[first] = steps, key[1]
@@ -143,19 +140,20 @@ class Graphs:
             return forward(**kwargs)
         call = self._fused(decoder) if self.fuse else forward
         serving = self._serving(layers)
-        self.why = "the first steps of a cache are not replayed"
         try:
             if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
+                self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if self.fuse else NoWait():
                     output = _live(call, given, past, rows, serving)
-            else:
-                graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
-                if graph.weights.moved():
-                    raise RuntimeError("its forward replaces weights or buffers")
-                self.kept[first] = graph
-                graph.holds(layers, rows)
-                output = _live(call, given, past, rows, serving)
-            self._passed(layers, rows)
+                self._passed(layers, rows)
+                return output
+            graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
+            if graph.weights.moved():
+                raise RuntimeError("its forward replaces weights or buffers")
+            graph.holds(layers, rows)
+            self.kept[first] = graph
+            output = self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
+            graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
             self.refused[first] = self.why = "out of memory when it was recorded"
@@ -213,13 +211,10 @@ class Graphs:
         take_back()
         found = self._replay(graph, given, layers, rows)
         if torch.equal(found[0], wanted[0]):
-            graph.settings = Settings(decoder)
             return found
         take_back()
         again = run()  # the replay may have stored other keys
-        if _apart(found[0], again[0]) <= NOISE * _apart(wanted[0], again[0]):
-            graph.settings = Settings(decoder)
-        else:
+        if _apart(found[0], again[0]) > NOISE * _apart(wanted[0], again[0]):
             self.never = self.why = "replayed, this model gives something else than eagerly"
             self.kept.clear()
         return again
@@ -440,15 +435,22 @@ class Settings:
     """What a decoder's modules and config hold as Python: a recorded step has frozen it."""
 
     def __init__(self, decoder: nn.Module):
-        held = [vars(m) for m in decoder.modules() if not type(m).__module__.startswith("torch.")]
-        self.held = []
-        for table in (*held, vars(decoder.config)):
-            names = [name for name, x in table.items() if name not in MODULE and _plain(x)]
-            self.held.append((table, names, [copy.copy(table[name]) for name in names]))
+        own = [vars(m) for m in decoder.modules() if not type(m).__module__.startswith("torch.")]
+        held = [
+            (table, name)
+            for table in (*own, vars(decoder.config))
+            for name, x in table.items()
+            if name not in MODULE and _plain(x)
+        ]
+        self.tables, self.names = zip(*held, strict=True)  # a config holds some
+        self.was = copy.deepcopy(self._look())
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
-        return all(list(map(table.get, names)) == was for table, names, was in self.held)
+        return self._look() == self.was
+
+    def _look(self) -> list:
+        return [*map(dict.get, self.tables, self.names)]  # asked in each step, as Weights is
 
 
 MODULE = {*vars(nn.Module())} - {"training"}  # torch's own attributes of a module
@@ -464,7 +466,7 @@ def _plain(x: Any) -> bool:
 class Graph:
     """One recorded step, and the tensors that it reads and writes."""
 
-    settings: Settings | None = None  # of the model, once a replay gave what an eager step gives
+    settings: Settings  # as they were when it was checked
 
     def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, weights):
         """Record `call(**given)`: its Python runs, its kernels don't."""
@@ -516,6 +518,10 @@ class Graph:
             self._gather(stream)
             self.parts[-1].capture_end()
             self._begin(stream)
+
+    def stale(self) -> bool:
+        """Whether it would read weights where they were, or numbers as they were."""
+        return self.weights.moved() or not self.settings.hold()
 
     def holds(self, layers: list[Layer], rows: list[int]) -> None:
         """Note up to which lengths of rows the key stays as it is, now that it is right."""
