@@ -140,7 +140,7 @@ def test_selectors_choose_the_same(same, state, name):
         for kept in choice.tensors():
             kept.zero_()
         read = torch.zeros(2, dtype=torch.int64, device="cpu")
-        more = None, PAGE, choice, read
+        more = slice(None), PAGE, choice, read
         fresh = kernels.choose_pages(QUEST[name], q, low, high, length, 0.7, *more)
         return fresh, *choice.tensors(), read
 
