@@ -103,6 +103,7 @@ class State:
     """What a patch leaves on the text decoder (as `_hfsparse`)."""
 
     owner: str
+    model: PreTrainedModel  # that was patched: it holds the decoder, or is it
     plan: Plan
     layers: list[LayerPlan]  # of the layers that have attention
     configs: list[OwnConfig]
@@ -216,7 +217,7 @@ def patch(
     decoder = model.get_decoder()
 
     graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
-    state = State(layers[0].owner, plan, layers, _own_configs(model), graphs)
+    state = State(layers[0].owner, model, plan, layers, _own_configs(model), graphs)
     try:
         for own in state.configs:
             for module in own.modules:
@@ -250,7 +251,7 @@ def patch(
 def unpatch(model: PreTrainedModel) -> None:
     """Give a patched model back as it was: names, hooks and functions."""
     state = _state(model)
-    if "_prepare_cache_for_generation" not in model.__dict__:
+    if state.model is not model:
         raise PatchError(
             f"this {type(model).__name__} is part of a patched model: give hfsparse.unpatch the "
             "model that was patched, or call handle.undo()"

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import hfsparse
-from hfsparse.patcher import PatchError, is_patched
+from hfsparse.patcher import Patched, PatchError, is_patched
 from hfsparse.plan import PlanError, PlanMismatch
 from tests.patcher.families import (
     FAMILIES,
@@ -276,3 +277,26 @@ def test_a_copy_of_a_patched_model_is_patched_and_undone_by_itself():
         assert generate(model, ids).sequences.tolist() == sparse.sequences.tolist()
     twin = copy.deepcopy(twin)
     assert torch.equal(forward(twin, ids).logits, forward(model, ids).logits)
+
+
+@pytest.mark.parametrize("undo", [Patched.undo, lambda handle: hfsparse.unpatch(handle.model)])
+@pytest.mark.parametrize("head", [None, LlamaForSequenceClassification])
+def test_a_model_that_generates_nothing_is_undone_too(head, undo):
+    causal = fresh("llama")
+    model, ids = causal.model if head is None else head(causal.config).eval(), tokens(1, 50)
+    before, want = trace(model), model(ids)[0]
+    handle = hfsparse.patch(copy.deepcopy(model))
+    handle.model(ids)
+    undo(handle)
+    assert trace(handle.model) == before
+    assert torch.equal(handle.model(ids)[0], want)
+
+
+def test_a_model_around_a_patched_decoder_is_left_alone():
+    model = fresh("llama")
+    before = trace(model)
+    handle = hfsparse.patch(model.model)
+    with pytest.raises(PatchError, match="part of a patched model"):
+        hfsparse.unpatch(model)
+    handle.undo()
+    assert trace(model) == before
