@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ from hfsparse.graphs import parameters
 
 NAME = "hfsparse-probe"
 found: dict[tuple[type, str], str | None] = {}  # what was learnt, by class and config
+lock = threading.Lock()  # what a probe sets for the whole process is put back by the same one
 
 
 class Unlike(Exception):
@@ -52,8 +54,9 @@ def why_not(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
     plans: of its layers with attention, with every head full. The decoder itself is only read.
     """
     key = type(decoder), repr(decoder.config.to_dict())
-    if key not in found:
-        found[key] = _learn(decoder, plans)
+    with lock:
+        if key not in found:
+            found[key] = _learn(decoder, plans)
     return found[key]
 
 
@@ -72,6 +75,8 @@ def _learn(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
 
 def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     """Two tokens through a new decoder; raises Unlike or CacheError for what we can't follow."""
+    AttentionInterface.register(NAME, look)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
     config._attn_implementation_internal = "eager"
     twin = decoder(config).eval()
     for module, plan in zip(attention_modules(twin), plans, strict=True):
@@ -120,10 +125,6 @@ def look(
     if (layer := take_layer(running())) is not None:
         layer.stored = layer.seen
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, look)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
 
 
 @contextmanager

@@ -5,7 +5,11 @@ Models are built on the meta device: nothing here depends on weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -217,6 +221,29 @@ def test_a_config_is_probed_once_and_another_again(monkeypatch):
     assert len(runs) == 1
     hfsparse.patch(fresh("mistral-window")).undo()
     assert len(runs) == 2
+
+
+def test_models_patched_in_two_threads_leave_logging_as_it_was(monkeypatch):
+    """None takes for the user's what another's probe silences for the whole process."""
+    log, said = logging.getLogger(FakeTensor.__module__), transformers.logging.get_verbosity()
+    run, begun, models = probe._run, threading.Barrier(2), [fresh("llama"), fresh("qwen3")]
+
+    def meet(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            begun.wait(timeout=1)  # both are silent, unless one waits for the other
+        return run(*args)
+
+    monkeypatch.setattr(probe, "_run", meet)
+    monkeypatch.setattr(probe, "found", {})
+    with ThreadPoolExecutor(2) as pool:
+        handles = list(pool.map(hfsparse.patch, models))
+    try:
+        assert (log.disabled, transformers.logging.get_verbosity()) == (False, said)
+    finally:
+        log.disabled = False
+        transformers.logging.set_verbosity(said)
+    for handle in handles:
+        handle.undo()
 
 
 def test_code_that_wants_data_is_left_to_its_calls(monkeypatch):
