@@ -444,7 +444,8 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     wanted = [i for i, kind in enumerate(kinds) if kind not in LINEAR]
     if len(wanted) < len(kinds) and not hasattr(cache_utils, "LinearAttentionLayer"):
         yield "this transformers keeps the state of linear layers in a cache of the model's own"
-    if len(wanted) < len(kinds) and not model._supports_default_dynamic_cache():
+    has_default = GenerationMixin._supports_default_dynamic_cache.__func__  # of any class
+    if len(wanted) < len(kinds) and not has_default(type(model)):
         yield "it keeps the state of its linear layers in a cache of its own"
     if not modules:
         yield "it has no attention layers that hfsparse knows"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForSequenceClassification
 
 import hfsparse
@@ -25,6 +26,7 @@ from tests.patcher.families import (
     tokens,
 )
 from tests.patcher.runs import close, far, forward, generate
+from tests.support.models import tiny as supported
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -290,6 +292,18 @@ def test_a_model_that_generates_nothing_is_undone_too(head, undo):
     undo(handle)
     assert trace(handle.model) == before
     assert torch.equal(handle.model(ids)[0], want)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "LinearAttentionLayer"), reason="refused there"
+)
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_a_hybrids_decoder_is_patched_by_itself(family):
+    model, ids = supported(family).get_decoder(), tokens(1, 50)
+    want = forward(model, ids)[0]
+    with hfsparse.patch(model):
+        close(forward(model, ids)[0], want)
+    assert torch.equal(forward(model, ids)[0], want)
 
 
 def test_a_model_around_a_patched_decoder_is_left_alone():
