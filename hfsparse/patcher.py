@@ -735,7 +735,10 @@ def _in_one_call(config) -> str | None:
     """Why prompts in chunks may be read otherwise than in one call; None: they are read alike."""
     if hasattr(config, "vision_config"):
         return "it may hold images"
-    ropes = attention_values(config.get_text_config(decoder=True))["rope"].values()
+    values = attention_values(config.get_text_config(decoder=True))
+    if not set(LINEAR).isdisjoint(values["kinds"]):  # as Jamba's do in any version
+        return "its linear layers may begin anew with each chunk"
+    ropes = values["rope"].values()
     if other := sorted({rope["rope_type"] for rope in ropes} - {*ROPES}):
         return f"rope {', '.join(other)} may depend on a call's length"
     return None

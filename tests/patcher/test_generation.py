@@ -15,6 +15,7 @@ from hfsparse.cache import SLACK, Full
 from hfsparse.patcher import NUMBERED, SERVING, PatchError
 from tests.patcher.families import (
     SCALED,
+    SIZES,
     growing,
     left_padded,
     mixed,
@@ -219,6 +220,24 @@ def test_very_long_prompts_are_read_in_chunks_only_where_one_call_says_the_same(
     assert (max(seen) <= 64) == (alike and (NUMBERED or not padded))
     assert f"in generate: {'in chunks' if alike else f'in one call (rope {rope} may'}" in told
     assert model.generation_config.prefill_chunk_size is None
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "LinearAttentionLayer"), reason="refused there"
+)
+def test_a_very_long_prompt_of_a_hybrid_is_read_in_one_call(monkeypatch):
+    """Jamba's mamba layers forget at a chunk's end what came before it."""
+    torch.manual_seed(0)
+    more = dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)
+    sizes = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, **more)
+    config = transformers.JambaConfig(**{n: x for n, x in sizes.items() if n != "head_dim"})
+    model, ids = transformers.JambaForCausalLM(config).eval(), tokens(1, 210)
+    want = generate(model, ids)
+    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    with hfsparse.patch(model) as handle:
+        same_generation(generate(model, ids), want)
+        assert "in generate: in one call (its linear layers may" in handle.explain()
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
