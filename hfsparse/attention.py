@@ -1,8 +1,8 @@
 """The attention and mask functions that a patched model calls.
 
-`attend` is registered with transformers' AttentionInterface. It shifts left-padded rows to column
-0, appends the new keys to the cache layer, and sends each head's queries to a pattern and a
-kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
+`attention` is registered with transformers' AttentionInterface; `attend` does its work. It shifts
+left-padded rows to column 0, appends the new keys to the cache layer, and sends each head's queries
+to a pattern and a kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
 """
 
 from __future__ import annotations
