@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from hfsparse import reading
-from hfsparse.loading import DTYPES, UsageError
+from hfsparse.loading import DTYPES, UsageError, hush
 
 STOPPING = ("strict", "surrogateescape")  # how streams are opened, if they are not told otherwise
 
@@ -31,6 +31,7 @@ class Commands(TyperGroup):
     def main(self, *args, **kwargs):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in STOPPING:
             sys.stdout.reconfigure(errors="replace")
+        hush()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx):

@@ -56,6 +56,12 @@ def error(*words):
 # ---- help
 
 
+def test_a_command_prints_no_warnings_of_packages_that_it_does_not_use():
+    pytest.importorskip("torchao")  # warns where it is imported, which transformers does
+    words = [sys.executable, "-m", "hfsparse", "recipes"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
+
+
 def test_help_takes_under_a_second_and_imports_nothing_heavy():
     code = (
         "import sys\nsys.argv = ['hfsparse', '--help']\nfrom hfsparse.cli import main\n"
