@@ -14,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -42,6 +43,7 @@ from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
 from hfsparse.profiler.prompts import Prompt, samples
 from hfsparse.profiler.proxies import PROXIES
+from hfsparse.progress import Clock
 from hfsparse.window import SHORTEST, calibration_lengths, limit
 
 METHODS = {
@@ -125,7 +127,7 @@ def profile(
         held = key_tokens.filled_up(tokenizer, held, seed)
     methods = method if prefill_method is None else f"{prefill_method} and {method}"
     parts = Parts(out, _settings(model, methods, prompts))
-    shown = bar if progress else silent
+    shown = partial(bar, Clock()) if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy, held=held)
     if verify:
         proof.check_lengths(job)  # ahead of all work
