@@ -164,7 +164,7 @@ def budgets_told(
 ) -> str:
     """One line: which of the budgets a plan with `expected` meets at its longest length."""
     longest = max(plan.expected)
-    expected, verified = plan.expected[longest], plan.made.get("verified", {})
+    expected = plan.expected[longest]
     rows = (
         ("pairs", "pair_density", prefill_density),
         ("cache", "cache_share", cache_share),
@@ -179,20 +179,19 @@ def budgets_told(
         missed = missed or not met
         parts.append(f"{word} {used:.2f} of {budget:.2f} {'met' if met else 'not met'}")
     told = f"budgets at {longest} tokens: {'; '.join(parts)}"
-    if missed and (verified.get("given_back") or verified.get("budgets")):
+    if missed and (plan.verified.get("given_back") or plan.verified.get("budgets")):
         told += ": more is kept so that the plan loses no more than its limits"
     return told
 
 
 def doubt(plan: Plan) -> str | None:
     """What to say last of a plan whose proof told nothing, or too much; None of any other."""
-    verified = plan.made.get("verified", {})
     if plan.unproved:
         return (
             f"nothing verified this plan: {plan.unproved}. Compare it with dense on your own "
             "questions, by hfsparse eval custom"
         )
-    if not verified.get("kept", True):
+    if not plan.verified.get("kept", True):
         return (
             "this plan loses more than its limits on what was asked after it was chosen. Give "
             "wider budgets, or choose by more --verify-samples"
