@@ -44,6 +44,10 @@ class Arm:
         return {"arm": self.name, "plan": self.hash, "title": self.title}
 
 
+# What a report takes from `made.verified` of a plan, which hands may have edited.
+PROMISE = {"limit": (int, float), "lengths": list, "told": str}
+
+
 class Sparse(Arm):
     """The model patched with a plan."""
 
@@ -60,9 +64,9 @@ class Sparse(Arm):
 
     def facts(self) -> dict:
         expected = {f"{n}": figures for n, figures in self.plan.expected.items()}
-        verified = self.plan.made.get("verified") or {}
+        verified = self.plan.verified
         promise = {
-            name: verified[name] for name in ("limit", "lengths", "told") if name in verified
+            n: verified[n] for n, kind in PROMISE.items() if isinstance(verified.get(n), kind)
         }
         return super().facts() | {"promise": promise, "expected": expected}
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,21 +18,28 @@ import typer
 from typer.core import TyperGroup
 
 from hfsparse import reading
-from hfsparse.loading import DTYPES, UsageError
+from hfsparse.loading import DTYPES, UsageError, hush
 
+_formatted = warnings.formatwarning
 STOPPING = ("strict", "surrogateescape")  # how streams are opened, if they are not told otherwise
 
 
 class Commands(TyperGroup):
     """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace.
 
-    What the console's encoding can't show (cp1252, ASCII) is printed as `?`.
+    What the console's encoding can't show (cp1252, ASCII) is printed as `?`, and what a user is
+    warned of as one line, too, without a place in the code.
     """
 
     def main(self, *args, **kwargs):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in STOPPING:
             sys.stdout.reconfigure(errors="replace")
-        return super().main(*args, **kwargs)
+        hush()
+        usual, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
+            return super().main(*args, **kwargs)
+        finally:
+            warnings.formatwarning = usual
 
     def invoke(self, ctx):
         try:
@@ -536,6 +544,12 @@ def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, max_new_tokens):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
+
+
+def _warning(message, category, filename, lineno, line=None) -> str:
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _formatted(message, category, filename, lineno, line)
 
 
 def _print(text) -> None:

@@ -218,8 +218,8 @@ def _expected(plan: Plan) -> Iterator[str]:
 
 def _verified(plan: Plan) -> Iterator[str]:
     """What the profiler's trials found, if it ran any."""
-    found = plan.made.get("verified")
-    if isinstance(found, dict) and "told" in found:
+    found = plan.verified
+    if "told" in found:
         yield f"\nverified: {found['told']}"
         given, wider = found.get("given_back"), found.get("budgets")
         if given and isinstance(given, list):

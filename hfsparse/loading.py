@@ -32,8 +32,6 @@ def load(
     `auto` is the GPU if there is one, and float32 on a CPU, bfloat16 elsewhere.
     """
     place, here = find(model)
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
@@ -52,6 +50,12 @@ def load(
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
             raise not_loaded(what, model, here, problem) from problem
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def hush() -> None:
+    """Keep CHATTY packages silent, of all but errors; before transformers is imported."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def leave_busy_cores() -> None:

@@ -114,11 +114,15 @@ class Plan:
             raise PlanError.of("plan", problems)
 
     @property
+    def verified(self) -> dict:
+        """What the profiler's proof found; empty if none ran, or if a hand wrote no mapping."""
+        found = self.made.get("verified")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def unproved(self) -> str | None:
         """Why the profiler's proof told nothing of this plan, if it ran and didn't."""
-        verified = self.made.get("verified")
-        told = verified.get("told") if isinstance(verified, dict) else None
-        said, _, why = str(told).partition(": ")
+        said, _, why = str(self.verified.get("told")).partition(": ")
         return why if said in (NONE, "nothing") else None  # as plans of 0.1 said it
 
     def hash(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic
 
 from rich.console import Console
 from rich.progress import (
@@ -17,17 +19,25 @@ from rich.progress import (
 )
 
 
+@dataclass
+class Clock:
+    """When a log last got a line, or work began; bars that follow one another share it."""
+
+    last: float = field(default_factory=monotonic)
+
+
 class Bar(Progress):
     """A rich progress bar on standard error, which also speaks where no bar can be drawn."""
 
     minute = 60.0  # seconds between two lines of a log
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, clock: Clock | None = None):
         console = console or Console(stderr=True)
         times = TimeElapsedColumn(), TimeRemainingColumn()
         words = TextColumn("{task.description}", markup=False)  # labels hold brackets
         super().__init__(BarColumn(), TaskProgressColumn(), *times, words, console=console)
         self._drawn = console.is_terminal or console.is_jupyter
+        self._clock = clock or Clock()
         self._stopped = threading.Event()
         self._log = threading.Thread(target=self._speak, daemon=True)
 
@@ -41,8 +51,9 @@ class Bar(Progress):
         self._log.join()
 
     def _speak(self) -> None:
-        while not self._stopped.wait(self.minute):
+        while not self._stopped.wait(max(self._clock.last + self.minute - monotonic(), 0.01)):
             for task in self.tasks:
+                self._clock.last = monotonic()
                 self.console.print(_where(task), markup=False, highlight=False, soft_wrap=True)
 
 

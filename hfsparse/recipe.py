@@ -35,7 +35,7 @@ def load(name: str) -> dict[str, Any]:
     known = names()
     own = name.endswith((".yaml", ".yml"))
     if not own and name not in known:
-        raise UsageError(f"no recipe {name}: {nearest(name, known)} Or give a path, my-own.yaml")
+        raise UsageError(f"no recipe {name}: {nearest(name, known)} (or a path, my-own.yaml)")
     file = Path(name) if own else FOLDER / f"{name}.yaml"
     try:
         text = reading.content(file)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hfsparse.cli import app
+from hfsparse.loading import UsageError
 from hfsparse.plan import ModelId, Plan
 from tests import tiny
 
@@ -54,6 +56,12 @@ def error(*words):
 
 
 # ---- help
+
+
+def test_a_command_prints_no_warnings_of_packages_that_it_does_not_use():
+    pytest.importorskip("torchao")  # warns where it is imported, which transformers does
+    words = [sys.executable, "-m", "hfsparse", "recipes"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_help_takes_under_a_second_and_imports_nothing_heavy():
@@ -98,6 +106,21 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, plan):
     result = run("show", plan)
     assert result.exit_code == 130
     assert result.stderr == "interrupted: profile and eval go on when given the same command\n"
+
+
+def test_a_warning_to_users_is_one_line_without_code(monkeypatch, plan):
+    usual = warnings.formatwarning
+
+    def warned(path):
+        raise UsageError(
+            warnings.formatwarning("it may lose answers", UserWarning, "cli.py", 7)
+            + warnings.formatwarning("old", DeprecationWarning, "other.py", 8, line="")
+        )
+
+    monkeypatch.setattr(Plan, "load", warned)
+    said = run("show", plan).stderr
+    assert said == "error: warning: it may lose answers\nother.py:8: DeprecationWarning: old\n\n"
+    assert warnings.formatwarning is usual
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, plan):

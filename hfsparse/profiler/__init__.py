@@ -14,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -42,6 +43,7 @@ from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.job import Job, Parts, bar, silent
 from hfsparse.profiler.prompts import Prompt, samples
 from hfsparse.profiler.proxies import PROXIES
+from hfsparse.progress import Clock
 from hfsparse.window import SHORTEST, calibration_lengths, limit
 
 METHODS = {
@@ -125,7 +127,7 @@ def profile(
         held = key_tokens.filled_up(tokenizer, held, seed)
     methods = method if prefill_method is None else f"{prefill_method} and {method}"
     parts = Parts(out, _settings(model, methods, prompts))
-    shown = bar if progress else silent
+    shown = partial(bar, Clock()) if progress else silent
     job = Job(model, tokenizer, prompts, budget, parts, shown, seed, proxy, held=held)
     if verify:
         proof.check_lengths(job)  # ahead of all work
@@ -162,7 +164,7 @@ def budgets_told(
 ) -> str:
     """One line: which of the budgets a plan with `expected` meets at its longest length."""
     longest = max(plan.expected)
-    expected, verified = plan.expected[longest], plan.made.get("verified", {})
+    expected = plan.expected[longest]
     rows = (
         ("pairs", "pair_density", prefill_density),
         ("cache", "cache_share", cache_share),
@@ -177,20 +179,19 @@ def budgets_told(
         missed = missed or not met
         parts.append(f"{word} {used:.2f} of {budget:.2f} {'met' if met else 'not met'}")
     told = f"budgets at {longest} tokens: {'; '.join(parts)}"
-    if missed and (verified.get("given_back") or verified.get("budgets")):
+    if missed and (plan.verified.get("given_back") or plan.verified.get("budgets")):
         told += ": more is kept so that the plan loses no more than its limits"
     return told
 
 
 def doubt(plan: Plan) -> str | None:
     """What to say last of a plan whose proof told nothing, or too much; None of any other."""
-    verified = plan.made.get("verified", {})
     if plan.unproved:
         return (
             f"nothing verified this plan: {plan.unproved}. Compare it with dense on your own "
             "questions, by hfsparse eval custom"
         )
-    if not verified.get("kept", True):
+    if not plan.verified.get("kept", True):
         return (
             "this plan loses more than its limits on what was asked after it was chosen. Give "
             "wider budgets, or choose by more --verify-samples"

@@ -114,7 +114,7 @@ class _Programme:
             options={"mip_rel_gap": 1e-3, "time_limit": 60},
         )
         if found.status != 0:  # infeasible, or not solved in time: half a search is no plan
-            raise Infeasible(found.message)
+            raise Infeasible("" if found.status == 2 else f": {found.message}")
         taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
         return {group: name for groups, name in taken for group in groups}, float(found.fun)
 
@@ -127,10 +127,11 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         taken, _ = _programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
-        pairs, cache, decode = (f"{_least(options, share):.3f}" for share in budget.limits)
+        least = (f"{_least(options, share, budget.loss):.3f}" for share in budget.limits)
+        pairs, cache, decode = least
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
-            f"{budget.cache}, decode share {budget.decode}{loss}): {error} The smallest that each "
+            f"{budget.cache}, decode share {budget.decode}{loss}){error}. The smallest that each "
             f"can be by itself: pair density {pairs}, cache share {cache}, decode share {decode}"
         ) from None
     choices = []
@@ -150,9 +151,9 @@ def least_loss(options: Options, budget: Budget) -> float:
     return _programme(options, budget).solve()[1]
 
 
-def _least(options: Options, share: str) -> float:
-    """The smallest that one share can be."""
-    programme = _programme(options, Budget(1, 1, 1))
+def _least(options: Options, share: str, loss: float | None) -> float:
+    """The smallest that one share can be, within a budget of loss if one is given."""
+    programme = _programme(options, Budget(1, 1, 1, loss))
     programme.aim(share)
     return programme.solve()[1]
 

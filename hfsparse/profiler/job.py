@@ -22,7 +22,7 @@ from hfsparse.fingerprint import windows
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler.allocate import Budget
 from hfsparse.profiler.prompts import Prompt
-from hfsparse.progress import Bar
+from hfsparse.progress import Bar, Clock
 from hfsparse.reading import local
 
 if TYPE_CHECKING:
@@ -147,12 +147,12 @@ def silent(pairs: Iterable[tuple[str, object]]) -> Iterator:
         yield item
 
 
-def bar(pairs: Iterable[tuple[str, object]]) -> Iterator:
-    """Each item, with a progress bar that shows its label."""
+def bar(clock: Clock, pairs: Iterable[tuple[str, object]]) -> Iterator:
+    """Each item, with a progress bar that shows its label; the bars of one job share a clock."""
     if not (pairs := list(pairs)):
         return  # all is known
-    with Bar() as shown:
-        task = shown.add_task("profile", total=len(pairs))
+    with Bar(clock=clock) as shown:
+        task = shown.add_task(pairs[0][0], total=len(pairs))
         for label, item in pairs:
             shown.update(task, description=label)
             yield item

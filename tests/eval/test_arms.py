@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hfsparse.loading import UsageError
+from hfsparse.plan import ModelId, Plan
 from hfsparse_eval import arms, presses
 from hfsparse_eval.generate import answer
 from hfsparse_eval.samples import Prompter, Suite
@@ -35,6 +36,22 @@ def test_a_peer_that_wants_another_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(arms.metadata, "version", lambda package: here)
     with pytest.raises(UsageError, match=f"wants transformers <{here}, here is {here}: run this"):
         arms.peer("kvpress:SnapKV:0.5")
+
+
+@pytest.mark.parametrize(
+    ("verified", "promise"),
+    [
+        (True, {}),
+        ("told by hand", {}),
+        (["limit"], {}),
+        ({"limit": "1 %", "lengths": 512, "told": "little"}, {"told": "little"}),
+        ({"limit": 0.02, "lengths": [512]}, {"limit": 0.02, "lengths": [512]}),
+    ],
+)
+def test_of_what_a_hand_wrote_as_verified_only_what_can_be_judged_is_promised(verified, promise):
+    plan = Plan.full(ModelId.of(tiny.llama()))
+    plan.made = {"verified": verified}
+    assert arms.Sparse(plan, "mine").facts()["promise"] == promise
 
 
 @pytest.fixture

@@ -157,6 +157,15 @@ def test_budgets_that_cannot_be_met_are_refused_by_name():
         allocate(o, Budget(0.05, 1, 0.5))
 
 
+def test_a_loss_that_budgets_forbid_is_refused_with_the_shares_that_it_takes():
+    o = options(np.random.default_rng(0))
+    with pytest.raises(Infeasible) as refused:
+        allocate(o, Budget(0.9, 1, 1, loss=0.0))
+    said = str(refused.value)
+    assert "loss 0.0). The smallest that each can be by itself: pair density 1.000, " in said
+    assert "HiGHS" not in said
+
+
 def test_wider_budgets_lie_on_the_way_to_all_of_attention_and_no_loss():
     budget = Budget(0.2, 1.0, 0.5, loss=0.1)
     assert budget.wider(0) == budget
