@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from threading import Barrier, Thread
 from typing import Any
 
@@ -32,41 +32,30 @@ from tests.patcher.oracle import CACHE
 
 
 @contextmanager
-def default_dtype() -> Iterator[None]:
-    torch.set_default_dtype(torch.bfloat16)
+def setting(read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> Iterator[None]:
+    """What PyTorch keeps for the whole process, set to a value for a while."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        write(before)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def coarse_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def two_processors() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+default_dtype = partial(setting, torch.get_default_dtype, torch.set_default_dtype)
+deterministic = partial(
+    setting,
+    torch.are_deterministic_algorithms_enabled,
+    torch.use_deterministic_algorithms,
+    True,
+)
+coarse_products = partial(  # of float32 factors: in bfloat16 where the CPU can, on a GPU in TF32
+    setting,
+    torch.get_float32_matmul_precision,
+    torch.set_float32_matmul_precision,
+    "medium",
+)
+two_processors = partial(setting, torch.get_num_threads, torch.set_num_threads, 2)
 
 
 @contextmanager
@@ -82,7 +71,7 @@ def autocast(device: torch.device):
 
 EXACT, SUMS, HALF = 0.0, 1e-5, 0.1
 WORLDS: dict[str, tuple[Callable[[torch.device], Any], float]] = {
-    "bfloat16_by_default": (lambda device: default_dtype(), EXACT),
+    "bfloat16_by_default": (lambda device: default_dtype(torch.bfloat16), EXACT),
     "meta_by_default": (lambda device: torch.device("meta"), EXACT),
     "gradients": (lambda device: torch.enable_grad(), SUMS),
     "gradients_inside_inference": (lambda device: grad_and_inference(), SUMS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 
@@ -20,38 +20,9 @@ from tests.kernels.interpreter import interpreter
 from tests.kernels.stores import one
 from tests.patterns.matrix import SELECTOR_ROWS, SETTINGS, heads, mixed
 from tests.selectors.test_quest import rows
+from tests.worlds import coarse_products, default_dtype, deterministic
 
 QUEST = SELECTOR_ROWS["quest"]
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def products_in_bfloat16():
-    """Of float32 factors, where the CPU can; on a GPU in TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 STATES = {
@@ -59,7 +30,7 @@ STATES = {
     "bfloat16_by_default": lambda: default_dtype(torch.bfloat16),
     "float64_by_default": lambda: default_dtype(torch.float64),
     "meta_by_default": lambda: torch.device("meta"),
-    "products_in_bfloat16": products_in_bfloat16,
+    "products_in_bfloat16": coarse_products,
     "deterministic": deterministic,
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
@@ -226,7 +197,7 @@ def test_kernels_compute_the_same(run, state):
 def test_factors_are_wider_where_products_are_told_to_round():
     t = torch.ones(3, dtype=torch.float16)
     assert exact(t).dtype == exact(t.float()).dtype == torch.float32
-    with products_in_bfloat16():
+    with coarse_products():
         assert exact(t).dtype == torch.float64
     assert exact(t).dtype == torch.float32
     told = getattr(torch.backends.mkldnn, "matmul", None)
