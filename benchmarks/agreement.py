@@ -27,13 +27,15 @@ from cpu_reference import processor
 from journal import Journal
 from scipy.stats import norm
 
-from hfsparse.fingerprint import weights_mark
-from hfsparse.loading import load
-from hfsparse_eval.counting import CommonWords
-from hfsparse_eval.generate import answer
-from hfsparse_eval.samples import Prompter, Sample, Suite
-from hfsparse_eval.tasks import TASKS, score
-from hfsparse_eval.text import prose, prose_source, split_sentences
+from hfsparse.models.fingerprint import weights_mark
+from hfsparse.models.loading import load
+from hfsparse_eval.run.generate import answer
+from hfsparse_eval.run.prompter import Prompter, Sample
+from hfsparse_eval.run.samples import Suite
+from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.tasks.haystack import prose, prose_source, split_sentences
+from hfsparse_eval.tasks.scores import score
+from hfsparse_eval.tasks.word_counting import CommonWords
 
 THEIRS = {name: name if name.startswith("niah") else f"ruler_{name}" for name in list(TASKS)[:11]}
 

@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from journal import end_in_order, failure
 
 import hfsparse
-from hfsparse import bench, kernels, patcher
-from hfsparse.kernels.places import Place, Table
+from hfsparse import bench, kernels
 from hfsparse.lists import PAGE, Band, at_heads
+from hfsparse.lists.choice import Choice
+from hfsparse.lists.places import Place, Table
+from hfsparse.patcher import generation
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
-from hfsparse.selectors.choice import Choice
 
 SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are recorded
 STOCK = "stock, dynamic cache"
@@ -132,7 +133,7 @@ def filled(model, kind: str, batch: int, length: int, room: int):
             cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
         return cache
     cache = DynamicCache()
-    patcher._adopt(cache, model.get_decoder(), reserve=length + room)
+    generation._adopt(cache, model.get_decoder(), reserve=length + room)
     past, new = [0] * batch, [length] * batch
     for layer in cache.layers:
         k, v = keys(model, batch, length), keys(model, batch, length)

@@ -20,13 +20,14 @@ from rich.table import Table
 
 import hfsparse
 from hfsparse.cli import app
-from hfsparse.loading import load
+from hfsparse.models.loading import load
 from hfsparse.plan import Plan
-from hfsparse_eval.cells import Cell, cells, joined
-from hfsparse_eval.generate import answer
-from hfsparse_eval.results import parse
-from hfsparse_eval.runner import session
-from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.report.pairs import Cell, cells, joined
+from hfsparse_eval.run.generate import answer
+from hfsparse_eval.run.machine import session
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.results import parse
+from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 
 LENGTH, SAMPLES = 2048, 8

@@ -28,7 +28,8 @@ from journal import Journal, end_in_order
 from million import NONE, STOCK, chunk_of, room_of, tidy
 
 import hfsparse
-from hfsparse import bench, memory
+from hfsparse import bench
+from hfsparse.patcher import memory
 from hfsparse.plan import ModelId, Plan
 
 ARMS = (STOCK, NONE, "half ring", "quarter full")

@@ -35,20 +35,16 @@ from methods_trials import KINDS, Asker, Kind, counted
 
 import hfsparse
 from hfsparse import bench
-from hfsparse.loading import UsageError, device_name, load
+from hfsparse.errors import UsageError
+from hfsparse.models.loading import device_name, load
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import (
-    METHODS,
-    _peak_bytes,
-    balanced,
-    duo,
-    minference,
-    moa,
-    prompts_of,
-    search,
-)
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.profiler import METHODS, _peak_bytes, prompts_of
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.methods import balanced, duo, minference, moa
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import silent
+from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.selectors.quest import Quest
 
 # Of plans: equal pair density of prompts, equal cache share, equal share of keys read in decode

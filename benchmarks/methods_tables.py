@@ -12,7 +12,7 @@ from methods_trials import KINDS, Kind, counted
 from scipy.stats import spearmanr
 
 from hfsparse.plan import Plan
-from hfsparse.profiler.answers import lost
+from hfsparse.profiler.verify.answers import lost
 
 OURS = "balanced-0"  # held against the others
 SHOWN = {"seen": "pair_density", "turns": "cache_share", "reads": "decode_share"}

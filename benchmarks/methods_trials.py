@@ -18,13 +18,14 @@ import torch
 
 import hfsparse
 from hfsparse.plan import Plan
-from hfsparse.profiler import trials
-from hfsparse.profiler.prompts import encode, fill
-from hfsparse.profiler.puzzles import OTHERS, PUZZLES, Ask, Puzzle
-from hfsparse.profiler.trials import Trial
-from hfsparse_eval.samples import Case, Maker, Prompter, Sample
+from hfsparse.profiler.prompts.calibration import encode, fill
+from hfsparse.profiler.prompts.puzzles import OTHERS, PUZZLES, Ask, Puzzle
+from hfsparse.profiler.verify import trials
+from hfsparse.profiler.verify.trials import Trial
+from hfsparse_eval.run.prompter import Prompter, Sample
+from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
-from hfsparse_eval.text import KEYS, key
+from hfsparse_eval.tasks.haystack import KEYS, key
 
 ABLE = 0.7  # a task counts if the dense model says so large a share of its values
 TURNS, WINDOW, SEED = 5, 512, 7

@@ -34,7 +34,8 @@ from decode import SKIP, cache_bytes, endless, plan_of, prompted
 from journal import Journal, end_in_order
 
 import hfsparse
-from hfsparse import bench, memory, patcher
+from hfsparse import bench, patcher
+from hfsparse.patcher import generation, memory
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
 
@@ -56,7 +57,7 @@ def plan(model, arm: str, pattern: str) -> Plan | None:
 
 
 def chunk_of(arm: str, tokens: int) -> int:
-    return patcher.CHUNK if arm != STOCK and tokens > patcher.LONG else 0
+    return patcher.CHUNK if arm != STOCK and tokens > generation.LONG else 0
 
 
 def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple) -> dict:

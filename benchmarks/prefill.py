@@ -43,7 +43,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import peers
 
-from hfsparse.kernels import Need, fa4, reference, triton_estimate, triton_prefill
+from hfsparse.kernels import Need, fa4, reference
+from hfsparse.kernels.triton import estimate as triton_estimate
+from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK

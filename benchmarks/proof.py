@@ -25,8 +25,8 @@ from queue import SimpleQueue
 
 from journal import cards, end_in_order
 
-from hfsparse_eval import report
-from hfsparse_eval.results import Results, Settings
+from hfsparse_eval.report import page as report
+from hfsparse_eval.run.results import Results, Settings
 
 
 def main() -> None:

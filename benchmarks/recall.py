@@ -22,7 +22,7 @@ from torch import Tensor
 
 import hfsparse
 from hfsparse.lists import Grid
-from hfsparse.loading import load
+from hfsparse.models.loading import load
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hfsparse
 from hfsparse import bench, kernels
 from hfsparse.lists import Band, Grid, default_block
-from hfsparse.patcher import CACHES
+from hfsparse.models.names import CACHES
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 

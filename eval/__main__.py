@@ -1,3 +1,3 @@
-from .cli import app
+from hfsparse_eval.cli import app
 
 app(prog_name="hfsparse eval")

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from hfsparse.cli import BeyondWindow, Commands
-from hfsparse.loading import UsageError
-
-from .decode import DECODES
-from .job import DATA, Run, check_window, listed, pick, positive, sized
-from .options import (
+from hfsparse.cli.application import Commands
+from hfsparse.cli.profile import BeyondWindow
+from hfsparse.errors import UsageError
+from hfsparse_eval.command import DATA, Run, check_window, listed, pick, positive, sized
+from hfsparse_eval.options import (
     Arms,
     Batch,
     Cap,
@@ -33,9 +32,10 @@ from .options import (
     Squad,
     SuiteOption,
 )
-from .suites import Size
-from .talks import TALKS
-from .tasks import TASKS, Niah, with_books
+from hfsparse_eval.suites import Size
+from hfsparse_eval.tasks import TASKS, Niah, with_books
+from hfsparse_eval.tasks.conversations import TALKS
+from hfsparse_eval.tasks.long_answers import DECODES
 
 app = typer.Typer(
     cls=Commands,
@@ -147,7 +147,7 @@ def turns(
 
     The text is read before any question is known.
     """
-    from .talks import rules
+    from hfsparse_eval.tasks.conversations import rules
 
     chosen = pick(tasks, TALKS)
     size = sized(suite, lengths, samples, USUAL)
@@ -177,8 +177,8 @@ def custom(
 
     An answer is right where it contains one of the right ones (all of them: --metric all).
     """
-    from .custom import Questions, read
-    from .talks import rules
+    from hfsparse_eval.tasks.conversations import rules
+    from hfsparse_eval.tasks.own_questions import Questions, read
 
     items, mark = read(data)
     asked = any(item.draft.asks for item in items)
@@ -243,7 +243,7 @@ def ppl(
     dtype: Dtype = "auto",
 ) -> None:
     """Perplexity, and the divergence of the next token's distribution from dense, by position."""
-    from . import ppl as judge
+    from hfsparse_eval.probes import perplexity as judge
 
     content, mark = judge.source(data)
     size = sized(suite, lengths, samples, USUAL)
@@ -282,7 +282,7 @@ def recall(
     chat: ChatOption = Chat.auto,
 ) -> None:
     """Which heads lose the needle under a plan, and which of its words did it."""
-    from . import recall as judge
+    from hfsparse_eval.probes import recall as judge
 
     chosen = pick(tasks, {name: TASKS[name] for name in PLACED})
     size = sized(suite, lengths, samples, USUAL)
@@ -296,7 +296,7 @@ def recall(
 
 def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:
     """The task with so many needles, in a haystack of the user's own, and what names that."""
-    from .text import own
+    from hfsparse_eval.tasks.haystack import own
 
     if needles > 1:
         task = replace(task, name=f"{task.name}_x{needles}", keys=needles, queries=needles)
@@ -313,7 +313,7 @@ def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict
 
 def _known(squad: str | None, hotpotqa: str | None) -> tuple[dict, dict[str, str]]:
     """Every task that can be run with this data, and by which data."""
-    from . import qa
+    from hfsparse_eval.tasks import documents as qa
 
     books, marks = {}, {}
     if squad is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .suites import SUITES
+from hfsparse_eval.suites import SUITES
 
 
 class Chat(str, Enum):

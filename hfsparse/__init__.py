@@ -11,13 +11,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hfsparse.version import __version__
+
 if TYPE_CHECKING:
-    from hfsparse.patcher import explain, patch, unpatch
+    from hfsparse.patcher import patch
+    from hfsparse.patcher.explain import explain
+    from hfsparse.patcher.undo import unpatch
     from hfsparse.plan import Plan
     from hfsparse.profiler import profile
 
-__version__ = "0.1.0"
-__all__ = ["Plan", "explain", "patch", "profile", "unpatch"]
+__all__ = ["Plan", "__version__", "explain", "patch", "profile", "unpatch"]
 
 # Imported at first use, so that `hfsparse --help` needs neither torch nor transformers.
 _HOME = {"Plan": "plan", "explain": "patcher", "patch": "patcher", "unpatch": "patcher"}

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hfsparse
 from hfsparse import kernels
-from hfsparse.fingerprint import text_config
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS

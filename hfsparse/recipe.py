@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hfsparse import reading
-from hfsparse.loading import UsageError
-from hfsparse.plan_rules import BAD, nearest, show
-from hfsparse.plan_yaml import plain
+from hfsparse.errors import UsageError
+from hfsparse.plan.nodes import plain
+from hfsparse.plan.parts import BAD
+from hfsparse.plan.words import nearest, show
 from hfsparse.profiler import profile
 
 HERE = Path(__file__).parent

@@ -31,7 +31,7 @@ def smollm2() -> Path:
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
     """Full rows of a cache hold NaN where nothing was stored, not what the memory held before."""
-    cache = sys.modules.get("hfsparse.cache")
+    cache = sys.modules.get("hfsparse.runtime.cache.layer")
     if cache is not None:
         made = cache._buffer
         monkeypatch.setattr(cache, "_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan")))

@@ -16,14 +16,16 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse import graphs, kernels
-from hfsparse.attention import Step
+from hfsparse import kernels
 from hfsparse.lists import PAGE, BlockLists
 from hfsparse.plan import Below
+from hfsparse.runtime import graphs
+from hfsparse.runtime.decode import Step
+from hfsparse.runtime.graphs import recording
 from tests.patcher import families, runs
 
 
-class Frozen(graphs.Graph):
+class Frozen(recording.Graph):
     """Its Python is what is replayed."""
 
     recorded, wrong = 0, ""  # how many, and what is wrong with their replays
@@ -39,11 +41,11 @@ class Frozen(graphs.Graph):
     def replay(self, given, rows):
         step = Step.single(self.past, self.rows, torch.tensor(rows))
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-        with graphs._recording(step, self.serving), self.wrong_page():
-            output = self.call(**graphs._without_cache({**self.given, **tensors}))
+        with recording._recording(step, self.serving), self.wrong_page():
+            output = self.call(**recording._without_cache({**self.given, **tensors}))
         if self.wrong == "bit":
             output.last_hidden_state[0, 0, 0] *= 1 + torch.finfo(torch.float32).eps
-        return graphs._with_cache(output, given)
+        return recording._with_cache(output, given)
 
     @contextmanager
     def wrong_page(self):

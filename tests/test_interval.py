@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hfsparse.interval import chance, interval
-from hfsparse.profiler.answers import lost
+from hfsparse.profiler.verify.answers import lost
 
 RUNS = 200
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from rich.console import Console
 
-from hfsparse.profiler.job import bar
+from hfsparse.profiler.progress import bar
 from hfsparse.progress import Bar, Clock
 
 

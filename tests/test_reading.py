@@ -6,18 +6,23 @@ import re
 import pytest
 import yaml
 
-from hfsparse import cli, headmap, recipe
-from hfsparse.importers import import_plan
-from hfsparse.loading import UsageError, load
-from hfsparse.plan import ModelId, Plan, PlanError
-from hfsparse.profiler.job import Parts
-from hfsparse.profiler.prompts import read_jsonl
-from hfsparse_eval import custom, qa, text
-from hfsparse_eval.job import Run
+from hfsparse import recipe
+from hfsparse.cli import application, run
+from hfsparse.errors import UsageError
+from hfsparse.models import loading
+from hfsparse.models.loading import load
+from hfsparse.plan import ModelId, Plan, PlanError, headmap
+from hfsparse.plan.importers import import_plan
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.prompts.calibration import read_jsonl
+from hfsparse_eval.command import Run
 from hfsparse_eval.suites import Size
+from hfsparse_eval.tasks import documents as qa
+from hfsparse_eval.tasks import haystack as text
+from hfsparse_eval.tasks import own_questions as custom
 from tests import tiny
 from tests.eval.test_qa import HOTPOT, SQUAD
-from tests.test_importers import DUO, GATES, MINFERENCE, MOA, config
+from tests.plan.test_importers import DUO, GATES, MINFERENCE, MOA, config
 
 PLAN = Plan.full(ModelId.of(config()))
 
@@ -34,7 +39,7 @@ def duo(path):
 
 # Of each reader: the name of its file, a text of several lines, and what reads it.
 READERS = {
-    "prompt": ("p.txt", "one\ntwo é\n\nthree", cli._read_prompt),
+    "prompt": ("p.txt", "one\ntwo é\n\nthree", run._read_prompt),
     "calibration": ("d.jsonl", '{"text": "é"}\n\n{"prompt": "b", "answer": "c"}\n', read_jsonl),
     "plan": ("plan.yaml", PLAN.dumps() + "# é\n", lambda path: Plan.load(path).hash()),
     "recipe": ("own.yaml", "# é\nmethod: duo\nsamples: 2\n", lambda path: recipe.load(str(path))),
@@ -120,7 +125,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_file_is_written(tmp_path, monkeyp
     headmap.png(PLAN, "~/plan.png")
     Parts("~/new.yaml", "{}")
     Run("needle", "model", (), Size(1, (1024,)), 0, type(tmp_path)("~/out"), None)
-    cli.check_writable(type(tmp_path)("~/other.yaml"))
+    application.check_writable(type(tmp_path)("~/other.yaml"))
     for name in ("plan.yaml", "plan.png", "new.yaml.parts", "out"):
         assert (tmp_path / name).exists()
     assert not (tmp_path / "~").exists()
@@ -131,7 +136,7 @@ def test_a_tilde_is_the_home_folder_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     tiny.save(tmp_path / "llama")
     assert load("~/llama", "cpu")[0].config.num_hidden_layers == 2
-    assert cli._config("~/llama").num_hidden_layers == 2
+    assert loading._config("~/llama").num_hidden_layers == 2
 
 
 # ---- JSON, a line or a file

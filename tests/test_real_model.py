@@ -10,12 +10,13 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse.loading import load
+from hfsparse.models.loading import load
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, Plan
 from hfsparse.stats import Stats
-from hfsparse_eval.generate import answer
-from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.run.generate import answer
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hfsparse.kernels import dense, reference
-from hfsparse.kernels.places import Places
 from hfsparse.lists import BlockLists, Grid, PageLists
-from hfsparse.selectors.choice import Choice
+from hfsparse.lists.choice import Choice
+from hfsparse.lists.places import Places
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def _no_triton(need: Need) -> str | None:
 
 
 def _triton_prefill(need: Need) -> str | None:
-    return _no_triton(need) or import_module("hfsparse.kernels.triton_prefill").why_not(need)
+    return _no_triton(need) or import_module("hfsparse.kernels.triton.prefill").why_not(need)
 
 
 def _triton_decode(need: Need) -> str | None:
-    return _no_triton(need) or import_module("hfsparse.kernels.triton_decode").why_not(need)
+    return _no_triton(need) or import_module("hfsparse.kernels.triton.decode").why_not(need)
 
 
 def _fa4(need: Need) -> str | None:
@@ -110,11 +110,11 @@ FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 PREFILL = (
     Kernel("FA4", _fa4_prefill, _fa4),
     Kernel("torch sdpa", dense.prefill, _dense_only),
-    Kernel("Triton", _lazily("hfsparse.kernels.triton_prefill", "prefill"), _triton_prefill),
+    Kernel("Triton", _lazily("hfsparse.kernels.triton.prefill", "prefill"), _triton_prefill),
     Kernel("reference (PyTorch)", reference.prefill, lambda need: None),
 )
 DECODE = (  # the first serves all stores of a layer at once, the others one store a call
-    Kernel("Triton", _lazily("hfsparse.kernels.triton_decode", "decode"), _triton_decode),
+    Kernel("Triton", _lazily("hfsparse.kernels.triton.decode", "decode"), _triton_decode),
     Kernel("torch sdpa", dense.decode, _dense_only),
     Kernel("reference (PyTorch)", reference.decode, lambda need: None),
 )
@@ -134,7 +134,7 @@ def fused(need: Need) -> bool:
 def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """`pattern.lists`, fused where it can be."""
     if _no_triton(Need.of(q, k, k)) is None:
-        fused = import_module("hfsparse.kernels.triton_estimate")
+        fused = import_module("hfsparse.kernels.triton.estimate")
         if fused.why_not(pattern, q, grid) is None:
             return fused.lists(pattern, q.detach(), k.detach(), grid, scale)
     return pattern.lists(q, k, grid, scale)
@@ -159,7 +159,7 @@ def choose_pages(
     [Hkv] int64: by how many keys the lists hold, it is raised.
     """
     if _no_triton(Need.of(q, low, low)) is None:
-        fused = import_module("hfsparse.kernels.triton_quest")
+        fused = import_module("hfsparse.kernels.triton.quest")
         if fused.why_not(selector, q, low) is None:
             q, some = (q, heads) if isinstance(heads, Tensor) else (q[:, heads], None)
             more = some, below, choice, read
@@ -178,7 +178,7 @@ def append(k: Tensor, v: Tensor, into: Places, at: Tensor) -> bool:
     need = Need.of(k, into.k, into.v, v)  # whichever of the four is trained
     if _no_triton(need) is not None:
         return False
-    fused = import_module("hfsparse.kernels.triton_append")
+    fused = import_module("hfsparse.kernels.triton.append")
     if fused.why_not(need) is not None:
         return False
     fused.append(k, v, into, at)
@@ -189,5 +189,5 @@ def pairs(lists: BlockLists) -> Tensor:
     """[B, H] query-key pairs kept."""
     counts = lists.full_count
     if _no_triton(Need(counts.device, torch.float32, 0, 0)) is None:
-        return import_module("hfsparse.kernels.triton_count").pairs(lists)
+        return import_module("hfsparse.kernels.triton.count").pairs(lists)
     return lists.pairs()

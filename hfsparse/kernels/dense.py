@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hfsparse.kernels.reference import positions
+from hfsparse.kernels.positions import positions
 from hfsparse.lists import Grid
 
 MASK = 1 << 22  # booleans in the largest mask built at a time

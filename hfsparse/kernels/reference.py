@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hfsparse.kernels.positions import positions
 from hfsparse.lists import PAGE, RATE_ONE, BlockLists, PageLists
 from hfsparse.precision import without_autocast
 
@@ -241,9 +242,3 @@ def decode(
         bare = s_aux.float().to(device).view(1, Hkv, group, 1).expand(B, -1, -1, Q)
         bare = bare.reshape(B * Hkv, -1, 1)
     return state.result(bare).view(B, Hq, Q, -1).to(v.dtype)
-
-
-def positions(key_pos: Tensor | None, length: Tensor, slots: int) -> Tensor:
-    """[B, slots] position of each slot, -1 where it holds nothing."""
-    slot = torch.arange(slots, device=length.device)
-    return torch.where(slot < length[:, None], slot if key_pos is None else key_pos, -1)

@@ -38,10 +38,4 @@ def register(kind: str) -> Callable[[type], type]:
     return add
 
 
-def require(ok: bool, message: str) -> None:
-    """Raise ValueError with `message` unless a parameter check holds."""
-    if not ok:
-        raise ValueError(message)
-
-
 from hfsparse.patterns import antidiagonal, block_topk, streaming, vertical_slash  # noqa: E402, F401

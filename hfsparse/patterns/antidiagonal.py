@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
-from hfsparse.patterns import OWN, register, require
+from hfsparse.patterns import OWN, register
 from hfsparse.precision import exact
+from hfsparse.registry import require
 from hfsparse.shares import counted, ratio, share_of
 
 STRIDE = 16  # tokens in a group

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import FAR, BlockLists, Grid
-from hfsparse.patterns import register, require
+from hfsparse.patterns import register
 from hfsparse.precision import exact
+from hfsparse.registry import require
 
 PROBES = 64  # last queries of a row whose attention is computed
 FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100  # always kept, as in the paper's code

@@ -24,27 +24,29 @@ import transformers
 from transformers import PreTrainedModel
 
 import hfsparse
-from hfsparse.fingerprint import linear_layers, weights_mark, windows
-from hfsparse.headmap import write_png
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import linear_layers, weights_mark, windows
+from hfsparse.models.window import SHORTEST, calibration_lengths, limit
 from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler import (
+from hfsparse.plan.headmap import write_png
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.measure.proxies import PROXIES
+from hfsparse.profiler.methods import (
     balanced,
     duo,
-    key_tokens,
     minference,
     minference_error,
     mixed,
     moa,
     streaming_llm,
 )
-from hfsparse.profiler import verify as proof
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.job import Job, Parts, bar, silent
-from hfsparse.profiler.prompts import Prompt, samples
-from hfsparse.profiler.proxies import PROXIES
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import bar, silent
+from hfsparse.profiler.prompts.calibration import Prompt, samples
+from hfsparse.profiler.solve.allocation import Budget
+from hfsparse.profiler.verify import key_tokens
+from hfsparse.profiler.verify import refine as proof
 from hfsparse.progress import Clock
-from hfsparse.window import SHORTEST, calibration_lengths, limit
 
 METHODS = {
     "balanced": balanced,

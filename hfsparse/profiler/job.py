@@ -6,24 +6,19 @@ A method is a module of this package with one function, `plan(job) -> Plan`, and
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfsparse.figures import Prompts, predict
-from hfsparse.fingerprint import windows
+from hfsparse.models.fingerprint import windows
+from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.prompts import Prompt
-from hfsparse.progress import Bar, Clock
-from hfsparse.reading import local
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.solve.allocation import Budget
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,73 +82,3 @@ class Job:
         """Rows so short that none like them were looked at stay full."""
         floor = min(self.prompts) // 2
         return Below(floor, floor, floor)
-
-
-def mark(*given) -> str:
-    """Names a part after what it was made from."""
-    seen = hashlib.sha256()
-    for each in given:
-        seen.update(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode())
-    return seen.hexdigest()[:12]
-
-
-class Parts:
-    """Arrays made so far, in a folder beside the plan until it is written, for one setting.
-
-    Without a plan file (`out` None) nothing is kept.
-    """
-
-    def __init__(self, out: str | Path | None, settings: str):
-        self.folder = None if out is None else local(f"{out}.parts")
-        if self.folder is None:
-            return
-        mark = self.folder / "settings.json"
-        if mark.is_file() and mark.read_text(encoding="utf-8") == settings:
-            return
-        self.remove()
-        self.folder.mkdir(parents=True)
-        mark.write_text(settings, encoding="utf-8")
-
-    def get(
-        self, key: str | int, compute: Callable[[], dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """What an earlier run computed under this key (a file name), or what `compute` answers."""
-        if self.folder is None:
-            return compute()
-        file = self.folder / f"{key}.npz"
-        if not self._whole(file):
-            draft = file.with_suffix(".draft.npz")
-            np.savez(draft, **compute())
-            draft.replace(file)
-        with np.load(file) as saved:
-            return dict(saved)
-
-    def _whole(self, file: Path) -> bool:
-        """Whether an earlier run wrote this file and it can be read."""
-        try:
-            with file.open("rb") as opened, np.load(opened) as saved:
-                return bool(dict(saved))
-        except (OSError, ValueError, EOFError, BadZipFile):
-            return False
-
-    def remove(self) -> None:
-        if self.folder is not None and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-
-
-def silent(pairs: Iterable[tuple[str, object]]) -> Iterator:
-    """Each item, without a bar."""
-    for _, item in pairs:
-        yield item
-
-
-def bar(clock: Clock, pairs: Iterable[tuple[str, object]]) -> Iterator:
-    """Each item, with a progress bar that shows its label; the bars of one job share a clock."""
-    if not (pairs := list(pairs)):
-        return  # all is known
-    with Bar(clock=clock) as shown:
-        task = shown.add_task(pairs[0][0], total=len(pairs))
-        for label, item in pairs:
-            shown.update(task, description=label)
-            yield item
-            shown.advance(task)

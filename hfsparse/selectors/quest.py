@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE, PageLists
-from hfsparse.patterns import require
 from hfsparse.precision import exact
+from hfsparse.registry import require
 from hfsparse.selectors import register
 from hfsparse.shares import counted, ratio, share_of
 

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hfsparse_eval import text
-from hfsparse_eval.samples import Prompter
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.tasks import haystack as text
 from tests import tiny
 
 CHAT = (

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.plan import ModelId, Plan
-from hfsparse_eval import arms, presses
-from hfsparse_eval.generate import answer
-from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval import arms
+from hfsparse_eval.arms import kvpress as presses
+from hfsparse_eval.run.generate import answer
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
 from tests.patcher.families import WINDOW, fresh, tokens

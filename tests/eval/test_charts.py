@@ -4,8 +4,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from hfsparse_eval import charts
-from hfsparse_eval.paired import change
+from hfsparse_eval.report import charts
+from hfsparse_eval.report.statistics import change
 
 ARMS = [f"kvpress:ExpectedAttention:0.{i}:agnostic" for i in range(12)]
 

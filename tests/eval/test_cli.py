@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hfsparse.plan import ModelId, Plan
 from hfsparse_eval.cli import app
-from hfsparse_eval.job import sized
+from hfsparse_eval.command import sized
 from hfsparse_eval.suites import Size
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
@@ -181,7 +181,7 @@ def test_needle_draws_its_grid(call, tmp_path):
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(call, monkeypatch):
-    from hfsparse_eval import runner
+    from hfsparse_eval.run import runner
 
     def stop(*args):
         raise KeyboardInterrupt

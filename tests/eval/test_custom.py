@@ -7,13 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 import hfsparse
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval import generate, runner
 from hfsparse_eval.cli import app
-from hfsparse_eval.custom import Questions, read
-from hfsparse_eval.samples import Prompter
+from hfsparse_eval.run import generate, runner
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.tasks.own_questions import Questions, read
 
 GOOD = {"prompt": "Where is the sea?", "answers": ["here", "there"]}
 TALK = {**GOOD, "id": "talk", "turns": [{"prompt": "And the sky?", "answers": ["above"]}]}

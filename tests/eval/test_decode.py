@@ -7,11 +7,13 @@ from random import Random
 import pytest
 
 from hfsparse.plan import ModelId, Plan
-from hfsparse_eval import decode, text
-from hfsparse_eval.cells import Cell, Outcome
-from hfsparse_eval.decode import DECODES
-from hfsparse_eval.samples import Case, Maker, Prompter
-from hfsparse_eval.tasks import score
+from hfsparse_eval.report import sections
+from hfsparse_eval.report.pairs import Cell, Outcome
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Case, Maker
+from hfsparse_eval.tasks import haystack as text
+from hfsparse_eval.tasks.long_answers import DECODES
+from hfsparse_eval.tasks.scores import score
 from tests.eval.running import goes_on
 
 GOLDEN = {
@@ -76,12 +78,12 @@ def test_agreement_is_by_position_and_counts_an_early_end_as_different():
     dense = [*range(20)]
     other = [*range(18), 99, 19]
     short = [*range(4)]
-    assert decode.first_difference(decode.agreement(dense, other)) == 18
-    assert decode.first_difference(decode.agreement(dense, short)) == 4
-    assert decode.first_difference(decode.agreement(dense, dense)) is None
+    assert sections.first_difference(sections.agreement(dense, other)) == 18
+    assert sections.first_difference(sections.agreement(dense, short)) == 4
+    assert sections.first_difference(sections.agreement(dense, dense)) is None
     arms = [line(ids) for ids in (dense, other, short)]
     cell = Cell("decode_sum", "512", [line(dense)] * 3, arms)
-    (row,) = decode.by_position(Outcome({}, [cell])).rows
+    (row,) = sections.by_position(Outcome({}, [cell])).rows
     # positions 0 to 15: 16 + 16 + 4 of 48 equal; 16 to 19: 4 + 3 + 0 of 12; first at 18 and 4
     assert row == ["decode_sum", "512", "1 of 3", "11", "75", "58", "–", "–", "–"]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from hfsparse_eval.drafts import insert, largest, mean_depth
+from hfsparse_eval.tasks.draft import insert, largest, mean_depth
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0, None), (1, 1), (6, 6), (10, 10), (99, 10)])

@@ -6,11 +6,12 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
-from hfsparse.loading import UsageError
-from hfsparse_eval import text
+from hfsparse.errors import UsageError
 from hfsparse_eval.cli import _hidden, app
-from hfsparse_eval.samples import Case, Maker, Prompter
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.tasks import haystack as text
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2", "niah_multikey_2"])

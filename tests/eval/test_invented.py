@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from hfsparse_eval.invented import SPELLINGS, one_hop, spell, two_hops
+from hfsparse_eval.tasks.invented_documents import SPELLINGS, one_hop, spell, two_hops
 
 
 def test_spellings_are_all_distinct():

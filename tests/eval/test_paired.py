@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import binom, norm
 
 from hfsparse.interval import interval
-from hfsparse_eval.paired import change, mcnemar
-from hfsparse_eval.verdict import verdict
+from hfsparse_eval.report.statistics import change, mcnemar
+from hfsparse_eval.report.verdict import verdict
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ SHARES = {"pair density": 0.222, "KV share": None}
     ],
 )
 def test_a_plan_is_judged_by_its_own_promise(changes, promise, expected):
-    from hfsparse_eval.paired import Change
+    from hfsparse_eval.report.statistics import Change
 
     seen = Change(100, *changes, alike=False)
     assert expected in verdict(seen, SHARES, promise, [2048, 4096])

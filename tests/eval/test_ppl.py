@@ -7,11 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 import hfsparse
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval import ppl
 from hfsparse_eval.cli import app
+from hfsparse_eval.probes import perplexity as ppl
 from tests.eval.running import goes_on
 
 TEXT = " ".join(f"The {n} seas are {n * 7 % 31} miles deep." for n in range(400))

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfsparse.loading import UsageError
-from hfsparse_eval import qa
+from hfsparse.errors import UsageError
+from hfsparse_eval.tasks import documents as qa
 
 SQUAD = {
     "version": "v2.0",

@@ -11,9 +11,10 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
-from hfsparse_eval import recall
 from hfsparse_eval.cli import app
-from hfsparse_eval.samples import Case, Maker, Prompter
+from hfsparse_eval.probes import recall
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
 from tests.eval.running import goes_on
 from tests.patcher import oracle

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hfsparse_eval import heatmap, render, report
-from hfsparse_eval.results import Results, Settings
+from hfsparse_eval.report import heatmap, render, tables
+from hfsparse_eval.report import page as report
+from hfsparse_eval.run.results import Results, Settings
 
 SETTINGS = Settings(
     "ruler", "some/model", "sha256:m", "w", "0.1.0", "bfloat16", 7, "auto", None, "CPython 3.x"
@@ -221,7 +222,7 @@ def test_rows_are_by_task_then_length_as_numbers():
     ],
 )
 def test_the_effective_length_is_the_longest_that_reaches_rulers_bar(means, expected):
-    assert report.effective_length(means) == expected
+    assert tables.effective_length(means) == expected
 
 
 def at_lengths(arm, scores):

@@ -9,14 +9,15 @@ import torch
 from transformers import GenerationConfig
 
 import hfsparse
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval import generate, runner
 from hfsparse_eval.arms import Arm, Sparse
-from hfsparse_eval.generate import together
-from hfsparse_eval.results import Results, Settings
-from hfsparse_eval.samples import Prompter, Suite
+from hfsparse_eval.run import generate, runner
+from hfsparse_eval.run.generate import together
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.results import Results, Settings
+from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 
 SETTINGS = Settings("ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "auto", 4, "prose")

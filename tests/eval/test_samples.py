@@ -4,8 +4,9 @@ from random import Random
 
 import pytest
 
-from hfsparse.loading import UsageError
-from hfsparse_eval.samples import Case, Maker, Prompter, Suite
+from hfsparse.errors import UsageError
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Case, Maker, Suite
 from hfsparse_eval.tasks import TASKS
 from tests.eval.conftest import CHAT
 

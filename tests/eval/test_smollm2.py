@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse_eval import smollm2 as maker
 
 

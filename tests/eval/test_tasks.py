@@ -6,9 +6,10 @@ from random import Random
 
 import pytest
 
-from hfsparse_eval import text
-from hfsparse_eval.qa import Book, DocumentQA, Question
-from hfsparse_eval.tasks import TASKS, clean, score, with_books
+from hfsparse_eval.tasks import TASKS, with_books
+from hfsparse_eval.tasks import haystack as text
+from hfsparse_eval.tasks.documents import Book, DocumentQA, Question
+from hfsparse_eval.tasks.scores import clean, score
 from tests.eval.drafting import NEEDLE, draft
 
 COUNTED = ("cwe", "fwe")

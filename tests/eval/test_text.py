@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from hfsparse_eval import text
+from hfsparse_eval.tasks import haystack as text
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval import generate, text
 from hfsparse_eval.cli import app
-from hfsparse_eval.samples import Case, Maker, Prompter
-from hfsparse_eval.talks import ASKED, TALKS
+from hfsparse_eval.run import generate
+from hfsparse_eval.run.prompter import Prompter
+from hfsparse_eval.run.samples import Case, Maker
+from hfsparse_eval.tasks import haystack as text
+from hfsparse_eval.tasks.conversations import ASKED, TALKS
 from tests.eval.running import goes_on
 
 GOLDEN = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfsparse.cache import Full, Group, Ring
-from hfsparse.kernels import triton_append
+from hfsparse.kernels.triton import append as triton_append
 from hfsparse.lists import Band
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.ring import Ring
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled
 from tests.kernels import stores

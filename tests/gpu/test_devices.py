@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 
 import hfsparse
-from hfsparse.patcher import PatchError
+from hfsparse.errors import PatchError
 from tests.gpu.test_graphs import graphs, inputs
 from tests.patcher.families import choosing, fresh, full, mixed
 from tests.patcher.runs import generate

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfsparse.kernels import reference, triton_estimate, triton_prefill
+from hfsparse.kernels import reference
+from hfsparse.kernels.triton import estimate as triton_estimate
+from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.vertical_slash import VerticalSlash

@@ -8,7 +8,7 @@ import torch
 import hfsparse
 from hfsparse.kernels import flex
 from hfsparse.lists import Band
-from hfsparse.profiler import duo
+from hfsparse.profiler.methods import duo
 from tests import tiny
 from tests.gpu.common import DEVICE, near, on_gpu
 from tests.helpers import truth

@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse.graphs import Graph
 from hfsparse.lists import PAGE
+from hfsparse.runtime.graphs.recording import Graph
 from tests import worlds
 from tests.frozen import Scaled, by_steps
 from tests.gpu.common import DEVICE
@@ -290,7 +290,7 @@ def test_two_models_replay_in_turn_in_the_memory_that_they_share():
 def test_every_graph_is_checked_bit_for_bit(monkeypatch, plan, dtype, fuse):
     """A replay gives the bits of the same step run live: no rounding is asked for, in no dtype."""
     model, (ids, mask) = fresh("llama").to(DEVICE, dtype), inputs(200, (0, 9))
-    monkeypatch.setattr("hfsparse.graphs.NOISE", -1)
+    monkeypatch.setattr("hfsparse.runtime.graphs.NOISE", -1)
     with hfsparse.patch(model, plan(model), fuse=fuse):
         for _ in range(2):
             cache = DynamicCache()

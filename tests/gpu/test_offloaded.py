@@ -3,8 +3,8 @@
 from accelerate import cpu_offload
 
 import hfsparse
-from hfsparse.loading import input_device
-from hfsparse.window import calibration_lengths
+from hfsparse.models.loading import input_device
+from hfsparse.models.window import calibration_lengths
 from tests import tiny
 from tests.gpu.common import DEVICE
 

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import hfsparse
 from hfsparse import bench, kernels
-from hfsparse.attention import NAME, attend
+from hfsparse.runtime.attend import attend
+from hfsparse.runtime.masks import NAME
 from tests.gpu.common import BF16, DEVICE
 from tests.patcher.families import (
     FAMILIES,
@@ -45,7 +46,7 @@ def whole_float32():
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
 @pytest.mark.parametrize("chunk", [None, 300])
 def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch, tmp_path):
-    monkeypatch.setattr("hfsparse.attention.default_block", lambda tokens, device: 128)
+    monkeypatch.setattr("hfsparse.runtime.attend.default_block", lambda tokens, device: 128)
     model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
     results = []

@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from hfsparse.kernels import dense, fa4, pairs, reference, triton_prefill
+from hfsparse.kernels import dense, fa4, pairs, reference
+from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
 from tests.gpu.common import (
     BF16,

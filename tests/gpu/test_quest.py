@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfsparse.kernels import triton_quest
+from hfsparse.kernels.triton import quest as triton_quest
 from hfsparse.lists import PAGE
-from hfsparse.selectors.choice import Choice
+from hfsparse.lists.choice import Choice
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled, rounding, unwritten
 

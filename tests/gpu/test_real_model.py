@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hfsparse
-from hfsparse.loading import load
+from hfsparse.models.loading import load
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS

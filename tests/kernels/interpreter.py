@@ -97,7 +97,7 @@ def _bound() -> None:
     """Have the interpreter raise where a kernel reads or writes outside of its tensors."""
     from triton.runtime import interpreter as triton
 
-    from hfsparse.kernels.places import Table
+    from hfsparse.lists.places import Table
 
     memory = triton._interpreter = _Memory(triton._interpreter)
     convert, places, tables = triton.GridExecutor._init_args_hst, Table.places, []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hfsparse.kernels import places
-from hfsparse.lists import FULL, Band, PageLists
+from hfsparse.lists import FULL, Band, PageLists, places
 
 
 def one(k: Tensor, v: Tensor, *args, **more):
@@ -17,7 +16,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, pages: PageLists | None = None, **more
 ) -> Tensor:
     """`triton_decode.decode`; more: band, size and below of a ring, and the kernel's own."""
-    from hfsparse.kernels import triton_decode
+    from hfsparse.kernels.triton import decode as triton_decode
 
     ring = {name: more.pop(name) for name in ("band", "size", "below") if name in more}
     k, v = k.contiguous(), v.contiguous()
@@ -27,7 +26,7 @@ def decode(
 
 def append(*, k, v, into_k, into_v, query_pos, sink=0, size=0, low=None, high=None) -> None:
     """`triton_append.append`."""
-    from hfsparse.kernels import triton_append
+    from hfsparse.kernels.triton import append as triton_append
 
     into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)
     triton_append.append(k, v, into, query_pos)

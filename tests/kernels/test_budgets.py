@@ -72,7 +72,7 @@ def ended(blocks: list[int]) -> Grid:
 
 def best(share: float, blocks: list[int]) -> Tensor:
     """How many blocks the kernel keeps for each row of so many."""
-    from hfsparse.kernels import triton_select
+    from hfsparse.kernels.triton import select as triton_select
 
     grid = ended(blocks)
     lists = triton_select.empty(grid, 1, grid.nk)

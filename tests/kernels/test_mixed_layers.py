@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from hfsparse import kernels
-from hfsparse.attention import Counts, Logits, Step, _decode
-from hfsparse.cache import Full, Group, Layer
 from hfsparse.lists import PAGE, Band, HeadIndex, PageLists
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.counts import Counts
+from hfsparse.runtime.decode import Step, _decode
+from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
 from tests.helpers import close
 from tests.kernels.interpreter import interpreter

@@ -10,8 +10,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, QuantoQuantizedLayer
 
 import hfsparse
-from hfsparse.cache import CacheError, Layer
-from hfsparse.patcher import PatchError
+from hfsparse.errors import CacheError, PatchError
+from hfsparse.runtime.cache.layer import Layer
 from tests.patcher.families import choosing, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, forward, generate, same_generation

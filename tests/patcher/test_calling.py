@@ -14,8 +14,8 @@ import transformers
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse.cache import SLACK, Ring
-from hfsparse.patcher import PatchError
+from hfsparse.errors import PatchError
+from hfsparse.runtime.cache.ring import SLACK, Ring
 from tests.patcher.families import SIZES, fresh, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.runs import close, far, forward, generate, same_generation
 from tests.patcher.test_generation import checkpointing

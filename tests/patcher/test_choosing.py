@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse import attention
 from hfsparse.plan import Below
+from hfsparse.runtime import attend as attention
+from hfsparse.runtime import decode
 from tests.patcher.families import choosing, fresh, left_padded, tiny, tokens
 from tests.patcher.runs import continue_with, forward
 
@@ -91,7 +92,7 @@ def test_two_caches_keep_their_own_choices():
 @pytest.mark.parametrize("below", [0, 603], ids=["all", "beside_a_short_row"])
 def test_a_layer_reads_what_another_chose_and_stats_count_it(below):
     """Shares are counted from the lists that the decode kernel got."""
-    model, lists, decoder = tiny("qwen2"), [], attention._decoder
+    model, lists, decoder = tiny("qwen2"), [], decode._decoder
 
     def watched(*args, **more):
         kernel = decoder(*args, **more)

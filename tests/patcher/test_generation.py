@@ -11,8 +11,10 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 import hfsparse
-from hfsparse.cache import SLACK, Full
-from hfsparse.patcher import NUMBERED, SERVING, PatchError
+from hfsparse.errors import PatchError
+from hfsparse.patcher.generation import NUMBERED, SERVING
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.ring import SLACK
 from tests.patcher.families import (
     SCALED,
     SIZES,
@@ -176,7 +178,7 @@ def test_attention_dropout_is_refused():
 
 def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
     model, seen = tiny("llama"), []
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
     with hfsparse.patch(model, streaming(model)):
         hook = model.model.register_forward_pre_hook(
@@ -209,7 +211,7 @@ def test_very_long_prompts_are_read_in_chunks_only_where_one_call_says_the_same(
 ):
     ids, mask = left_padded(210) if padded else (tokens(2, 210), None)
     want = generate(rotated(rope), ids, mask)
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
     model = rotated(rope)  # dynamic rope remembers the longest call
     seen = calls(model)
@@ -233,7 +235,7 @@ def test_a_very_long_prompt_of_a_hybrid_is_read_in_one_call(monkeypatch):
     config = transformers.JambaConfig(**{n: x for n, x in sizes.items() if n != "head_dim"})
     model, ids = transformers.JambaForCausalLM(config).eval(), tokens(1, 210)
     want = generate(model, ids)
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
     with hfsparse.patch(model) as handle:
         same_generation(generate(model, ids), want)
@@ -250,7 +252,7 @@ def test_chunks_that_are_asked_for_are_those_of_the_stock_model(rope):
 
 
 def test_a_settings_object_of_the_callers_own_is_left_as_it_was(monkeypatch):
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     model, own = rotated("default"), GenerationConfig(max_new_tokens=2, do_sample=False)
     before, theirs = own.to_dict(), model.generation_config.to_dict()
     with hfsparse.patch(model):
@@ -259,7 +261,7 @@ def test_a_settings_object_of_the_callers_own_is_left_as_it_was(monkeypatch):
 
 
 def test_hidden_states_that_are_asked_for_are_those_of_the_whole_prompt(monkeypatch):
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
     model = rotated("default")
     with hfsparse.patch(model):
@@ -271,6 +273,6 @@ def test_hidden_states_that_are_asked_for_are_those_of_the_whole_prompt(monkeypa
 def test_positions_of_ones_own_are_kept(monkeypatch):
     ids, own = tokens(1, 210), torch.arange(0, 420, 2)[None]
     want = generate(rotated("default"), ids, position_ids=own, new=1)
-    monkeypatch.setattr("hfsparse.patcher.LONG", 200)
+    monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
     with hfsparse.patch(model := rotated("default")):
         same_generation(generate(model, ids, position_ids=own, new=1), want)

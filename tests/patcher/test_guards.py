@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import hfsparse
-from hfsparse.attention import attend
-from hfsparse.cache import CacheError
-from hfsparse.patcher import CACHES, PatchError
+from hfsparse.errors import CacheError, PatchError
+from hfsparse.models.names import CACHES
+from hfsparse.runtime.attend import attend
 from tests.patcher.families import fresh, full, mixed, tiny, tokens
 from tests.patcher.runs import forward, generate
 

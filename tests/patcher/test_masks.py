@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse.cache import CacheError
+from hfsparse.errors import CacheError
 from tests.patcher.families import left_padded, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE
 from tests.patcher.runs import close, continue_with, forward, generate

@@ -15,8 +15,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hfsparse
-from hfsparse import attention, patcher
-from hfsparse.cache import CacheError
+from hfsparse import patcher
+from hfsparse.errors import CacheError
+from hfsparse.runtime import attend as attention
+from hfsparse.runtime import masks
 from tests.patcher.families import left_padded, mixed, tiny
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import close, forward, generate, same_generation
@@ -94,7 +96,7 @@ def test_a_layer_with_a_config_of_its_own_is_refused_by_patch(model):
     model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
     with pytest.raises(patcher.PatchError, match=r"layers \[1\] .* kept their own attention"):
         hfsparse.patch(model, mixed(model))
-    assert not patcher.is_patched(model)
+    assert not patcher.state.is_patched(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -122,21 +124,21 @@ def test_a_missing_generate_wrapper_is_no_loss(model, sparse):
 
 
 def test_another_attention_function_under_our_name_is_noticed(model, sparse):
-    AttentionInterface.register(attention.NAME, AttentionInterface()["sdpa"])
+    AttentionInterface.register(masks.NAME, AttentionInterface()["sdpa"])
     try:
         with pytest.raises(CacheError, match="another attention function reads it"):
             forward(model, IDS)
     finally:
-        AttentionInterface.register(attention.NAME, attention.attend)
+        AttentionInterface.register(masks.NAME, attention.attend)
 
 
 def test_an_ignored_padding_mask_is_noticed(model, sparse):
-    AttentionMaskInterface.register(attention.NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(masks.NAME, lambda *args, **kwargs: None)
     try:
         with pytest.raises(AssertionError):
             holds(model)
     finally:
-        AttentionMaskInterface.register(attention.NAME, attention.mask_start)
+        AttentionMaskInterface.register(masks.NAME, masks.mask_start)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -193,7 +195,7 @@ def test_a_ring_that_keeps_everything_is_noticed(model):
 
 def test_our_name_without_a_plan_is_refused(model):
     hfsparse.patch(model).undo()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(masks.NAME)
     with pytest.raises(ValueError, match="set to hfsparse without a plan: choose another"):
         forward(model, IDS, MASK)
 

@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfsparse
-from hfsparse import probe
-from hfsparse.fingerprint import ShapeError, attention_values, windows
-from hfsparse.patcher import PatchError, _layer_plans, is_patched
+from hfsparse.errors import PatchError
+from hfsparse.models.fingerprint import ShapeError, attention_values, windows
+from hfsparse.patcher import probe
+from hfsparse.patcher.resolve import _layer_plans
+from hfsparse.patcher.state import is_patched
 from hfsparse.plan import ModelId, Plan, PlanError
 from tests.patcher.families import SIZES, WINDOW, fresh, tokens
 from tests.support.models import FAMILIES, VISION, texts

@@ -23,8 +23,9 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 import hfsparse
-from hfsparse.cache import SLACK, CacheError
+from hfsparse.errors import CacheError
 from hfsparse.plan import Below
+from hfsparse.runtime.cache.ring import SLACK
 from tests.patcher import oracle as oracles
 from tests.patcher.families import fresh, left_padded, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle

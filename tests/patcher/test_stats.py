@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import hfsparse
-from hfsparse.patcher import PatchError
+from hfsparse.errors import PatchError
 from tests.patcher.families import (
     FAMILIES,
     SIZES,

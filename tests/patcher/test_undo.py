@@ -12,7 +12,9 @@ import transformers
 from transformers import LlamaForSequenceClassification
 
 import hfsparse
-from hfsparse.patcher import Patched, PatchError, is_patched
+from hfsparse.errors import PatchError
+from hfsparse.patcher.handle import Patched
+from hfsparse.patcher.state import is_patched
 from hfsparse.plan import PlanError, PlanMismatch
 from tests.patcher.families import (
     FAMILIES,

@@ -14,7 +14,7 @@ import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM
 
 import hfsparse
-from hfsparse.cache import CacheError
+from hfsparse.errors import CacheError
 from tests.patcher.families import (
     SIZES,
     fresh,

@@ -13,8 +13,8 @@ import torch
 from hfsparse import kernels
 from hfsparse.kernels import dense, reference
 from hfsparse.lists import PAGE, BlockLists, PageLists
+from hfsparse.lists.choice import Choice
 from hfsparse.precision import exact
-from hfsparse.selectors.choice import Choice
 from tests.helpers import Batch, batch, close
 from tests.kernels.interpreter import interpreter
 from tests.kernels.stores import one

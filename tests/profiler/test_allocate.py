@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hfsparse.plan import Layer
-from hfsparse.profiler.allocate import Budget, Infeasible, Options, allocate, losses
+from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, losses
 
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
 PAGED, CHOSEN, WHOLE = 1.03, 0.3, 1.01  # kept and read where pages are chosen, kept by full heads

@@ -5,10 +5,13 @@ import pytest
 
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler import balanced, search
-from hfsparse.profiler.allocate import Budget, allocate
-from hfsparse.profiler.job import Job, Parts, silent
-from hfsparse.profiler.prompts import samples
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.methods import balanced
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.calibration import samples
+from hfsparse.profiler.solve.allocation import Budget, allocate
 from tests import tiny
 
 

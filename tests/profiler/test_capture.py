@@ -18,8 +18,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import hfsparse
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import measure, slices
-from hfsparse.profiler.capture import KEYS, SURE, Seen, capture
+from hfsparse.profiler.measure import effects as measure
+from hfsparse.profiler.measure import slices
+from hfsparse.profiler.measure.capture import KEYS, SURE, Seen, capture
 from tests import tiny
 from tests.helpers import close
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hfsparse.loading import load
-from hfsparse.profiler import trials
+from hfsparse.models.loading import load
+from hfsparse.profiler.verify import trials
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import pytest
 
 import hfsparse
 from hfsparse import profiler
-from hfsparse.loading import UsageError
-from hfsparse.profiler import minference
+from hfsparse.errors import UsageError
+from hfsparse.profiler.methods import minference
 from tests import tiny
 
 SETTINGS = dict(lengths=(512,), samples=1, verify=False, decode_share=0.6)

@@ -11,14 +11,17 @@ from torch import Tensor
 
 import hfsparse
 from hfsparse import profiler
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import duo, proxies
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.gates import distil
-from hfsparse.profiler.job import Job, Parts, silent
-from hfsparse.profiler.passkeys import hide
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.measure import proxies
+from hfsparse.profiler.measure.gates import distil
+from hfsparse.profiler.methods import duo
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.passkeys import hide
+from hfsparse.profiler.solve.allocation import Budget
 from tests import tiny
 from tests.profiler.test_capture import lively, state
 

@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hfsparse.profiler import elastic
-from hfsparse.profiler.allocate import Budget, Infeasible
-from hfsparse.profiler.elastic import Programme, pareto
+from hfsparse.profiler.solve import elastic
+from hfsparse.profiler.solve.allocation import Budget, Infeasible
+from hfsparse.profiler.solve.elastic import Programme, pareto
 
 # alpha, beta; the last is everything. Rules 1 and 2 cross.
 LINES = [(128, 0.0), (512, 0.0), (128, 0.5), (512, 0.5), (np.inf, 1.0)]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hfsparse.attention import Logits
-from hfsparse.profiler import influence
-from hfsparse.profiler.capture import Seen, backward
-from hfsparse.profiler.prompts import Prompt
+from hfsparse.profiler.measure import influence
+from hfsparse.profiler.measure.capture import Seen, backward
+from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.runtime.layer_plan import Logits
 from tests import tiny
 from tests.helpers import batch
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hfsparse.attention import Logits
 from hfsparse.lists import PAGE, Grid
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.profiler import measure
-from hfsparse.profiler.capture import Seen
+from hfsparse.profiler.measure import effects as measure
+from hfsparse.profiler.measure import exact
+from hfsparse.profiler.measure.capture import Seen
+from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
 
@@ -89,9 +90,9 @@ def pattern_mask(seen: Seen, pattern) -> torch.Tensor:
 
 
 def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
-    rows, weight = measure.sampled_rows(L, KEYS)
+    rows, weight = exact.sampled_rows(L, KEYS)
     assert rows.tolist() == sorted(
-        {*KEYS.tolist(), *np.linspace(0, L - 1, measure.SPREAD).astype(int)}
+        {*KEYS.tolist(), *np.linspace(0, L - 1, exact.SPREAD).astype(int)}
     )
     alone = torch.isin(rows, KEYS)
     assert (weight[alone] == 1).all()
@@ -100,7 +101,7 @@ def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
 
 
 def test_when_every_row_is_a_key_each_stands_for_itself():
-    rows, weight = measure.sampled_rows(20, torch.arange(20))
+    rows, weight = exact.sampled_rows(20, torch.arange(20))
     assert rows.tolist() == list(range(20))
     assert weight.tolist() == [1.0] * 20
 
@@ -115,9 +116,7 @@ def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
 def test_a_pattern_is_the_plain_weighted_sum_over_sampled_rows(seen, found, name):
     pattern, at = CANDIDATES.patterns[name], list(CANDIDATES.patterns).index(name)
     mask = pattern_mask(seen, pattern)
-    spread = sorted(
-        {*np.linspace(0, L - 1, measure.SPREAD).astype(int).tolist()} - {*KEYS.tolist()}
-    )
+    spread = sorted({*np.linspace(0, L - 1, exact.SPREAD).astype(int).tolist()} - {*KEYS.tolist()})
     weights = dict.fromkeys(KEYS.tolist(), 1.0) | {
         row: (L - len(KEYS)) / len(spread) for row in spread
     }

@@ -8,12 +8,14 @@ import torch
 
 import hfsparse
 from hfsparse import profiler
-from hfsparse.figures import Prompts
+from hfsparse.patcher.figures import Prompts
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import mixed
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.job import Job, Parts, silent
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.methods import mixed
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import silent
+from hfsparse.profiler.solve.allocation import Budget
 from tests import tiny
 
 SETTINGS = dict(lengths=(1024,), samples=1, verify=False, decode_share=1.0)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import hfsparse
+from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid
-from hfsparse.loading import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
-from hfsparse.profiler import moa, prompts_of
+from hfsparse.profiler import prompts_of
+from hfsparse.profiler.methods import moa
 from tests import tiny
 
 LENGTHS = (384, 768)

@@ -7,11 +7,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2Fo
 
 import hfsparse
 from hfsparse import profiler
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import measure, minference, search
-from hfsparse.profiler.capture import capture
-from hfsparse.profiler.job import Parts
+from hfsparse.profiler.measure import effects as measure
+from hfsparse.profiler.measure.capture import capture
+from hfsparse.profiler.methods import minference
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.parts import Parts
 from hfsparse.selectors.quest import Quest
 from tests import tiny
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hfsparse.loading import UsageError
-from hfsparse.profiler import prompts
-from hfsparse.profiler.prompts import samples
+from hfsparse.errors import UsageError
+from hfsparse.profiler.prompts import calibration as prompts
+from hfsparse.profiler.prompts.calibration import samples
 from tests.tiny import tokenizer
 
 

@@ -6,14 +6,14 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse import profiler, recipe
 from hfsparse.cli import app
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.plan import ModelId, Plan
 from tests import tiny
 
 NAMES = "balanced duo fast-prefill minference moa safe small-cache streaming-llm"
 
 
-def test_every_recipe_has_a_first_line_and_settings_that_profile_takes(monkeypatch):
+def test_every_recipe_has_afirst_line_and_settings_that_profile_takes(monkeypatch):
     asked = []
 
     class Method:

@@ -11,13 +11,17 @@ import pytest
 import torch
 
 import hfsparse
-from hfsparse.loading import UsageError
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import answers, give_back, key_tokens, search, trials, verify
-from hfsparse.profiler.allocate import Budget
-from hfsparse.profiler.job import Job, Parts, silent
-from hfsparse.profiler.prompts import Prompt
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.solve.allocation import Budget
+from hfsparse.profiler.verify import answers, give_back, key_tokens, trials
+from hfsparse.profiler.verify import refine as verify
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
 from tests import tiny

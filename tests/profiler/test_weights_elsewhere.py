@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import hfsparse
 from hfsparse.cli import app
-from hfsparse.fingerprint import weights_mark
-from hfsparse.loading import UsageError, input_device
-from hfsparse.profiler import duo
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import weights_mark
+from hfsparse.models.loading import input_device
+from hfsparse.profiler.methods import duo
 from tests import tiny
 
 SETTINGS = dict(lengths=(512,), samples=1, prefill_density=0.9, cache_share=0.9, decode_share=0.9)
@@ -144,7 +145,7 @@ def test_weights_that_let_no_gradient_through_are_refused_in_a_sentence(quantise
     model = quantise(tiny.llama())
     with pytest.raises(UsageError, match=r"let no gradient through.*or use method streaming-llm"):
         hfsparse.profile(model, tiny.tokenizer(), **SETTINGS, method=method, verify=False)
-    assert not hfsparse.patcher.is_patched(model)
+    assert not hfsparse.patcher.state.is_patched(model)
 
 
 @pytest.mark.parametrize("quantise", [dynamic, by_activations])

@@ -15,8 +15,8 @@ import transformers
 from transformers import cache_utils
 
 import hfsparse
-from hfsparse.attention import PatchError
-from hfsparse.patcher import is_patched
+from hfsparse.errors import PatchError
+from hfsparse.patcher.state import is_patched
 from hfsparse.plan import PlanError
 from tests.patcher.families import full, mixed
 from tests.patcher.test_undo import trace

@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import hfsparse
-from hfsparse.cache import CacheError
+from hfsparse.errors import CacheError
 from tests.patcher.families import full, left_padded, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, far, forward, generate, same_generation

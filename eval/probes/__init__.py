@@ -1,0 +1,1 @@
+"""Probes: perplexity, and the recall of what heads attend to."""

@@ -1,0 +1,204 @@
+"""Perplexity of a text and what a plan changes in its next-token distributions, by position.
+
+A window of the text is one prompt, read at once. KL(dense || arm) is measured on every token, so it
+sees changes that the perplexity of the text averages away; neither sees what only retrieval needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, isfinite
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from hfsparse.errors import UsageError
+from hfsparse.interval import interval
+from hfsparse.models.loading import input_device
+from hfsparse_eval.arms import Arm
+from hfsparse_eval.report.pairs import DENSE, average, pairs
+from hfsparse_eval.report.render import Heading, Part, Table
+from hfsparse_eval.run.results import Results
+from hfsparse_eval.run.runner import by_case
+from hfsparse_eval.tasks import haystack as text
+
+BINS = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1 << 62)  # positions in a window
+ROWS = 256  # positions whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Window:
+    id: str
+    length: int
+    ids: tuple[int, ...]
+    first: int  # positions before this one were scored in the window before
+    task: str = "ppl"
+    depth: float | None = None
+
+
+def source(path: Path | None) -> tuple[str, str]:
+    """The text to read, the built-in prose without a file, and what it is."""
+    if path is None:
+        return " ".join(text.prose()), text.prose_source()
+    return text.read(path)
+
+
+def windows(
+    tokenizer, content: str, length: int, count: int, stride: int | None = None
+) -> list[Window]:
+    """At most `count` windows of `length` tokens, `stride` apart; None: side by side."""
+    bos = tokenizer("").input_ids[:1]
+    bos = bos if bos == [tokenizer.bos_token_id] else []
+    ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+    size = length - len(bos)
+    if stride and stride > length:
+        raise UsageError(f"stride {stride} skips text between windows of {length}: give less")
+    if size < 2:
+        raise UsageError(f"length {length} has no token to foresee: give more")
+    stride = min(stride or size, size)
+    if len(ids) < size:
+        raise UsageError(f"the text has {len(ids)} tokens: give lengths up to that, or more text")
+    starts = range(0, len(ids) - size + 1, stride)[:count]
+    return [
+        Window(
+            f"ppl-{length}-{stride}-{i:04d}",
+            length,
+            tuple(bos + ids[start : start + size]),
+            first=max(length - stride if i else 0, 1),
+        )
+        for i, start in enumerate(starts)
+    ]
+
+
+def run(
+    model,
+    cases: Sequence[Window],
+    results: Results,
+    arms: Sequence[Arm] = (),
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Fill `results` with what it lacks; each window is read densely, then under each arm."""
+    check(model)
+
+    def look(window: Window, arms: Sequence[Arm]):
+        dense = hidden(model, window.ids)
+
+        def tell(arm: Arm) -> dict:
+            found = hidden(model, window.ids) if arm.hash else dense
+            return {"bins": compare(model, window.ids, dense, found, window.first)}
+
+        return tell
+
+    by_case(model, cases, results, arms, look, share)
+
+
+@torch.inference_mode()
+def hidden(model, ids: Sequence[int]) -> Tensor:
+    """What the output embedding reads, `[S, hidden]`."""
+    device = input_device(model)
+    return model.get_decoder()(torch.tensor([ids], device=device)).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def compare(model, ids: Sequence[int], dense: Tensor, found: Tensor, first: int) -> list[dict]:
+    """Sums over the tokens of each bin of positions: nats of loss, KL in nats, equal first choices.
+
+    dense, found `[S, hidden]`; tokens before `first` are left out.
+    """
+    wanted = torch.tensor(ids, device=found.device)
+    sums = torch.zeros(len(BINS) - 1, 4, dtype=torch.float64)
+    for start in range(first, len(ids), ROWS):
+        at = torch.arange(start, min(start + ROWS, len(ids)), device=found.device)
+        p, q = (log_probabilities(model, rows[at - 1]) for rows in (dense, found))
+        loss = -q.gather(1, wanted[at, None])[:, 0]
+        kl = (p.exp() * (p - q)).sum(1)
+        same = p.argmax(1) == q.argmax(1)
+        each = torch.stack([torch.ones_like(kl), loss, kl, same.to(kl.dtype)], 1).double().cpu()
+        place = torch.bucketize(at.cpu(), torch.tensor(BINS[1:]), right=True)
+        sums.index_add_(0, place, each)
+    names = "tokens", "loss", "kl", "same"
+    return [
+        {"from": low, **dict(zip(names, row, strict=True))}
+        for low, row in zip(BINS, sums.tolist(), strict=False)
+        if row[0]
+    ]
+
+
+def log_probabilities(model, rows: Tensor) -> Tensor:
+    """Of the next token after each of `rows` `[n, hidden]`, float32."""
+    head = model.get_output_embeddings()
+    logits = head(rows.to(head.weight.device)).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return (cap * (logits / cap).tanh() if cap else logits).log_softmax(-1)
+
+
+@torch.inference_mode()
+def check(model) -> None:
+    """UsageError where the logits of a model are not its output embedding of the hidden states."""
+    ids = torch.arange(8, device=input_device(model))[None]
+    want = model(ids).logits[0].float().log_softmax(-1)
+    got = log_probabilities(model, hidden(model, ids[0].tolist()))
+    if not torch.allclose(got, want.to(got.device), atol=0.05):
+        raise UsageError(
+            f"{type(model).__name__} scales its logits in a way that ppl does not know: "
+            "judge it by the other commands"
+        )
+
+
+def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
+    """Perplexities and divergences, over all positions and by position."""
+    rows, places = [], []
+    for arm in (DENSE, *arms):
+        own = pairs(lines, arm)
+        for length in sorted({found["length"] for _, found in own}):
+            of = [pair for pair in own if pair[0]["length"] == length]
+            rows.append([arm["title"], str(length), *_whole(of)])
+            for low in dict.fromkeys(b["from"] for _, found in of for b in found["bins"]):
+                places.append([arm["title"], str(length), f"{low} on", *_at(of, low)])
+    shares = ["pair density", "KV share"]
+    head = ["arm", "length", "windows", "perplexity", "change, % (95 %)", "KL, nats", "same, %"]
+    return [
+        Heading("Perplexity"),
+        Table([*head, *shares], rows),
+        "Change: of the perplexity against dense, with Student's interval over windows. KL: of the "
+        "next token, dense to this arm. Same: tokens whose first choice is the dense one's.",
+        Heading("By position"),
+        Table(["arm", "length", "position", "tokens", *head[3:4], *head[5:]], places, words=1),
+    ]
+
+
+def _whole(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
+    found = [line for _, line in pairs]
+    changes = [_loss(line) - _loss(dense) for dense, line in pairs]
+    told = f"{100 * (exp(mean(changes)) - 1):+.2f}"
+    if len(set(changes)) > 1:
+        low, high = (100 * (exp(x) - 1) for x in interval(changes))
+        told += f" [{low:+.2f}, {high:+.2f}]"
+    shares = (average(found, name) for name in ("pair_density", "cache_share"))
+    _, *figures = _figures([b for line in found for b in line["bins"]])
+    return [
+        str(len(pairs)),
+        figures[0],
+        told,
+        *figures[1:],
+        *("–" if share is None else f"{share:.3f}" for share in shares),
+    ]
+
+
+def _at(pairs: Sequence[tuple[Mapping, Mapping]], low: int) -> list[str]:
+    return _figures([b for _, line in pairs for b in line["bins"] if b["from"] == low])
+
+
+def _figures(bins: Sequence[Mapping]) -> list[str]:
+    """Tokens, perplexity, KL and equal first choices."""
+    tokens, loss, kl, same = (sum(b[x] for b in bins) for x in ("tokens", "loss", "kl", "same"))
+    power = loss / tokens
+    shown = f"{exp(power):.3f}" if isfinite(power) and power < 20 else f"e^{power:.1f}"
+    return [f"{tokens:.0f}", shown, f"{max(kl, 0.0) / tokens:.5f}", f"{100 * same / tokens:.2f}"]
+
+
+def _loss(line: Mapping) -> float:
+    return sum(b["loss"] for b in line["bins"]) / sum(b["tokens"] for b in line["bins"])

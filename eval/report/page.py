@@ -1,0 +1,114 @@
+"""`report.md` and `report.html`: what each arm costs and saves, from the result lines alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from hfsparse_eval.report import charts, render
+from hfsparse_eval.report.facts import _facts
+from hfsparse_eval.report.pairs import DENSE, Outcome, cells
+from hfsparse_eval.report.render import Bullets, Heading, Part, Picture
+from hfsparse_eval.report.sections import PAGES, SECTIONS
+from hfsparse_eval.report.statistics import change
+from hfsparse_eval.report.tables import (
+    SHARES,
+    _arms,
+    _effective,
+    _measured,
+    _missing,
+    _scores,
+    _shares,
+)
+from hfsparse_eval.report.verdict import beyond, verdict
+from hfsparse_eval.run.results import Results, Settings, write_whole
+
+SCORED = {  # by the command; else as RULER does
+    "custom": "Scores in percent; lengths are rounded up to powers of two.",
+    "decode": "Scores in percent: the share of the words wanted that came in their order.",
+    "turns": "Scores in percent: the share of the answers found, the mean of the turns.",
+}
+AS_RULER = "Scores are RULER's, in percent: the share of the answers found; for qa, any one found."
+NOTE = (
+    " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
+    "Empty: outputs without a character. d/s: dense / this arm."
+)
+OTHER = ("decode", "custom")  # what no plan was verified on
+FEW = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
+
+
+def save(results: Results) -> list[Path]:
+    """Write both reports into the results' folder."""
+    written = parts(results.lines, results.settings, results.sessions, results.arms)
+    paths = results.folder / "report.md", results.folder / "report.html"
+    for path, text in zip(paths, (render.markdown(written), render.page(written)), strict=True):
+        write_whole(path, text)
+    return [*paths]
+
+
+def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> list[Part]:
+    """The report: of the dense lines, and of each of these arms beside them."""
+    good = [line for line in lines if "failed" not in line]
+    outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
+    dense = Outcome(DENSE, cells(good))
+    batches = sorted({line.get("batch", 1) for line in good})
+    every = [Heading(f"{settings.kind}: {settings.model}", 1)]
+    every.append(Bullets(_facts(settings, sessions, arms, batches)))
+    if settings.kind in PAGES:
+        return [*every, *PAGES[settings.kind](good, arms), *_missing(lines, arms)]
+    if outcomes:
+        every += [Heading("Verdicts"), Bullets([_verdict(o, settings.kind) for o in outcomes])]
+        every += [_arms(outcomes)] if any(o.able for o in outcomes) else []
+        every += _pictures(outcomes)
+    few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
+    scored = SCORED.get(settings.kind, AS_RULER)
+    every.append(scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
+    for outcome in outcomes or [dense]:
+        title = outcome.arm["title"]
+        every += [Heading(f"Scores: {title}"), *_scores(outcome)]
+        if settings.kind in SECTIONS:
+            name, section = SECTIONS[settings.kind]
+            every += [Heading(f"{name}: {title}"), section(outcome)]
+        every += [Heading(f"Measured: {title}"), _measured(outcome.cells)]
+    if settings.kind == "ruler" and len({cell.length for cell in dense.cells}) > 1:
+        every += [Heading("Effective length"), *_effective(dense, outcomes)]
+    return every + _missing(lines, arms)
+
+
+def _verdict(outcome: Outcome, kind: str) -> str:
+    whole = outcome.whole
+    seen = change(*whole.scores) if whole.dense else None
+    lengths = [int(length) for length in outcome.lengths]
+    promise = outcome.arm.get("promise", {})
+    told = verdict(seen, _shares(whole), promise, lengths)
+    each = {n: change(*outcome.at(n).scores) for n in outcome.lengths}
+    worse = [n for n, alone in each.items() if beyond(alone, promise)]
+    if worse and len(each) > 1:
+        told += f"; beyond it at {', '.join(worse)} tokens alone"
+    if promise and kind in OTHER:
+        told += "; it was promised for retrieval trials, not for these tasks"
+    return f"{outcome.arm['title']}: {told}"
+
+
+def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
+    dots, rows, arms = [], {}, list(dict.fromkeys(o.arm["title"] for o in outcomes))
+    for outcome in outcomes:
+        title = outcome.arm["title"]
+        for length in outcome.lengths:
+            cell = outcome.at(length)
+            level = 100 * mean(cell.scores[0])
+            dots.append(charts.Dot(title, int(length), level, change(*cell.scores), _shares(cell)))
+        for cell in outcome.cells:
+            seen = rows.setdefault((cell.task, int(cell.length)), {})
+            seen[title] = change(*cell.scores)
+    found = []
+    if dots:
+        told = "score by measured pair density and by share of the KV cache"
+        found.append(Picture(charts.scores(dots, list(SHARES), arms), told))
+    if rows:
+        named = {f"{task} {length}": seen for (task, length), seen in sorted(rows.items())}
+        found.append(
+            Picture(charts.changes(named, arms), "change in each task, with 95 % intervals")
+        )
+    return found

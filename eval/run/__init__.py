@@ -1,0 +1,1 @@
+"""How samples are drawn, asked and kept."""

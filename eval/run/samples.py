@@ -1,0 +1,117 @@
+"""Samples: a task's draft made to fit a length in a model's own tokens.
+
+The length counts as in RULER: the prompt with chat template and answer prefix, without the BOS
+token, plus the tokens reserved for the answer; of a conversation, all turns and all answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from hfsparse.errors import UsageError
+from hfsparse_eval.run.prompter import Prompter, Sample
+from hfsparse_eval.tasks import Task
+from hfsparse_eval.tasks.draft import Draft, largest
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names a sample before it is made."""
+
+    task: str
+    length: int
+    depth: float | None  # percent, where a grid sets it
+    index: int
+
+    @property
+    def id(self) -> str:
+        place = "" if self.depth is None else f"-at{self.depth:g}"
+        return f"{self.task}-{self.length}{place}-{self.index:04d}"
+
+
+class Maker:
+    """Makes the samples of one task at one length; the haystack's size is found once, then kept."""
+
+    def __init__(self, task: Task, length: int, prompter: Prompter, seed: int = 0):
+        self.task = task.fitted(prompter.tokens, length)
+        self.length = length
+        self.prompter = prompter
+        self.seed = seed
+        self.step = self.task.step(length)
+        self.size = self._size()
+
+    def sample(self, case: Case) -> Sample:
+        seed = _seed(self.seed, case.id)
+        for size in range(self.size, 0, -self.step):
+            draft = self.task.draw(Random(seed), size, case.depth)
+            if self._real(draft) <= self.length:
+                break
+        else:
+            raise self._too_short()
+        return self.prompter.sample(
+            draft,
+            self.task.new_tokens,
+            id=case.id,
+            task=self.task.name,
+            seed=seed,
+            length=self.length,
+            metric=self.task.metric,
+        )
+
+    def _real(self, draft: Draft) -> int:
+        return self.prompter.real(draft, self.task.new_tokens)
+
+    def _size(self) -> int:
+        """The largest haystack that fits, from one step to three times an estimate."""
+        seed = _seed(self.seed, f"{self.task.name}-{self.length}-size")
+
+        def real(size: int) -> int:
+            return self._real(self.task.draw(Random(seed), size))
+
+        per_unit = (real(2 * self.step) - real(self.step)) / self.step
+        most = max(int(self.length / max(per_unit, 0.5) * 3), self.step)
+        size = largest(lambda size: real(size) <= self.length, self.step, most)
+        if size is None:
+            raise self._too_short()
+        return size
+
+    def _too_short(self) -> UsageError:
+        return UsageError(
+            f"{self.task.name} does not fit {self.length} tokens even with its smallest haystack: "
+            "give a longer length"
+        )
+
+
+class Suite:
+    """Every sample of a run, by case; a sample depends on its own id and the seed, nothing else."""
+
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        lengths: Iterable[int],
+        count: int,
+        prompter: Prompter,
+        seed: int = 0,
+        depths: Iterable[float | None] = (None,),
+    ):
+        if count < 1:
+            raise UsageError(f"samples is {count}: give 1 or more")
+        tasks, depths = list(tasks), list(dict.fromkeys(depths))
+        self.makers: dict[tuple[str, int], Maker] = {}
+        self.cases: list[Case] = []
+        for length in sorted(set(lengths)):
+            for task in tasks:
+                self.makers[task.name, length] = Maker(task, length, prompter, seed)
+                self.cases += [
+                    Case(task.name, length, depth, i) for depth in depths for i in range(count)
+                ]
+
+    def sample(self, case: Case) -> Sample:
+        return self.makers[case.task, case.length].sample(case)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")

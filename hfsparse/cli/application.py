@@ -1,0 +1,132 @@
+"""The application that commands register with, and what they share."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from hfsparse import reading
+from hfsparse.errors import Error, UsageError
+from hfsparse.models.loading import DTYPES, hush
+
+_formatted = warnings.formatwarning
+STOPPING = ("strict", "surrogateescape")  # how streams are opened, if they are not told otherwise
+
+
+class Commands(TyperGroup):
+    """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace.
+
+    What the console's encoding can't show (cp1252, ASCII) is printed as `?`, and what a user is
+    warned of as one line, too, without a place in the code.
+    """
+
+    def main(self, *args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in STOPPING:
+            sys.stdout.reconfigure(errors="replace")
+        hush()
+        usual, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
+            return super().main(*args, **kwargs)
+        finally:
+            warnings.formatwarning = usual
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted: profile and eval go on when given the same command", err=True)
+            raise typer.Exit(130) from None
+        except Error as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Sparse attention for Hugging Face models: profile each head, then run the plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
+
+
+def _version(wanted: bool) -> None:
+    from importlib.metadata import version
+
+    if wanted:
+        typer.echo(f"hfsparse {version('hfsparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- input
+
+
+def check_writable(file: Path) -> None:
+    """Raise unless `file` can be written: asked before hours of work, not after."""
+    file = reading.local(file)
+    try:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder: give a file name")
+        if not file.parent.is_dir():
+            raise UsageError(
+                f"there is no folder {file.parent} to write {file.name} in: make it first"
+            )
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"can't write in {file.parent}: {error.strerror}; give another path"
+        ) from None
+
+
+def _lengths(words: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(dict.fromkeys(int(word) for word in words.split(",")))
+    except ValueError:
+        lengths = (0,)
+    if min(lengths) < 1:
+        raise UsageError(f"lengths is {words!r}: give token counts by commas, such as 1024,2048")
+    return lengths
+
+
+def _check_window(model, beyond: bool, tokens: int, what: str) -> None:
+    from hfsparse.models.window import limit
+
+    window = limit(model, beyond)
+    if window is not None and tokens > window:
+        raise UsageError(
+            f"{what} take {tokens} tokens, {tokens - window} more than this model's window "
+            f"of {window} (--beyond-window passes it)"
+        )
+
+
+def _warning(message, category, filename, lineno, line=None) -> str:
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _formatted(message, category, filename, lineno, line)
+
+
+def _print(text) -> None:
+    from rich.console import Console
+
+    Console().print(text, soft_wrap=True)

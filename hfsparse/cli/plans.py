@@ -1,0 +1,130 @@
+"""Commands on plans: import, show, diff, check."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfsparse.cli.application import Model, PlanFile, _print, app, check_writable
+from hfsparse.errors import UsageError
+from hfsparse.models.loading import DTYPES, _config
+
+
+@app.command("import")
+def import_(
+    form: Annotated[str, typer.Argument(help="minference, duo or moa.")],
+    file: Annotated[Path, typer.Argument(help="The published plan; of duo, its folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    model_config: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model: config.json is read.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="duo: share of kv heads that stream (0.5 if not given).")
+    ] = None,
+) -> None:
+    """Turn a plan that another project published into one of ours; says what gets lost."""
+    check_writable(output)
+
+    from hfsparse.plan.importers import import_plan
+
+    config = _config(model_config) if model_config is not None else None
+    plan, notes = import_plan(form, file, config, share)
+    plan.save(output)
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {output}. Look at it: hfsparse show {shlex.quote(str(output))}")
+
+
+@app.command()
+def show(
+    plan: PlanFile,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, too.")] = None,
+) -> None:
+    """Print a plan's head map: layers x heads."""
+    from hfsparse.plan import Plan, headmap
+
+    loaded = Plan.load(plan)
+    if png is not None:
+        check_writable(png)
+        headmap.png(loaded, png)
+    _print(headmap.text(loaded))
+
+
+@app.command()
+def diff(first: PlanFile, second: PlanFile) -> None:
+    """Say what changed from one plan to another; the exit code is 0 if nothing did."""
+    from hfsparse.plan import Plan
+    from hfsparse.plan.diff import differences
+
+    plans = [Plan.load(file) for file in (first, second)]
+    for file, plan in zip((first, second), plans, strict=True):
+        typer.echo(f"{plan.hash()[:19]}  {file}")
+    found = differences(*plans)
+    typer.echo("\n".join(found) or "equal")
+    raise typer.Exit(int(bool(found)))
+
+
+@app.command()
+def check(
+    plan: PlanFile,
+    model: Model,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Also predict the memory of prompts of this length.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    chunk: Annotated[int, typer.Option(min=0, help="Tokens a call; 0: the whole prompt.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is bfloat16).")] = "auto",
+    gpu: Annotated[str | None, typer.Option(help="Memory that there is, such as 80GiB.")] = None,
+) -> None:
+    """Say whether a plan fits a model and a GPU, and why not; reads no weights."""
+    room = None if gpu is None else _bytes(gpu)
+    if room is not None and length is None:
+        raise UsageError("--gpu asks what fits beside a prompt: give its --length too")
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
+
+    import hfsparse
+    from hfsparse.models.loading import skeleton
+    from hfsparse.plan import Plan
+
+    config, loaded = _config(model), Plan.load(plan)
+    loaded.check(config)
+    hfsparse.patch(skeleton(config)).undo()  # says what patch would say of the model
+    typer.echo(f"{plan} fits {model}")
+    if length is None:
+        return
+
+    from hfsparse.patcher import memory
+    from hfsparse.patcher.figures import predict
+    from hfsparse.stats import FREE
+
+    more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
+    typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
+    for name, arm in (("dense", None), ("plan", loaded)):
+        need = memory.predict(config, arm, length, **more)
+        parts = (f"{n / 2**30:.2f}" for n in (need.weights, need.cache, need.work))
+        line = f"{name:<6}{' + '.join(parts)} = {need.peak / 2**30:.2f}"
+        if room is not None:
+            most = memory.longest(config, arm, room, **more)
+            line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
+        typer.echo(line)
+    for end, part in predict(config, loaded, length).parts.items():
+        shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
+        typer.echo(f"shares {FREE if end else 'of the dense model'}: {', '.join(shares)}")
+    if room is not None and need.peak > room:
+        raise UsageError(
+            f"this plan needs {need.peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
+            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share"
+        )
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", size.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{size!r} is no size of memory: give one such as 80GiB or 24GB")
+    units = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+    return int(float(match[1]) * units[match[2].lower()])

@@ -1,0 +1,156 @@
+"""Commands that run a model: doctor, generate, bench, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfsparse import reading
+from hfsparse.cli.application import Device, Dtype, Model, _check_window, _lengths, app
+from hfsparse.cli.profile import BeyondWindow
+from hfsparse.errors import UsageError
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Also say whether this model can be patched, and why not.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print what a bug report needs: versions, devices, kernels; reads no weights."""
+    import json
+
+    from hfsparse.cli.doctor import report, text
+
+    found = report(model)
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found))
+    raise typer.Exit(int(model is not None and not found["model"]["supported"]))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
+    plan: Annotated[Path | None, typer.Option(help="Without a plan every head is full.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
+    beyond_window: BeyondWindow = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer a prompt under a plan, greedily, and print what was computed and kept."""
+    prompt = _read_prompt(prompt_file)
+
+    import hfsparse
+    from hfsparse.models.loading import load
+    from hfsparse.plan import Plan
+
+    chosen = Plan.load(plan) if plan is not None else None
+    loaded, tokenizer = load(model, device, dtype)
+    tokens = _tokens(tokenizer, prompt)
+    _check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
+    with hfsparse.patch(loaded, chosen) as handle:
+        _stream(loaded, tokenizer, tokens, max_new_tokens)
+        typer.echo(f"\n{handle.stats()}")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name; or give --shape.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Without one: a stand-in of its kind.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a known shape.")] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt tokens, by commas.")] = "1024,8192,32768",
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each arm and length.")] = 3,
+    write: Annotated[bool, typer.Option(help="Put table and break-even into the plan.")] = False,
+    beyond_window: BeyondWindow = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Time to the first token, dense and under the plan, on this device."""
+    sizes = _lengths(lengths)
+    if (model is None) == (shape is None):
+        raise UsageError("give either a model or --shape")
+    if write and plan is None:
+        raise UsageError("--write needs the --plan to write into")
+
+    from hfsparse import bench as benching
+    from hfsparse.models.loading import _device, _dtype, device_name, load
+    from hfsparse.plan import Plan
+
+    chosen = Plan.load(plan) if plan is not None else None
+    if shape is not None:
+        target = _device(device)
+        loaded = benching.random_model(shape, target, _dtype(dtype, target))
+    else:
+        loaded, _ = load(model, device, dtype)
+    _check_window(loaded, beyond_window, max(sizes), "prompts")
+    chosen = chosen or benching.stand_in(loaded)
+    rows, name = [], device_name(loaded.device)
+    for row in benching.bench(loaded, chosen, sizes, repeat):
+        rows.append(row)
+        typer.echo(f"{row.tokens} tokens: {row.dense_s:.3f} s dense, {row.sparse_s:.3f} s sparse")
+    typer.echo(f"\n{benching.table(rows)}\n")
+    pays = benching.pays_from(rows)
+    typer.echo(f"{name}: " + (f"pays from {pays} tokens on" if pays else "never paid here"))
+    if write:
+        benching.written(chosen, rows, name).save(plan)
+        typer.echo(f"wrote it into {plan}, under measured")
+
+
+@app.command(
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def evaluate(context: typer.Context) -> None:
+    """What a plan costs, in pairs: ruler, needle, turns, custom, decode, ppl, recall."""
+    try:
+        from hfsparse_eval.cli import app as tasks
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"hfsparse eval needs the module {error.name}: pip install 'hfsparse[eval]'"
+        ) from None
+    code = tasks(context.args, prog_name="hfsparse eval", standalone_mode=False)
+    raise typer.Exit(code or 0)
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        prompt = reading.text(file).strip()
+    except FileNotFoundError:
+        raise UsageError(f"there is no prompt file {file}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read the prompt file {file}: {reading.why(error)}") from None
+    if not prompt:
+        raise UsageError(f"the prompt file {file} is empty")
+    return prompt
+
+
+def _tokens(tokenizer, prompt: str) -> list[int]:
+    from hfsparse.models.chat import frames
+
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    before, after = frames(tokenizer, thinking=True)
+    text = before + prompt + after
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# ---- output
+
+
+def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    from hfsparse.models.greedy import greedy
+    from hfsparse.models.loading import input_device
+
+    ids = torch.tensor([tokens], device=input_device(model))
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with greedy(model, max_new_tokens):
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)

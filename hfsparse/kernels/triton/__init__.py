@@ -1,0 +1,1 @@
+"""Kernels in Triton, one file each, imported where Triton is installed."""

@@ -1,0 +1,134 @@
+"""A decode step's new tokens into all stores of a layer's cache, in one Triton launch.
+
+The fast form of `Full.append` and `Ring.append` where the stores have room already. What changes
+from step to step, the positions, is read on the device: a step can be captured as a CUDA graph,
+and a new length compiles nothing. A program serves one kv head and a part of its channels. Bound
+by latency: it reads at most a page of old keys a head, to renew the page's minima and maxima, and
+nothing that the same launch writes. At most 16 new tokens a row; no gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hfsparse.kernels.triton.limits import DTYPES, NEVER
+from hfsparse.lists import PAGE, places
+
+if TYPE_CHECKING:
+    from hfsparse.kernels import Need
+
+WIDTH = tl.constexpr(places.WIDTH)
+(
+    K_AT,
+    V_AT,
+    LOW_AT,
+    HIGH_AT,
+    ROW,
+    SLOTS,
+    PAGE_ROW,
+    PAGES,
+    SINK,
+    SIZE,
+    RECENT,
+    RATE,
+    BELOW,
+    LISTED,
+) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
+QUERIES = 16  # new tokens of a row, at most
+WIDE = 64  # channels of a program
+
+
+def why_not(need: Need) -> str | None:
+    """Why this kernel can't serve; None: it can."""
+    if need.dtype not in DTYPES:
+        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
+    return "no gradients: call under torch.no_grad()" if need.grad else None
+
+
+def append(k: Tensor, v: Tensor, into: places.Places, query_pos: Tensor) -> None:
+    """Store new tokens k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]` where each kv head has its own.
+
+    query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
+    where a row has none: it is not stored. Of tokens that share a ring's slot the newest is stored,
+    nothing beyond a store's last slot. Minima and maxima of the pages with new tokens are renewed,
+    over what the rows now hold.
+    """
+    B, H, Q, D = k.shape
+    Dv = v.shape[3]
+    if not 0 < Q <= QUERIES:
+        raise ValueError(f"{Q} new tokens: 1 to {QUERIES} are supported")
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    _append[(B * H, triton.cdiv(max(D, Dv), WIDE))](
+        *(k, v, into.k, into.v, into.cells, query_pos.contiguous()),
+        *(s for t in (k, v) for s in t.stride()[:3]),
+        *(H, Q),
+        D=D,
+        DV=Dv,
+        WIDE=WIDE,
+        ROWS=triton.next_power_of_2(Q),
+        PAGE=PAGE,
+        UNIT=into.unit,
+        SUMMARIES=into.summaries,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def look_up(TABLE, head, COLUMN: tl.constexpr):
+    return tl.load(TABLE + head * WIDTH + COLUMN)
+
+
+@triton.jit(do_not_specialize="H Q".split())
+def _append(
+    K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
+    k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
+    D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
+    at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)
+    sink, size = look_up(TABLE, h, SINK).to(tl.int32), look_up(TABLE, h, SIZE).to(tl.int32)
+    slots, begin = look_up(TABLE, h, SLOTS), b * look_up(TABLE, h, ROW)
+    keys = INTO_K + look_up(TABLE, h, K_AT) * UNIT + begin * D
+    values = INTO_V + look_up(TABLE, h, V_AT) * UNIT + begin * DV
+    last = tl.max(at, 0)
+    new = at >= 0
+    slot = tl.where(at < sink, at, sink + (at - sink) % size)
+    stored = new & (slot < slots) & ((at < sink) | (at > last - size))  # a slot's newest
+    d = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    whole, some = d < D, d < DV
+    k = K + b * k_b + h * k_h + row[:, None] * k_s + d[None, :]
+    k = tl.load(k, mask=new[:, None] & whole[None, :], other=0.0).to(INTO_K.dtype.element_ty)
+    v = V + b * v_b + h * v_h + row[:, None] * v_s + d[None, :]
+    v = tl.load(v, mask=new[:, None] & some[None, :], other=0.0).to(INTO_V.dtype.element_ty)
+
+    if SUMMARIES:  # of old keys in the cache and new ones in k: what is stored below is not read
+        pages, begin = look_up(TABLE, h, PAGES).to(tl.int32), b * look_up(TABLE, h, PAGE_ROW)
+        low = INTO_K + look_up(TABLE, h, LOW_AT) * UNIT + begin * D
+        high = INTO_K + look_up(TABLE, h, HIGH_AT) * UNIT + begin * D
+        first = tl.min(tl.where(new, at, NEVER), 0)
+        fresh = k.to(tl.float32)
+        for page in range(first // PAGE, tl.minimum(last // PAGE + 1, pages)):
+            before = page * PAGE + lane < first
+            old = tl.load(
+                keys + (page * PAGE + lane.to(tl.int64))[:, None] * D + d[None, :],
+                mask=before[:, None] & whole[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            here = (new & (at // PAGE == page))[:, None]
+            least = tl.min(tl.where(before[:, None], old, float("inf")), 0)
+            most = tl.max(tl.where(before[:, None], old, float("-inf")), 0)
+            least = tl.minimum(least, tl.min(tl.where(here, fresh, float("inf")), 0))
+            most = tl.maximum(most, tl.max(tl.where(here, fresh, float("-inf")), 0))
+            place = page * D + d
+            tl.store(low + place, least.to(INTO_K.dtype.element_ty), mask=whole)
+            tl.store(high + place, most.to(INTO_K.dtype.element_ty), mask=whole)
+
+    place = slot.to(tl.int64)[:, None]
+    tl.store(keys + place * D + d[None, :], k, mask=stored[:, None] & whole[None, :])
+    tl.store(values + place * DV + d[None, :], v, mask=stored[:, None] & some[None, :])

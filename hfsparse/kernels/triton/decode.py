@@ -1,0 +1,268 @@
+"""A few new queries over a cache in Triton, on any CUDA GPU: the fast form of `reference.decode`.
+
+One launch serves all heads of a layer, full ones with listed pages or without and rings of any
+size: a table says where each has its keys (`places.py`). A program serves one kv head's queries,
+the q heads of its group as rows of one tile, over a share of the pages that the head reads
+(split-KV, as in Flash-Decoding); a second kernel merges the shares, if there are several. Bound by
+memory: each key and value is read once where one tile holds the queries (not yet measured). How the
+pages are split depends on the batch, the plan and the device, never on the cache's length or
+capacity, and lengths are read on the device: a step of the same pages gives the same bits however
+much room the cache has, a new length compiles nothing, and a CUDA graph of a step serves every
+later one that the cache has room for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hfsparse.kernels.triton.append import (
+    BELOW,
+    K_AT,
+    RATE,
+    RECENT,
+    ROW,
+    SINK,
+    SIZE,
+    SLOTS,
+    V_AT,
+    look_up,
+)
+from hfsparse.kernels.triton.append import LISTED as LISTED_AT
+from hfsparse.kernels.triton.limits import DTYPES, LOG2E, NEVER, WIDEST, _rows, shared_memory
+from hfsparse.kernels.triton.prefill import _add
+from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists.places import Places
+
+if TYPE_CHECKING:
+    from hfsparse.kernels import Need
+
+ROWS = (16, 32, 64)  # queries of a tile: q heads of a group times new tokens
+SPLITS = 64  # at most so many shares of a head's pages
+UNITS = 8  # processors of a device that is no GPU (the interpreter)
+
+
+def why_not(need: Need) -> str | None:
+    """Why this kernel can't serve; None: it can."""
+    if need.dtype not in DTYPES:
+        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
+    if max(need.head_dim, need.value_dim) > WIDEST:
+        return (
+            f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
+        )
+    width = max(16, triton.next_power_of_2(max(need.head_dim, need.value_dim)))
+    if tile_of(1, width, need.dtype.itemsize, str(need.device)) is None:
+        return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
+    return "no gradients: call under torch.no_grad()" if need.grad else None
+
+
+def decode(
+    q: Tensor,
+    places: Places,
+    query_pos: Tensor,
+    pages: PageLists | None = None,
+    *,
+    length: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention `[B, Hq, Q, Dv]` of q `[B, Hq, Q, D]` over all stores of a layer's cache.
+
+    query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
+    row, the new ones included. A key is read if it is held, not after the query, in its head's band
+    (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page. pages:
+    those of the listed heads, in the places' order; None: they read every page.
+    """
+    B, Hq, Q, D = q.shape
+    Hkv, Dv = len(places.cells), places.v.shape[3]
+    out = q.new_empty(B, Hq, Q, Dv, dtype=places.v.dtype)
+    if out.numel() == 0:
+        return out
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    group = Hq // Hkv
+    DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
+    rows, stages, warps = tile_of(group * Q, max(DP, DVP), q.element_size(), str(q.device))
+    tiles = triton.cdiv(group * Q, rows)
+    splits = splits_of(B * places.long * tiles, str(q.device))
+    listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
+    if pages is not None:
+        listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
+        count, width = pages.count, (*listed.stride()[:2], *pages.count.stride())
+    unit, inner = scale * LOG2E.value, 0.0
+    if softcap:
+        unit, inner = softcap * LOG2E.value, scale / softcap
+    part = out
+    if splits > 1:
+        part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)
+    weight = q.new_empty(B * Hkv, splits, group * Q, dtype=torch.float32)
+    _decode[(B * Hkv, splits, tiles)](
+        *(q, places.k, places.v, places.cells, part, weight),
+        *(query_pos.contiguous(), length.contiguous(), listed, count),
+        weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
+        *q.stride()[:3],
+        *(*width, Hkv, Q, group * Q, unit, inner),
+        D=D,
+        DV=Dv,
+        DP=DP,
+        DVP=DVP,
+        ROWS=rows,
+        PAGE=PAGE,
+        UNIT=places.unit,
+        LISTED=pages is not None,
+        RINGS=places.rings,
+        HAS_SINKS=s_aux is not None,
+        SOFTCAP=bool(softcap),
+        PRECISION="ieee",  # of float32 alone; memory is what bounds
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if splits > 1:
+        _merge[(B * Hkv, group * Q)](
+            *(part, weight, out, splits, group * Q),
+            DV=Dv,
+            DVP=DVP,
+            SPLITS=SPLITS,
+            num_warps=4,
+        )
+    return out
+
+
+@lru_cache
+def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, int, int] | None:
+    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
+    room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
+    most = 16 if itemsize == 4 else most  # float32 takes many registers
+    wide = width * itemsize >= 1024  # float32 heads of 256: registers are what is short
+    for stages in (1,) if wide else (3, 2, 1):
+        for rows in sorted((r for r in ROWS if r <= most), reverse=True):
+            pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
+            shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
+            if shared <= room:
+                return rows, stages, 8 if wide or rows * width > 1 << 13 else 4
+    return None
+
+
+@lru_cache
+def splits_of(programs: int, device: str) -> int:
+    """Shares of a head's pages, so that `programs` of them fill the device about twice."""
+    units = UNITS
+    if torch.device(device).type == "cuda":
+        units = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(SPLITS, 2 * units // programs))
+
+
+@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows".split())
+def _decode(
+    Q_, K, V, TABLE, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, SINKS,
+    q_b: tl.int64, q_h: tl.int64, q_s,
+    list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
+    Hkv, Q, rows, unit, inner,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, LISTED: tl.constexpr,
+    RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Rows: q head of the group * Q + new token. Pages: this program's share of those of its head.
+    head = tl.program_id(0)
+    b, kv = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    alive = row < rows
+    length = tl.load(LENGTH + b).to(tl.int32)
+    live = tl.minimum(length, look_up(TABLE, kv, SLOTS).to(tl.int32))  # slots that hold a key
+    whole = length < look_up(TABLE, kv, BELOW)
+    count = tl.cdiv(live, PAGE)
+    if LISTED:
+        mine = look_up(TABLE, kv, LISTED_AT)
+        chosen = (mine >= 0) & (whole == 0)
+        lists = PAGES + b * list_b + mine * list_h
+        listed = tl.load(COUNT + b * count_b + mine * count_h, mask=chosen, other=0)
+        count = tl.where(chosen, listed.to(tl.int32), count)
+    each = tl.cdiv(count, tl.num_programs(1))
+    first = tl.program_id(1) * each
+    place = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
+    if (first >= count) & (tl.program_id(1) > 0):  # no page is left for it, as of most of a ring's
+        tl.store(WEIGHT + place, tl.full([ROWS], float("-inf"), tl.float32), mask=alive)
+        return
+
+    group = rows // Q
+    at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
+    d = tl.arange(0, DP)
+    q = tl.load(
+        Q_
+        + b * q_b
+        + (kv * group + row // Q)[:, None] * q_h
+        + (row % Q)[:, None] * q_s
+        + d[None, :],
+        mask=alive[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    begin = b * look_up(TABLE, kv, ROW)
+    keys = K + look_up(TABLE, kv, K_AT) * UNIT + begin * D
+    values = V + look_up(TABLE, kv, V_AT) * UNIT + begin * DV
+    if RINGS:
+        # Beyond the sink a ring's slot holds its place in the newest turn; past the newest key, in
+        # the turn before. Without a ring this is turn 0, and the window begins before every key.
+        sink, size = look_up(TABLE, kv, SINK).to(tl.int32), look_up(TABLE, kv, SIZE).to(tl.int32)
+        turn, newest = (length - 1 - sink) // size * size, sink + (length - 1 - sink) % size
+        recent, rate = look_up(TABLE, kv, RECENT), look_up(TABLE, kv, RATE)
+        start = tl.maximum(at - (recent + (at * rate >> 16)) + 1, 0)  # as Band.start
+        start = tl.where(whole, 0, start).to(tl.int32)
+    at = at.to(tl.int32)
+    acc = tl.zeros([ROWS, DVP], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    if HAS_SINKS:  # one more logit, of a key without a value: the first share has it
+        bare = tl.load(SINKS + kv * group + row // Q, mask=alive, other=0.0) * LOG2E
+        top = tl.where(tl.program_id(1) == 0, bare, top)
+        total = tl.where(tl.program_id(1) == 0, 1.0, total)
+
+    lane = tl.arange(0, PAGE)
+    for j in range(first, tl.minimum(first + each, count)):
+        page = first.to(tl.int64) + (j - first)
+        if LISTED:
+            page = tl.load(lists + j, mask=chosen, other=page)
+        key = page.to(tl.int32) * PAGE + lane
+        held = key < live
+        k = _rows(keys + page * PAGE * D, D, lane, held, D, DP, True)
+        v = _rows(values + page * PAGE * DV, DV, lane, held, DV, DVP, True)
+        if RINGS:
+            key += tl.where(key < sink, 0, tl.where(key > newest, turn - size, turn))
+        kept = held[None, :] & (key[None, :] <= at[:, None])
+        if RINGS:
+            kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
+        acc, total, top, _ = _add(
+            *(acc, total, top, 0, q, k, v, kept, alive, unit, inner, 0.0),
+            *(True, SOFTCAP, False, PRECISION),
+        )
+
+    # A share's output and, in base 2, the logarithm of its weight; the whole one's is not needed.
+    some = tl.where(total == 0, 1.0, total)
+    d = tl.arange(0, DVP)
+    inside = alive[:, None] & (d < DV)[None, :]
+    part = (acc / some[:, None]).to(PART.dtype.element_ty)
+    tl.store(PART + place[:, None] * DV + d[None, :], part, mask=inside)
+    tl.store(WEIGHT + place, top + tl.log2(some), mask=alive)
+
+
+@triton.jit(do_not_specialize="splits rows".split())
+def _merge(
+    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr
+):
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, DVP)
+    place = (head * splits + split) * rows + row
+    weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
+    top = tl.max(weight, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a query that reads nothing
+    share = tl.exp2(weight - top)
+    total = tl.sum(share, 0)
+    inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # of others nothing is written
+    part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
+    out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
+    out_at = OUT + (head * rows + row) * DV + d
+    tl.store(out_at, out.to(OUT.dtype.element_ty), mask=d < DV)

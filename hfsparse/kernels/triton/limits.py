@@ -1,0 +1,58 @@
+"""What the Triton kernels share: limits of devices, block sizes, rows of tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hfsparse.lists import Band
+
+LOG2E = tl.constexpr(1.4426950408889634)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCKS = (16, 32, 64, 128)
+WIDEST = 256  # head and value dim
+NEVER = tl.constexpr((1 << 31) - 1)  # the position of a key that no query reads
+
+
+@lru_cache
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a program may take."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 227 << 10
+
+
+@lru_cache
+def bands_on(bands: tuple[Band, ...], device: str) -> Tensor:
+    """[H, 3] sink, recent and rate of each head; kept, so that a call copies nothing to the GPU."""
+    return torch.tensor([(band.sink, band.recent, band.rate) for band in bands], device=device)
+
+
+@triton.jit
+def _rows(base, stride, row, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of keys, values or queries `[rows, DP]`; zeros in dead rows and past the head dim."""
+    d = tl.arange(0, DP)
+    at = base + row[:, None] * stride + d[None, :]
+    if MASKED:
+        return tl.load(at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    if D < DP:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _fold(acc, total, top, s, high, v, unit, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: logits `s * unit` in base 2, their row maxima `high`."""
+    new = tl.maximum(top, high)
+    base = new
+    if MASKED:  # rows that have seen nothing yet
+        base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s * unit - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total, new

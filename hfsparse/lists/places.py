@@ -1,0 +1,132 @@
+"""Where the kv heads of a layer have their keys and values: a table that decode kernels read.
+
+With it one launch serves all heads of a layer, however each is kept: full, with pages that are
+listed or without, or in rings of several sizes. A kernel looks up its kv head's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfsparse.lists.grid import FULL, Band
+
+COLUMNS = (
+    *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
+    *("low", "high"),  # its pages' minima and maxima, in units behind the layer's first key
+    *("row", "slots"),  # slots from a batch row to the next; slots of the head itself
+    *("page_row", "pages"),  # the same of minima and maxima; 0: none are kept
+    *("sink", "size"),  # position p >= sink lies in slot sink + (p - sink) % size
+    *("recent", "rate"),  # beyond the sink a query reads its last recent + rate * position keys,
+    "below",  # in rows of fewer tokens all that is held
+    "listed",  # which head of the page lists it is; -1: none, its pages are read in order
+)
+WIDTH = 16  # cells of a head
+NEVER = (1 << 31) - 1  # the size of no ring
+
+
+class Place(NamedTuple):
+    """kv heads whose keys and values lie in one pair of buffers, and what of them is read."""
+
+    heads: tuple[int, ...]
+    k: Tensor  # [B, H, N, D]
+    v: Tensor  # [B, H, N, Dv]
+    band: Band = FULL
+    size: int = 0  # slots of a ring, behind the band's sink; 0: each key lies at its position
+    below: int = 0  # rows of fewer tokens read all that is held
+    listed: bool = False  # whether a step's page lists say which pages are read
+    low: Tensor | None = None  # [B, H, P, D] pages' minima and maxima, where any are kept
+    high: Tensor | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        return (self.k, self.v) if self.low is None else (self.k, self.v, self.low, self.high)
+
+
+class Places(NamedTuple):
+    """All heads of a layer, as one launch takes them."""
+
+    parts: Sequence[Place]
+    cells: Tensor  # [Hkv, WIDTH] int64
+    unit: int  # elements, at most 16: as many as are loaded at once
+
+    @property
+    def k(self) -> Tensor:
+        """What offsets of keys, minima and maxima count from."""
+        return self.parts[0].k
+
+    @property
+    def v(self) -> Tensor:
+        return self.parts[0].v
+
+    @property
+    def rings(self) -> bool:
+        return any(part.size for part in self.parts)
+
+    @property
+    def summaries(self) -> bool:
+        return any(part.low is not None for part in self.parts)
+
+    @property
+    def long(self) -> int:
+        """Heads that may read many pages: those without a ring, if there are any."""
+        full = sum(len(part.heads) for part in self.parts if not part.size)
+        return full or len(self.cells)
+
+
+class Table:
+    """The cells of a cache's layer: one tensor as long as it lives, since CUDA graphs read it.
+
+    They are written anew when the buffers have moved.
+    """
+
+    def __init__(self):
+        self.cells: Tensor | None = None
+        self.unit, self.written = 1, None
+
+    def places(self, parts: Sequence[Place]) -> Places:
+        now = [(*part[:1], *part[3:7], *map(_spot, part.buffers)) for part in parts]
+        if now != self.written:
+            self._write(parts)
+            self.written = now
+        return Places(parts, self.cells, self.unit)
+
+    def _write(self, parts: Sequence[Place]) -> None:
+        if not all(t.is_contiguous() for part in parts for t in part.buffers):
+            raise ValueError("the cache's buffers must be contiguous")
+        rows = [[0] * WIDTH for part in parts for _ in part.heads]
+        first, listed = parts[0], 0
+        for part in parts:
+            starts = [_behind(part.k, first.k), _behind(part.v, first.v), 0, 0]
+            steps, pages = [part.k[0, 0].numel(), part.v[0, 0].numel(), 0, 0], 0
+            if part.low is not None:
+                starts[2:] = _behind(part.low, first.k), _behind(part.high, first.k)
+                steps[2:], pages = [part.low[0, 0].numel()] * 2, part.low.shape[2]
+            band, H, N = part.band, len(part.heads), part.k.shape[2]
+            held = H * N, N, H * pages, pages, band.sink, part.size or NEVER
+            held = *held, band.recent, band.rate, part.below
+            for i, head in enumerate(part.heads):
+                at = [start + i * step for start, step in zip(starts, steps, strict=True)]
+                line = (*at, *held, listed if part.listed else -1)
+                listed += part.listed
+                rows[head][: len(line)] = line
+        self.unit = gcd(16, *(n for row in rows for n in row[:4]))
+        rows = [[n // self.unit for n in row[:4]] + row[4:] for row in rows]
+        with torch.inference_mode(False):
+            cells = torch.tensor(rows, device="cpu")
+            if self.cells is None or self.cells.device != first.k.device:
+                self.cells = torch.empty_like(cells, device=first.k.device)
+            self.cells.copy_(cells, non_blocking=True)
+
+
+def _spot(t: Tensor) -> tuple[int, torch.Size]:
+    return t.data_ptr(), t.shape
+
+
+def _behind(t: Tensor, first: Tensor) -> int:
+    """Elements from one buffer's beginning to another's."""
+    return (t.data_ptr() - first.data_ptr()) // t.element_size()

@@ -1,0 +1,181 @@
+"""Load a model and its tokenizer for a command line, with one clear sentence when that fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from hfsparse.errors import UsageError, first_line
+from hfsparse.reading import local
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Packages that transformers imports where they are installed; they warn of what a user can't mend.
+CHATTY = ("torchao", "torch.utils._pytree")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def load(
+    model: str, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode on `device`, and its tokenizer; `model` is a folder or a hub name.
+
+    `auto` is the GPU if there is one, and float32 on a CPU, bfloat16 elsewhere.
+    """
+    place, here = find(model)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    target = _device(device)
+    if target.type == "cpu":
+        leave_busy_cores()
+    options = {"dtype": _dtype(dtype, target)}
+    parts = (
+        ("the configuration", AutoConfig, {}),
+        ("the tokenizer", AutoTokenizer, {}),
+        ("the weights", AutoModelForCausalLM, options),
+    )
+    loaded = {}
+    for what, loader, extra in parts:
+        try:
+            loaded[what] = loader.from_pretrained(place, local_files_only=here, **extra)
+        except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
+            raise not_loaded(what, model, here, problem) from problem
+    return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def hush() -> None:
+    """Keep CHATTY packages silent, of all but errors; before transformers is imported."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def leave_busy_cores() -> None:
+    """Have torch use no more threads than there are idle cores, unless OMP_NUM_THREADS is set.
+
+    Threads of one operation wait for one another: where other work keeps a core busy, each of
+    thousands of small operations would wait until that core is free for a moment.
+    """
+    import psutil
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    busy = psutil.cpu_percent(interval=0.3, percpu=True)
+    cores = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    idle = round(sum(1 - busy[core] / 100 for core in cores or range(len(busy))))
+    if idle < threads:
+        torch.set_num_threads(max(1, idle))
+        print(
+            f"note: other work keeps cores busy: {max(1, idle)} of {threads} threads are used "
+            "(OMP_NUM_THREADS sets another number)",
+            file=sys.stderr,
+        )
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, without weights: on torch's meta device; UsageError if not built."""
+    import torch
+    import transformers
+
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return (named or transformers.AutoModelForCausalLM.from_config)(config)
+    except Exception as problem:  # whatever a config can do to transformers
+        name = type(config).__name__
+        raise UsageError(f"can't build the model of {name}: {first_line(problem)}") from problem
+    finally:
+        transformers.logging.set_verbosity(said)
+
+
+def find(model: str) -> tuple[str, bool]:
+    """What transformers loads `model` from, and whether that is a folder here, not the hub.
+
+    UsageError where it can be neither.
+    """
+    path = local(model)
+    try:
+        found, whole = path.is_dir(), (path / "config.json").is_file()
+        file = not found and path.exists()
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"can't look for the model {model}: {first_line(problem)}") from problem
+    if found:
+        if not whole:
+            raise UsageError(f"{model} has no config.json: give the folder of a Hugging Face model")
+        return str(path), True
+    if file:
+        raise UsageError(f"{model} is a file: give the folder of a Hugging Face model")
+    if not HUB_NAME.fullmatch(model):
+        raise UsageError(f"no such model folder: {model}")
+    return model, False
+
+
+def not_loaded(what: str, model: str, here: bool, problem: Exception) -> UsageError:
+    """The sentence for a part of `model` that transformers can't load."""
+    sentence = f"cannot load {what} of {model}: {first_line(problem)}"
+    if not here:
+        sentence += f" (there is no folder {model} here, so it was asked of the Hugging Face hub)"
+    return UsageError(sentence)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as problem:  # RuntimeError, AssertionError: each back end has its own
+        raise UsageError(f"device {name} can't be used: {first_line(problem)}") from problem
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name}: give one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where tokens go in: to the embeddings, or to where accelerate brings these when called."""
+    import torch
+
+    words = model.get_input_embeddings()
+    if words.weight.device.type != "meta":
+        return words.weight.device
+    hook = getattr(words, "_hf_hook", None)
+    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook]))
+    return torch.device(next((place for place in places if place is not None), "cpu"))
+
+
+def device_name(device: torch.device) -> str:
+    """As plans call it under `measured`."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _config(model: str):
+    from transformers import AutoConfig
+
+    from hfsparse.models.loading import find, not_loaded
+
+    place, here = find(model)
+    try:
+        return AutoConfig.from_pretrained(place, local_files_only=here)
+    except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
+        raise not_loaded("the configuration", model, here, problem) from problem

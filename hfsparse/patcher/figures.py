@@ -1,0 +1,104 @@
+"""What a plan makes a model hold and read at one length, told without a run, as `stats` tells it.
+
+Nothing is a formula: the plan's own cache layers are filled on torch's meta device, which keeps
+shapes and no data, and say what they hold; its decode step says what it reads. What prompts compute
+depends on what is in them, and is told where a profiler has looked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfsparse.lists import Grid, default_block
+from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.patcher.resolve import _layer_plans
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import Layer as Words
+from hfsparse.plan import ModelId, Plan
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.stats import LayerStats, Stats, Work
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What heads do in prompts of one length: shares of dense attention `[layers, q heads]`."""
+
+    pairs: np.ndarray
+    blocks: np.ndarray
+    recall: np.ndarray | None = None  # attention that is kept, where it was measured
+
+
+def predict(
+    config: Any,
+    plan: Plan,
+    tokens: int,
+    prompts: Prompts | None = None,
+    device: torch.device | None = None,
+) -> Stats:
+    """Of a prompt of `tokens`, and of a decode step that a row comes to as many with.
+
+    Without `prompts` nothing is told of what they compute. Their blocks are those of `device`.
+    """
+    layers = [LayerStats()] * plan.model.layers
+    for own, layer in filled(config, plan, tokens):
+        works = {}
+        if prompts is not None:
+            grid = Grid.causal(1, tokens, default_block(tokens, device), window=own.window)
+            works["pairs"] = _work(prompts.pairs[own.index], grid.pairs())
+            works["blocks"] = _work(prompts.blocks[own.index], grid.blocks())
+        layers[own.index] = _told(own, layer, tokens, **works)
+    return Stats(layers)
+
+
+def one_head(tokens: int, pattern: Any = None) -> tuple[float, float]:
+    """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
+
+    pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head.
+    """
+    decode = "full" if pattern is None else "it"
+    words = Words(("full",), ("full",), (decode,))
+    if isinstance(pattern, Streaming):
+        words = Words(("it",), ("it",), ("ring",))
+    plan = Plan(ModelId("one", 1, 1, 1, 1, "head"), {"it": pattern}, (words,))
+    told = Stats([_told(*each, tokens) for each in _filled(plan, [0], [None], tokens)])
+    return told.cache_share, told.decode_share
+
+
+def filled(
+    config: Any, plan: Plan, tokens: int, batch: int = 1
+) -> Iterator[tuple[LayerPlan, Layer]]:
+    """Layers that have attention, and their caches after prompts of `tokens`, without data."""
+    indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
+    return _filled(plan, indices, windows(config), tokens, batch)
+
+
+def _filled(
+    plan: Plan, indices: list[int], windows: Sequence[int | None], tokens: int, batch: int = 1
+) -> Iterator[tuple[LayerPlan, Layer]]:
+    seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
+    for own in _layer_plans(plan, indices, windows, plan.below):
+        layer = own.new_cache(tokens)
+        layer.lazy_initialization(seen, seen)
+        layer.seen = tokens
+        for store in layer.stores:
+            heads = seen[:, : len(store.group.heads)]
+            store.append(heads, heads, [0] * batch, [tokens] * batch)
+        yield own, layer
+
+
+def _told(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStats:
+    own.steps[tokens, 1] = 1
+    held = layer.held()
+    works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
+    return LayerStats(**works, kv_bytes=held.bytes(own.kv_heads), window=own.window)
+
+
+def _work(shares: np.ndarray, dense: torch.Tensor) -> Work:
+    """By head, of what dense attention does in each."""
+    return Work((shares * int(dense)).tolist(), [int(dense)] * len(shares))

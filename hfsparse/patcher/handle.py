@@ -1,0 +1,79 @@
+"""The handle of a patched model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hfsparse.errors import PatchError
+from hfsparse.patcher.explain import explain
+from hfsparse.patcher.state import State
+from hfsparse.patcher.supported import MISTAKEN
+from hfsparse.patcher.undo import unpatch
+from hfsparse.runtime.cache.layer import Held
+from hfsparse.stats import LayerStats, Stats, Work
+
+
+class Patched:
+    """A patched model's handle and context manager; leaving the context undoes the patch."""
+
+    def __init__(self, model: PreTrainedModel, state: State):
+        self.model = model
+        self._patch = state
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.undo()
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"{MISTAKEN}, and call the model")
+
+    def __getattr__(self, name: str):
+        model = self.__dict__.get("model")
+        if name.startswith("__") or not hasattr(model, name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise AttributeError(f"{MISTAKEN}, and use model.{name}")
+
+    def undo(self) -> None:
+        """Give the model back as it was; a second call does nothing, nor touches a later patch."""
+        if self.model.get_decoder().__dict__.get("_hfsparse") is self._patch:
+            unpatch(self.model)
+
+    def stats(self) -> Stats:
+        """Densities since the last reset, and KV bytes held after the last call with a cache."""
+        state = self._own()
+        layers = [LayerStats() for _ in state.plan.layers]
+        for at, layer in enumerate(state.layers):
+            held = state.held[at] if state.held else Held([], 0, None)
+            pairs, blocks = layer.counts.work()
+            layers[layer.index] = LayerStats(
+                pairs,
+                blocks,
+                layer.reads(),
+                held.work(layer.kv_heads, state.seen),
+                held.bytes(layer.kv_heads),
+                layer.counts.cut.tolist(),
+                Work(*layer.counts.skipped.T.tolist()),
+                layer.window,
+            )
+        return Stats(layers)
+
+    def reset_stats(self) -> None:
+        """Forget the densities counted so far."""
+        for layer in self._own().layers:
+            layer.counts.reset()
+            layer.steps.clear()
+
+    def explain(self) -> str:
+        """What runs where and why, in words."""
+        self._own()
+        return explain(self.model)
+
+    def _own(self) -> State:
+        if self.model.get_decoder().__dict__.get("_hfsparse") is not self._patch:
+            raise PatchError(
+                f"this handle's patch is no longer on the {type(self.model).__name__}: ask before "
+                "undo(), or ask the handle of the patch that is on it now"
+            )
+        return self._patch

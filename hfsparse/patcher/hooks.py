@@ -1,0 +1,137 @@
+"""Hooks on the text decoder: what happens before and after each forward."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from hfsparse.errors import PatchError
+from hfsparse.models.names import CACHES, _cache_in, new_tokens, parameters
+from hfsparse.patcher.generation import VIRTUAL, _adopt, _adopt_made
+from hfsparse.patcher.state import State
+from hfsparse.runtime.cache.layer import Held, Layer
+from hfsparse.runtime.call import enter, leave
+from hfsparse.runtime.masks import NAME
+
+
+def _forward(decoder, *args, **kwargs):
+    """The forward of a patched text decoder: its class's own, or the replay of a recorded step."""
+    state = decoder.__dict__.get("_hfsparse")
+    own = functools.partial(type(decoder).forward, decoder)
+    if args or state is None or torch.compiler.is_dynamo_compiling():
+        return own(*args, **kwargs)
+    cache = _cache_in(kwargs)
+    try:
+        return state.graphs.run(own, decoder, kwargs, cache)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(_too_much(decoder, kwargs, cache)) from error
+    except Exception:
+        raise
+    except BaseException:  # the hook behind a forward is told of an Exception alone
+        leave(state.owner)
+        raise
+
+
+def _too_much(decoder, kwargs: dict, cache: Any) -> str:
+    """What a call that is out of memory needs under the plan, what dense does, and what fits."""
+    from hfsparse.patcher import memory
+
+    state, weight = decoder._hfsparse, next(decoder.parameters())
+    new = new_tokens(kwargs)
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
+    return memory.too_much(
+        *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room)
+    )
+
+
+@torch.compiler.disable
+def _before_forward(decoder, args, kwargs):
+    """Pre-hook on the text decoder: make its cache ours, and tell that cache who is running."""
+    state: State = decoder._hfsparse
+    enter(state.owner)
+    if getattr(decoder, "_is_replica", False):
+        raise PatchError(
+            "DataParallel runs copies of the model that share one patch: use one process a GPU "
+            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
+        )
+    if decoder.config._attn_implementation != NAME:
+        raise PatchError(
+            f"the attention implementation was set to {decoder.config._attn_implementation} under "
+            "an hfsparse patch: call handle.undo() first, then set it"
+        )
+    names = parameters(type(decoder))
+    args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions", decoder.config.output_attentions):
+        warnings.warn(
+            "output_attentions: hfsparse computes no attention weights, they will be None. Call "
+            "handle.undo() to see the dense model's",
+            stacklevel=2,
+        )
+    cache = _cache_in(kwargs)
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(decoder.config, "use_cache", None) if use_cache is None else use_cache
+    if cache is None and use_cache and not decoder.training:  # in training it is the model's affair
+        cache = DynamicCache()
+        kwargs[next(name for name in CACHES if name in names)] = cache
+    _check_width(kwargs, cache)
+    if cache is not None:
+        _adopt(cache, decoder)
+    return args, kwargs
+
+
+def _before_attention(decoder, module, args, kwargs) -> None:
+    """Pre-hook on the first attention module: make ours a cache that the decoder has made itself.
+
+    While it is trained, whether it makes one is left to it: without one, as where activations are
+    checkpointed, it looks for packed sequences.
+    """
+    if not module._hfsparse.fusing:
+        _adopt_made(decoder, (*args, *kwargs.values()))
+
+
+@torch.compiler.disable
+def _after_forward(decoder, args, kwargs, output) -> None:
+    """Hook behind the text decoder, also when it raised: note what the cache holds."""
+    state: State = decoder._hfsparse
+    leave(state.owner)
+    if output is None:
+        return  # an error
+    returned = output.values() if isinstance(output, dict) else output
+    cache = next((x for x in (_cache_in(kwargs), *returned) if isinstance(x, Cache)), None)
+    if cache is None:
+        return
+    layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    if len(layers) < len(state.layers) or not all(layer.is_initialized for layer in layers):
+        return  # a draft by the first layers; gradient checkpointing goes without
+    state.seen = layers[0].seen
+    if state.graphs.why is None and state.graphs.held() is layers[0]:
+        return  # a replay: it wrote into what was there
+    state.graphs.held = weakref.ref(layers[0])
+    held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
+    for layer in layers:
+        held[layer.index].append(layer.held())
+    state.held = [Held.together(parts) for parts in held.values()]
+
+
+def _check_width(given: dict, cache: Any) -> None:
+    """PatchError unless a mask `[B, columns]` covers exactly the past and the new tokens."""
+    mask = given.get("attention_mask")
+    new = new_tokens(given)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or new is None:
+        return
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    if mask.shape[1] != past + new.shape[1]:
+        virtual = f". {VIRTUAL}" if mask.shape[1] > past + new.shape[1] else ""
+        raise PatchError(
+            f"attention_mask covers {mask.shape[1]} columns, past and input together have "
+            f"{past + new.shape[1]}: pass the mask of the whole conversation, no more and no less"
+            f"{virtual}"
+        )

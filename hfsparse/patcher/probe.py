@@ -1,0 +1,160 @@
+"""What a model's code asks of attention, learnt before the model is touched.
+
+A config does not tell whether its window is used, a mask built or a cache read twice; the code
+does, so it is run: a second decoder of the same class and config reads two tokens under
+FakeTensorMode, which keeps shapes and no data. Two tokens through the model itself would cost a
+pass over all its weights, offloaded ones too, and leave traces in hooks, counters and random
+states; the second decoder takes no memory and half a second for 8B parameters, once a config. Code
+that can't run without data tells nothing: then each call looks for itself, as it does anyway.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import logging as transformers_logging
+
+from hfsparse.errors import CacheError
+from hfsparse.models.names import parameters
+from hfsparse.runtime.call import enter, leave, running, take_layer
+from hfsparse.runtime.layer_plan import LayerPlan
+
+NAME = "hfsparse-probe"
+found: dict[tuple[type, str], str | None] = {}  # what was learnt, by class and config
+lock = threading.Lock()  # what a probe sets for the whole process is put back by the same one
+
+
+class Unlike(Exception):
+    """Code that asks for another attention than ours."""
+
+
+def attention_modules(decoder: Any) -> list[Any]:
+    """A text decoder's attention modules in layer order, those that belong to no layer first."""
+    modules = [
+        m
+        for m in decoder.modules()
+        if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
+    ]
+    return sorted(modules, key=lambda m: -1 if m.layer_idx is None else m.layer_idx)
+
+
+def why_not(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
+    """Why each call of this text decoder would be refused; None where no reason was found.
+
+    plans: of its layers with attention, with every head full. The decoder itself is only read.
+    """
+    key = type(decoder), repr(decoder.config.to_dict())
+    with lock:
+        if key not in found:
+            found[key] = _learn(decoder, plans)
+    return found[key]
+
+
+def _learn(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
+    try:
+        with _without_data():
+            _run(type(decoder), copy.deepcopy(decoder.config), plans)
+    except Unlike as reason:
+        return str(reason)
+    except CacheError:
+        return "it doesn't call attention once for each update of its cache"
+    except Exception:  # code that wants data, or more than tokens
+        return None
+    return None
+
+
+def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
+    """Two tokens through a new decoder; raises Unlike or CacheError for what we can't follow."""
+    AttentionInterface.register(NAME, look)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
+    config._attn_implementation_internal = "eager"
+    twin = decoder(config).eval()
+    for module, plan in zip(attention_modules(twin), plans, strict=True):
+        module._hfsparse = plan
+        module.config._attn_implementation_internal = NAME
+    cache = DynamicCache(config=config)
+    layers = cache.layers or [None] * config.num_hidden_layers
+    for plan in plans:
+        layers[plan.index] = plan.new_cache()
+    cache.layers, cache.layer_class_to_replicate = layers, None
+    name = "cache" if "cache" in parameters(decoder) else "past_key_values"
+    enter(plans[0].owner)
+    try:
+        with Answers():
+            twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{name: cache})
+    finally:
+        leave(plans[0].owner)
+    if any(layers[plan.index].stored < layers[plan.index].seen for plan in plans):
+        raise CacheError("a layer's attention was not called")
+
+
+def look(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Stands for attention: raises Unlike where query and key are not what the config says."""
+    plan: LayerPlan = module._hfsparse
+    if attention_mask is not None and attention_mask.ndim != 1:
+        raise Unlike(f"it builds attention masks of its own, of {attention_mask.ndim} dimensions")
+    says = plan.counts.q_heads, plan.kv_heads
+    if (query.shape[1], key.shape[1]) != says:
+        raise Unlike(
+            f"layer {plan.index} attends with {query.shape[1]} q and {key.shape[1]} kv heads, "
+            f"where its config says {says[0]} and {says[1]}"
+        )
+    if sliding_window != plan.window:
+        words = [
+            "all tokens" if n is None else f"a window of {n}" for n in (sliding_window, plan.window)
+        ]
+        raise Unlike(f"layer {plan.index} attends to {words[0]}, where its config says {words[1]}")
+    if (layer := take_layer(running())) is not None:
+        layer.stored = layer.seen
+    return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Tensors have shapes only, random states stay, and nobody is told of what fails."""
+    log, said = logging.getLogger(FakeTensorMode.__module__), transformers_logging.get_verbosity()
+    was, log.disabled = log.disabled, True
+    transformers_logging.set_verbosity_error()
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            FakeTensorMode(),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        log.disabled = was
+        transformers_logging.set_verbosity(said)
+
+
+class Answers(TorchDispatchMode):
+    """Answers what only data could: numbers are 0, nothing is true, no expert is chosen."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((0, args[0].ndim), dtype=torch.long)
+        if func is torch.ops.aten._grouped_mm.default:  # knows no float32 without data
+            return args[0].new_empty((len(args[0]), args[1].shape[-1]))
+        return func(*args, **(kwargs or {}))

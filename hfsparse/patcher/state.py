@@ -1,0 +1,66 @@
+"""What a patch leaves on a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hfsparse.errors import PatchError
+from hfsparse.patcher.supported import _check_model
+from hfsparse.plan import Plan
+from hfsparse.runtime.cache.layer import Held
+from hfsparse.runtime.graphs import Graphs
+from hfsparse.runtime.layer_plan import LayerPlan
+
+
+@dataclass
+class OwnConfig:
+    """The copy of a config that a model has while it is patched: others may share the original."""
+
+    original: Any
+    copy: Any
+    modules: list[Any]  # that had the original
+    before: dict[str, Any]  # the copy's attributes when it was made
+
+    def give_back(self) -> None:
+        """Put the original back, with what was changed in the copy meanwhile."""
+        name = "_attn_implementation_internal"
+        setattr(self.copy, name, getattr(self.original, name))
+        for name, value in vars(self.copy).items():
+            if name not in self.before or value is not self.before[name]:
+                vars(self.original)[name] = value
+        for module in self.modules:
+            if module.config is self.copy:
+                module.config = self.original
+
+
+@dataclass
+class State:
+    """What a patch leaves on the text decoder (as `_hfsparse`)."""
+
+    owner: str
+    model: PreTrainedModel  # that was patched: it holds the decoder, or is it
+    plan: Plan
+    layers: list[LayerPlan]  # of the layers that have attention
+    configs: list[OwnConfig]
+    graphs: Graphs
+    hooks: list[Any] = field(default_factory=list)
+    # Of the last call that had a cache: what each layer's takes, and columns seen.
+    held: list[Held] = field(default_factory=list)
+    seen: int = 0
+
+
+def is_patched(model: Any) -> bool:
+    return any("_hfsparse" in module.__dict__ for module in model.modules())
+
+
+def _state(model: PreTrainedModel) -> State:
+    _check_model(model)
+    state = model.get_decoder().__dict__.get("_hfsparse") if is_patched(model) else None
+    if state is None:
+        raise PatchError(
+            f"this {type(model).__name__} is not patched: call hfsparse.patch(model) first"
+        )
+    return state

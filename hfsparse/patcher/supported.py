@@ -1,0 +1,111 @@
+"""Which models can be patched, and why others can't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel, cache_utils
+
+from hfsparse.errors import PatchError
+from hfsparse.models.fingerprint import (
+    LINEAR,
+    ShapeError,
+    attention_values,
+    by_layer,
+    text_config,
+    windows,
+)
+from hfsparse.patcher import probe
+from hfsparse.patcher.resolve import _layer_plans
+from hfsparse.plan import ModelId, Plan
+
+ROPES = ("default", "linear", "llama3", "yarn")  # turn by the position alone, not a call's length
+MISTAKEN = (
+    "this is the handle of a patch, not the model (handle.model), which is changed in place: write "
+    "handle = hfsparse.patch(model, plan), not model = hfsparse.patch(model, plan)"
+)
+
+
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
+    modules = probe.attention_modules(model.get_decoder())
+    why = next(_obstacles(model, modules), None)
+    if why is not None:
+        raise PatchError(
+            f"{type(model).__name__} can't be patched: {why}. Supported: decoders of transformers "
+            "with full or sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
+        )
+    return modules
+
+
+def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
+    """Why this model's attention can't follow a plan."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        yield "it is an encoder-decoder"
+    try:
+        config = text_config(model)
+        if any(by_layer(config, "kv_lora_rank")):
+            yield "its cache holds latents (MLA), not keys per head"
+        if any(by_layer(config, "num_kv_shared_layers")):
+            yield "layers share keys and values"
+        if any(getattr(m, "indexer", None) is not None for m in modules):
+            yield "an indexer of its own chooses the keys that it reads"
+        if config.model_type == "diffllama":
+            yield "it calls attention twice a layer"
+        values = attention_values(config)
+    except ShapeError as error:
+        yield f"its config gives no one shape for all layers ({error})"
+        return
+    kinds = values["kinds"]
+    if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
+        yield f"it has layers of kind {', '.join(other)}"
+    wanted = [i for i, kind in enumerate(kinds) if kind not in LINEAR]
+    if len(wanted) < len(kinds) and not hasattr(cache_utils, "LinearAttentionLayer"):
+        yield "this transformers keeps the state of linear layers in a cache of the model's own"
+    has_default = GenerationMixin._supports_default_dynamic_cache.__func__  # of any class
+    if len(wanted) < len(kinds) and not has_default(type(model)):
+        yield "it keeps the state of its linear layers in a cache of its own"
+    if not modules:
+        yield "it has no attention layers that hfsparse knows"
+    found = [m.layer_idx for m in modules]
+    if None in found:
+        yield "some of its attention belongs to no layer of the decoder"
+    causal = {m.layer_idx for m in modules if m.is_causal}
+    if not causal.issuperset(found):
+        yield "its tokens attend to later ones too"
+    if not all(m.is_causal for m in modules):
+        yield "its layers have attention to an encoder, too (cross-attention)"
+    if found != wanted:
+        yield f"its attention layers are {found}, its config says {wanted}"
+    if not model._can_set_attn_implementation():
+        yield "its attention can't be exchanged"
+    full = Plan.full(ModelId.of(model))
+    why = probe.why_not(model.get_decoder(), _layer_plans(full, wanted, windows(model), full.below))
+    if why is not None:
+        yield why
+    for m in modules:  # code that the probe can't run
+        ratio = getattr(m, "num_key_value_groups", None)
+        if ratio is not None and ratio * values["kv_heads"] != values["q_heads"]:
+            yield (
+                f"layer {m.layer_idx} has q and kv heads as {ratio} to 1, where its config says "
+                f"{values['q_heads']} to {values['kv_heads']}"
+            )
+
+
+def _check_model(model: Any) -> None:
+    """PatchError for what is no model of transformers, or only holds one."""
+    if hasattr(model, "undo"):  # a handle
+        raise PatchError(MISTAKEN)
+    if isinstance(model, PreTrainedModel):
+        return
+    if callable(getattr(model, "get_base_model", None)):  # a PeftModel
+        inside = "get_base_model()"
+    else:
+        modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+        held = [*modules, ("model", getattr(model, "model", None))]
+        inside = next((name for name, each in held if isinstance(each, PreTrainedModel)), None)
+    kind = type(model).__name__
+    where = "" if inside is None else f": patch its {inside}, and go on with the {kind}"
+    raise PatchError(f"got {kind}: give a transformers model (PreTrainedModel){where}")

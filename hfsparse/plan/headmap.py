@@ -1,0 +1,229 @@
+"""The head map of a plan: one row a layer, one mark a head, in the terminal or as a picture.
+
+rich.print(text(plan))        text(plan).plain is the same without colour
+png(plan, "heads.png")        three panels: prefill, cache, decode
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from hfsparse.plan.plan import Plan
+from hfsparse.reading import local
+from hfsparse.stats import FREE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL, RING = "full", "ring"
+PARTS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
+WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
+GREYS = "bright_black", "white"  # of full and ring in the terminal
+COLOURS = (  # Okabe and Ito's, then Tol's: a plan may have a dozen patterns
+    *("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442", "#332288"),
+    *("#AA4499", "#88CCEE", "#999933", "#882255", "#44AA99", "#DDCC77", "#117733", "#CC6677"),
+)
+
+
+def text(plan: Plan) -> Text:
+    """Map, legend and expected numbers; the map fits 80 columns whatever the number of heads."""
+    marks, model = _marks(plan), plan.model
+    styles = {mark: _colour(plan, word, *GREYS) for word, mark in marks.items()}
+    out = Text()
+    out.append(model.class_name, "bold")
+    out.append(f"  {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads")
+    out.append(f", head dim {model.head_dim}\n{plan.hash()[:19]}")
+    out.append(f"  method {plan.made['method']}\n\n" if plan.made.get("method") else "\n\n")
+    for parts in _arrange(plan):
+        out.append_text(_table(plan, parts, marks, styles)).append("\n")
+    return out.append_text(legend(plan))
+
+
+def legend(plan: Plan) -> Text:
+    """What each mark stands for and how often it's used, then the numbers that the plan states."""
+    marks = _marks(plan)
+    longest = max(map(len, marks))
+    out = Text(f"{'':{longest + 6}}{'  '.join(PARTS)}\n")
+    for word, mark in marks.items():
+        out.append(f"{mark:>3} ", _colour(plan, word, *GREYS))
+        shares = "  ".join(f"{_share(plan, part, word):>{len(part)}}" for part in PARTS)
+        out.append(f"{word:<{longest}}  {shares}  {_meaning(plan, word)}\n")
+    for line in chain(_below(plan), _expected(plan), _verified(plan)):
+        out.append(f"{line}\n")
+    out.rstrip()
+    return out
+
+
+def png(plan: Plan, file: str | os.PathLike) -> None:
+    """Draw the map as a picture; `file` is written whole or not at all."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    words = list(_marks(plan))
+    palette = [_colour(plan, word, "0.25", "0.85") for word in words]
+    heads = [len(getattr(plan.layers[0], part)) for part in PARTS]
+    size = (4 + 0.14 * sum(heads), 2 + 0.14 * len(plan.layers) + 0.2 * len(words))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(PARTS), sharey=True, width_ratios=[max(n, 6) for n in heads])
+    for axis, (part, unit) in zip(axes, PARTS.items(), strict=True):
+        rows = [[words.index(word) for word in getattr(layer, part)] for layer in plan.layers]
+        axis.imshow(
+            rows,
+            cmap=ListedColormap(palette),
+            vmin=-0.5,
+            vmax=len(words) - 0.5,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axis.set(title=part, xlabel=unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("layer")
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(plan.model.class_name)
+    labels = [f"{word}  {_meaning(plan, word)}" for word in words]
+    patches = [
+        Patch(facecolor=colour, label=label) for colour, label in zip(palette, labels, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", fontsize="small")
+    write_png(figure, file)
+
+
+def write_png(figure: Figure, file: str | os.PathLike) -> None:
+    """Save a figure whole or not at all."""
+    file = local(file)
+    draft = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        figure.savefig(draft, format="png", dpi=150)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# ---- the map
+
+
+def _marks(plan: Plan) -> dict[str, str]:
+    """A mark a word: `#` full, `o` ring, else the first free letter of the pattern's name."""
+    marks = {FULL: "#"}
+    for word in plan.patterns:
+        choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
+        marks[word] = next(c for c in choices if c not in ("o", "O", *marks.values()) or c == "?")
+    if any(RING in layer.decode for layer in plan.layers):
+        marks[RING] = "o"
+    return marks
+
+
+def _colour(plan: Plan, word: str, full: str, ring: str) -> str:
+    fixed = {FULL: full, RING: ring}
+    return fixed.get(word) or COLOURS[list(plan.patterns).index(word) % len(COLOURS)]
+
+
+def _arrange(plan: Plan) -> list[list[str]]:
+    """The parts side by side where they fit, else prefill above cache and decode, or each alone."""
+    width = {part: len(_pieces(plan, part, plan.layers[0], {})[0]) for part in PARTS}
+    choices = [list(PARTS)], [["prefill"], ["cache", "decode"]], [[part] for part in PARTS]
+    return next(
+        tables
+        for tables in choices
+        if all(
+            LABEL + sum(max(width[p], len(p)) + GAP for p in parts) - GAP <= WIDTH
+            for parts in tables
+        )
+    )
+
+
+def _pieces(plan: Plan, part: str, layer, marks: dict[str, str]) -> list[str]:
+    """A layer's marks: groups of q heads apart if there's room, in several pieces if too wide."""
+    row = "".join(marks.get(word, " ") for word in getattr(layer, part))
+    group = plan.model.q_heads // plan.model.kv_heads if part == "prefill" else 1
+    spaced = " ".join(row[i : i + group] for i in range(0, len(row), group))
+    if group > 1 and len(spaced) <= WIDTH - LABEL:
+        return [spaced]
+    return [row[i : i + 64] for i in range(0, len(row), 64)]
+
+
+def _table(plan: Plan, parts: list[str], marks: dict[str, str], styles: dict[str, str]) -> Text:
+    rows = [[_pieces(plan, part, layer, marks) for part in parts] for layer in plan.layers]
+    widths = [max(len(part), len(cell[0])) for part, cell in zip(parts, rows[0], strict=True)]
+    heads = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
+    out = Text("layer".ljust(LABEL) + (" " * GAP).join(heads).rstrip() + "\n")
+    for number, row in enumerate(rows):
+        label = f"{number:>{LABEL - GAP}}".ljust(LABEL)
+        for pieces in zip_longest(*row, fillvalue=""):
+            out.append(label)
+            cells = [piece.ljust(width) for piece, width in zip(pieces, widths, strict=True)]
+            for mark in (" " * GAP).join(cells).rstrip():
+                out.append(mark, styles.get(mark))
+            out.append("\n")
+            label = " " * LABEL
+    return out
+
+
+# ---- the legend
+
+
+def _meaning(plan: Plan, word: str) -> str:
+    """What a word stands for: its pattern's kind and parameters, less what is off by default."""
+    fixed = {FULL: "every key", RING: "the keys its ring cache holds"}
+    if word in fixed:
+        return fixed[word]
+    pattern = plan.patterns[word]
+    shown = {f.name: getattr(pattern, f.name) for f in fields(pattern)}
+    off = [f.name for f in fields(pattern) if not shown[f.name] and not f.default]
+    numbers = ", ".join(f"{name} {value:g}" for name, value in shown.items() if name not in off)
+    return f"{pattern.kind}: " + (numbers or "pages chosen by the last layer before that chooses")
+
+
+def _share(plan: Plan, part: str, word: str) -> str:
+    """Percent of the heads that follow a word."""
+    heads = [head for layer in plan.layers for head in getattr(layer, part)]
+    percent = 100 * heads.count(word) / len(heads)
+    return "-" if not percent else "<1%" if percent < 0.5 else f"{percent:.0f}%"
+
+
+def _below(plan: Plan) -> Iterator[str]:
+    limits = [f"{part} {limit} tokens" for part, limit in asdict(plan.below).items() if limit]
+    if limits:
+        yield f"\nfull below: {', '.join(limits)}"
+    if plan.skip is not None:
+        yield f"\nprompts: tiles {plan.skip:g} nats below the running maximum are skipped"
+
+
+def _expected(plan: Plan) -> Iterator[str]:
+    """The numbers stated by the plan, a row a length; those of its free part in a row below."""
+    rows: list[tuple[int | str, dict[str, float]]] = []
+    for length, numbers in sorted(plan.expected.items()):
+        free = {n.removesuffix("_free"): x for n, x in numbers.items() if n.endswith("_free")}
+        rows.append((length, {n: x for n, x in numbers.items() if not n.endswith("_free")}))
+        rows += [("free", free)] if free else []
+    names = list(dict.fromkeys(chain.from_iterable(numbers for _, numbers in rows)))
+    if names:
+        yield "\nexpected at" + "".join(f"  {name}" for name in names)
+    for label, numbers in rows:
+        cells = (f"{numbers[name]:.3f}" if name in numbers else "-" for name in names)
+        columns = (f"  {cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True))
+        yield f"{label:>11}" + "".join(columns)
+    if any(label == "free" for label, _ in rows):
+        yield f"free: {FREE}, which a plan may change; budgets are shares of it"
+
+
+def _verified(plan: Plan) -> Iterator[str]:
+    """What the profiler's trials found, if it ran any."""
+    found = plan.verified
+    if "told" in found:
+        yield f"\nverified: {found['told']}"
+        given, wider = found.get("given_back"), found.get("budgets")
+        if given and isinstance(given, list):
+            yield f"for that, kv heads given back: {len(given)}"
+        if wider and isinstance(wider, dict):
+            told = ", ".join(f"{name} {share}" for name, share in wider.items())
+            yield f"for that, budgets widened to: {told}"

@@ -1,0 +1,125 @@
+"""Plans that other projects published, as plans of ours.
+
+    plan, notes = import_plan("duo", "attn_patterns/my-model", AutoConfig.from_pretrained(model))
+
+`notes` says in plain sentences what a plan can't carry over. Forms: `minference` (MInference,
+arXiv 2407.02490), `duo` (DuoAttention, arXiv 2410.10819), `moa` (MoA, arXiv 2406.14909).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hfsparse
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import windows
+from hfsparse.patterns import Pattern
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan.importers import duo, minference, moa
+from hfsparse.plan.importers.form import FORMS, Found, mark, places
+from hfsparse.plan.plan import Layer, ModelId, Plan, PlanMismatch
+from hfsparse.plan.words import nearest, show
+from hfsparse.reading import local
+
+READERS: dict[str, Callable[..., Found]] = {
+    "minference": minference.read,
+    "duo": duo.read,
+    "moa": moa.read,
+}
+
+
+def import_plan(
+    form: str, path: str | Path, config: Any = None, share: float | None = None
+) -> tuple[Plan, list[str]]:
+    """The plan in `path`, and what could not be carried over.
+
+    config: the model's config (or the model): a plan can't be without its shape and fingerprint.
+    share: `duo` only, of kv heads that stream; 0.5 as its authors deploy it.
+    """
+    if form not in READERS:
+        raise UsageError(f"unknown form {show(form)}: {nearest(form, FORMS)}")
+    if form != "duo" and share is not None:
+        raise UsageError(f"share belongs to the form duo: leave it away for {form}")
+    if share is not None and not 0 <= share <= 1:
+        raise UsageError(f"share is {share}: give 0 to 1")
+    path = local(path)
+    found = READERS[form](path, **({} if share is None else {"share": share}))
+    layers, heads = found.shape
+    unit = found.unit.replace("_", " ")
+    if config is None:
+        raise UsageError(
+            f"{path} has {layers} layers of {heads} {unit}, and says no more of its model; a plan "
+            "needs its shape and fingerprint: give --model-config, a folder with its config.json"
+        )
+    model = ModelId.of(config)
+    if (layers, heads) != (model.layers, theirs := getattr(model, found.unit)):
+        raise PlanMismatch(
+            f"{path} has {layers} layers of {heads} {unit}; {model.class_name} has {model.layers} "
+            f"layers of {theirs}: give the config of the model that it was made for"
+        )
+    plan, notes = _plan(found, model, windows(config))
+    plan.made = {"version": hfsparse.__version__, "method": form, "imported": path.name}
+    if form == "duo":
+        plan.made["share"] = duo.SHARE if share is None else float(share)
+    plan.validate()
+    plan.check(config)
+    return plan, [*found.notes, *notes]
+
+
+def _plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
+    """Patterns by name and a Layer each; a ring where every q head of a group streams."""
+    group, patterns, layers = model.q_heads // model.kv_heads, {}, []
+    windowed, wide, kept = {}, {}, {}  # layer -> kv heads, for the notes
+
+    def word(pattern: Pattern | None) -> str:
+        if pattern is None:
+            return "full"
+        patterns[name := _name(pattern)] = pattern
+        return name
+
+    for index, row in enumerate(found.rows):
+        q_row = row if found.unit == "q_heads" else [p for p in row for _ in range(group)]
+        groups = [q_row[first : first + group] for first in range(0, len(q_row), group)]
+        rings = [_union(each) if found.rings else None for each in groups]
+        if found.rings and own[index] is not None:
+            mark(windowed, index, [ring is not None for ring in rings])
+            rings = [None] * len(rings)
+        elif found.rings:
+            streams = [[p is not None for p in each] for each in groups]
+            mark(kept, index, [any(each) and not all(each) for each in streams])
+            pairs = zip(groups, rings, strict=True)
+            mark(wide, index, [ring is not None and {*each} != {ring} for each, ring in pairs])
+        prefill, cache = (tuple(word(p) for p in each) for each in (q_row, rings))
+        layers.append(Layer(prefill, cache, tuple("ring" if r else "full" for r in rings)))
+    notes = [
+        f"{what}: {places(where)}"
+        for what, where in (
+            ("the model's own window bounds the cache, so these kv heads have no ring", windowed),
+            ("kv heads keep every key, and decode reads all: a q head of theirs is full", kept),
+            ("kv heads keep, and decode reads, the longest span of their q heads", wide),
+        )
+        if where
+    ]
+    return Plan(model, patterns, tuple(layers)), notes
+
+
+def _union(group: Sequence[Pattern | None]) -> Streaming | None:
+    """The ring that holds all that a group's q heads read; None where one reads more."""
+    if not all(isinstance(pattern, Streaming) for pattern in group):
+        return None
+    sizes = ("sink", "recent", "recent_per_token")
+    return Streaming(*(max(getattr(pattern, size) for pattern in group) for size in sizes))
+
+
+def _name(pattern: Pattern) -> str:
+    """A name that states every number, so that one name is one pattern."""
+    if isinstance(pattern, VerticalSlash):
+        return f"vs{pattern.columns}x{pattern.diagonals}"
+    if isinstance(pattern, BlockTopK):
+        return f"blocks{pattern.min_blocks}"
+    rate = f"-{pattern.recent_per_token}" if pattern.recent_per_token else ""
+    return f"stream{pattern.sink}-{pattern.recent}{rate}"

@@ -1,0 +1,125 @@
+"""The parts of a plan and the errors that name what is wrong with one."""
+
+from __future__ import annotations
+
+import functools
+import re
+import typing
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hfsparse.errors import Error
+from hfsparse.models.fingerprint import ShapeError, fingerprint, shape, text_config
+from hfsparse.patterns import PATTERNS
+from hfsparse.selectors import SELECTORS
+
+MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS = 1 << 20, 16, 100
+MAX_LAYERS = MAX_HEADS = 1024
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+BAD: Any = object()  # stands for a part whose problem has been reported already
+Problem = tuple[int | None, str]  # line, sentence
+Placed = tuple[tuple, str]  # path of keys, sentence
+
+
+class PlanError(Error):
+    """A plan that can't be used; `problems` holds (line or None, sentence) for each thing wrong."""
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def of(cls, name: str, problems: Collection[Problem]) -> PlanError:
+        """One error for all problems of the plan called `name`, in the order of its lines."""
+        problems = sorted(problems, key=lambda problem: problem[0] or 0)
+        lines = [f"line {line}: {text}" if line else text for line, text in problems]
+        if len(lines) == 1:
+            return cls(f"{name}: {lines[0]}", problems)
+        many = f"the first {len(lines)}" if len(lines) >= MAX_PROBLEMS else str(len(lines))
+        return cls("\n  ".join([f"{name}: {many} problems", *lines]), problems)
+
+
+class PlanMismatch(PlanError):
+    """A plan that was made for another model."""
+
+
+def _up_to(most: int) -> Any:
+    return field(metadata={"range": (1, most)})
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """What a plan must know of its model. Weights are not in it: a fine-tune fits."""
+
+    class_name: str
+    layers: int = _up_to(MAX_LAYERS)
+    q_heads: int = _up_to(MAX_HEADS)
+    kv_heads: int = _up_to(MAX_HEADS)
+    head_dim: int = _up_to(1 << 16)
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> ModelId:
+        """Read a transformers model or config; of a multimodal one, its text decoder."""
+        whole = getattr(model_or_config, "config", model_or_config)
+        name = type(model_or_config).__name__
+        if whole is model_or_config:
+            name = (getattr(whole, "architectures", None) or [name])[0]
+        try:
+            config = text_config(whole)
+            return cls(class_name=name, fingerprint=fingerprint(config), **shape(config))
+        except ShapeError as error:
+            raise PlanError(
+                f"{name} is not a model that a plan can describe: {error}. "
+                "Give a decoder of transformers whose layers have equal heads, or its config"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One word a head: `prefill` per q head, `cache` and `decode` per kv head."""
+
+    prefill: tuple[str, ...]
+    cache: tuple[str, ...]
+    decode: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Below:
+    """Tokens in the row under which a head is computed, or kept, in full."""
+
+    prefill: int = 0
+    decode: int = 0
+    cache: int = 0
+
+
+# --- shared with the reader
+
+
+def kinds() -> dict[str, type]:
+    """Every pattern and selector that a plan may name."""
+    return {**PATTERNS, **SELECTORS}
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Type of each field of a dataclass."""
+    types = typing.get_type_hints(cls)
+    return {each.name: types[each.name] for each in fields(cls)}
+
+
+def parameters(pattern: Any) -> dict[str, Any]:
+    """A pattern or selector as plain data, `kind` first; float fields are floats, given 1 too."""
+    types = hints(type(pattern))
+    values = {name: getattr(pattern, name) for name in types}
+    floats = {name: float(value) for name, value in values.items() if types[name] is float}
+    return {"kind": pattern.kind, **values, **floats}
+
+
+def key_of(name: str) -> str:
+    """The plan's key for a field: `class` can't be a Python name."""
+    return "class" if name == "class_name" else name
+
+
+VERSION = 1

@@ -1,0 +1,183 @@
+"""The plan: how every head of a model attends, as a YAML file that people read, diff and share.
+
+    plan = Plan.load("plan.yaml")     # PlanError names everything wrong, each with its line
+    plan.check(model)                 # PlanMismatch if it was made for another model
+    plan.save("copy.yaml")            # atomic
+
+`rules` states what holds for any plan; `reader` and `writer` are its text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from hfsparse import reading
+from hfsparse.models.fingerprint import UNITS, linear_layers, windows
+from hfsparse.plan.parts import (
+    MAX_BYTES,
+    MAX_PROBLEMS,
+    VERSION,
+    Below,
+    Layer,
+    ModelId,
+    PlanError,
+    PlanMismatch,
+    parameters,
+)
+from hfsparse.plan.reader import read
+from hfsparse.plan.rules import rules
+from hfsparse.plan.writer import write
+
+NONE = "none"  # what `made.verified.told` begins with where nothing could be told
+
+__all__ = ["Below", "Layer", "ModelId", "Plan", "PlanError", "PlanMismatch"]
+
+
+@dataclass
+class Plan:
+    """How every head attends. `patterns` holds named pattern and selector instances.
+
+    skip: in prompts, on full heads and on top of patterns, a tile of scores is left out where in
+    each of its rows the largest lies more than that below the row's largest so far (skip-softmax;
+    BLASST, arXiv 2512.12087, whose threshold is e^-skip). None computes every tile that is kept.
+    """
+
+    model: ModelId
+    patterns: dict[str, Any]
+    layers: tuple[Layer, ...]
+    below: Below = field(default_factory=Below)
+    expected: dict[int, dict[str, float]] = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
+    made: dict = field(default_factory=dict)
+    skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
+
+    @classmethod
+    def full(cls, model: ModelId) -> Plan:
+        """The plan that drops nothing."""
+        kv = ("full",) * model.kv_heads
+        return cls(model, {}, (Layer(("full",) * model.q_heads, kv, kv),) * model.layers)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read a plan file; PlanError names everything wrong with it."""
+        try:
+            text = reading.content(path, MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            why = reading.why(error)
+            raise PlanError(f"{path}: can't read it: {why}. Give a plan file") from error
+        return read(cls, text, str(path))
+
+    @classmethod
+    def loads(cls, text: str | bytes) -> Plan:
+        """Read a plan from its YAML; PlanError names everything wrong with it."""
+        return read(cls, text, "plan")
+
+    def dumps(self) -> str:
+        """The plan as YAML, one line a layer or a range of equal layers."""
+        self.validate()
+        text = write(self)
+        if (size := len(text.encode())) > MAX_BYTES:
+            raise PlanError(
+                f"plan takes {size} bytes of YAML, over {MAX_BYTES}: "
+                "keep large data in a file beside it"
+            )
+        return text
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole file or, on failure, leave what was there untouched."""
+        data = self.dumps().encode()
+        try:
+            target = os.path.realpath(reading.local(path))
+            draft = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
+            try:
+                with open(draft, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(draft, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft)
+        except (OSError, ValueError) as error:
+            why = reading.why(error)
+            raise PlanError(f"{path}: can't write it: {why}. Give another path") from error
+
+    def validate(self) -> None:
+        """Raise PlanError naming every rule that this plan breaks."""
+        if problems := list(islice(rules(self), MAX_PROBLEMS)):
+            raise PlanError.of("plan", problems)
+
+    @property
+    def verified(self) -> dict:
+        """What the profiler's proof found; empty if none ran, or if a hand wrote no mapping."""
+        found = self.made.get("verified")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def unproved(self) -> str | None:
+        """Why the profiler's proof told nothing of this plan, if it ran and didn't."""
+        said, _, why = str(self.verified.get("told")).partition(": ")
+        return why if said in (NONE, "nothing") else None  # as plans of 0.1 said it
+
+    def hash(self) -> str:
+        """Identity of what is computed: `expected`, `measured` and `made` are left out."""
+        identity = {
+            "version": VERSION,
+            "model": dataclasses.asdict(self.model),
+            "patterns": {name: parameters(pattern) for name, pattern in self.patterns.items()},
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "below": dataclasses.asdict(self.below),
+        }
+        if self.skip is not None:
+            whole = type(self.skip) is int and abs(self.skip) < 2**63
+            identity["skip"] = float(self.skip) if whole else self.skip
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
+        """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
+
+        PlanError where the plan would drop keys in layers that have a window of their own, or none.
+        """
+        self._check_identity(model_or_config, allow)
+        for index, (words, window) in enumerate(
+            zip(self.layers, windows(model_or_config), strict=True)
+        ):
+            if window is not None and {*words.cache, *words.decode} != {"full"}:
+                raise PlanError(
+                    f"layer {index} has the model's own window of {window} tokens and keeps no "
+                    "more than that: write full for its cache and decode"
+                )
+        for index in linear_layers(model_or_config):
+            words = self.layers[index]
+            if {*words.prefill, *words.cache, *words.decode} != {"full"}:
+                raise PlanError(f"layer {index} has no attention: write full for all its heads")
+
+    def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:
+        ours, theirs = self.model, ModelId.of(model_or_config)
+        renew = "Profile this model: hfsparse profile <model> -o plan.yaml"
+        or_allow = ', or use the plan all the same: patch(..., allow={"fingerprint"})'
+        if differ := [key for key in UNITS if getattr(ours, key) != getattr(theirs, key)]:
+            have = " with " + ", ".join(f"{getattr(ours, key)} {UNITS[key]}" for key in differ)
+            found = " with " + ", ".join(str(getattr(theirs, key)) for key in differ)
+        elif "fingerprint" in allow or ours == theirs:
+            return
+        elif ours.class_name != theirs.class_name:
+            have, found, renew = "", "", renew + or_allow
+        else:
+            have = f" with fingerprint {ours.fingerprint}"
+            found = f" with {theirs.fingerprint}: its rope, window or layer kinds differ"
+            renew += or_allow
+        raise PlanMismatch(
+            f"plan was made for {ours.class_name}{have}; "
+            f"this model is {theirs.class_name}{found}. {renew}"
+        )

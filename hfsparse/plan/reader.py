@@ -1,0 +1,249 @@
+"""A plan's YAML, read with the line of every key and written one line a layer.
+
+Reading goes from text to nodes (`_Strict`), to plain data and lines (`_plain`), to the parts of a
+plan (`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+import hfsparse
+from hfsparse.plan.layer_rules import TAKES
+from hfsparse.plan.nodes import Loader, PythonLoader, Say, _read_numbers, _Strict, plain
+from hfsparse.plan.parts import (
+    BAD,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_PROBLEMS,
+    NAME,
+    VERSION,
+    Below,
+    Layer,
+    ModelId,
+    PlanError,
+    hints,
+    key_of,
+    kinds,
+)
+from hfsparse.plan.rules import rules, wrong_value
+from hfsparse.plan.words import dotted, nearest, show, span
+from hfsparse.plan.writer import _Dumper, _Row, _row, _text
+
+REQUIRED, OPTIONAL = (
+    ("model", "layers"),
+    ("patterns", "below", "skip", "expected", "measured", "made"),
+)
+WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
+RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
+LENGTH = re.compile(r"[1-9]\d{0,18}")
+
+
+def read(make: type, text: str | bytes, name: str) -> Any:
+    """`make(**parts)` of the plan in `text`; PlanError with `name`, every problem and its line."""
+    problems: list[tuple[int | None, str]] = []
+    lines: dict[tuple, int] = {}
+
+    def line_of(*path: Any) -> int:
+        while path and path not in lines:
+            path = path[:-1]
+        return lines.get(path, 1)
+
+    def say(where: tuple | int, sentence: str) -> None:
+        problems.append((where if isinstance(where, int) else line_of(*where), sentence))
+        if len(problems) >= MAX_PROBLEMS:
+            raise PlanError.of(name, problems)
+
+    raw = plain(text, say, lines)
+    if raw is BAD:
+        raise PlanError.of(name, problems)
+    if type(raw) is not dict:
+        what = "empty" if raw is None else show(raw)
+        say(1, f"the file is {what}: give a mapping that starts with hfsparse: {VERSION}")
+        raise PlanError.of(name, problems)
+    version = raw.pop("hfsparse", BAD)
+    if type(version) is int and version > VERSION:
+        ours = getattr(hfsparse, "__version__", "this one")
+        newer = f"needs a newer hfsparse than {ours}; this one reads version {VERSION}"
+        line = line_of("hfsparse")
+        raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
+    if type(version) is not int or version != VERSION:
+        given = "missing" if version is BAD else show(version)
+        say(("hfsparse",), f"hfsparse is {given}: give the plan version, hfsparse: {VERSION}")
+    plan = make(**_parts(raw, lines, say))
+    for problem in rules(plan, line_of):
+        say(*problem)
+    if problems:
+        raise PlanError.of(name, problems)
+    return plan
+
+
+_read_numbers(PythonLoader)
+
+
+if hasattr(yaml, "CSafeLoader"):
+
+    class FastLoader(_Strict, yaml.composer.Composer, yaml.CSafeLoader):
+        """libyaml's events under PyYAML's composer: the same nodes and lines, ten times faster."""
+
+        def __init__(self, stream: str):
+            yaml.CSafeLoader.__init__(self, stream)
+            yaml.composer.Composer.__init__(self)
+
+    _read_numbers(FastLoader)
+    Loader = FastLoader
+
+
+# --- plain data to the parts of a plan
+
+
+def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
+    given = _mapping(raw, (), REQUIRED, OPTIONAL, say)
+    sections = {key: {} if given.get(key) is None else given[key] for key in REQUIRED + OPTIONAL}
+    model = _values(ModelId, sections["model"], ("model",), say)
+    below = _values(Below, sections["below"], ("below",), say)
+    patterns, skip = sections["patterns"], given.get("skip")
+    if type(patterns) is dict:
+        patterns = {
+            name: _pattern(each, ("patterns", name), say) for name, each in patterns.items()
+        }
+    return {
+        **sections,
+        "model": ModelId(**model),
+        "below": Below(**below),
+        "skip": float(skip) if type(skip) is int and abs(skip) < 2**63 else skip,
+        "patterns": patterns,
+        "expected": _expected(sections["expected"], lines, say),
+        "layers": _layers(sections["layers"], model["layers"], lines, say),
+    }
+
+
+def _mapping(
+    raw: Any, path: tuple, required: Iterable[str], optional: Iterable[str], say: Say
+) -> dict[str, Any]:
+    """The values under the known keys, BAD where a required one is missing."""
+    known = dict.fromkeys((*required, *optional))
+    if type(raw) is not dict:
+        if raw is not BAD:
+            say(path, f"{dotted(path)} is {show(raw)}: give a mapping of {', '.join(known)}")
+        return dict.fromkeys(required, BAD)
+    for key in raw:
+        if key not in known:
+            say((*path, key), f"unknown key {dotted((*path, key))}: {nearest(key, known)}")
+    for key in required:
+        if key not in raw:
+            say(path, f"{dotted((*path, key))} is missing: add it")
+    return {key: raw.get(key, BAD) for key in known if key in raw or key in required}
+
+
+def _values(cls: type, raw: Any, path: tuple, say: Say) -> dict[str, Any]:
+    """The fields of a dataclass from a mapping; those that can't be used are BAD."""
+    names = {key_of(each.name): each.name for each in fields(cls)}
+    needed = [key_of(each.name) for each in fields(cls) if each.default is MISSING]
+    optional = [key for key in names if key not in needed]
+    values = {}
+    for key, value in _mapping(raw, path, needed, optional, say).items():
+        name = names[key]
+        if wrong := wrong_value(cls, name, value):
+            say((*path, key), f"{dotted((*path, key))} {wrong}")
+            value = BAD
+        floated = hints(cls)[name] is float and value is not BAD
+        values[name] = float(value) if floated else value
+    return values
+
+
+def _pattern(raw: Any, path: tuple, say: Say) -> Any:
+    """An instance of the kind that `raw` names; each number out of range is reported by itself."""
+    known = kinds()
+    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
+    if kind is BAD:
+        return BAD
+    if type(kind) is not str or kind not in known:
+        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(kind, known)}")
+        return BAD
+    cls = known[kind]
+    values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
+    for name in [name for name, value in values.items() if value is not BAD]:
+        try:
+            cls(**{name: values[name]})
+        except ValueError as error:
+            say((*path, name), f"{dotted(path)}: {error}")
+            values[name] = BAD
+    return BAD if any(value is BAD for value in values.values()) else cls(**values)
+
+
+def _layers(raw: Any, count: int, lines: dict[tuple, int], say: Say) -> tuple:
+    """Every layer once; BAD where none is given."""
+    if type(raw) is not dict:
+        if raw is not BAD:
+            say(("layers",), f"layers is {show(raw)}: give one line a layer or a range of layers")
+        return BAD
+    layers: dict[int, Any] = {}
+    for key, value in raw.items():
+        path = ("layers", key)
+        match = RANGE.fullmatch(str(key))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            say(path, f"layer {show(key)}: give a number or a range such as 1-29")
+            continue
+        words = _mapping(value, path, TAKES, (), say)
+        layer = Layer(**{part: _words(text, (*path, part), say) for part, text in words.items()})
+        most = MAX_LAYERS if count is BAD else count
+        if last >= most:
+            say(path, f"layer {key}: layers go from 0 to {most - 1}")
+        taken = [i for i in range(first, min(last + 1, most)) if i in layers]
+        if taken:
+            say(path, f"layer {span(taken)} is given twice: keep one")
+        for i in range(first, min(last + 1, most)):
+            layers[i] = layer
+            lines["layers", i] = lines[path]
+            for part in TAKES:
+                lines["layers", i, part] = lines.get((*path, part), lines[path])
+    total = max(layers, default=-1) + 1 if count is BAD else count
+    missing = [i for i in range(total) if i not in layers]
+    if missing:
+        say(("layers",), f"layers {', '.join(map(str, missing[:20]))} are missing: give each once")
+    return tuple(layers.get(i, BAD) for i in range(total))
+
+
+def _expected(raw: Any, lines: dict[tuple, int], say: Say) -> Any:
+    """Figures by length in tokens: JSON, which plans may go through, makes text of its keys."""
+    if type(raw) is not dict:
+        return raw
+    figures = {}
+    for key, value in raw.items():
+        length = int(key) if type(key) is str and LENGTH.fullmatch(key) else key
+        if length in figures:
+            say(("expected", key), f"expected.{length} is given twice: keep one")
+        lines["expected", length] = lines["expected", key]
+        figures[length] = value
+    return figures
+
+
+def _words(text: Any, path: tuple, say: Say) -> Any:
+    """`full*2 vs` as ("full", "full", "vs")."""
+    if text is BAD:
+        return BAD
+    if type(text) is not str:
+        say(path, f"{dotted(path)} is {show(text)}: give words such as full*3")
+        return BAD
+    matches = [(item, WORD.fullmatch(item)) for item in text.split()]
+    if wrong := [item for item, match in matches if not match]:
+        say(path, f"{dotted(path)} says {show(wrong[0])}: give words such as full or full*3")
+        return BAD
+    counts = [(match[1], int(match[2] or 1)) for _, match in matches]
+    if sum(count for _, count in counts) > MAX_HEADS:
+        say(path, f"{dotted(path)} has more than {MAX_HEADS} words: give one a head")
+        return BAD
+    return tuple(word for word, count in counts for _ in range(count))
+
+
+_Dumper.add_representer(_Row, _row)
+
+
+_Dumper.add_representer(str, _text)

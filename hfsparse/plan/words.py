@@ -1,0 +1,37 @@
+"""How messages show what a plan says."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 60
+
+
+def span(numbers: list[int]) -> str:
+    """Layers that follow one another, as a plan writes them: `3` or `3-7`."""
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def dotted(path: tuple) -> str:
+    return ".".join(str(key)[:64] for key in path)
+
+
+def show(value: Any) -> str:
+    """A value for an error message: short, whatever it is."""
+    if type(value) is int and abs(value) >= 2**63:
+        return "a number past 64 bits"
+    if value is None or isinstance(value, str | int | float):
+        return SHORT.repr(value)
+    return f"a {type(value).__name__}"
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """Advice for a word that is not among the known ones."""
+    known = [str(each)[:64] for each in islice(known, 200)]
+    close = difflib.get_close_matches(str(word)[:64], known, 1)
+    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known[:20])}"

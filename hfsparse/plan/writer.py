@@ -1,0 +1,83 @@
+"""A plan as text: one line a layer, repeats collapsed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields
+from itertools import groupby
+from typing import Any
+
+import yaml
+
+from hfsparse.plan.layer_rules import TAKES
+from hfsparse.plan.nodes import TAG
+from hfsparse.plan.parts import VERSION, Below, Layer, ModelId, hints, key_of, parameters
+from hfsparse.plan.words import span
+
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
+
+
+# --- writing
+
+
+class _Row(dict):
+    """A mapping that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _row(dumper: _Dumper, row: _Row) -> yaml.Node:
+    return dumper.represent_mapping(TAG + "map", row, flow_style=True)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    """On one line, and quoted where another YAML reader would see a number."""
+    quote = not text.isprintable() or NUMBER.fullmatch(text)
+    return dumper.represent_scalar(TAG + "str", text, style='"' if quote else None)
+
+
+def write(plan: Any) -> str:
+    """A valid plan as YAML: one line a pattern, one a run of equal layers, nothing empty."""
+    document = {
+        "hfsparse": VERSION,
+        "model": _Row({key_of(name): getattr(plan.model, name) for name in hints(ModelId)}),
+        "patterns": {name: _pattern_row(each) for name, each in plan.patterns.items()},
+        "below": _Row(vars(plan.below) if plan.below != Below() else {}),
+        "skip": None if plan.skip is None else float(plan.skip),
+        "layers": _layer_rows(plan.layers),
+        "expected": _Row(plan.expected),
+        "measured": _Row(plan.measured),
+        "made": _Row(plan.made),
+    }
+    return yaml.dump(
+        {key: value for key, value in document.items() if value},
+        Dumper=_Dumper,
+        default_flow_style=False,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+    )
+
+
+def _pattern_row(pattern: Any) -> _Row:
+    """Every parameter, but those that are off (zero) unless set."""
+    off = {each.name for each in fields(pattern) if each.default == 0}
+    return _Row({k: v for k, v in parameters(pattern).items() if k not in off or v != 0})
+
+
+def _layer_rows(layers: tuple[Layer, ...]) -> dict[int | str, _Row]:
+    rows: dict[int | str, _Row] = {}
+    for layer, run in groupby(range(len(layers)), key=layers.__getitem__):
+        numbers = list(run)
+        key = span(numbers) if len(numbers) > 1 else numbers[0]
+        rows[key] = _Row({part: _joined(getattr(layer, part)) for part in TAKES})
+    return rows
+
+
+def _joined(words: tuple[str, ...]) -> str:
+    runs = [(word, len(list(run))) for word, run in groupby(words)]
+    return " ".join(f"{word}*{count}" if count > 1 else word for word, count in runs)

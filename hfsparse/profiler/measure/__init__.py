@@ -1,0 +1,1 @@
+"""What heads do, and what candidates keep and lose of it."""

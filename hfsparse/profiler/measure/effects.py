@@ -1,0 +1,179 @@
+"""What each candidate would keep and lose in one layer of one prompt.
+
+`effect` is what the margin of the prompt's key tokens loses, to first order: the change that a
+candidate makes to the attention's output, times the gradient there. (A relative error of the output
+can't tell a head that carries an answer from one that carries nothing.) `harm` is the same at the
+rows that predict the key tokens alone, each row's change counted as a loss: what one row wins does
+not make up for what another loses, and prompts agree better on it. `error` is the length of
+the change after the output projection, relative to the layer's whole output, at those rows.
+`recall` is the share of the exact
+attention's mass that is kept; what a sink logit takes always is. A ring's effect is summed over all
+rows. Patterns and pages are looked at on sampled rows: those that predict the key tokens and, for
+patterns, others over the depth, which stand for all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfsparse import kernels
+from hfsparse.lists import PAGE, Grid, default_block
+from hfsparse.profiler.measure.capture import Seen
+from hfsparse.profiler.measure.exact import attention, sampled_rows
+
+AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a method lets the allocation choose from, by name."""
+
+    patterns: dict[str, Any]  # prefill, one q head at a time
+    rings: dict[str, Any]  # streaming patterns for a whole kv head: prefill, cache and decode
+    selectors: dict[str, Any]  # decode of a kv head whose cache is full
+
+
+def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
+    """Arrays `[candidates, heads]` by name.
+
+    `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
+    same per kv head; `page_*` per kv head: effect, harm, error, recall.
+    """
+    seen = replace(seen, proj=_eyes(seen) if seen.proj is None else seen.proj)
+    L, parts = seen.k.shape[2], list(_parts(seen))
+    grid = Grid.causal(1, L, default_block(L, seen.k.device), seen.k.device)
+    output = sum(
+        torch.einsum("hrd,hdo->ro", _exact(part, seen.keys)[2], part.proj.float()) for part in parts
+    )
+    output = output.norm(dim=-1).clamp(min=1e-9)  # [keys]
+    found = [_part(part, candidates, grid, output) for part in parts]
+    return {name: np.concatenate([each[name] for each in found], 1) for name in found[0]}
+
+
+def _parts(seen: Seen) -> Iterator[Seen]:
+    """A few kv heads and their q heads at a time: at most AT_ONCE rows of q, or one kv head."""
+    Hkv, L, group = *seen.k.shape[1:3], seen.q.shape[1] // seen.k.shape[1]
+    step = max(1, AT_ONCE // (group * L))
+    for first in range(0, Hkv, step):
+        kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
+        sinks = seen.logits.s_aux
+        logits = seen.logits if sinks is None else replace(seen.logits, s_aux=sinks[q])
+        by_kv = {name: getattr(seen, name)[:, kv] for name in ("k", "v")}
+        by_q = {name: getattr(seen, name)[:, q] for name in ("q", "out", "grad")}
+        yield replace(seen, **by_kv, **by_q, logits=logits, proj=seen.proj[q])
+
+
+def _exact(seen: Seen, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention [Hq, R, L], values [Hq, L, Dv] and the output [Hq, R, Dv], in float32."""
+    heads, group = seen.q.shape[1], seen.q.shape[1] // seen.k.shape[1]
+    mass = torch.stack([attention(seen, rows, head) for head in range(heads)])
+    values = seen.v[0].float().repeat_interleave(group, 0)
+    return mass, values, mass @ values
+
+
+def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dict[str, np.ndarray]:
+    """`layer` for some heads, where `output` [keys] is the length of the layer's whole output."""
+    q, k, scale = seen.q, seen.k, seen.logits.scale
+    L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
+    rows, weight = sampled_rows(L, seen.keys)
+    mass, values, exact = _exact(seen, rows)
+    bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
+    grad = seen.grad[0, :, rows].float()
+    at_keys = torch.isin(rows, seen.keys)
+    proj = seen.proj.float()  # [Hq, Dv, hidden]
+    found: dict[str, list[Tensor]] = {}
+
+    def note(kind: str, **values: Tensor) -> None:
+        for name, value in values.items():
+            found.setdefault(f"{kind}_{name}", []).append(value.float().cpu())
+
+    def kept(mask: Tensor, weight: Tensor, heads: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Effect [Hq] of keeping the keys of a mask [Hq, R, L]; what else it does, by `heads`."""
+        some = mass * mask
+        share = some.sum(-1) + bare  # [Hq, R]
+        change = some @ values / share.clamp(min=1e-9)[..., None] - exact
+        recall = (share * (weight > 0)).sum(1) / (weight > 0).sum()
+        moved = torch.einsum("hrd,hdo->hro", change[:, at_keys], proj)
+        moved = moved.unflatten(0, (heads, -1)).sum(1).norm(dim=-1) / output  # [heads, keys]
+        effect = (grad * change).sum(-1)  # [Hq, R]
+        harm = effect[:, at_keys].unflatten(0, (heads, -1)).sum(1).abs().sum(1)
+        more = {"harm": harm, "error": moved.mean(1)}
+        return (effect * weight).sum(1), more | {"recall": recall.view(heads, -1).mean(1)}
+
+    def by_group(each: Tensor) -> Tensor:
+        return each.view(Hkv, group).sum(1)
+
+    def densities(lists: Any) -> dict[str, Tensor]:
+        pairs = lists.pairs()[0].float() / grid.pairs()[0]
+        return {"pairs": pairs, "blocks": lists.blocks()[0] / grid.blocks()[0]}
+
+    for pattern in candidates.patterns.values():
+        lists = pattern.lists(q, k, grid, scale)
+        effect, more = kept(lists.mask(rows)[0], weight, q.shape[1])
+        note("pattern", effect=effect.abs(), **more, **densities(lists))
+    for ring in candidates.rings.values():
+        lists = ring.lists(q, k, grid, scale)
+        _, more = kept(lists.mask(rows)[0], weight, Hkv)
+        costs = {name: by_group(each) / group for name, each in densities(lists).items()}
+        effect = by_group(_whole_effect(seen, lists)).abs()
+        note("ring", effect=effect, **more, **costs)
+    for selector in candidates.selectors.values():
+        read = pages_read(selector, q, k, seen.keys, scale)
+        mask = read.new_ones(len(read), len(rows), L)
+        mask[:, at_keys] = read
+        effect, more = kept(mask, at_keys.float(), Hkv)
+        note("page", effect=by_group(effect).abs(), **more)
+    return {name: torch.stack(values).numpy() for name, values in found.items()}
+
+
+def _eyes(seen: Seen) -> Tensor:
+    """Heads side by side, as [Hq, Dv, Hq * Dv]: where no output projection was found."""
+    heads, size = seen.out.shape[1], seen.out.shape[3]
+    return torch.eye(heads * size, dtype=torch.float32, device=seen.out.device).view(
+        heads, size, -1
+    )
+
+
+def _whole_effect(seen: Seen, lists: Any) -> Tensor:
+    """Effect [Hq] of following the lists in every row."""
+    heads = seen.q.shape[1]
+    kv = torch.arange(heads, device=seen.q.device) // (heads // seen.k.shape[1])
+    need = kernels.Need.of(seen.q, seen.k, seen.v, lists=True, logits=seen.logits.special)
+    kernel = kernels.pick(kernels.PREFILL, replace(need, block=lists.grid.block))
+    out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of())
+    return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
+
+
+def pages_read(selector, q, k, rows, scale) -> Tensor:
+    """Keys [Hq, R, L] that decode steps at `rows` would read."""
+    if not hasattr(selector, "pages") or selector.refresh:
+        raise ValueError(
+            f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
+            "quest without refresh, and change the plan that comes out"
+        )
+    L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
+    pages = torch.nn.functional.pad(k[0], (0, 0, 0, -L % PAGE), value=torch.nan)
+    pages = pages.unflatten(1, (-1, PAGE))
+    low = pages.nan_to_num(torch.inf).amin(2)
+    high = pages.nan_to_num(-torch.inf).amax(2)
+    steps = q[0, :, rows].transpose(0, 1)[:, :, None]  # each row a batch row with one new query
+    each, last = torch.arange(len(rows), device=rows.device), rows // PAGE
+    low, high = (t.repeat(len(rows), 1, 1, 1) for t in (low, high))  # [R, Hkv, P, D]
+    newest = pages[:, last].transpose(0, 1)  # [R, Hkv, PAGE, D]; a step has not seen all of it
+    later = torch.arange(PAGE, device=rows.device) > (rows % PAGE)[:, None]
+    later = later[:, None, :, None]
+    low[each, :, last] = newest.masked_fill(later, torch.inf).amin(2)
+    high[each, :, last] = newest.masked_fill(later, -torch.inf).amax(2)
+    chosen = selector.pages(steps, low, high, rows + 1, scale)
+    used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
+    read = torch.zeros(len(rows), Hkv, low.shape[2] + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(2, torch.where(used, chosen.pages, low.shape[2]), True)
+    read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
+    read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
+    return read.transpose(0, 1).repeat_interleave(group, 0)

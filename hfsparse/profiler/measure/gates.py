@@ -1,0 +1,95 @@
+"""Heads between full and streaming, by a gate a kv head (DuoAttention, arXiv 2410.10819).
+
+A layer's attention is gate * full + (1 - gate) * streaming. Gates enter through the attention
+function of a patched model; weights stay frozen, and layers are recomputed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfsparse import kernels
+from hfsparse.lists import Grid, default_block
+from hfsparse.models.loading import input_device
+from hfsparse.patcher import patch
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.profiler.measure.capture import checkpointed
+from hfsparse.profiler.measure.modes import own_modes
+from hfsparse.profiler.measure.slices import sliced
+from hfsparse.runtime.layer_plan import LayerPlan, Logits
+
+
+@own_modes
+def distil(
+    model: PreTrainedModel, gates: Tensor, ids: Tensor, rows: list[int], stream: Streaming
+) -> float:
+    """Squared distance to the dense model's last hidden states at `rows`, mean over rows and dims.
+
+    gates [layers, Hkv], a leaf: one row for each layer without a window of its own; its gradient is
+    added to `gates.grad`. ids `[1, L]`.
+    """
+    ids = ids.to(input_device(model)).clone()
+    decoder = model.get_decoder()
+
+    def hidden() -> Tensor:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
+
+    with patch(model):
+        with torch.no_grad(), sliced(model):
+            dense = hidden()
+        with torch.enable_grad(), checkpointed(model), gated(model, gates, stream):
+            distance = (hidden() - dense).float().square().mean()
+            distance.backward()
+    return float(distance.detach())
+
+
+@contextmanager
+def gated(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[None]:
+    """In a patched model whose plan is full, and without a cache: attention by gate."""
+
+    def observe(row: int, module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
+        def mix(full: Tensor) -> Tensor:
+            gate = gates[row].to(full).repeat_interleave(q.shape[1] // k.shape[1])
+            return torch.lerp(streaming(q, k, v, stream, logits), full, gate[:, None, None])
+
+        return mix
+
+    layers = sparse_layers(model)
+    try:
+        for row, layer in enumerate(layers):
+            layer.observe = partial(observe, row)
+        yield
+    finally:
+        for layer in layers:
+            layer.observe = None
+
+
+def sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
+    """Of a patched model: the layers that have no window of their own."""
+    return [layer for layer in model.get_decoder()._hfsparse.layers if layer.window is None]
+
+
+def streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits) -> Tensor:
+    """Attention that autograd can follow: q `[1, Hq, L, D]`, k, v `[1, Hkv, L, D]`.
+
+    By FlexAttention on CUDA, and by the reference elsewhere and where logits are special.
+    """
+    if q.is_cuda and not logits.special:
+        from hfsparse.kernels import flex
+
+        return flex.streaming(q, k, v, stream.band, scale=logits.scale)
+    heads, length = q.shape[1:3]
+    grid = Grid.causal(1, length, default_block(length, q.device), q.device)
+    kv = torch.arange(heads, device=q.device) // (heads // k.shape[1])
+    lists = stream.lists(q, k, grid, logits.scale)
+    need = kernels.Need.of(
+        *(q, k, v, logits.s_aux), lists=True, logits=logits.special, block=grid.block
+    )
+    kernel = kernels.pick(kernels.PREFILL, need)
+    return kernel.run(q, k, v, lists, kv, **logits.of())

@@ -1,0 +1,1 @@
+"""Methods: from measurements to a plan, one file each."""

@@ -1,0 +1,118 @@
+"""The `balanced` method, this project's own and the default: prefill, cache and decode at once.
+
+One forward and backward pass a prompt measures every candidate on every head. What a head loses is
+the first-order effect on the prompt's key tokens, in units of its mean over rings, and a little for
+the share of attention that is missed; `allocate` takes one choice a head, of least total loss under
+all budgets.
+
+Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
+that loses more in longer rows gives way to a share of the row, or to a window that grows
+(`recent_per_token`). One length alone tells nothing of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hfsparse.lists import PAGE
+from hfsparse.patterns.antidiagonal import Antidiagonal
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import Plan
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.measure.effects import Candidates
+from hfsparse.profiler.methods import minference
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.solve.allocation import Options
+from hfsparse.selectors.quest import Quest
+
+# Missed attention beside the effect: it decides between heads that no key token needs. At a weight
+# of 1 it took full heads from those that find answers (benchmarks/results/methods.md).
+MISSED = 0.1
+SINK = 64
+SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
+SMALL = 0.05  # another, where the row is long enough to show it
+MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
+RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
+PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: quest
+FEWEST = 4  # blocks and pages that are always kept
+
+
+def plan(job: Job) -> Plan:
+    """Measure, fit over lengths, and allocate."""
+    names = candidates(max(job.prompts))
+    return search.chosen(job, names, search.measured(job, names), options)
+
+
+def candidates(longest: int) -> Candidates:
+    """What heads may choose from, for prompts of up to `longest` tokens."""
+    near, shares = min(32, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
+    patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in shares}
+    patterns |= {f"blocks{_percent(s)}": BlockTopK(s, FEWEST) for s in shares}
+    patterns |= {f"mass{_percent(m)}": Antidiagonal(m, max_share=0.6) for m in MASSES}
+    for share in shares:
+        columns, diagonals = round(longest * share * 0.8), round(longest * share * 0.15)
+        patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
+    rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
+    rings |= {f"last{n}": Streaming(SINK, n) for n in minference.windows(longest)}
+    seen = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # others read FEWEST pages
+    pages = seen or PAGES[-1:]
+    return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})
+
+
+def options(
+    means: Mapping[int, Mapping[str, np.ndarray]],
+    names: Candidates,
+    costs: Mapping[str, Any],
+) -> Options:
+    """Every candidate of every head, from measurements `[layers, candidates, heads]` by length.
+
+    costs: what `search.costs` tells of the longest.
+    """
+    longest = means[max(means)]
+    layers, _, q_heads = longest["pattern_pairs"].shape
+    group = q_heads // longest["ring_pairs"].shape[2]
+
+    def missed(kind: str) -> np.ndarray:
+        return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
+
+    unit = missed("ring").mean() or 1.0
+    units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
+
+    def loss(kind: str, heads: int = 1) -> np.ndarray:
+        """`heads`: how many stand for one kv head."""
+        effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
+        return effect + MISSED * missed(kind) / unit / heads
+
+    words = np.array(list(names.patterns), dtype=object)[None, :, None]
+    return Options(
+        prefill=np.broadcast_to(words, (layers, len(names.patterns), q_heads)),
+        prefill_effect=loss("pattern", group),
+        prefill_cost=longest["pattern_pairs"],
+        rings=list(names.rings),
+        ring_effect=loss("ring"),
+        ring_cost=longest["ring_pairs"],
+        selectors=list(names.selectors),
+        page_effect=loss("page"),
+        **costs,
+    )
+
+
+def fit(losses: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Losses at the longest length, on a line over the logarithm of the length that never falls.
+
+    `losses` holds an array of any shape for each length in tokens.
+    """
+    at = np.log2(list(losses))
+    at -= at.mean()
+    values = np.stack(list(losses.values()))
+    slope = np.tensordot(at, values, 1) / max((at**2).sum(), 1e-9)
+    return values.mean(0) + np.maximum(slope, 0) * at.max()
+
+
+def _percent(share: float) -> int:
+    return round(100 * share)

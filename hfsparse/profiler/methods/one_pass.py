@@ -1,0 +1,144 @@
+"""Measure candidates on every prompt, then choose one a head: what the one-pass methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import windows
+from hfsparse.patcher.figures import Prompts, one_head
+from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.profiler.job import Job
+from hfsparse.profiler.measure import effects as measure
+from hfsparse.profiler.measure.capture import capture
+from hfsparse.profiler.measure.effects import Candidates
+from hfsparse.profiler.parts import mark
+from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, losses
+
+
+def measured(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
+    """Mean over prompts of `measure.layer`, arrays `[layers, candidates, heads]`, by length."""
+    name = mark(candidates)
+    found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
+    rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
+    for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
+        look = partial(of_prompt, job.model, prompt, candidates)
+        found[n].append(job.parts.get(f"{name}-{n}-{i}", look))
+    return {n: mean(each) for n, each in found.items()}
+
+
+def of_prompt(
+    model: PreTrainedModel, prompt: Prompt, candidates: Candidates
+) -> dict[str, np.ndarray]:
+    """Arrays `[layers, candidates, heads]` of one prompt."""
+    look = partial(measure.layer, candidates=candidates)
+    layers = capture(model, prompt.ids, short_sighted(model, candidates), look)
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def short_sighted(model: PreTrainedModel, candidates: Candidates) -> Plan:
+    """Every head a ring, the smallest, in layers that have no window of their own."""
+    this = ModelId.of(model)
+    rings = candidates.rings.items()
+    name, ring = min(rings, key=lambda item: (item[1].recent_per_token, item[1].recent))
+    kv = this.kv_heads
+    short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
+    pairs = zip(windows(model), Plan.full(this).layers, strict=True)
+    return Plan(this, {name: ring}, tuple(short if w is None else full for w, full in pairs))
+
+
+def mean(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+
+
+def chosen(
+    job: Job,
+    candidates: Candidates,
+    means: dict[int, dict[str, np.ndarray]],
+    options: Callable[..., Options],
+) -> Plan:
+    """Allocate what `options` makes of the measurements, in layers that may be sparse.
+
+    Cache and decode are priced at the longest length.
+    """
+    free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
+    choices = options(free, candidates, costs(candidates, max(means)))
+    this = ModelId.of(job.model)
+    full = Plan.full(this).layers[0]
+    known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
+
+    def of(taken: list[Layer]) -> Plan:
+        rest = iter(taken)
+        layers = tuple(next(rest) if sparse else full for sparse in job.free)
+        return Plan(this, used(known, layers), layers, job.below, job.expect(layers))
+
+    def choose(budget: Budget) -> Plan | None:
+        try:
+            return of(allocate(choices, budget))
+        except Infeasible:
+            return None
+
+    try:
+        taken = allocate(choices, job.budget)
+    except Infeasible as error:
+        raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
+    job.suspects = job.spread(losses(choices, taken))
+    job.draw = partial(_curves, job, candidates, free[max(free)], choices)
+    job.tell(known, lambda layers: {n: prompted(layers, candidates, t) for n, t in means.items()})
+    job.choose = choose
+    return of(taken)
+
+
+def _curves(job: Job, candidates: Candidates, found: dict[str, np.ndarray], choices: Options):
+    from hfsparse.profiler.solve import curves  # matplotlib, only where it draws
+
+    layers = np.flatnonzero(job.free).tolist()
+    return curves.figure(layers, candidates, found, choices, job.budget)
+
+
+def used(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict[str, Any]:
+    """Of these patterns and selectors, those that a head is told to follow."""
+    words = {word for layer in layers for word in (*layer.prefill, *layer.cache, *layer.decode)}
+    return {name: pattern for name, pattern in patterns.items() if name in words}
+
+
+def costs(candidates: Candidates, length: int) -> dict[str, Any]:
+    """What choices keep of a row of `length` tokens and what a step reads, for Options."""
+    rings, pages = (
+        [one_head(length, each) for each in kinds.values()]
+        for kinds in (candidates.rings, candidates.selectors)
+    )
+    named = {"ring": rings, "page": pages}
+    found = {f"{name}_kept": [kept for kept, _ in each] for name, each in named.items()}
+    found |= {f"{name}_read": [read for _, read in each] for name, each in named.items()}
+    return found | {"full_kept": one_head(length)[0]}
+
+
+def prompted(
+    choices: tuple[Layer, ...], candidates: Candidates, found: dict[str, np.ndarray]
+) -> Prompts:
+    """What a choice does in prompts, as measured at one length."""
+    tables = {
+        word: (kind, i)
+        for kind, words in (("pattern", candidates.patterns), ("ring", candidates.rings))
+        for i, word in enumerate(words)
+    }
+    group = found["pattern_pairs"].shape[2] // found["ring_pairs"].shape[2]
+
+    def of(name: str) -> np.ndarray:
+        shares = np.ones((len(choices), len(choices[0].prefill)))
+        for layer, choice in enumerate(choices):
+            for head, word in enumerate(choice.prefill):
+                if word != "full":
+                    kind, i = tables[word]
+                    at = head // group if kind == "ring" else head
+                    shares[layer, head] = found[f"{kind}_{name}"][layer, i, at]
+        return shares
+
+    return Prompts(*map(of, ("pairs", "blocks", "recall")))

@@ -1,0 +1,65 @@
+"""What a profile run keeps beside its plan, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from hfsparse.reading import local
+
+
+def mark(*given) -> str:
+    """Names a part after what it was made from."""
+    seen = hashlib.sha256()
+    for each in given:
+        seen.update(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode())
+    return seen.hexdigest()[:12]
+
+
+class Parts:
+    """Arrays made so far, in a folder beside the plan until it is written, for one setting.
+
+    Without a plan file (`out` None) nothing is kept.
+    """
+
+    def __init__(self, out: str | Path | None, settings: str):
+        self.folder = None if out is None else local(f"{out}.parts")
+        if self.folder is None:
+            return
+        mark = self.folder / "settings.json"
+        if mark.is_file() and mark.read_text(encoding="utf-8") == settings:
+            return
+        self.remove()
+        self.folder.mkdir(parents=True)
+        mark.write_text(settings, encoding="utf-8")
+
+    def get(
+        self, key: str | int, compute: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """What an earlier run computed under this key (a file name), or what `compute` answers."""
+        if self.folder is None:
+            return compute()
+        file = self.folder / f"{key}.npz"
+        if not self._whole(file):
+            draft = file.with_suffix(".draft.npz")
+            np.savez(draft, **compute())
+            draft.replace(file)
+        with np.load(file) as saved:
+            return dict(saved)
+
+    def _whole(self, file: Path) -> bool:
+        """Whether an earlier run wrote this file and it can be read."""
+        try:
+            with file.open("rb") as opened, np.load(opened) as saved:
+                return bool(dict(saved))
+        except (OSError, ValueError, EOFError, BadZipFile):
+            return False
+
+    def remove(self) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder)

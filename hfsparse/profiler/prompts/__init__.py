@@ -1,0 +1,1 @@
+"""The prompts that a model is calibrated on."""

@@ -1,0 +1,1 @@
+"""One choice a head under the budgets."""

@@ -1,0 +1,39 @@
+"""How stores allocate and fill their buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfsparse.precision import casts
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that autocast gives to attention, where it is on."""
+    kind = tensors[0].device.type
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
+
+
+def _alike(past: list[int], new: list[int]):
+    """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
+    if len(set(past)) == len(set(new)) == 1:
+        yield slice(None), past[0], new[0]
+        return
+    for b, (p, n) in enumerate(zip(past, new, strict=True)):
+        yield slice(b, b + 1), p, n
+
+
+def _longer(t: Tensor, size: int) -> Tensor:
+    """t `[B, H, n, D]` copied into a buffer of `size` slots."""
+    out = _buffer(t, *t.shape[:2], size, t.shape[3])
+    if t.shape[2]:
+        out[:, :, : t.shape[2]] = t
+    return out
+
+
+def _buffer(t: Tensor, *shape: int) -> Tensor:
+    """As `t.new_empty`, and writable later also where this call runs under inference_mode."""
+    if not torch.is_inference_mode_enabled():
+        return t.new_empty(shape)
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=t.dtype, device=t.device)

@@ -1,0 +1,23 @@
+"""Which kv heads share a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hfsparse.lists import FULL, Band
+
+
+@dataclass(frozen=True)
+class Group:
+    """The kv heads of a layer that share one way of being kept and read."""
+
+    heads: tuple[int, ...]
+    band: Band = FULL  # FULL: every key is kept
+    selector: Any = None  # chooses pages for decode; its store keeps each page's minima and maxima
+    reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a step reads pages that were chosen for these heads."""
+        return bool(self.selector or self.reuses)

@@ -1,0 +1,297 @@
+"""The KV cache of a patched model: per-layer stores that keep whole rows or only sink + recent.
+
+`Layer` is what transformers sees in `cache.layers`; `update` hands the new keys straight through
+and the attention function appends and reads the stores. Rows are stored row-relative, so left
+padding takes no room, and a row's history never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from hfsparse import kernels
+from hfsparse.errors import CacheError
+from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
+from hfsparse.lists.places import Places, Table
+from hfsparse.runtime.cache.buffers import autocast
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.ring import Ring
+from hfsparse.runtime.call import running
+from hfsparse.stats import Work
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer's cache takes, to be told later without it: no buffer moves until it is noted
+    again, and rows grow into the room that there is."""
+
+    # kv heads, bytes, and tokens that there is room for (None: a ring, whose slots serve again)
+    stores: list[tuple[tuple[int, ...], int, int | None]]
+    column: int  # bytes of one column of the stock cache, over all rows and heads
+    window: int | None
+
+    @classmethod
+    def together(cls, parts: Sequence[Held]) -> Held:
+        """Of a layer that runs several times a call, each time with a cache of its own."""
+        stores = [store for part in parts for store in part.stores]
+        return cls(stores, sum(part.column for part in parts), parts[0].window)
+
+    def bytes(self, kv_heads: int) -> list[int]:
+        """By kv head, as allocated."""
+        return self._each(kv_heads, lambda size, room: size)
+
+    def work(self, kv_heads: int, seen: int) -> Work:
+        """By kv head, of `seen` columns: bytes of the pages that hold some, of rings and of page
+        summaries; and of the stock cache, which keeps all, or as many as the model's window."""
+        pages = -(-seen // PAGE) * PAGE
+        used = self._each(
+            kv_heads, lambda size, room: size * min(pages, room) // room if room else size
+        )
+        return Work(used, [self.column * min(seen, self.window or FAR) // kv_heads] * kv_heads)
+
+    def _each(self, kv_heads: int, part: Callable[[int, int | None], int]) -> list[int]:
+        found = [0] * kv_heads
+        for heads, size, room in self.stores:
+            for head in heads:
+                found[head] += part(size, room) // len(heads)
+        return found
+
+
+class Layer(CacheLayerMixin):
+    """One decoder layer's cache: a store a group of kv heads, and how long each row is."""
+
+    is_sliding = False  # also for rings: mask code takes a True as the model's own window
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        owner: str,
+        groups: tuple[Group, ...],
+        below: int = 0,
+        reserve: int = 0,
+        expected: int = 0,
+        window: int | None = None,
+        read_below: int = 0,  # rows of fewer tokens read every page
+        index: int = 0,  # of the decoder layer that it serves; copies serve the same, in loops
+        at: HeadIndex | None = None,
+    ):
+        self.owner, self.index = owner, index
+        self.window = window  # the model's own sliding window
+        self.expected = expected  # columns of the whole prompt, when it comes in chunks
+        self.stores = [
+            Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
+        ]
+        self.table, self.at = Table(), HeadIndex() if at is None else at
+        self.seen = 0  # columns, padding included
+        self.stored = 0  # of these, how many the attention function has put away
+        self.rows: list[int] = []  # tokens in each row
+        self.is_initialized = False
+
+    # -- what transformers calls ----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.rows = [0] * len(key_states)
+        for store in self.stores:
+            store.create(key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Note the new columns and return them untouched; history stays in the stores."""
+        call = running()
+        if call is None or call.owner != self.owner:
+            raise CacheError(
+                "this cache was filled under an hfsparse patch that is no longer on the model "
+                "(undone, replaced, or switched off by set_attn_implementation). It holds only "
+                "what that plan kept: start again from the prompt with a new cache."
+            )
+        if call.layer is not None:
+            raise CacheError(
+                "hfsparse's cache is filled, but another attention function reads it: a forward "
+                "was interrupted, or part of the model was switched back. Start again from the "
+                "prompt with a new cache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(*autocast(key_states, value_states))
+        if len(key_states) != len(self.rows):
+            raise CacheError(
+                f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
+                "pass a batch of the same size, or a new cache"
+            )
+        self.seen += key_states.shape[-2]
+        call.layer = self
+        call.updates += 1
+        return key_states, value_states
+
+    def get_seq_length(self, *args) -> int:
+        """Tokens seen, dropped ones included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def keys(self) -> Tensor | None:
+        """As in the stock cache, `[B, Hkv, S, D]`; CacheError unless every key is held."""
+        return self._history("k")
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._history("v")
+
+    def _history(self, name: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        if any(isinstance(store, Ring) for store in self.stores) or {*self.rows} != {self.seen}:
+            raise CacheError(
+                "this cache can't be read or rebuilt as transformers' own: heads of this layer "
+                "keep only their newest keys, rows are padded, or a forward is under way. Go on "
+                "with it as it is (copy.deepcopy copies it), or read the prompt again after "
+                "handle.undo()"
+            )
+        parts = [getattr(store, name)[:, :, : self.seen] for store in self.stores]
+        if len(parts) == 1:
+            return parts[0]
+        heads = [head for store in self.stores for head in store.group.heads]
+        return torch.cat(parts, 1)[:, sorted(range(len(heads)), key=heads.__getitem__)]
+
+    def crop(self, length) -> None:
+        """Take back the newest tokens, as many as transformers' own layer would."""
+        if self.is_initialized:
+            self.take_back(self.seen - _cropped(self.seen, int(length)))
+
+    def take_back(self, drop: int) -> None:
+        """Forget the newest `drop` tokens, and what was chosen with them."""
+        rows = [max(n - drop, 0) for n in self.rows]
+        for store in self.stores:
+            store.check_crop(self.rows, rows)
+        self.seen = self.stored = self.seen - drop
+        self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
+        self.rows = rows
+        self._forget_choices()
+
+    def keep(self, tokens: int) -> None:
+        """From now on at least so many of the newest tokens can be taken back."""
+        for store in self.stores:
+            if isinstance(store, Ring):
+                store.slack = max(store.slack, tokens)
+
+    def reset(self) -> None:
+        self.seen = self.stored = self.expected = 0
+        self.rows = [0] * len(self.rows)
+        self._forget_choices()
+
+    def _forget_choices(self) -> None:
+        for store in self.stores:
+            if store.choice is not None:
+                store.choice.forget(self.rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(len(self.rows), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        picked = torch.arange(len(self.rows), device="cpu")[indices.cpu()].tolist()
+        self.rows = [self.rows[i] for i in picked]
+        with torch.inference_mode(False):  # buffers are written in any mode
+            for store in self.stores:
+                store.select(picked)
+
+    def offload(self) -> None:
+        raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")
+
+    # -- what the attention function calls -------------------------------------------------------
+
+    def append(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], position: Tensor
+    ) -> None:
+        """Store a step's new tokens: of k, v `[B, Hkv, Q, D]` the first `new[b]` behind `past[b]`.
+
+        position [B, Q]: theirs, -1 where a row has none; a kernel follows it, where one can.
+        """
+        rows = [p + n for p, n in zip(past, new, strict=True)]
+        for store in self.stores:
+            store.room(past, rows)
+        if not kernels.append(k, v, self.places(), position):
+            for store in self.stores:
+                heads = self.at(store.group.heads, k.device)
+                store.append(k[:, heads], v[:, heads], past, new)
+
+    def places(self) -> Places:
+        """Where each kv head has its keys, for kernels."""
+        return self.table.places([store.place() for store in self.stores])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first store, as they lie: shape, type and device of all."""
+        return self.stores[0].k, self.stores[0].v
+
+    @property
+    def device(self) -> torch.device:
+        return self.stores[0].k.device
+
+    def bytes(self) -> int:
+        """Bytes allocated for keys, values and summaries."""
+        return sum(t.nbytes for store in self.stores for t in store.tensors())
+
+    def held(self) -> Held:
+        """What its buffers take."""
+        own = [(s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity) for s in self.stores]
+        return Held(own, self.column_bytes(), self.window)
+
+    def column_bytes(self) -> int:
+        """Bytes of one column of the stock cache, over all rows and heads."""
+        heads = sum(len(store.group.heads) for store in self.stores)
+        k, v = self.tensors()
+        return len(self.rows) * heads * (k.shape[3] + v.shape[3]) * k.element_size()
+
+    def dense_bytes(self) -> int:
+        """Bytes of the stock cache: every column, or the model's window, of every row and head."""
+        return self.column_bytes() * min(self.seen, self.window or FAR)
+
+    def lengths(
+        self, starts: list[int] | None, before: int, new_columns: int
+    ) -> tuple[list[int], list[int]]:
+        """Past and new tokens of each row when columns follow `before` others.
+
+        starts: the first real column of each row (None: all 0).
+        """
+        starts = starts or [0] * len(self.rows)
+        past = [max(before - s, 0) for s in starts]
+        if past != self.rows:
+            raise CacheError(
+                f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
+                f"hold {past}: pass the mask of the whole conversation, earlier padding included"
+            )
+        return past, [before + new_columns - max(before, s) for s in starts]
+
+    def advance(self, starts: list[int] | None, new_columns: int) -> tuple[list[int], list[int]]:
+        """As `lengths`, of columns that `update` has seen; the rows are longer by them now."""
+        past, new = self.lengths(starts, self.seen - new_columns, new_columns)
+        self.rows = [p + n for p, n in zip(past, new, strict=True)]
+        return past, new
+
+
+def _cropped(seen: int, length: int) -> int:
+    """Tokens that transformers' layer holds after `crop(length)`: its meaning changed twice."""
+    layer = DynamicLayer()
+    layer.keys = layer.values = torch.empty(1, 1, seen, 1, device="meta")
+    layer.is_initialized = True
+    layer.crop(length)
+    return layer.keys.shape[2]

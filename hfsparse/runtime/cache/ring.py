@@ -1,0 +1,189 @@
+"""A store that keeps sink and recent keys of its kv heads only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hfsparse.errors import CacheError
+from hfsparse.lists import PAGE, Band, Grid
+from hfsparse.lists.places import Place
+from hfsparse.runtime.cache.buffers import _alike, _buffer
+from hfsparse.runtime.cache.group import Group
+
+SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can be taken back
+
+
+def ring_size(band: Band, tokens: int, slack: int = SLACK) -> int:
+    """Slots that a ring has behind its sink for rows of so many tokens; it grows by pages."""
+    size = band.span(tokens) + slack
+    return -(-size // PAGE) * PAGE if band.rate else size
+
+
+class Ring:
+    """The first `sink` keys of its heads and the recent ones, in buffers `[B, H, sink + size, D]`.
+
+    Position p beyond the sink lies in slot `sink + (p - sink) % size`, so a slot's position follows
+    from its row's length alone. Rows under `below` tokens drop nothing.
+    """
+
+    choice = capacity = None
+
+    def __init__(self, group: Group, below: int):
+        self.group, self.band, self.below = group, group.band, below
+        self.k = self.v = None
+        self.size, self.slack = 0, SLACK
+        # First position beyond the sink that each row still held when `room` was last asked.
+        self.low: list[int] = []
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        shape = (len(k), len(self.group.heads), self.band.sink)
+        self.k, self.v = k.new_zeros(*shape, k.shape[-1]), v.new_zeros(*shape, v.shape[-1])
+        self.low = [self.band.sink] * len(k)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.k, self.v) if t is not None]
+
+    def place(self) -> Place:
+        return Place(self.group.heads, self.k, self.v, self.band, self.size, self.below)
+
+    def select(self, picked: list[int]) -> None:
+        self.k, self.v = self.k[picked], self.v[picked]
+        self.low = [self.low[i] for i in picked]
+
+    def oldest(self, position: int, total: int) -> int:
+        """First key beyond the sink read by a query at `position`; its call ends at `total`."""
+        if total < self.below:
+            return self.band.sink
+        return max(self.band.sink, position - self.band.span(position) + 1)
+
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
+        """CacheError unless rows that have `now` tokens can go back to `rows`."""
+        self._forget(now)
+        for n, low in zip(rows, self.low, strict=True):
+            if self.oldest(n, n + 1) < min(n, low):
+                raise CacheError(
+                    f"cannot go back to {n} tokens: a ring keeps {self.slack} tokens beyond its "
+                    "window and the rest is gone. Start again from the prompt, or use a plan whose "
+                    "cache is full"
+                )
+
+    def slots(self, position: Tensor) -> Tensor:
+        """Where positions lie in the buffers."""
+        sink = self.band.sink
+        return torch.where(position < sink, position, sink + (position - sink) % max(self.size, 1))
+
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """[B, sink + size] position held by each slot for rows of these lengths, -1 for none."""
+        length, low = (torch.tensor(t, device=self.k.device) for t in (rows, self.low))
+        return ring_positions(length, low, self.band.sink, self.size)
+
+    def room(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows that grow from `past` to `rows` tokens; forget what they pass."""
+        self._resize(past, rows)
+        sink = self.band.sink
+        self.low = [
+            max(min(low, max(p, sink)), n - self.size, sink)
+            for low, p, n in zip(self.low, past, rows, strict=True)
+        ]
+
+    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+        """As `Full.append`; of more tokens than fit, the newest."""
+        self.room(past, [p + n for p, n in zip(past, new, strict=True)])
+        sink = self.band.sink
+        for rows, p, n in _alike(past, new):
+            at_sink = max(p, min(p + n, sink))
+            ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
+            kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
+            slot = self.slots(kept)
+            self.k[rows, :, slot], self.v[rows, :, slot] = (
+                k[rows, :, kept - p],
+                v[rows, :, kept - p],
+            )
+
+    def until(self, rows: list[int]) -> int:
+        """Tokens up to which rows may grow and no buffer moves, as far as it looks."""
+        later = max(rows) + PAGE
+        settled = min(rows) >= self.below + self.slack and self._fits([later])[0]
+        return later if settled else max(rows)
+
+    def _fits(self, rows: list[int]) -> tuple[bool, int, int, bool]:
+        """Whether the buffers fit rows of these lengths; the size that they need and, once none
+        is short, may have; whether one is short: a crop could lead back under `below`."""
+        spans = [self.band.span(n) + self.slack for n in rows]
+        lengths = [max(n - self.band.sink, 1) for n in rows]
+        short = [n < self.below + self.slack for n in rows] if self.below else [False] * len(rows)
+        need = max(
+            n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
+        )
+        most = ring_size(self.band, max(rows), self.slack)
+        fits = need <= self.size and (any(short) or self.size <= most)
+        return fits, need, most, any(short)
+
+    def _forget(self, now: list[int]) -> None:
+        """Rows of `now` tokens hold no more than the buffers do."""
+        self.low = [max(low, n - self.size) for low, n in zip(self.low, now, strict=True)]
+
+    def _resize(self, past: list[int], rows: list[int]) -> None:
+        """Make room for rows of these lengths; trim once a crop can't lead back under `below`."""
+        fits, need, most, short = self._fits(rows)
+        if fits:
+            return
+        size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
+        size = size if short else min(size, most)
+        held = self.positions(past) if any(past) else None
+        old_k, old_v = self.k, self.v
+        self._forget(past)
+        self.size = size
+        self._forget(past)
+        shape = (*old_k.shape[:2], self.band.sink + size)
+        self.k, self.v = (_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v))
+        for b, low in enumerate(self.low):
+            if not past[b]:
+                continue
+            source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
+            slot = self.slots(held[b, source])
+            self.k[b, :, slot], self.v[b, :, slot] = old_k[b, :, source], old_v[b, :, source]
+
+    def with_chunk(
+        self, k: Tensor, v: Tensor, past: list[int], new: list[int], grid: Grid
+    ) -> tuple[Tensor, Tensor, Grid]:
+        """What a chunk attends to before it is stored (sink, window, itself), and its grid."""
+        sink, block, device = self.band.sink, grid.block, k.device
+        total = [p + n for p, n in zip(past, new, strict=True)]
+        held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
+        low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
+        longest = max(max(t - at, 0) for t, at in zip(total, low, strict=True))
+        total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
+        blocks = -(-longest // block)
+        head = torch.arange(-(-sink // block), device=device) * block
+        tail = low + torch.arange(blocks, device=device) * block
+        first = torch.cat([head.expand(len(total), -1), tail], 1)
+        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), total.expand(-1, blocks)], 1)
+        live = (ends - first).clamp(0, block)
+        grid = replace(grid, Sk=first.shape[1] * block, key_first=first, key_live=live)
+        at = grid.key_pos
+        source = torch.where(at < past, self.slots(at), self.k.shape[2] + at - past).clamp(min=0)
+        source = source.masked_fill(at < 0, 0)[:, None, :, None]
+
+        def gather(held: Tensor, chunk: Tensor) -> Tensor:
+            both = torch.cat([held, chunk], 2)
+            return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
+
+        return gather(self.k, k), gather(self.v, v), grid
+
+
+def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:
+    """[B, sink + size] position that each slot of a ring holds, -1 for none.
+
+    length [B]: tokens in the row; low [B]: beyond the sink, keys before it are not held.
+    """
+    length, low = length[:, None], low[:, None]
+    slot = torch.arange(sink + size, device=length.device)
+    newest = length - 1 - sink  # counted, like the slots, from the sink's end
+    rest = sink + newest - (newest - (slot - sink)) % max(size, 1)
+    at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
+    return torch.where(at < length, at, -1)

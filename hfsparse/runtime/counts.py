@@ -1,0 +1,90 @@
+"""What a layer computed and read, for `stats()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfsparse import kernels
+from hfsparse.lists import BlockLists
+from hfsparse.stats import Work
+
+
+class Counts:
+    """What one layer computed for prompts since the last reset, and what dense attention would."""
+
+    def __init__(self, q_heads: int):
+        self.q_heads = q_heads
+        self.read: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        # Prompts, by q head: pairs and blocks; of heads that follow lists the device knows them.
+        self.dense: dict[tuple[int, ...], list[int]] = {}  # what dense attention would compute
+        self.whole: dict[tuple[int, ...], list[int]] = {}  # heads that were computed densely
+        self.kept = _zeros(2, self.q_heads, dtype=torch.float64)
+        self.cut = _zeros(self.q_heads)  # query blocks, by a max_share
+        # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
+        self.skipped = _zeros(self.q_heads, 2)
+        for read in self.read.values():
+            read.zero_()  # recorded steps go on adding to it
+
+    def add_whole(self, heads: Iterable[int], work: tuple[int, int]) -> None:
+        """Heads that were computed densely: pairs and blocks of that."""
+        _add(self.whole, heads, work)
+        _add(self.dense, heads, work)
+
+    def add_lists(
+        self, heads: list[int], at: slice | Tensor, lists: BlockLists, work: tuple[int, int]
+    ) -> None:
+        """Heads that followed lists, an index of them, and the work of dense attention."""
+        _add(self.dense, heads, work)
+        device = lists.full_count.device
+        self.kept = _moved(self.kept, device)
+        self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
+        if lists.cut is not None:
+            self.cut = _moved(self.cut, device)
+            self.cut[at] += lists.cut.sum(0)
+
+    def add_skipped(self, at: slice | Tensor, tiles: Tensor) -> None:
+        """tiles [heads, 2]: skipped, and looked at."""
+        self.skipped = _moved(self.skipped, tiles.device)
+        self.skipped[at] += tiles
+
+    def read_by(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """[heads] keys that decode steps of kv heads read, where only the device knows."""
+        if (heads, device) not in self.read:
+            self.read[heads, device] = _zeros(len(heads), device=device)
+        return self.read[heads, device]
+
+    def keys_read(self, heads: tuple[int, ...]) -> list[int]:
+        found = [read.cpu() for (own, _), read in self.read.items() if own == heads]
+        return sum(found, _zeros(len(heads))).tolist()
+
+    def work(self) -> tuple[Work, Work]:
+        """Pairs and blocks of prompts, by q head."""
+        kept, dense = self.kept.cpu().numpy().copy(), np.zeros((2, self.q_heads))
+        for table, found in ((kept, self.whole), (dense, self.dense)):
+            for heads, work in found.items():
+                table[:, heads] += np.array(work)[:, None]
+        pairs, blocks = (Work(*each) for each in zip(kept.tolist(), dense.tolist(), strict=True))
+        return pairs, blocks
+
+
+def _zeros(*shape: int, dtype=torch.int64, device: torch.device | str = "cpu") -> Tensor:
+    """What is counted in, in any mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return t.to(device)
+
+
+def _add(table: dict, heads: Iterable[int], work: tuple[int, int]) -> None:
+    held = table.setdefault(tuple(heads), [0, 0])
+    held[0], held[1] = held[0] + work[0], held[1] + work[1]

@@ -1,0 +1,283 @@
+"""Decode steps of a patched model as CUDA graphs: the Python of a step runs once a cache.
+
+From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
+differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
+are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
+cache's buffers and the model's weights: another cache, weights that lie elsewhere, a growth of the
+buffers or the first row that passes `below.decode` is recorded anew, at about the price of three
+eager steps: none is answered by a graph until one replay gave what the same step gives eagerly.
+Each call of `generate` begins anew and sees adapters and hooks that changed (a loop of single
+tokens written by hand sees hooks at its next prompt); numbers that modules hold, as an adapter's
+scale, are looked at before each replay.
+What can't be replayed runs as it is (`Graphs.why`). While a step is recorded, another thread that
+draws random numbers on the same GPU may fail: torch's generators know one recording at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from hfsparse import kernels
+from hfsparse.lists import PAGE
+from hfsparse.models.names import new_tokens
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.decode import is_step
+from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, _obstacle, _only_moves
+from hfsparse.runtime.graphs.pool import _alone_on
+from hfsparse.runtime.graphs.recording import (
+    Graph,
+    _apart,
+    _asked,
+    _given,
+    _lies,
+    _live,
+    _restore,
+    _snapshot,
+)
+from hfsparse.runtime.graphs.weights import Settings, Weights, _later
+from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.masks import row_starts
+
+WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
+BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
+FEW = 8  # replays under which a graph was not worth its recording
+NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
+
+
+class Graphs:
+    """The graphs of one patched model, each of one cache."""
+
+    def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
+        self.layers, self.linear, self.fuse = layers, linear, fuse
+        self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
+        # Steps of a cache without a graph, and which of its stores chose in the last.
+        self.warm: WeakKeyDictionary[Layer, tuple[int, tuple]] = WeakKeyDictionary()
+        self.moves: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # graphs of few replays
+        self.refused: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()  # why a cache has none
+        self.why: str | None = "no step has run yet"  # why the last one was no replay
+        self.never: str | None = None  # why none will be
+        self.loose: str | None = None  # why nothing is fused, though it was asked for
+        self.held: Callable[[], Layer | None] = lambda: None  # the cache that `stats` looked at
+        self.lock = threading.Lock()
+        self.compiled = None
+
+    def __reduce__(self):
+        return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
+
+    def __str__(self) -> str:
+        if self.why is not None:
+            return f"no ({self.why})"
+        return "yes, fused" if self.fuse else f"yes ({self.loose})" if self.loose else "yes"
+
+    def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
+        """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
+        layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, Layer)]
+        new = new_tokens(kwargs)
+        if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
+            return forward(**kwargs)
+        first, Q = layers[0], new.shape[1]
+        if Q != 1 or not is_step(first, Q, first.seen + Q):
+            self.forget(first)
+            self.why = f"the last call had {Q} new tokens: a graph takes one"
+            return forward(**kwargs)
+        self.why = self.never or self.refused.get(first) or _obstacle(decoder, kwargs, new)
+        if self.why is None and not self.lock.acquire(blocking=False):
+            self.why = "another thread runs a step of this model"
+        if self.why is not None:
+            return forward(**kwargs)
+        try:
+            return self._step(forward, decoder, kwargs, layers)
+        finally:
+            self.lock.release()
+
+    def forget(self, first: Layer) -> None:
+        """Begin anew with a cache: weights, adapters or hooks may have changed."""
+        for table in (self.kept, self.warm, self.refused):
+            table.pop(first, None)
+
+    def _step(self, forward, decoder, kwargs, layers) -> Any:
+        first, mask = layers[0], kwargs.get("attention_mask")
+        graph = self.kept.get(first)
+        if graph is not None and graph.stale():
+            self.forget(first)
+            graph = None
+        given = _given(kwargs, first, type(decoder))
+        asked, rows = _asked(given), [n + 1 for n in first.rows]
+        if graph is not None and min(rows) > 1 and graph.fits(asked, rows):
+            if mask is None:
+                first.lengths(None, first.seen, 1)
+            return self._replay(graph, given, layers, rows, mask)
+        past, new = first.lengths(row_starts(mask), first.seen, 1)
+        if min(new) < 1:
+            self.why = "a row has no new token"
+            return forward(**kwargs)
+        rows = [n + 1 for n in past]
+        for layer in layers:
+            for store in layer.stores:
+                store.room(past, rows)
+            layer.places()  # written now: a recorded step can't
+        key = (asked, *_lies(layers, rows))
+        if graph is not None and graph.key != key:
+            moved = graph.key[2] != key[2] and graph.replays < FEW
+            self.forget(first)
+            self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
+            if self.moves[first] > 1:
+                self.refused[first] = self.why = "its buffers move from step to step (beams?)"
+                return forward(**kwargs)
+            graph = None
+        if graph is not None:
+            graph.holds(layers, rows)
+            return self._replay(graph, given, layers, rows)
+        steps, chose = self.warm.get(first, (0, key[1]))
+        steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
+        self.warm[first] = steps, key[1]
+        if steps < WARM - 1:
+            self.why = "the first steps of a cache are not replayed"
+        elif (why := self._lasting(decoder, first)) is not None:
+            self.why = self.refused[first] = why
+        if self.why is not None:
+            return forward(**kwargs)
+        call = self._fused(decoder) if self.fuse else forward
+        serving = self._serving(layers)
+        try:
+            if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
+                self.why = "the first steps of a cache are not replayed"
+                with contextlib.nullcontext() if self.fuse else NoWait():
+                    output = _live(call, given, past, rows, serving)
+                self._passed(layers, rows)
+                return output
+            graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
+            if graph.weights.moved():
+                raise RuntimeError("its forward replaces weights or buffers")
+            graph.holds(layers, rows)
+            self.kept[first] = graph
+            output = self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
+            graph.settings = Settings(decoder)  # behind all that an eager step may set
+            return output
+        except torch.cuda.OutOfMemoryError:
+            self.refused[first] = self.why = "out of memory when it was recorded"
+        except Exception as error:  # whatever a model does that can't be compiled or recorded
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if self.fuse:
+                self.fuse, self.loose = False, f"not fused, {told}"
+            else:
+                self.never = f"it can't be recorded, {told}"
+            self.why = self.loose or self.never
+        return forward(**kwargs)
+
+    def _fused(self, decoder: nn.Module) -> Callable:
+        """The decoder's forward, compiled, with one operator in place of each layer's attention."""
+        if self.compiled is None:
+            self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
+
+        def call(**given):
+            for layer in self.layers:
+                layer.fusing = True
+            try:
+                return self.compiled(decoder, **given)
+            finally:
+                for layer in self.layers:
+                    layer.fusing = False
+
+        return call
+
+    def _serving(self, layers: list[Layer]) -> dict[int, tuple[LayerPlan, Layer]]:
+        return {plan.index: (plan, layer) for plan, layer in zip(self.layers, layers, strict=True)}
+
+    def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
+        """A graph's first replay, beside the same step run live, with the same kernels.
+
+        Equal bits are asked for, since no bound of a dtype's rounding would show one wrong page of
+        many; where the model itself says something else each time, as near as it is to itself.
+        """
+        before = _snapshot(layers)
+        read = [(t, t.clone()) for plan in self.layers for t in plan.counts.read.values()]
+
+        def run() -> Any:
+            if not self.fuse:
+                return forward(**kwargs)
+            output = _live(self._fused(decoder), given, past, rows, self._serving(layers))
+            self._passed(layers, rows)
+            return output
+
+        def take_back() -> None:
+            _restore(layers, before)
+            for held, was in read:
+                held.copy_(was)
+            self.count(rows, -1)
+
+        wanted = run()
+        take_back()
+        found = self._replay(graph, given, layers, rows)
+        if torch.equal(found[0], wanted[0]):
+            return found
+        take_back()
+        again = run()  # the replay may have stored other keys
+        if _apart(found[0], again[0]) > NOISE * _apart(wanted[0], again[0]):
+            self.never = self.why = "replayed, this model gives something else than eagerly"
+            self.kept.clear()
+        return again
+
+    def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
+        """A step by its graph; a mask that was not looked at yet is while the device is busy."""
+        first, starts = layers[0], _later(mask)
+        current = torch.cuda.current_stream(graph.device)
+        with _alone_on(graph.devices) as places:
+            for place in places:
+                if place.last is not None and place.last != current:
+                    current.wait_stream(place.last)
+                place.last = current
+            output = graph.replay(given, rows)
+        if mask is not None:
+            try:
+                first.lengths(starts(), first.seen, 1)
+            except ValueError:  # no step: its keys lie behind the rows, choices may know of them
+                for layer in layers:
+                    layer.take_back(0)
+                raise
+        graph.replays += 1
+        self._passed(layers, rows)
+        return output
+
+    def _passed(self, layers, rows) -> None:
+        """What an eager step changes on the host."""
+        for layer in layers:
+            layer.rows = rows
+            layer.seen += 1
+            layer.stored = layer.seen
+        self.count(rows)
+
+    def count(self, rows: list[int], times: int = 1) -> None:
+        for n in rows:
+            self.layers[0].steps[n, 1] += times
+
+    def _lasting(self, decoder, first: Layer) -> str | None:
+        """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
+        if self.linear:
+            return "it has linear layers, whose states are not hfsparse's"
+        lies = {t.device.type for t in (*decoder.parameters(), *decoder.buffers())}
+        if apart := sorted(lies - {first.device.type}):
+            return f"parts of it lie on {', '.join(apart)}"
+        if any(layer.observe for layer in self.layers):
+            return "the profiler looks on"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "hooks on every module"
+        for name, module in decoder.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            # transformers' own, which collect outputs, stay where they were once asked for
+            if name and not all(h.__module__.startswith(OWN_HOOKS) for h in hooks):
+                return f"a hook on {name}"
+            if name and "forward" in module.__dict__ and not _only_moves(module):
+                return f"another forward on {name}"
+        store = first.stores[0]
+        need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
+        kernel = kernels.pick(kernels.DECODE, need)
+        return None if kernel.name == "Triton" else f"its keys are read by {kernel.name}"

@@ -1,0 +1,206 @@
+"""One recorded decode step: its capture, its replay, and the check of one against a live step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hfsparse.models.names import parameters
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.call import Recorded, running
+from hfsparse.runtime.decode import Step, chooses
+from hfsparse.runtime.graphs.obstacles import Through
+from hfsparse.runtime.graphs.pool import _alone_on, _aside, _place
+from hfsparse.runtime.graphs.weights import Settings
+from hfsparse.runtime.layer_plan import LayerPlan
+
+PARTS = (16, 4)  # a step is cut behind these parts of its layers
+
+
+class Graph:
+    """One recorded step, and the tensors that it reads and writes."""
+
+    settings: Settings  # as they were when it was checked
+
+    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, weights):
+        """Record `call(**given)`: its Python runs, its kernels don't."""
+        self.key, self.replays, self.weights = key, 0, weights
+        self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+        self.device = next(iter(self.inputs.values())).device
+        lies = dict.fromkeys(layer.device for _, layer in serving.values())
+        self.others = [device for device in lies if device != self.device]
+        self.devices = self.device, *self.others
+        self.length = torch.tensor(rows, device=self.device)
+        self.parts: list[torch.cuda.CUDAGraph] = []
+        stream, current = _place(self.device).stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        self._gather(stream)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_alone_on(self.devices))
+            self.pool = _place(self.device).held.pool()
+            for device in self.others:
+                stack.enter_context(_aside(device))
+            stack.enter_context(torch.cuda.stream(stream))
+            self._begin(stream)
+            try:
+                step = Step.single(past, rows, self.length)
+                stack.enter_context(_recording(step, serving, partial(self._cut, stream, serving)))
+                output = call(**_without_cache({**given, **self.inputs}))
+                self._gather(stream)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self.parts[-1].capture_end()
+                del _place(self.device).held  # torch may go on counting its pool as recorded to
+                raise
+            self.parts[-1].capture_end()
+        current.wait_stream(stream)
+        self.kind = type(output)
+        self.outputs = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+        for name, x in self.outputs.items():
+            if not isinstance(x, Tensor | Through | None):
+                raise TypeError(f"{name} of its output is a {type(x).__name__}")
+
+    def _begin(self, stream) -> None:
+        """Record on, as a graph more."""
+        self.parts.append(torch.cuda.CUDAGraph())
+        self.parts[-1].capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self._scatter(stream)
+
+    def _cut(self, stream, serving: dict, index: int) -> None:
+        """Before the attention of layer `index`: the host launches a later part while one runs."""
+        if index in {max(1, len(serving) // part) for part in PARTS}:
+            self._gather(stream)
+            self.parts[-1].capture_end()
+            self._begin(stream)
+
+    def stale(self) -> bool:
+        """Whether it would read weights where they were, or numbers as they were."""
+        return self.weights.moved() or not self.settings.hold()
+
+    def holds(self, layers: list[Layer], rows: list[int]) -> None:
+        """Note up to which lengths of rows the key stays as it is, now that it is right."""
+        self.places = [(store, store.k) for layer in layers for store in layer.stores]
+        self.least, self.most = min(rows), min(store.until(rows) for store, _ in self.places)
+        for store, _ in self.places:
+            if max(rows) < store.below:
+                self.most = min(self.most, store.below - 1)
+
+    def fits(self, asked: tuple, rows: list[int]) -> bool:
+        """Whether it surely serves such a call; else its key tells."""
+        return (
+            self.least <= min(rows)
+            and max(rows) <= self.most
+            and self.key[0] == asked
+            and all(store.k is k for store, k in self.places)
+        )
+
+    def launch(self) -> None:
+        """What was recorded, over the tensors as they are."""
+        for part in self.parts:
+            part.replay()
+
+    def _gather(self, stream) -> None:
+        """`stream`, of the first device, waits for what the others were told to do."""
+        for device in self.others:
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def _scatter(self, stream) -> None:
+        """The other devices wait for `stream`."""
+        for device in self.others:
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
+        """The step's output for these inputs; keys are stored, no counter on the host is."""
+        for name, held in self.inputs.items():
+            held.copy_(given[name])
+        if len(set(rows)) == 1:
+            self.length.fill_(rows[0])
+        else:
+            self.length.copy_(torch.tensor(rows, device="cpu"), non_blocking=True)
+        stream = torch.cuda.current_stream(self.device)
+        self._gather(stream)
+        self.launch()
+        self._scatter(stream)
+        made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.outputs.items()}
+        return _with_cache(self.kind(**made), given)
+
+
+def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
+    """A step as one would record it, run at once."""
+    device = next(x.device for x in given.values() if isinstance(x, Tensor))
+    step = Step.single(past, rows, torch.tensor(rows, device=device))
+    with _recording(step, serving):
+        return _with_cache(call(**_without_cache(given)), given)
+
+
+@contextlib.contextmanager
+def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
+    call = running()
+    call.recorded = Recorded(step, serving, cut)
+    try:
+        yield
+    finally:
+        call.recorded = None
+
+
+def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: Through() if isinstance(x, Cache) else x for name, x in given.items()}
+
+
+def _with_cache(output: Any, given: dict[str, Any]) -> Any:
+    cache = next(x for x in given.values() if isinstance(x, Cache))
+    for name, value in output.items():
+        if isinstance(value, Through):
+            output[name] = cache
+    return output
+
+
+def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
+    """What a recorded forward gets: no mask, and positions where the caller left them out."""
+    given = {**kwargs, "attention_mask": None}
+    for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
+        if name in parameters(decoder) and given.get(name) is None:
+            given[name] = torch.full(shape, first.seen, device=first.device)
+    return given
+
+
+def _asked(given: dict[str, Any]) -> tuple:
+    """What a call asks for: all of its arguments but tensors' contents."""
+    return torch.is_inference_mode_enabled(), *(
+        (name, x.shape, x.dtype)
+        if isinstance(x, Tensor)
+        else (name, x if isinstance(x, (bool, int, float, str, type(None))) else id(x))
+        for name, x in given.items()
+    )
+
+
+def _lies(layers: list[Layer], rows: list[int]) -> tuple[tuple, tuple]:
+    """What else is frozen in a graph: which selectors choose, and where keys lie."""
+    stores = [store for layer in layers for store in layer.stores]
+    places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
+    return tuple(chooses(store, rows) for store in stores), places
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm())
+
+
+def _snapshot(layers: list[Layer]) -> list[tuple]:
+    """The host's side of a cache."""
+    return [
+        (layer.rows, layer.seen, layer.stored, [s.low for s in layer.stores]) for layer in layers
+    ]
+
+
+def _restore(layers: list[Layer], before: list[tuple]) -> None:
+    for layer, (rows, seen, stored, lows) in zip(layers, before, strict=True):
+        layer.rows, layer.seen, layer.stored = rows, seen, stored
+        for store, low in zip(layer.stores, lows, strict=True):
+            store.low = low  # of a ring; a full store's summaries are the same tensor

@@ -1,0 +1,131 @@
+"""What masks say: where rows begin, and what attention other than causal is refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from hfsparse.errors import PatchError
+from hfsparse.runtime.call import running
+
+NAME = "hfsparse"
+
+
+def mask_start(
+    *args,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    mask_function=None,
+    **kwargs,
+) -> Tensor | None:
+    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask."""
+    bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
+    if bidirectional or not (allow_is_causal_skip or _neighbours_causal(mask_function, **kwargs)):
+        raise PatchError(
+            "this call asks for more than causal attention (packed sequences, prefix or image "
+            "blocks, bidirectional). hfsparse follows causal and sliding-window attention only: "
+            "pass one sequence a row with an attention_mask, or run it on the unpatched model "
+            "(handle.undo())."
+        )
+    if attention_mask is None or attention_mask.ndim == 1:
+        return attention_mask
+    if attention_mask.ndim != 2:
+        raise PatchError(_wrong_mask(attention_mask))
+    found = row_starts(attention_mask)
+    if found is None:
+        return None
+    starts = torch.tensor(found, device=attention_mask.device)
+    if (call := running()) is not None:
+        call.starts[starts] = found
+    return starts
+
+
+def row_starts(mask: Tensor | None) -> list[int] | None:
+    """The first real column of each row of a mask `[B, columns]`; None: all 0. Asks the device."""
+    if mask is None:
+        return None
+    real, width = (mask != 0).byte(), mask.shape[1]
+    count, first = torch.stack([real.sum(1), real.argmax(1)]).tolist()  # one wait
+    starts = [f if n else width for f, n in zip(first, count, strict=True)]
+    if any(f + n != width for f, n in zip(starts, count, strict=True)):
+        raise PatchError(_not_left(real.tolist()))
+    return starts if any(starts) else None
+
+
+def _not_left(mask: list[list[int]]) -> str:
+    """What is wrong with a mask `[B][columns]`, by its first row masked behind a real column."""
+    firsts = [(*real, 1).index(1) for real in mask]
+    row = next(row for row, first in enumerate(firsts) if 0 in mask[row][first:])
+    column = mask[row].index(0, firsts[row])
+    if 1 in mask[row][column:]:
+        return (
+            f"attention_mask has holes (row {row}, from column {column} on): columns behind the "
+            "row's first token, such as padding between two turns. hfsparse supports padding in "
+            "front of a row only: start again from the whole conversation, padded there, give one "
+            "row at a time, or run this on the unpatched model (handle.undo())."
+        )
+    return (
+        f"attention_mask has right padding (row {row}, from column {column} on). hfsparse supports "
+        "left padding only: set tokenizer.padding_side = 'left', or run this on the unpatched "
+        "model (handle.undo())."
+    )
+
+
+def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:
+    """Whether each token sees the one before it, and not the next: packs and blocks differ there.
+
+    transformers 4.57 composes a mask for packed sequences also where nothing is packed.
+    """
+    if cache_position is None:  # from 5.17 on only what differs is composed
+        return False
+    at, row = cache_position, torch.arange(batch_size, device=cache_position.device)[:, None]
+    seen = mask_function(row, 0, at[1:], at[:-1]), mask_function(row, 0, at[:-1], at[1:])
+    return bool(seen[0].all() and not seen[1].any())
+
+
+def _refuse(plan, query, key, mask, dropout, window, more) -> None:
+    if mask is not None and mask.ndim != 1:
+        raise PatchError(_wrong_mask(mask))
+    heads = plan.counts.q_heads, plan.kv_heads
+    if (query.shape[1], key.shape[1]) != heads:
+        raise PatchError(
+            f"layer {plan.index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
+            f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model (is it tensor "
+            "parallel?)"
+        )
+    if more.get("cu_seq_lens_q") is not None:
+        raise PatchError(
+            "this call packs several sequences in a row (cu_seq_lens_q): pass one sequence a row "
+            "with an attention_mask, or run it on the unpatched model (handle.undo())"
+        )
+    if dropout:
+        raise PatchError(
+            f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
+        )
+    if window != plan.window:
+        raise PatchError(
+            f"layer {plan.index} was called with a sliding window of {window}, its config says "
+            f"{plan.window}: please report this model to hfsparse"
+        )
+    if key.shape[2] != query.shape[2]:
+        raise PatchError(
+            f"layer {plan.index} got more keys than queries: this cache does not belong to hfsparse"
+        )
+
+
+def _wrong_mask(mask) -> str:
+    return (
+        f"got an attention mask of shape {list(mask.shape)}: hfsparse follows [batch, columns] "
+        "masks with left padding only. Pass such a mask, or run this on the unpatched model "
+        "(handle.undo())."
+    )
+
+
+def _shift(t: Tensor, by: Tensor) -> Tensor:
+    """t `[B, H, S, D]` with row b moved `by[b]` places towards the front, zeros behind."""
+    at = torch.arange(t.shape[2], device=t.device) + by[:, None]
+    real = (at >= 0) & (at < t.shape[2])
+    at = at.clamp(0, t.shape[2] - 1)[:, None, :, None]
+    moved = t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3]))
+    return moved.masked_fill(~real[:, None, :, None], 0)

@@ -1,0 +1,546 @@
+"""The command line: help at once, and one line, no traceback, for whatever can't be used."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from hfsparse.cli import app
+from hfsparse.errors import UsageError
+from hfsparse.plan import ModelId, Plan
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def plan(model, tmp_path):
+    """The full plan of the tiny model."""
+    file = tmp_path / "plan.yaml"
+    Plan.full(ModelId.of(tiny.llama())).save(file)
+    return file
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("What is at the end of a long text?\n")
+    return file
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def error(*words):
+    """The one line that a refused command prints."""
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    *progress, last = result.stderr.splitlines()
+    assert all("Loading weights" in line for line in progress if line)
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+# ---- help
+
+
+def test_a_command_prints_no_warnings_of_packages_that_it_does_not_use():
+    pytest.importorskip("torchao")  # warns where it is imported, which transformers does
+    words = [sys.executable, "-m", "hfsparse", "recipes"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_help_takes_under_a_second_and_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['hfsparse', '--help']\nfrom hfsparse.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    words = "profile recipes import show diff check doctor generate bench eval"
+    for command in words.split():
+        assert f" {command} " in done.stdout
+    assert done.stdout.endswith("[]\n")
+    assert seconds < 1
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"hfsparse {version('hfsparse')}\n"
+
+
+def test_eval_hands_its_words_and_its_exit_code_on():
+    assert "hfsparse eval ruler" in run("eval", "ruler", "--help").stdout
+    unknown = run("eval", "nonsense")
+    assert unknown.exit_code == 2
+    assert "nonsense" in unknown.output
+
+
+def test_eval_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hfsparse_eval.cli", None)
+    assert "pip install 'hfsparse[eval]'" in error("eval", "ruler", "x")
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch, plan):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "load", interrupted)
+    result = run("show", plan)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: profile and eval go on when given the same command\n"
+
+
+def test_a_warning_to_users_is_one_line_without_code(monkeypatch, plan):
+    usual = warnings.formatwarning
+
+    def warned(path):
+        raise UsageError(
+            warnings.formatwarning("it may lose answers", UserWarning, "cli.py", 7)
+            + warnings.formatwarning("old", DeprecationWarning, "other.py", 8, line="")
+        )
+
+    monkeypatch.setattr(Plan, "load", warned)
+    said = run("show", plan).stderr
+    assert said == "error: warning: it may lose answers\nother.py:8: DeprecationWarning: old\n\n"
+    assert warnings.formatwarning is usual
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, plan):
+    monkeypatch.setattr(Plan, "load", lambda path: {}["absent"])
+    assert isinstance(run("show", plan).exception, KeyError)
+
+
+# ---- show and check
+
+
+def test_show_prints_the_map_and_draws_it(plan, tmp_path):
+    result = run("show", plan, "--png", tmp_path / "heads.png")
+    assert result.exit_code == 0
+    assert "    0  ## ##    ##     ##" in result.stdout
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_refuses_a_file_that_is_no_plan(tmp_path):
+    assert "absent.yaml" in error("show", tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "list.yaml" in error("show", tmp_path / "list.yaml")
+
+
+def test_check_says_that_a_plan_fits(plan, model):
+    result = run("check", plan, model)
+    assert (result.exit_code, result.stdout) == (0, f"{plan} fits {model}\n")
+
+
+def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
+    Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
+    assert "3 layers" in error("check", tmp_path / "three.yaml", model)
+
+
+def test_check_predicts_memory_and_what_fits(plan, model):
+    told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
+    assert told.exit_code == 0
+    assert "2 x 1,000 tokens" in told.stdout
+    for arm in ("dense", "plan"):
+        (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
+        assert " = 0.0" in line
+        assert "in 1GiB: 2 x " in line
+    small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
+    assert small.exit_code == 1
+    assert "shorter length" in small.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpu", "1GiB"], "give its --length"),
+        (["--length", "5", "--gpu", "lots"], "'lots' is no size"),
+        (["--length", "5", "--dtype", "int3"], "unknown dtype int3"),
+    ],
+)
+def test_check_says_what_it_cannot_predict(plan, model, options, says):
+    assert says in error("check", plan, model, *options)
+
+
+def test_check_reads_no_weights(plan, model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((model / "config.json").read_text())
+    assert run("check", plan, tmp_path / "bare").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["check", "generate", "profile"])
+def test_no_such_model_folder(command, plan, prompt, tmp_path):
+    absent = tmp_path / "absent"
+    words = {
+        "check": [plan, absent],
+        "generate": [absent, "--plan", plan, "--prompt-file", prompt],
+        "profile": [absent, "-o", tmp_path / "new.yaml"],
+    }
+    assert error(command, *words[command]) == f"no such model folder: {absent}"
+
+
+def test_a_broken_config_is_one_line(plan, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot load the configuration" in error("check", plan, tmp_path)
+
+
+def test_a_name_that_may_be_a_folder_or_the_hubs_is_told_as_both(plan, monkeypatch):
+    from transformers import AutoConfig
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    for command in (["check", plan], ["generate", "--prompt-file", plan]):
+        told = error(*command, "models/llama")
+        assert "(there is no folder models/llama here, so it was asked of the Hugging" in told
+    for name in ("llama/", "my llama", "C:\\llama", "models/old/llama", "./llama", "~/llama"):
+        assert error("check", plan, name) == f"no such model folder: {name}"
+
+
+# ---- what the console can't show
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_the_console_cannot_show_is_replaced(encoding, plan, model, prompt, monkeypatch):
+    """In the middle of an answer, in a table, in a name, and in help."""
+    odd = plan.rename(plan.with_name("模型.yaml"))
+    answer = ["generate", model, "--prompt-file", prompt, "--max-new-tokens", 60]
+    spelled = "ĉ模 a"
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *a, **k: spelled)
+    for words, told in (
+        (["check", odd, model], " fits "),  # click writes UTF-8 where Python would write ASCII
+        (answer, "?? a"),
+        (["eval", "ruler", "--help"], "cuda:1"),
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as end:
+                app([str(word) for word in words])
+        stream.flush()
+        assert end.value.code in (0, None)
+        assert told in stream.buffer.getvalue().decode(errors="replace")
+
+
+def test_a_way_to_show_it_that_was_asked_for_is_kept(plan, monkeypatch):
+    odd = plan.rename(plan.with_name("模型.yaml"))
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit):
+        app(["diff", str(odd), str(odd)])
+    stream.flush()
+    assert r"\u6a21\u578b.yaml" in stream.buffer.getvalue().decode(errors="replace")
+
+
+# ---- generate
+
+
+def test_generate_prints_the_answer_and_what_was_kept(plan, model, prompt):
+    words = ["generate", model, "--plan", plan, "--prompt-file", prompt, "--max-new-tokens", 5]
+    sparse, dense = run(*words), run(*words[:2], *words[4:])
+    assert sparse.exit_code == dense.exit_code == 0, sparse.output
+    answer = sparse.stdout.splitlines()[0]
+    assert answer == dense.stdout.splitlines()[0]
+    assert "cache" in sparse.stdout
+
+
+def test_generate_gives_the_prompt_its_chat_template(model, prompt, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    seen = {}
+
+    def generate(self, input_ids, **options):
+        seen["prompt"] = tiny.tokenizer().decode(input_ids[0])
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    run("generate", model, "--prompt-file", prompt)
+    assert seen["prompt"] == "<s><user>What is at the end of a long text?\n<assistant>"
+
+
+def test_generate_is_greedy_whatever_the_models_settings_and_its_tokenizer_bring(
+    model, prompt, tmp_path
+):
+    plain = run("generate", model, "--prompt-file", prompt)
+    assert plain.exit_code == 0
+    folder = tmp_path / "bringing"
+    shutil.copytree(model, folder)
+    brought = dict(
+        do_sample=True,
+        temperature=5.0,
+        top_k=3,
+        num_beams=2,
+        num_return_sequences=2,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=40,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    (folder / "generation_config.json").write_text(json.dumps(brought))
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    named["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder)("a text")
+    got = run("generate", folder, "--prompt-file", prompt)
+    assert got.exit_code == 0, got.exception
+    assert got.stdout == plain.stdout
+    said = got.stderr.splitlines()
+    assert all("Loading weights" in line for line in said if line)
+
+
+def test_generate_refuses_a_prompt_longer_than_the_window(model, prompt):
+    prompt.write_text("word " * 2000)
+    message = error("generate", model, "--prompt-file", prompt, "--max-new-tokens", 5)
+    whole = f"<s><user>{prompt.read_text().strip()}\n<assistant>"
+    tokens = 5 + len(tiny.tokenizer(chat=True)(whole)["input_ids"])
+    over = f"{tokens - 512} more than this model's window of 512 (--beyond-window passes it)"
+    assert message == f"prompt and answer take {tokens} tokens, {over}"
+
+
+def test_generate_refuses_a_plan_for_another_model(model, prompt, tmp_path):
+    Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
+    words = ["--plan", tmp_path / "three.yaml", "--prompt-file", prompt]
+    assert "3 layers" in error("generate", model, *words)
+
+
+def test_generate_refuses_a_prompt_file_that_is_absent_empty_or_no_text(tmp_path):
+    file = tmp_path / "p.txt"
+    assert error("generate", "m", "--prompt-file", file) == f"there is no prompt file {file}"
+    file.write_text(" \n")
+    assert error("generate", "m", "--prompt-file", file) == f"the prompt file {file} is empty"
+    file.write_bytes(b"\xff\xfe")
+    assert "can't read the prompt file" in error("generate", "m", "--prompt-file", file)
+
+
+# ---- profile
+
+
+def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_path, monkeypatch):
+    given = {}
+
+    def measure(loaded, tokenizer, **options):
+        given.update(options)
+        return Plan.full(ModelId.of(loaded))
+
+    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps({"text": "x"}))
+    out = tmp_path / "a plan.yaml"
+    shares = ["--prefill-density", 0.3, "--cache-share", 0.5, "--decode-share", 0.1]
+    options = ["--lengths", "256,128", "--samples", 3, "--seed", 7, "--data", data]
+    options += [
+        "--method",
+        "minference",
+        "--no-verify",
+        "--drop",
+        0.02,
+        "--nats",
+        0.3,
+        "--verify-samples",
+        5,
+        "--loss",
+        0.2,
+    ]
+    result = run("profile", model, "-o", out, *shares, *options)
+    assert result.exit_code == 0, result.output
+    assert given == {
+        "out": out,
+        "lengths": (256, 128),
+        "samples": 3,
+        "prefill_density": 0.3,
+        "cache_share": 0.5,
+        "decode_share": 0.1,
+        "loss": 0.2,
+        "seed": 7,
+        "data": data,
+        "method": "minference",
+        "prefill_method": None,
+        "verify": False,
+        "drop": 0.02,
+        "nats": 0.3,
+        "verify_samples": 5,
+        "progress": True,
+        "proxy": None,
+        "beyond_window": False,
+        "curves": None,
+    }
+    assert "recipe" not in result.stdout
+    assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
+
+
+def test_profile_ends_with_the_budgets_met_and_a_warning_of_what_the_proof_cannot_say(
+    model, tmp_path, monkeypatch
+):
+    numbers = {"pair_density": 0.38, "cache_share": 0.85, "decode_share": 0.2}
+    verified = {
+        "told": "1.0 % of 96 answers lost",
+        "kept": True,
+        "given_back": ["layer 0 kv head 0"],
+    }
+    told = []
+
+    def measure(loaded, tokenizer, **options):
+        expected = {256: dict.fromkeys(numbers, 1.0), 512: numbers}
+        return replace(
+            Plan.full(ModelId.of(loaded)), expected=expected, made={"verified": verified}
+        )
+
+    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    for change in ({}, {"kept": False}, {"told": "none: there was nothing to ask"}):
+        verified |= change
+        result = run("profile", model, "-o", tmp_path / "plan.yaml", "--lengths", "512")
+        assert result.exit_code == 0, result.output
+        told.append(result.output.strip().splitlines()[-1])
+        assert (
+            "budgets at 512 tokens: pairs 0.38 of 0.40 met; cache 0.85 of 0.80 not met; reads 0.20 "
+            "of 0.25 met: more is kept so that the plan loses no more than its limits\n"
+        ) in result.output
+        assert "\x1b" not in result.output  # this is no terminal
+    assert told[0].lstrip().startswith("hfsparse generate")
+    assert told[1].startswith("warning: this plan loses more than its limits")
+    assert told[2].startswith("warning: nothing verified this plan: there was nothing to ask.")
+
+
+@pytest.mark.parametrize(
+    ("verified", "warning"),
+    [
+        ({"told": "1.0 % of 96 answers lost", "kept": True}, None),
+        ({"told": "1.0 % of 96 answers lost"}, None),  # of 0.1
+        ({"told": "9.0 % of 96 answers lost", "kept": False}, "loses more than its limits"),
+        ({"told": "none: no task"}, "nothing verified this plan: no task"),
+        ({"told": "nothing: no task"}, "nothing verified this plan: no task"),
+    ],
+)
+def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
+    from hfsparse.profiler import doubt
+
+    plan = Plan.full(ModelId.of(tiny.llama()))
+    assert doubt(plan) is None
+    plan.made = {"verified": verified}
+    said = doubt(plan)
+    assert said is None if warning is None else warning in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "1024,many"], "lengths is '1024,many': give token counts"),
+        (["--lengths", "0"], "lengths is '0': give token counts"),
+        (["--lengths", ""], "lengths is '': give token counts"),
+        (["--prefill-density", "0"], "prefill_density is 0.0: give more than 0 and at most 1"),
+        (["--cache-share", "1.5"], "cache_share is 1.5: give more than 0 and at most 1"),
+        (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),
+        (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
+        (["--nats", "-1"], "nats is -1.0: give 0 or more"),
+        (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
+        (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
+        (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),
+        (["--dtype", "int3"], "unknown dtype int3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_profile_refuses_what_it_cannot_use(model, tmp_path, options, message):
+    assert message in error("profile", model, "-o", tmp_path / "plan.yaml", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_profile_refuses_an_unwritable_output_before_it_loads_the_model(tmp_path, monkeypatch):
+    def opened(model, *rest):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("hfsparse.models.loading.load", opened)
+    (tmp_path / "file").touch()
+    absent, inside = tmp_path / "absent" / "plan.yaml", tmp_path / "file" / "plan.yaml"
+    assert "make it first" in error("profile", "m", "-o", absent)
+    assert "make it first" in error("profile", "m", "-o", inside)
+    assert "is a folder" in error("profile", "m", "-o", tmp_path)
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    message = error("profile", "m", "-o", tmp_path / "plan.yaml")
+    assert "can't write in" in message
+    assert "No space left on device" in message
+
+
+# ---- models that can't be served
+
+UNLIKE = dict(  # Gemma 4's global layers have other heads than its windowed ones
+    vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=3, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2, global_head_dim=16, num_global_key_value_heads=1,
+    attention_k_eq_v=True, hidden_size_per_layer_input=0, vocab_size_per_layer_input=400,
+    num_kv_shared_layers=0, sliding_window=40, max_position_embeddings=512,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+)  # fmt: skip
+SERVED = {
+    "profile": "profile {model} -o {out} --lengths 256",
+    "check": "check {plan} {model}",
+    "check of a length": "check {plan} {model} --length 100",
+    "generate": "generate {model} --prompt-file {prompt}",
+    "generate by a plan": "generate {model} --prompt-file {prompt} --plan {plan}",
+    "bench": "bench {model} --lengths 16",
+    "import": "import minference {published} -o {out} --model-config {model}",
+    "eval": "eval ppl {model} --plan {plan} --output {out}",
+}
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    """A folder of a model whose config refuses to name one number of kv heads."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this transformers has no Gemma 4")
+    folder = tmp_path_factory.mktemp("models") / "gemma4"
+    config = transformers.Gemma4TextConfig(**UNLIKE)
+    transformers.Gemma4ForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer(True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", SERVED)
+def test_heads_that_differ_by_layer_are_one_sentence_of_every_command(
+    command, unlike, plan, prompt, tmp_path
+):
+    published = tmp_path / "published.json"
+    pattern = [{str(h): ["vertical_and_slash", 100, 800, 1] for h in range(4)}] * 3
+    published.write_text(json.dumps(pattern))
+    named = dict(model=unlike, plan=plan, prompt=prompt, published=published, out=tmp_path / "out")
+    result = run(*(word.format(**named) for word in SERVED[command].split()))
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    said = result.output + result.stderr
+    assert "num_key_value_heads is 2 in layer 0 and 1 in layer 2" in said
+    assert "Traceback" not in said
+
+
+def test_check_says_what_patch_would_say(tmp_path):
+    """The plan fits the config, and patch would refuse the model."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PhimoeConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=40, num_local_experts=4,
+        architectures=["PhimoeForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    Plan.full(ModelId.of(config)).save(tmp_path / "plan.yaml")
+    said = error("check", tmp_path / "plan.yaml", tmp_path)
+    assert "can't be patched" in said

@@ -1,0 +1,160 @@
+"""Quest's pages chosen in Triton, interpreted, against the selector itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from hfsparse import kernels
+from hfsparse.lists import PAGE
+from hfsparse.selectors.quest import Quest
+from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import launched, watch
+from tests.selectors.test_quest import chosen, rows
+
+
+@pytest.fixture(scope="module")
+def choose():
+    with interpreter() as run:
+        yield lambda *args: run("triton_quest.pages", *args)
+
+
+@pytest.fixture
+def quest_module():
+    return pytest.importorskip("hfsparse.kernels.triton.quest", exc_type=ImportError)
+
+
+def assert_same(found, expected, low) -> None:
+    assert bool(((found.pages >= 0) & (found.pages < low.shape[2])).all())  # unused slots too
+    assert found.pages.shape == expected.pages.shape
+    assert torch.equal(found.count, expected.count)
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in found.count.shape)).tolist():
+        assert chosen(found, b, h) == chosen(expected, b, h)
+
+
+@pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(0.01, 16), Quest(1.0, 2)])
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
+def test_pages_equal_the_selectors(choose, quest, queries, group):
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17, 0], queries, group)
+    expected = quest.pages(q, low, high, length, 0.7)
+    assert_same(choose(quest, q, low, high, length, 0.7), expected, low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_pages_equal_the_selectors_at_every_head_dim(choose, dim, dtype):
+    made = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 1, dim, generator=made).to(dtype)
+    k = torch.randn(2, 2, 20 * PAGE, dim, generator=made).to(dtype).unflatten(2, (20, PAGE))
+    low, high, length = k.amin(3), k.amax(3), torch.tensor([20 * PAGE, 7 * PAGE + 1])
+    quest, scale = Quest(0.2, 2), dim**-0.5
+    expected = quest.pages(q, low, high, length, scale)
+    assert_same(choose(quest, q, low, high, length, scale), expected, low)
+
+
+def test_equal_votes_go_to_the_lower_pages(choose):
+    q, _, _, low, high, length = rows([64 * 20], 1, 2)
+    low, high = torch.ones_like(low), torch.ones_like(high)
+    found = choose(Quest(0.3, 2), q, low, high, length, 1.0)
+    assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("values", [1, 2, 4])
+def test_many_equal_votes_go_to_the_lower_pages(choose, share, values):
+    """Bounds are whole numbers: at nearly every share some of several equal pages are kept."""
+    made = torch.Generator().manual_seed(values)
+    q = torch.randint(-1, 2, (3, 2, 1, 16), generator=made).float()
+    k = torch.randint(0, values + 1, (3, 2, 90, 16), generator=made).float()
+    low, high, length = k - 1, k + 1, torch.tensor([90 * PAGE, 70 * PAGE - 3, 33 * PAGE])
+    quest = Quest(share, 2)
+    expected = quest.pages(q, low, high, length, 0.5)
+    assert_same(choose(quest, q, low, high, length, 0.5), expected, low)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_votes_that_float32_has_as_0_are_equal(choose, share):
+    q, _, _, low, high, length = rows([64 * 30, 64 * 21 + 5], 1, 2, spread=1000.0)
+    quest = Quest(share, 2)
+    expected = quest.pages(q, low, high, length, 1.0)
+    found = choose(quest, q, low, high, length, 1.0)
+    assert_same(found, expected, low)
+    assert chosen(found, 0, 0)[:-4] == list(range(found.count[0, 0] - 4))  # few are above 0
+
+
+def test_one_page_can_have_the_whole_vote(choose):
+    q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 40, 16)
+    low[:, :, 17] = 100
+    found = choose(Quest(0.01, 3), q, low, low, torch.tensor([40 * PAGE]), 1.0)
+    assert chosen(found, 0, 0) == [0, 17, 39]
+
+
+@pytest.mark.parametrize(
+    ("queries", "quest"), [(1, Quest(0.06, 3)), (3, Quest(0.3, 2)), (1, Quest(1.0, 2))]
+)
+def test_room_for_more_pages_changes_nothing(choose, quest, queries):
+    """A buffer that has room for more pages than any row holds, whatever is in there."""
+    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
+    tight = choose(quest, q, low, high, length, 0.7)
+    for more in (1, 100, 1100, 2200, 4500, 9000):  # from 1100 on, other sizes
+        roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high)]
+        found = choose(quest, q, *roomy, length, 0.7)
+        assert bool(((found.pages >= 0) & (found.pages < roomy[0].shape[2])).all())
+        assert torch.equal(found.count, tight.count)
+        for b, h in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
+            assert chosen(found, b, h) == chosen(tight, b, h)
+
+
+@pytest.mark.parametrize("share", [0.06, 1.0])
+def test_more_than_a_million_tokens_are_served(choose, share):
+    """As many pages as there can be, half of them equal, so that no count of them overflows."""
+    pages = (1 << 15) - 1
+    q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, pages, 16)
+    low[:, :, ::2, 0] = 1
+    quest, length = Quest(share, 2), torch.tensor([pages * PAGE])
+    expected = quest.pages(q, low, low, length, 1.0)
+    assert_same(choose(quest, q, low, low, length, 1.0), expected, low)
+
+
+def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
+    seen = watch(monkeypatch, quest_module)
+    found = []
+    for pages in (1, 2, 30, 1001):
+        q, summary = torch.zeros(1, 8, 1, 64), torch.zeros(1, 2, pages, 64)
+        length = torch.tensor([pages * PAGE - 5])
+        quest_module.pages(Quest(), q, summary, summary, length, 0.7)
+        found.append(set(seen))
+    assert len(found[0]) == 2
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("pages", [30, 5000])
+def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
+    """What a CUDA graph holds on to: grids, compiled forms and numbers; lengths it reads."""
+    calls = launched(monkeypatch, quest_module)
+    q, summary = torch.zeros(2, 8, 1, 64), torch.zeros(2, 2, pages, 64)
+    found = []
+    for lengths in ([1, 0], [pages * PAGE - 5, 700]):
+        quest_module.pages(Quest(), q, summary, summary, torch.tensor(lengths), 0.7)
+        found.append(list(calls))
+        calls.clear()
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def test_what_is_not_fused_is_said(quest_module):
+    q = torch.zeros(1, 1, 1, 512)
+    assert "head dim 512" in quest_module.why_not(Quest(), q, q)
+    q, summary = q[..., :64], torch.zeros(1, 1, (1 << 15) - 1, 1)
+    assert "float64" in quest_module.why_not(Quest(), q.double(), summary.double())
+    assert "float16" in quest_module.why_not(Quest(), q, summary.half())
+    assert "32768 pages" in quest_module.why_not(Quest(), q, torch.zeros(1, 1, 32768, 1))
+    assert quest_module.why_not(Quest(), q, summary) is None
+
+
+def test_the_selector_itself_serves_where_triton_cannot():
+    q, _, _, low, high, length = rows([64 * 20], 1, 2)
+    found = kernels.choose_pages(Quest(0.3, 2), q, low, high, length, 0.7)
+    expected = Quest(0.3, 2).pages(q, low, high, length, 0.7)
+    assert torch.equal(found.pages, expected.pages)

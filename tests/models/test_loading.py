@@ -1,0 +1,43 @@
+"""What a command does before it computes: how many threads torch gets."""
+
+import psutil
+import pytest
+import torch
+
+from hfsparse.models.loading import leave_busy_cores
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of four cores, of which some are busy; tells the threads that torch is set to."""
+    found = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 1, 2, 3], raising=False)
+
+    def busy(*shares):
+        monkeypatch.setattr(psutil, "cpu_percent", lambda **_: list(shares))
+        leave_busy_cores()
+        return found
+
+    return busy
+
+
+def test_an_idle_machine_keeps_its_threads(machine, capsys):
+    assert machine(0.0, 3.0, 10.0, 5.0) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_cores_that_others_keep_busy_are_left_to_them(machine, capsys):
+    assert machine(100.0, 2.0, 97.0, 0.0) == [2]
+    assert "2 of 4 threads are used" in capsys.readouterr().err
+
+
+def test_one_thread_is_left_on_a_machine_that_is_full(machine):
+    assert machine(100.0, 100.0, 100.0, 100.0) == [1]
+
+
+def test_who_sets_a_number_of_threads_gets_it(machine, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert machine(100.0, 100.0, 100.0, 100.0) == []

@@ -1,0 +1,200 @@
+"""The head map shows every layer and word, in 80 columns, and its picture is whole or absent."""
+
+from dataclasses import replace
+
+import pytest
+
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import Below, Layer, ModelId, Plan, headmap
+from hfsparse.selectors import SELECTORS
+
+NAMED = {
+    "stream": PATTERNS["streaming"](),
+    "grow": PATTERNS["streaming"](recent=128, recent_per_token=0.1),
+    "vs": PATTERNS["vertical_slash"](),
+    "blocks": PATTERNS["block_topk"](),
+    "quest": SELECTORS["quest"](),
+}
+CHOOSING = {"young": SELECTORS["quest"](refresh=8, top_p=0.9), "again": SELECTORS["reuse"]()}
+
+
+def plan_of(layers, q_heads, kv_heads, **more):
+    """Every word somewhere: the first kv head streams, the others take turns."""
+    model = ModelId("LlamaForCausalLM", layers, q_heads, kv_heads, 64, "sha256:0123456789abcdef")
+    group = q_heads // kv_heads
+    turns = ["full", "vs", "blocks"]
+    rows = []
+    for layer in range(layers):
+        stream = ("stream", "grow")[layer % 2]
+        rest = [turns[(layer + head) % 3] for head in range(q_heads - group)]
+        rows.append(
+            Layer(
+                (stream,) * group + tuple(rest),
+                (stream,) + ("full",) * (kv_heads - 1),
+                ("ring",) + (("full", "quest")[layer % 2],) * (kv_heads - 1),
+            )
+        )
+    plan = Plan(model, NAMED, tuple(rows), **more)
+    plan.validate()
+    return plan
+
+
+def test_a_choice_that_is_read_again_is_said():
+    plan = plan_of(2, 6, 3)
+    layers = tuple(
+        replace(layer, decode=("ring", word, word))
+        for layer, word in zip(plan.layers, CHOOSING, strict=True)
+    )
+    plan = replace(plan, patterns={**NAMED, **CHOOSING}, layers=layers)
+    plan.validate()
+    told = headmap.text(plan).plain
+    assert "quest: share 0.06, min_pages 16, refresh 8, top_p 0.9\n" in told
+    assert "reuse: pages chosen by the last layer before that chooses\n" in told
+
+
+def test_a_small_plan_reads_as_written_here():
+    numbers = {2048: {"pair_density": 0.4, "recall": 0.97}, 512: {"pair_density": 1.0}}
+    plan = plan_of(
+        3, 6, 3, below=Below(prefill=512), expected=numbers, made={"method": "minference"}
+    )
+    plan.made["verified"] = {"told": "1.5 % of 64 answers lost"}
+    first, identity, *rest = headmap.text(plan).plain.splitlines()
+    assert first == "LlamaForCausalLM  3 layers, 6 q heads, 3 kv heads, head dim 64"
+    assert identity == f"{plan.hash()[:19]}  method minference"
+    assert (
+        "\n".join(rest)
+        == """
+layer  prefill   cache  decode
+    0  SS #V B#  S##    o##
+    1  GG VB #V  G##    oQQ
+    2  SS B# VB  S##    o##
+
+            prefill  cache  decode
+  # full        22%    67%     44%  every key
+  S stream      22%    22%       -  streaming: sink 64, recent 256
+  G grow        11%    11%       -  streaming: sink 64, recent 128, recent_per_token 0.1
+  V vs          22%      -       -  vertical_slash: columns 1000, diagonals 4096
+  B blocks      22%      -       -  block_topk: share 0.1, min_blocks 16
+  Q quest         -      -     22%  quest: share 0.06, min_pages 16
+  o ring          -      -     33%  the keys its ring cache holds
+
+full below: prefill 512 tokens
+
+expected at  pair_density  recall
+        512         1.000       -
+       2048         0.400   0.970
+
+verified: 1.5 % of 64 answers lost"""
+    )
+
+
+SHAPES = [
+    (30, 9, 3),
+    (32, 32, 8),
+    (32, 32, 32),
+    (80, 64, 8),
+    (24, 64, 64),
+    (2, 128, 128),
+    (1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "layers{}-q{}-kv{}".format(*shape))
+def test_the_map_shows_every_head_of_every_layer_in_80_columns(shape):
+    plan = plan_of(*shape)
+    text = headmap.text(plan).plain
+    marks = dict(full="#", stream="S", grow="G", vs="V", blocks="B", quest="Q", ring="o")
+    table = text[: text.index(headmap.legend(plan).plain)].splitlines()[3:]
+    assert max(map(len, table)) <= 80
+    labels = [int(line.split()[0]) for line in table if line[:7].strip().isdigit()]
+    times = len(labels) // len(plan.layers)  # one, two or three tables, as the heads need
+    assert labels == list(range(len(plan.layers))) * times
+
+    shown = "".join(line[7:] for line in table if line.strip() and not line.startswith("layer"))
+    words = [
+        word
+        for layer in plan.layers
+        for part in (layer.prefill, layer.cache, layer.decode)
+        for word in part
+    ]
+    assert sorted(shown.replace(" ", "")) == sorted(marks[word] for word in words)
+
+
+def test_what_the_verification_changed_is_said():
+    plan = plan_of(3, 6, 3)
+    plan.made["verified"] = {
+        "told": "0.0 % of 64 answers lost",
+        "given_back": ["layer 0 kv head 1", "layer 2 kv head 2"],
+        "budgets": {"pairs": 0.625, "cache": 0.5},
+    }
+    assert headmap.text(plan).plain.splitlines()[-3:] == [
+        "verified: 0.0 % of 64 answers lost",
+        "for that, kv heads given back: 2",
+        "for that, budgets widened to: pairs 0.625, cache 0.5",
+    ]
+    plan.made["verified"] |= {"given_back": 2, "budgets": "none"}
+    assert headmap.text(plan).plain.endswith("verified: 0.0 % of 64 answers lost")
+
+
+def test_the_legend_names_unused_patterns_and_every_parameter():
+    full = Plan.full(ModelId("LlamaForCausalLM", 2, 4, 2, 64, "sha256:0123456789abcdef"))
+    full.patterns = NAMED
+    legend = headmap.legend(full).plain
+    rows = [line.split(maxsplit=5) for line in legend.splitlines()[1:]]
+    assert rows[0] == ["#", "full", "100%", "100%", "100%", "every key"]
+    grow = "streaming: sink 64, recent 128, recent_per_token 0.1"
+    assert ["G", "grow", "-", "-", "-", grow] in rows
+    assert len(rows) == len(NAMED) + 1
+    assert "ring" not in legend
+
+
+def test_a_sink_of_none_is_shown_and_a_rare_pattern_is_not_called_absent():
+    plan = plan_of(60, 4, 1)
+    plan.patterns = {**NAMED, "stream": PATTERNS["streaming"](sink=0)}
+    plan.layers = (plan.layers[0],) + (Plan.full(plan.model).layers[0],) * 300
+    assert "<1%" in headmap.legend(plan).plain
+    assert "streaming: sink 0, recent 256" in headmap.legend(plan).plain
+
+
+def test_names_that_share_letters_get_different_marks():
+    names = ["s", "ss", "sss", "stream", "o", "full2", "s1", "O"]
+    plan = Plan.full(ModelId("LlamaForCausalLM", 1, 8, 8, 64, "sha256:0123456789abcdef"))
+    plan.patterns = {name: PATTERNS["vertical_slash"]() for name in names}
+    kv = ("full",) * 8
+    plan.layers = (Layer(tuple(names), kv, kv),)
+    legend = headmap.legend(plan).plain.splitlines()[1:]
+    marks = [line.split()[0] for line in legend]
+    assert len(set(marks)) == len(names) + 1
+    row = next(x for x in headmap.text(plan).plain.splitlines() if x.startswith("    0"))
+    assert row.split()[1] == "".join(marks[1:])
+
+
+def test_colour_marks_the_same_heads_as_the_letters():
+    text = headmap.text(plan_of(2, 4, 2))
+    row = text.plain.index("    0  ") + 7
+    styles = {text.plain[span.start]: span.style for span in text.spans if row <= span.start}
+    assert styles["S"] != styles["V"] != styles["#"]
+
+
+def test_the_picture_is_a_png_with_three_panels(tmp_path):
+    from PIL import Image
+
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    headmap.png(plan_of(2, 4, 2), small)
+    headmap.png(plan_of(32, 32, 8), large)
+    for file in (small, large):
+        with Image.open(file) as picture:
+            assert picture.format == "PNG"
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 6
+    assert Image.open(large).size > Image.open(small).size
+    assert sorted(tmp_path.iterdir()) == [large, small]
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "heads.png"
+    file.write_text("old")
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        headmap.png(plan_of(2, 4, 2), file)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]

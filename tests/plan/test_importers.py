@@ -1,0 +1,414 @@
+"""Plans of other projects: what each head becomes, what a plan can't carry, what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+from typer.testing import CliRunner
+
+from hfsparse.cli import app
+from hfsparse.errors import UsageError
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import Layer, Plan, PlanError, PlanMismatch
+from hfsparse.plan.importers import READERS, duo, import_plan, moa
+from hfsparse.plan.importers.form import FORMS, places
+from tests import tiny
+from tests.patcher.oracle import oracle
+from tests.patcher.runs import both, close, far, forward, generate, same_generation
+
+VS, STREAM, BLOCKS = "vertical_and_slash", "stream_llm", "block_sparse"
+MINFERENCE = [  # layers x 4 q heads
+    {
+        "0": [VS, 40, 120, 0.9],
+        "1": [VS, 10, 20, 0.9],
+        "2": [STREAM, 4, 60, 0.7],
+        "3": [VS, 40, 120],
+    },
+    {"0": [BLOCKS, 1000, 6096, 1], "1": [BLOCKS, 1, 1, 1], "2": [VS, 40, 50, 1], "3": [VS, 30, 50]},
+]
+GATES = [[0.9, -0.001], [0.2, 1.0]]  # layers x 2 kv heads
+DUO = {"sink_size": 128, "recent_size": 256, "deploy_sink_size": None, "lr": 0.02}
+MOA = {  # layers x 4 q heads
+    "alphas": [[0.0, 0.0, 192.0, 160.0], [-1024.0, 100.0, 0.0, -64.0]],
+    "betas": [[0.125, 0.125, 0.0, 0.25], [1.0, 0.0, 1, 0.5]],
+}
+
+
+def config(**shape):
+    base = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    return LlamaConfig(architectures=["LlamaForCausalLM"], **{**base, "hidden_size": 64, **shape})
+
+
+def write(folder, form, data=None, settings=DUO):
+    """A small file, or folder, of the published form."""
+    if form != "duo":
+        file = folder / f"{form}.json"
+        file.write_text(
+            json.dumps({"minference": MINFERENCE, "moa": MOA}[form] if data is None else data)
+        )
+        return file
+    place = folder / "gates"
+    place.mkdir()
+    rows = ["\t".join(f"{gate:.18e}" for gate in row) for row in (GATES if data is None else data)]
+    (place / "full_attention_heads.tsv").write_text("\n".join(rows) + "\n")
+    (place / "config.json").write_text(json.dumps(settings))
+    return place
+
+
+def read(folder, form, data=None, given=None, share=None, **settings):
+    file = write(folder, form, data, {**DUO, **settings})
+    return import_plan(form, file, given or config(), share)
+
+
+def note(notes, words):
+    """The one note that says `words`."""
+    (found,) = [each for each in notes if words in each]
+    return found
+
+
+# ---- minference
+
+
+def test_minference_is_a_pattern_a_q_head_and_a_full_cache(tmp_path):
+    plan, notes = read(tmp_path, "minference")
+    full = ("full", "full")
+    assert plan.layers == (
+        Layer(("vs40x120", "vs30x50", "stream4-60", "vs40x120"), full, full),
+        Layer(("blocks50", "blocks50", "vs40x50", "vs30x50"), full, full),
+    )
+    assert plan.patterns == {
+        "vs40x120": VerticalSlash(40, 120),
+        "vs30x50": VerticalSlash(30, 50),
+        "stream4-60": Streaming(4, 60),
+        "blocks50": BlockTopK(0.0001, 50),
+        "vs40x50": VerticalSlash(40, 50),
+    }
+    assert plan.made["method"] == "minference"
+    assert plan.made["imported"] == "minference.json"
+    assert len(notes) == 4
+    assert note(notes, "block_sparse").endswith(": layer 1 heads 0-1")
+    assert note(notes, "raised to").endswith(": layer 0 head 1")
+
+
+def test_minference_block_sparse_reads_its_6400_tokens_at_any_published_length(tmp_path):
+    pattern = read(tmp_path, "minference")[0].patterns["blocks50"]
+    for blocks in (1 << 20) // 128, 50:
+        assert pattern.share * blocks < pattern.min_blocks
+    assert pattern.min_blocks * 128 == 100 * 64
+
+
+# ---- duo
+
+
+def test_duo_streams_the_lower_half_of_the_gates_and_keeps_rings(tmp_path):
+    plan, notes = read(tmp_path, "duo")
+    s = "stream64-256"
+    assert plan.layers == (
+        Layer(("full", "full", s, s), ("full", s), ("full", "ring")),
+        Layer((s, s, "full", "full"), (s, "full"), ("ring", "full")),
+    )
+    assert plan.patterns == {s: Streaming(64, 256)}
+    assert plan.made["share"] == 0.5
+    assert note(notes, "trained with") == (
+        "trained with sink 128 and recent 256, imported with sink 64 and recent 256, as deployed"
+    )
+
+
+def test_duo_takes_the_sizes_of_a_deployment_that_the_file_states(tmp_path):
+    plan, _ = read(tmp_path, "duo", deploy_sink_size=16, deploy_recent_size=32)
+    assert plan.patterns == {"stream16-32": Streaming(16, 32)}
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.25, 0.5, 0.74, 0.9, 1])
+@pytest.mark.parametrize("shape", [(1, 3), (4, 8), (32, 8)])
+def test_duo_cuts_where_the_authors_quantile_does(shape, share):
+    import numpy as np
+
+    gates = np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape) / np.prod(shape)
+    streams, tied = duo.cut(gates.tolist(), share)
+    kept = {0: -1.0, 1: 2.0}.get(share, np.quantile(gates, share))
+    assert streams == (gates < kept).tolist()
+    assert tied == {}
+
+
+def test_duo_parts_equal_gates_in_order_and_says_so(tmp_path):
+    plan, notes = read(tmp_path, "duo", [[1.0, 1.2], [0.1, 1.0]])  # 1.2 is clipped to 1
+    assert [layer.cache.count("full") for layer in plan.layers] == [1, 1]
+    assert plan.layers[0].cache == ("stream64-256", "full")
+    assert note(notes, "equal gates").endswith(": layer 0 heads 0-1; layer 1 head 1")
+
+
+def test_duo_share_sets_how_many_heads_stream(tmp_path):
+    file = write(tmp_path, "duo")
+    for share, full in ((0.0, 4), (0.25, 3), (0.5, 2), (0.75, 1), (1.0, 0)):
+        plan, _ = import_plan("duo", file, config(), share)
+        assert sum(layer.cache.count("full") for layer in plan.layers) == full
+        assert plan.made["share"] == share
+
+
+# ---- moa
+
+
+def test_moa_is_a_span_with_a_rate_and_rings_that_hold_their_group(tmp_path):
+    plan, notes = read(tmp_path, "moa")
+    slow, wide, fast, most = (
+        "stream64-128-0.125",
+        "stream64-192",
+        "stream64-160-0.25",
+        "stream64-192-0.25",
+    )
+    assert plan.layers == (
+        Layer((slow, slow, wide, fast), (slow, most), ("ring", "ring")),
+        Layer(("full", "stream64-128", "full", "stream64-128-0.5"), ("full",) * 2, ("full",) * 2),
+    )
+    assert plan.patterns[fast] == Streaming(64, 160, 0.25)
+    assert plan.patterns[most] == Streaming(64, 192, 0.25)
+    assert len(notes) == 5
+    assert note(notes, "longest span").endswith(": layer 0 head 1")
+    assert note(notes, "keep every key").endswith(": layer 1 heads 0-1")
+    assert note(notes, "as beta is 1").endswith(": layer 1 head 0")  # head 2 is dense there, too
+    assert note(notes, "tokens longer").endswith(": layer 0 heads 0-1; layer 1 head 3")
+
+
+@pytest.mark.parametrize("alpha", [-4096.0, -0.5, 0.0, 99.5, 1024.0])
+@pytest.mark.parametrize("beta", [0.0, 0.125, 0.3, 0.875, 1.0])
+def test_moa_spans_are_never_shorter_than_the_rule_nor_longer_than_the_note_says(alpha, beta):
+    pattern = moa.elastic(alpha, beta)
+    for position in (0, 1, 127, 1000, 8191, 131_071):
+        rule = max(128, alpha + beta * position)
+        if pattern is None:
+            assert beta == 1
+            continue
+        span = pattern.band.span(position)
+        assert span > rule - 2  # the rate is held in 1/65536: two tokens in 131,072
+        assert span <= rule + max(0, 128 - alpha) + 2
+
+
+def test_moa_says_which_keys_it_did_not_read(tmp_path):
+    _, notes = read(tmp_path, "moa", {**MOA, "permute": True})
+    assert note(notes, "not read:").endswith("not read: 'permute'")
+
+
+# ---- every form
+
+
+def test_every_form_is_described_and_read():
+    assert READERS.keys() == FORMS.keys()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_imported_plan_survives_its_file(tmp_path, form):
+    plan, _ = read(tmp_path, form)
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_patched_model_equals_the_oracle_under_an_imported_plan(tmp_path, form):
+    model = tiny.llama()
+    model.requires_grad_(False)
+    for parameter in model.parameters():  # sharp attention: what is dropped shows
+        parameter.mul_(4 if parameter.dim() == 2 else 1)
+    plan, _ = read(tmp_path, form, given=model)
+    ids = torch.randint(2, 400, (1, 440), generator=torch.Generator().manual_seed(0))
+    dense = forward(model, ids).logits
+    got, want, stats = both(model, plan, lambda m, cache: forward(m, ids, **cache).logits)
+    close(got / got.std(), want / got.std())
+    far(got, dense)
+    with oracle(model, plan) as truth:
+        forward(model, ids)
+    pairs = sum(truth.pairs.values()) / sum(truth.causal.values())
+    assert stats.pair_density == pytest.approx(pairs, abs=1e-6)
+    if form == "duo":  # half of the heads read all, half a sink of 64 and the last 256
+        kept = sum(min(p + 1, 64 + 256) for p in range(440)) / sum(range(441))
+        assert pairs == pytest.approx((1 + kept) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["duo", "moa"])
+def test_generation_from_rings_equals_the_oracle(tmp_path, form):
+    model = tiny.llama()
+    plan, _ = read(tmp_path, form, given=model)
+    ids = torch.randint(2, 400, (1, 400), generator=torch.Generator().manual_seed(1))
+    got, want, _ = both(model, plan, lambda m, cache: generate(m, ids, new=6, **cache))
+    same_generation(got, want)
+
+
+@pytest.mark.parametrize("form", ["duo", "moa"])
+def test_layers_with_their_own_window_stream_and_have_no_ring(tmp_path, form):
+    given = MistralConfig(**{**config().to_dict(), "sliding_window": 4096, "model_type": "mistral"})
+    plan, notes = read(tmp_path, form, given=given)
+    assert all({*layer.cache, *layer.decode} == {"full"} for layer in plan.layers)
+    assert any(word.startswith("stream") for word in plan.layers[0].prefill)
+    assert "layer 0 head" in note(notes, "own window")
+
+
+def test_places_group_equal_layers_and_neighbouring_heads():
+    where = {0: [0, 1, 2, 5], 1: [0, 1, 2, 5], 3: [0, 1, 2, 5], 4: [7]}
+    assert places(where) == "layers 0-1, 3 heads 0-2, 5; layer 4 head 7"
+
+
+# ---- what is refused
+
+
+def test_an_unknown_form_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(UsageError, match="unknown form 'quest': give one of minference, duo, moa"):
+        import_plan("quest", tmp_path, config())
+    with pytest.raises(UsageError, match=r"did you mean minference\?"):
+        import_plan("minferense", tmp_path, config())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(num_hidden_layers=3),
+        dict(num_attention_heads=8, num_key_value_heads=4),
+    ],
+    ids=["layers", "heads"],
+)
+def test_a_plan_of_another_shape_is_refused(tmp_path, form, shape):
+    unit = "2 kv heads" if form == "duo" else "4 q heads"
+    with pytest.raises(PlanMismatch, match=f"has 2 layers of {unit}; LlamaForCausalLM has"):
+        read(tmp_path, form, given=config(**shape))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_config_the_error_says_what_is_needed_and_what_the_file_has(tmp_path, form):
+    with pytest.raises(UsageError, match=r"has 2 layers of . \w+ heads, .*give --model-config"):
+        import_plan(form, write(tmp_path, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("other", FORMS)
+def test_the_file_of_another_form_is_refused_by_what_was_found(tmp_path, form, other):
+    file = write(tmp_path, other)
+    if form == other:
+        return
+    with pytest.raises(PlanError) as refused:
+        import_plan(form, file, config())
+    message = str(refused.value)
+    assert message.startswith(f"{file}")
+    assert f"no {form} plan: " in message
+    assert all(text in message for text in FORMS.values())
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("form", "data", "found"),
+    [
+        ("minference", [], "an empty list"),
+        ("minference", {"alphas": []}, "a mapping with the keys 'alphas'"),
+        ("minference", [[1, 2]], "layer 0 is a list of 2"),
+        ("minference", [{"0": [VS, 1, 1], "2": [VS, 1, 1]}], "layer 0 is a mapping with the keys"),
+        ("minference", [{"0": [VS, 1]}], "layer 0 head 0 is a list of 2"),
+        ("minference", [{"0": [VS, 1, -1]}], "layer 0 head 0 is a list of 3"),
+        ("minference", [{"0": [VS, 1, 1.5]}], "layer 0 head 0 is a list of 3"),
+        ("minference", [{"0": ["flexible", 1, 1]}], "has the type 'flexible', known are vertical"),
+        ("minference", [{"0": [STREAM, 4, 0]}], "layer 0 head 0: recent is 0: give 1 or more"),
+        (
+            "minference",
+            [{"0": [VS, 1, 1]}, {"0": [VS, 1, 1], "1": [VS, 1, 1]}],
+            "it has layers of 1 and 2 heads",
+        ),
+        ("duo", [[0.5, 0.5], [0.5]], "it has layers of 1 and 2 heads"),
+        ("duo", [], "it is an empty list"),
+        ("duo", [[float("nan")]], "a gate is no finite number"),
+        ("moa", {"alphas": [[1]]}, "a mapping with the keys 'alphas'"),
+        ("moa", {"alphas": [[1]], "betas": [[1, 1]]}, "alphas and betas differ in shape"),
+        ("moa", {"alphas": [[1]], "betas": 3}, "betas is 3, not layers x heads"),
+        ("moa", {"alphas": [[1]], "betas": [["x"]]}, "betas has 'x', not a number"),
+        ("moa", {"alphas": [[True]], "betas": [[1]]}, "alphas has True, not a number"),
+        ("moa", {"alphas": [[float("nan")]], "betas": [[1]]}, "alphas has nan, not a number"),
+        ("moa", {"alphas": [[1]], "betas": [[1.5]]}, "layer 0 has a beta of 1.5, not 0 to 1"),
+    ],
+)
+def test_a_broken_file_is_refused_by_what_is_wrong(tmp_path, form, data, found):
+    with pytest.raises(PlanError, match=f"no {form} plan: ") as refused:
+        read(tmp_path, form, data)
+    assert found in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[" * 100_000], ids=["cut", "bytes", "deep"])
+@pytest.mark.parametrize("form", ["minference", "moa"])
+def test_what_is_no_json_is_refused(tmp_path, form, text):
+    (tmp_path / "file.json").write_bytes(text)
+    with pytest.raises(PlanError, match=f"no {form} plan: "):
+        import_plan(form, tmp_path / "file.json", config())
+
+
+def test_a_duo_folder_needs_both_its_files(tmp_path):
+    place = write(tmp_path, "duo", [])
+    (place / "full_attention_heads.tsv").write_text("0.5\tx\n")
+    with pytest.raises(PlanError, match="could not convert string to float: 'x'"):
+        import_plan("duo", place, config())
+    for name in ("full_attention_heads.tsv", "config.json"):
+        (place / name).unlink()
+        with pytest.raises(PlanError, match=f"{name}: no duo plan: No such file"):
+            import_plan("duo", place, config())
+    with pytest.raises(PlanError, match="there is no such folder"):
+        import_plan("duo", tmp_path / "absent", config())
+
+
+@pytest.mark.parametrize("wrong", [{"sink_size": None}, {"deploy_recent_size": -1}])
+def test_sizes_of_duo_that_are_no_tokens_are_refused(tmp_path, wrong):
+    with pytest.raises(PlanError, match=next(iter(wrong))):
+        read(tmp_path, "duo", **wrong)
+
+
+def test_share_is_refused_out_of_range_and_for_other_forms(tmp_path):
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match=r"share is .*: give 0 to 1"):
+            import_plan("duo", tmp_path, config(), share)
+    with pytest.raises(UsageError, match="share belongs to the form duo"):
+        import_plan("moa", tmp_path, config(), 0.5)
+
+
+# ---- the command
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_writes_the_plan_and_prints_the_notes(tmp_path):
+    config().save_pretrained(tmp_path / "model")
+    file, out = write(tmp_path, "duo"), tmp_path / "a plan.yaml"
+    words = ["import", "duo", file, "--share", 0.75, "--model-config", tmp_path / "model"]
+    result = run(*words, "-o", out)
+    assert result.exit_code == 0, result.output
+    plan, notes = import_plan("duo", file, config(), 0.75)
+    assert Plan.load(out) == plan
+    *said, last = result.stdout.splitlines()
+    assert said == [f"note: {note}" for note in notes]
+    assert last == f"wrote {out}. Look at it: hfsparse show '{out}'"
+    assert run("check", out, tmp_path / "model").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["moa", "moa.json"], "give --model-config"),
+        (["nonsense", "moa.json"], "unknown form 'nonsense'"),
+        (["minference", "moa.json"], "it is a mapping with the keys 'alphas', 'betas'"),
+        (["moa", "absent.json"], "No such file"),
+        (["moa", "moa.json", "--model-config", "absent/a/b"], "no such model folder: absent/a/b"),
+        (["moa", "moa.json", "--share", "0.5"], "share belongs to the form duo"),
+    ],
+)
+def test_the_command_refuses_in_one_line_and_leaves_the_old_plan(
+    tmp_path, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "moa")
+    (tmp_path / "plan.yaml").write_text("as it was")
+    result = run("import", *words, "-o", "plan.yaml")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["moa.json", "plan.yaml"]
+    assert (tmp_path / "plan.yaml").read_text() == "as it was"

@@ -1,0 +1,277 @@
+"""The cache layer against plain lists of each row's tokens, through any sequence of calls."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hfsparse.errors import CacheError
+from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
+from hfsparse.patterns.streaming import Streaming
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.ring import SLACK, Ring
+from hfsparse.runtime.call import enter, leave
+from hfsparse.runtime.decode import STEP
+from hfsparse.selectors.quest import Quest
+
+FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 3, 5), FULL))
+SINKS = (  # however long their rows, these can go back to their first three tokens
+    Group((0, 5), Band(3, 10)),
+    Group((1, 3), FULL, Quest()),
+    Group((2,), Streaming(5, 6, 0.25).band),
+    Group((4,), FULL),
+)
+MIXED = (Group((0,), Band(3, 10)), *SINKS[1:], Group((5,), Band(0, 40)))
+HEADS, DIM = 6, 3
+
+
+def window(band: Band, position: int) -> list[int]:
+    """Positions read by a query, from the definition."""
+    recent = position + 1 - band.recent - position * band.rate // 65536
+    return [*range(min(band.sink, position + 1)), *range(max(recent, band.sink), position + 1)]
+
+
+def needed(ring: Ring, length: int) -> set[int]:
+    """Positions that the next query of a row reads beside its own."""
+    short = length + 1 < ring.below
+    return {*range(length)} if short else {*window(ring.band, length)} - {length}
+
+
+def front(t, new: list[int]):
+    """Padded rows moved to column 0, NaN behind them."""
+    out = torch.full_like(t, torch.nan)
+    for b, n in enumerate(new):
+        out[b, :, :n] = t[b, :, t.shape[2] - n :]
+    return out
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value."""
+
+    @initialize(
+        groups=st.sampled_from([FULLS, SINKS, MIXED]),
+        below=st.sampled_from([0, 60, 150]),
+        reserve=st.sampled_from([0, 200]),
+        expected=st.sampled_from([0, 100]),
+        pads=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+        seed=st.integers(0, 1000),
+    )
+    def start(self, groups, below, reserve, expected, pads, seed):
+        self.layer = Layer("plan", groups, below, reserve, expected)
+        self.random = torch.Generator().manual_seed(seed)
+        self.made = torch.zeros(0, 2, HEADS, DIM)
+        self.starts = [n - min(pads) for n in pads]  # each row's first real column
+        self.rows = [[] for _ in pads]
+        self.seen = self.furthest = 0  # columns; the most there have been
+        self.expected = expected
+
+    def stores(self, kind):
+        """The layer's stores of a kind, once it has any."""
+        return [s for s in self.layer.stores if isinstance(s, kind) and self.layer.is_initialized]
+
+    def content(self, row, positions, heads):
+        """Keys and values `[2, heads, n, DIM]` of some positions of a row."""
+        tokens = [self.rows[row][p] for p in positions]
+        return self.made[tokens][:, :, list(heads)].permute(1, 2, 0, 3)
+
+    def lengths(self):
+        return [len(row) for row in self.rows]
+
+    # -- what callers do -------------------------------------------------------------------------
+
+    @rule(columns=st.integers(1, STEP))
+    def step(self, columns):
+        self.append(columns)
+
+    @rule(columns=st.integers(1, 130))
+    def chunk(self, columns):
+        self.append(columns)
+
+    def append(self, columns):
+        """As the attention function does it: row-relative, then into every store."""
+        B, past = len(self.rows), self.lengths()
+        tokens = torch.arange(B * columns).view(B, columns) + len(self.made)
+        shape = (B * columns, 2, HEADS, DIM)
+        self.made = torch.cat([self.made, torch.randn(shape, generator=self.random)])
+        k, v = self.made[tokens].permute(2, 0, 3, 1, 4)
+        starts = [min(start, self.seen + columns) for start in self.starts]
+        new = [columns - max(start - self.seen, 0) for start in starts]
+        self.seen += columns
+        self.furthest = max(self.furthest, self.seen)
+        for row, own, n in zip(self.rows, tokens.tolist(), new, strict=True):
+            row += own[columns - n :]
+
+        enter("plan")
+        assert all(a is b for a, b in zip(self.layer.update(k, v), (k, v), strict=True))
+        leave("plan")
+        assert self.layer.advance(starts if any(starts) else None, columns) == (past, new)
+        k, v = (front(t, new) for t in (k, v))
+        for store in self.layer.stores:
+            heads = list(store.group.heads)
+            if isinstance(store, Ring) and any(past):
+                self.check_chunk(store, k[:, heads], v[:, heads], past, new)
+            store.append(k[:, heads], v[:, heads], past, new)
+        self.layer.stored = self.layer.seen
+
+        for ring in self.stores(Ring):
+            if columns <= STEP:
+                self.check_step(ring, past)
+            self.check_size(ring)
+        self.check_summaries(exact=True)
+
+    def check_chunk(self, ring, k, v, past, new):
+        """A chunk finds each key of its windows once, in whichever block, and nothing else."""
+        total = self.lengths()
+        plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], k.shape[2], 16)
+        *read, grid = ring.with_chunk(k, v, past, new, plain)
+        mask = BlockLists.of(grid, 1, band=ring.band).mask()[:, 0]
+        for b, at in enumerate(grid.key_pos):
+            for i in range(new[b]):
+                assert sorted(at[mask[b, i]].tolist()) == window(ring.band, past[b] + i)
+            held = at[at >= 0].tolist()
+            if total[b] < ring.below:
+                assert sorted(held) == list(range(total[b]))
+            ours = torch.stack([t[b][:, at >= 0] for t in read])
+            assert torch.equal(ours, self.content(b, held, ring.group.heads))
+
+    def check_step(self, ring, past):
+        """A few new tokens are stored, then read what is held: none of their windows has a gap."""
+        for p, row, at in zip(past, self.rows, ring.positions(self.lengths()), strict=True):
+            for query in range(p, len(row)):
+                assert {*window(ring.band, query)} <= {*at.tolist()}
+
+    def check_size(self, ring):
+        """No more room than sink, window and slack, once no row can go back under `below`."""
+        if min(self.lengths()) >= ring.below + SLACK or not ring.below:
+            most = max(ring.band.span(n) for n in self.lengths()) + SLACK
+            most = -(-most // PAGE) * PAGE if ring.band.rate else most
+            assert ring.k.shape[2] <= ring.band.sink + most
+
+    def check_summaries(self, exact=False):
+        """Each page's smallest and largest key; after a crop, the last page's may be wider."""
+        for store in self.stores(Full):
+            if not store.group.selector:
+                continue
+            for b, n in enumerate(self.lengths()):
+                keys = self.content(b, range(n), store.group.heads)[0]
+                for page, own in enumerate(keys.split(PAGE, 1) if n else ()):
+                    low, high = store.low[b, :, page], store.high[b, :, page]
+                    assert (low <= own.amin(1)).all()
+                    assert (high >= own.amax(1)).all()
+                    if exact or own.shape[1] == PAGE:
+                        assert torch.equal(low, own.amin(1))
+                        assert torch.equal(high, own.amax(1))
+
+    @precondition(lambda self: self.seen)
+    @rule(drop=st.integers(1, SLACK))
+    def take_back(self, drop):
+        self.crop(min(drop, self.seen))
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def go_back(self, data):
+        """Just too far, to the first few tokens, or anywhere; and a new turn."""
+        far = next((n for n in range(1, self.seen) if not self.can_drop(n)), self.seen)
+        first = st.integers(max(self.seen - 5, 1), self.seen)
+        drop = data.draw(st.just(far) | first | st.integers(1, self.seen))
+        self.crop(drop)
+        self.append(data.draw(st.integers(1, 130)))
+
+    def can_drop(self, drop):
+        """Whether rings hold what the next query would read then."""
+        for ring in self.stores(Ring):
+            for n, at in zip(self.lengths(), ring.positions(self.lengths()), strict=True):
+                if not needed(ring, max(n - drop, 0)) <= {*at.tolist()}:
+                    return False
+        return True
+
+    def crop(self, drop):
+        left = self.seen - drop
+        can = self.can_drop(drop)
+        assert can or self.furthest - left > SLACK
+        if not can:
+            with pytest.raises(CacheError, match="Start again"):
+                self.layer.crop(-drop)
+            return
+        self.layer.crop(-drop)
+        self.rows = [row[: max(len(row) - drop, 0)] for row in self.rows]
+        self.seen, self.expected = left, min(self.expected, left)
+        self.starts = [min(start, left) for start in self.starts]
+
+    @precondition(lambda self: self.seen)
+    @rule(data=st.data())
+    def pick(self, data):
+        """Rows change places, some go, each is doubled, or all go on in a copy of the layer."""
+        B = len(self.rows)
+        how = data.draw(st.sampled_from(["reorder", "select", "double", "copy"]))
+        rows = list(range(B))
+        if how == "reorder":
+            rows = data.draw(st.lists(st.integers(0, B - 1), min_size=B, max_size=B))
+            self.layer.reorder_cache(torch.tensor(rows))
+        elif how == "select":
+            rows = data.draw(st.sets(st.integers(0, B - 1), min_size=1).map(sorted))
+            self.layer.batch_select_indices(torch.tensor(rows))
+        elif how == "double" and B <= 2:
+            rows = [b for b in rows for _ in (0, 1)]
+            self.layer.batch_repeat_interleave(2)
+        elif how == "copy":
+            old, self.layer = self.layer, deepcopy(self.layer)
+            for tensor in (t for store in old.stores for t in store.tensors()):
+                tensor.fill_(torch.nan)
+        self.rows = [list(self.rows[b]) for b in rows]
+        self.starts = [self.starts[b] for b in rows]
+
+    @precondition(lambda self: self.seen > 80)
+    @rule()
+    def reset(self):
+        self.layer.reset()
+        self.rows = [[] for _ in self.rows]
+        self.seen = self.furthest = self.expected = 0
+
+    # -- what holds at any time ------------------------------------------------------------------
+
+    @invariant()
+    def lengths_are_those_of_the_rows(self):
+        layer = self.layer
+        assert layer.get_seq_length() == layer.seen == layer.stored == self.seen
+        assert layer.get_mask_sizes(7) == (self.seen + 7, 0)
+        assert layer.expected == self.expected
+        assert layer.rows == self.lengths() or not layer.is_initialized
+
+    @invariant()
+    def full_stores_hold_every_token(self):
+        for store in self.stores(Full):
+            held = torch.stack(store.view(max(self.lengths())))
+            for b, n in enumerate(self.lengths()):
+                assert torch.equal(held[:, b, :, :n], self.content(b, range(n), store.group.heads))
+
+    @invariant()
+    def rings_hold_sink_and_newest_tokens_and_what_the_next_query_needs(self):
+        for ring in self.stores(Ring):
+            places = ring.positions(self.lengths())
+            assert places.shape[1] == ring.k.shape[2] == ring.v.shape[2]
+            for b, (at, n) in enumerate(zip(places, self.lengths(), strict=True)):
+                held, sink = at[at >= 0].tolist(), min(ring.band.sink, n)
+                assert sorted(held) == [*range(sink), *range(n - len(held) + sink, n)]
+                assert needed(ring, n) <= {*held}
+                ours = torch.stack([ring.k[b], ring.v[b]])[:, :, at >= 0]
+                assert torch.equal(ours, self.content(b, held, ring.group.heads))
+
+    @invariant()
+    def page_summaries_bound_their_keys(self):
+        self.check_summaries()
+
+    @invariant()
+    def bytes_are_those_of_the_storages(self):
+        tensors = [t for store in self.layer.stores for t in store.tensors()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        assert self.layer.bytes() == sum(s.nbytes() for s in storages.values())
+
+
+TestCacheEqualsPlainLists = CacheMachine.TestCase
+TestCacheEqualsPlainLists.settings = settings(stateful_step_count=25)

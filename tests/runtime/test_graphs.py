@@ -1,0 +1,189 @@
+"""Recorded and replayed decode steps give what eager steps give; tests/gpu has real graphs."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+
+from hfsparse.runtime.graphs.obstacles import NoWait
+from hfsparse.runtime.graphs.weights import Weights
+from tests import frozen
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """A process in which Triton is interpreted."""
+    pytest.importorskip("triton", minversion="3.8")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            pool.submit(int).result()  # starts it
+        yield lambda *args, run=frozen.compare, **more: pool.submit(run, *args, **more).result()
+
+
+def same(eager: dict, replayed: dict) -> None:
+    assert replayed["tokens"] == eager["tokens"]
+    assert torch.equal(replayed["logits"], eager["logits"])
+    assert replayed["kv_bytes"] == eager["kv_bytes"]
+    torch.testing.assert_close(replayed["shares"], eager["shares"], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "pads"),
+    [
+        ("mistral-window", "full", (0,)),
+        ("qwen3", "growing", (0,)),
+        ("llama", "mixed", (30, 0, 150)),
+        ("gemma3", "mixed", (0,)),
+        ("qwen2", "choosing", (30, 0, 150)),
+    ],
+)
+def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):
+    eager, replayed = interpreted(family, plan, length=200, pads=pads, new=6)
+    assert "no CUDA graphs on cpu" in eager["graphs"]
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    wanted = {*frozen.LAUNCHES} if plan in ("mixed", "choosing") else {*frozen.LAUNCHES[:2]}
+    assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
+    same(eager, replayed)
+
+
+def test_thresholds_are_passed_by_one_row_before_the_other(interpreted):
+    """Once a row has 70 tokens selectors choose, recorded anew; under 74 rings drop nothing."""
+    more = dict(below=(0, 70, 74), length=65, pads=(0, 3), new=12)
+    eager, replayed = interpreted("llama", "mixed", **more)
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 2)
+    same(eager, replayed)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (dict(output_hidden_states=True), "output_hidden_states is asked for"),
+        (dict(new=3), "the first steps of a cache"),
+        (dict(below=(0, 23, 0), new=4, plan="mixed"), "the first steps of a cache"),
+    ],
+)
+def test_what_is_not_replayed_says_why(interpreted, more, why):
+    eager, replayed = interpreted("llama", **{"plan": "full", "length": 20, **more})
+    same(eager, replayed)
+    assert why in replayed["graphs"]
+    assert replayed["recorded"] == 0
+
+
+def test_a_fused_step_gives_the_same(interpreted):
+    eager, fused = interpreted("gemma3", "mixed", length=100, pads=(0, 7), fuse=True)
+    assert (fused["graphs"], fused["recorded"]) == ("yes, fused", 1)
+    assert fused["tokens"] == eager["tokens"]
+    torch.testing.assert_close(fused["logits"], eager["logits"])
+    torch.testing.assert_close(fused["shares"], eager["shares"], equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", ["page", "bit"])
+def test_a_replay_that_differs_from_the_eager_step_is_the_last_and_answers_nothing(
+    interpreted, wrong
+):
+    """One page of one head's in one layer, or one bit of one number."""
+    eager, replayed = interpreted("llama", "streaming", length=200, new=7, wrong=wrong)
+    assert "gives something else than eagerly" in replayed["graphs"]
+    assert replayed["recorded"] == 1
+    same(eager, replayed)
+
+
+def test_a_model_that_differs_from_itself_is_replayed_all_the_same(interpreted):
+    eager, replayed = interpreted("llama", "streaming", length=20, new=7, wrong="noise")
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    torch.testing.assert_close(eager["logits"], replayed["logits"], rtol=0, atol=1e-3)
+
+
+def test_every_graph_is_checked(interpreted):
+    """Of a patch's second cache too."""
+    (first, second), eager = interpreted(run=frozen.spoilt_later)
+    assert first is None
+    assert "gives something else than eagerly" in second
+    assert eager
+
+
+@pytest.mark.parametrize("what", ["scale", "adapter", "training", "config"])
+def test_numbers_that_change_between_the_steps_of_a_cache_are_seen(interpreted, what):
+    same_logits, recorded = interpreted(what, run=frozen.changed)
+    assert same_logits
+    assert recorded == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "behind", "why"),
+    [
+        (("choosing", frozen.hole, 270), True, "has holes"),
+        (("full", frozen.longer_row, 80), True, "by this attention_mask"),
+        (("full", frozen.none, 80, (9,)), False, "by this attention_mask"),
+    ],
+)
+def test_a_wrong_mask_is_refused_behind_a_replay_and_none_before(interpreted, what, behind, why):
+    told, ran, same = interpreted(*what, run=frozen.refused)
+    assert why in told
+    assert ran == behind
+    assert same, "the refused step left something behind"
+
+
+@pytest.mark.parametrize(
+    ("move", "recorded"),
+    [
+        (frozen.nothing, 1),
+        (frozen.in_place, 1),
+        (frozen.whole_model, 2),
+        (frozen.data_of_one, 2),
+        (frozen.new_parameter, 2),
+        (frozen.new_buffer, 2),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_recorded_anew(interpreted, move, recorded):
+    counts, same = interpreted(move, run=frozen.moved)
+    assert (counts[5], counts[6], counts[-1]) == (1, 1, recorded)
+    assert same
+
+
+@pytest.mark.parametrize("change", ["data", "parameter", "gone", "buffer"])
+def test_each_kind_of_weight_is_watched(change):
+    inner = nn.Linear(3, 2)
+    model = nn.Sequential(inner, nn.BatchNorm1d(2), nn.Linear(2, 2, bias=False))
+    weights = Weights(model)
+    assert not weights.moved()
+    inner.weight.detach().zero_()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    assert not weights.moved()
+    if change == "data":
+        inner.bias.data = inner.bias.data.clone()
+    elif change == "parameter":
+        inner.weight = nn.Parameter(inner.weight.detach().clone())
+    elif change == "gone":
+        inner.bias = None
+    else:
+        model[1].running_mean = model[1].running_mean.clone()
+    assert weights.moved()
+
+
+def test_weights_made_of_several_tensors_are_watched():
+    made = TwoTensor(torch.zeros(2), torch.zeros(2))
+    model = nn.Module()
+    model.weight = nn.Parameter(made)
+    weights = Weights(model)
+    assert not weights.moved()
+    model.weight.b = torch.zeros(2)
+    assert weights.moved()
+
+
+def test_a_copy_to_the_host_is_a_wait():
+    with FakeTensorMode():
+        there = torch.ones(2, device="cuda")
+        with NoWait():
+            assert (there.clone().float() + 1).to(torch.float16).is_cuda
+            for copy in (there.cpu, lambda: torch.ones(2).copy_(there), there.tolist):
+                with pytest.raises(RuntimeError, match="the host waits for"):
+                    copy()
