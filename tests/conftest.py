@@ -31,10 +31,12 @@ def smollm2() -> Path:
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
     """Full rows of a cache hold NaN where nothing was stored, not what the memory held before."""
-    cache = sys.modules.get("hfsparse.runtime.cache.layer")
+    cache = sys.modules.get("hfsparse.runtime.cache.buffers")
     if cache is not None:
-        made = cache._buffer
-        monkeypatch.setattr(cache, "_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan")))
+        made = cache.new_buffer
+        monkeypatch.setattr(
+            cache, "new_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan"))
+        )
 
 
 # Whole files for one worker each, before all other tests: what their tests share takes minutes.

@@ -87,7 +87,7 @@ def noisy(norm) -> type:
     return Noisy
 
 
-LAUNCHES = ("triton_append.append", "triton_decode.decode", "triton_quest.pages")
+LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.quest.pages")
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def launches():
     seen: set[str] = set()
     with ExitStack() as stack:
         for name in LAUNCHES:
-            module, function = name.split(".")
+            module, _, function = name.rpartition(".")
             module = import_module(f"hfsparse.kernels.{module}")
             run = getattr(module, function)
 

@@ -76,6 +76,20 @@ def _read_numbers(loader: type[yaml.resolver.Resolver]) -> None:
 
 
 Loader = PythonLoader
+_read_numbers(PythonLoader)
+
+
+if hasattr(yaml, "CSafeLoader"):
+
+    class FastLoader(_Strict, yaml.composer.Composer, yaml.CSafeLoader):
+        """libyaml's events under PyYAML's composer: the same nodes and lines, ten times faster."""
+
+        def __init__(self, stream: str):
+            yaml.CSafeLoader.__init__(self, stream)
+            yaml.composer.Composer.__init__(self)
+
+    _read_numbers(FastLoader)
+    Loader = FastLoader
 
 
 def _decode(text: str | bytes) -> str:

@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-import yaml
-
 import hfsparse
 from hfsparse.plan.layer_rules import TAKES
-from hfsparse.plan.nodes import Loader, PythonLoader, Say, _read_numbers, _Strict, plain
+from hfsparse.plan.nodes import Say, plain
 from hfsparse.plan.parts import (
     BAD,
     MAX_HEADS,
@@ -81,22 +79,6 @@ def read(make: type, text: str | bytes, name: str) -> Any:
     if problems:
         raise PlanError.of(name, problems)
     return plan
-
-
-_read_numbers(PythonLoader)
-
-
-if hasattr(yaml, "CSafeLoader"):
-
-    class FastLoader(_Strict, yaml.composer.Composer, yaml.CSafeLoader):
-        """libyaml's events under PyYAML's composer: the same nodes and lines, ten times faster."""
-
-        def __init__(self, stream: str):
-            yaml.CSafeLoader.__init__(self, stream)
-            yaml.composer.Composer.__init__(self)
-
-    _read_numbers(FastLoader)
-    Loader = FastLoader
 
 
 # --- plain data to the parts of a plan

@@ -54,8 +54,8 @@ def _set(settings: dict) -> None:
     asserts.install()
     _bound()
     for name, value in settings.items():
-        module, name = name.split("__")
-        setattr(import_module(f"hfsparse.kernels.{module}"), name, value)
+        *module, name = name.split("__")
+        setattr(import_module(".".join(("hfsparse.kernels", *module))), name, value)
 
 
 class _Memory:

@@ -115,7 +115,7 @@ def test_selector_and_kernel_read_as_many_pages_at_every_length(run, share):
     assert quest.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
         n * PAGE for n in expected
     ]
-    fused = run("triton_quest.pages", quest, q, low, low + 1, length, 0.5)
+    fused = run("triton.quest.pages", quest, q, low, low + 1, length, 0.5)
     assert torch.equal(fused.count, plain.count)
 
 
@@ -127,13 +127,13 @@ def test_a_turn_whose_last_query_ends_a_key_block_is_listed_in_its_row(run, patt
     new, total, made = BLOCK + 1, nk * BLOCK, torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, n, 16, generator=made) for n in (new, total, total))
     grid = Grid(torch.tensor([new]), torch.tensor([total]), new, total, BLOCK, padded=False)
-    lists = run("triton_estimate.lists", pattern, q, k, grid, 0.25)
+    lists = run("triton.estimate.lists", pattern, q, k, grid, 0.25)
     assert lists.full_count.max() <= lists.full_index.shape[-1]
     plain = pattern.lists(q, k, grid, 0.25)
     assert torch.equal(lists.full_count, plain.full_count)
     kv = torch.zeros(1, dtype=torch.int64)
     expected = reference.prefill(q, k, v, plain, kv, scale=0.25)
-    assert close(run("triton_prefill.prefill", q, k, v, lists, kv, scale=0.25), expected)
+    assert close(run("triton.prefill.prefill", q, k, v, lists, kv, scale=0.25), expected)
 
 
 # -- what tests of kernels assert of each list ---------------------------------------------------
@@ -156,9 +156,9 @@ def test_lists_that_would_lead_a_kernel_astray_end_in_an_assertion(run):
     }
     for says, lists in wrong.items():
         with pytest.raises(RuntimeError, match=says):
-            run("triton_prefill.prefill", q, q, q, lists, kv, scale=1.0)
+            run("triton.prefill.prefill", q, q, q, lists, kv, scale=1.0)
         with pytest.raises(RuntimeError, match=says):
-            run("triton_count.pairs", lists)
+            run("triton.count.pairs", lists)
     q, query_pos = torch.zeros(1, 1, 1, 16), torch.tensor([[2 * PAGE - 1]])
     for pages, says in (([0, 1], "a count is beyond"), ([0, 1, 2], "not below 2")):
         lists = PageLists(torch.tensor([[pages]]), torch.tensor([[3]]))
@@ -173,7 +173,7 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
     q, low = torch.ones(2, 1, 1, 16), torch.zeros(2, 1, 40, 16)
     length = torch.tensor([40 * PAGE, 9])
     for _ in range(3):  # in memory that was used before, too
-        found = run("triton_quest.pages", Quest(0.3, 2), q, low, low, length, 1.0, None, PAGE)
+        found = run("triton.quest.pages", Quest(0.3, 2), q, low, low, length, 1.0, None, PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 
@@ -184,4 +184,4 @@ def test_a_kernel_that_leaves_its_tensors_is_stopped(run):
     q, kv = torch.zeros(1, 1, grid.Sq, 16), torch.zeros(1, dtype=torch.int64)
     k, lists = q[:, :, :-1].clone(), BlockLists.of(grid, 1)
     with pytest.raises(Exception, match="lie in no tensor"):
-        run("triton_prefill.prefill", q, k, q, lists, kv, scale=1.0)
+        run("triton.prefill.prefill", q, k, q, lists, kv, scale=1.0)

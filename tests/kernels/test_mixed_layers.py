@@ -43,7 +43,7 @@ CHOOSING = [  # a choice is read again, beside one that another layer made, and 
 
 @pytest.fixture(scope="module")
 def run():
-    with interpreter(triton_decode__UNITS=24) as run:  # more shares than a ring has pages
+    with interpreter(triton__decode__UNITS=24) as run:  # more shares than a ring has pages
         yield lambda *args, **more: run(f"{__name__}.both_ways", *args, **more)
 
 

@@ -19,7 +19,7 @@ def ways():
     with interpreter() as run:
         yield {
             "torch": kernels.choose_pages,
-            "triton": lambda *args, **more: run("triton_quest.pages", *args, **more),
+            "triton": lambda *args, **more: run("triton.quest.pages", *args, **more),
         }
 
 

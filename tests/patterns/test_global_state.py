@@ -170,15 +170,15 @@ def test_kernels_compute_the_same(run, state):
     it = batch(40, past=30, rows="empty_row", group=1, kv_heads=1, poison=0.0)
     kv = heads(it)
     for name in FUSED:
-        args = "triton_estimate.lists", SETTINGS[name], it.q, it.k, it.grid, it.scale
+        args = "triton.estimate.lists", SETTINGS[name], it.q, it.k, it.grid, it.scale
         lists = run("", *args)
         found = run(state, *args)
         assert all(map(torch.equal, tensors(found), tensors(lists)))
-        args = "triton_prefill.prefill", it.q, it.k, it.v, lists, kv
+        args = "triton.prefill.prefill", it.q, it.k, it.v, lists, kv
         assert torch.equal(run(state, *args, scale=0.25), run("", *args, scale=0.25))
-        assert torch.equal(run(state, "triton_count.pairs", lists), lists.pairs())
+        assert torch.equal(run(state, "triton.count.pairs", lists), lists.pairs())
     q, k, v, low, high, length = rows([64 * 5 + 5, 64 * 3])
-    args = "triton_quest.pages", QUEST["quest"], q, low, high, length, 0.7
+    args = "triton.quest.pages", QUEST["quest"], q, low, high, length, 0.7
     pages = run("", *args)
     assert all(map(torch.equal, tensors(run(state, *args)), tensors(pages)))
     args = "tests.kernels.stores.decode", q, k, v, length[:, None] - 1, pages

@@ -59,7 +59,7 @@ def problems_of(text: str | bytes) -> list[tuple[int | None, str]]:
 
 @pytest.fixture(params=LOADERS, ids=lambda loader: loader.__name__)
 def loader(request, monkeypatch):
-    monkeypatch.setattr(plan_yaml, "Loader", request.param)
+    monkeypatch.setattr(nodes, "Loader", request.param)
 
 
 # --- round trips
@@ -158,7 +158,7 @@ def test_any_valid_plan_survives_save_and_load(plan, tmp_path_factory):
     plan.save(path)
     for each in LOADERS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan_yaml, "Loader", each)
+            patch.setattr(nodes, "Loader", each)
             back = Plan.load(path)
         assert back == plan
         assert repr(back.made) == repr(plan.made)  # 1, 1.0 and True are equal but not the same
@@ -576,7 +576,7 @@ def test_both_loaders_judge_corruptions_alike(corrupt, monkeypatch):
     verdicts = []
     for text in [corrupt(rng) for _ in range(500)]:
         for each in LOADERS:
-            monkeypatch.setattr(plan_yaml, "Loader", each)
+            monkeypatch.setattr(nodes, "Loader", each)
             verdicts.append(settle(text))
     differ = sum(a != b for a, b in zip(verdicts[::2], verdicts[1::2], strict=True))
     # libyaml and PyYAML read a stray ?, : or tab inside {} differently: about 1 text in 1,000.

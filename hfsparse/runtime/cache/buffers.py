@@ -25,13 +25,13 @@ def _alike(past: list[int], new: list[int]):
 
 def _longer(t: Tensor, size: int) -> Tensor:
     """t `[B, H, n, D]` copied into a buffer of `size` slots."""
-    out = _buffer(t, *t.shape[:2], size, t.shape[3])
+    out = new_buffer(t, *t.shape[:2], size, t.shape[3])
     if t.shape[2]:
         out[:, :, : t.shape[2]] = t
     return out
 
 
-def _buffer(t: Tensor, *shape: int) -> Tensor:
+def new_buffer(t: Tensor, *shape: int) -> Tensor:
     """As `t.new_empty`, and writable later also where this call runs under inference_mode."""
     if not torch.is_inference_mode_enabled():
         return t.new_empty(shape)

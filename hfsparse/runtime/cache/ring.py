@@ -11,7 +11,8 @@ from torch import Tensor
 from hfsparse.errors import CacheError
 from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.places import Place
-from hfsparse.runtime.cache.buffers import _alike, _buffer
+from hfsparse.runtime.cache import buffers
+from hfsparse.runtime.cache.buffers import _alike
 from hfsparse.runtime.cache.group import Group
 
 SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can be taken back
@@ -140,7 +141,9 @@ class Ring:
         self.size = size
         self._forget(past)
         shape = (*old_k.shape[:2], self.band.sink + size)
-        self.k, self.v = (_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v))
+        self.k, self.v = (
+            buffers.new_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v)
+        )
         for b, low in enumerate(self.low):
             if not past[b]:
                 continue

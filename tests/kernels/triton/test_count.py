@@ -14,7 +14,7 @@ from tests.kernels.interpreter import interpreter
 @pytest.fixture(scope="module")
 def count():
     with interpreter() as run:
-        yield lambda lists: run("triton_count.pairs", lists)
+        yield lambda lists: run("triton.count.pairs", lists)
 
 
 @pytest.mark.parametrize("rows", ["equal", "left_padded", "empty_row"])

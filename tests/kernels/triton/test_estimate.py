@@ -19,7 +19,7 @@ SINGLE, HALF = torch.float32, torch.float16
 @pytest.fixture(scope="module")
 def choose():
     with interpreter() as run:
-        yield lambda *args: run("triton_estimate.lists", *args)
+        yield lambda *args: run("triton.estimate.lists", *args)
 
 
 def assert_same(found: BlockLists, plain: BlockLists) -> None:
@@ -93,9 +93,9 @@ def test_equal_scores_keep_the_earlier_blocks(choose):
 def test_scores_in_slices_choose_the_same():
     """No room for the scores of more than a few query blocks at a time."""
     it = batch(400, group=1, kv_heads=1)
-    with interpreter(triton_estimate__SCRATCH=4 * 2 * 13 * 5) as run:
+    with interpreter(triton__estimate__SCRATCH=4 * 2 * 13 * 5) as run:
         for pattern in (BlockTopK(0.1, 1), Antidiagonal(0.5)):
-            found = run("triton_estimate.lists", pattern, it.q, it.k, it.grid, it.scale)
+            found = run("triton.estimate.lists", pattern, it.q, it.k, it.grid, it.scale)
             assert_same(found, pattern.lists(it.q, it.k, it.grid, it.scale))
 
 

@@ -21,7 +21,7 @@ SINGLE, HALF = torch.float32, torch.float16
 @pytest.fixture(scope="module")
 def prefill():
     with interpreter() as run:
-        yield lambda *args, **more: run("triton_prefill.prefill", *args, **more)
+        yield lambda *args, **more: run("triton.prefill.prefill", *args, **more)
 
 
 def unread(out: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tests.selectors.test_quest import chosen, rows
 @pytest.fixture(scope="module")
 def choose():
     with interpreter() as run:
-        yield lambda *args: run("triton_quest.pages", *args)
+        yield lambda *args: run("triton.quest.pages", *args)
 
 
 @pytest.fixture
