@@ -17,7 +17,6 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Below, Layer, ModelId, Plan, PlanError, PlanMismatch, nodes
-from hfsparse.plan import reader as plan_yaml
 from hfsparse.selectors.quest import Quest
 
 TEXT = """\
@@ -39,8 +38,8 @@ made: {version: 0.1.0, method: minference, recipe: null, seed: 0, seconds: 74.1}
 """
 LINES = {row.split(":")[0].strip(): n for n, row in enumerate(TEXT.splitlines(), start=1)}
 LOADERS = [nodes.PythonLoader]
-if hasattr(plan_yaml, "FastLoader"):
-    LOADERS.append(plan_yaml.FastLoader)
+if hasattr(nodes, "FastLoader"):
+    LOADERS.append(nodes.FastLoader)
 
 
 def swap(old: str, new: str) -> str:
