@@ -18,11 +18,11 @@ from torch import Tensor
 from hfsparse.lists import PAGE, BlockLists, PageLists
 
 WATCHED = {  # functions by module of hfsparse.kernels: they read lists, or make them
-    "triton_prefill": "prefill",
-    "triton_decode": "decode",
-    "triton_count": "pairs",
-    "triton_estimate": "lists",
-    "triton_quest": "pages",
+    "triton.prefill": "prefill",
+    "triton.decode": "decode",
+    "triton.count": "pairs",
+    "triton.estimate": "lists",
+    "triton.quest": "pages",
     "fa4": "prefill",
 }
 

@@ -128,7 +128,7 @@ def test_no_transformers_at_all_is_a_word(monkeypatch):
 
 def test_the_supported_range_is_that_of_the_package():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or newer reads TOML")
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     first, end = doctor.SUPPORTED
     assert f"transformers>={first},<{end}" in project["dependencies"]
 

@@ -15,7 +15,7 @@ def one(k: Tensor, v: Tensor, *args, **more):
 def decode(
     q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, pages: PageLists | None = None, **more
 ) -> Tensor:
-    """`triton_decode.decode`; more: band, size and below of a ring, and the kernel's own."""
+    """`triton.decode.decode`; more: band, size and below of a ring, and the kernel's own."""
     from hfsparse.kernels.triton import decode as triton_decode
 
     ring = {name: more.pop(name) for name in ("band", "size", "below") if name in more}
@@ -25,7 +25,7 @@ def decode(
 
 
 def append(*, k, v, into_k, into_v, query_pos, sink=0, size=0, low=None, high=None) -> None:
-    """`triton_append.append`."""
+    """`triton.append.append`."""
     from hfsparse.kernels.triton import append as triton_append
 
     into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)

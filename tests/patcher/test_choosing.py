@@ -107,7 +107,7 @@ def test_a_layer_reads_what_another_chose_and_stats_count_it(below):
     with hfsparse.patch(model, plan) as handle:
         step = prompt(DynamicCache(config=model.config))
         handle.reset_stats()
-        with patch.object(attention, "_decoder", watched):
+        with patch.object(decode, "_decoder", watched):
             for n in range(6):
                 step(n)
         shares = torch.tensor([layer.decode_share for layer in handle.stats().layers])

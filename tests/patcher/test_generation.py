@@ -179,7 +179,7 @@ def test_attention_dropout_is_refused():
 def test_very_long_prompts_come_in_chunks_unless_told_otherwise(monkeypatch):
     model, seen = tiny("llama"), []
     monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
-    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    monkeypatch.setattr("hfsparse.patcher.generation.CHUNK", 64)
     with hfsparse.patch(model, streaming(model)):
         hook = model.model.register_forward_pre_hook(
             lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -212,7 +212,7 @@ def test_very_long_prompts_are_read_in_chunks_only_where_one_call_says_the_same(
     ids, mask = left_padded(210) if padded else (tokens(2, 210), None)
     want = generate(rotated(rope), ids, mask)
     monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
-    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    monkeypatch.setattr("hfsparse.patcher.generation.CHUNK", 64)
     model = rotated(rope)  # dynamic rope remembers the longest call
     seen = calls(model)
     with hfsparse.patch(model) as handle:
@@ -236,7 +236,7 @@ def test_a_very_long_prompt_of_a_hybrid_is_read_in_one_call(monkeypatch):
     model, ids = transformers.JambaForCausalLM(config).eval(), tokens(1, 210)
     want = generate(model, ids)
     monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
-    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    monkeypatch.setattr("hfsparse.patcher.generation.CHUNK", 64)
     with hfsparse.patch(model) as handle:
         same_generation(generate(model, ids), want)
         assert "in generate: in one call (its linear layers may" in handle.explain()
@@ -262,7 +262,7 @@ def test_a_settings_object_of_the_callers_own_is_left_as_it_was(monkeypatch):
 
 def test_hidden_states_that_are_asked_for_are_those_of_the_whole_prompt(monkeypatch):
     monkeypatch.setattr("hfsparse.patcher.generation.LONG", 200)
-    monkeypatch.setattr("hfsparse.patcher.CHUNK", 64)
+    monkeypatch.setattr("hfsparse.patcher.generation.CHUNK", 64)
     model = rotated("default")
     with hfsparse.patch(model):
         said = generate(model, tokens(1, 210), output_hidden_states=True)
