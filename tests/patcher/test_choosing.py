@@ -13,7 +13,6 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.plan import Below
-from hfsparse.runtime import attend as attention
 from hfsparse.runtime import decode
 from tests.patcher.families import choosing, fresh, left_padded, tiny, tokens
 from tests.patcher.runs import continue_with, forward
