@@ -31,6 +31,21 @@ def test_every_relative_link_and_anchor_of_a_page_is_there(page):
             assert anchor in anchors(file), f"{page.name}: no heading {anchor} in {file.name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    tops = "hfsparse|eval|tests|benchmarks|recipes|docs|examples"
+    for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", prose(page)):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_page_of_the_design_names_every_room():
+    page = text(DOCS / "architecture.md")
+    for top in ("hfsparse", "eval"):
+        for init in (ROOT / top).rglob("__init__.py"):
+            room = init.parent.relative_to(ROOT).as_posix()
+            assert f"`{room}/`" in page or room == "hfsparse"
+
+
 def test_the_readme_can_be_read_in_one_go():
     assert len(text(README).splitlines()) <= 110
     assert len(prose(README).split()) <= 900
