@@ -9,6 +9,7 @@ import typer
 
 from hfsparse.errors import UsageError
 from hfsparse.reading import local
+from hfsparse.version import __version__
 from hfsparse_eval.suites import Size, named
 
 DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # tasks that need data: the option that gives it
@@ -51,7 +52,6 @@ class Run:
         **named: str | None,
     ) -> None:
         """Run what `made` makes of a prompter and a window, by `measured` or as answers."""
-        import hfsparse
         from hfsparse.models.fingerprint import weights_mark
         from hfsparse.models.loading import load
         from hfsparse.models.window import limit
@@ -74,7 +74,7 @@ class Run:
             model=self.model,
             fingerprint=ModelId.of(model).fingerprint,
             weights=weights_mark(model),
-            version=hfsparse.__version__,
+            version=__version__,
             dtype=str(model.dtype).removeprefix("torch."),
             seed=self.seed,
             chat=chat,

@@ -4,6 +4,8 @@ plan = hfsparse.profile(model, tokenizer, out="plan.yaml")
 with hfsparse.patch(model, plan) as handle:
     model.generate(**inputs)
     print(handle.stats())
+
+What can't be used raises an `hfsparse.Error` that says why, and what to do.
 """
 
 from __future__ import annotations
@@ -14,17 +16,24 @@ from typing import TYPE_CHECKING
 from hfsparse.version import __version__
 
 if TYPE_CHECKING:
+    from hfsparse.errors import Error
     from hfsparse.patcher import patch
     from hfsparse.patcher.explain import explain
     from hfsparse.patcher.undo import unpatch
     from hfsparse.plan import Plan
     from hfsparse.profiler import profile
 
-__all__ = ["Plan", "__version__", "explain", "patch", "profile", "unpatch"]
+__all__ = ["Error", "Plan", "__version__", "explain", "patch", "profile", "unpatch"]
 
 # Imported at first use, so that `hfsparse --help` needs neither torch nor transformers.
-_HOME = {"Plan": "plan", "explain": "patcher", "patch": "patcher", "unpatch": "patcher"}
-_HOME["profile"] = "profiler"
+_HOME = {
+    "Error": "errors",
+    "Plan": "plan",
+    "explain": "patcher",
+    "patch": "patcher",
+    "profile": "profiler",
+    "unpatch": "patcher",
+}
 
 
 def __getattr__(name: str):

@@ -16,10 +16,10 @@ from unittest.mock import patch as replaced
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import hfsparse
 from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.models.fingerprint import text_config
+from hfsparse.patcher import patch
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
@@ -109,7 +109,7 @@ def bench(model: PreTrainedModel, plan: Plan, lengths: list[int], repeat: int = 
             looked = clock if turn > repeat else contextlib.nullcontext()
             seconds, peaks["dense"] = first_token(model, ids)
             times["dense"].append(seconds)
-            with hfsparse.patch(model, plan) as handle, looked:
+            with patch(model, plan) as handle, looked:
                 seconds, peaks["sparse"] = first_token(model, ids)
                 times["sparse"].append(seconds)
                 density = handle.stats().pair_density

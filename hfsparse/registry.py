@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hfsparse.errors import UsageError
+
 
 def require(ok: bool, message: str) -> None:
-    """Raise ValueError with `message` unless a parameter check holds."""
+    """Raise UsageError with `message` unless a parameter check holds."""
     if not ok:
-        raise ValueError(message)
+        raise UsageError(message)

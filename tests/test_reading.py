@@ -136,7 +136,7 @@ def test_a_tilde_is_the_home_folder_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     tiny.save(tmp_path / "llama")
     assert load("~/llama", "cpu")[0].config.num_hidden_layers == 2
-    assert loading._config("~/llama").num_hidden_layers == 2
+    assert loading.load_config("~/llama").num_hidden_layers == 2
 
 
 # ---- JSON, a line or a file

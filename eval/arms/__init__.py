@@ -14,7 +14,6 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from math import nan
 
-import hfsparse
 from hfsparse.errors import UsageError
 
 
@@ -60,7 +59,9 @@ class Sparse(Arm):
         self.plan.check(model)
 
     def on(self, model):
-        return hfsparse.patch(model, self.plan)
+        from hfsparse import patcher
+
+        return patcher.patch(model, self.plan)
 
     def facts(self) -> dict:
         expected = {f"{n}": figures for n, figures in self.plan.expected.items()}

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
-from hfsparse.models.names import CACHES, parameters
+from hfsparse.models.names import cache_name, find_cache
 from hfsparse_eval.run.prompter import Sample, Turn
 from hfsparse_eval.tasks.scores import score
 
@@ -170,22 +170,16 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
             attention_mask=mask.to(ids.device),
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([watch]),
-            **({} if cache is None else {_cache_name(model): cache}),
+            **({} if cache is None else {cache_name(model.get_decoder()): cache}),
         )
     new = out.sequences[:, width:].tolist()
-    used = next((out[name] for name in CACHES if name in out), None)
+    used = find_cache(out)
     return [ids[: watch.length[row]] for row, ids in enumerate(new)], used
 
 
 def _read(model, ids: Sequence[int]):
     """The cache of these tokens; the one that would follow is thrown away."""
     return _say(model, [ids], _Watch(None, [_Wanted((), "all", 1)]))[1]
-
-
-def _cache_name(model) -> str:
-    """What this model's forward calls its cache: transformers 5.24 renamed it."""
-    known = parameters(type(model.get_decoder()))
-    return next(name for name in CACHES if name in known)
 
 
 def _without_end(ids: list[int], stop: int | list[int] | None) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import hfsparse
+from hfsparse.version import __version__
 
 
 def device_name(device: torch.device) -> str:
@@ -24,7 +24,7 @@ def session(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "hfsparse": hfsparse.__version__,
+        "hfsparse": __version__,
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from hfsparse.errors import Error, first_line
 from hfsparse.models.loading import skeleton
+from hfsparse.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4")
 TESTED = ("4.57.6", "5.0.0", "5.17.0", "5.24.0")  # of transformers
@@ -51,8 +52,6 @@ def report(model: str | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of hfsparse, Python and the packages that decide what runs; None: not installed."""
-    from hfsparse import __version__
-
     found: dict[str, str | None] = {"hfsparse": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -131,14 +130,14 @@ def verdict(name: str) -> dict[str, Any]:
     """Whether a model can be patched, from its config: it is built without weights."""
     found: dict[str, Any] = {"name": name, "supported": False}
     try:
-        import hfsparse
-        from hfsparse.models.loading import _config
+        from hfsparse.models.loading import load_config
+        from hfsparse.patcher import patch
         from hfsparse.plan import ModelId
 
-        config = _config(name)
+        config = load_config(name)
         found["type"], found["tested"] = config.model_type, config.model_type in FAMILIES
         model = skeleton(config)
-        with hfsparse.patch(model):
+        with patch(model):
             shape = ModelId.of(model)
     except Exception as problem:  # whatever a config can do to transformers
         ours = isinstance(problem, Error)

@@ -11,7 +11,7 @@ import typer
 
 from hfsparse.cli.application import Model, PlanFile, _print, app, check_writable
 from hfsparse.errors import UsageError
-from hfsparse.models.loading import DTYPES, _config
+from hfsparse.models.loading import DTYPES, load_config
 
 
 @app.command("import")
@@ -31,7 +31,7 @@ def import_(
 
     from hfsparse.plan.importers import import_plan
 
-    config = _config(model_config) if model_config is not None else None
+    config = load_config(model_config) if model_config is not None else None
     plan, notes = import_plan(form, file, config, share)
     plan.save(output)
     for note in notes:
@@ -87,13 +87,13 @@ def check(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
-    import hfsparse
     from hfsparse.models.loading import skeleton
+    from hfsparse.patcher import patch
     from hfsparse.plan import Plan
 
-    config, loaded = _config(model), Plan.load(plan)
+    config, loaded = load_config(model), Plan.load(plan)
     loaded.check(config)
-    hfsparse.patch(skeleton(config)).undo()  # says what patch would say of the model
+    patch(skeleton(config)).undo()  # says what patch would say of the model
     typer.echo(f"{plan} fits {model}")
     if length is None:
         return

@@ -123,7 +123,7 @@ def profile(
     if data is not None:
         read_jsonl(data)
 
-    import hfsparse
+    from hfsparse import profiler
     from hfsparse.models.loading import load
     from hfsparse.plan import headmap
 
@@ -131,7 +131,7 @@ def profile(
     if page:
         typer.echo(recipes.told(page, flags))
     files = {"out": output, "data": data, "curves": curves}
-    plan = hfsparse.profile(loaded, tokenizer, progress=True, **files, **settings)
+    plan = profiler.profile(loaded, tokenizer, progress=True, **files, **settings)
     _print(headmap.legend(plan))
     if plan.expected:
         shares = ("prefill_density", "cache_share", "decode_share")

@@ -43,15 +43,15 @@ def generate(
     """Answer a prompt under a plan, greedily, and print what was computed and kept."""
     prompt = _read_prompt(prompt_file)
 
-    import hfsparse
     from hfsparse.models.loading import load
+    from hfsparse.patcher import patch
     from hfsparse.plan import Plan
 
     chosen = Plan.load(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     tokens = _tokens(tokenizer, prompt)
     _check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
-    with hfsparse.patch(loaded, chosen) as handle:
+    with patch(loaded, chosen) as handle:
         _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
 
@@ -78,13 +78,13 @@ def bench(
         raise UsageError("--write needs the --plan to write into")
 
     from hfsparse import bench as benching
-    from hfsparse.models.loading import _device, _dtype, device_name, load
+    from hfsparse.models.loading import device_name, load, pick_device, pick_dtype
     from hfsparse.plan import Plan
 
     chosen = Plan.load(plan) if plan is not None else None
     if shape is not None:
-        target = _device(device)
-        loaded = benching.random_model(shape, target, _dtype(dtype, target))
+        target = pick_device(device)
+        loaded = benching.random_model(shape, target, pick_dtype(dtype, target))
     else:
         loaded, _ = load(model, device, dtype)
     _check_window(loaded, beyond_window, max(sizes), "prompts")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfsparse.errors import Error
+from hfsparse.errors import ShapeError
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype)  # what state dicts hold beside tensors
 LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
@@ -23,10 +23,6 @@ UNITS = {
     "head_dim": "dims a head",
 }
 OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
-
-
-class ShapeError(Error):
-    """A config that does not say how its attention is shaped, or not in one way for all layers."""
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -81,7 +77,7 @@ def _attention_values(config: Any) -> dict:
         **sizes,
         "kinds": kinds,
         "window": window if "sliding_attention" in kinds else None,
-        "rope": {kind: _rope(config, kind) for kind in sorted(set(kinds))},
+        "rope": {kind: rope_of(config, kind) for kind in sorted(set(kinds))},
         "without_rope": [layer for layer, rope in enumerate(rotated) if not rope],
     }
 
@@ -170,7 +166,7 @@ def shape(config: Any) -> dict[str, Any]:
     return values
 
 
-def _rope(config: Any, kind: str) -> dict:
+def rope_of(config: Any, kind: str) -> dict:
     """Rope base and scaling of one kind of layer; what is unset or neutral is left out."""
     given = one_value(config, "rope_parameters")  # 5.x; nested by kind in gemma3
     local_base = one_value(config, "rope_local_base_freq")  # gemma3 in 4.x

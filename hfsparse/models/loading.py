@@ -31,10 +31,10 @@ def load(
     place, here = find(model)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    target = _device(device)
+    target = pick_device(device)
     if target.type == "cpu":
         leave_busy_cores()
-    options = {"dtype": _dtype(dtype, target)}
+    options = {"dtype": pick_dtype(dtype, target)}
     parts = (
         ("the configuration", AutoConfig, {}),
         ("the tokenizer", AutoTokenizer, {}),
@@ -47,6 +47,17 @@ def load(
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
             raise not_loaded(what, model, here, problem) from problem
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """The configuration of a model; `model` is a folder or a hub name."""
+    place, here = find(model)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place, local_files_only=here)
+    except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
+        raise not_loaded("the configuration", model, here, problem) from problem
 
 
 def hush() -> None:
@@ -127,7 +138,8 @@ def not_loaded(what: str, model: str, here: bool, problem: Exception) -> UsageEr
     return UsageError(sentence)
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a name, `auto` too; UsageError for one that can't be used."""
     import torch
 
     if name == "auto":
@@ -140,7 +152,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, `auto` too; UsageError for one that is not among DTYPES."""
     import torch
 
     if name not in DTYPES:
@@ -167,15 +180,3 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _config(model: str):
-    from transformers import AutoConfig
-
-    from hfsparse.models.loading import find, not_loaded
-
-    place, here = find(model)
-    try:
-        return AutoConfig.from_pretrained(place, local_files_only=here)
-    except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
-        raise not_loaded("the configuration", model, here, problem) from problem

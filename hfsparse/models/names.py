@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+
+CACHES = ("cache", "past_key_values")  # forward takes it by the first name from 5.24 on
 
 
 def new_tokens(kwargs: dict) -> Tensor | None:
@@ -17,13 +20,15 @@ def new_tokens(kwargs: dict) -> Tensor | None:
 
 @lru_cache
 def parameters(decoder: type) -> tuple[str, ...]:
-    """What a text decoder's forward takes, in order."""
+    """What forward of a class of models takes, in order."""
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
 
 
-CACHES = ("cache", "past_key_values")  # what forward calls it: from 5.24 on, before
+def cache_name(model: Any) -> str:
+    """What forward of a model, or of its decoder, calls its cache."""
+    return next(name for name in CACHES if name in parameters(type(model)))
 
 
-def _cache_in(kwargs: dict) -> Any:
-    """The cache that a call is given, if any."""
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+def find_cache(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, or in its output; None without one."""
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import LINEAR, _rope
+from hfsparse.models.fingerprint import LINEAR, rope_of
 from hfsparse.models.loading import input_device
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def context_window(config: Any) -> int | None:
         return None
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     far = kinds - {"sliding_attention", *LINEAR}  # the others look no further than a window
-    return min(_reach(_rope(config, kind), longest) for kind in far or kinds)
+    return min(_reach(rope_of(config, kind), longest) for kind in far or kinds)
 
 
 def _reach(scaling: dict, longest: int) -> int:

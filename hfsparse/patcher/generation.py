@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import CacheError, PatchError
 from hfsparse.models.fingerprint import LINEAR, attention_values
-from hfsparse.models.names import _cache_in
+from hfsparse.models.names import find_cache
 from hfsparse.patcher.state import State
 from hfsparse.patcher.supported import ROPES
 from hfsparse.runtime.cache.layer import Layer
@@ -83,7 +83,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     self.__dict__.pop("_cache", None)  # up to 5.0 a static cache goes on with the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
-    cache = _cache_in(model_kwargs)
+    cache = find_cache(model_kwargs)
     if cache is not None:
         mask = model_kwargs.get("attention_mask")
         # 5.24 drops a mask of ones, and notes how wide it was
@@ -135,7 +135,7 @@ def _candidate_generator(self, *args, **kwargs):
 
     def get_candidates(input_ids, *args, **more):
         found = draft(input_ids, *args, **more)
-        _keep(_cache_in(kwargs["model_kwargs"]), found[0].shape[1] - input_ids.shape[1])
+        _keep(find_cache(kwargs["model_kwargs"]), found[0].shape[1] - input_ids.shape[1])
         return found
 
     generator.get_candidates = get_candidates

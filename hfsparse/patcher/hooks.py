@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
-from hfsparse.models.names import CACHES, _cache_in, new_tokens, parameters
+from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher.generation import VIRTUAL, _adopt, _adopt_made
 from hfsparse.patcher.state import State
 from hfsparse.runtime.cache.layer import Held, Layer
@@ -27,7 +27,7 @@ def _forward(decoder, *args, **kwargs):
     own = functools.partial(type(decoder).forward, decoder)
     if args or state is None or torch.compiler.is_dynamo_compiling():
         return own(*args, **kwargs)
-    cache = _cache_in(kwargs)
+    cache = find_cache(kwargs)
     try:
         return state.graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
@@ -75,12 +75,12 @@ def _before_forward(decoder, args, kwargs):
             "handle.undo() to see the dense model's",
             stacklevel=2,
         )
-    cache = _cache_in(kwargs)
+    cache = find_cache(kwargs)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", None) if use_cache is None else use_cache
     if cache is None and use_cache and not decoder.training:  # in training it is the model's affair
         cache = DynamicCache()
-        kwargs[next(name for name in CACHES if name in names)] = cache
+        kwargs[cache_name(decoder)] = cache
     _check_width(kwargs, cache)
     if cache is not None:
         _adopt(cache, decoder)
@@ -105,7 +105,7 @@ def _after_forward(decoder, args, kwargs, output) -> None:
     if output is None:
         return  # an error
     returned = output.values() if isinstance(output, dict) else output
-    cache = next((x for x in (_cache_in(kwargs), *returned) if isinstance(x, Cache)), None)
+    cache = next((x for x in (find_cache(kwargs), *returned) if isinstance(x, Cache)), None)
     if cache is None:
         return
     layers = [layer for layer in cache.layers if isinstance(layer, Layer)]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hfsparse.models.fingerprint import ShapeError, by_layer, one_value, text_config
+from hfsparse.errors import ShapeError
+from hfsparse.models.fingerprint import by_layer, one_value, text_config
 from hfsparse.models.loading import skeleton
 from hfsparse.patcher.figures import filled
 from hfsparse.patcher.generation import CHUNK

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers import logging as transformers_logging
 
 from hfsparse.errors import CacheError
-from hfsparse.models.names import parameters
+from hfsparse.models.names import cache_name
 from hfsparse.runtime.call import enter, leave, running, take_layer
 from hfsparse.runtime.layer_plan import LayerPlan
 
@@ -87,11 +87,10 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     for plan in plans:
         layers[plan.index] = plan.new_cache()
     cache.layers, cache.layer_class_to_replicate = layers, None
-    name = "cache" if "cache" in parameters(decoder) else "past_key_values"
     enter(plans[0].owner)
     try:
         with Answers():
-            twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{name: cache})
+            twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{cache_name(twin): cache})
     finally:
         leave(plans[0].owner)
     if any(layers[plan.index].stored < layers[plan.index].seen for plan in plans):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
-from hfsparse.errors import PatchError
+from hfsparse.errors import PatchError, ShapeError
 from hfsparse.models.fingerprint import (
     LINEAR,
-    ShapeError,
     attention_values,
     by_layer,
     text_config,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
-from hfsparse.patterns import OWN, register
+from hfsparse.patterns.pattern import OWN, register
 from hfsparse.precision import exact
 from hfsparse.registry import require
 from hfsparse.shares import ratio, share_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hfsparse.lists import RATE_ONE, Band, BlockLists, Grid
-from hfsparse.patterns import register
+from hfsparse.patterns.pattern import register
 from hfsparse.registry import require
 
 

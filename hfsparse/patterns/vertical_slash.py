@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import FAR, BlockLists, Grid
-from hfsparse.patterns import register
+from hfsparse.patterns.pattern import register
 from hfsparse.precision import exact
 from hfsparse.registry import require
 

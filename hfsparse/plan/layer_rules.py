@@ -21,7 +21,7 @@ TAKES = {
 }
 
 
-def _layers_rules(
+def layers_rules(
     layers: tuple[Layer, ...], model: ModelId | None, patterns: dict, line_of: Callable
 ) -> Iterator[Placed]:
     """The rules of each run of equal layers that stand on one line."""

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from hfsparse import reading
-from hfsparse.plan.parts import BAD, MAX_BYTES, MAX_DEPTH, PlanError
+from hfsparse.errors import PlanError
+from hfsparse.plan.parts import BAD, MAX_BYTES, MAX_DEPTH
 from hfsparse.plan.words import dotted, show
 
 # Numbers of YAML 1.2 that PyYAML, a reader of 1.1, takes for text: 4e0, 1.5e3, -.5, 0o17.

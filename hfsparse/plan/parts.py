@@ -1,47 +1,23 @@
-"""The parts of a plan and the errors that name what is wrong with one."""
+"""The parts of a plan, and what is common to all that read, check and write them."""
 
 from __future__ import annotations
 
 import functools
 import re
 import typing
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hfsparse.errors import Error
-from hfsparse.models.fingerprint import ShapeError, fingerprint, shape, text_config
+from hfsparse.errors import PlanError, ShapeError
+from hfsparse.models.fingerprint import fingerprint, shape, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 
-MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS = 1 << 20, 16, 100
+MAX_BYTES, MAX_DEPTH = 1 << 20, 16
 MAX_LAYERS = MAX_HEADS = 1024
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 BAD: Any = object()  # stands for a part whose problem has been reported already
-Problem = tuple[int | None, str]  # line, sentence
 Placed = tuple[tuple, str]  # path of keys, sentence
-
-
-class PlanError(Error):
-    """A plan that can't be used; `problems` holds (line or None, sentence) for each thing wrong."""
-
-    def __init__(self, message: str, problems: Iterable[Problem] = ()):
-        super().__init__(message)
-        self.problems = tuple(problems)
-
-    @classmethod
-    def of(cls, name: str, problems: Collection[Problem]) -> PlanError:
-        """One error for all problems of the plan called `name`, in the order of its lines."""
-        problems = sorted(problems, key=lambda problem: problem[0] or 0)
-        lines = [f"line {line}: {text}" if line else text for line, text in problems]
-        if len(lines) == 1:
-            return cls(f"{name}: {lines[0]}", problems)
-        many = f"the first {len(lines)}" if len(lines) >= MAX_PROBLEMS else str(len(lines))
-        return cls("\n  ".join([f"{name}: {many} problems", *lines]), problems)
-
-
-class PlanMismatch(PlanError):
-    """A plan that was made for another model."""
 
 
 def _up_to(most: int) -> Any:

@@ -21,16 +21,14 @@ from itertools import islice
 from typing import Any
 
 from hfsparse import reading
+from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch
 from hfsparse.models.fingerprint import UNITS, linear_layers, windows
 from hfsparse.plan.parts import (
     MAX_BYTES,
-    MAX_PROBLEMS,
     VERSION,
     Below,
     Layer,
     ModelId,
-    PlanError,
-    PlanMismatch,
     parameters,
 )
 from hfsparse.plan.reader import read
@@ -38,8 +36,6 @@ from hfsparse.plan.rules import rules
 from hfsparse.plan.writer import write
 
 NONE = "none"  # what `made.verified.told` begins with where nothing could be told
-
-__all__ = ["Below", "Layer", "ModelId", "Plan", "PlanError", "PlanMismatch"]
 
 
 @dataclass
@@ -74,17 +70,17 @@ class Plan:
         except (OSError, ValueError) as error:
             why = reading.why(error)
             raise PlanError(f"{path}: can't read it: {why}. Give a plan file") from error
-        return read(cls, text, str(path))
+        return cls(**read(text, str(path)))
 
     @classmethod
     def loads(cls, text: str | bytes) -> Plan:
         """Read a plan from its YAML; PlanError names everything wrong with it."""
-        return read(cls, text, "plan")
+        return cls(**read(text, "plan"))
 
     def dumps(self) -> str:
         """The plan as YAML, one line a layer or a range of equal layers."""
         self.validate()
-        text = write(self)
+        text = write(vars(self))
         if (size := len(text.encode())) > MAX_BYTES:
             raise PlanError(
                 f"plan takes {size} bytes of YAML, over {MAX_BYTES}: "
@@ -113,7 +109,7 @@ class Plan:
 
     def validate(self) -> None:
         """Raise PlanError naming every rule that this plan breaks."""
-        if problems := list(islice(rules(self), MAX_PROBLEMS)):
+        if problems := list(islice(rules(vars(self)), MAX_PROBLEMS)):
             raise PlanError.of("plan", problems)
 
     @property

@@ -1,7 +1,9 @@
-"""A plan's YAML, read with the line of every key and written one line a layer.
+"""A plan's YAML, read with the line of every key.
 
-Reading goes from text to nodes (`_Strict`), to plain data and lines (`_plain`), to the parts of a
-plan (`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
+    plan = Plan(**read(text, "plan.yaml"))
+
+Reading goes from text to plain data and lines (`nodes.plain`), then to the parts of a plan
+(`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
 """
 
 from __future__ import annotations
@@ -11,39 +13,35 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-import hfsparse
+from hfsparse.errors import MAX_PROBLEMS, PlanError
 from hfsparse.plan.layer_rules import TAKES
 from hfsparse.plan.nodes import Say, plain
 from hfsparse.plan.parts import (
     BAD,
     MAX_HEADS,
     MAX_LAYERS,
-    MAX_PROBLEMS,
     NAME,
     VERSION,
     Below,
     Layer,
     ModelId,
-    PlanError,
     hints,
     key_of,
     kinds,
 )
 from hfsparse.plan.rules import rules, wrong_value
 from hfsparse.plan.words import dotted, nearest, show, span
-from hfsparse.plan.writer import _Dumper, _Row, _row, _text
+from hfsparse.version import __version__
 
-REQUIRED, OPTIONAL = (
-    ("model", "layers"),
-    ("patterns", "below", "skip", "expected", "measured", "made"),
-)
+REQUIRED = "model", "layers"
+OPTIONAL = "patterns", "below", "skip", "expected", "measured", "made"
 WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
 RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 LENGTH = re.compile(r"[1-9]\d{0,18}")
 
 
-def read(make: type, text: str | bytes, name: str) -> Any:
-    """`make(**parts)` of the plan in `text`; PlanError with `name`, every problem and its line."""
+def read(text: str | bytes, name: str) -> dict[str, Any]:
+    """The parts of the plan in `text`; PlanError with `name`, every problem and its line."""
     problems: list[tuple[int | None, str]] = []
     lines: dict[tuple, int] = {}
 
@@ -66,19 +64,18 @@ def read(make: type, text: str | bytes, name: str) -> Any:
         raise PlanError.of(name, problems)
     version = raw.pop("hfsparse", BAD)
     if type(version) is int and version > VERSION:
-        ours = getattr(hfsparse, "__version__", "this one")
-        newer = f"needs a newer hfsparse than {ours}; this one reads version {VERSION}"
+        newer = f"needs a newer hfsparse than {__version__}; this one reads version {VERSION}"
         line = line_of("hfsparse")
         raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
     if type(version) is not int or version != VERSION:
         given = "missing" if version is BAD else show(version)
         say(("hfsparse",), f"hfsparse is {given}: give the plan version, hfsparse: {VERSION}")
-    plan = make(**_parts(raw, lines, say))
-    for problem in rules(plan, line_of):
+    parts = _parts(raw, lines, say)
+    for problem in rules(parts, line_of):
         say(*problem)
     if problems:
         raise PlanError.of(name, problems)
-    return plan
+    return parts
 
 
 # --- plain data to the parts of a plan
@@ -223,9 +220,3 @@ def _words(text: Any, path: tuple, say: Say) -> Any:
         say(path, f"{dotted(path)} has more than {MAX_HEADS} words: give one a head")
         return BAD
     return tuple(word for word, count in counts for _ in range(count))
-
-
-_Dumper.add_representer(_Row, _row)
-
-
-_Dumper.add_representer(str, _text)

@@ -1,4 +1,4 @@
-"""The parts of a plan and the rules that hold for any plan, built in code or read from a file."""
+"""The rules that hold for any plan, built in code or read from a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-from hfsparse.plan.layer_rules import BUILT_IN, _layers_rules
+from hfsparse.errors import Problem
+from hfsparse.plan.layer_rules import BUILT_IN, layers_rules
 from hfsparse.plan.parts import (
     BAD,
     MAX_DEPTH,
@@ -15,7 +16,6 @@ from hfsparse.plan.parts import (
     Below,
     ModelId,
     Placed,
-    Problem,
     hints,
     key_of,
     kinds,
@@ -24,20 +24,22 @@ from hfsparse.plan.words import dotted, show
 from hfsparse.reading import SURROGATE
 
 
-def rules(plan: Any, line_of: Callable[..., int | None] = lambda *path: None) -> Iterator[Problem]:
-    """Every rule that `plan` breaks, one after the other; parts that are BAD are passed over."""
-    model_problems = _model_rules(plan.model)
-    model = None if model_problems else plan.model
-    patterns = plan.patterns if type(plan.patterns) is dict else {}
+def rules(
+    parts: dict[str, Any], line_of: Callable[..., int | None] = lambda *path: None
+) -> Iterator[Problem]:
+    """Every rule that a plan of these parts breaks, one after the other, but of BAD parts none."""
+    model_problems = _model_rules(parts["model"])
+    model = None if model_problems else parts["model"]
+    patterns = parts["patterns"] if type(parts["patterns"]) is dict else {}
     for path, text in chain(
         model_problems,
-        _pattern_rules(plan.patterns),
-        _field_rules(plan.below, Below, ("below",)),
-        _skip_rules(plan.skip),
-        _layers_rules(plan.layers, model, patterns, line_of),
-        _expected_rules(plan.expected),
-        _mapping_rules(plan.measured, ("measured",)),
-        _mapping_rules(plan.made, ("made",)),
+        _pattern_rules(parts["patterns"]),
+        _field_rules(parts["below"], Below, ("below",)),
+        _skip_rules(parts["skip"]),
+        layers_rules(parts["layers"], model, patterns, line_of),
+        _expected_rules(parts["expected"]),
+        _mapping_rules(parts["measured"], ("measured",)),
+        _mapping_rules(parts["made"], ("made",)),
     ):
         yield line_of(*path), text
 

@@ -18,9 +18,6 @@ from hfsparse.plan.words import span
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
 
 
-# --- writing
-
-
 class _Row(dict):
     """A mapping that is written on one line."""
 
@@ -40,18 +37,22 @@ def _text(dumper: _Dumper, text: str) -> yaml.Node:
     return dumper.represent_scalar(TAG + "str", text, style='"' if quote else None)
 
 
-def write(plan: Any) -> str:
-    """A valid plan as YAML: one line a pattern, one a run of equal layers, nothing empty."""
+_Dumper.add_representer(_Row, _row)
+_Dumper.add_representer(str, _text)
+
+
+def write(parts: dict[str, Any]) -> str:
+    """A valid plan's parts as YAML: one line a pattern or a run of equal layers, nothing empty."""
     document = {
         "hfsparse": VERSION,
-        "model": _Row({key_of(name): getattr(plan.model, name) for name in hints(ModelId)}),
-        "patterns": {name: _pattern_row(each) for name, each in plan.patterns.items()},
-        "below": _Row(vars(plan.below) if plan.below != Below() else {}),
-        "skip": None if plan.skip is None else float(plan.skip),
-        "layers": _layer_rows(plan.layers),
-        "expected": _Row(plan.expected),
-        "measured": _Row(plan.measured),
-        "made": _Row(plan.made),
+        "model": _Row({key_of(name): getattr(parts["model"], name) for name in hints(ModelId)}),
+        "patterns": {name: _pattern_row(each) for name, each in parts["patterns"].items()},
+        "below": _Row(vars(parts["below"]) if parts["below"] != Below() else {}),
+        "skip": None if parts["skip"] is None else float(parts["skip"]),
+        "layers": _layer_rows(parts["layers"]),
+        "expected": _Row(parts["expected"]),
+        "measured": _Row(parts["measured"]),
+        "made": _Row(parts["made"]),
     }
     return yaml.dump(
         {key: value for key, value in document.items() if value},

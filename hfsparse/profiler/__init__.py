@@ -23,7 +23,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import hfsparse
 from hfsparse.errors import UsageError
 from hfsparse.models.fingerprint import linear_layers, weights_mark, windows
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
@@ -47,6 +46,7 @@ from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.profiler.verify import key_tokens
 from hfsparse.profiler.verify import refine as proof
 from hfsparse.progress import Clock
+from hfsparse.version import __version__
 
 METHODS = {
     "balanced": balanced,
@@ -141,7 +141,7 @@ def profile(
     if verify:
         plan = proof.refine(job, plan, drop, verify_samples, nats)
     plan.made = {
-        "version": hfsparse.__version__,
+        "version": __version__,
         "method": method,
         **({} if prefill_method is None else {"prefill_method": prefill_method}),
         "recipe": recipe,
@@ -309,7 +309,7 @@ def _settings(model: PreTrainedModel, method: str, prompts: dict[int, list[Promp
     for prompt in chain.from_iterable(prompts.values()):
         seen.update(prompt.ids.cpu().numpy().tobytes())
     settings = {
-        "versions": [hfsparse.__version__, torch.__version__, transformers.__version__],
+        "versions": [__version__, torch.__version__, transformers.__version__],
         "model": [ModelId.of(model).fingerprint, weights_mark(model), str(model.dtype)],
         "seen": seen.hexdigest(),
     }

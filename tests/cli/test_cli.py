@@ -340,7 +340,7 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
         given.update(options)
         return Plan.full(ModelId.of(loaded))
 
-    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    monkeypatch.setattr("hfsparse.profiler.profile", measure)
     data = tmp_path / "own.jsonl"
     data.write_text(json.dumps({"text": "x"}))
     out = tmp_path / "a plan.yaml"
@@ -403,7 +403,7 @@ def test_profile_ends_with_the_budgets_met_and_a_warning_of_what_the_proof_canno
             Plan.full(ModelId.of(loaded)), expected=expected, made={"verified": verified}
         )
 
-    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    monkeypatch.setattr("hfsparse.profiler.profile", measure)
     for change in ({}, {"kept": False}, {"told": "none: there was nothing to ask"}):
         verified |= change
         result = run("profile", model, "-o", tmp_path / "plan.yaml", "--lengths", "512")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import hfsparse
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -46,7 +45,7 @@ def patched(monkeypatch):
         yield SimpleNamespace(reset_stats=lambda: calls.append("reset"), stats=lambda: stats)
         calls.append(plan.hash())
 
-    monkeypatch.setattr(hfsparse, "patch", patch, raising=False)
+    monkeypatch.setattr("hfsparse.patcher.patch", patch)
     return calls
 
 

@@ -43,7 +43,7 @@ def test_a_flag_goes_before_the_recipe_and_the_command_tells_which(tmp_path, mon
         given.update(options)
         return Plan.full(ModelId.of(loaded))
 
-    monkeypatch.setattr("hfsparse.profile", measure, raising=False)
+    monkeypatch.setattr("hfsparse.profiler.profile", measure)
     own = tmp_path / "own.yaml"
     own.write_text("# Mine.\nmethod: minference\nlengths: [256]\nverify: false\ncache_share: 0.5\n")
     model, out = tiny.save(tmp_path / "model"), tmp_path / "plan.yaml"

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hfsparse
-from hfsparse.errors import UsageError
+from hfsparse.errors import PlanMismatch, UsageError
 from hfsparse.models.fingerprint import windows
 from hfsparse.patterns import Pattern
 from hfsparse.patterns.block_topk import BlockTopK
@@ -21,9 +20,11 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan.importers import duo, minference, moa
 from hfsparse.plan.importers.form import FORMS, Found, mark, places
-from hfsparse.plan.plan import Layer, ModelId, Plan, PlanMismatch
+from hfsparse.plan.parts import Layer, ModelId
+from hfsparse.plan.plan import Plan
 from hfsparse.plan.words import nearest, show
 from hfsparse.reading import local
+from hfsparse.version import __version__
 
 READERS: dict[str, Callable[..., Found]] = {
     "minference": minference.read,
@@ -62,7 +63,7 @@ def import_plan(
             f"layers of {theirs}: give the config of the model that it was made for"
         )
     plan, notes = _plan(found, model, windows(config))
-    plan.made = {"version": hfsparse.__version__, "method": form, "imported": path.name}
+    plan.made = {"version": __version__, "method": form, "imported": path.name}
     if form == "duo":
         plan.made["share"] = duo.SHARE if share is None else float(share)
     plan.validate()

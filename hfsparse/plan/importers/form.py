@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hfsparse import reading
+from hfsparse.errors import PlanError
 from hfsparse.patterns import Pattern
 from hfsparse.plan.diff import ranges
-from hfsparse.plan.plan import PlanError
 from hfsparse.plan.words import show
 
 MAX_FILE = 1 << 24  # bytes

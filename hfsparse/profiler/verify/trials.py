@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hfsparse.errors import UsageError
 from hfsparse.models.chat import frames
 from hfsparse.models.loading import input_device
-from hfsparse.models.names import CACHES, parameters
+from hfsparse.models.names import cache_name
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.puzzles import COMPLETIONS, OTHERS, PUZZLES, Ask
 from hfsparse.runtime.decode import STEP
@@ -103,7 +103,7 @@ def _between(tokenizer, question: str, first: bool) -> str:
 def reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
     """Reads a conversation piece by piece: hidden states `[1, n, hidden]` of the next tokens."""
     decoder, cache = model.get_decoder(), DynamicCache()
-    named = next(name for name in CACHES if name in parameters(type(decoder)))
+    named = cache_name(decoder)
     device = input_device(model)
 
     def read(tokens: list[int]) -> Tensor:
