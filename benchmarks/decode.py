@@ -41,7 +41,7 @@ from hfsparse import bench, kernels
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.places import Place, Table
-from hfsparse.patcher import generation
+from hfsparse.patcher.adopt import adopt
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
@@ -133,7 +133,7 @@ def filled(model, kind: str, batch: int, length: int, room: int):
             cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
         return cache
     cache = DynamicCache()
-    generation._adopt(cache, model.get_decoder(), reserve=length + room)
+    adopt(cache, model.get_decoder(), reserve=length + room)
     past, new = [0] * batch, [length] * batch
     for layer in cache.layers:
         k, v = keys(model, batch, length), keys(model, batch, length)

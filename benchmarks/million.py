@@ -34,7 +34,7 @@ from decode import SKIP, cache_bytes, endless, plan_of, prompted
 from journal import Journal, end_in_order
 
 import hfsparse
-from hfsparse import bench, patcher
+from hfsparse import bench
 from hfsparse.patcher import generation, memory
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
@@ -57,7 +57,7 @@ def plan(model, arm: str, pattern: str) -> Plan | None:
 
 
 def chunk_of(arm: str, tokens: int) -> int:
-    return patcher.CHUNK if arm != STOCK and tokens > generation.LONG else 0
+    return generation.CHUNK if arm != STOCK and tokens > generation.LONG else 0
 
 
 def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple) -> dict:
@@ -143,7 +143,7 @@ def table(rows: dict[str, dict], target_at: str) -> str:
 def fits(model, pattern: str) -> str:
     """The longest prompts that fit, by `hfsparse check`'s arithmetic."""
     told = []
-    for arm, chunk in ((STOCK, 0), (NONE, patcher.CHUNK), (OURS, patcher.CHUNK)):
+    for arm, chunk in ((STOCK, 0), (NONE, generation.CHUNK), (OURS, generation.CHUNK)):
         follows = plan(model, arm, pattern)
         size = model.dtype.itemsize
         most = memory.longest(model.config, follows, room_of(model), 1, chunk, size)

@@ -17,9 +17,7 @@ from hfsparse.version import __version__
 
 if TYPE_CHECKING:
     from hfsparse.errors import Error
-    from hfsparse.patcher import patch
-    from hfsparse.patcher.explain import explain
-    from hfsparse.patcher.undo import unpatch
+    from hfsparse.patcher import explain, patch, unpatch
     from hfsparse.plan import Plan
     from hfsparse.profiler import profile
 

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from hfsparse import kernels
 from hfsparse.lists import FULL
-from hfsparse.patcher.generation import CHUNK, LONG, _in_one_call
-from hfsparse.patcher.state import State, _state
+from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
+from hfsparse.patcher.state import State, state_of
 from hfsparse.runtime.layer_plan import LayerPlan
 
 
 def explain(model: PreTrainedModel) -> str:
     """What runs where in a patched model and why, in words."""
-    state = _state(model)
+    state = state_of(model)
     plan = state.plan
     kinds = {
         "full heads, prompt": (kernels.PREFILL, False),
@@ -48,7 +48,7 @@ def explain(model: PreTrainedModel) -> str:
     past = "behind a past, " if kernels.fused(need) else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
     lines += _by_layer(state, need)
-    why = _in_one_call(model.config)
+    why = why_in_one_call(model.config)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")

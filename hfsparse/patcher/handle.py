@@ -6,18 +6,18 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.patcher.explain import explain
+from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
-from hfsparse.patcher.supported import MISTAKEN
-from hfsparse.patcher.undo import unpatch
+from hfsparse.patcher.supported import Handle
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.stats import LayerStats, Stats, Work
 
 
-class Patched:
+class Patched(Handle):
     """A patched model's handle and context manager; leaving the context undoes the patch."""
 
     def __init__(self, model: PreTrainedModel, state: State):
-        self.model = model
+        super().__init__(model)
         self._patch = state
 
     def __enter__(self) -> Patched:
@@ -25,15 +25,6 @@ class Patched:
 
     def __exit__(self, *error) -> None:
         self.undo()
-
-    def __call__(self, *args, **kwargs):
-        raise TypeError(f"{MISTAKEN}, and call the model")
-
-    def __getattr__(self, name: str):
-        model = self.__dict__.get("model")
-        if name.startswith("__") or not hasattr(model, name):
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        raise AttributeError(f"{MISTAKEN}, and use model.{name}")
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing, nor touches a later patch."""

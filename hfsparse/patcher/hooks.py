@@ -14,14 +14,15 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
-from hfsparse.patcher.generation import VIRTUAL, _adopt, _adopt_made
+from hfsparse.patcher import memory
+from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
 from hfsparse.runtime.cache.layer import Held, Layer
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
 
 
-def _forward(decoder, *args, **kwargs):
+def forward(decoder, *args, **kwargs):
     """The forward of a patched text decoder: its class's own, or the replay of a recorded step."""
     state = decoder.__dict__.get("_hfsparse")
     own = functools.partial(type(decoder).forward, decoder)
@@ -31,7 +32,7 @@ def _forward(decoder, *args, **kwargs):
     try:
         return state.graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
-        raise torch.cuda.OutOfMemoryError(_too_much(decoder, kwargs, cache)) from error
+        raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
     except Exception:
         raise
     except BaseException:  # the hook behind a forward is told of an Exception alone
@@ -39,21 +40,19 @@ def _forward(decoder, *args, **kwargs):
         raise
 
 
-def _too_much(decoder, kwargs: dict, cache: Any) -> str:
+def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     """What a call that is out of memory needs under the plan, what dense does, and what fits."""
-    from hfsparse.patcher import memory
-
     state, weight = decoder._hfsparse, next(decoder.parameters())
     new = new_tokens(kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
-    return memory.too_much(
+    return memory.describe_shortage(
         *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room)
     )
 
 
 @torch.compiler.disable
-def _before_forward(decoder, args, kwargs):
+def before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: make its cache ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
     enter(state.owner)
@@ -83,22 +82,22 @@ def _before_forward(decoder, args, kwargs):
         kwargs[cache_name(decoder)] = cache
     _check_width(kwargs, cache)
     if cache is not None:
-        _adopt(cache, decoder)
+        adopt(cache, decoder)
     return args, kwargs
 
 
-def _before_attention(decoder, module, args, kwargs) -> None:
+def before_attention(decoder, module, args, kwargs) -> None:
     """Pre-hook on the first attention module: make ours a cache that the decoder has made itself.
 
     While it is trained, whether it makes one is left to it: without one, as where activations are
     checkpointed, it looks for packed sequences.
     """
     if not module._hfsparse.fusing:
-        _adopt_made(decoder, (*args, *kwargs.values()))
+        adopt_own(decoder, (*args, *kwargs.values()))
 
 
 @torch.compiler.disable
-def _after_forward(decoder, args, kwargs, output) -> None:
+def after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
     leave(state.owner)

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hfsparse.errors import ShapeError
+import torch
+
+from hfsparse.errors import Error, ShapeError
 from hfsparse.models.fingerprint import by_layer, one_value, text_config
 from hfsparse.models.loading import skeleton
 from hfsparse.patcher.figures import filled
@@ -22,6 +24,10 @@ WIDE, NARROW = 3, 4
 # What configs call the intermediate size; where none is set it is four hidden sizes (GPT-2, GPT-J).
 MLP = ("intermediate_size", "n_inner", "ffn_dim", "dff", "moe_intermediate_size")
 LONGEST = 1 << 27  # tokens looked at
+
+
+class OutOfMemoryError(Error, torch.cuda.OutOfMemoryError):
+    """A call under a plan needs more memory than its device has."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,9 @@ def _longest(config, plan, room, batch, chunk, itemsize) -> int:
     return low
 
 
-def too_much(decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int) -> str:
+def describe_shortage(
+    decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int
+) -> str:
     """For a call that ran out of memory: what it needs under the plan, what dense does, what fits.
 
     Of a batch of rows of `tokens`, the last `chunk` of them new (0: all), on a device of `room`

@@ -18,7 +18,7 @@ from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.selectors.reuse import Reuse
 
 
-def _below(plan: Plan, device: torch.device) -> Below:
+def thresholds(plan: Plan, device: torch.device) -> Below:
     """The plan's thresholds; for prompts what `hfsparse bench --write` measured on this device."""
     found: Any = plan.measured
     for key in (device_name(device), "below", "prefill"):
@@ -26,7 +26,7 @@ def _below(plan: Plan, device: torch.device) -> Below:
     return replace(plan.below, prefill=found) if isinstance(found, int) else plan.below
 
 
-def _layer_plans(
+def layer_plans(
     plan: Plan, indices: list[int], windows: list[int | None], below: Below
 ) -> list[LayerPlan]:
     plans, owner, source = [], uuid.uuid4().hex, None

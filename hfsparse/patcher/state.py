@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
-from hfsparse.patcher.supported import _check_model
+from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
@@ -36,6 +37,20 @@ class OwnConfig:
                 module.config = self.original
 
 
+def copy_configs(model: PreTrainedModel) -> list[OwnConfig]:
+    """A copy of each config that the model and its submodels have, still parts of one another."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    copies = {key: copy.copy(config) for key, config in configs.items()}
+    for own in copies.values():
+        for name, part in vars(own).items():
+            vars(own)[name] = copies.get(id(part), part)
+    found = []
+    for key, config in configs.items():
+        modules = [m for m in model.modules() if getattr(m, "config", None) is config]
+        found.append(OwnConfig(config, copies[key], modules, dict(vars(copies[key]))))
+    return found
+
+
 @dataclass
 class State:
     """What a patch leaves on the text decoder (as `_hfsparse`)."""
@@ -53,11 +68,13 @@ class State:
 
 
 def is_patched(model: Any) -> bool:
+    """Whether a patch lies on the model or on a part of it."""
     return any("_hfsparse" in module.__dict__ for module in model.modules())
 
 
-def _state(model: PreTrainedModel) -> State:
-    _check_model(model)
+def state_of(model: PreTrainedModel) -> State:
+    """What a patch left on this model; PatchError for one that is not patched."""
+    check_model(model)
     state = model.get_decoder().__dict__.get("_hfsparse") if is_patched(model) else None
     if state is None:
         raise PatchError(

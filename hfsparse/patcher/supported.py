@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
-from hfsparse.errors import PatchError, ShapeError
+from hfsparse.errors import HandleError, PatchError, ShapeError
 from hfsparse.models.fingerprint import (
     LINEAR,
     attention_values,
@@ -17,7 +17,7 @@ from hfsparse.models.fingerprint import (
     windows,
 )
 from hfsparse.patcher import probe
-from hfsparse.patcher.resolve import _layer_plans
+from hfsparse.patcher.resolve import layer_plans
 from hfsparse.plan import ModelId, Plan
 
 ROPES = ("default", "linear", "llama3", "yarn")  # turn by the position alone, not a call's length
@@ -27,7 +27,23 @@ MISTAKEN = (
 )
 
 
-def _attention_modules(model: PreTrainedModel) -> list[Any]:
+class Handle:
+    """What `patch` returns: it holds the model and is none, and says so where it's used as one."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        raise HandleError(f"{MISTAKEN}, and call the model")
+
+    def __getattr__(self, name: str):
+        model = self.__dict__.get("model")
+        if name.startswith("__") or not hasattr(model, name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise HandleError(f"{MISTAKEN}, and use model.{name}")
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
     modules = probe.attention_modules(model.get_decoder())
     why = next(_obstacles(model, modules), None)
@@ -45,44 +61,19 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
         yield "it is an encoder-decoder"
     try:
         config = text_config(model)
-        if any(by_layer(config, "kv_lora_rank")):
-            yield "its cache holds latents (MLA), not keys per head"
-        if any(by_layer(config, "num_kv_shared_layers")):
-            yield "layers share keys and values"
-        if any(getattr(m, "indexer", None) is not None for m in modules):
-            yield "an indexer of its own chooses the keys that it reads"
-        if config.model_type == "diffllama":
-            yield "it calls attention twice a layer"
+        yield from _odd_attention(config, modules)
         values = attention_values(config)
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
-    kinds = values["kinds"]
-    if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
-        yield f"it has layers of kind {', '.join(other)}"
-    wanted = [i for i, kind in enumerate(kinds) if kind not in LINEAR]
-    if len(wanted) < len(kinds) and not hasattr(cache_utils, "LinearAttentionLayer"):
-        yield "this transformers keeps the state of linear layers in a cache of the model's own"
-    has_default = GenerationMixin._supports_default_dynamic_cache.__func__  # of any class
-    if len(wanted) < len(kinds) and not has_default(type(model)):
-        yield "it keeps the state of its linear layers in a cache of its own"
-    if not modules:
-        yield "it has no attention layers that hfsparse knows"
-    found = [m.layer_idx for m in modules]
-    if None in found:
-        yield "some of its attention belongs to no layer of the decoder"
-    causal = {m.layer_idx for m in modules if m.is_causal}
-    if not causal.issuperset(found):
-        yield "its tokens attend to later ones too"
-    if not all(m.is_causal for m in modules):
-        yield "its layers have attention to an encoder, too (cross-attention)"
-    if found != wanted:
-        yield f"its attention layers are {found}, its config says {wanted}"
+    attending = [i for i, kind in enumerate(values["kinds"]) if kind not in LINEAR]
+    yield from _unknown_layers(model, values["kinds"])
+    yield from _wrong_modules(modules, attending)
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
     full = Plan.full(ModelId.of(model))
-    why = probe.why_not(model.get_decoder(), _layer_plans(full, wanted, windows(model), full.below))
-    if why is not None:
+    layers = layer_plans(full, attending, windows(model), full.below)
+    if why := probe.why_not(model.get_decoder(), layers):
         yield why
     for m in modules:  # code that the probe can't run
         ratio = getattr(m, "num_key_value_groups", None)
@@ -93,10 +84,51 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
             )
 
 
-def _check_model(model: Any) -> None:
+def _odd_attention(config: Any, modules: list[Any]) -> Iterator[str]:
+    """What a config says of attention that is not of a query over its layer's own keys."""
+    if any(by_layer(config, "kv_lora_rank")):
+        yield "its cache holds latents (MLA), not keys per head"
+    if any(by_layer(config, "num_kv_shared_layers")):
+        yield "layers share keys and values"
+    if any(getattr(m, "indexer", None) is not None for m in modules):
+        yield "an indexer of its own chooses the keys that it reads"
+    if config.model_type == "diffllama":
+        yield "it calls attention twice a layer"
+
+
+def _unknown_layers(model: PreTrainedModel, kinds: list[str]) -> Iterator[str]:
+    """Kinds of layers that we don't know, or whose state we can't keep."""
+    if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
+        yield f"it has layers of kind {', '.join(other)}"
+    if set(LINEAR).isdisjoint(kinds):
+        return
+    if not hasattr(cache_utils, "LinearAttentionLayer"):
+        yield "this transformers keeps the state of linear layers in a cache of the model's own"
+    has_default = GenerationMixin._supports_default_dynamic_cache.__func__  # of any class
+    if not has_default(type(model)):
+        yield "it keeps the state of its linear layers in a cache of its own"
+
+
+def _wrong_modules(modules: list[Any], attending: list[int]) -> Iterator[str]:
+    """Attention modules that are not causal self-attention, one in each layer that attends."""
+    if not modules:
+        yield "it has no attention layers that hfsparse knows"
+    found = [m.layer_idx for m in modules]
+    if None in found:
+        yield "some of its attention belongs to no layer of the decoder"
+    causal = {m.layer_idx for m in modules if m.is_causal}
+    if not causal.issuperset(found):
+        yield "its tokens attend to later ones too"
+    if not all(m.is_causal for m in modules):
+        yield "its layers have attention to an encoder, too (cross-attention)"
+    if found != attending:
+        yield f"its attention layers are {found}, its config says {attending}"
+
+
+def check_model(model: Any) -> None:
     """PatchError for what is no model of transformers, or only holds one."""
-    if hasattr(model, "undo"):  # a handle
-        raise PatchError(MISTAKEN)
+    if isinstance(model, Handle):
+        raise HandleError(MISTAKEN)
     if isinstance(model, PreTrainedModel):
         return
     if callable(getattr(model, "get_base_model", None)):  # a PeftModel

@@ -88,8 +88,8 @@ def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch
         assert handle.stats().kv_bytes
     more = plan, 300, 2, 0
     need = memory.predict(model.config, *more, itemsize=4)
-    assert "in chunks" not in memory.too_much(model.model, *more, 0)
-    told = memory.too_much(model.model, *more, need.peak)
+    assert "in chunks" not in memory.describe_shortage(model.model, *more, 0)
+    told = memory.describe_shortage(model.model, *more, need.peak)
     fits = int(told.rpartition(" x ")[2].split()[0].replace(",", ""))
     again = dict(batch=2, chunk=memory.CHUNK, itemsize=4)
     assert memory.longest(model.config, plan, need.peak, **again) == fits >= 300

@@ -1,0 +1,73 @@
+"""Our layers in a cache: put there before a model's first token, refused where they can't be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from hfsparse.errors import CacheError, PatchError
+from hfsparse.patcher.state import State
+from hfsparse.runtime.cache.layer import Layer
+
+VIRTUAL = (
+    "Prefix tuning (peft) brings virtual tokens in a cache of its own, which hfsparse can't "
+    "follow: run it on the unpatched model (handle.undo())"
+)
+
+
+def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None:
+    """Put our layers into an empty cache; refuse one that isn't ours and isn't empty.
+
+    reserve: tokens that a new call of `generate` makes room for, 0 elsewhere. expected: tokens of
+    a prompt that comes in chunks, 0 where it comes whole.
+    """
+    state: State = decoder._hfsparse
+    kind = type(cache).__name__
+    if not isinstance(cache, Cache):
+        raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
+    ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    if ours:
+        if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
+            raise CacheError(
+                "this cache is broken: a forward pass was interrupted half-way through its layers. "
+                "Start again from the prompt with a new cache"
+            )
+        for layer in ours if expected else ():
+            layer.expected = expected
+        if reserve:
+            state.graphs.forget(ours[0])
+        return
+    layer_kinds = {type(layer).__name__ for layer in cache.layers}
+    special = [name for name in (kind, *layer_kinds) if "Quant" in name or "EncoderDecoder" in name]
+    if special or getattr(cache, "offloading", False):
+        what = f"a {special[0]}" if special else "an offloaded cache"
+        raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
+    if cache.get_seq_length():
+        raise CacheError(
+            f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "
+            f"hfsparse can't go on from: start again from the prompt with a new cache. {VIRTUAL}"
+        )
+    layers: list[Any] = [None] * len(state.plan.layers)
+    if len(state.layers) < len(layers):  # linear layers keep transformers' own
+        layers = cache.layers or DynamicCache(config=decoder.config).layers
+    for layer in state.layers:
+        layers[layer.index] = layer.new_cache(reserve, expected)
+    cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
+    cache.layer_class_to_replicate = None
+
+
+@torch.compiler.disable
+def adopt_own(decoder: Any, given: tuple) -> None:
+    """Make ours a cache that the decoder has made itself, found among what it gives attention."""
+    cache = next((x for x in given if isinstance(x, Cache)), None)
+    if cache is None or any(isinstance(layer, Layer) for layer in cache.layers):
+        return
+    if len(cache.layers) > len(decoder._hfsparse.plan.layers):
+        raise PatchError(
+            f"{type(decoder).__name__} loops over layers, and its cache can't be followed while it "
+            "is trained: pass use_cache=False, or call model.eval()"
+        )
+    adopt(cache, decoder)
