@@ -24,7 +24,7 @@ from hfsparse.models.fingerprint import windows
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
-from hfsparse.patcher.resolve import layer_plans, thresholds
+from hfsparse.patcher.resolve import resolve_below, resolve_layers
 from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_model
 from hfsparse.plan import ModelId, Plan
@@ -65,8 +65,8 @@ def patch(
             "answers. Compare it with dense on your own questions, by hfsparse eval custom",
             stacklevel=2,
         )
-    below = thresholds(plan, model.device)
-    layers = layer_plans(plan, [m.layer_idx for m in modules], windows(model), below)
+    below = resolve_below(plan, model.device)
+    layers = resolve_layers(plan, [m.layer_idx for m in modules], windows(model), below)
     graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
     install(model, modules, state)

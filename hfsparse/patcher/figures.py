@@ -16,7 +16,7 @@ import torch
 
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.fingerprint import linear_layers, windows
-from hfsparse.patcher.resolve import layer_plans
+from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer as Words
 from hfsparse.plan import ModelId, Plan
@@ -82,7 +82,7 @@ def _filled(
     plan: Plan, indices: list[int], windows: Sequence[int | None], tokens: int, batch: int = 1
 ) -> Iterator[tuple[LayerPlan, Layer]]:
     seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
-    for own in layer_plans(plan, indices, windows, plan.below):
+    for own in resolve_layers(plan, indices, windows, plan.below):
         layer = own.new_cache(tokens)
         layer.lazy_initialization(seen, seen)
         layer.seen = tokens

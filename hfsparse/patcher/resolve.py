@@ -18,15 +18,15 @@ from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.selectors.reuse import Reuse
 
 
-def thresholds(plan: Plan, device: torch.device) -> Below:
-    """The plan's thresholds; for prompts what `hfsparse bench --write` measured on this device."""
+def resolve_below(plan: Plan, device: torch.device) -> Below:
+    """The plan's resolve_below; for prompts what `hfsparse bench --write` measured on this device."""
     found: Any = plan.measured
     for key in (device_name(device), "below", "prefill"):
         found = found.get(key) if isinstance(found, dict) else None
     return replace(plan.below, prefill=found) if isinstance(found, int) else plan.below
 
 
-def layer_plans(
+def resolve_layers(
     plan: Plan, indices: list[int], windows: list[int | None], below: Below
 ) -> list[LayerPlan]:
     plans, owner, source = [], uuid.uuid4().hex, None

@@ -17,7 +17,7 @@ from hfsparse.models.fingerprint import (
     windows,
 )
 from hfsparse.patcher import probe
-from hfsparse.patcher.resolve import layer_plans
+from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
 
 ROPES = ("default", "linear", "llama3", "yarn")  # turn by the position alone, not a call's length
@@ -72,7 +72,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
     full = Plan.full(ModelId.of(model))
-    layers = layer_plans(full, attending, windows(model), full.below)
+    layers = resolve_layers(full, attending, windows(model), full.below)
     if why := probe.why_not(model.get_decoder(), layers):
         yield why
     for m in modules:  # code that the probe can't run

@@ -21,7 +21,7 @@ import hfsparse
 from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import ShapeError, attention_values, windows
 from hfsparse.patcher import probe
-from hfsparse.patcher.resolve import layer_plans
+from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patcher.state import is_patched
 from hfsparse.plan import ModelId, Plan, PlanError
 from tests.patcher.families import SIZES, WINDOW, fresh, tokens
@@ -147,7 +147,7 @@ def build(name: str, values: dict, device: str = "meta"):
 def full_plans(model):
     """The layers' plans with every head full, as patch hands them to the probe."""
     full, modules = Plan.full(ModelId.of(model)), probe.attention_modules(model.get_decoder())
-    return layer_plans(full, [m.layer_idx for m in modules], windows(model), full.below)
+    return resolve_layers(full, [m.layer_idx for m in modules], windows(model), full.below)
 
 
 @pytest.mark.parametrize("name", CASES)
