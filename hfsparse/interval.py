@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import t as student
 
+from hfsparse.errors import UsageError
+
 
 def interval(
     sums: Sequence[float], counts: Sequence[float] | None = None, worst: float | None = None
@@ -20,7 +22,7 @@ def interval(
     Without `counts` it is of the mean. Few samples miss what is rare, and their spread knows
     nothing of it. So where no value can change by more than `worst`, each end is that of an
     interval with one more sample, all of whose values changed by so much: about 3 / n further out
-    where none changed, which is what n alike in a row leave open. ValueError for a lone sample
+    where none changed, which is what n alike in a row leave open. UsageError for a lone sample
     without `worst`.
     """
     sums, counts = _pairs(sums, counts)
@@ -58,7 +60,7 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
 
 def _ends(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     if len(sums) < 2:
-        raise ValueError("one sample has no interval: give two or more")
+        raise UsageError("one sample has no interval: give two or more")
     mean, error = _mean(sums, counts)
     by = float(student.ppf(0.975, len(sums) - 1)) * error
     return mean - by, mean + by

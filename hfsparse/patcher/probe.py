@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import logging as transformers_logging
 
-from hfsparse.errors import CacheError
+from hfsparse.errors import CacheError, Error
 from hfsparse.models.names import cache_name
 from hfsparse.runtime.call import enter, leave, running, take_layer
 from hfsparse.runtime.layer_plan import LayerPlan
@@ -34,7 +34,7 @@ found: dict[tuple[type, str], str | None] = {}  # what was learnt, by class and 
 lock = threading.Lock()  # what a probe sets for the whole process is put back by the same one
 
 
-class Unlike(Exception):
+class Unlike(Error):
     """Code that asks for another attention than ours."""
 
 
@@ -89,7 +89,7 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     cache.layers, cache.layer_class_to_replicate = layers, None
     enter(plans[0].owner)
     try:
-        with Answers():
+        with DummyValues():
             twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{cache_name(twin): cache})
     finally:
         leave(plans[0].owner)
@@ -146,8 +146,8 @@ def _without_data() -> Iterator[None]:
         transformers_logging.set_verbosity(said)
 
 
-class Answers(TorchDispatchMode):
-    """Answers what only data could: numbers are 0, nothing is true, no expert is chosen."""
+class DummyValues(TorchDispatchMode):
+    """Stand for what only data could tell: numbers are 0, nothing is true, no expert is chosen."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:

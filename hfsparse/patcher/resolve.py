@@ -19,7 +19,7 @@ from hfsparse.selectors.reuse import Reuse
 
 
 def resolve_below(plan: Plan, device: torch.device) -> Below:
-    """The plan's resolve_below; for prompts what `hfsparse bench --write` measured on this device."""
+    """The plan's thresholds; for prompts what `hfsparse bench --write` measured on this device."""
     found: Any = plan.measured
     for key in (device_name(device), "below", "prefill"):
         found = found.get(key) if isinstance(found, dict) else None

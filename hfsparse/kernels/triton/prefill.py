@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfsparse.errors import UsageError
 from hfsparse.kernels.triton.limits import (
     BLOCKS,
     DTYPES,
@@ -139,7 +140,8 @@ def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, in
         registers = copies * queries * (width + keys) / (32 * warps)  # a thread
         if max(queries, keys) <= block and shared <= room and registers <= 160:
             return queries, keys, warps
-    raise ValueError(f"head dim {width} needs {shared} bytes of shared memory: {device} has {room}")
+    said = f"head dim {width} needs {shared} bytes of shared memory: {device} has {room}"
+    raise UsageError(said)
 
 
 def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:

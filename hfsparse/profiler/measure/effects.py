@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hfsparse import kernels
+from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.profiler.measure.exact import attention, sampled_rows
@@ -153,7 +154,7 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
 def pages_read(selector, q, k, rows, scale) -> Tensor:
     """Keys [Hq, R, L] that decode steps at `rows` would read."""
     if not hasattr(selector, "pages") or selector.refresh:
-        raise ValueError(
+        raise UsageError(
             f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
             "quest without refresh, and change the plan that comes out"
         )

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from hfsparse.errors import Error
 from hfsparse.plan import Layer
 
 
@@ -64,7 +65,7 @@ class Options:
     full_kept: float  # whole pages
 
 
-class Infeasible(ValueError):
+class Infeasible(Error):
     """No choice meets the budgets."""
 
 
