@@ -39,7 +39,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     if chunk and not width:
         raise PatchError(
             "prefill_chunk_size: generate does not tell how long the whole prompt is. Pass its "
-            "attention_mask, or leave prefill_chunk_size away"
+            "attention_mask, or leave prefill_chunk_size out"
         )
     reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
     adopt(cache, self.get_decoder(), reserve, expected=width if chunk else 0)

@@ -82,7 +82,7 @@ def _skip_rules(skip: float | None) -> Iterator[Placed]:
     if skip is None or skip is BAD:
         return
     if type(skip) not in (int, float) or not (_plain_scalar(skip) and skip > 0):
-        rule = "give a number of nats above 0 (BLASST's threshold is e^-skip), or leave it away"
+        rule = "give a number of nats above 0 (BLASST's threshold is e^-skip), or leave it out"
         yield ("skip",), f"skip is {show(skip)}: {rule}"
 
 

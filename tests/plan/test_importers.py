@@ -362,7 +362,7 @@ def test_share_is_refused_out_of_range_and_for_other_forms(tmp_path):
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match=r"share is .*: give 0 to 1"):
             import_plan("duo", tmp_path, config(), share)
-    with pytest.raises(UsageError, match="share belongs to the form duo"):
+    with pytest.raises(UsageError, match="share belongs to the form duo: leave it out for moa"):
         import_plan("moa", tmp_path, config(), 0.5)
 
 

@@ -650,7 +650,11 @@ WRONG_OBJECTS = {
     "words": ({"layers": (Layer("full", ("full",), ("full",)),) * 2}, "prefill is 'full'"),
     "too few layers": ({"layers": FULL.layers[:1]}, "1 layers: the model has 2"),
     "below": ({"below": None}, "below is None: give a Below"),
-    "NaN for skip": ({"skip": float("nan")}, "skip is nan"),
+    "NaN for skip": (
+        {"skip": float("nan")},
+        "skip is nan: give a number of nats above 0 (BLASST's threshold is e^-skip), or leave it "
+        "out",
+    ),
     "NaN in below": ({"below": Below(cache=float("nan"))}, "below.cache is nan"),
     "expected": ({"expected": {4096: 1.0}}, "expected.4096 is 1.0"),
     "expected none": ({"expected": {4096: {"recall": None}}}, "expected.4096.recall is None"),

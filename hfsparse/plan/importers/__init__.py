@@ -44,7 +44,7 @@ def import_plan(
     if form not in READERS:
         raise UsageError(f"unknown form {show(form)}: {nearest(form, FORMS)}")
     if form != "duo" and share is not None:
-        raise UsageError(f"share belongs to the form duo: leave it away for {form}")
+        raise UsageError(f"share belongs to the form duo: leave it out for {form}")
     if share is not None and not 0 <= share <= 1:
         raise UsageError(f"share is {share}: give 0 to 1")
     path = local(path)
