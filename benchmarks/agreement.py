@@ -27,8 +27,8 @@ from cpu_reference import processor
 from journal import Journal
 from scipy.stats import norm
 
-from hfsparse.models.fingerprint import weights_mark
 from hfsparse.models.loading import load
+from hfsparse.models.weights import weights_mark
 from hfsparse_eval.run.generate import answer
 from hfsparse_eval.run.prompter import Prompter, Sample
 from hfsparse_eval.run.samples import Suite

@@ -52,8 +52,8 @@ class Run:
         **named: str | None,
     ) -> None:
         """Run what `made` makes of a prompter and a window, by `measured` or as answers."""
-        from hfsparse.models.fingerprint import weights_mark
         from hfsparse.models.loading import load
+        from hfsparse.models.weights import weights_mark
         from hfsparse.models.window import limit
         from hfsparse.plan import ModelId
         from hfsparse_eval.report import heatmap

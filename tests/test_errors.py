@@ -28,7 +28,7 @@ INSIDE = {
     "hfsparse.patcher.supported": {"AttributeError": "what an object without a name says"},
     "hfsparse.reading": {"ValueError": "callers name the file"},
     "hfsparse.plan.nodes": {"ValueError": "a problem of the plan's first line"},
-    "hfsparse.plan.importers.form": {"ValueError": "`bad` names the file"},
+    "hfsparse.plan.importers.form": {"ValueError": "`no_plan` names the file"},
     "hfsparse.lists.places": {"ValueError": "caches make contiguous buffers alone"},
     "hfsparse.kernels.triton.append": {"ValueError": "longer prompts are appended by PyTorch"},
     "hfsparse.kernels.triton.prefill": {"ValueError": "`why_not` asks before"},

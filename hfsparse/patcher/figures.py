@@ -1,8 +1,11 @@
-"""What a plan makes a model hold and read at one length, told without a run, as `stats` tells it.
+"""What a model holds and reads under a plan at one length, as `stats` says it, without a run.
+
+    stats = predict(config, plan, tokens=32_768)
+    print(stats.cache_share, stats.decode_share)
 
 Nothing is a formula: the plan's own cache layers are filled on torch's meta device, which keeps
 shapes and no data, and say what they hold; its decode step says what it reads. What prompts compute
-depends on what is in them, and is told where a profiler has looked.
+depends on what is in them: it is known only where a profiler has looked.
 """
 
 from __future__ import annotations
@@ -41,18 +44,18 @@ def predict(
     prompts: Prompts | None = None,
     device: torch.device | None = None,
 ) -> Stats:
-    """Of a prompt of `tokens`, and of a decode step that a row comes to as many with.
+    """Of a prompt of `tokens`, and of a decode step whose token makes a row as long.
 
-    Without `prompts` nothing is told of what they compute. Their blocks are those of `device`.
+    Without `prompts` the densities of pairs and blocks are unknown. Blocks are those of `device`.
     """
     layers = [LayerStats()] * plan.model.layers
-    for own, layer in filled(config, plan, tokens):
+    for own, layer in fill_caches(config, plan, tokens):
         works = {}
         if prompts is not None:
             grid = Grid.causal(1, tokens, default_block(tokens, device), window=own.window)
             works["pairs"] = _work(prompts.pairs[own.index], grid.pairs())
             works["blocks"] = _work(prompts.blocks[own.index], grid.blocks())
-        layers[own.index] = _told(own, layer, tokens, **works)
+        layers[own.index] = _measure(own, layer, tokens, **works)
     return Stats(layers)
 
 
@@ -66,19 +69,19 @@ def one_head(tokens: int, pattern: Any = None) -> tuple[float, float]:
     if isinstance(pattern, Streaming):
         words = Words(("it",), ("it",), ("ring",))
     plan = Plan(ModelId("one", 1, 1, 1, 1, "head"), {"it": pattern}, (words,))
-    told = Stats([_told(*each, tokens) for each in _filled(plan, [0], [None], tokens)])
-    return told.cache_share, told.decode_share
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, [0], [None], tokens)])
+    return stats.cache_share, stats.decode_share
 
 
-def filled(
+def fill_caches(
     config: Any, plan: Plan, tokens: int, batch: int = 1
 ) -> Iterator[tuple[LayerPlan, Layer]]:
-    """Layers that have attention, and their caches after prompts of `tokens`, without data."""
+    """Each layer that has attention, and its cache after prompts of `tokens`, without data."""
     indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
-    return _filled(plan, indices, windows(config), tokens, batch)
+    return _fill(plan, indices, windows(config), tokens, batch)
 
 
-def _filled(
+def _fill(
     plan: Plan, indices: list[int], windows: Sequence[int | None], tokens: int, batch: int = 1
 ) -> Iterator[tuple[LayerPlan, Layer]]:
     seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
@@ -92,7 +95,7 @@ def _filled(
         yield own, layer
 
 
-def _told(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStats:
+def _measure(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStats:
     own.steps[tokens, 1] = 1
     held = layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
@@ -100,5 +103,5 @@ def _told(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStat
 
 
 def _work(shares: np.ndarray, dense: torch.Tensor) -> Work:
-    """By head, of what dense attention does in each."""
+    """Shares `[heads]` of what dense attention does in each head, as amounts."""
     return Work((shares * int(dense)).tolist(), [int(dense)] * len(shares))

@@ -1,9 +1,12 @@
 """How much memory a prompt takes under a plan, from the model's configuration alone.
 
-Peak = weights + KV cache + work. The cache is no formula: the plan's own stores are filled
-(`figures.filled`). Work is what lives while a layer's MLP runs on the tokens of one call: `WIDE`
-tensors of its intermediate size and `NARROW` of the hidden size; `hfsparse bench` on one H100 saw
-0.5 % more than that at most. Mixtures of experts and kernels of a model's own may need more.
+    need = predict(config, plan, tokens=131_072, chunk=8_192)
+    print(need.peak / 2**30)     # GiB: weights + KV cache + work
+
+The cache is no formula: the plan's own stores are filled (`figures.fill_caches`). Work is what
+lives while a layer's MLP runs on the tokens of one call: `WIDE` tensors of its intermediate size
+and `NARROW` of the hidden size; `hfsparse bench` on one H100 saw 0.5 % more than that at most.
+Mixtures of experts and kernels of a model's own may need more.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ import torch
 from hfsparse.errors import Error, ShapeError
 from hfsparse.models.fingerprint import by_layer, one_value, text_config
 from hfsparse.models.loading import skeleton
-from hfsparse.patcher.figures import filled
+from hfsparse.patcher.figures import fill_caches
 from hfsparse.patcher.generation import CHUNK
 from hfsparse.plan import ModelId, Plan
 
 WIDE, NARROW = 3, 4
 # What configs call the intermediate size; where none is set it is four hidden sizes (GPT-2, GPT-J).
 MLP = ("intermediate_size", "n_inner", "ffn_dim", "dff", "moe_intermediate_size")
-LONGEST = 1 << 27  # tokens looked at
+LONGEST = 1 << 27  # tokens: longer prompts are not tried
 
 
 class OutOfMemoryError(Error, torch.cuda.OutOfMemoryError):
@@ -47,11 +50,11 @@ def predict(
     config: Any, plan: Plan | None, tokens: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
 ) -> Memory:
     """Of a batch of prompts of `tokens`, in calls of `chunk` (0: one); None is the stock model."""
-    beside = _beside_weights(config, plan, tokens, batch, chunk, itemsize)
-    return Memory(itemsize * parameters(config), *beside)
+    beside = _cache_and_work(config, plan, tokens, batch, chunk, itemsize)
+    return Memory(itemsize * count_weights(config), *beside)
 
 
-def _beside_weights(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
+def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
     """Bytes of cache and work."""
     mlp, hidden = _widths(config)
     cache, dense = cache_elements(config, plan or Plan.full(ModelId.of(config)), tokens, batch)
@@ -62,13 +65,13 @@ def _beside_weights(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple
 def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:
     """Elements that the plan's cache and the stock cache hold after prompts of `tokens`."""
     ours = stock = 0
-    for _, layer in filled(config, plan, tokens, batch):
+    for _, layer in fill_caches(config, plan, tokens, batch):
         ours += layer.bytes() // layer.tensors()[0].element_size()
         stock += layer.dense_bytes() // layer.tensors()[0].element_size()
     return ours, stock
 
 
-def parameters(config: Any) -> int:
+def count_weights(config: Any) -> int:
     """How many weights the model has."""
     return sum(p.numel() for p in skeleton(config).parameters())
 
@@ -87,14 +90,15 @@ def longest(
     config: Any, plan: Plan | None, room: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
 ) -> int:
     """The longest prompt whose peak fits in `room` bytes; 0: none does."""
-    return _longest(config, plan, room - itemsize * parameters(config), batch, chunk, itemsize)
+    beside = room - itemsize * count_weights(config)
+    return _longest_beside(config, plan, beside, batch, chunk, itemsize)
 
 
-def _longest(config, plan, room, batch, chunk, itemsize) -> int:
-    """As `longest`, in what is left beside the weights."""
+def _longest_beside(config, plan, room, batch, chunk, itemsize) -> int:
+    """As `longest`, where `room` bytes are left beside the weights."""
 
     def fits(tokens: int) -> bool:
-        return sum(_beside_weights(config, plan, tokens, batch, chunk, itemsize)) <= room
+        return sum(_cache_and_work(config, plan, tokens, batch, chunk, itemsize)) <= room
 
     low, high = 0, 1
     while high < LONGEST and fits(high):
@@ -118,19 +122,19 @@ def describe_shortage(
     weights = sum(p.nbytes for p in decoder.parameters())
     weights += decoder.get_input_embeddings().weight.nbytes
     more = {"tokens": tokens, "batch": batch, "chunk": chunk, "itemsize": size}
-    cache, work = _beside_weights(config, plan, **more)
-    dense = sum(_beside_weights(config, None, **more))
-    all_of_it = (weights + cache + work) / gib
-    told = (
-        f"out of memory: {batch} x {tokens:,} tokens need about {all_of_it:.1f} GiB under this "
+    cache, work = _cache_and_work(config, plan, **more)
+    dense = sum(_cache_and_work(config, None, **more))
+    peak = (weights + cache + work) / gib
+    said = (
+        f"out of memory: {batch} x {tokens:,} tokens need about {peak:.1f} GiB under this "
         f"plan (weights {weights / gib:.1f}, KV cache {cache / gib:.1f}, work "
         f"{work / gib:.1f}) and {(weights + dense) / gib:.1f} without one"
     )
     if not room:
-        return told
-    fits = _longest(config, plan, room - weights, batch, chunk or CHUNK, size)
+        return said
+    fits = _longest_beside(config, plan, room - weights, batch, chunk or CHUNK, size)
     return (
-        f"{told}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
+        f"{said}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
         f"prefill_chunk_size) {batch} x {fits:,} tokens fit, as far as nothing else is there; else "
         "shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )

@@ -25,7 +25,7 @@ SHAPE = ("layers", "q_heads", "kv_heads")
 def differences(old: Plan, new: Plan) -> list[str]:
     """A line for each thing that changed; none where both compute and expect the same."""
     return [
-        *_changes("model: ", _named(asdict(old.model)), _named(asdict(new.model))),
+        *_changes("model: ", _rename_keys(asdict(old.model)), _rename_keys(asdict(new.model))),
         *_pattern_changes(old, new),
         *_changes("below: ", asdict(old.below), asdict(new.below)),
         *_changes("", {"skip": old.skip}, {"skip": new.skip}),
@@ -47,7 +47,7 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(span([number for _, number in run]) for _, run in runs)
 
 
-def _named(model: dict[str, Any]) -> dict[str, Any]:
+def _rename_keys(model: dict[str, Any]) -> dict[str, Any]:
     return {key_of(name): value for name, value in model.items()}
 
 
@@ -55,10 +55,10 @@ def _changes(what: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[st
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         if before != after:
-            yield f"{what}{key} {_value(before)} -> {_value(after)}"
+            yield f"{what}{key} {_show(before)} -> {_show(after)}"
 
 
-def _value(value: Any) -> str:
+def _show(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
@@ -72,9 +72,9 @@ def _pattern_changes(old: Plan, new: Plan) -> Iterator[str]:
             yield from _changes(f"pattern {name}: ", before, after)
         elif before or after:
             kind, *rest = ((before or after) or {}).items()
-            words = ", ".join(f"{key} {_value(value)}" for key, value in rest)
-            gone = "only in the first" if before else "only in the second"
-            yield f"pattern {name} is {gone}: {kind[1]} {words}"
+            words = ", ".join(f"{key} {_show(value)}" for key, value in rest)
+            where = "only in the first" if before else "only in the second"
+            yield f"pattern {name} is {where}: {kind[1]} {words}"
 
 
 def _layer_changes(old: Plan, new: Plan) -> Iterator[str]:

@@ -24,20 +24,21 @@ TAKES = {
 def layers_rules(
     layers: tuple[Layer, ...], model: ModelId | None, patterns: dict, line_of: Callable
 ) -> Iterator[Placed]:
-    """The rules of each run of equal layers that stand on one line."""
+    """What is wrong with the layers, told once for equal layers on one line of a file."""
     if type(layers) is not tuple:
         yield ("layers",), f"layers is {show(layers)}: give a tuple of Layer"
         return
     if model and model.layers not in (len(layers), BAD):
         yield ("layers",), f"{len(layers)} layers: the model has {model.layers}, give each once"
-    before = None  # the last layer that chooses pages
+    before = None  # number and words of the last layer that chooses pages
     runs = groupby(enumerate(layers), key=lambda pair: (line_of("layers", pair[0]), pair[1]))
     for (_, layer), run in runs:
         numbers = [number for number, _ in run]
         for path, text in _layer_rules(layer, model, patterns):
             yield ("layers", numbers[0], *path), f"layer {span(numbers)}: {text}"
-        chooses = any(not _reuses(patterns[word]) for _, word in _selected(layer, patterns))
-        inside = [(numbers[0], layer)] if chooses and len(numbers) > 1 else []  # of the run
+        chooses = any(not _reuses(patterns[word]) for _, word in _find_selecting(layer, patterns))
+        # Of a run of layers that choose, each reads again what the one before it chose.
+        inside = [(numbers[0], layer)] if chooses and len(numbers) > 1 else []
         for source in (before, *inside):
             for text in _reuse_rules(layer, source, patterns):
                 yield ("layers", numbers[0], "decode"), f"layer {span(numbers)}: {text}"
@@ -103,7 +104,7 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
             continue
         first = head * group
         readers = list(enumerate(layer.prefill))[first : first + group]
-        if loose := [f"{q} ({word})" for q, word in readers if not _held(patterns.get(word), ring)]:
+        if loose := [f"{q} ({word})" for q, word in readers if not _fits(patterns.get(word), ring)]:
             yield (
                 ("cache",),
                 f"kv head {head} caches only {cache}, its q heads {', '.join(loose)} read more: "
@@ -113,14 +114,14 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
 
 def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:
     """Heads read again what one selector of `before`, (number, layer), chose for them."""
-    reused = [head for head, word in _selected(layer, patterns) if _reuses(patterns[word])]
+    reused = [head for head, word in _find_selecting(layer, patterns) if _reuses(patterns[word])]
     if not reused:
         return
     if before is None:
         yield "decode reuses pages and no layer before it chooses any: give one a quest"
         return
     number, chooser = before
-    chosen = {h: w for h, w in _selected(chooser, patterns) if not _reuses(patterns[w])}
+    chosen = {h: w for h, w in _find_selecting(chooser, patterns) if not _reuses(patterns[w])}
     if len(names := dict.fromkeys(chosen.values())) > 1:
         yield (
             f"decode reuses pages of layer {number}, where {' and '.join(names)} choose: "
@@ -134,8 +135,8 @@ def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:
         )
 
 
-def _selected(layer: Any, patterns: dict) -> list[tuple[int, str]]:
-    """The kv heads of a layer that read chosen pages, and their words."""
+def _find_selecting(layer: Any, patterns: dict) -> list[tuple[int, str]]:
+    """The kv heads of a layer whose words are selectors, and these words."""
     words, known = getattr(layer, "decode", BAD), tuple(SELECTORS.values())
     words = words if type(words) is tuple else ()
     return [
@@ -150,7 +151,7 @@ def _reuses(selector: Any) -> bool:
     return isinstance(selector, Reuse)
 
 
-def _held(pattern: Any, ring: Streaming) -> bool:
+def _fits(pattern: Any, ring: Streaming) -> bool:
     """Whether every key that `pattern` reads is still in `ring`."""
     return (pattern is BAD) or (
         isinstance(pattern, Streaming)

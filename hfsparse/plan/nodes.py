@@ -21,9 +21,6 @@ BOOLS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "of
 Say = Callable[[Any, str], None]  # (a path of keys or a line, a sentence)
 
 
-# --- text to plain data
-
-
 def plain(text: str | bytes, say: Say, lines: dict[tuple, int]) -> Any:
     """YAML as plain data, BAD if it is none; `lines` gets the line of every path of keys."""
     try:
@@ -71,13 +68,13 @@ class PythonLoader(_Strict, yaml.SafeLoader):
     """PyYAML's own."""
 
 
-def _read_numbers(loader: type[yaml.resolver.Resolver]) -> None:
+def _know_numbers(loader: type[yaml.resolver.Resolver]) -> None:
     loader.add_implicit_resolver(TAG + "float", FLOAT, [*"+-.0123456789"])
     loader.add_implicit_resolver(TAG + "int", OCTAL, ["0"])
 
 
 Loader = PythonLoader
-_read_numbers(PythonLoader)
+_know_numbers(PythonLoader)
 
 
 if hasattr(yaml, "CSafeLoader"):
@@ -89,7 +86,7 @@ if hasattr(yaml, "CSafeLoader"):
             yaml.CSafeLoader.__init__(self, stream)
             yaml.composer.Composer.__init__(self)
 
-    _read_numbers(FastLoader)
+    _know_numbers(FastLoader)
     Loader = FastLoader
 
 

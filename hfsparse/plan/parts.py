@@ -13,10 +13,11 @@ from hfsparse.models.fingerprint import fingerprint, shape, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 
+VERSION = 1  # of the form of plan files
 MAX_BYTES, MAX_DEPTH = 1 << 20, 16
 MAX_LAYERS = MAX_HEADS = 1024
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-BAD: Any = object()  # stands for a part whose problem has been reported already
+BAD: Any = object()  # stands for a part that can't be used, which was reported already
 Placed = tuple[tuple, str]  # path of keys, sentence
 
 
@@ -70,9 +71,6 @@ class Below:
     cache: int = 0
 
 
-# --- shared with the reader
-
-
 def kinds() -> dict[str, type]:
     """Every pattern and selector that a plan may name."""
     return {**PATTERNS, **SELECTORS}
@@ -96,6 +94,3 @@ def parameters(pattern: Any) -> dict[str, Any]:
 def key_of(name: str) -> str:
     """The plan's key for a field: `class` can't be a Python name."""
     return "class" if name == "class_name" else name
-
-
-VERSION = 1

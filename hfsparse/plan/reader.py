@@ -78,9 +78,6 @@ def read(text: str | bytes, name: str) -> dict[str, Any]:
     return parts
 
 
-# --- plain data to the parts of a plan
-
-
 def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
     given = _mapping(raw, (), REQUIRED, OPTIONAL, say)
     sections = {key: {} if given.get(key) is None else given[key] for key in REQUIRED + OPTIONAL}

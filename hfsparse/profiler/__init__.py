@@ -24,7 +24,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import linear_layers, weights_mark, windows
+from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.models.weights import weights_mark
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.headmap import write_png

@@ -14,7 +14,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Layer, Plan, PlanError, PlanMismatch
 from hfsparse.plan.importers import READERS, duo, import_plan, moa
-from hfsparse.plan.importers.form import FORMS, places
+from hfsparse.plan.importers.form import FORMS, describe_heads
 from tests import tiny
 from tests.patcher.oracle import oracle
 from tests.patcher.runs import both, close, far, forward, generate, same_generation
@@ -247,7 +247,7 @@ def test_layers_with_their_own_window_stream_and_have_no_ring(tmp_path, form):
 
 def test_places_group_equal_layers_and_neighbouring_heads():
     where = {0: [0, 1, 2, 5], 1: [0, 1, 2, 5], 3: [0, 1, 2, 5], 4: [7]}
-    assert places(where) == "layers 0-1, 3 heads 0-2, 5; layer 4 head 7"
+    assert describe_heads(where) == "layers 0-1, 3 heads 0-2, 5; layer 4 head 7"
 
 
 # ---- what is refused

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import weights_mark
 from hfsparse.models.loading import input_device
+from hfsparse.models.weights import weights_mark
 from hfsparse.profiler.methods import duo
 from tests import tiny
 

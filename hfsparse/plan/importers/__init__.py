@@ -19,7 +19,7 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan.importers import duo, minference, moa
-from hfsparse.plan.importers.form import FORMS, Found, mark, places
+from hfsparse.plan.importers.form import FORMS, Found, describe_heads, note_heads
 from hfsparse.plan.parts import Layer, ModelId
 from hfsparse.plan.plan import Plan
 from hfsparse.plan.words import nearest, show
@@ -62,7 +62,7 @@ def import_plan(
             f"{path} has {layers} layers of {heads} {unit}; {model.class_name} has {model.layers} "
             f"layers of {theirs}: give the config of the model that it was made for"
         )
-    plan, notes = _plan(found, model, windows(config))
+    plan, notes = _build_plan(found, model, windows(config))
     plan.made = {"version": __version__, "method": form, "imported": path.name}
     if form == "duo":
         plan.made["share"] = duo.SHARE if share is None else float(share)
@@ -71,7 +71,7 @@ def import_plan(
     return plan, [*found.notes, *notes]
 
 
-def _plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
+def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
     """Patterns by name and a Layer each; a ring where every q head of a group streams."""
     group, patterns, layers = model.q_heads // model.kv_heads, {}, []
     windowed, wide, kept = {}, {}, {}  # layer -> kv heads, for the notes
@@ -85,19 +85,19 @@ def _plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, li
     for index, row in enumerate(found.rows):
         q_row = row if found.unit == "q_heads" else [p for p in row for _ in range(group)]
         groups = [q_row[first : first + group] for first in range(0, len(q_row), group)]
-        rings = [_union(each) if found.rings else None for each in groups]
+        rings = [_join_spans(each) if found.rings else None for each in groups]
         if found.rings and own[index] is not None:
-            mark(windowed, index, [ring is not None for ring in rings])
+            note_heads(windowed, index, [ring is not None for ring in rings])
             rings = [None] * len(rings)
         elif found.rings:
             streams = [[p is not None for p in each] for each in groups]
-            mark(kept, index, [any(each) and not all(each) for each in streams])
-            pairs = zip(groups, rings, strict=True)
-            mark(wide, index, [ring is not None and {*each} != {ring} for each, ring in pairs])
+            note_heads(kept, index, [any(each) and not all(each) for each in streams])
+            wider = [r is not None and {*g} != {r} for g, r in zip(groups, rings, strict=True)]
+            note_heads(wide, index, wider)
         prefill, cache = (tuple(word(p) for p in each) for each in (q_row, rings))
         layers.append(Layer(prefill, cache, tuple("ring" if r else "full" for r in rings)))
     notes = [
-        f"{what}: {places(where)}"
+        f"{what}: {describe_heads(where)}"
         for what, where in (
             ("the model's own window bounds the cache, so these kv heads have no ring", windowed),
             ("kv heads keep every key, and decode reads all: a q head of theirs is full", kept),
@@ -108,7 +108,7 @@ def _plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, li
     return Plan(model, patterns, tuple(layers)), notes
 
 
-def _union(group: Sequence[Pattern | None]) -> Streaming | None:
+def _join_spans(group: Sequence[Pattern | None]) -> Streaming | None:
     """The ring that holds all that a group's q heads read; None where one reads more."""
     if not all(isinstance(pattern, Streaming) for pattern in group):
         return None

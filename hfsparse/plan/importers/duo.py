@@ -11,14 +11,14 @@ from pathlib import Path
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.importers.form import (
     Found,
-    bad,
+    check_rectangle,
     describe,
-    mark,
-    parsed,
-    places,
-    rectangle,
-    text,
-    unread,
+    describe_heads,
+    no_plan,
+    note_heads,
+    note_unread,
+    read_json,
+    read_text,
 )
 from hfsparse.plan.words import show
 
@@ -29,11 +29,11 @@ def read(path: Path, share: float = SHARE) -> Found:
     """Streaming or full, `[layers][kv heads]`: the share of lowest gates streams."""
     if not path.is_dir():
         what = "it is a file" if path.exists() else "there is no such folder"
-        raise bad(path, "duo", what)
+        raise no_plan(path, "duo", what)
     file, settings = path / "full_attention_heads.tsv", path / "config.json"
-    config, gates = parsed(settings, "duo"), _gates(file)
+    config, gates = read_json(settings, "duo"), _read_gates(file)
     if not isinstance(config, dict):
-        raise bad(settings, "duo", f"it is {describe(config)}")
+        raise no_plan(settings, "duo", f"it is {describe(config)}")
     names = ("sink_size", "recent_size", "deploy_sink_size", "deploy_recent_size")
     sink, recent, *deployed = (_size(settings, config, name) for name in names)
     stream = Streaming(deployed[0] or SINK, deployed[1] or RECENT)
@@ -48,10 +48,10 @@ def read(path: Path, share: float = SHARE) -> Found:
     if tied:
         notes.append(
             "equal gates lie on both sides of the cut (there: parted at random), of which the "
-            f"first in order stream: {places(tied)}"
+            f"first in order stream: {describe_heads(tied)}"
         )
     rows = [[stream if streaming else None for streaming in row] for row in streams]
-    return Found(rows, "kv_heads", True, notes + unread(config, *names))
+    return Found(rows, "kv_heads", True, notes + note_unread(config, *names))
 
 
 def cut(gates: list[list[float]], share: float) -> tuple[list[list[bool]], dict[int, list[int]]]:
@@ -68,19 +68,19 @@ def cut(gates: list[list[float]], share: float) -> tuple[list[list[bool]], dict[
     if 0 < count < len(flat) and flat[order[count - 1]] == flat[order[count]]:
         for layer, start in enumerate(starts):
             row = flat[start : start + width]
-            mark(tied, layer, [gate == flat[order[count]] for gate in row])
+            note_heads(tied, layer, [gate == flat[order[count]] for gate in row])
     return [[start + head in chosen for head in range(width)] for start in starts], tied
 
 
-def _gates(file: Path) -> list[list[float]]:
-    lines = [line.split("\t") for line in text(file, "duo").split("\n") if line.strip()]
+def _read_gates(file: Path) -> list[list[float]]:
+    lines = [line.split("\t") for line in read_text(file, "duo").split("\n") if line.strip()]
     try:
         gates = [[float(value) for value in line] for line in lines]
     except ValueError as error:
-        raise bad(file, "duo", str(error)) from None
-    rectangle(file, "duo", gates)
+        raise no_plan(file, "duo", str(error)) from None
+    check_rectangle(file, "duo", gates)
     if not all(math.isfinite(gate) for row in gates for gate in row):
-        raise bad(file, "duo", "a gate is no finite number")
+        raise no_plan(file, "duo", "a gate is no finite number")
     return gates
 
 
@@ -88,4 +88,4 @@ def _size(file: Path, config: dict, name: str) -> int | None:
     value, deployed = config.get(name), name.startswith("deploy_")
     if (value is None and deployed) or (type(value) is int and 1 <= value < 2**31):
         return value
-    raise bad(file, "duo", f"{name} is {show(value)}, not a number of tokens")
+    raise no_plan(file, "duo", f"{name} is {show(value)}, not a number of tokens")

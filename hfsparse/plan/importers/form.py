@@ -1,4 +1,4 @@
-"""What the forms share: what a reader returns, reading files, errors that name every form."""
+"""What readers of all forms share: their result, files, notes, errors that name every form."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Found:
         return len(self.rows), len(self.rows[0])
 
 
-def mark(where: dict[int, list[int]], layer: int, heads: Sequence[bool]) -> None:
+def note_heads(where: dict[int, list[int]], layer: int, heads: Sequence[bool]) -> None:
     """Remember which of a layer's heads a note speaks of, `[heads]`."""
     if any(heads):
         where[layer] = [head for head, marked in enumerate(heads) if marked]
 
 
-def places(where: dict[int, list[int]]) -> str:
+def describe_heads(where: dict[int, list[int]]) -> str:
     """Heads by layer: `layers 0-3 heads 0-2, 5; layer 7 head 1`."""
     pieces = []
     for heads, run in groupby(where.items(), key=lambda item: item[1]):
@@ -55,10 +55,7 @@ def _count(unit: str, numbers: list[int]) -> str:
     return f"{unit}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
-# ---- files, and what is wrong with them
-
-
-def text(path: Path, form: str) -> str:
+def read_text(path: Path, form: str) -> str:
     """A file's UTF-8 text."""
     try:
         data = reading.content(path, MAX_FILE + 1)
@@ -66,28 +63,29 @@ def text(path: Path, form: str) -> str:
             raise ValueError(f"it is over {MAX_FILE} bytes")
         return reading.decode(data)
     except (OSError, ValueError) as error:
-        raise bad(path, form, reading.why(error)) from None
+        raise no_plan(path, form, reading.why(error)) from None
 
 
-def parsed(path: Path, form: str) -> Any:
+def read_json(path: Path, form: str) -> Any:
     """A file's JSON."""
-    found = text(path, form)
+    found = read_text(path, form)
     try:
         return reading.parse(found)
     except ValueError as error:
-        raise bad(path, form, str(error)) from None
+        raise no_plan(path, form, str(error)) from None
 
 
-def rectangle(path: Path, form: str, rows: Any, name: str = "it") -> None:
+def check_rectangle(path: Path, form: str, rows: Any, name: str = "it") -> None:
     """Raise unless `rows` are layers of equally many heads."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
-        raise bad(path, form, f"{name} is {describe(rows)}, not layers x heads")
+        raise no_plan(path, form, f"{name} is {describe(rows)}, not layers x heads")
     widths = sorted({len(row) for row in rows})
     if len(widths) > 1 or not widths[0]:
-        raise bad(path, form, f"{name} has layers of {' and '.join(map(str, widths[:5]))} heads")
+        found = " and ".join(map(str, widths[:5]))
+        raise no_plan(path, form, f"{name} has layers of {found} heads")
 
 
-def unread(data: dict, *known: str) -> list[str]:
+def note_unread(data: dict, *known: str) -> list[str]:
     """A note that names the keys of a file that are not among the known ones, if it has any."""
     more = [show(key) for key in data if key not in known]
     return [f"keys of the file that are not read: {', '.join(more[:9])}"] if more else []
@@ -103,7 +101,7 @@ def describe(data: Any) -> str:
     return show(data)
 
 
-def bad(path: Path, form: str, what: str) -> PlanError:
+def no_plan(path: Path, form: str, what: str) -> PlanError:
     """The error for a file that is no plan of `form`: what was found, and what each form is."""
     forms = sorted(FORMS, key=lambda name: name != form)  # the one asked for first
     known = "; ".join(f"{name} is {FORMS[name]}" for name in forms)

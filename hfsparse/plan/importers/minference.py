@@ -12,7 +12,15 @@ from hfsparse.patterns import Pattern
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.plan.importers.form import Found, bad, describe, mark, parsed, places, rectangle
+from hfsparse.plan.importers.form import (
+    Found,
+    check_rectangle,
+    describe,
+    describe_heads,
+    no_plan,
+    note_heads,
+    read_json,
+)
 from hfsparse.plan.words import show
 
 LEAST_COLUMNS, LEAST_DIAGONALS = 30, 50  # its floors at run time
@@ -28,17 +36,17 @@ MAKERS = {
 
 def read(path: Path) -> Found:
     """Patterns for prompts, `[layers][q heads]`; caches and decode stay full, as there."""
-    layers = parsed(path, "minference")
+    layers = read_json(path, "minference")
     if not isinstance(layers, list) or not layers:
-        raise bad(path, "minference", f"it is {describe(layers)}")
+        raise no_plan(path, "minference", f"it is {describe(layers)}")
     rows, blocks, raised = [], {}, {}
     for index, layer in enumerate(layers):
         entries = _entries(path, index, layer)
         row = [_pattern(path, index, *pair) for pair in enumerate(entries)]
         rows.append(row)
-        mark(blocks, index, [pattern is BLOCKS for pattern in row])
-        mark(raised, index, [_raised(*pair) for pair in zip(entries, row, strict=True)])
-    rectangle(path, "minference", rows)
+        note_heads(blocks, index, [pattern is BLOCKS for pattern in row])
+        note_heads(raised, index, [_raised(*pair) for pair in zip(entries, row, strict=True)])
+    check_rectangle(path, "minference", rows)
     notes = [
         "the form says nothing of cache and decode: every key is kept and read",
         "scores are left out: they are of its own search, no figure that a plan expects",
@@ -46,11 +54,12 @@ def read(path: Path) -> Found:
     if blocks:
         notes.append(
             "block_sparse heads keep their 50 best blocks of 128 tokens, or of 32 on a CPU below "
-            f"4,096 tokens (there: 100 of 64, whatever the file's numbers): {places(blocks)}"
+            "4,096 tokens (there: 100 of 64, whatever the file's numbers): "
+            + describe_heads(blocks)
         )
     if raised:
         least = f"{LEAST_COLUMNS} columns and {LEAST_DIAGONALS} diagonals"
-        notes.append(f"raised to at least {least}, as MInference does: {places(raised)}")
+        notes.append(f"raised to at least {least}, as MInference does: {describe_heads(raised)}")
     return Found(rows, "q_heads", False, notes)
 
 
@@ -59,7 +68,7 @@ def _entries(path: Path, index: int, layer: Any) -> list:
     names = [str(head) for head in range(len(layer))] if isinstance(layer, dict) else []
     if not names or {*layer} != {*names}:
         what = f"layer {index} is {describe(layer)}, not a mapping of the q heads 0, 1, ..."
-        raise bad(path, "minference", what)
+        raise no_plan(path, "minference", what)
     return [layer[name] for name in names]
 
 
@@ -68,15 +77,15 @@ def _pattern(path: Path, layer: int, head: int, entry: Any) -> Pattern:
     sizes = entry[1:3] if isinstance(entry, list) else []
     if len(sizes) != 2 or not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
         what = f"{where} is {describe(entry)}, not a type and two numbers of tokens"
-        raise bad(path, "minference", what)
+        raise no_plan(path, "minference", what)
     kind = entry[0]
     if not isinstance(kind, str) or kind not in MAKERS:
         known = ", ".join(MAKERS)
-        raise bad(path, "minference", f"{where} has the type {show(kind)}, known are {known}")
+        raise no_plan(path, "minference", f"{where} has the type {show(kind)}, known are {known}")
     try:
         return MAKERS[kind](*sizes)
     except ValueError as error:
-        raise bad(path, "minference", f"{where}: {error}") from None
+        raise no_plan(path, "minference", f"{where}: {error}") from None
 
 
 def _raised(entry: list, pattern: Pattern) -> bool:
