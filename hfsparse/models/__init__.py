@@ -1,1 +1,6 @@
-"""What is known of a user's model: how it is loaded, its shape, window and chat template."""
+"""What is known of a user's model, whatever the version of transformers.
+
+`loading` loads it; `fingerprint` reads what its config says of attention (shape, kinds of layers,
+windows, rope), `window` how many tokens it can read, `chat` its chat template, `names` what it
+calls its arguments. `weights` tells a fine-tune from its base, `greedy` has it answer greedily.
+"""

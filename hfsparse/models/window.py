@@ -1,6 +1,6 @@
-"""How many tokens a model can read, and the lengths that it is calibrated at unless told of others.
+"""How many tokens a model can read, and at which lengths it is calibrated unless others are given.
 
-most = limit(model)  # None: as many as there is memory for
+most = limit(model)     # None: as many as there is memory for
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHORTEST = 256  # tokens of a calibration prompt
-ROOMY = 512  # tokens that hold its question and answer in any tokenizer's
-OFFSET = 2  # rows that tables of positions may hold more than there are positions
+ROOMY = 512  # tokens in which its question and answer fit, whatever the tokenizer
+OFFSET = 2  # a table of positions may have so many rows more than there are positions
 
 
 def context_window(config: Any) -> int | None:
@@ -64,7 +64,7 @@ def limit(model: PreTrainedModel, beyond: bool = False) -> int | None:
 
 
 def calibration_lengths(model: PreTrainedModel) -> tuple[int, ...]:
-    """Two lengths, in tokens, for a model that none were named for; one where its window is short.
+    """Two lengths in tokens, for a model whose user named none; one where its window is short.
 
     The longer is half the model's window, at least 2,048 and at most 16,384; on a CPU it is 2,048.
     Neither passes the window.

@@ -14,17 +14,17 @@ from hfsparse.patcher.supported import ROPES
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.cache.ring import SLACK
 
-# `generate` reads prompts of more than LONG tokens in chunks, unless it is told of which size, and
-# where chunks give what one call gives.
+# `generate` reads prompts of more than LONG tokens in chunks of CHUNK, unless it is given a size of
+# its own, and where chunks give what one call gives.
 LONG, CHUNK = 1 << 17, 1 << 15
-# Before it had this, `generate` numbered the tokens of chunks by columns, padding or not.
+# A `generate` without this method numbers the tokens of chunks by columns, padding or not.
 NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
 SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
-    self.__dict__.pop("_cache", None)  # up to 5.0 a static cache goes on with the last one's layers
+    self.__dict__.pop("_cache", None)  # up to 5.0 a new static cache takes the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = find_cache(model_kwargs)

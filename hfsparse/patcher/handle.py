@@ -33,7 +33,7 @@ class Patched(Handle):
 
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
-        state = self._own()
+        state = self._own_state()
         layers = [LayerStats() for _ in state.plan.layers]
         for at, layer in enumerate(state.layers):
             held = state.held[at] if state.held else Held([], 0, None)
@@ -52,16 +52,16 @@ class Patched(Handle):
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
-        for layer in self._own().layers:
+        for layer in self._own_state().layers:
             layer.counts.reset()
             layer.steps.clear()
 
     def explain(self) -> str:
         """What runs where and why, in words."""
-        self._own()
+        self._own_state()
         return explain(self.model)
 
-    def _own(self) -> State:
+    def _own_state(self) -> State:
         if self.model.get_decoder().__dict__.get("_hfsparse") is not self._patch:
             raise PatchError(
                 f"this handle's patch is no longer on the {type(self.model).__name__}: ask before "

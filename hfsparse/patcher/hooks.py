@@ -35,7 +35,7 @@ def forward(decoder, *args, **kwargs):
         raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
     except Exception:
         raise
-    except BaseException:  # the hook behind a forward is told of an Exception alone
+    except BaseException:  # `after_forward` is called for an Exception alone
         leave(state.owner)
         raise
 
@@ -77,7 +77,7 @@ def before_forward(decoder, args, kwargs):
     cache = find_cache(kwargs)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", None) if use_cache is None else use_cache
-    if cache is None and use_cache and not decoder.training:  # in training it is the model's affair
+    if cache is None and use_cache and not decoder.training:  # in training the model decides
         cache = DynamicCache()
         kwargs[cache_name(decoder)] = cache
     _check_width(kwargs, cache)
@@ -109,10 +109,10 @@ def after_forward(decoder, args, kwargs, output) -> None:
         return
     layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
     if len(layers) < len(state.layers) or not all(layer.is_initialized for layer in layers):
-        return  # a draft by the first layers; gradient checkpointing goes without
+        return  # the first layers drafted, or gradient checkpointing dropped the cache
     state.seen = layers[0].seen
     if state.graphs.why is None and state.graphs.held() is layers[0]:
-        return  # a replay: it wrote into what was there
+        return  # a replay, which writes into the same tensors
     state.graphs.held = weakref.ref(layers[0])
     held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
     for layer in layers:

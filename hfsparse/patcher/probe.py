@@ -30,8 +30,8 @@ from hfsparse.runtime.call import enter, leave, running, take_layer
 from hfsparse.runtime.layer_plan import LayerPlan
 
 NAME = "hfsparse-probe"
-found: dict[tuple[type, str], str | None] = {}  # what was learnt, by class and config
-lock = threading.Lock()  # what a probe sets for the whole process is put back by the same one
+found: dict[tuple[type, str], str | None] = {}  # what `why_not` answers, by class and config
+lock = threading.Lock()  # one probe at a time: it sets what the whole process shares
 
 
 class Unlike(Error):

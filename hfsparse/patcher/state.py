@@ -22,8 +22,8 @@ class OwnConfig:
 
     original: Any
     copy: Any
-    modules: list[Any]  # that had the original
-    before: dict[str, Any]  # the copy's attributes when it was made
+    modules: list[Any]  # those that had the original
+    before: dict[str, Any]  # attributes of the copy when it was new
 
     def give_back(self) -> None:
         """Put the original back, with what was changed in the copy meanwhile."""
@@ -56,13 +56,13 @@ class State:
     """What a patch leaves on the text decoder (as `_hfsparse`)."""
 
     owner: str
-    model: PreTrainedModel  # that was patched: it holds the decoder, or is it
+    model: PreTrainedModel  # the one that was patched: it holds the decoder, or is it
     plan: Plan
     layers: list[LayerPlan]  # of the layers that have attention
     configs: list[OwnConfig]
     graphs: Graphs
     hooks: list[Any] = field(default_factory=list)
-    # Of the last call that had a cache: what each layer's takes, and columns seen.
+    # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
 

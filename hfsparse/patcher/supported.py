@@ -20,7 +20,7 @@ from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
 
-ROPES = ("default", "linear", "llama3", "yarn")  # turn by the position alone, not a call's length
+ROPES = ("default", "linear", "llama3", "yarn")  # these turn by the position, not a call's length
 MISTAKEN = (
     "this is the handle of a patch, not the model (handle.model), which is changed in place: write "
     "handle = hfsparse.patch(model, plan), not model = hfsparse.patch(model, plan)"

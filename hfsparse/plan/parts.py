@@ -13,7 +13,6 @@ from hfsparse.models.fingerprint import fingerprint, shape, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 
-VERSION = 1  # of the form of plan files
 MAX_BYTES, MAX_DEPTH = 1 << 20, 16
 MAX_LAYERS = MAX_HEADS = 1024
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -94,3 +93,6 @@ def parameters(pattern: Any) -> dict[str, Any]:
 def key_of(name: str) -> str:
     """The plan's key for a field: `class` can't be a Python name."""
     return "class" if name == "class_name" else name
+
+
+VERSION = 1
