@@ -1,7 +1,7 @@
 """The 95 % interval of a mean over samples, for proofs and evaluations alike.
 
-Samples (trials, texts, pairs of scores) are drawn alike; what is counted inside one hangs together
-in ways that aren't known, so that samples alone are evidence.
+Samples (trials, texts, pairs of scores) are independent of one another. Values within one sample
+are correlated in unknown ways, so only the number of samples counts as evidence.
 """
 
 from __future__ import annotations

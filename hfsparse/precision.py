@@ -35,6 +35,6 @@ def without_autocast(function: Callable) -> Callable:
 def exact(t: Tensor) -> Tensor:
     """t as a factor of products that round nothing: float32, or float64 where that would round."""
     backend = torch.backends.cuda if t.is_cuda else torch.backends.mkldnn
-    told = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # from torch 2.9 on
-    told = told or torch.get_float32_matmul_precision()
-    return t.float() if told in ("none", "ieee", "highest") else t.double()
+    mode = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # from torch 2.9 on
+    mode = mode or torch.get_float32_matmul_precision()
+    return t.float() if mode in ("none", "ieee", "highest") else t.double()

@@ -1,4 +1,4 @@
-"""Where long work stands: a bar on a terminal, elsewhere (logs, pipes) a line a minute."""
+"""How far long work has come: a bar on a terminal, elsewhere (logs, pipes) a line a minute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.progress import (
 
 @dataclass
 class Clock:
-    """When a log last got a line, or work began; bars that follow one another share it."""
+    """When a log last got a line, or when work began; bars that follow one another share it."""
 
     last: float = field(default_factory=monotonic)
 
@@ -54,10 +54,10 @@ class Bar(Progress):
         while not self._stopped.wait(max(self._clock.last + self.minute - monotonic(), 0.01)):
             for task in self.tasks:
                 self._clock.last = monotonic()
-                self.console.print(_where(task), markup=False, highlight=False, soft_wrap=True)
+                self.console.print(_describe(task), markup=False, highlight=False, soft_wrap=True)
 
 
-def _where(task: Task) -> str:
+def _describe(task: Task) -> str:
     left = task.time_remaining
     rest = "" if left is None else f", about {timedelta(seconds=int(left))} left"
     elapsed = timedelta(seconds=int(task.elapsed or 0))

@@ -25,23 +25,40 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
     a prompt that comes in chunks, 0 where it comes whole.
     """
     state: State = decoder._hfsparse
-    kind = type(cache).__name__
     if not isinstance(cache, Cache):
-        raise CacheError(f"got a {kind} as cache: give a transformers Cache, or none")
-    ours = [layer for layer in cache.layers if isinstance(layer, Layer)]
-    if ours:
-        if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
-            raise CacheError(
-                "this cache is broken: a forward pass was interrupted half-way through its layers. "
-                "Start again from the prompt with a new cache"
-            )
+        raise CacheError(
+            f"got a {type(cache).__name__} as cache: give a transformers Cache, or none"
+        )
+    if ours := [layer for layer in cache.layers if isinstance(layer, Layer)]:
+        _check_whole(ours)
         for layer in ours if expected else ():
             layer.expected = expected
         if reserve:
             state.graphs.forget(ours[0])
         return
-    layer_kinds = {type(layer).__name__ for layer in cache.layers}
-    special = [name for name in (kind, *layer_kinds) if "Quant" in name or "EncoderDecoder" in name]
+    _check_empty(cache)
+    layers: list[Any] = [None] * len(state.plan.layers)
+    if len(state.layers) < len(layers):  # linear layers keep transformers' own
+        layers = cache.layers or DynamicCache(config=decoder.config).layers
+    for layer in state.layers:
+        layers[layer.index] = layer.new_cache(reserve, expected)
+    cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
+    cache.layer_class_to_replicate = None
+
+
+def _check_whole(ours: list[Layer]) -> None:
+    """CacheError for a cache whose layers have not all stored the same tokens."""
+    if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
+        raise CacheError(
+            "this cache is broken: a forward pass was interrupted half-way through its layers. "
+            "Start again from the prompt with a new cache"
+        )
+
+
+def _check_empty(cache: Cache) -> None:
+    """CacheError for a cache of transformers that holds tokens, or is of a kind of its own."""
+    kinds = dict.fromkeys(type(each).__name__ for each in (cache, *cache.layers))
+    special = [name for name in kinds if "Quant" in name or "EncoderDecoder" in name]
     if special or getattr(cache, "offloading", False):
         what = f"a {special[0]}" if special else "an offloaded cache"
         raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
@@ -50,13 +67,6 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
             f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "
             f"hfsparse can't go on from: start again from the prompt with a new cache. {VIRTUAL}"
         )
-    layers: list[Any] = [None] * len(state.plan.layers)
-    if len(state.layers) < len(layers):  # linear layers keep transformers' own
-        layers = cache.layers or DynamicCache(config=decoder.config).layers
-    for layer in state.layers:
-        layers[layer.index] = layer.new_cache(reserve, expected)
-    cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
-    cache.layer_class_to_replicate = None
 
 
 @torch.compiler.disable

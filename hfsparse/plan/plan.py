@@ -35,7 +35,7 @@ from hfsparse.plan.reader import read
 from hfsparse.plan.rules import rules
 from hfsparse.plan.writer import write
 
-NONE = "none"  # what `made.verified.told` begins with where nothing could be told
+NONE = "none"  # `made.verified.told` begins with it where verification could say nothing
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def unproved(self) -> str | None:
-        """Why the profiler's proof told nothing of this plan, if it ran and didn't."""
+        """Why verification could say nothing of this plan, if it ran and couldn't."""
         said, _, why = str(self.verified.get("told")).partition(": ")
         return why if said in (NONE, "nothing") else None  # as plans of 0.1 said it
 
