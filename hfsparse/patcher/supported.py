@@ -61,14 +61,14 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
         yield "it is an encoder-decoder"
     try:
         config = text_config(model)
-        yield from _odd_attention(config, modules)
+        yield from _config_obstacles(config, modules)
         values = attention_values(config)
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
     attending = [i for i, kind in enumerate(values["kinds"]) if kind not in LINEAR]
-    yield from _unknown_layers(model, values["kinds"])
-    yield from _wrong_modules(modules, attending)
+    yield from _layer_obstacles(model, values["kinds"])
+    yield from _module_obstacles(modules, attending)
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
     full = Plan.full(ModelId.of(model))
@@ -84,7 +84,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
             )
 
 
-def _odd_attention(config: Any, modules: list[Any]) -> Iterator[str]:
+def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
     if any(by_layer(config, "kv_lora_rank")):
         yield "its cache holds latents (MLA), not keys per head"
@@ -96,7 +96,7 @@ def _odd_attention(config: Any, modules: list[Any]) -> Iterator[str]:
         yield "it calls attention twice a layer"
 
 
-def _unknown_layers(model: PreTrainedModel, kinds: list[str]) -> Iterator[str]:
+def _layer_obstacles(model: PreTrainedModel, kinds: list[str]) -> Iterator[str]:
     """Kinds of layers that we don't know, or whose state we can't keep."""
     if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
         yield f"it has layers of kind {', '.join(other)}"
@@ -109,7 +109,7 @@ def _unknown_layers(model: PreTrainedModel, kinds: list[str]) -> Iterator[str]:
         yield "it keeps the state of its linear layers in a cache of its own"
 
 
-def _wrong_modules(modules: list[Any], attending: list[int]) -> Iterator[str]:
+def _module_obstacles(modules: list[Any], attending: list[int]) -> Iterator[str]:
     """Attention modules that are not causal self-attention, one in each layer that attends."""
     if not modules:
         yield "it has no attention layers that hfsparse knows"

@@ -17,7 +17,7 @@ RULES = "A plan that can't be read"  # the section of what a plan's reader and r
 REASONS = "Why a model can't be patched"
 # What is raised for users, or for what tells them. Errors of INNER rooms are for who calls them.
 ERROR = re.compile(
-    r"(Usage|Patch|Plan|Cache|Shape|Value|OutOfMemory)Error|PlanMismatch|Infeasible|warn"
+    r"(Usage|Patch|Handle|Plan|Cache|Shape|Value|OutOfMemory)Error|PlanMismatch|Infeasible|warn"
 )
 INNER = {"kernels", "lists"}
 LETTERS = 8  # in a message of its own: one of fewer carries another, such as `…, line …: …`
