@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfsparse
-from hfsparse.errors import PatchError
-from hfsparse.models.fingerprint import ShapeError, attention_values, windows
+from hfsparse.errors import PatchError, ShapeError
+from hfsparse.models.fingerprint import attention_values, windows
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patcher.state import is_patched
