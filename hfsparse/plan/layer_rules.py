@@ -24,7 +24,7 @@ TAKES = {
 def layers_rules(
     layers: tuple[Layer, ...], model: ModelId | None, patterns: dict, line_of: Callable
 ) -> Iterator[Placed]:
-    """What is wrong with the layers, told once for equal layers on one line of a file."""
+    """What is wrong with the layers, said once for equal layers on one line of a file."""
     if type(layers) is not tuple:
         yield ("layers",), f"layers is {show(layers)}: give a tuple of Layer"
         return
@@ -37,7 +37,7 @@ def layers_rules(
         for path, text in _layer_rules(layer, model, patterns):
             yield ("layers", numbers[0], *path), f"layer {span(numbers)}: {text}"
         chooses = any(not _reuses(patterns[word]) for _, word in _find_selecting(layer, patterns))
-        # Of a run of layers that choose, each reads again what the one before it chose.
+        # In a run of layers that choose, each but the first reuses what the one before it chose.
         inside = [(numbers[0], layer)] if chooses and len(numbers) > 1 else []
         for source in (before, *inside):
             for text in _reuse_rules(layer, source, patterns):
