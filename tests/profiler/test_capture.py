@@ -397,18 +397,19 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from hfsparse import profiler
-from hfsparse.profiler import minference, search
+from hfsparse.profiler.methods import minference
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.prompts.calibration import make_prompts
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=4).float().eval()
-prompts = profiler.prompts_of(tokenizer, 4096, 1, 0, None)
+prompts = make_prompts(tokenizer, 4096, 1, 0, None)
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 loaded = pages * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
 candidates = minference.candidates(4096)
 for prompt in prompts:
-    search.of_prompt(model, prompt, candidates)
+    search.measure_prompt(model, prompt, candidates)
 status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at pytest's own
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"loaded": loaded, "peak": peak}))

@@ -90,7 +90,7 @@ def pattern_mask(seen: Seen, pattern) -> torch.Tensor:
 
 
 def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
-    rows, weight = exact.sampled_rows(L, KEYS)
+    rows, weight = exact.sample_rows(L, KEYS)
     assert rows.tolist() == sorted(
         {*KEYS.tolist(), *np.linspace(0, L - 1, exact.SPREAD).astype(int)}
     )
@@ -101,7 +101,7 @@ def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
 
 
 def test_when_every_row_is_a_key_each_stands_for_itself():
-    rows, weight = exact.sampled_rows(20, torch.arange(20))
+    rows, weight = exact.sample_rows(20, torch.arange(20))
     assert rows.tolist() == list(range(20))
     assert weight.tolist() == [1.0] * 20
 

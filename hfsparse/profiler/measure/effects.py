@@ -25,7 +25,7 @@ from torch import Tensor
 from hfsparse import kernels
 from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.profiler.measure.capture import Seen
-from hfsparse.profiler.measure.exact import attention, sampled_rows
+from hfsparse.profiler.measure.exact import attention, sample_rows
 
 AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
 
@@ -81,7 +81,7 @@ def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dic
     """`layer` for some heads, where `output` [keys] is the length of the layer's whole output."""
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    rows, weight = sampled_rows(L, seen.keys)
+    rows, weight = sample_rows(L, seen.keys)
     mass, values, exact = _exact(seen, rows)
     bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
     grad = seen.grad[0, :, rows].float()

@@ -1,6 +1,6 @@
 """Calibration prompts, made offline from what any Python installation holds.
 
-    for prompt in samples(tokenizer, length=2048, count=4, seed=0): model(prompt.ids)
+    for prompt in make_prompts(tokenizer, length=2048, count=4, seed=0): model(prompt.ids)
 
 Four kinds in turn: `retrieval` and `multihop` hide facts in a text and end with a question and its
 answer; `prose` and `code` are plain text. The wording is deliberately not that of RULER, which
@@ -45,23 +45,23 @@ class Prompt:
     answer_span: tuple[int, int] | None  # first token of the answer and the one past it
 
 
-def samples(
+def make_prompts(
     tokenizer, length: int, count: int, seed: int, data: str | Path | None = None
 ) -> list[Prompt]:
     """`count` prompts of exactly `length` tokens; fewer only if `data` has fewer so long."""
     if data is not None:
-        return own_texts(tokenizer, length, count, seed, data)
-    return [make(tokenizer, length, index, seed) for index in range(count)]
+        return read_own_texts(tokenizer, length, count, seed, data)
+    return [make_prompt(tokenizer, length, index, seed) for index in range(count)]
 
 
-def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
+def make_prompt(tokenizer, length: int, index: int, seed: int) -> Prompt:
     """The `index`th prompt. Every second round swaps prose and code under the hidden facts."""
     turn, kind = index // len(KINDS), KINDS[index % len(KINDS)]
     rng = Random(f"hfsparse {kind} {index} {seed}")
     if kind in ("prose", "code"):
         start = bos(tokenizer)
         body = fill(tokenizer, kind, length - len(start), rng)
-        return Prompt(f"{kind}-{index}", _ids(start + list(chain(*body))), None)
+        return Prompt(f"{kind}-{index}", to_ids(start + list(chain(*body))), None)
 
     ground = ("prose", "code")[(turn + (kind == "multihop")) % 2]
     puzzle = PUZZLES[kind, ground](rng, facts=max(3, min(8, length // 256)))
@@ -76,13 +76,13 @@ def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
         )
     body = hide(facts, fill(tokenizer, ground, room, rng), rng)
     ids = head + body + tail + answer
-    return Prompt(f"{kind}-{ground}-{index}", _ids(ids), (length - len(answer), length))
+    return Prompt(f"{kind}-{ground}-{index}", to_ids(ids), (length - len(answer), length))
 
 
 # ---- tokens
 
 
-def _ids(tokens: list[int]) -> Tensor:
+def to_ids(tokens: list[int]) -> Tensor:
     return torch.tensor([tokens], device="cpu")
 
 
@@ -179,7 +179,7 @@ def _source(module: str) -> str:
 # ---- the user's own texts
 
 
-def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -> list[Prompt]:
+def read_own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -> list[Prompt]:
     """Up to `count` texts of `file`, drawn by `seed`, from those with at least `length` tokens.
 
     A longer text loses its start, so the end, where a question usually stands, stays.
@@ -203,7 +203,7 @@ def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -
         if len(body) >= room:
             span = (length - len(answer), length) if answer else None
             ids = head + body[-room:] + tail + answer
-            prompts.append(Prompt(f"data-{line}", _ids(ids), span))
+            prompts.append(Prompt(f"data-{line}", to_ids(ids), span))
         if len(prompts) == count:
             break
     if not prompts:

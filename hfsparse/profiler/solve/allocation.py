@@ -127,7 +127,7 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         taken, _ = _programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
-        least = (f"{_least(options, share, budget.loss):.3f}" for share in budget.limits)
+        least = (f"{_find_smallest(options, share, budget.loss):.3f}" for share in budget.limits)
         pairs, cache, decode = least
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
@@ -151,14 +151,14 @@ def least_loss(options: Options, budget: Budget) -> float:
     return _programme(options, budget).solve()[1]
 
 
-def _least(options: Options, share: str, loss: float | None) -> float:
+def _find_smallest(options: Options, share: str, loss: float | None) -> float:
     """The smallest that one share can be, within a budget of loss if one is given."""
     programme = _programme(options, Budget(1, 1, 1, loss))
     programme.aim(share)
     return programme.solve()[1]
 
 
-def losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
+def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
     """What each kv head of a choice loses, its q heads in prompts and its decode: [layers, Hkv]."""
     kv_heads = options.ring_effect.shape[2]
     group, found = options.prefill.shape[2] // kv_heads, np.zeros((len(layers), kv_heads))
