@@ -209,7 +209,7 @@ def ranking(group: str, job: Job) -> dict[str, list[float]]:
         *_, (state, _) = duo.train_gates(job)
         found = {"gates": state["gates"], **duo.measure_proxies(job)}
     elif group == "moa":
-        cost = moa.measure_influences(job, moa.rules(max(job.prompts)))[
+        cost = moa.measure_influences(job, moa.make_rules(max(job.prompts)))[
             -1, :, :, 0
         ]  # of the shortest
         found = {"influence": cost.reshape(len(cost), ModelId.of(MODEL).kv_heads, -1).sum(2)}

@@ -79,12 +79,12 @@ def describe_sources(page: dict[str, Any], flags: dict[str, Any]) -> str:
             continue
         origin = "recipe" if key not in flags else "flag"
         if key in flags and page.get(key, flags[key]) != flags[key]:
-            origin += f", not {_short(page[key])}"
-        pieces.append(f"{key.replace('_', ' ')} {_short(value)} ({origin})")
+            origin += f", not {_format(page[key])}"
+        pieces.append(f"{key.replace('_', ' ')} {_format(value)} ({origin})")
     return f"recipe {page['recipe']}: {', '.join(pieces)}"
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     if type(value) is bool:
         return "on" if value else "off"
     return " and ".join(map(str, value)) if type(value) is tuple else str(value)

@@ -1,4 +1,4 @@
-"""The settings of `profile`: each stands here once.
+"""The settings of `profile`: each is defined here once.
 
     settings = Settings(method="duo", lengths=(2048,))  # UsageError for what can't work
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -186,13 +187,18 @@ class Settings:
     progress: bool = setting(False, recipe=False)
 
     def __post_init__(self) -> None:
-        for about in ("check", "suits"):
-            for each in fields(self):
-                test, value = each.metadata[about], getattr(self, each.name)
-                if test is None or value is None:
-                    continue
-                if problem := test(each.name, value) if about == "check" else test(self):
-                    raise UsageError(problem)
+        given = {each.name: each.metadata for each in fields(self)}
+        given = {name: about for name, about in given.items() if getattr(self, name) is not None}
+        problems = chain(
+            (
+                each["check"](name, getattr(self, name))
+                for name, each in given.items()
+                if each["check"]
+            ),
+            (each["suits"](self) for each in given.values() if each["suits"]),
+        )
+        if problem := next(filter(None, problems), None):
+            raise UsageError(problem)
 
     def methods(self, between: str) -> str:
         """The names of the methods that choose."""
@@ -205,7 +211,8 @@ class Settings:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What measurements depend on; without defaults, so that a new setting ends no run."""
+        """What measurements depend on. Defaults are left out, so that runs which were begun before
+        a setting existed go on."""
         changed = {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -216,13 +223,13 @@ class Settings:
 
     @property
     def made(self) -> dict[str, Any]:
-        """What a plan says of its making, where it is given."""
+        """What a plan says under `made`."""
         found = {name: getattr(self, name) for name in self.names("made")}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def names(cls, about: str) -> list[str]:
-        """The settings of which this is said, as `setting` has it."""
+        """The settings that have this: an argument of `setting`."""
         return [each.name for each in fields(cls) if each.metadata[about]]
 
 

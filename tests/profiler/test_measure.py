@@ -77,7 +77,7 @@ def seen(request) -> Seen:
 
 @pytest.fixture(scope="module")
 def found(seen) -> dict[str, np.ndarray]:
-    return measure.layer(seen, CANDIDATES)
+    return measure.measure_layer(seen, CANDIDATES)
 
 
 def near(found, plain, rtol=1e-4):
@@ -109,7 +109,7 @@ def test_when_every_row_is_a_key_each_stands_for_itself():
 @pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse()], ids=["refresh", "reuse"])
 def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
     with pytest.raises(ValueError, match="without refresh"):
-        measure.layer(seen, measure.Candidates({}, {}, {"quest": selector}))
+        measure.measure_layer(seen, measure.Candidates({}, {}, {"quest": selector}))
 
 
 @pytest.mark.parametrize("name", CANDIDATES.patterns)
@@ -245,13 +245,15 @@ def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
 
 def test_a_few_kv_heads_at_a_time_are_measured_alike(seen, found, monkeypatch):
     monkeypatch.setattr(measure, "AT_ONCE", GROUP * L)
-    for name, array in measure.layer(seen, CANDIDATES).items():
+    for name, array in measure.measure_layer(seen, CANDIDATES).items():
         near(array, found[name], 1e-5)
 
 
 def test_half_precision_is_measured_in_single(seen):
     half = {name: getattr(seen, name).bfloat16() for name in ("q", "k", "v", "out", "grad")}
     up = {name: tensor.float() for name, tensor in half.items()}
-    found, single = (measure.layer(replace(seen, **tensors), CANDIDATES) for tensors in (half, up))
+    found, single = (
+        measure.measure_layer(replace(seen, **tensors), CANDIDATES) for tensors in (half, up)
+    )
     for name in ("pattern_effect", "pattern_recall", "page_effect", "page_recall"):
         near(found[name], single[name], 1e-3)

@@ -37,14 +37,14 @@ def model():
 
 
 def test_rules_are_shorter_than_the_longest_prompt_and_in_order():
-    each = moa.rules(768)
+    each = moa.make_rules(768)
     assert each[0] == Streaming(64, 128)
     assert each[-1] is None
     assert Streaming(64, 128, 0.5) in each
     assert all(r.recent + r.recent_per_token * 768 < 768 for r in each[:-1])
     lines = [(r.recent, r.recent_per_token) for r in each[:-1]]
     assert lines == sorted(set(lines))
-    cross = moa.crossing(each)
+    cross = moa.find_crossing(each)
     assert not cross[-1].any()
     for i, (a, b) in enumerate(lines):
         for j, (c, d) in enumerate(lines):
@@ -58,14 +58,14 @@ def test_what_a_rule_drops_is_what_its_mask_drops(rule):
     L, block = 300, moa.BLOCK
     mask = Grid.causal(1, L).banded(rule.band, 1).mask()[0, 0].numpy()
     causal = np.tri(L, dtype=bool)
-    share = moa.dropped(rule, L)
+    share = moa.share_dropped(rule, L)
     assert share.shape == (5, 5)
     for i in range(5):
         for j in range(i + 1):
             at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
             lost = (causal[at] & ~mask[at]).sum() / causal[at].sum()
             assert share[i, j] == pytest.approx(lost, abs=1e-6)
-    assert not moa.dropped(None, L).any()
+    assert not moa.share_dropped(None, L).any()
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa3", "gqa4"])

@@ -133,13 +133,13 @@ def test_prose_falls_back_to_docstrings_where_python_has_no_help_topics(monkeypa
 
 
 def test_a_short_source_is_repeated_to_fill_a_long_prompt(monkeypatch):
-    monkeypatch.setattr(prompts, "_prose", lambda: {"only": "One line, said again and again."})
+    monkeypatch.setattr(prompts, "_read_prose", lambda: {"only": "One line, said again and again."})
     prompt = make_prompts(tokenizer(), 1000, 3, seed=0)[2]
     assert text(prompt).count("One line") > 10
 
 
 def test_a_python_without_sources_asks_for_data(monkeypatch, tmp_path):
-    monkeypatch.setattr(prompts, "_file", lambda module: tmp_path / module)
+    monkeypatch.setattr(prompts, "_locate", lambda module: tmp_path / module)
     with pytest.raises(UsageError, match=r"has no code to calibrate with .* give --data"):
         make_prompts(tokenizer(), 1000, 4, seed=0)
 

@@ -52,7 +52,7 @@ def test_a_value_is_said_when_greedy_decoding_says_it(patched):
     wrong[-1] = 5 if wrong[-1] != 5 else 6
     trial = trials.Trial("by hand", text, [([], value), (given, wrong)])
     with hfsparse.patch(model) if patched else torch.no_grad():
-        found = trials.run(model, trial)
+        found = trials.run_trial(model, trial)
     assert found["said"].tolist() == [True, False]
     ids = torch.tensor([text + value + given + wrong])
     with torch.no_grad():
@@ -66,8 +66,8 @@ def test_a_value_is_said_when_greedy_decoding_says_it(patched):
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
     tokenizer = tiny.tokenizer(chat)
-    made = [trials.make(tokenizer, 900, i, 7) for i in range(12)]
-    assert made[:4] == [trials.make(tokenizer, 900, i, 7) for i in range(4)]
+    made = [trials.make_trial(tokenizer, 900, i, 7) for i in range(12)]
+    assert made[:4] == [trials.make_trial(tokenizer, 900, i, 7) for i in range(4)]
     assert len({trial.task for trial in made}) == 12
     for trial in made:
         assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 900
@@ -84,7 +84,7 @@ def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
 
 def test_a_length_that_holds_no_trial_is_refused():
     with pytest.raises(UsageError, match="trials of 100 tokens are too short"):
-        trials.make(tiny.tokenizer(), 100, 0, 0)
+        trials.make_trial(tiny.tokenizer(), 100, 0, 0)
 
 
 # ---- what is lost
@@ -138,7 +138,7 @@ def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
             ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
             return {"said": np.array([not ring] * 4), "loss": np.full(4, by * ring)}
 
-        monkeypatch.setattr(trials, "run", run)
+        monkeypatch.setattr(trials, "run_trial", run)
         this = job(model)
         made = refine(this, rings(model), 0.0, 2).made["verified"]
         given[by] = made["given_back"], made["drop"], made["clearly"]
@@ -178,7 +178,7 @@ def believe(monkeypatch, vital: set[give_back.Unit], able: float = 1.0) -> list[
         said = not missed and len(trial.task) % 100 < 100 * able
         return {"said": np.array([said] * 4), "loss": np.full(4, float(missed))}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     return log
 
 
@@ -224,7 +224,7 @@ def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypat
         missed = [ring and trial.task in lose] * 4
         return {"said": ~np.array(missed), "loss": np.array(missed, float)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
     plan = refine(this, rings(model), 0.0, 12)
     assert plan.made["verified"]["given_back"] == ["layer 2 kv head 1"]
@@ -245,7 +245,7 @@ def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
         missed[2] = few and trial.task == "numbers-prose"
         return {"said": missed == 0, "loss": missed}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
     made = refine(this, rings(model), 0.0, 12).made["verified"]
     assert made["given_back"] == ["layer 1 kv head 0"]
@@ -286,7 +286,7 @@ def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
         missed = max(0, sum(short) - 3) if many else short[5]
         return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = replace(job(model), budget=Budget(1, 0.3, 0.1))
     plan = refine(this, rings(model), 0.01, 2, choose=choose, expect=expect)
     plan.validate()
@@ -338,7 +338,7 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
         log.append(trial)
         return {"said": np.array([trial.task in can] * 4), "loss": np.zeros(4)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
     made = refine(this, rings(model), 0.0, 8).made["verified"]
     assert made["trials"] == 2 * 8
@@ -347,7 +347,7 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
     assert len(made["tasks"]) == 12
     texts = {tuple(trial.text) for trial in log}
     assert len(texts) == 2 * (12 + 8 - 2 + 8)  # two of the first round count; 8 more tell
-    assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
+    assert [trials.name_task(i) for i in (0, 5, 6, 11, 12)] == [
         "numbers-prose",
         "multihop-code",
         "numbers-prose-known",
@@ -369,7 +369,7 @@ def test_a_plan_is_told_by_trials_that_chose_nothing(model, monkeypatch):
         log.append((chose, [layer.cache for layer in layers]))
         return {"said": np.array([not lost] * 4), "loss": np.full(4, float(lost))}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     plan = refine(this, rings(model), 0.01, 12)
     made = plan.made["verified"]
     assert made["given_back"] == ["layer 0 kv head 1", "layer 2 kv head 0"]
@@ -390,7 +390,7 @@ def test_a_model_that_answers_no_question_is_asked_to_complete(model, monkeypatc
         said = trial.task in can and layers[1].cache[1] == "full"
         return {"said": np.array([said] * 2), "loss": np.full(2, float(not said))}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     plan = refine(job(model), rings(model), 0.01, 4)
     made = plan.made["verified"]
     assert made["given_back"] == ["layer 1 kv head 1"]
@@ -403,7 +403,7 @@ def test_a_model_that_answers_no_question_is_asked_to_complete(model, monkeypatc
 def test_a_completion_begins_once_more_what_its_text_has_said(chat):
     tokenizer = tiny.tokenizer(chat)
     for i in range(8):
-        trial = trials.make(tokenizer, 700, i, 7, trials.COMPLETIONS)
+        trial = trials.make_trial(tokenizer, 700, i, 7, trials.COMPLETIONS)
         assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 700
         text = tokenizer.decode(trial.text)
         assert "?" not in text[-60:]
@@ -411,7 +411,7 @@ def test_a_completion_begins_once_more_what_its_text_has_said(chat):
         for given, value in trial.turns:
             begun = tokenizer.decode(given) or text[-60:]
             assert begun.rpartition("\n\n")[2] + tokenizer.decode(value) in text
-    needle = trials.make(tokenizer, 700, 1, 7, trials.COMPLETIONS)
+    needle = trials.make_trial(tokenizer, 700, 1, 7, trials.COMPLETIONS)
     assert (needle.task, len(needle.turns)) == ("needle-noise", 1)
 
 
@@ -589,7 +589,7 @@ def shortness(monkeypatch) -> list[str]:
         missed = max(0.0, sum(max(0, 96 - plan.patterns[w].band.span(512)) for w in words) / 32 - 2)
         return {"said": np.array([not missed] * 4), "loss": np.full(4, missed)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     return log
 
 
@@ -616,7 +616,7 @@ def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(
 
         return run
 
-    monkeypatch.setattr(trials, "run", mortal(trials.run))
+    monkeypatch.setattr(trials, "run_trial", mortal(trials.run_trial))
     monkeypatch.setattr(search, "measure_prompt", mortal(search.measure_prompt))
     for _ in range(100):
         left[0] = rng.randrange(1, 9)

@@ -25,8 +25,8 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import Seen, backward
 from hfsparse.profiler.measure.exact import attention
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.calibration import Prompt
 
 BLOCK = 64  # edge of the blocks that |E| is summed in
@@ -67,7 +67,7 @@ def measure_costs(model: PreTrainedModel, prompt: Prompt, dropped: np.ndarray) -
     return np.stack([layer["cost"] for layer in layers])
 
 
-@own_modes
+@isolate_modes
 def append_answer(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """The prompt with the model's own greedy answer `[1, L]`, and the rows [n] that predict it.
 
@@ -78,7 +78,7 @@ def append_answer(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tenso
     ids = prompt.ids.to(where).clone()
     start, end = prompt.answer_span or (L - min(ANSWER, L // 4), L)
     text = ids[:, :start]
-    with patch(model), sliced(model), greedy(model, end - start):
+    with patch(model), slice_tokens(model), greedy(model, end - start):
         whole = model.generate(text, attention_mask=torch.ones_like(text))
     end = whole.shape[1]  # earlier where the text ends
     ids[:, start:end] = whole[:, start:]
@@ -90,7 +90,7 @@ def measure_losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) ->
     ids, keys = append_answer(model, prompt)
     decoder, found = model.get_decoder(), []
     for plan in plans:
-        with patch(model, plan), sliced(model), torch.no_grad():
+        with patch(model, plan), slice_tokens(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             at = keys.to(hidden.device)
             found.append(float(_cross_entropy(model, hidden[:, at], ids[0, keys + 1])))

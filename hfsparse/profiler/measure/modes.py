@@ -12,7 +12,7 @@ import torch
 P, T = ParamSpec("P"), TypeVar("T")
 
 
-def own_modes(work: Callable[P, T]) -> Callable[P, T]:
+def isolate_modes(work: Callable[P, T]) -> Callable[P, T]:
     """`work` outside of the caller's inference mode, autocast and default device."""
 
     @wraps(work)

@@ -19,11 +19,11 @@ from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler.measure.capture import PROJECTIONS, projection
+from hfsparse.profiler.measure.capture import PROJECTIONS, find_projection
 from hfsparse.profiler.measure.exact import attend
-from hfsparse.profiler.measure.gates import sparse_layers
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced
+from hfsparse.profiler.measure.gates import find_sparse_layers
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.passkeys import Passkeys
 from hfsparse.runtime.layer_plan import Logits
 
@@ -31,7 +31,7 @@ PROXIES = ("copy", "mass", "error")
 ROWS = 64  # rows looked at, spread over the answers
 
 
-@own_modes
+@isolate_modes
 def measure_proxies(
     model: PreTrainedModel, keys: Passkeys, stream: Streaming
 ) -> dict[str, np.ndarray]:
@@ -45,8 +45,8 @@ def measure_proxies(
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
     ids = keys.ids.to(input_device(model))
-    with patch(model), sliced(model), torch.no_grad():
-        for layer in sparse_layers(model):
+    with patch(model), slice_tokens(model), torch.no_grad():
+        for layer in find_sparse_layers(model):
             layer.observe = observe
         model.get_decoder()(input_ids=ids, use_cache=False)
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
@@ -70,7 +70,7 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
         values = v[g].float()
         exact.append(mass @ values)
         change.append(kept @ values / share.clamp(min=1e-9)[..., None] - exact[-1])
-    proj = projection(module, torch.cat(exact)[None].to(v.dtype))
+    proj = find_projection(module, torch.cat(exact)[None].to(v.dtype))
     if proj is None:
         raise UsageError(
             f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "

@@ -7,7 +7,7 @@ all budgets.
 
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
-(`recent_per_token`). One length alone tells nothing of that.
+(`recent_per_token`). One length alone shows nothing of that.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def options(
     units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
 
     def loss(kind: str, heads: int = 1) -> np.ndarray:
-        """`heads`: how many stand for one kv head."""
+        """By candidate and head; `heads` of them are one kv head."""
         effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
         return effect + MISSED * missed(kind) / unit / heads
 

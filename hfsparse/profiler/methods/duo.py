@@ -29,7 +29,7 @@ from hfsparse.profiler.job import Forecast, Found, Job
 from hfsparse.profiler.measure import proxies
 from hfsparse.profiler.measure.capture import check_gradients
 from hfsparse.profiler.measure.gates import distil
-from hfsparse.profiler.measure.modes import own_modes
+from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.methods.one_pass import patterns_in_use
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.passkeys import Passkeys, hide
@@ -96,7 +96,7 @@ def train_gates(job: Job) -> Iterator[tuple[Arrays, int]]:
             return
 
 
-@own_modes
+@isolate_modes
 @torch.enable_grad()
 def advance(job: Job, state: Arrays, end: int) -> Arrays:
     """Gates and AdamW's state after step `end`, from a checkpoint before it."""

@@ -44,14 +44,14 @@ UNSEEN = 4  # prompts of the last choice, at most
 def plan(job: Job) -> Found:
     """Measure influence, solve, and choose by the loss at an unseen length."""
     unseen = _choose_unseen_length(job)
-    each = rules(max(job.prompts))
+    each = make_rules(max(job.prompts))
     tables = {n: Table.of(each, n, job) for n in sorted({*job.prompts, unseen})}
     found = measure_influences(job, each)
     programme = Programme(
         found[:, job.free],
         np.array([table.pairs for table in tables.values()]),
         np.array([table.held for table in tables.values()]),
-        crossing(each),
+        find_crossing(each),
         ModelId.of(job.model).kv_heads,
         job.budget,
     )
@@ -60,7 +60,7 @@ def plan(job: Job) -> Found:
         choices = job.parts.get(f"pareto-{name}", lambda: {"rules": pareto(programme)})["rules"]
     except Infeasible as error:
         raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
-    patterns = dict(zip(map(_word, each[:-1]), each[:-1], strict=True))
+    patterns = dict(zip(map(_name_rule, each[:-1]), each[:-1], strict=True))
     expect = Forecast(job, patterns, partial(_look_up_prompts, each=each, tables=tables))
     plans = [_make_plan(job, each, choice) for choice in choices]
     best = _choose_best(job, plans, unseen)
@@ -71,7 +71,7 @@ def plan(job: Job) -> Found:
     return Found(best, expect, suspects=suspects)
 
 
-def rules(longest: int) -> list[Streaming | None]:
+def make_rules(longest: int) -> list[Streaming | None]:
     """Rules shorter than prompts of `longest` tokens, by alpha and then beta; None: everything."""
     step = max(BLOCK, longest // STEPS // BLOCK * BLOCK)
     alphas = sorted({LEAST, *(a for a in range(step, longest, step) if a > LEAST)})
@@ -79,7 +79,7 @@ def rules(longest: int) -> list[Streaming | None]:
     return [Streaming(SINK, a, b) for a, b in lines if a + b * longest < longest] + [None]
 
 
-def crossing(each: list[Streaming | None]) -> np.ndarray:
+def find_crossing(each: list[Streaming | None]) -> np.ndarray:
     """Pairs of rules `[rules, rules]` neither of which holds the other."""
     lines = [(r.recent, r.recent_per_token) if r else (np.inf, np.inf) for r in each]
     alpha, beta = np.array(lines).T
@@ -87,7 +87,7 @@ def crossing(each: list[Streaming | None]) -> np.ndarray:
     return wider | wider.T
 
 
-def dropped(rule: Streaming | None, length: int) -> np.ndarray:
+def share_dropped(rule: Streaming | None, length: int) -> np.ndarray:
     """Share of the causal pairs of each block `[n, n]` that a rule drops, n = ceil(L / BLOCK)."""
     n = -(-length // BLOCK)
     if rule is None:
@@ -126,7 +126,7 @@ def measure_influences(job: Job, each: list[Streaming | None]) -> np.ndarray:
     name = mark(each)
     rows = [(n, i, prompt) for n, some in job.prompts.items() for i, prompt in enumerate(some)]
     found: dict[int, list[np.ndarray]] = {n: [] for n in job.prompts}
-    lost = {n: np.stack([dropped(rule, n) for rule in each]) for n in job.prompts}
+    lost = {n: np.stack([share_dropped(rule, n) for rule in each]) for n in job.prompts}
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
 
         def measure(n=n, prompt=prompt) -> dict[str, np.ndarray]:
@@ -149,7 +149,7 @@ def _make_plan(job: Job, each: list[Streaming | None], choice: np.ndarray) -> Pl
     every = np.full(this.q_heads, len(each) - 1)
     taken = np.array([next(rows) if sparse else every for sparse in job.free])
     widest = taken.reshape(this.layers, this.kv_heads, -1).max(2)  # rules of a layer are nested
-    words = np.array([_word(rule) for rule in each], dtype=object)
+    words = np.array([_name_rule(rule) for rule in each], dtype=object)
     reads = np.array(["ring" if rule else "full" for rule in each], dtype=object)
     layers = tuple(
         Layer(tuple(words[prefill]), tuple(words[kept]), tuple(reads[kept]))
@@ -159,7 +159,7 @@ def _make_plan(job: Job, each: list[Streaming | None], choice: np.ndarray) -> Pl
     return Plan(this, patterns, layers, job.below)
 
 
-def _word(rule: Streaming | None) -> str:
+def _name_rule(rule: Streaming | None) -> str:
     return "full" if rule is None else f"a{rule.recent}b{rule.recent_per_token:g}"
 
 
@@ -167,7 +167,7 @@ def _look_up_prompts(
     layers: tuple[Layer, ...], each: list[Streaming | None], tables: dict[int, Table]
 ) -> dict[int, Prompts]:
     """What these layers do in prompts, by length."""
-    at = {_word(rule): i for i, rule in enumerate(each)}
+    at = {_name_rule(rule): i for i, rule in enumerate(each)}
     heads = np.array([[at[word] for word in layer.prefill] for layer in layers])
     return {n: Prompts(table.pairs[heads], table.blocks[heads]) for n, table in tables.items()}
 

@@ -14,16 +14,15 @@ from hfsparse.models.fingerprint import windows
 from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.job import Forecast, Found, Job
-from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import capture
-from hfsparse.profiler.measure.effects import Candidates
+from hfsparse.profiler.measure.effects import Candidates, measure_layer
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
 
 
 def measure_prompts(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
-    """Mean over prompts of `measure.layer`, arrays `[layers, candidates, heads]`, by length."""
+    """Mean over prompts of `measure_layer`, arrays `[layers, candidates, heads]`, by length."""
     name = mark(candidates)
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
@@ -37,7 +36,7 @@ def measure_prompt(
     model: PreTrainedModel, prompt: Prompt, candidates: Candidates
 ) -> dict[str, np.ndarray]:
     """Arrays `[layers, candidates, heads]` of one prompt."""
-    look = partial(measure.layer, candidates=candidates)
+    look = partial(measure_layer, candidates=candidates)
     layers = capture(model, prompt.ids, short_sighted_plan(model, candidates), look)
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 

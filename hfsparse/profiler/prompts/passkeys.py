@@ -34,7 +34,7 @@ class Passkeys:
 
     ids: Tensor
     rows: list[int]  # that predict the passkeys' tokens in the answers
-    sources: list[int]  # where in the text the token that each row predicts stands
+    sources: list[int]  # where in the text is the token that each row predicts
 
 
 def hide(tokenizer, text: list[int], rng: Random) -> Passkeys:

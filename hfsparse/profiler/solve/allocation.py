@@ -85,13 +85,13 @@ class _Programme:
         self.loss.append(float(loss))
         self.names.append((groups, name))
 
-    def turn(self, most: float) -> None:
+    def limit_loss(self, most: float) -> None:
         """What was least, the loss, is at most this; what had limits is least in sum as well."""
         self.uses += [("loss", at, loss) for at, loss in enumerate(self.loss)]
-        self.aim(*self.limits)
+        self.minimise(*self.limits)
         self.limits["loss"] = most
 
-    def aim(self, *limited: str) -> None:
+    def minimise(self, *limited: str) -> None:
         """What of these limits is used, in sum, is least."""
         self.loss = [0.0] * len(self.loss)
         for key, at, use in self.uses:
@@ -124,7 +124,7 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     try:
-        taken, _ = _programme(options, budget).solve()
+        taken, _ = _build_programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
         least = (f"{_find_smallest(options, share, budget.loss):.3f}" for share in budget.limits)
@@ -146,15 +146,15 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     return choices
 
 
-def least_loss(options: Options, budget: Budget) -> float:
+def find_least_loss(options: Options, budget: Budget) -> float:
     """Sum of effects of the choice that `allocate` makes; Infeasible where there is none."""
-    return _programme(options, budget).solve()[1]
+    return _build_programme(options, budget).solve()[1]
 
 
 def _find_smallest(options: Options, share: str, loss: float | None) -> float:
     """The smallest that one share can be, within a budget of loss if one is given."""
-    programme = _programme(options, Budget(1, 1, 1, loss))
-    programme.aim(share)
+    programme = _build_programme(options, Budget(1, 1, 1, loss))
+    programme.minimise(share)
     return programme.solve()[1]
 
 
@@ -175,7 +175,7 @@ def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
     return found
 
 
-def _programme(options: Options, budget: Budget) -> _Programme:
+def _build_programme(options: Options, budget: Budget) -> _Programme:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     group, one = q_heads // kv_heads, 1 / (layers * kv_heads)  # one: a kv head's part of a mean
@@ -206,5 +206,5 @@ def _programme(options: Options, budget: Budget) -> _Programme:
                     effect = options.prefill_effect[layer, i, key[2]]
                     programme.add([key], name, effect, pairs=one / group * cost)
     if budget.loss is not None:
-        programme.turn(budget.loss * options.ring_effect.max(1).sum())
+        programme.limit_loss(budget.loss * options.ring_effect.max(1).sum())
     return programme

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hfsparse.profiler.measure.effects import Candidates
-from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, least_loss
+from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, find_least_loss
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 NAMES = {"pairs": "pair density", "cache": "cache share", "decode": "decode share"}
@@ -27,8 +27,8 @@ def draw_figure(
 ) -> Figure:
     """One panel for each of `layers`, then loss against budget.
 
-    `found` holds arrays `[layers, candidates, heads]` of the longest length, as `measure.layer`
-    names them.
+    `found` holds arrays `[layers, candidates, heads]` of the longest length, by the names of
+    `measure_layer`.
     """
     rows = -(-len(layers) // COLUMNS)
     drawn = Figure(figsize=(2 * COLUMNS + 4, 1.7 * rows + 1.5), layout="constrained")
@@ -81,7 +81,9 @@ def trace_budgets(options: Options) -> dict[str, tuple[list[float], list[float]]
         points = []
         for share in SHARES:
             try:
-                loss = least_loss(options, Budget(**{**dict.fromkeys(NAMES, 1.0), name: share}))
+                loss = find_least_loss(
+                    options, Budget(**{**dict.fromkeys(NAMES, 1.0), name: share})
+                )
             except Infeasible:
                 continue
             points.append((share, loss))

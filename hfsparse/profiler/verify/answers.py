@@ -37,7 +37,7 @@ def draw_trials(
     """These trials of some tasks at each length, by a name that is their tokens'."""
     indices = list(indices)
     every = [
-        trials.make(job.tokenizer, n, i, job.settings.seed, tasks)
+        trials.make_trial(job.tokenizer, n, i, job.settings.seed, tasks)
         for n in job.prompts
         for i in indices
     ]
@@ -51,7 +51,7 @@ def list_first_round(tasks: Mapping) -> range:
 
 def list_trials(names: Collection[str], samples: int, start: int, tasks: Mapping) -> list[int]:
     """The first `samples` trials from `start` on whose tasks have these names."""
-    return list(islice((i for i in count(start) if trials.task_of(i, tasks) in names), samples))
+    return list(islice((i for i in count(start) if trials.name_task(i, tasks) in names), samples))
 
 
 def ask_dense(runs: Runs[Trial]) -> tuple[dict[str, float], Mapping]:
@@ -114,21 +114,21 @@ class Answers:
         change = self.compare(plan, MARGIN)
         missed = {name: each > 0 for name, each in change.items() if (each > 0).any()}
         missed = dict(sorted(missed.items(), key=lambda item: len(self.trials[item[0]].text)))
-        worse = sum(self._worse(name, now[name], values) for name, values in missed.items())
+        worse = sum(self._sum_nats(name, now[name], values) for name, values in missed.items())
         found = estimate_loss(list(change.values()))
         allowed = worse * count_allowed(self.drop, found.values) / (found.mean * found.values)
 
         def enough(other: Plan, label: str) -> bool:
             total = 0.0
             for name in self.runs.job.progress((label, n) for n in missed):
-                total += self._worse(name, self.runs.get(other, [name])[name], missed[name])
+                total += self._sum_nats(name, self.runs.get(other, [name])[name], missed[name])
                 if total > allowed:
                     return False
             return True
 
         return enough
 
-    def _worse(self, name: str, found: dict[str, np.ndarray], values: np.ndarray) -> float:
+    def _sum_nats(self, name: str, found: dict[str, np.ndarray], values: np.ndarray) -> float:
         """By how many nats, in sum over some values of a trial, it was predicted worse."""
         return float((found["loss"] - self.dense[name]["loss"])[values].sum())
 

@@ -72,7 +72,7 @@ def measure_losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarr
     """`loss` of each token `[L - 1]` but the first, in nats. Patched or not."""
     ids = prompt.ids[0]
     tail = min(TAIL, len(ids) // 4)
-    read, found = trials.reader(model), []
+    read, found = trials.open_reader(model), []
     start = 0
     for piece in chain([ids[: len(ids) - tail]], ids[len(ids) - tail :].split(STEP)):
         hidden = read(piece.tolist())

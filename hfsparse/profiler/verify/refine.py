@@ -50,7 +50,7 @@ def refine(job: Job, found: Found) -> Plan:
     """
     start, settings = time.time(), job.settings
     samples = settings.verify_samples
-    asked = Runs(job, "trial", trials.run)
+    asked = Runs(job, "trial", trials.run_trial)
     read = Runs(job, "text", key_tokens.measure_losses)
     shares, tasks = ask_dense(asked)
     names = select_solved(shares)
