@@ -2,10 +2,10 @@
 
 Two forward passes without gradients (apart, so that logits and graph never lie in memory together)
 find the prompt's key tokens: those that the model predicts well, and badly when every head is
-short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on few other
-tokens. The way back from their margin then visits each layer with its attention's output and
-gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's;
-hidden states between layers wait in the CPU's.
+short-sighted (LongPPL, arXiv 2410.23771). Long attention matters there, and on few other tokens.
+The backward pass from their margin then visits each layer with its attention's output and gradient.
+Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's; hidden
+states between layers wait in the CPU's.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from hfsparse.runtime.layer_plan import Logits
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
-SURE = 6.0  # a margin beyond this is as good: e^6 to one
+SURE = 6.0  # margins are cut off here: a token at e^6 to one is as good as certain
 SLICE = 256  # tokens whose logits exist at a time
-MAPPED = 8 << 20  # bytes from which a block of CPU memory is the system's again once freed
+MAPPED = 8 << 20  # bytes: larger blocks of CPU memory go back to the system once freed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def backward(
     objective: Callable[[PreTrainedModel, Tensor, Tensor], Tensor],
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer on the way back from an objective.
+    """What `measure` answers for each layer in the backward pass from an objective.
 
     `objective` is given the model, its last hidden states `[1, n, hidden]` at rows `keys` [n] of
     ids `[1, L]`, and the tokens [n] that follow these rows.
@@ -115,11 +115,11 @@ def _make_observer(
     measure: Callable[[Seen], dict[str, np.ndarray]],
     found: dict[int, dict[str, np.ndarray]],
 ) -> Callable:
-    """What layers call on the way back (`LayerPlan.observe`): it puts into `found`, by layer, what
-    `measure` answers."""
+    """What layers call (`LayerPlan.observe`): in the backward pass it puts into `found`, by layer,
+    what `measure` answers."""
 
     def observe(module, q, k, v, logits):
-        if not torch.is_grad_enabled():  # the way forward
+        if not torch.is_grad_enabled():  # the forward pass
             return None
 
         # Detached: a hook that held its own tensor's graph would keep every layer alive.
@@ -162,7 +162,7 @@ def _explain_no_gradient(model: PreTrainedModel) -> UsageError:
 
 
 def _copy_ids(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """A copy where the model begins: an inference tensor can take no part in autograd."""
+    """A copy on the model's input device: inference tensors can take no part in autograd."""
     return ids.to(input_device(model)).clone()
 
 
@@ -208,7 +208,7 @@ def _return_large_blocks() -> None:
 
 @contextmanager
 def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Gradients from the embeddings on, none for weights, each decoder layer recomputed."""
+    """Gradients flow from the embeddings on, to no weights; each decoder layer is recomputed."""
     weights = [p for p in model.parameters() if p.requires_grad]
     layers = [
         module
@@ -228,10 +228,10 @@ def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _begin(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
-    """Embeddings as a result of a scalar: autograd would hold a leaf, and its gradient."""
+    """Let embeddings depend on a scalar: of a leaf autograd would keep the gradient."""
     return out + out.new_zeros((), requires_grad=True)
 
 
 def _recompute(forward: Callable, hidden_states: Tensor, *args, **kwargs):
-    with save_on_cpu(pin_memory=hidden_states.is_cuda):  # what waits for the way back
+    with save_on_cpu(pin_memory=hidden_states.is_cuda):  # hidden states wait for the backward pass
         return checkpoint(partial(forward, **kwargs), hidden_states, *args, use_reentrant=True)

@@ -79,7 +79,7 @@ def _exact(seen: Seen, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _measure_heads(
     seen: Seen, candidates: Candidates, grid: Grid, output: Tensor
 ) -> dict[str, np.ndarray]:
-    """`layer` for some heads, where `output` [keys] is the length of the layer's whole output."""
+    """Measure some heads; `output` [keys] is the length of the layer's whole output."""
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
     rows, weight = sample_rows(L, seen.keys)
@@ -134,7 +134,7 @@ def _measure_heads(
 
 
 def _replace_projection(seen: Seen) -> Tensor:
-    """Heads side by side, as [Hq, Dv, Hq * Dv]: where no output projection was found."""
+    """Heads side by side, as [Hq, Dv, Hq * Dv], where no output projection was found."""
     heads, size = seen.out.shape[1], seen.out.shape[3]
     return torch.eye(heads * size, dtype=torch.float32, device=seen.out.device).view(
         heads, size, -1

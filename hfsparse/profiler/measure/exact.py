@@ -12,7 +12,7 @@ SPREAD = 48  # query rows over the depth of a prompt
 
 
 def sample_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Query rows looked at, ascending, and how many rows each represents."""
+    """Query rows to measure, ascending, and how many rows each represents."""
     spread = torch.linspace(0, length - 1, SPREAD, dtype=torch.float32, device=keys.device).long()
     rows = torch.cat([keys, spread]).unique()
     alone = torch.isin(rows, keys)

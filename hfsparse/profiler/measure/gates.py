@@ -51,7 +51,7 @@ def distil(
 
 @contextmanager
 def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[None]:
-    """In a patched model whose plan is full, and without a cache: attention by gate."""
+    """Attention goes by gate in a patched model whose plan is full, without a cache."""
 
     def observe(row: int, module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
         def mix(full: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iter
 
 
 def find_sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
-    """Of a patched model: the layers that have no window of their own."""
+    """The layers of a patched model that have no window of their own."""
     return [layer for layer in model.get_decoder()._hfsparse.layers if layer.window is None]
 
 

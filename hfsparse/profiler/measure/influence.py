@@ -31,8 +31,8 @@ from hfsparse.profiler.prompts.calibration import Prompt
 
 BLOCK = 64  # edge of the blocks that |E| is summed in
 TILE = 512  # query rows of one head that exist at a time
-ANSWER = 64  # tokens that the model goes on with where a prompt has no answer
-ROUNDING = 1e-5  # 1 - A below this: the row is this entry alone
+ANSWER = 64  # tokens that the model generates where a prompt has no answer
+ROUNDING = 1e-5  # where 1 - A is less, the row is this entry alone
 
 
 def measure_influence(seen: Seen) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is measured depends on the model and its prompts, not on the modes of who asks."""
+"""Measurements depend on the model and its prompts, not on the caller's modes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def isolate_modes(work: Callable[P, T]) -> Callable[P, T]:
-    """`work` outside of the caller's inference mode, autocast and default device."""
+    """Run `work` outside of the caller's inference mode, autocast and default device."""
 
     @wraps(work)
     def run(*args: P.args, **more: P.kwargs) -> T:

@@ -28,7 +28,7 @@ from hfsparse.profiler.prompts.passkeys import Passkeys
 from hfsparse.runtime.layer_plan import Logits
 
 PROXIES = ("copy", "mass", "error")
-ROWS = 64  # rows looked at, spread over the answers
+ROWS = 64  # rows that are measured, spread over the answers
 
 
 @isolate_modes

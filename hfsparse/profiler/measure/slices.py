@@ -33,7 +33,7 @@ def slice_tokens(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def wrap_forwards(modules: list[nn.Module], wrapper: Callable) -> Iterator[None]:
-    """Each module's forward as `wrapper(forward, ...)`; given back as they were."""
+    """Each module's forward is `wrapper(forward, ...)`; afterwards it is as it was."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
@@ -56,7 +56,7 @@ def _acts_per_token(name: str, module: nn.Module) -> bool:
 
 
 def _run_in_slices(forward: Callable, *args, **kwargs):
-    """Of a lone tensor `[B, S, ...]`; another call passes through."""
+    """Run a call of a lone tensor `[B, S, ...]` in slices; any other passes through."""
     if kwargs or len(args) != 1 or args[0].ndim < 3 or args[0].shape[1] <= SLICE:
         return forward(*args, **kwargs)
     if torch.is_grad_enabled():

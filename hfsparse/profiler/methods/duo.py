@@ -36,25 +36,26 @@ from hfsparse.profiler.prompts.passkeys import Passkeys, hide
 
 TRAINED, DEPLOYED = Streaming(128, 256), Streaming(64, 256)
 RATE, L1 = 0.02, 0.05  # of AdamW; weight of the mean gate beside the squared distance
-STEPS, PIECE = 400, 20  # at most (published: 2,000); between checkpoints
-STABLE, TIMES = 0.99, 3  # rank correlation of a checkpoint with the one before, so often running
+STEPS, PIECE = 400, 20  # of training at most (published: 2,000), and between checkpoints
+# Training ends when the ranks of a checkpoint and of the one before correlate so well, so many
+# times in a row.
+STABLE, TIMES = 0.99, 3
 
 Arrays = dict[str, np.ndarray]
 
 
 def plan(job: Job) -> Found:
     """Rank the kv heads of `job.free` layers, and keep as many full as the budgets allow."""
-    count = count_full_heads(job)
+    count, proxy = count_full_heads(job), job.settings.proxy
     ranks = measure_proxies(job)
-    made: dict = {
-        "ring": [DEPLOYED.sink, DEPLOYED.recent],
-        "ranked_by": job.settings.proxy or "gates",
-    }
-    if job.settings.proxy:
-        rank = ranks[job.settings.proxy]
+    made: dict = {"ring": [DEPLOYED.sink, DEPLOYED.recent], "ranked_by": proxy or "gates"}
+    if proxy:
+        rank = ranks[proxy]
     else:
         *_, (state, steady) = train_gates(job)
         rank = state["gates"]
+    full = keep_top(rank, ranks["error"], count)
+    if not proxy:
         made |= {
             "steps": int(state["step"]),
             "train_seconds": round(float(state["seconds"]), 1),
@@ -62,13 +63,10 @@ def plan(job: Job) -> Found:
             "distance": round(float(state["distance"]), 6),
             "rank_correlation": {name: correlate_ranks(rank, ranks[name]) for name in ranks},
             "same_full_heads": {
-                name: int(
-                    (keep_top(rank, ranks["error"], count) & keep_top(each, each, count)).sum()
-                )
+                name: int((full & keep_top(each, each, count)).sum())
                 for name, each in ranks.items()
             },
         }
-    full = keep_top(rank, ranks["error"], count)
     found = plan_rings(job, full, DEPLOYED, made | {"full_heads": count})
     return replace(found, suspects=job.spread(rank))
 
@@ -77,7 +75,7 @@ def plan(job: Job) -> Found:
 
 
 def train_gates(job: Job) -> Iterator[tuple[Arrays, int]]:
-    """Each checkpoint, and how often running the ranking was stable; the last one ends it."""
+    """Each checkpoint, and how many times in a row the ranking was stable by then."""
     check_gradients(job.model)
     this = ModelId.of(job.model)
     shape = int(job.free.sum()), this.kv_heads

@@ -42,7 +42,7 @@ def measure_prompt(
 
 
 def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
-    """Every head a ring, the smallest, in layers that have no window of their own."""
+    """A plan whose heads are the smallest ring, in layers that have no window of their own."""
     this = ModelId.of(model)
     rings = candidates.rings.items()
     name, ring = min(rings, key=lambda item: (item[1].recent_per_token, item[1].recent))

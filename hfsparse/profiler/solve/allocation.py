@@ -70,7 +70,7 @@ class Infeasible(ValueError):
 
 @dataclass
 class _Programme:
-    """Variables that are 0 or 1: one in each group is taken, and uses stay within limits."""
+    """Variables that are 0 or 1: each group takes one, and uses stay within limits."""
 
     limits: dict[str, float]
     loss: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ class _Programme:
     uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
 
     def add(self, groups: list[tuple], name: str, loss: float, **uses: float) -> None:
-        """A choice called `name`, which counts in each of `groups`."""
+        """Add a choice called `name`, which counts in each of `groups`."""
         at = len(self.loss)
         self.uses.extend((group, at, 1.0) for group in groups)
         self.uses.extend((key, at, float(use)) for key, use in uses.items())
@@ -86,13 +86,13 @@ class _Programme:
         self.names.append((groups, name))
 
     def limit_loss(self, most: float) -> None:
-        """What was least, the loss, is at most this; what had limits is least in sum as well."""
+        """Bound the loss by `most`, and minimise the sum of what has limits in its place."""
         self.uses += [("loss", at, loss) for at, loss in enumerate(self.loss)]
         self.minimise(*self.limits)
         self.limits["loss"] = most
 
     def minimise(self, *limited: str) -> None:
-        """What of these limits is used, in sum, is least."""
+        """Minimise what is used of these limits, in sum, in place of the loss."""
         self.loss = [0.0] * len(self.loss)
         for key, at, use in self.uses:
             if key in limited:

@@ -124,7 +124,7 @@ def _widen_budgets(
         plan = found.choose(wider)
         if plan is None:
             continue
-        if _sum_shares(plan) >= _sum_shares(other):  # so do all that are wider still
+        if _sum_shares(plan) >= _sum_shares(other):  # all that are wider still do, too
             break
         steps.append((wider, plan))
     if not steps:
@@ -164,7 +164,7 @@ def _search_units(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> li
 
 
 def shortest_prefix(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequence[T]:
-    """The shortest start of `order` that bisection finds to be enough; the whole of it is."""
+    """The shortest prefix that bisection finds to be enough, if all of `order` is."""
     low, high = 1, len(order)
     while low < high:
         middle = (low + high) // 2
@@ -173,7 +173,7 @@ def shortest_prefix(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -
 
 
 def drop_unneeded(found: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
-    """What of `found` is still enough, in MAX_TRIES tries: without a quarter, less, single ones."""
+    """What is left of `found` after MAX_TRIES tries to do without a quarter, less, single ones."""
     left, tries, size = list(found), 0, -(-len(found) // 4)
     while size:
         for end in range(len(left), 0, -size):  # the least suspicious first

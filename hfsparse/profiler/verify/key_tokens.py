@@ -31,7 +31,7 @@ from hfsparse.profiler.verify.answers import SIGNIFICANCE, compare_to_limit
 from hfsparse.profiler.verify.runs import Runs
 from hfsparse.runtime.decode import STEP
 
-TEXTS = 4  # a length that choose a plan, and as many that report on it: one of each kind we make
+TEXTS = 4  # a length that choose, and as many that report: one of each kind that we make
 KNOWN = 2.0  # nats that a key token costs the dense model, at most
 GAIN = 2.0  # nats that it costs more without the far context, at least
 TAIL = 128  # tokens of a text, at its end, that are read in decode steps; a quarter at most

@@ -101,7 +101,7 @@ def _join_turns(tokenizer, question: str, first: bool) -> str:
 
 
 def open_reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
-    """Reads a conversation piece by piece: hidden states `[1, n, hidden]` of the next tokens."""
+    """A function that reads the next tokens of a conversation: hidden states `[1, n, hidden]`."""
     decoder, cache = model.get_decoder(), DynamicCache()
     named = next(name for name in CACHES if name in parameters(type(decoder)))
     device = input_device(model)
