@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from hfsparse.errors import UsageError
 from hfsparse.profiler.methods import DRAWN, METHODS
 
-Check = Callable[[str, Any], str | None]  # of a setting's name and value: what is wrong with it
+Check = Callable[[str, Any], str | None]  # of a setting's name and value: why it is refused
 
 BUDGET = ", of the layers without a window of their own; 1 is no limit"
 
@@ -41,25 +41,25 @@ def setting(
 ) -> Any:
     """A field of `Settings`.
 
-    `help` is that of its option; without it the command has no option of this name. `check` looks
-    at a value that is not None, `suits` at all settings where it is given. Recipes may set it if
-    `recipe`. `identity`: measurements depend on it. `made`: a plan says it under `made`. `flags`
-    are an option's own names, `option` is passed on to typer.
+    `help` is that of its option; without it the command has no option of this name. `check` says
+    why a value is refused, `suits` why it is beside the other settings; None is always taken.
+    Recipes may set it if `recipe`. `identity`: measurements depend on it. `made`: a plan says it
+    under `made`. `flags` are an option's own names, `option` is passed on to typer.
     """
     about = {"help": help, "check": check, "suits": suits, "recipe": recipe, "identity": identity}
     return field(default=default, metadata=about | {"made": made, "flags": flags, "option": option})
 
 
-def within(fits: Callable[[Any], bool], wanted: str) -> Check:
-    """A check that a value fits; `wanted` says what to give."""
-    return lambda name, value: None if fits(value) else f"{name} is {value}: give {wanted}"
+def within(fits: Callable[[Any], bool], refusal: str) -> Check:
+    """A check that a value fits; the refusal has the value at its `{}`."""
+    return lambda name, value: None if fits(value) else refusal.format(value)
 
 
-def one_of(kind: str, names: Callable[[], Iterable[str]]) -> Check:
-    """A check that a value is one of the names of a kind."""
+def one_of(names: Callable[[], Iterable[str]], refusal: str) -> Check:
+    """A check that a value is a known name; the refusal has value and names at its `{}`."""
 
     def check(name: str, value: str) -> str | None:
-        return None if value in names() else f"no {kind} {value}: there is {', '.join(names())}"
+        return None if value in names() else refusal.format(value, ", ".join(names()))
 
     return check
 
@@ -70,7 +70,11 @@ def _proxies() -> tuple[str, ...]:
     return PROXIES
 
 
-def _loss_suits(settings: Settings) -> str | None:
+def _refuse_share(name: str, share: float) -> str | None:
+    return None if 0 < share <= 1 else f"{name} is {share}: give more than 0 and at most 1"
+
+
+def _refuse_loss(settings: Settings) -> str | None:
     if settings.one_pass:
         return None
     return (
@@ -79,22 +83,23 @@ def _loss_suits(settings: Settings) -> str | None:
     )
 
 
-def _proxy_suits(settings: Settings) -> str | None:
+def _refuse_proxy(settings: Settings) -> str | None:
     proxy, method = settings.proxy, settings.method
     if method == "duo":
         return None
     return f"proxy {proxy} ranks heads for duo, not for {method}: leave it out"
 
 
-def _curves_suit(settings: Settings) -> str | None:
+def _refuse_curves(settings: Settings) -> str | None:
     if settings.one_pass:
         return None
-    wanted = f"leave them out, or use {', '.join(DRAWN)} alone"
-    return f"{settings.methods(' with ')} draws no curves: {wanted}"
+    return (
+        f"{settings.methods(' with ')} draws no curves: leave them out, or use "
+        f"{', '.join(DRAWN)} alone"
+    )
 
 
-SHARE = within(lambda share: 0 < share <= 1, "more than 0 and at most 1")
-METHOD = one_of("method", lambda: METHODS)
+METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +115,27 @@ class Settings:
     samples: int = setting(
         6,
         "Samples at each length.",
-        check=within(lambda count: count >= 1, "1 or more"),
+        check=within(lambda count: count >= 1, "samples is {}: give 1 or more"),
         made=True,
         min=1,
     )
     prefill_density: float = setting(
-        0.4, f"Share of query-key pairs to compute in the prefill{BUDGET}.", check=SHARE
+        0.4, f"Share of query-key pairs to compute in the prefill{BUDGET}.", check=_refuse_share
     )
     cache_share: float = setting(
-        0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=SHARE
+        0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=_refuse_share
     )
     decode_share: float = setting(
-        0.25, f"Share of the keys to read in decode{BUDGET}.", check=SHARE
+        0.25, f"Share of the keys to read in decode{BUDGET}.", check=_refuse_share
     )
     loss: float | None = setting(
         None,
         "The smallest shares within these budgets that lose no more; see README.",
-        check=within(lambda x: 0 <= x <= 1, "0 to 1, a share of what rings alone would lose"),
-        suits=_loss_suits,
+        check=within(
+            lambda x: 0 <= x <= 1,
+            "loss is {}: give 0 to 1, a share of what rings alone would lose",
+        ),
+        suits=_refuse_loss,
     )
     seed: int = setting(0, "Of the samples.", made=True)
     data: str | Path | None = setting(
@@ -152,32 +160,36 @@ class Settings:
     drop: float = setting(
         0.01,
         "Greatest share of answers that may be lost against dense.",
-        check=within(lambda x: 0 <= x < 1, "0 or more, and less than 1"),
+        check=within(lambda x: 0 <= x < 1, "drop is {}: give 0 or more, and less than 1"),
     )
     # A twentieth of what the far context is worth to the least of the key tokens, or a tenth of the
     # probability of the right token.
     nats: float = setting(
         0.1,
         "Greatest mean loss on tokens that need the far context.",
-        check=within(lambda x: 0 <= x < inf, "0 or more, what a key token may lose"),
+        check=within(
+            lambda x: 0 <= x < inf, "nats is {}: give 0 or more, what a key token may lose"
+        ),
     )
     verify_samples: int = setting(
         12,
         "Trials at each length that choose, and as many that tell.",
-        check=within(lambda count: count >= 1, "1 or more, or no verification"),
+        check=within(
+            lambda count: count >= 1, "verify_samples is {}: give 1 or more, or no verification"
+        ),
         min=1,
     )
     proxy: str | None = setting(
         None,
         "duo: rank heads by copy, mass or error instead of training gates.",
-        check=one_of("proxy", _proxies),
-        suits=_proxy_suits,
+        check=one_of(_proxies, "no proxy {}: there is {}"),
+        suits=_refuse_proxy,
     )
     recipe: str | None = setting(None, recipe=False, made=True)
     curves: str | Path | None = setting(
         None,
         "Draw recall by density, and loss by budget.",
-        suits=_curves_suit,
+        suits=_refuse_curves,
         recipe=False,
         metavar="FILE.png",
     )

@@ -1,5 +1,7 @@
 """profile(): from a tiny model to a plan, resumed runs, refused settings."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,14 @@ def test_other_weights_of_the_same_shape_are_other_settings(model):
     assert identify_run(tuned, settings, prompts) != own
     assert identify_run(model, settings, {}) != own
     assert identify_run(model, Settings(method="moa"), prompts) != own
+
+
+def test_what_identifies_a_run_is_written_as_it_ever_was_so_that_old_runs_go_on(model):
+    settings = Settings(method="duo", prefill_method="moa", cache_share=0.3, drop=0.2, samples=3)
+    written = json.loads(identify_run(model, settings, {}))
+    assert list(written) == ["method", "model", "seen", "versions"]
+    assert written["method"] == "moa and duo"
+    assert json.loads(identify_run(model, Settings(), {}))["method"] == "balanced"
 
 
 def test_a_model_in_training_mode_is_refused(model):

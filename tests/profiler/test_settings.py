@@ -15,7 +15,7 @@ from hfsparse.cli.profile import with_options
 from hfsparse.errors import UsageError
 from hfsparse.profiler.settings import Settings, setting, with_keywords, within
 
-EVEN = within(lambda value: value % 2 == 0, "an even number")
+EVEN = within(lambda value: value % 2 == 0, "stride is {}: give an even number")
 
 
 @dataclass(frozen=True, kw_only=True)

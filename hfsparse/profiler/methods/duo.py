@@ -47,28 +47,33 @@ Arrays = dict[str, np.ndarray]
 def plan(job: Job) -> Found:
     """Rank the kv heads of `job.free` layers, and keep as many full as the budgets allow."""
     count, proxy = count_full_heads(job), job.settings.proxy
-    ranks = measure_proxies(job)
-    made: dict = {"ring": [DEPLOYED.sink, DEPLOYED.recent], "ranked_by": proxy or "gates"}
-    if proxy:
-        rank = ranks[proxy]
-    else:
-        *_, (state, steady) = train_gates(job)
-        rank = state["gates"]
-    full = keep_top(rank, ranks["error"], count)
+    ranks, trained = measure_proxies(job), None
     if not proxy:
-        made |= {
-            "steps": int(state["step"]),
-            "train_seconds": round(float(state["seconds"]), 1),
-            "stable": steady >= TIMES,
-            "distance": round(float(state["distance"]), 6),
-            "rank_correlation": {name: correlate_ranks(rank, ranks[name]) for name in ranks},
-            "same_full_heads": {
-                name: int((full & keep_top(each, each, count)).sum())
-                for name, each in ranks.items()
-            },
-        }
+        *_, trained = train_gates(job)
+    rank = trained[0]["gates"] if trained else ranks[proxy]
+    full = keep_top(rank, ranks["error"], count)
+    made = {"ring": [DEPLOYED.sink, DEPLOYED.recent], "ranked_by": proxy or "gates"}
+    if trained:
+        made |= _describe_training(*trained, ranks, full)
     found = plan_rings(job, full, DEPLOYED, made | {"full_heads": count})
     return replace(found, suspects=job.spread(rank))
+
+
+def _describe_training(state: Arrays, steady: int, ranks: Arrays, full: np.ndarray) -> dict:
+    """For `made`: how training went, and how its ranking agrees with those of the proxies."""
+    count = int(full.sum())
+    return {
+        "steps": int(state["step"]),
+        "train_seconds": round(float(state["seconds"]), 1),
+        "stable": steady >= TIMES,
+        "distance": round(float(state["distance"]), 6),
+        "rank_correlation": {
+            name: correlate_ranks(state["gates"], rank) for name, rank in ranks.items()
+        },
+        "same_full_heads": {
+            name: int((full & keep_top(rank, rank, count)).sum()) for name, rank in ranks.items()
+        },
+    }
 
 
 # ---- training
