@@ -39,8 +39,7 @@ from hfsparse.errors import UsageError
 from hfsparse.models.loading import device_name, load
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods import METHODS, balanced, duo, minference, moa
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import METHODS, balanced, duo, minference, moa, one_pass
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
@@ -215,7 +214,7 @@ def ranking(group: str, job: Job) -> dict[str, list[float]]:
         found = {"influence": cost.reshape(len(cost), ModelId.of(MODEL).kv_heads, -1).sum(2)}
     else:
         module = {"balanced": balanced, "minference": minference}[group]
-        means = search.measure_prompts(job, module.candidates(max(job.prompts)))
+        means = one_pass.measure_prompts(job, module.candidates(max(job.prompts)))
         found = {"ring effect": means[max(means)]["ring_effect"].mean(1)}
     return {name: [float(x) for x in values.ravel()] for name, values in found.items()}
 
@@ -225,7 +224,7 @@ def prompts_only(plan: Plan) -> Plan:
     kv = ("full",) * plan.model.kv_heads
     layers = tuple(Layer(layer.prefill, kv, kv) for layer in plan.layers)
     return dataclasses.replace(
-        plan, layers=layers, patterns=search.patterns_in_use(plan.patterns, layers), expected={}
+        plan, layers=layers, patterns=one_pass.patterns_in_use(plan.patterns, layers), expected={}
     )
 
 

@@ -6,8 +6,7 @@ import pytest
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods import balanced
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import balanced, one_pass
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
@@ -36,7 +35,7 @@ def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
 def equal(names):
     """Costs at 2,048 tokens, of rings that all cost the same."""
     rings = dict.fromkeys(("ring_kept", "ring_read"), [0.2] * len(names.rings))
-    return search.price_candidates(names, 2048) | rings
+    return one_pass.price_candidates(names, 2048) | rings
 
 
 @pytest.mark.parametrize("grows", [False, True])

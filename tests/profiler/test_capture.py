@@ -398,7 +398,7 @@ import json, resource, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfsparse.profiler.methods import minference
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import one_pass
 from hfsparse.profiler.prompts.calibration import make_prompts
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -409,7 +409,7 @@ loaded = pages * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
 candidates = minference.candidates(4096)
 for prompt in prompts:
-    search.measure_prompt(model, prompt, candidates)
+    one_pass.measure_prompt(model, prompt, candidates)
 status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at pytest's own
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"loaded": loaded, "peak": peak}))

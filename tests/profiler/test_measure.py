@@ -106,6 +106,16 @@ def test_when_every_row_is_a_key_each_stands_for_itself():
     assert weight.tolist() == [1.0] * 20
 
 
+def test_exact_attention_of_a_group_is_that_of_its_heads_whose_sinks_take_their_share(seen):
+    heads = slice(GROUP, 2 * GROUP)
+    mass = exact.attend(seen.q[0, heads, KEYS], seen.k[0, 1], KEYS, seen.logits, heads)
+    values = seen.v[0, 1].double()
+    for i, head in enumerate(range(GROUP, 2 * GROUP)):
+        assert torch.equal(mass[i], exact.attention(seen, KEYS, head))
+        for r, row in enumerate(KEYS.tolist()):
+            near((mass[i, r].double() @ values).numpy(), attention(seen, head, row)[0].numpy())
+
+
 @pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse()], ids=["refresh", "reuse"])
 def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
     with pytest.raises(ValueError, match="without refresh"):

@@ -12,8 +12,7 @@ from hfsparse.errors import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import capture
-from hfsparse.profiler.methods import minference
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.parts import Parts, identify_run
 from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.settings import Settings
@@ -76,7 +75,7 @@ def test_measured_pages_are_those_that_the_patched_model_reads_at_the_key_rows(m
         tokens = read[:: this.q_heads // this.kv_heads].sum(2)  # [kv heads, rows]
         return (tokens / (seen.keys + 1)).mean(1).numpy()
 
-    short = search.short_sighted_plan(model, minference.candidates(512))
+    short = one_pass.short_sighted_plan(model, minference.candidates(512))
     shares = capture(model, prompt.ids, short, look)
     layer = Layer(("full",) * this.q_heads, ("full",) * this.kv_heads, ("q",) * this.kv_heads)
     read = []
@@ -93,7 +92,7 @@ def test_measured_pages_are_those_that_the_patched_model_reads_at_the_key_rows(m
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, monkeypatch):
     out, seen = tmp_path / "plan.yaml", []
-    measure = search.measure_prompt
+    measure = one_pass.measure_prompt
 
     def killed(*args):
         if seen:
@@ -101,12 +100,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, m
         seen.append(1)
         return measure(*args)
 
-    monkeypatch.setattr(search, "measure_prompt", killed)
+    monkeypatch.setattr(one_pass, "measure_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert not out.exists()
     again = []
-    monkeypatch.setattr(search, "measure_prompt", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(one_pass, "measure_prompt", lambda *args: again.append(1) or measure(*args))
     resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(again) == 1  # the first of two prompts was not measured twice
     assert resumed.hash() == plan.hash() == Plan.load(out).hash()
@@ -117,14 +116,16 @@ def test_measurements_of_other_settings_are_not_taken_up(model, tmp_path, monkey
     out = tmp_path / "plan.yaml"
     parts = Parts(out, "other settings")
     parts.get(0, lambda: {"pattern_recall": [[1.0]]})
-    counted, measure = [], search.measure_prompt
-    monkeypatch.setattr(search, "measure_prompt", lambda *args: counted.append(1) or measure(*args))
+    counted, measure = [], one_pass.measure_prompt
+    monkeypatch.setattr(
+        one_pass, "measure_prompt", lambda *args: counted.append(1) or measure(*args)
+    )
     hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(counted) == 2
 
 
 def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, monkeypatch):
-    out, measure = tmp_path / "plan.yaml", search.measure_prompt
+    out, measure = tmp_path / "plan.yaml", one_pass.measure_prompt
     done = []
 
     def killed(*args):
@@ -132,13 +133,13 @@ def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, mo
             raise KeyboardInterrupt
         return done.append(1) or measure(*args)
 
-    monkeypatch.setattr(search, "measure_prompt", killed)
+    monkeypatch.setattr(one_pass, "measure_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     (part,) = tmp_path.glob("plan.yaml.parts/*.npz")
     part.write_bytes(part.read_bytes()[:-100])
     again = []
-    monkeypatch.setattr(search, "measure_prompt", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(one_pass, "measure_prompt", lambda *args: again.append(1) or measure(*args))
     assert hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS).hash() == plan.hash()
     assert len(again) == 2
 

@@ -16,7 +16,7 @@ from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.job import Found, Job
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import one_pass
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import Prompt
@@ -551,7 +551,7 @@ def test_your_texts_that_prove_a_plan_have_not_calibrated_it(model, monkeypatch,
 
         monkeypatch.setattr(module, name, run)
 
-    watch(search, "measure_prompt", 1)
+    watch(one_pass, "measure_prompt", 1)
     watch(key_tokens, "measure_losses", 1)
     believe(monkeypatch, set())
     hfsparse.profile(
@@ -617,7 +617,7 @@ def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(
         return run
 
     monkeypatch.setattr(trials, "run_trial", mortal(trials.run_trial))
-    monkeypatch.setattr(search, "measure_prompt", mortal(search.measure_prompt))
+    monkeypatch.setattr(one_pass, "measure_prompt", mortal(one_pass.measure_prompt))
     for _ in range(100):
         left[0] = rng.randrange(1, 9)
         try:

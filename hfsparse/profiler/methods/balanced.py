@@ -24,8 +24,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
-from hfsparse.profiler.methods import minference
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.solve.allocation import Options
 from hfsparse.selectors.quest import Quest
 
@@ -44,7 +43,7 @@ FEWEST = 4  # blocks and pages that are always kept
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
     names = candidates(max(job.prompts))
-    return search.choose_plan(job, names, search.measure_prompts(job, names), options)
+    return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
 
 def candidates(longest: int) -> Candidates:
@@ -70,7 +69,7 @@ def options(
 ) -> Options:
     """Every candidate of every head, from measurements `[layers, candidates, heads]` by length.
 
-    costs: what `search.price_candidates` says of the longest.
+    costs: what `one_pass.price_candidates` says of the longest.
     """
     longest = means[max(means)]
     layers, _, q_heads = longest["pattern_pairs"].shape

@@ -18,7 +18,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import one_pass
 from hfsparse.profiler.solve.allocation import Options
 from hfsparse.selectors.quest import Quest
 
@@ -32,8 +32,8 @@ RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 def plan(job: Job, score: str = "recall") -> Found:
     """Measure, compare at equal cost by recall or by (output) error, and allocate."""
     names = candidates(max(job.prompts))
-    means = search.measure_prompts(job, names)
-    return search.choose_plan(job, names, means, partial(options, score=score))
+    means = one_pass.measure_prompts(job, names)
+    return one_pass.choose_plan(job, names, means, partial(options, score=score))
 
 
 def plan_by_error(job: Job) -> Found:
@@ -70,10 +70,10 @@ def options(
 ) -> Options:
     """What each head may choose, from measurements `[layers, candidates, heads]` by length.
 
-    Losses are means over lengths; costs, also those of `search.price_candidates`, are of the
+    Losses are means over lengths; costs, also those of `one_pass.price_candidates`, are of the
     longest.
     """
-    found = search.average(list(means.values()))
+    found = one_pass.average(list(means.values()))
     found |= {name: means[max(means)][name] for name in ("pattern_pairs", "ring_pairs")}
     effect, pairs = found["pattern_effect"], found["pattern_pairs"]
     good = found["pattern_recall"] if score == "recall" else 1 / (1 + found["pattern_error"])

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from hfsparse.interval import chance, interval
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import SLICE
-from hfsparse.profiler.methods import minference
-from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.verify import trials
@@ -100,7 +99,7 @@ class KeyTokens:
         self.worth: list[float] = []  # nats of each, to the dense model
         for name, prompt in named.items():
             candidates = minference.candidates(prompt.ids.shape[1])
-            short = search.short_sighted_plan(self.runs.job.model, candidates)
+            short = one_pass.short_sighted_plan(self.runs.job.model, candidates)
             near = self.runs.get(short, [name], "short-sighted, texts")[name]["loss"]
             loss = self.dense[name]["loss"]
             keys = np.flatnonzero((loss <= KNOWN) & (near - loss >= GAIN))
