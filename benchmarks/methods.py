@@ -38,12 +38,14 @@ from hfsparse import bench
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import device_name, load
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler import METHODS, _peak_bytes, prompts_of
 from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods import balanced, duo, minference, moa
+from hfsparse.profiler.methods import METHODS, balanced, duo, minference, moa
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.report import peak_bytes
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.selectors.quest import Quest
 
@@ -148,9 +150,10 @@ def made(task) -> list[dict]:
     rows = []
 
     def job(share: float, proxy: str | None = None) -> Job:
-        prompts = {n: prompts_of(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
+        prompts = {n: make_prompts(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
         budget = Budget(**{**FREE, FAMILIES[family]: share})
-        return Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, seed, proxy)
+        settings = Settings(seed=seed, method="duo", proxy=proxy)
+        return Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, settings)
 
     for family, share in shares.items():
         for method, variant in variants(group, family, seed):
@@ -189,13 +192,13 @@ def _planned(name: str, job: Job, method: str) -> dict:
     if MODEL.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.time()
-    plan = METHODS[method].plan(job)
+    plan = METHODS[method].plan(job).plan
     if name.startswith("prefill"):
         plan = prompts_only(plan)
     seconds = round(time.time() - start, 1)
     (OUT / "plans").mkdir(exist_ok=True)
     plan.save(OUT / "plans" / f"{name}.yaml")
-    peak = round(_peak_bytes(MODEL) / 2**30, 2)
+    peak = round(peak_bytes(MODEL) / 2**30, 2)
     row = {"seconds": seconds, "fresh": fresh, "gib": peak, "device": device_name(MODEL.device)}
     return row | {"made": plan.made}
 
@@ -203,14 +206,16 @@ def _planned(name: str, job: Job, method: str) -> dict:
 def ranking(group: str, job: Job) -> dict[str, list[float]]:
     """How the method ranks kv heads, the most needed highest, from what it measured."""
     if group == "duo":
-        *_, (state, _) = duo._trained(job)
-        found = {"gates": state["gates"], **duo._proxies(job)}
+        *_, (state, _) = duo.train_gates(job)
+        found = {"gates": state["gates"], **duo.measure_proxies(job)}
     elif group == "moa":
-        cost = moa._influences(job, moa.rules(max(job.prompts)))[-1, :, :, 0]  # of the shortest
+        cost = moa.measure_influences(job, moa.make_rules(max(job.prompts)))[
+            -1, :, :, 0
+        ]  # of the shortest
         found = {"influence": cost.reshape(len(cost), ModelId.of(MODEL).kv_heads, -1).sum(2)}
     else:
         module = {"balanced": balanced, "minference": minference}[group]
-        means = search.measured(job, module.candidates(max(job.prompts)))
+        means = search.measure_prompts(job, module.candidates(max(job.prompts)))
         found = {"ring effect": means[max(means)]["ring_effect"].mean(1)}
     return {name: [float(x) for x in values.ravel()] for name, values in found.items()}
 
@@ -220,7 +225,7 @@ def prompts_only(plan: Plan) -> Plan:
     kv = ("full",) * plan.model.kv_heads
     layers = tuple(Layer(layer.prefill, kv, kv) for layer in plan.layers)
     return dataclasses.replace(
-        plan, layers=layers, patterns=search.used(plan.patterns, layers), expected={}
+        plan, layers=layers, patterns=search.patterns_in_use(plan.patterns, layers), expected={}
     )
 
 

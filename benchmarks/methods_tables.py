@@ -12,7 +12,7 @@ from methods_trials import KINDS, Kind, counted
 from scipy.stats import spearmanr
 
 from hfsparse.plan import Plan
-from hfsparse.profiler.verify.answers import lost
+from hfsparse.profiler.verify.answers import estimate_loss
 
 OURS = "balanced-0"  # held against the others
 SHOWN = {"seen": "pair_density", "turns": "cache_share", "reads": "decode_share"}
@@ -78,7 +78,7 @@ class Judged:
         changes = self.changes(*which)
         if not changes:
             return "–"
-        found = lost(changes)
+        found = estimate_loss(changes)
         around = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
         return f"{100 * found.mean:.1f} {around}, {len(changes)}"
 
@@ -133,7 +133,7 @@ class Judged:
             row = [arm]
             for task in tasks:
                 changes = self.changes(kind.name, at, arm, {task})
-                row.append(f"{100 * lost(changes).mean:.1f}" if changes else "–")
+                row.append(f"{100 * estimate_loss(changes).mean:.1f}" if changes else "–")
             if any(cell != "–" for cell in row[1:]):
                 rows.append(row)
         return table(head, rows)

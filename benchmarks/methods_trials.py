@@ -104,7 +104,7 @@ class Asker:
             return self._seen(self.makers[task, length].sample(Case(task, length, None, index)))
         if kind.tasks is TALKS:
             at, count = kind.tasks.index(task), len(PLAYED)
-            made = trials.make(self.tokenizer, length, 2 * count * index + at, SEED, PLAYED)
+            made = trials.make_trial(self.tokenizer, length, 2 * count * index + at, SEED, PLAYED)
             return replace(made, turns=made.turns[:TURNS])  # even rounds: no question in the text
         rng = Random(f"methods prose {index}")
         return Trial(task, [*chain(*fill(self.tokenizer, "prose", length, rng))], [])
@@ -138,7 +138,7 @@ class Asker:
 
 def _answers(model, text: Trial) -> dict:
     if text.turns:
-        found = trials.run(model, text)
+        found = trials.run_trial(model, text)
         return {
             "said": [int(x) for x in found["said"]],
             "loss": [round(float(x), 4) for x in found["loss"]],

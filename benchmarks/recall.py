@@ -27,7 +27,7 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.profiler import prompts_of
+from hfsparse.profiler.prompts.calibration import make_prompts
 
 BLOCK = 128
 SKIPS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # nats
@@ -109,7 +109,7 @@ def main() -> None:
             for name, found in lists.items():
                 totals[name][4:] += torch.tensor([float(found.blocks()), seen])
 
-    prompts = prompts_of(tokenizer, given.length, given.prompts, 0, None)
+    prompts = make_prompts(tokenizer, given.length, given.prompts, 0, None)
     with hfsparse.patch(model), torch.inference_mode():
         for module in model.modules():
             if hasattr(module, "is_causal") and "_hfsparse" in module.__dict__:

@@ -15,11 +15,10 @@ from hfsparse.errors import UsageError
 from hfsparse.plan.nodes import plain
 from hfsparse.plan.parts import BAD
 from hfsparse.plan.words import nearest, show
-from hfsparse.profiler import profile
+from hfsparse.profiler.settings import Settings
 
 HERE = Path(__file__).parent
 FOLDER = next(each for each in (HERE / "recipes", HERE.parent / "recipes") if each.is_dir())
-OF_A_CALL = ("model", "tokenizer", "out", "data", "curves", "progress", "recipe", "return")
 
 
 def names() -> dict[str, str]:
@@ -54,7 +53,8 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
         problems.append(f"line {line}: {sentence}")
 
     raw = plain(text, say, lines)
-    hints = {key: hint for key, hint in get_type_hints(profile).items() if key not in OF_A_CALL}
+    types = get_type_hints(Settings)
+    hints = {key: types[key] for key in Settings.names("recipe")}
     settings = {}
     if not problems and (type(raw) is not dict or not raw):
         say(1, f"give settings such as method: balanced, and others of {', '.join(hints)}")
@@ -71,7 +71,7 @@ def parse(text: str | bytes, name: str) -> dict[str, Any]:
     return settings
 
 
-def told(page: dict[str, Any], flags: dict[str, Any]) -> str:
+def describe_sources(page: dict[str, Any], flags: dict[str, Any]) -> str:
     """Where each setting came from: a flag goes before the recipe, the recipe before defaults."""
     pieces = []
     for key, value in {**page, **flags}.items():
@@ -79,27 +79,27 @@ def told(page: dict[str, Any], flags: dict[str, Any]) -> str:
             continue
         origin = "recipe" if key not in flags else "flag"
         if key in flags and page.get(key, flags[key]) != flags[key]:
-            origin += f", not {_short(page[key])}"
-        pieces.append(f"{key.replace('_', ' ')} {_short(value)} ({origin})")
+            origin += f", not {_format(page[key])}"
+        pieces.append(f"{key.replace('_', ' ')} {_format(value)} ({origin})")
     return f"recipe {page['recipe']}: {', '.join(pieces)}"
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     if type(value) is bool:
         return "on" if value else "off"
     return " and ".join(map(str, value)) if type(value) is tuple else str(value)
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return type(value) is int
 
 
 KINDS = {
     tuple[int, ...] | None: (
         "token counts, such as [1024, 2048]",
-        lambda value: type(value) is list and all(_whole(n) and n > 0 for n in value or [0]),
+        lambda value: type(value) is list and all(_is_whole(n) and n > 0 for n in value or [0]),
     ),
-    int: ("a whole number", _whole),
+    int: ("a whole number", _is_whole),
     float: ("a number", lambda value: type(value) in (int, float)),
     float | None: ("a number", lambda value: type(value) in (int, float)),
     bool: ("true or false", lambda value: type(value) is bool),

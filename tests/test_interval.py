@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hfsparse.interval import chance, interval
-from hfsparse.profiler.verify.answers import lost
+from hfsparse.profiler.verify.answers import estimate_loss
 
 RUNS = 200
 
@@ -52,9 +52,9 @@ def test_a_plan_chosen_on_some_trials_is_told_right_by_others():
         chose, fresh = draw(24), draw(24)
         for step in range(21):
             loss = 0.2 * (1 - step / 20)
-            if not lost(list((chose < loss).astype(int))).beyond(0.01):
+            if not estimate_loss(list((chose < loss).astype(int))).exceeds(0.01):
                 break
-        old, new = (lost(list((each < loss).astype(int))) for each in (chose, fresh))
+        old, new = (estimate_loss(list((each < loss).astype(int))) for each in (chose, fresh))
         truth = (many < loss).mean()
         rows.append((truth, old.mean, new.mean, new.low <= truth <= new.high))
     truth, old, new, held = np.mean(rows, 0)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from hfsparse.errors import UsageError
-from hfsparse.profiler import prompts_of
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse_eval.arms import FORMS, Arm, share
 
 TILE = 128
@@ -40,7 +40,7 @@ class ModelOpt(Arm):
             raise UsageError(f"arm {name}: modelopt can't be imported: {error}") from error
 
     def prepare(self, tokenizer, lengths) -> None:
-        self.prompts = [p.ids for n in lengths for p in prompts_of(tokenizer, n, SAMPLES, seed=0)]
+        self.prompts = [p.ids for n in lengths for p in make_prompts(tokenizer, n, SAMPLES, seed=0)]
 
     @contextmanager
     def on(self, model) -> Iterator[Tiles]:

@@ -1,14 +1,15 @@
-"""What a method is given: the model, calibration prompts and budgets, and a place for partial work.
+"""What a method is given, and what it returns.
 
-A method is a module of this package with one function, `plan(job) -> Plan`, and a line in METHODS.
-`profile()` checks the settings before it, and adds `made` and writes the plan after it.
+A method reads a `Job`: the model, calibration prompts and budgets, and a place for partial work.
+It returns what it has `Found`. `run` checks the settings before it, and adds `made` and writes the
+plan after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,34 +19,26 @@ from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Layers: TypeAlias = tuple[Layer, ...]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Job:
     """One call of `profile()`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: dict[int, list[Prompt]]  # by length in tokens, ascending
-    budget: Budget
+    budget: Budget  # that of the settings, or the part of it that a method is to keep
     parts: Parts
     progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
-    seed: int = 0
-    proxy: str | None = None  # `duo`: what ranks heads in place of training
-    # Set by a method that can tell what any choice of its words does, by length: in prompts, and
-    # in all, as a plan says it under `expected`.
-    prompted: Callable[[tuple[Layer, ...]], dict[int, Prompts]] | None = None
-    expect: Callable[[tuple[Layer, ...]], dict[int, dict[str, float]]] | None = None
-    # Likewise, by one that can choose anew, without measuring: the plan of another budget, or None
-    # where there is none.
-    choose: Callable[[Budget], Plan | None] | None = None
-    # Likewise, by one that can tell what its plan loses, by layer and kv head `[layers, kv heads]`.
-    suspects: np.ndarray | None = None
-    draw: Callable[[], Figure] | None = None  # likewise, by one that can draw `curves`
+    settings: Settings = field(default_factory=Settings)
     held: dict[int, list[Prompt]] = field(default_factory=dict)  # by length; not calibrated on
 
     @property
@@ -59,26 +52,50 @@ class Job:
         every[self.free] = values
         return every
 
-    def tell(
-        self,
-        patterns: dict[str, Any],
-        prompted: Callable[[tuple[Layer, ...]], dict[int, Prompts]],
-    ) -> None:
-        """Set what tells of choices of these words what they do; `recall` is of free heads."""
-
-        def expect(layers: tuple[Layer, ...]) -> dict[int, dict[str, float]]:
-            plan = Plan(ModelId.of(self.model), patterns, layers, self.below)
-            told = {}
-            for n, each in prompted(layers).items():
-                told[n] = predict(self.model.config, plan, n, each, self.model.device).figures()
-                if each.recall is not None:
-                    told[n]["recall"] = round(float(each.recall[self.free].mean()), 4)
-            return told
-
-        self.prompted, self.expect = prompted, expect
-
     @property
     def below(self) -> Below:
-        """Rows so short that none like them were looked at stay full."""
+        """Rows shorter than half of the shortest prompt stay full: none like them was measured."""
         floor = min(self.prompts) // 2
         return Below(floor, floor, floor)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What any choice of a method's words does, by length in tokens."""
+
+    job: Job
+    patterns: dict[str, Any]  # by word
+    prompts: Callable[[Layers], dict[int, Prompts]]  # what a choice does in prompts
+
+    def __call__(self, layers: Layers) -> dict[int, dict[str, float]]:
+        """What a plan of these layers says under `expected`; `recall` is of free heads."""
+        job, found = self.job, {}
+        plan = Plan(ModelId.of(job.model), self.patterns, layers, job.below)
+        for n, each in self.prompts(layers).items():
+            found[n] = predict(job.model.config, plan, n, each, job.model.device).figures()
+            if each.recall is not None:
+                found[n]["recall"] = round(float(each.recall[job.free].mean()), 4)
+        return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found: its plan and, as far as the method can, what it knows of others."""
+
+    plan: Plan
+    expect: Forecast | None = None
+    # The plan of another budget, without measuring; None where no choice meets it.
+    choose: Callable[[Budget], Plan | None] | None = None
+    suspects: np.ndarray | None = None  # what the plan loses by head, `[layers, kv heads]`
+    draw: Callable[[], Figure] | None = None  # the figure of `curves`
+
+
+class Method(Protocol):
+    """One way to choose a plan."""
+
+    def __call__(self, job: Job) -> Found:
+        """The best plan within `job.budget`; UsageError where there is none.
+
+        Heads of layers that are not `job.free` stay full. What takes long goes through `job.parts`,
+        so that a killed run goes on, and is shown by `job.progress`.
+        """

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
 
+from hfsparse.models.weights import weights_mark
+from hfsparse.plan import ModelId
+from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.settings import Settings
 from hfsparse.reading import local
+from hfsparse.version import __version__
+
+
+def identify_run(
+    model: PreTrainedModel, settings: Settings, prompts: dict[int, list[Prompt]]
+) -> str:
+    """What measurements depend on: config, weights, settings, prompts, versions."""
+    seen = hashlib.sha256()
+    for prompt in chain.from_iterable(prompts.values()):
+        seen.update(prompt.ids.cpu().numpy().tobytes())
+    run = {
+        "versions": [__version__, torch.__version__, transformers.__version__],
+        "model": [ModelId.of(model).fingerprint, weights_mark(model), str(model.dtype)],
+        "seen": seen.hexdigest(),
+    }
+    return json.dumps(run | settings.identity, sort_keys=True)
 
 
 def mark(*given) -> str:
@@ -22,21 +47,22 @@ def mark(*given) -> str:
 
 
 class Parts:
-    """Arrays made so far, in a folder beside the plan until it is written, for one setting.
+    """Arrays made so far, in a folder beside the plan until it is written.
 
-    Without a plan file (`out` None) nothing is kept.
+    `run` identifies them (`identify_run`): those of another run are removed. Without a plan file
+    (`out` None) nothing is kept.
     """
 
-    def __init__(self, out: str | Path | None, settings: str):
+    def __init__(self, out: str | Path | None, run: str):
         self.folder = None if out is None else local(f"{out}.parts")
         if self.folder is None:
             return
         mark = self.folder / "settings.json"
-        if mark.is_file() and mark.read_text(encoding="utf-8") == settings:
+        if mark.is_file() and mark.read_text(encoding="utf-8") == run:
             return
         self.remove()
         self.folder.mkdir(parents=True)
-        mark.write_text(settings, encoding="utf-8")
+        mark.write_text(run, encoding="utf-8")
 
     def get(
         self, key: str | int, compute: Callable[[], dict[str, np.ndarray]]

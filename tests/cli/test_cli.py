@@ -430,12 +430,12 @@ def test_profile_ends_with_the_budgets_met_and_a_warning_of_what_the_proof_canno
     ],
 )
 def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
-    from hfsparse.profiler import doubt
+    from hfsparse.profiler.report import find_doubt
 
     plan = Plan.full(ModelId.of(tiny.llama()))
-    assert doubt(plan) is None
+    assert find_doubt(plan) is None
     plan.made = {"verified": verified}
-    said = doubt(plan)
+    said = find_doubt(plan)
     assert said is None if warning is None else warning in said
 
 

@@ -9,7 +9,7 @@ import pytest
 import hfsparse
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
-from hfsparse.profiler import METHODS
+from hfsparse.profiler.methods import METHODS
 from hfsparse.recipe import names
 from hfsparse.selectors import SELECTORS
 from tests.docs.pages import DOCS, code, rows, text

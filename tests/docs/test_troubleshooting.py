@@ -83,11 +83,14 @@ def told_by(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def rules(module: ast.Module) -> Iterator[str]:
-    """What a plan's rules yield, a reader says, and patterns and selectors require."""
+    """What a plan's rules yield, a reader says, patterns and selectors require, and settings
+    refuse."""
     for node in ast.walk(module):
-        if isinstance(node, ast.Call) and name(node) in ("say", "require"):
+        if isinstance(node, ast.Call) and name(node) in ("say", "require", "within", "one_of"):
             yield from filter(None, [template(node.args[-1])])
-        if isinstance(node, ast.FunctionDef) and node.name.endswith(("_rules", "wrong_value")):
+        if isinstance(node, ast.FunctionDef) and re.search(
+            r"_rules$|wrong_value$|^_refuse_", node.name
+        ):
             yield from filter(None, map(template, results(node)))
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import hfsparse
-from hfsparse import profiler
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.stats import FIGURES
 from tests import tiny
 from tests.gpu.common import DEVICE
@@ -34,7 +34,7 @@ def test_a_profile_expects_what_the_patched_model_measures(family, method):
     plan = hfsparse.profile(
         model, tiny.tokenizer(), method=method, proxy=proxy, prefill_density=0.9, **settings
     )
-    ids = profiler.prompts_of(tiny.tokenizer(), LENGTH, 1, 0)[0].ids.to(DEVICE)
+    ids = make_prompts(tiny.tokenizer(), LENGTH, 1, 0)[0].ids.to(DEVICE)
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
         out = model(ids[:, :-1])
         model(ids[:, -1:], past_key_values=out.past_key_values)

@@ -46,7 +46,7 @@ def test_texts_reach_every_user_of_a_template(body):
 
     head, tail = (made.decode(ids) for ids in prompts.frame(made, "Read.\n\n", "\n\nWhat?"))
     assert (head, tail) == ("<user>Read.\n\n", "\n\nWhat?;<assistant>")
-    (prompt,) = prompts.samples(made, 600, 1, seed=0)
+    (prompt,) = prompts.make_prompts(made, 600, 1, seed=0)
     assert "?;<assistant>" in made.decode(prompt.ids[0])
 
     ask = Question("Which?", "It is", " 7")
@@ -91,7 +91,7 @@ def test_a_template_that_loses_texts_is_one_sentence(template, why):
     if why is None:
         return
     for use in (
-        lambda: prompts.samples(made, 600, 1, seed=0),
+        lambda: prompts.make_prompts(made, 600, 1, seed=0),
         lambda: _tokens(made, "a text"),
         lambda: Prompter(made),
     ):

@@ -17,11 +17,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hfsparse
-from hfsparse import cli, profiler
+from hfsparse import cli
 from hfsparse.errors import UsageError
 from hfsparse.patcher import figures
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan, headmap
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.selectors.quest import Quest
 from hfsparse.stats import FIGURES
 from hfsparse_eval.arms import Sparse
@@ -108,7 +109,7 @@ def test_a_profile_expects_what_the_patched_model_measures(family, method):
     model, tokenizer = FAMILIES[family](), tiny.tokenizer()
     plan = hfsparse.profile(model, tokenizer, **SETTINGS | METHODS[method])
     assert {word for layer in plan.layers for word in layer.cache} != {"full"}
-    (prompt,) = profiler.prompts_of(tokenizer, 700, 1, 0)
+    (prompt,) = make_prompts(tokenizer, 700, 1, 0)
     stats = ran(model, plan, prompt.ids)
     said = plan.expected[700]
     assert {*FIGURES} <= said.keys()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hfsparse.plan import Layer
-from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, losses
+from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
 
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
 PAGED, CHOSEN, WHOLE = 1.03, 0.3, 1.01  # kept and read where pages are chosen, kept by full heads
@@ -78,7 +78,7 @@ def test_the_choice_is_the_best_of_all_choices(seed, limits):
     )
     chosen = allocate(o, Budget(*limits))
     effect, *costs = price(o, chosen)
-    assert losses(o, chosen).sum() == pytest.approx(effect)
+    assert sum_losses(o, chosen).sum() == pytest.approx(effect)
     assert effect == pytest.approx(best, rel=2e-3, abs=1e-9)
     assert all(c <= limit + 1e-6 or limit == 1 for c, limit in zip(costs, limits, strict=True))
     assert (best > 0) == (limits != (1, 1, 1))  # a budget that binds costs something

@@ -10,7 +10,7 @@ from hfsparse.profiler.methods import balanced
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
-from hfsparse.profiler.prompts.calibration import samples
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.solve.allocation import Budget, allocate
 from tests import tiny
 
@@ -36,7 +36,7 @@ def test_every_pattern_is_a_candidate_and_streaming_heads_grow_with_the_row():
 def equal(names):
     """Costs at 2,048 tokens, of rings that all cost the same."""
     rings = dict.fromkeys(("ring_kept", "ring_read"), [0.2] * len(names.rings))
-    return search.costs(names, 2048) | rings
+    return search.price_candidates(names, 2048) | rings
 
 
 @pytest.mark.parametrize("grows", [False, True])
@@ -79,12 +79,13 @@ def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_take
 
 def test_it_chooses_anew_within_other_budgets_without_measuring():
     model, tokenizer = tiny.llama(window=1024, num_hidden_layers=2), tiny.tokenizer()
-    prompts = {512: samples(tokenizer, 512, 1, 0)}
+    prompts = {512: make_prompts(tokenizer, 512, 1, 0)}
     job = Job(model, tokenizer, prompts, Budget(0.5, 0.5, 0.5), Parts(None, ""), silent)
-    plan = balanced.plan(job)
+    found = balanced.plan(job)
+    plan, choose = found.plan, found.choose
     job.prompts[512].clear()
-    again, wider = job.choose(job.budget), job.choose(job.budget.wider(0.5))
+    again, wider = choose(job.budget), choose(job.budget.wider(0.5))
     assert again.hash() == plan.hash()
     assert again.expected == plan.expected
     assert plan.expected[512]["cache_share"] <= 0.5 < wider.expected[512]["cache_share"] <= 0.75
-    assert job.choose(Budget(0.001, 0.001, 0.001)) is None
+    assert choose(Budget(0.001, 0.001, 0.001)) is None

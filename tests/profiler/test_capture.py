@@ -196,7 +196,7 @@ def test_effect_is_the_slope_of_the_margin_towards_a_ring(model, ids, layers, at
     up, down = (nudged(exact, ids, seen.keys, at, group, change, x) for x in (0.01, -0.01))
     slope = (up - down) / 0.02
     candidates = measure.Candidates({}, {"ring": Streaming(SINK, RECENT)}, {})
-    effect = measure.layer(seen, candidates)["ring_effect"][0, group]
+    effect = measure.measure_layer(seen, candidates)["ring_effect"][0, group]
     signed = float((seen.grad.double() * change).reshape(GROUPS, -1).sum(1)[group])
     assert signed == pytest.approx(slope, rel=0.01)
     assert effect == pytest.approx(abs(slope), rel=0.01)
@@ -218,7 +218,7 @@ def test_effect_is_what_a_plan_that_drops_little_takes_from_the_margin(ids, at, 
         dense = margin_at(model, ids, seen.keys)
         with hfsparse.patch(model, plan):
             lost = dense - margin_at(model, ids, seen.keys)
-    effect = measure.layer(seen, measure.Candidates({}, {"ring": ring}, {}))["ring_effect"]
+    effect = measure.measure_layer(seen, measure.Candidates({}, {"ring": ring}, {}))["ring_effect"]
     assert effect[0, group] == pytest.approx(abs(float(lost)), rel=0.2)
 
 
@@ -374,7 +374,7 @@ def test_experts_are_not_sliced():
     experts = dict(num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0])
     config = Qwen3MoeConfig(**shape, **heads, **experts, num_hidden_layers=2)
     model = Qwen3MoeForCausalLM(config)
-    with slices.sliced(model):
+    with slices.slice_tokens(model):
         named = model.model.named_modules()
         found = {name for name, module in named if "forward" in module.__dict__}
     norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
@@ -397,18 +397,19 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from hfsparse import profiler
-from hfsparse.profiler import minference, search
+from hfsparse.profiler.methods import minference
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.prompts.calibration import make_prompts
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=4).float().eval()
-prompts = profiler.prompts_of(tokenizer, 4096, 1, 0, None)
+prompts = make_prompts(tokenizer, 4096, 1, 0, None)
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 loaded = pages * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading had one of its own
 candidates = minference.candidates(4096)
 for prompt in prompts:
-    search.of_prompt(model, prompt, candidates)
+    search.measure_prompt(model, prompt, candidates)
 status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at pytest's own
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"loaded": loaded, "peak": peak}))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import hfsparse
-from hfsparse import profiler
 from hfsparse.errors import UsageError
+from hfsparse.profiler import run as profiling
 from hfsparse.profiler.methods import minference
 from tests import tiny
 
@@ -13,8 +13,8 @@ SETTINGS = dict(lengths=(512,), samples=1, verify=False, decode_share=0.6)
 
 
 def test_curves_show_each_layer_and_kind_and_what_budgets_cost(tmp_path, monkeypatch):
-    drawn, write = [], profiler.write_png
-    monkeypatch.setattr(profiler, "write_png", lambda *given: drawn.append(given) or write(*given))
+    drawn, write = [], profiling.write_png
+    monkeypatch.setattr(profiling, "write_png", lambda *given: drawn.append(given) or write(*given))
     model, file = tiny.llama(window=1024), tmp_path / "curves.png"
     settings = SETTINGS | {"method": "minference", "curves": file}
     plan = hfsparse.profile(model, tiny.tokenizer(), **settings)

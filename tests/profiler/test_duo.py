@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import hfsparse
-from hfsparse import profiler
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -20,6 +19,7 @@ from hfsparse.profiler.measure.gates import distil
 from hfsparse.profiler.methods import duo
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.prompts.passkeys import hide
 from hfsparse.profiler.solve.allocation import Budget
 from tests import tiny
@@ -125,7 +125,7 @@ def short(monkeypatch):
 
 
 def job(model, parts=None) -> Job:
-    prompts = {512: profiler.prompts_of(tiny.tokenizer(), 512, 4, 0)}
+    prompts = {512: make_prompts(tiny.tokenizer(), 512, 4, 0)}
     budget = Budget(1.0, 0.75, 1.0)
     return Job(model, tiny.tokenizer(), prompts, budget, parts or Parts(None, ""), silent)
 
@@ -134,14 +134,14 @@ def test_the_head_that_copies_keeps_its_gate_and_heads_that_stream_alike_lose_th
     short, tmp_path
 ):
     work = job(copier(), Parts(tmp_path / "plan.yaml", ""))
-    *_, (trained, _) = duo._trained(work)
-    gates, fallen = trained["gates"], 1 - duo.RATE * sum(map(duo.schedule, range(20)))
+    *_, (trained, _) = duo.train_gates(work)
+    gates, fallen = trained["gates"], 1 - duo.RATE * sum(map(duo.scale_rate, range(20)))
     assert gates[1, 1] > 0.9
     np.testing.assert_allclose(gates.ravel()[:3], fallen, atol=1e-3)  # L1 alone moved them
-    told = duo._proxies(work)
+    told = duo.measure_proxies(work)
     assert told["copy"].argmax() == told["error"].argmax() == 3
     assert told["error"][1, 0] == 0
-    plan = duo.plan(work)
+    plan = duo.plan(work).plan
     assert plan.layers[1].cache[1] == "full"
 
 
@@ -151,7 +151,7 @@ def test_training_ends_when_the_ranking_is_stable_after_the_warm_up(monkeypatch)
         return state | {"gates": np.arange(4.0).reshape(2, 2), "step": np.array(end)}
 
     monkeypatch.setattr(duo, "advance", advance)
-    ends = [int(state["step"]) for state, _ in duo._trained(job(lively()))]
+    ends = [int(state["step"]) for state, _ in duo.train_gates(job(lively()))]
     warm = duo.STEPS // 5
     assert ends == list(range(duo.PIECE, warm + duo.TIMES * duo.PIECE + 1, duo.PIECE))
 
@@ -161,10 +161,10 @@ def test_training_ends_when_the_ranking_is_stable_after_the_warm_up(monkeypatch)
 
 def test_proxies_are_what_plain_attention_says(monkeypatch):
     model = lively(attn_implementation="eager", window=1024)
-    text = profiler.prompts_of(tiny.tokenizer(), 640, 3, 0)[2].ids[0].tolist()
+    text = make_prompts(tiny.tokenizer(), 640, 3, 0)[2].ids[0].tolist()
     keys, ring = hide(tiny.tokenizer(), text, Random(0)), Streaming(4, 100)
     monkeypatch.setattr(proxies, "ROWS", 1000)
-    found = proxies.measured(model, keys, ring)
+    found = proxies.measure_proxies(model, keys, ring)
     ids, rows, sources = keys.ids[0], torch.tensor(keys.rows), torch.tensor(keys.sources)
     assert torch.equal(ids[rows + 1], ids[sources])
     assert len(ids) == 640
@@ -204,11 +204,11 @@ def test_a_plan_keeps_as_many_heads_full_as_every_budget_allows(short, budget):
     plan = hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **shares}, proxy="error")
     plan.check(model)
     expected = plan.expected[512]
-    costs = duo.ring_costs(512, duo.DEPLOYED)
+    costs = duo.price_ring(512, duo.DEPLOYED)
     name = {"prefill_density": "pair_density"}.get(budget, budget)
     assert expected[name] <= 0.6 < expected[name] + (1 - costs[name]) / 4
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
-        model(profiler.prompts_of(tiny.tokenizer(), 512, 1, 0)[0].ids)
+        model(make_prompts(tiny.tokenizer(), 512, 1, 0)[0].ids)
         stats = handle.stats()
     assert stats.pair_density == pytest.approx(expected["pair_density"], abs=1e-3)
     assert stats.cache_share == pytest.approx(expected["cache_share"], abs=1e-3)

@@ -54,7 +54,7 @@ def test_influence_is_what_masking_entries_one_by_one_changes(monkeypatch, group
     grad = torch.randn(1, kv * group, L, it.v.shape[3], generator=made)
     s_aux = torch.randn(kv * group, generator=made) if sinks else None
     q, k, v = (t[:1] for t in (it.q, it.k, it.v))
-    found = influence.influence(
+    found = influence.measure_influence(
         Seen(q * 2, k, v, grad * 0, grad, Logits(it.scale, softcap, s_aux), torch.arange(1))
     )
     assert found.shape == (kv * group, 3, 3)
@@ -75,7 +75,7 @@ def test_influence_is_the_slope_of_the_loss_of_the_models_own_answer(monkeypatch
             if weight.ndim == 2:
                 weight *= 5.0 if name == "lm_head.weight" else 3.0
     text = torch.randint(2, 400, (1, 80), generator=torch.Generator().manual_seed(1))
-    ids, keys = influence.answered(model, Prompt("text", text, (72, 80)))
+    ids, keys = influence.append_answer(model, Prompt("text", text, (72, 80)))
     assert torch.equal(ids[:, :72], text[:, :72])
     with torch.no_grad():
         assert torch.equal(model(ids).logits[0, keys].argmax(1), ids[0, keys + 1])
@@ -85,7 +85,7 @@ def test_influence_is_the_slope_of_the_loss_of_the_models_own_answer(monkeypatch
         ids,
         keys,
         influence._cross_entropy,
-        lambda seen: kept.append(seen) or {"each": influence.influence(seen).numpy()},
+        lambda seen: kept.append(seen) or {"each": influence.measure_influence(seen).numpy()},
     )
     exact, step = deepcopy(model).double(), 0.1
 
@@ -119,11 +119,11 @@ def test_influence_is_the_slope_of_the_loss_of_the_models_own_answer(monkeypatch
 def test_an_answer_ends_where_the_model_ends_it():
     model = tiny.llama()
     text = torch.randint(2, 400, (1, 80), generator=torch.Generator().manual_seed(1))
-    whole, keys = influence.answered(model, Prompt("text", text, (60, 80)))
+    whole, keys = influence.append_answer(model, Prompt("text", text, (60, 80)))
     assert keys.tolist() == list(range(59, 79))
     model.generation_config.eos_token_id = int(whole[0, 63])
     first = whole[0, 60:].tolist().index(int(whole[0, 63])) + 1
-    cut, keys = influence.answered(model, Prompt("text", text, (60, 80)))
+    cut, keys = influence.append_answer(model, Prompt("text", text, (60, 80)))
     assert keys.tolist() == list(range(59, 59 + first))
     assert torch.equal(cut[:, : 60 + first], whole[:, : 60 + first])
 
@@ -131,9 +131,9 @@ def test_an_answer_ends_where_the_model_ends_it():
 def test_an_answer_is_greedy_whatever_the_models_settings_say():
     model = tiny.llama()
     text = torch.randint(2, 400, (1, 80), generator=torch.Generator().manual_seed(1))
-    plain, _ = influence.answered(model, Prompt("text", text, (60, 80)))
+    plain, _ = influence.append_answer(model, Prompt("text", text, (60, 80)))
     brought = dict(
         num_beams=2, no_repeat_ngram_size=1, min_new_tokens=20, return_dict_in_generate=True
     )
     model.generation_config = GenerationConfig(eos_token_id=1, **brought)
-    assert torch.equal(influence.answered(model, Prompt("text", text, (60, 80)))[0], plain)
+    assert torch.equal(influence.append_answer(model, Prompt("text", text, (60, 80)))[0], plain)

@@ -77,7 +77,7 @@ def seen(request) -> Seen:
 
 @pytest.fixture(scope="module")
 def found(seen) -> dict[str, np.ndarray]:
-    return measure.layer(seen, CANDIDATES)
+    return measure.measure_layer(seen, CANDIDATES)
 
 
 def near(found, plain, rtol=1e-4):
@@ -90,7 +90,7 @@ def pattern_mask(seen: Seen, pattern) -> torch.Tensor:
 
 
 def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
-    rows, weight = exact.sampled_rows(L, KEYS)
+    rows, weight = exact.sample_rows(L, KEYS)
     assert rows.tolist() == sorted(
         {*KEYS.tolist(), *np.linspace(0, L - 1, exact.SPREAD).astype(int)}
     )
@@ -101,7 +101,7 @@ def test_key_rows_stand_for_themselves_and_the_others_for_all_the_rest():
 
 
 def test_when_every_row_is_a_key_each_stands_for_itself():
-    rows, weight = exact.sampled_rows(20, torch.arange(20))
+    rows, weight = exact.sample_rows(20, torch.arange(20))
     assert rows.tolist() == list(range(20))
     assert weight.tolist() == [1.0] * 20
 
@@ -109,7 +109,7 @@ def test_when_every_row_is_a_key_each_stands_for_itself():
 @pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse()], ids=["refresh", "reuse"])
 def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
     with pytest.raises(ValueError, match="without refresh"):
-        measure.layer(seen, measure.Candidates({}, {}, {"quest": selector}))
+        measure.measure_layer(seen, measure.Candidates({}, {}, {"quest": selector}))
 
 
 @pytest.mark.parametrize("name", CANDIDATES.patterns)
@@ -245,13 +245,15 @@ def test_what_is_found_has_one_row_a_candidate_and_one_column_a_head(found):
 
 def test_a_few_kv_heads_at_a_time_are_measured_alike(seen, found, monkeypatch):
     monkeypatch.setattr(measure, "AT_ONCE", GROUP * L)
-    for name, array in measure.layer(seen, CANDIDATES).items():
+    for name, array in measure.measure_layer(seen, CANDIDATES).items():
         near(array, found[name], 1e-5)
 
 
 def test_half_precision_is_measured_in_single(seen):
     half = {name: getattr(seen, name).bfloat16() for name in ("q", "k", "v", "out", "grad")}
     up = {name: tensor.float() for name, tensor in half.items()}
-    found, single = (measure.layer(replace(seen, **tensors), CANDIDATES) for tensors in (half, up))
+    found, single = (
+        measure.measure_layer(replace(seen, **tensors), CANDIDATES) for tensors in (half, up)
+    )
     for name in ("pattern_effect", "pattern_recall", "page_effect", "page_recall"):
         near(found[name], single[name], 1e-3)

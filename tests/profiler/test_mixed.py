@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import hfsparse
-from hfsparse import profiler
 from hfsparse.patcher.figures import Prompts
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Forecast, Found, Job
 from hfsparse.profiler.methods import mixed
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
+from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.solve.allocation import Budget
 from tests import tiny
 
@@ -39,7 +39,7 @@ def test_a_mixed_plan_takes_prompts_from_one_method_and_the_rest_from_another():
             assert word == (theirs if ring else mine).prefill[q]
     expected = plan.expected[1024]
     assert "recall" not in expected  # duo measures none
-    (prompt,) = profiler.prompts_of(tok, 1024, 1, 0)
+    (prompt,) = make_prompts(tok, 1024, 1, 0)
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
         model(prompt.ids)
         stats = handle.stats()
@@ -58,14 +58,15 @@ def test_a_word_that_means_two_things_is_renamed_and_each_method_hears_its_own()
         def plan(job):
             layers = (Layer(("near",) * 4 if who == "one" else words, cache, reads),) * 2
             heard[who] = job.budget
-            job.tell({}, lambda layers: heard.update({f"{who} layer": layers[0]}) or {8: whole})
-            return replace(full, layers=layers, patterns={"near": Streaming(4, recent)})
+            made = replace(full, layers=layers, patterns={"near": Streaming(4, recent)})
+            hear = lambda layers: heard.update({f"{who} layer": layers[0]}) or {8: whole}  # noqa: E731
+            return Found(made, Forecast(job, {}, hear))
 
         return plan
 
     job = Job(model, None, {8: []}, Budget(0.1, 0.2, 0.3), Parts(None, ""), silent)
     one, other = method("one", 8, ("full", "full")), method("other", 16, ("near", "full"))
-    plan = mixed.plan(job, one, other)
+    plan = mixed.plan(job, one, other).plan
     plan.validate()
     assert plan.layers[0].prefill == ("near", "near", "near-prompt", "near-prompt")
     assert plan.patterns == {"near": Streaming(4, 16), "near-prompt": Streaming(4, 8)}

@@ -11,8 +11,8 @@ from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
-from hfsparse.profiler import prompts_of
 from hfsparse.profiler.methods import moa
+from hfsparse.profiler.prompts.calibration import make_prompts
 from tests import tiny
 
 LENGTHS = (384, 768)
@@ -37,14 +37,14 @@ def model():
 
 
 def test_rules_are_shorter_than_the_longest_prompt_and_in_order():
-    each = moa.rules(768)
+    each = moa.make_rules(768)
     assert each[0] == Streaming(64, 128)
     assert each[-1] is None
     assert Streaming(64, 128, 0.5) in each
     assert all(r.recent + r.recent_per_token * 768 < 768 for r in each[:-1])
     lines = [(r.recent, r.recent_per_token) for r in each[:-1]]
     assert lines == sorted(set(lines))
-    cross = moa.crossing(each)
+    cross = moa.find_crossing(each)
     assert not cross[-1].any()
     for i, (a, b) in enumerate(lines):
         for j, (c, d) in enumerate(lines):
@@ -58,14 +58,14 @@ def test_what_a_rule_drops_is_what_its_mask_drops(rule):
     L, block = 300, moa.BLOCK
     mask = Grid.causal(1, L).banded(rule.band, 1).mask()[0, 0].numpy()
     causal = np.tri(L, dtype=bool)
-    share = moa.dropped(rule, L)
+    share = moa.share_dropped(rule, L)
     assert share.shape == (5, 5)
     for i in range(5):
         for j in range(i + 1):
             at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
             lost = (causal[at] & ~mask[at]).sum() / causal[at].sum()
             assert share[i, j] == pytest.approx(lost, abs=1e-6)
-    assert not moa.dropped(None, L).any()
+    assert not moa.share_dropped(None, L).any()
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa3", "gqa4"])
@@ -82,7 +82,7 @@ def test_a_plan_holds_its_bounds_at_every_length_and_runs_as_it_says(heads):
     for layer in plan.layers:
         assert len({*layer.prefill}) <= 2
         assert {*layer.cache} <= {*layer.prefill}
-    ids = prompts_of(tiny.tokenizer(), 1536, 1, 3)[0].ids
+    ids = make_prompts(tiny.tokenizer(), 1536, 1, 3)[0].ids
     for length, expected in plan.expected.items():
         assert expected["pair_density"] <= SETTINGS["prefill_density"] + 1e-3
         assert expected["cache_share"] <= SETTINGS["cache_share"] + 1e-3
@@ -109,18 +109,18 @@ def test_a_run_killed_at_each_stage_goes_on_and_ends_in_the_same_plan(model, tmp
 
         monkeypatch.setattr(moa, name, call)
 
-    for name in ("costs", "pareto", "losses"):
+    for name in ("measure_costs", "pareto", "measure_losses"):
         metered(name, getattr(moa, name))
     stages = [(1, 0, 0), (1, 0, 0), (0, 1, 0)]  # a prompt each, then the solver's answer
     for calls in stages:
-        left.update(zip(("costs", "pareto", "losses"), calls, strict=True))
+        left.update(zip(("measure_costs", "pareto", "measure_losses"), calls, strict=True))
         with pytest.raises(KeyboardInterrupt):
             hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
         assert not out.exists()
         assert not any(left.values())
-    left.update(losses=1)
+    left.update(measure_losses=1)
     resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
-    left.update(costs=2, pareto=1, losses=1)
+    left.update(measure_costs=2, pareto=1, measure_losses=1)
     whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
     assert resumed.hash() == whole.hash() == Plan.load(out).hash()
     assert resumed.made["chosen"] == whole.made["chosen"]

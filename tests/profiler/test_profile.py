@@ -1,19 +1,22 @@
 """profile(): from a tiny model to a plan, resumed runs, refused settings."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
 
 import hfsparse
-from hfsparse import profiler
 from hfsparse.errors import UsageError
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import capture
 from hfsparse.profiler.methods import minference
 from hfsparse.profiler.methods import one_pass as search
-from hfsparse.profiler.parts import Parts
+from hfsparse.profiler.parts import Parts, identify_run
+from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.settings import Settings
 from hfsparse.selectors.quest import Quest
 from tests import tiny
 
@@ -52,7 +55,7 @@ def test_prompts_too_short_for_a_choice_of_pages_make_a_plan(model):
 def test_what_a_plan_expects_is_what_the_patched_model_measures(model, plan):
     expected = plan.expected[512]
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
-        for prompt in profiler.prompts_of(tiny.tokenizer(), 512, 2, 3):
+        for prompt in make_prompts(tiny.tokenizer(), 512, 2, 3):
             cache = model(prompt.ids).past_key_values
             held = handle.stats().cache_share
             model(prompt.ids[:, -1:], past_key_values=cache)
@@ -64,7 +67,7 @@ def test_what_a_plan_expects_is_what_the_patched_model_measures(model, plan):
 
 
 def test_measured_pages_are_those_that_the_patched_model_reads_at_the_key_rows(model):
-    prompt, quest = profiler.prompts_of(tiny.tokenizer(), 512, 1, 3)[0], Quest(0.35, min_pages=2)
+    prompt, quest = make_prompts(tiny.tokenizer(), 512, 1, 3)[0], Quest(0.35, min_pages=2)
     rows, this = [], ModelId.of(model)
 
     def look(seen):
@@ -73,7 +76,7 @@ def test_measured_pages_are_those_that_the_patched_model_reads_at_the_key_rows(m
         tokens = read[:: this.q_heads // this.kv_heads].sum(2)  # [kv heads, rows]
         return (tokens / (seen.keys + 1)).mean(1).numpy()
 
-    short = search.short_sighted(model, minference.candidates(512))
+    short = search.short_sighted_plan(model, minference.candidates(512))
     shares = capture(model, prompt.ids, short, look)
     layer = Layer(("full",) * this.q_heads, ("full",) * this.kv_heads, ("q",) * this.kv_heads)
     read = []
@@ -90,7 +93,7 @@ def test_measured_pages_are_those_that_the_patched_model_reads_at_the_key_rows(m
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, monkeypatch):
     out, seen = tmp_path / "plan.yaml", []
-    measure = search.of_prompt
+    measure = search.measure_prompt
 
     def killed(*args):
         if seen:
@@ -98,12 +101,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, plan, tmp_path, m
         seen.append(1)
         return measure(*args)
 
-    monkeypatch.setattr(search, "of_prompt", killed)
+    monkeypatch.setattr(search, "measure_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert not out.exists()
     again = []
-    monkeypatch.setattr(search, "of_prompt", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(search, "measure_prompt", lambda *args: again.append(1) or measure(*args))
     resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(again) == 1  # the first of two prompts was not measured twice
     assert resumed.hash() == plan.hash() == Plan.load(out).hash()
@@ -114,14 +117,14 @@ def test_measurements_of_other_settings_are_not_taken_up(model, tmp_path, monkey
     out = tmp_path / "plan.yaml"
     parts = Parts(out, "other settings")
     parts.get(0, lambda: {"pattern_recall": [[1.0]]})
-    counted, measure = [], search.of_prompt
-    monkeypatch.setattr(search, "of_prompt", lambda *args: counted.append(1) or measure(*args))
+    counted, measure = [], search.measure_prompt
+    monkeypatch.setattr(search, "measure_prompt", lambda *args: counted.append(1) or measure(*args))
     hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert len(counted) == 2
 
 
 def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, monkeypatch):
-    out, measure = tmp_path / "plan.yaml", search.of_prompt
+    out, measure = tmp_path / "plan.yaml", search.measure_prompt
     done = []
 
     def killed(*args):
@@ -129,27 +132,36 @@ def test_a_measurement_cut_short_on_disk_is_made_again(model, plan, tmp_path, mo
             raise KeyboardInterrupt
         return done.append(1) or measure(*args)
 
-    monkeypatch.setattr(search, "of_prompt", killed)
+    monkeypatch.setattr(search, "measure_prompt", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     (part,) = tmp_path.glob("plan.yaml.parts/*.npz")
     part.write_bytes(part.read_bytes()[:-100])
     again = []
-    monkeypatch.setattr(search, "of_prompt", lambda *args: again.append(1) or measure(*args))
+    monkeypatch.setattr(search, "measure_prompt", lambda *args: again.append(1) or measure(*args))
     assert hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS).hash() == plan.hash()
     assert len(again) == 2
 
 
 def test_other_weights_of_the_same_shape_are_other_settings(model):
-    prompts = {512: profiler.prompts_of(tiny.tokenizer(), 512, 1, 3)}
-    own = profiler._settings(model, "minference", prompts)
+    prompts = {512: make_prompts(tiny.tokenizer(), 512, 1, 3)}
+    settings = Settings(method="minference")
+    own = identify_run(model, settings, prompts)
     tuned = tiny.llama(window=1024)
-    assert profiler._settings(tuned, "minference", prompts) == own
+    assert identify_run(tuned, settings, prompts) == own
     with torch.no_grad():
         tuned.model.norm.weight[0] += 1
-    assert profiler._settings(tuned, "minference", prompts) != own
-    assert profiler._settings(model, "minference", {}) != own
-    assert profiler._settings(model, "other", prompts) != own
+    assert identify_run(tuned, settings, prompts) != own
+    assert identify_run(model, settings, {}) != own
+    assert identify_run(model, Settings(method="moa"), prompts) != own
+
+
+def test_what_identifies_a_run_is_written_as_it_ever_was_so_that_old_runs_go_on(model):
+    settings = Settings(method="duo", prefill_method="moa", cache_share=0.3, drop=0.2, samples=3)
+    written = json.loads(identify_run(model, settings, {}))
+    assert list(written) == ["method", "model", "seen", "versions"]
+    assert written["method"] == "moa and duo"
+    assert json.loads(identify_run(model, Settings(), {}))["method"] == "balanced"
 
 
 def test_a_model_in_training_mode_is_refused(model):

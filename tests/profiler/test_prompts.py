@@ -9,7 +9,7 @@ import torch
 
 from hfsparse.errors import UsageError
 from hfsparse.profiler.prompts import calibration as prompts
-from hfsparse.profiler.prompts.calibration import samples
+from hfsparse.profiler.prompts.calibration import make_prompts
 from tests.tiny import tokenizer
 
 
@@ -31,13 +31,13 @@ def write(path, *rows):
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 @pytest.mark.parametrize("length", [1000, 1023, 2048, 5001])
 def test_every_prompt_has_exactly_the_length_asked(length, chat):
-    made = samples(tokenizer(chat), length, 8, seed=0)
+    made = make_prompts(tokenizer(chat), length, 8, seed=0)
     assert [prompt.ids.shape for prompt in made] == [(1, length)] * 8
     assert all(prompt.ids.dtype == torch.long for prompt in made)
 
 
 def test_kinds_come_in_turn_and_swap_their_ground_every_round():
-    assert [prompt.name for prompt in samples(tokenizer(), 1500, 8, seed=0)] == [
+    assert [prompt.name for prompt in make_prompts(tokenizer(), 1500, 8, seed=0)] == [
         "retrieval-prose-0",
         "multihop-code-1",
         "prose-2",
@@ -53,7 +53,7 @@ def test_kinds_come_in_turn_and_swap_their_ground_every_round():
 @pytest.mark.parametrize("length", [1000, 3000])
 def test_a_retrieval_answer_is_whole_at_the_end_and_its_facts_are_hidden_above(length, chat):
     for seed in range(10):
-        for prompt in samples(tokenizer(chat), length, 5, seed)[::4]:
+        for prompt in make_prompts(tokenizer(chat), length, 5, seed)[::4]:
             assert prompt.answer_span[1] == length
             before = text(prompt, chat)[: -len(answer(prompt, chat))]
             for line in answer(prompt, chat).splitlines():
@@ -65,7 +65,7 @@ def test_a_retrieval_answer_is_whole_at_the_end_and_its_facts_are_hidden_above(l
 
 def test_a_multihop_answer_follows_from_the_facts_in_their_order():
     for seed in range(10):
-        in_code, in_prose = (samples(tokenizer(), 2000, 6, seed)[i] for i in (1, 5))
+        in_code, in_prose = (make_prompts(tokenizer(), 2000, 6, seed)[i] for i in (1, 5))
 
         names, value = answer(in_code).split(". The value of ")
         chain, before = names.split(", then "), text(in_code)
@@ -87,7 +87,7 @@ def test_a_multihop_answer_follows_from_the_facts_in_their_order():
 
 
 def test_facts_are_spread_over_the_whole_depth():
-    (prompt,) = samples(tokenizer(), 6000, 1, seed=3)
+    (prompt,) = make_prompts(tokenizer(), 6000, 1, seed=3)
     body = text(prompt)
     depths = [match.start() / len(body) for match in re.finditer("^Staff note:", body, re.M)]
     assert len(depths) == 8
@@ -96,58 +96,63 @@ def test_facts_are_spread_over_the_whole_depth():
 
 
 def test_the_same_seed_gives_the_same_prompts_and_another_seed_others():
-    first, again, other = (samples(tokenizer(), 1200, 4, seed) for seed in (5, 5, 6))
+    first, again, other = (make_prompts(tokenizer(), 1200, 4, seed) for seed in (5, 5, 6))
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a.ids, b.ids) for a, b in zip(first, other, strict=True))
 
 
 def test_more_samples_keep_the_first_ones_so_that_a_run_can_grow():
-    few, more = samples(tokenizer(), 1200, 3, seed=0), samples(tokenizer(), 1200, 6, seed=0)
+    few, more = (
+        make_prompts(tokenizer(), 1200, 3, seed=0),
+        make_prompts(tokenizer(), 1200, 6, seed=0),
+    )
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(few, more, strict=False))
 
 
 def test_the_wording_is_not_that_of_ruler():
-    for prompt in samples(tokenizer(), 2000, 8, seed=0):
+    for prompt in make_prompts(tokenizer(), 2000, 8, seed=0):
         for phrase in ("special magic", "VAR ", "needle", "grass is green"):
             assert phrase not in text(prompt)
 
 
 def test_plain_prompts_start_with_the_bos_token_only_where_the_tokenizer_adds_it():
     adding = tokenizer(chat=False)
-    assert all(prompt.ids[0, 0] != adding.bos_token_id for prompt in samples(adding, 1000, 4, 0))
-    assert samples(tokenizer(chat=True), 1000, 1, 0)[0].ids[0, 0] == adding.bos_token_id
+    assert all(
+        prompt.ids[0, 0] != adding.bos_token_id for prompt in make_prompts(adding, 1000, 4, 0)
+    )
+    assert make_prompts(tokenizer(chat=True), 1000, 1, 0)[0].ids[0, 0] == adding.bos_token_id
 
 
 def test_prose_falls_back_to_docstrings_where_python_has_no_help_topics(monkeypatch):
-    usual = samples(tokenizer(), 1000, 3, seed=0)[2]
+    usual = make_prompts(tokenizer(), 1000, 3, seed=0)[2]
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    fallback = samples(tokenizer(), 1000, 3, seed=0)[2]
+    fallback = make_prompts(tokenizer(), 1000, 3, seed=0)[2]
     assert fallback.ids.shape == (1, 1000)
     assert not torch.equal(usual.ids, fallback.ids)
     assert "import " not in text(fallback).splitlines()[0]
 
 
 def test_a_short_source_is_repeated_to_fill_a_long_prompt(monkeypatch):
-    monkeypatch.setattr(prompts, "_prose", lambda: {"only": "One line, said again and again."})
-    prompt = samples(tokenizer(), 1000, 3, seed=0)[2]
+    monkeypatch.setattr(prompts, "_read_prose", lambda: {"only": "One line, said again and again."})
+    prompt = make_prompts(tokenizer(), 1000, 3, seed=0)[2]
     assert text(prompt).count("One line") > 10
 
 
 def test_a_python_without_sources_asks_for_data(monkeypatch, tmp_path):
-    monkeypatch.setattr(prompts, "_file", lambda module: tmp_path / module)
+    monkeypatch.setattr(prompts, "_locate", lambda module: tmp_path / module)
     with pytest.raises(UsageError, match=r"has no code to calibrate with .* give --data"):
-        samples(tokenizer(), 1000, 4, seed=0)
+        make_prompts(tokenizer(), 1000, 4, seed=0)
 
 
 def test_a_length_with_no_room_for_the_question_says_how_many_tokens_it_needs():
     with pytest.raises(
         UsageError, match=r"prompts of 64 tokens are too short: .* needs (\d+)"
     ) as e:
-        samples(tokenizer(), 64, 1, seed=0)
+        make_prompts(tokenizer(), 64, 1, seed=0)
     needed = int(str(e.value).split("needs ")[1].split(";")[0])
-    assert samples(tokenizer(), needed, 1, seed=0)[0].ids.shape == (1, needed)
+    assert make_prompts(tokenizer(), needed, 1, seed=0)[0].ids.shape == (1, needed)
     with pytest.raises(UsageError, match="too short"):
-        samples(tokenizer(), needed - 1, 1, seed=0)
+        make_prompts(tokenizer(), needed - 1, 1, seed=0)
 
 
 # ---- --data
@@ -156,7 +161,7 @@ def test_a_length_with_no_room_for_the_question_says_how_many_tokens_it_needs():
 def test_own_texts_lose_their_start_and_keep_their_end(tmp_path):
     body = "".join(f"line {i}\n" for i in range(400))
     file = write(tmp_path / "own.jsonl", {"text": f"{body}What is at the end?"})
-    (prompt,) = samples(tokenizer(), 300, 4, seed=0, data=file)
+    (prompt,) = make_prompts(tokenizer(), 300, 4, seed=0, data=file)
     assert prompt.name == "data-1"
     assert prompt.ids.shape == (1, 300)
     assert prompt.answer_span is None
@@ -167,7 +172,9 @@ def test_own_texts_lose_their_start_and_keep_their_end(tmp_path):
 def test_own_prompts_keep_question_answer_and_the_chat_frame(tmp_path, chat):
     body = "".join(f"line {i}\n" for i in range(400))
     row = {"prompt": f"{body}What is 6 x 7?", "answer": "It is 42."}
-    (prompt,) = samples(tokenizer(chat), 300, 1, seed=0, data=write(tmp_path / "own.jsonl", row))
+    (prompt,) = make_prompts(
+        tokenizer(chat), 300, 1, seed=0, data=write(tmp_path / "own.jsonl", row)
+    )
     assert prompt.ids.shape == (1, 300)
     assert answer(prompt, chat) == "It is 42."
     if chat:
@@ -178,9 +185,9 @@ def test_own_prompts_keep_question_answer_and_the_chat_frame(tmp_path, chat):
 def test_own_texts_that_are_too_short_are_left_out(tmp_path):
     rows = [{"text": "short"}, {"text": "long enough " * 200}, {"text": "also long " * 300}]
     file = write(tmp_path / "own.jsonl", *rows)
-    made = samples(tokenizer(), 300, 8, seed=0, data=file)
+    made = make_prompts(tokenizer(), 300, 8, seed=0, data=file)
     assert {prompt.name for prompt in made} == {"data-2", "data-3"}
-    assert len(samples(tokenizer(), 300, 1, seed=0, data=file)) == 1
+    assert len(make_prompts(tokenizer(), 300, 1, seed=0, data=file)) == 1
 
 
 LONG = {"text": "word " * 2000}
@@ -204,16 +211,16 @@ LONG = {"text": "word " * 2000}
 def test_an_unusable_calibration_file_is_one_sentence(tmp_path, rows, message):
     file = write(tmp_path / "own.jsonl", *rows)
     with pytest.raises(UsageError, match=message) as error:
-        samples(tokenizer(), 300, 4, seed=0, data=file)
+        make_prompts(tokenizer(), 300, 4, seed=0, data=file)
     assert "own.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_or_unreadable_calibration_file_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="there is no calibration file"):
-        samples(tokenizer(), 300, 4, seed=0, data=tmp_path / "absent.jsonl")
+        make_prompts(tokenizer(), 300, 4, seed=0, data=tmp_path / "absent.jsonl")
     with pytest.raises(UsageError, match="can't read the calibration file"):
-        samples(tokenizer(), 300, 4, seed=0, data=tmp_path)
+        make_prompts(tokenizer(), 300, 4, seed=0, data=tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="can't read the calibration file"):
-        samples(tokenizer(), 300, 4, seed=0, data=tmp_path / "binary")
+        make_prompts(tokenizer(), 300, 4, seed=0, data=tmp_path / "binary")

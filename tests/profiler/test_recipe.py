@@ -4,10 +4,12 @@ import pytest
 from typer.testing import CliRunner
 
 import hfsparse
-from hfsparse import profiler, recipe
+from hfsparse import recipe
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
 from hfsparse.plan import ModelId, Plan
+from hfsparse.profiler import run as profiling
+from hfsparse.profiler.job import Found
 from tests import tiny
 
 NAMES = "balanced duo fast-prefill minference moa safe small-cache streaming-llm"
@@ -19,10 +21,10 @@ def test_every_recipe_has_afirst_line_and_settings_that_profile_takes(monkeypatc
     class Method:
         def plan(job):
             asked.append(job)
-            return Plan.full(ModelId.of(job.model))
+            return Found(Plan.full(ModelId.of(job.model)))
 
-    monkeypatch.setattr(profiler, "METHODS", dict.fromkeys(profiler.METHODS, Method))
-    monkeypatch.setattr(profiler, "prompts_of", lambda tokenizer, *given: [])
+    monkeypatch.setattr(profiling, "METHODS", dict.fromkeys(profiling.METHODS, Method))
+    monkeypatch.setattr(profiling, "make_prompts", lambda tokenizer, *given: [])
     model = tiny.llama(window=8192)
     for name, line in recipe.names().items():
         assert 20 < len(line) < 90

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +15,15 @@ import hfsparse
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import Prompt
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.profiler.verify import answers, give_back, key_tokens, trials
-from hfsparse.profiler.verify import refine as verify
+from hfsparse.profiler.verify import refine as verification
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
 from tests import tiny
@@ -50,7 +52,7 @@ def test_a_value_is_said_when_greedy_decoding_says_it(patched):
     wrong[-1] = 5 if wrong[-1] != 5 else 6
     trial = trials.Trial("by hand", text, [([], value), (given, wrong)])
     with hfsparse.patch(model) if patched else torch.no_grad():
-        found = trials.run(model, trial)
+        found = trials.run_trial(model, trial)
     assert found["said"].tolist() == [True, False]
     ids = torch.tensor([text + value + given + wrong])
     with torch.no_grad():
@@ -64,8 +66,8 @@ def test_a_value_is_said_when_greedy_decoding_says_it(patched):
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
     tokenizer = tiny.tokenizer(chat)
-    made = [trials.make(tokenizer, 900, i, 7) for i in range(12)]
-    assert made[:4] == [trials.make(tokenizer, 900, i, 7) for i in range(4)]
+    made = [trials.make_trial(tokenizer, 900, i, 7) for i in range(12)]
+    assert made[:4] == [trials.make_trial(tokenizer, 900, i, 7) for i in range(4)]
     assert len({trial.task for trial in made}) == 12
     for trial in made:
         assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 900
@@ -82,7 +84,7 @@ def test_a_trial_is_a_conversation_about_facts_in_its_text(chat):
 
 def test_a_length_that_holds_no_trial_is_refused():
     with pytest.raises(UsageError, match="trials of 100 tokens are too short"):
-        trials.make(tiny.tokenizer(), 100, 0, 0)
+        trials.make_trial(tiny.tokenizer(), 100, 0, 0)
 
 
 # ---- what is lost
@@ -91,14 +93,17 @@ def test_a_length_that_holds_no_trial_is_refused():
 def test_values_of_one_trial_are_no_new_evidence():
     rng = np.random.default_rng(0)
     changes = [rng.integers(-1, 2, 4) for _ in range(12)]
-    once, often = answers.lost(changes), answers.lost([np.repeat(c, 10) for c in changes])
+    once, often = (
+        answers.estimate_loss(changes),
+        answers.estimate_loss([np.repeat(c, 10) for c in changes]),
+    )
     assert (once.mean, once.low, once.high) == pytest.approx((often.mean, often.low, often.high))
     assert once.low < once.mean < once.high
     assert (once.values, often.values) == (48, 480)
 
 
 def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
-    alike = answers.lost([np.zeros(8, int)] * 20)
+    alike = answers.estimate_loss([np.zeros(8, int)] * 20)
     assert (alike.mean, alike.low) == (0, -alike.high)
     assert 0.04 < (1 - alike.high) ** 20 < 0.05  # so many lost are missed once in twenty
 
@@ -119,27 +124,27 @@ def test_no_difference_in_n_trials_still_leaves_some_that_could_differ():
     ],
 )
 def test_what_trials_say_of_a_limit(changes, beyond, told):
-    found = answers.lost([np.array(c) for c in changes])
-    assert found.beyond(0.01) == beyond
-    assert answers.against(found.low, found.high, 0.01, "1 %").startswith(told)
+    found = answers.estimate_loss([np.array(c) for c in changes])
+    assert found.exceeds(0.01) == beyond
+    assert answers.compare_to_limit(found.low, found.high, 0.01, "1 %").startswith(told)
 
 
 def test_values_that_turn_by_a_hair_give_no_head_back(model, monkeypatch):
     """A ring turns every value: by chance in one plan, clearly in the other."""
     given = {}
-    for by in (answers.HAIR / 2, answers.HAIR * 2):
+    for by in (answers.MARGIN / 2, answers.MARGIN * 2):
 
         def run(model, trial, by=by):
             ring = model.get_decoder()._hfsparse.plan.layers[0].cache[0] != "full"
             return {"said": np.array([not ring] * 4), "loss": np.full(4, by * ring)}
 
-        monkeypatch.setattr(trials, "run", run)
+        monkeypatch.setattr(trials, "run_trial", run)
         this = job(model)
-        made = verify.refine(this, rings(model), 0.0, 2).made["verified"]
+        made = refine(this, rings(model), 0.0, 2).made["verified"]
         given[by] = made["given_back"], made["drop"], made["clearly"]
     assert given == {
-        answers.HAIR / 2: ([], 1.0, 0.0),
-        answers.HAIR * 2: (["layer 0 kv head 0"], 0.0, 0.0),
+        answers.MARGIN / 2: ([], 1.0, 0.0),
+        answers.MARGIN * 2: (["layer 0 kv head 0"], 0.0, 0.0),
     }
 
 
@@ -157,6 +162,11 @@ def job(model, parts=None) -> Job:
     return Job(model, tiny.tokenizer(), prompts, Budget(1, 1, 1), parts or Parts(None, ""), silent)
 
 
+def refine(this: Job, plan: Plan, drop: float, samples: int, nats: float = 0.1, **known) -> Plan:
+    settings = Settings(drop=drop, verify_samples=samples, nats=nats)
+    return verification.refine(replace(this, settings=settings), Found(plan, **known))
+
+
 def believe(monkeypatch, vital: set[give_back.Unit], able: float = 1.0) -> list[str]:
     """Trials fail where one of the vital heads is a ring; answers the log of runs."""
     log = []
@@ -168,7 +178,7 @@ def believe(monkeypatch, vital: set[give_back.Unit], able: float = 1.0) -> list[
         said = not missed and len(trial.task) % 100 < 100 * able
         return {"said": np.array([said] * 4), "loss": np.full(4, float(missed))}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     return log
 
 
@@ -178,7 +188,7 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
     vital = set(random.Random(seed).sample(every, seed + 1))
     believe(monkeypatch, vital)
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.01, 2)
+    plan = refine(this, rings(model), 0.01, 2)
     kept = {(at, g) for at, g in every if plan.layers[at].cache[g] == "full"}
     assert kept == vital
     plan.validate()
@@ -192,11 +202,10 @@ def test_the_heads_that_break_a_plan_are_given_back_and_no_others(model, monkeyp
 def test_heads_that_the_method_suspects_are_looked_at_first(model, monkeypatch):
     runs = {}
     for at, units in (("first", {(3, 0), (3, 1)}), ("last", {(0, 0), (0, 1)})):
-        log, this = believe(monkeypatch, {(3, 0), (3, 1)}), job(model)
-        this.suspects = np.zeros((LAYERS, KV))
+        log, suspects = believe(monkeypatch, {(3, 0), (3, 1)}), np.zeros((LAYERS, KV))
         for unit in units:
-            this.suspects[unit] = 1.0
-        plan = verify.refine(this, rings(model), 0.0, 2)
+            suspects[unit] = 1.0
+        plan = refine(job(model), rings(model), 0.0, 2, suspects=suspects)
         assert plan.made["verified"]["given_back"] == ["layer 3 kv head 0", "layer 3 kv head 1"]
         runs[at] = len(log)
     assert runs["first"] < runs["last"]
@@ -215,9 +224,9 @@ def test_trials_that_lost_nothing_are_not_asked_until_the_proof(model, monkeypat
         missed = [ring and trial.task in lose] * 4
         return {"said": ~np.array(missed), "loss": np.array(missed, float)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, 12)
+    plan = refine(this, rings(model), 0.0, 12)
     assert plan.made["verified"]["given_back"] == ["layer 2 kv head 1"]
     counts = {task: log.count(task) for task in log}
     others = {n for task, n in counts.items() if task not in lose}
@@ -236,9 +245,9 @@ def test_no_more_is_won_back_than_is_lost_too_much(model, monkeypatch):
         missed[2] = few and trial.task == "numbers-prose"
         return {"said": missed == 0, "loss": missed}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
-    made = verify.refine(this, rings(model), 0.0, 12).made["verified"]
+    made = refine(this, rings(model), 0.0, 12).made["verified"]
     assert made["given_back"] == ["layer 1 kv head 0"]
     assert made["drop"] == made["clearly"] == round(2 / 96, 4)
     assert "clearly lost (by more than 0.1 nats a token), which may be chance" in made["told"]
@@ -277,10 +286,9 @@ def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
         missed = max(0, sum(short) - 3) if many else short[5]
         return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
 
-    monkeypatch.setattr(trials, "run", run)
-    this = job(model)
-    this.budget, this.choose, this.expect = Budget(1, 0.3, 0.1), choose, expect
-    plan = verify.refine(this, rings(model), 0.01, 2)
+    monkeypatch.setattr(trials, "run_trial", run)
+    this = replace(job(model), budget=Budget(1, 0.3, 0.1))
+    plan = refine(this, rings(model), 0.01, 2, choose=choose, expect=expect)
     plan.validate()
     verified = plan.made["verified"]
     assert verified["drop"] == 0
@@ -304,7 +312,7 @@ def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
     full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse()}
     rows = [("q", "q"), ("again", "full"), ("q", "full"), ("again", "full")]
     layers = tuple(Layer(full, ("full",) * KV, row) for row in rows)
-    plan = give_back.full(Plan(this, words, layers), [(0, 0)])
+    plan = give_back.make_full(Plan(this, words, layers), [(0, 0)])
     plan.validate()
     assert [layer.decode for layer in plan.layers] == [
         ("full", "q"),
@@ -317,7 +325,7 @@ def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
 def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):
     believe(monkeypatch, set())
     this = job(model)
-    plan = verify.refine(this, rings(model), 0.0, 2)
+    plan = refine(this, rings(model), 0.0, 2)
     assert plan.hash() == rings(model).hash()
     assert plan.made["verified"]["given_back"] == []
 
@@ -330,16 +338,16 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
         log.append(trial)
         return {"said": np.array([trial.task in can] * 4), "loss": np.zeros(4)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     this = job(model)
-    made = verify.refine(this, rings(model), 0.0, 8).made["verified"]
+    made = refine(this, rings(model), 0.0, 8).made["verified"]
     assert made["trials"] == 2 * 8
     assert made["values"] == 2 * 8 * 4
     assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
     assert len(made["tasks"]) == 12
     texts = {tuple(trial.text) for trial in log}
     assert len(texts) == 2 * (12 + 8 - 2 + 8)  # two of the first round count; 8 more tell
-    assert [trials.task_of(i) for i in (0, 5, 6, 11, 12)] == [
+    assert [trials.name_task(i) for i in (0, 5, 6, 11, 12)] == [
         "numbers-prose",
         "multihop-code",
         "numbers-prose-known",
@@ -351,7 +359,7 @@ def test_trials_are_of_what_the_dense_model_can_do_once_that_is_known(model, mon
 def test_a_plan_is_told_by_trials_that_chose_nothing(model, monkeypatch):
     """Two heads are vital in the trials that choose, a third one in all others: it stays a ring."""
     log, this = [], job(model)
-    first = {tuple(t.text) for t in answers.draw(this, range(12)).values()}
+    first = {tuple(t.text) for t in answers.draw_trials(this, range(12)).values()}
 
     def run(model, trial):
         layers = model.get_decoder()._hfsparse.plan.layers
@@ -361,8 +369,8 @@ def test_a_plan_is_told_by_trials_that_chose_nothing(model, monkeypatch):
         log.append((chose, [layer.cache for layer in layers]))
         return {"said": np.array([not lost] * 4), "loss": np.full(4, float(lost))}
 
-    monkeypatch.setattr(trials, "run", run)
-    plan = verify.refine(this, rings(model), 0.01, 12)
+    monkeypatch.setattr(trials, "run_trial", run)
+    plan = refine(this, rings(model), 0.01, 12)
     made = plan.made["verified"]
     assert made["given_back"] == ["layer 0 kv head 1", "layer 2 kv head 0"]
     assert (made["drop"], made["kept"], made["trials"]) == (1.0, False, 2 * 12)
@@ -382,8 +390,8 @@ def test_a_model_that_answers_no_question_is_asked_to_complete(model, monkeypatc
         said = trial.task in can and layers[1].cache[1] == "full"
         return {"said": np.array([said] * 2), "loss": np.full(2, float(not said))}
 
-    monkeypatch.setattr(trials, "run", run)
-    plan = verify.refine(job(model), rings(model), 0.01, 4)
+    monkeypatch.setattr(trials, "run_trial", run)
+    plan = refine(job(model), rings(model), 0.01, 4)
     made = plan.made["verified"]
     assert made["given_back"] == ["layer 1 kv head 1"]
     assert {task for task, found in made["tasks"].items() if "drop" in found} == set(can)
@@ -395,7 +403,7 @@ def test_a_model_that_answers_no_question_is_asked_to_complete(model, monkeypatc
 def test_a_completion_begins_once_more_what_its_text_has_said(chat):
     tokenizer = tiny.tokenizer(chat)
     for i in range(8):
-        trial = trials.make(tokenizer, 700, i, 7, trials.COMPLETIONS)
+        trial = trials.make_trial(tokenizer, 700, i, 7, trials.COMPLETIONS)
         assert len(trial.text) + sum(len(g) + len(v) for g, v in trial.turns) == 700
         text = tokenizer.decode(trial.text)
         assert "?" not in text[-60:]
@@ -403,7 +411,7 @@ def test_a_completion_begins_once_more_what_its_text_has_said(chat):
         for given, value in trial.turns:
             begun = tokenizer.decode(given) or text[-60:]
             assert begun.rpartition("\n\n")[2] + tokenizer.decode(value) in text
-    needle = trials.make(tokenizer, 700, 1, 7, trials.COMPLETIONS)
+    needle = trials.make_trial(tokenizer, 700, 1, 7, trials.COMPLETIONS)
     assert (needle.task, len(needle.turns)) == ("needle-noise", 1)
 
 
@@ -422,23 +430,23 @@ def far(monkeypatch, vital: set[give_back.Unit], nats: float = 3.0) -> list[tupl
         loss[10:20] = nats * sum(layers[at].cache[g] != "full" for at, g in vital)
         return {"loss": loss}
 
-    monkeypatch.setattr(key_tokens, "losses", losses)
+    monkeypatch.setattr(key_tokens, "measure_losses", losses)
     return log
 
 
 def texts(model) -> Job:
     this, names = job(model), [f"prose-{i}" for i in range(2 * key_tokens.TEXTS)]
     make = torch.Generator().manual_seed(0)
-    this.held = {
+    held = {
         n: [Prompt(name, torch.randint(2, 400, (1, n), generator=make), None) for name in names]
         for n in this.prompts
     }
-    return this
+    return replace(this, held=held)
 
 
 def test_heads_that_key_tokens_need_are_given_back_where_no_task_can_be_done(model, monkeypatch):
     log = far(monkeypatch, {(0, 1), (2, 0)})
-    plan = verify.refine(texts(model), rings(model), 0.01, 2)
+    plan = refine(texts(model), rings(model), 0.01, 2)
     plan.validate()
     made = plan.made["verified"]
     assert made["given_back"] == ["layer 0 kv head 1", "layer 2 kv head 0"]
@@ -459,7 +467,7 @@ def test_key_tokens_and_answers_are_both_kept(model, monkeypatch):
     """A head that answers need, and another that key tokens need."""
     far(monkeypatch, {(3, 0)})
     believe(monkeypatch, {(1, 1)})
-    made = verify.refine(texts(model), rings(model), 0.01, 2).made["verified"]
+    made = refine(texts(model), rings(model), 0.01, 2).made["verified"]
     assert made["given_back"] == ["layer 1 kv head 1", "layer 3 kv head 0"]
     assert made["kept"]
     assert "answers lost" in made["told"]
@@ -468,17 +476,14 @@ def test_key_tokens_and_answers_are_both_kept(model, monkeypatch):
 
 def test_key_tokens_that_lose_little_give_nothing_back(model, monkeypatch):
     far(monkeypatch, {(at, g) for at in range(LAYERS) for g in range(KV)})
-    assert len(verify.refine(texts(model), rings(model), 0.01, 2, 23.0).made["verified"]["told"])
-    assert (
-        verify.refine(texts(model), rings(model), 0.01, 2, 25.0).made["verified"]["given_back"]
-        == []
-    )
+    assert len(refine(texts(model), rings(model), 0.01, 2, 23.0).made["verified"]["told"])
+    assert refine(texts(model), rings(model), 0.01, 2, 25.0).made["verified"]["given_back"] == []
 
 
 @pytest.mark.parametrize("left", ["no texts", "no key tokens"])
 def test_where_nothing_can_be_told_it_says_none_and_why(model, monkeypatch, left):
     far(monkeypatch, {(0, 0)}, nats=1.0)
-    plan = verify.refine(job(model) if left == "no texts" else texts(model), rings(model), 0.0, 2)
+    plan = refine(job(model) if left == "no texts" else texts(model), rings(model), 0.0, 2)
     assert plan.hash() == rings(model).hash()
     made = plan.made["verified"]
     assert made["told"] == (
@@ -512,7 +517,7 @@ def test_losses_of_a_text_are_those_of_one_forward_pass(patched):
     model = lively()
     ids = torch.randint(2, 400, (1, 403), generator=torch.Generator().manual_seed(0))
     with hfsparse.patch(model) if patched else torch.no_grad():
-        found = key_tokens.losses(model, Prompt("x", ids, None))["loss"]
+        found = key_tokens.measure_losses(model, Prompt("x", ids, None))["loss"]
     with torch.no_grad():
         scores = model(ids).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="none")
@@ -546,16 +551,16 @@ def test_your_texts_that_prove_a_plan_have_not_calibrated_it(model, monkeypatch,
 
         monkeypatch.setattr(module, name, run)
 
-    watch(search, "of_prompt", 1)
-    watch(key_tokens, "losses", 1)
+    watch(search, "measure_prompt", 1)
+    watch(key_tokens, "measure_losses", 1)
     believe(monkeypatch, set())
     hfsparse.profile(
         model, tiny.tokenizer(), lengths=(512,), samples=2, data=file, verify_samples=1
     )
-    yours = {name for name in seen["losses"] if name.startswith("data-")}
-    assert len(seen["of_prompt"]) == 2
+    yours = {name for name in seen["measure_losses"] if name.startswith("data-")}
+    assert len(seen["measure_prompt"]) == 2
     assert len(yours) == 6
-    assert not yours & seen["of_prompt"]
+    assert not yours & seen["measure_prompt"]
 
 
 def test_a_text_held_out_at_one_length_is_held_out_at_all():
@@ -567,7 +572,7 @@ def test_a_text_held_out_at_one_length_is_held_out_at_all():
     assert kept
     assert held
     assert not kept & held
-    full = key_tokens.filled_up(tiny.tokenizer(), {700: named(3)}, 0)[700]
+    full = key_tokens.fill_up(tiny.tokenizer(), {700: named(3)}, 0)[700]
     assert [p.name for p in full[:2]] == ["data-0", "retrieval-prose-0"]
     assert [p.name for p in full[4:7]] == ["data-1", "data-2", "retrieval-code-4"]
     assert len(full) == 2 * key_tokens.TEXTS
@@ -584,7 +589,7 @@ def shortness(monkeypatch) -> list[str]:
         missed = max(0.0, sum(max(0, 96 - plan.patterns[w].band.span(512)) for w in words) / 32 - 2)
         return {"said": np.array([not missed] * 4), "loss": np.full(4, missed)}
 
-    monkeypatch.setattr(trials, "run", run)
+    monkeypatch.setattr(trials, "run_trial", run)
     return log
 
 
@@ -611,8 +616,8 @@ def test_a_profile_killed_anywhere_goes_on_and_ends_in_the_same_plan(
 
         return run
 
-    monkeypatch.setattr(trials, "run", mortal(trials.run))
-    monkeypatch.setattr(search, "of_prompt", mortal(search.of_prompt))
+    monkeypatch.setattr(trials, "run_trial", mortal(trials.run_trial))
+    monkeypatch.setattr(search, "measure_prompt", mortal(search.measure_prompt))
     for _ in range(100):
         left[0] = rng.randrange(1, 9)
         try:

@@ -2,10 +2,10 @@
 
 Two forward passes without gradients (apart, so that logits and graph never lie in memory together)
 find the prompt's key tokens: those that the model predicts well, and badly when every head is
-short-sighted (LongPPL, arXiv 2410.23771). What long attention is for shows there, and on few other
-tokens. The way back from their margin then visits each layer with its attention's output and
-gradient. Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's;
-hidden states between layers wait in the CPU's.
+short-sighted (LongPPL, arXiv 2410.23771). Long attention matters there, and on few other tokens.
+The backward pass from their margin then visits each layer with its attention's output and gradient.
+Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's; hidden
+states between layers wait in the CPU's.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced, wrapped
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens, wrap_forwards
 from hfsparse.runtime.layer_plan import Logits
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
-SURE = 6.0  # a margin beyond this is as good: e^6 to one
+SURE = 6.0  # margins are cut off here: a token at e^6 to one is as good as certain
 SLICE = 256  # tokens whose logits exist at a time
-MAPPED = 8 << 20  # bytes from which a block of CPU memory is the system's again once freed
+MAPPED = 8 << 20  # bytes: larger blocks of CPU memory go back to the system once freed
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,31 @@ class Seen:
     proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
 
 
-@own_modes
+@isolate_modes
 def capture(
     model: PreTrainedModel,
     ids: Tensor,
     short_sighted: Plan,
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` tells key tokens."""
+    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` finds key tokens."""
     _return_large_blocks()
-    ids = _own(model, ids)
+    ids = _copy_ids(model, ids)
     decoder = model.get_decoder()
     margins = []
     for plan in (short_sighted, None):
-        with patch(model, plan), sliced(model), torch.no_grad():
+        with patch(model, plan), slice_tokens(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            margins.append(_margins(model, hidden, ids))
+            margins.append(_measure_margins(model, hidden, ids))
             del hidden
     lost = margins[1] - margins[0]
     keys = lost.topk(min(KEYS, len(lost))).indices.sort().values.to(ids.device)
-    return backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), measure)
+    return backward(
+        model, ids, keys, lambda *prediction: _measure_margin(*prediction).mean(), measure
+    )
 
 
-@own_modes
+@isolate_modes
 def backward(
     model: PreTrainedModel,
     ids: Tensor,
@@ -83,41 +85,17 @@ def backward(
     objective: Callable[[PreTrainedModel, Tensor, Tensor], Tensor],
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer on the way back from an objective.
+    """What `measure` answers for each layer in the backward pass from an objective.
 
     `objective` is given the model, its last hidden states `[1, n, hidden]` at rows `keys` [n] of
     ids `[1, L]`, and the tokens [n] that follow these rows.
     """
     _return_large_blocks()
     found: dict[int, dict[str, np.ndarray]] = {}
-    ids = _own(model, ids)
+    ids = _copy_ids(model, ids)
     decoder = model.get_decoder()
-    with patch(model), checkpointed(model):
-
-        def observe(module, q, k, v, logits):
-            if not torch.is_grad_enabled():  # the way forward
-                return None
-
-            # Detached: a hook that held its own tensor's graph would keep every layer alive.
-            held = [t.detach() for t in (q, k, v)]
-
-            def watch(out: Tensor) -> None:
-                if not out.requires_grad:
-                    raise _no_gradient(model)
-                held.append(out.detach())
-
-                def visit(grad: Tensor | None) -> None:
-                    if grad is None:
-                        raise _no_gradient(model)
-                    with torch.no_grad():
-                        at, proj = keys.to(grad.device), projection(module, held[-1])
-                        found[module.layer_idx] = measure(Seen(*held, grad, logits, at, proj))
-                    held.clear()  # autograd keeps this hook until it is through with the layer
-
-                out.register_hook(visit)
-
-            return watch
-
+    observe = _make_observer(model, keys, measure, found)
+    with patch(model), checkpoint_layers(model):
         for module in decoder.modules():
             if module is not decoder and "_hfsparse" in module.__dict__:
                 module._hfsparse.observe = observe
@@ -126,18 +104,56 @@ def backward(
             hidden = hidden[:, keys.to(hidden.device)]
             wanted = objective(model, hidden, ids[0, keys + 1])
             if not wanted.requires_grad:
-                raise _no_gradient(model)
+                raise _explain_no_gradient(model)
             wanted.backward()
     return [found[layer] for layer in sorted(found)]
 
 
+def _make_observer(
+    model: PreTrainedModel,
+    keys: Tensor,
+    measure: Callable[[Seen], dict[str, np.ndarray]],
+    found: dict[int, dict[str, np.ndarray]],
+) -> Callable:
+    """What layers call (`LayerPlan.observe`): in the backward pass it puts into `found`, by layer,
+    what `measure` answers."""
+
+    def observe(module, q, k, v, logits):
+        if not torch.is_grad_enabled():  # the forward pass
+            return None
+
+        # Detached: a hook that held its own tensor's graph would keep every layer alive.
+        held = [t.detach() for t in (q, k, v)]
+
+        def watch(out: Tensor) -> None:
+            if not out.requires_grad:
+                raise _explain_no_gradient(model)
+            held.append(out.detach())
+
+            def visit(grad: Tensor | None) -> None:
+                if grad is None:
+                    raise _explain_no_gradient(model)
+                with torch.no_grad():
+                    at, proj = keys.to(grad.device), find_projection(module, held[-1])
+                    found[module.layer_idx] = measure(Seen(*held, grad, logits, at, proj))
+                held.clear()  # autograd keeps this hook until it is through with the layer
+
+            out.register_hook(visit)
+
+        return watch
+
+    return observe
+
+
 def check_gradients(model: PreTrainedModel) -> None:
-    """Raise UsageError where a layer's attention gets no gradient; a few tokens tell it."""
+    """Raise UsageError where a layer's attention gets no gradient, found out on a few tokens."""
     ids, keys = torch.zeros(1, 8, dtype=torch.long), torch.tensor([6])
-    backward(model, ids, keys, lambda *prediction: _margin(*prediction).mean(), lambda seen: {})
+    backward(
+        model, ids, keys, lambda *prediction: _measure_margin(*prediction).mean(), lambda seen: {}
+    )
 
 
-def _no_gradient(model: PreTrainedModel) -> UsageError:
+def _explain_no_gradient(model: PreTrainedModel) -> UsageError:
     return UsageError(
         f"the weights of this {type(model).__name__} let no gradient through, as some that are "
         "quantised don't: profile the model that they were made from, whose plan fits them too, or "
@@ -145,18 +161,20 @@ def _no_gradient(model: PreTrainedModel) -> UsageError:
     )
 
 
-def _own(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """A copy where the model begins: an inference tensor can take no part in autograd."""
+def _copy_ids(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A copy on the model's input device: inference tensors can take no part in autograd."""
     return ids.to(input_device(model)).clone()
 
 
-def _margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+def _measure_margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     """Margin [L - 1] of each next token, a slice of the vocabulary's logits at a time."""
     pairs = zip(hidden[:, :-1].split(SLICE, 1), ids[0, 1:].split(SLICE), strict=True)
-    return torch.cat([_margin(model, part, wanted) for part, wanted in pairs]).clamp(-SURE, SURE)
+    return torch.cat([_measure_margin(model, part, wanted) for part, wanted in pairs]).clamp(
+        -SURE, SURE
+    )
 
 
-def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
+def _measure_margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
     """Log-odds of the tokens wanted [n] against all others; hidden `[1, n, hidden]`."""
     scores = model.get_output_embeddings()(hidden)[0].float()
     wanted = wanted.to(scores.device)
@@ -164,7 +182,7 @@ def _margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
     return scores.gather(1, wanted[:, None])[:, 0] - others
 
 
-def projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
+def find_projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
     """What each head's output `[1, Hq, L, Dv]` adds to the layer's, as `[Hq, Dv, hidden]`.
 
     Asked of the module, whatever holds its weights (quantised, adapted).
@@ -189,8 +207,8 @@ def _return_large_blocks() -> None:
 
 
 @contextmanager
-def checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Gradients from the embeddings on, none for weights, each decoder layer recomputed."""
+def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients flow from the embeddings on, to no weights; each decoder layer is recomputed."""
     weights = [p for p in model.parameters() if p.requires_grad]
     layers = [
         module
@@ -201,7 +219,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     try:
         for weight in weights:
             weight.requires_grad_(False)
-        with sliced(model), wrapped(layers, _recomputed):
+        with slice_tokens(model), wrap_forwards(layers, _recompute):
             yield
     finally:
         hook.remove()
@@ -210,10 +228,10 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _begin(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
-    """Embeddings as a result of a scalar: autograd would hold a leaf, and its gradient."""
+    """Let embeddings depend on a scalar: of a leaf autograd would keep the gradient."""
     return out + out.new_zeros((), requires_grad=True)
 
 
-def _recomputed(forward: Callable, hidden_states: Tensor, *args, **kwargs):
-    with save_on_cpu(pin_memory=hidden_states.is_cuda):  # what waits for the way back
+def _recompute(forward: Callable, hidden_states: Tensor, *args, **kwargs):
+    with save_on_cpu(pin_memory=hidden_states.is_cuda):  # hidden states wait for the backward pass
         return checkpoint(partial(forward, **kwargs), hidden_states, *args, use_reentrant=True)

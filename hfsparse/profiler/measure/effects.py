@@ -2,14 +2,13 @@
 
 `effect` is what the margin of the prompt's key tokens loses, to first order: the change that a
 candidate makes to the attention's output, times the gradient there. (A relative error of the output
-can't tell a head that carries an answer from one that carries nothing.) `harm` is the same at the
-rows that predict the key tokens alone, each row's change counted as a loss: what one row wins does
-not make up for what another loses, and prompts agree better on it. `error` is the length of
-the change after the output projection, relative to the layer's whole output, at those rows.
-`recall` is the share of the exact
-attention's mass that is kept; what a sink logit takes always is. A ring's effect is summed over all
-rows. Patterns and pages are looked at on sampled rows: those that predict the key tokens and, for
-patterns, others over the depth, which stand for all the rest.
+can't distinguish a head that carries an answer from one that carries nothing.) `harm` is the same
+at the rows that predict the key tokens alone, each row's change counted as a loss: what one row
+wins does not make up for what another loses, and prompts agree better on it. `error` is the length
+of the change after the output projection, relative to the layer's whole output, at those rows.
+`recall` is the share of the exact attention's mass that is kept; what a sink logit takes always is.
+A ring's effect is summed over all rows. Patterns and pages are measured on sampled rows: those that
+predict the key tokens and, for patterns, others over the depth, which represent all the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.profiler.measure.capture import Seen
-from hfsparse.profiler.measure.exact import attention, sampled_rows
+from hfsparse.profiler.measure.exact import attention, sample_rows
 
 AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
 
@@ -40,24 +39,24 @@ class Candidates:
     selectors: dict[str, Any]  # decode of a kv head whose cache is full
 
 
-def layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
+def measure_layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
     `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
     same per kv head; `page_*` per kv head: effect, harm, error, recall.
     """
-    seen = replace(seen, proj=_eyes(seen) if seen.proj is None else seen.proj)
-    L, parts = seen.k.shape[2], list(_parts(seen))
+    seen = replace(seen, proj=_replace_projection(seen) if seen.proj is None else seen.proj)
+    L, parts = seen.k.shape[2], list(_split_heads(seen))
     grid = Grid.causal(1, L, default_block(L, seen.k.device), seen.k.device)
     output = sum(
         torch.einsum("hrd,hdo->ro", _exact(part, seen.keys)[2], part.proj.float()) for part in parts
     )
     output = output.norm(dim=-1).clamp(min=1e-9)  # [keys]
-    found = [_part(part, candidates, grid, output) for part in parts]
+    found = [_measure_heads(part, candidates, grid, output) for part in parts]
     return {name: np.concatenate([each[name] for each in found], 1) for name in found[0]}
 
 
-def _parts(seen: Seen) -> Iterator[Seen]:
+def _split_heads(seen: Seen) -> Iterator[Seen]:
     """A few kv heads and their q heads at a time: at most AT_ONCE rows of q, or one kv head."""
     Hkv, L, group = *seen.k.shape[1:3], seen.q.shape[1] // seen.k.shape[1]
     step = max(1, AT_ONCE // (group * L))
@@ -78,11 +77,13 @@ def _exact(seen: Seen, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mass, values, mass @ values
 
 
-def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dict[str, np.ndarray]:
-    """`layer` for some heads, where `output` [keys] is the length of the layer's whole output."""
+def _measure_heads(
+    seen: Seen, candidates: Candidates, grid: Grid, output: Tensor
+) -> dict[str, np.ndarray]:
+    """Measure some heads; `output` [keys] is the length of the layer's whole output."""
     q, k, scale = seen.q, seen.k, seen.logits.scale
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    rows, weight = sampled_rows(L, seen.keys)
+    rows, weight = sample_rows(L, seen.keys)
     mass, values, exact = _exact(seen, rows)
     bare = 0.0 if seen.logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
     grad = seen.grad[0, :, rows].float()
@@ -133,8 +134,8 @@ def _part(seen: Seen, candidates: Candidates, grid: Grid, output: Tensor) -> dic
     return {name: torch.stack(values).numpy() for name, values in found.items()}
 
 
-def _eyes(seen: Seen) -> Tensor:
-    """Heads side by side, as [Hq, Dv, Hq * Dv]: where no output projection was found."""
+def _replace_projection(seen: Seen) -> Tensor:
+    """Heads side by side, as [Hq, Dv, Hq * Dv], where no output projection was found."""
     heads, size = seen.out.shape[1], seen.out.shape[3]
     return torch.eye(heads * size, dtype=torch.float32, device=seen.out.device).view(
         heads, size, -1

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from hfsparse.profiler.measure.capture import Seen
+from hfsparse.runtime.layer_plan import Logits
 
 SPREAD = 48  # query rows over the depth of a prompt
 
 
-def sampled_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Query rows looked at, ascending, and how many rows each stands for."""
+def sample_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Query rows to measure, ascending, and how many rows each represents."""
     spread = torch.linspace(0, length - 1, SPREAD, dtype=torch.float32, device=keys.device).long()
     rows = torch.cat([keys, spread]).unique()
     alone = torch.isin(rows, keys)
@@ -21,13 +22,21 @@ def sampled_rows(length: int, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention(seen: Seen, rows: Tensor, head: int) -> Tensor:
     """Exact attention [R, L] of one q head; a sink logit takes its share and is left out."""
-    logits, k = seen.logits, seen.k[0, head // (seen.q.shape[1] // seen.k.shape[1])]
-    scores = seen.q[0, head, rows].float() @ k.float().T * logits.scale
+    k = seen.k[0, head // (seen.q.shape[1] // seen.k.shape[1])]
+    return attend(seen.q[0, head, rows], k, rows, seen.logits, head)
+
+
+def attend(q: Tensor, k: Tensor, rows: Tensor, logits: Logits, heads: int | slice) -> Tensor:
+    """Exact attention [..., R, L] of q `[..., R, D]` at `rows` [R], float32; k `[L, D]`.
+
+    `heads` is which q heads these are: their sink logits take a share, which is left out.
+    """
+    scores = q.float() @ k.float().T * logits.scale
     if logits.softcap:
         scores = logits.softcap * torch.tanh(scores / logits.softcap)
-    at = torch.arange(len(k), device=k.device)
-    scores = scores.masked_fill(at > rows[:, None], -torch.inf)
+    later = torch.arange(len(k), device=k.device) > rows[:, None]
+    scores = scores.masked_fill(later, -torch.inf)
     if logits.s_aux is None:
         return torch.softmax(scores, -1)
-    total = torch.logaddexp(torch.logsumexp(scores, -1), logits.s_aux[head].float())
-    return torch.exp(scores - total[:, None])
+    total = torch.logaddexp(scores.logsumexp(-1), logits.s_aux[heads, None].float())
+    return torch.exp(scores - total[..., None])

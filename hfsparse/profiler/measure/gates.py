@@ -19,13 +19,13 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler.measure.capture import checkpointed
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced
+from hfsparse.profiler.measure.capture import checkpoint_layers
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 
 
-@own_modes
+@isolate_modes
 def distil(
     model: PreTrainedModel, gates: Tensor, ids: Tensor, rows: list[int], stream: Streaming
 ) -> float:
@@ -41,26 +41,26 @@ def distil(
         return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
 
     with patch(model):
-        with torch.no_grad(), sliced(model):
+        with torch.no_grad(), slice_tokens(model):
             dense = hidden()
-        with torch.enable_grad(), checkpointed(model), gated(model, gates, stream):
+        with torch.enable_grad(), checkpoint_layers(model), gate_heads(model, gates, stream):
             distance = (hidden() - dense).float().square().mean()
             distance.backward()
     return float(distance.detach())
 
 
 @contextmanager
-def gated(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[None]:
-    """In a patched model whose plan is full, and without a cache: attention by gate."""
+def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[None]:
+    """Attention goes by gate in a patched model whose plan is full, without a cache."""
 
     def observe(row: int, module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
         def mix(full: Tensor) -> Tensor:
             gate = gates[row].to(full).repeat_interleave(q.shape[1] // k.shape[1])
-            return torch.lerp(streaming(q, k, v, stream, logits), full, gate[:, None, None])
+            return torch.lerp(attend_streaming(q, k, v, stream, logits), full, gate[:, None, None])
 
         return mix
 
-    layers = sparse_layers(model)
+    layers = find_sparse_layers(model)
     try:
         for row, layer in enumerate(layers):
             layer.observe = partial(observe, row)
@@ -70,12 +70,12 @@ def gated(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[
             layer.observe = None
 
 
-def sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
-    """Of a patched model: the layers that have no window of their own."""
+def find_sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
+    """The layers of a patched model that have no window of their own."""
     return [layer for layer in model.get_decoder()._hfsparse.layers if layer.window is None]
 
 
-def streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits) -> Tensor:
+def attend_streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits) -> Tensor:
     """Attention that autograd can follow: q `[1, Hq, L, D]`, k, v `[1, Hkv, L, D]`.
 
     By FlexAttention on CUDA, and by the reference elsewhere and where logits are special.

@@ -25,17 +25,17 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import Seen, backward
 from hfsparse.profiler.measure.exact import attention
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.calibration import Prompt
 
 BLOCK = 64  # edge of the blocks that |E| is summed in
 TILE = 512  # query rows of one head that exist at a time
-ANSWER = 64  # tokens that the model goes on with where a prompt has no answer
-ROUNDING = 1e-5  # 1 - A below this: the row is this entry alone
+ANSWER = 64  # tokens that the model generates where a prompt has no answer
+ROUNDING = 1e-5  # where 1 - A is less, the row is this entry alone
 
 
-def influence(seen: Seen) -> Tensor:
+def measure_influence(seen: Seen) -> Tensor:
     """|E| summed in blocks, float32 `[Hq, n, n]` with n = ceil(L / BLOCK)."""
     (_, heads, L, _), device = seen.q.shape, seen.q.device
     group, n = heads // seen.k.shape[1], -(-L // BLOCK)
@@ -55,20 +55,20 @@ def influence(seen: Seen) -> Tensor:
     return total
 
 
-def costs(model: PreTrainedModel, prompt: Prompt, dropped: np.ndarray) -> np.ndarray:
+def measure_costs(model: PreTrainedModel, prompt: Prompt, dropped: np.ndarray) -> np.ndarray:
     """Influence `[layers, Hq, rules]` that each rule loses; dropped `[rules, n, n]`: its shares."""
 
     def measure(seen: Seen) -> dict[str, np.ndarray]:
         share = torch.from_numpy(dropped).to(seen.q.device)
-        return {"cost": (influence(seen).flatten(1) @ share.flatten(1).T).cpu().numpy()}
+        return {"cost": (measure_influence(seen).flatten(1) @ share.flatten(1).T).cpu().numpy()}
 
-    ids, keys = answered(model, prompt)
+    ids, keys = append_answer(model, prompt)
     layers = backward(model, ids, keys, _cross_entropy, measure)
     return np.stack([layer["cost"] for layer in layers])
 
 
-@own_modes
-def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
+@isolate_modes
+def append_answer(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """The prompt with the model's own greedy answer `[1, L]`, and the rows [n] that predict it.
 
     The answer takes the place of the prompt's own, or of its last ANSWER tokens (a quarter of the
@@ -78,19 +78,19 @@ def answered(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
     ids = prompt.ids.to(where).clone()
     start, end = prompt.answer_span or (L - min(ANSWER, L // 4), L)
     text = ids[:, :start]
-    with patch(model), sliced(model), greedy(model, end - start):
+    with patch(model), slice_tokens(model), greedy(model, end - start):
         whole = model.generate(text, attention_mask=torch.ones_like(text))
     end = whole.shape[1]  # earlier where the text ends
     ids[:, start:end] = whole[:, start:]
     return ids, torch.arange(start - 1, end - 1, device=ids.device)
 
 
-def losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) -> np.ndarray:
+def measure_losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) -> np.ndarray:
     """Cross entropy [plans] of the dense model's own answer under each plan."""
-    ids, keys = answered(model, prompt)
+    ids, keys = append_answer(model, prompt)
     decoder, found = model.get_decoder(), []
     for plan in plans:
-        with patch(model, plan), sliced(model), torch.no_grad():
+        with patch(model, plan), slice_tokens(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             at = keys.to(hidden.device)
             found.append(float(_cross_entropy(model, hidden[:, at], ids[0, keys + 1])))

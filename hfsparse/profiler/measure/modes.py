@@ -1,4 +1,4 @@
-"""What is measured depends on the model and its prompts, not on the modes of who asks."""
+"""Measurements depend on the model and its prompts, not on the caller's modes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 P, T = ParamSpec("P"), TypeVar("T")
 
 
-def own_modes(work: Callable[P, T]) -> Callable[P, T]:
-    """`work` outside of the caller's inference mode, autocast and default device."""
+def isolate_modes(work: Callable[P, T]) -> Callable[P, T]:
+    """Run `work` outside of the caller's inference mode, autocast and default device."""
 
     @wraps(work)
     def run(*args: P.args, **more: P.kwargs) -> T:

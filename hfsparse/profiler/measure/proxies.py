@@ -1,6 +1,6 @@
-"""How much a kv head needs its whole past, told by one forward pass over a text with passkeys.
+"""How much a kv head needs its whole past, from one forward pass over a text with passkeys.
 
-Looked at on rows that predict the passkeys in the answers; of a group's q heads the largest counts.
+Measured on rows that predict the passkeys in the answers; of a group's q heads the largest counts.
 
     copy    attention on the token that is being copied (retrieval heads, arXiv 2404.15574; its
             mass, where the paper counts how often it is the largest)
@@ -19,19 +19,22 @@ from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.profiler.measure.capture import PROJECTIONS, projection
-from hfsparse.profiler.measure.gates import sparse_layers
-from hfsparse.profiler.measure.modes import own_modes
-from hfsparse.profiler.measure.slices import sliced
+from hfsparse.profiler.measure.capture import PROJECTIONS, find_projection
+from hfsparse.profiler.measure.exact import attend
+from hfsparse.profiler.measure.gates import find_sparse_layers
+from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.passkeys import Passkeys
 from hfsparse.runtime.layer_plan import Logits
 
 PROXIES = ("copy", "mass", "error")
-ROWS = 64  # rows looked at, spread over the answers
+ROWS = 64  # rows that are measured, spread over the answers
 
 
-@own_modes
-def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[str, np.ndarray]:
+@isolate_modes
+def measure_proxies(
+    model: PreTrainedModel, keys: Passkeys, stream: Streaming
+) -> dict[str, np.ndarray]:
     """Each proxy `[layers, Hkv]`, a row for each layer without a window of its own."""
     some = np.linspace(0, len(keys.rows) - 1, min(ROWS, len(keys.rows))).astype(int)
     rows, sources = (torch.tensor(t, device="cpu")[some] for t in (keys.rows, keys.sources))
@@ -42,8 +45,8 @@ def measured(model: PreTrainedModel, keys: Passkeys, stream: Streaming) -> dict[
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
     ids = keys.ids.to(input_device(model))
-    with patch(model), sliced(model), torch.no_grad():
-        for layer in sparse_layers(model):
+    with patch(model), slice_tokens(model), torch.no_grad():
+        for layer in find_sparse_layers(model):
             layer.observe = observe
         model.get_decoder()(input_ids=ids, use_cache=False)
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
@@ -58,7 +61,8 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
     exact, change = [], []  # [group, R, Dv] each
     for g in range(len(k)):
         heads = slice(g * group, (g + 1) * group)
-        mass, bare = _attention(q[heads], k[g], logits, rows, heads)
+        mass = attend(q[heads], k[g], rows, logits, heads)  # [group, R, L]
+        bare = 0.0 if logits.s_aux is None else 1 - mass.sum(-1)  # what sink logits take
         kept = mass * near
         share = kept.sum(-1) + bare
         found["copy"].append(mass[:, each, sources].mean(1).amax())
@@ -66,7 +70,7 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
         values = v[g].float()
         exact.append(mass @ values)
         change.append(kept @ values / share.clamp(min=1e-9)[..., None] - exact[-1])
-    proj = projection(module, torch.cat(exact)[None].to(v.dtype))
+    proj = find_projection(module, torch.cat(exact)[None].to(v.dtype))
     if proj is None:
         raise UsageError(
             f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "
@@ -77,16 +81,3 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
     moved = torch.einsum("ghrd,ghdo->gro", torch.stack(change), proj).norm(dim=-1)
     error = (moved / whole.clamp(min=1e-9)).mean(1)
     return {name: torch.stack(t).cpu() for name, t in found.items()} | {"error": error.cpu()}
-
-
-def _attention(q, k, logits, rows, heads) -> tuple[Tensor, Tensor | float]:
-    """Exact attention [H, R, L] of q `[H, R, D]` at `rows`, and what sink logits take [H, R]."""
-    scores = q.float() @ k.float().T * logits.scale
-    if logits.softcap:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
-    later = torch.arange(len(k), device=k.device) > rows[:, None]
-    scores = scores.masked_fill(later, -torch.inf)
-    if logits.s_aux is None:
-        return torch.softmax(scores, -1), 0.0
-    total = torch.logaddexp(scores.logsumexp(-1), logits.s_aux[heads, None].float())
-    return torch.exp(scores - total[..., None]), torch.exp(logits.s_aux[heads, None] - total)

@@ -19,19 +19,21 @@ SLICE = 2048  # tokens
 
 
 @contextmanager
-def sliced(model: PreTrainedModel) -> Iterator[None]:
+def slice_tokens(model: PreTrainedModel) -> Iterator[None]:
     """Norms and dense MLPs of the text decoder see SLICE tokens at a time, and save their input.
 
     Mixtures of experts stay as they are.
     """
     named = model.get_decoder().named_modules()
-    with wrapped([module for name, module in named if _per_token(name, module)], _in_slices):
+    with wrap_forwards(
+        [module for name, module in named if _acts_per_token(name, module)], _run_in_slices
+    ):
         yield
 
 
 @contextmanager
-def wrapped(modules: list[nn.Module], wrapper: Callable) -> Iterator[None]:
-    """Each module's forward as `wrapper(forward, ...)`; given back as they were."""
+def wrap_forwards(modules: list[nn.Module], wrapper: Callable) -> Iterator[None]:
+    """Each module's forward is `wrapper(forward, ...)`; afterwards it is as it was."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
@@ -44,7 +46,7 @@ def wrapped(modules: list[nn.Module], wrapper: Callable) -> Iterator[None]:
                 module.forward = forward
 
 
-def _per_token(name: str, module: nn.Module) -> bool:
+def _acts_per_token(name: str, module: nn.Module) -> bool:
     last = name.rpartition(".")[2]
     if last == "mlp":
         return not any(
@@ -53,8 +55,8 @@ def _per_token(name: str, module: nn.Module) -> bool:
     return last.endswith("norm")
 
 
-def _in_slices(forward: Callable, *args, **kwargs):
-    """Of a lone tensor `[B, S, ...]`; another call passes through."""
+def _run_in_slices(forward: Callable, *args, **kwargs):
+    """Run a call of a lone tensor `[B, S, ...]` in slices; any other passes through."""
     if kwargs or len(args) != 1 or args[0].ndim < 3 or args[0].shape[1] <= SLICE:
         return forward(*args, **kwargs)
     if torch.is_grad_enabled():

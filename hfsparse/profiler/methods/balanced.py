@@ -7,7 +7,7 @@ all budgets.
 
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
-(`recent_per_token`). One length alone tells nothing of that.
+(`recent_per_token`). One length alone shows nothing of that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.plan import Plan
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
 from hfsparse.profiler.methods import minference
 from hfsparse.profiler.methods import one_pass as search
@@ -42,10 +41,10 @@ PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: quest
 FEWEST = 4  # blocks and pages that are always kept
 
 
-def plan(job: Job) -> Plan:
+def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
     names = candidates(max(job.prompts))
-    return search.chosen(job, names, search.measured(job, names), options)
+    return search.choose_plan(job, names, search.measure_prompts(job, names), options)
 
 
 def candidates(longest: int) -> Candidates:
@@ -71,7 +70,7 @@ def options(
 ) -> Options:
     """Every candidate of every head, from measurements `[layers, candidates, heads]` by length.
 
-    costs: what `search.costs` tells of the longest.
+    costs: what `search.price_candidates` says of the longest.
     """
     longest = means[max(means)]
     layers, _, q_heads = longest["pattern_pairs"].shape
@@ -84,7 +83,7 @@ def options(
     units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
 
     def loss(kind: str, heads: int = 1) -> np.ndarray:
-        """`heads`: how many stand for one kv head."""
+        """By candidate and head; `heads` of them are one kv head."""
         effect = fit({n: t[f"{kind}_effect"] / units[n] for n, t in means.items()})
         return effect + MISSED * missed(kind) / unit / heads
 

@@ -16,8 +16,7 @@ import numpy as np
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.plan import Plan
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.solve.allocation import Options
@@ -30,10 +29,16 @@ SINK = 64
 RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 
 
-def plan(job: Job, score: str = "recall") -> Plan:
+def plan(job: Job, score: str = "recall") -> Found:
     """Measure, compare at equal cost by recall or by (output) error, and allocate."""
     names = candidates(max(job.prompts))
-    return search.chosen(job, names, search.measured(job, names), partial(options, score=score))
+    means = search.measure_prompts(job, names)
+    return search.choose_plan(job, names, means, partial(options, score=score))
+
+
+def plan_by_error(job: Job) -> Found:
+    """The variant that compares patterns by output error instead of recall."""
+    return plan(job, score="error")
 
 
 def candidates(longest: int) -> Candidates:
@@ -65,9 +70,10 @@ def options(
 ) -> Options:
     """What each head may choose, from measurements `[layers, candidates, heads]` by length.
 
-    Losses are means over lengths; costs, those of `search.costs` too, are of the longest.
+    Losses are means over lengths; costs, also those of `search.price_candidates`, are of the
+    longest.
     """
-    found = search.mean(list(means.values()))
+    found = search.average(list(means.values()))
     found |= {name: means[max(means)][name] for name in ("pattern_pairs", "ring_pairs")}
     effect, pairs = found["pattern_effect"], found["pattern_pairs"]
     good = found["pattern_recall"] if score == "recall" else 1 / (1 + found["pattern_error"])

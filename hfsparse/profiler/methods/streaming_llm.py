@@ -11,8 +11,8 @@ import numpy as np
 
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import ModelId, Plan
-from hfsparse.profiler.job import Job
+from hfsparse.plan import ModelId
+from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.methods import duo
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.runtime.cache.ring import SLACK
@@ -20,20 +20,20 @@ from hfsparse.runtime.cache.ring import SLACK
 SINK = 4  # tokens
 
 
-def plan(job: Job) -> Plan:
+def plan(job: Job) -> Found:
     """Rings in all layers that have no window of their own."""
     longest = max(job.prompts)
-    recent = widest(longest, job.budget) - SINK
+    recent = fit_window(longest, job.budget) - SINK
     if recent < 1:
         raise UsageError(
             f"no window fits the budgets at {longest} tokens. Give larger budgets, or longer "
             "--lengths"
         )
     full = np.zeros((int(job.free.sum()), ModelId.of(job.model).kv_heads), bool)
-    return duo.rings(job, full, Streaming(SINK, recent), {})
+    return duo.plan_rings(job, full, Streaming(SINK, recent), {})
 
 
-def widest(length: int, budget: Budget) -> int:
+def fit_window(length: int, budget: Budget) -> int:
     """Most tokens, sink and window, that a ring may read to be within every budget."""
     pairs = budget.pairs * length * (length + 1) / 2
     by_pairs = bisect_right(range(1, length + 1), pairs, key=lambda w: w * (2 * length - w + 1) / 2)

@@ -1,6 +1,6 @@
 """Calibration prompts, made offline from what any Python installation holds.
 
-    for prompt in samples(tokenizer, length=2048, count=4, seed=0): model(prompt.ids)
+    for prompt in make_prompts(tokenizer, length=2048, count=4, seed=0): model(prompt.ids)
 
 Four kinds in turn: `retrieval` and `multihop` hide facts in a text and end with a question and its
 answer; `prose` and `code` are plain text. The wording is deliberately not that of RULER, which
@@ -45,23 +45,23 @@ class Prompt:
     answer_span: tuple[int, int] | None  # first token of the answer and the one past it
 
 
-def samples(
+def make_prompts(
     tokenizer, length: int, count: int, seed: int, data: str | Path | None = None
 ) -> list[Prompt]:
     """`count` prompts of exactly `length` tokens; fewer only if `data` has fewer so long."""
     if data is not None:
-        return own_texts(tokenizer, length, count, seed, data)
-    return [make(tokenizer, length, index, seed) for index in range(count)]
+        return read_own_texts(tokenizer, length, count, seed, data)
+    return [make_prompt(tokenizer, length, index, seed) for index in range(count)]
 
 
-def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
+def make_prompt(tokenizer, length: int, index: int, seed: int) -> Prompt:
     """The `index`th prompt. Every second round swaps prose and code under the hidden facts."""
     turn, kind = index // len(KINDS), KINDS[index % len(KINDS)]
     rng = Random(f"hfsparse {kind} {index} {seed}")
     if kind in ("prose", "code"):
         start = bos(tokenizer)
         body = fill(tokenizer, kind, length - len(start), rng)
-        return Prompt(f"{kind}-{index}", _ids(start + list(chain(*body))), None)
+        return Prompt(f"{kind}-{index}", to_ids(start + list(chain(*body))), None)
 
     ground = ("prose", "code")[(turn + (kind == "multihop")) % 2]
     puzzle = PUZZLES[kind, ground](rng, facts=max(3, min(8, length // 256)))
@@ -76,13 +76,13 @@ def make(tokenizer, length: int, index: int, seed: int) -> Prompt:
         )
     body = hide(facts, fill(tokenizer, ground, room, rng), rng)
     ids = head + body + tail + answer
-    return Prompt(f"{kind}-{ground}-{index}", _ids(ids), (length - len(answer), length))
+    return Prompt(f"{kind}-{ground}-{index}", to_ids(ids), (length - len(answer), length))
 
 
 # ---- tokens
 
 
-def _ids(tokens: list[int]) -> Tensor:
+def to_ids(tokens: list[int]) -> Tensor:
     return torch.tensor([tokens], device="cpu")
 
 
@@ -139,11 +139,11 @@ def _passages(kind: str, rng: Random) -> Iterator[str]:
     if kind == "noise":
         yield NOISE
         return
-    prose = _prose() if kind == "prose" else {}
-    names = sorted(prose) if kind == "prose" else _modules()
+    prose = _read_prose() if kind == "prose" else {}
+    names = sorted(prose) if kind == "prose" else _list_modules()
     rng.shuffle(names)
     for name in names:
-        document = prose[name] if kind == "prose" else _source(name)
+        document = prose[name] if kind == "prose" else _read_source(name)
         lines: list[str] = []
         for line in document.strip().splitlines():
             lines.append(line.rstrip())
@@ -153,36 +153,36 @@ def _passages(kind: str, rng: Random) -> Iterator[str]:
         yield "\n".join(lines) + "\n\n"
 
 
-def _prose() -> dict[str, str]:
+def _read_prose() -> dict[str, str]:
     """Python's own help topics; where a distribution leaves them out, its modules' docstrings."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        docs = {name: ast.get_docstring(ast.parse(_source(name))) for name in _modules()}
+        docs = {name: ast.get_docstring(ast.parse(_read_source(name))) for name in _list_modules()}
         return {name: doc for name, doc in docs.items() if doc}
     return topics
 
 
-def _modules() -> list[str]:
+def _list_modules() -> list[str]:
     """Standard-library modules whose source is here. The names are the same on every platform."""
-    return [name for name in sorted(sys.stdlib_module_names) if _file(name).is_file()]
+    return [name for name in sorted(sys.stdlib_module_names) if _locate(name).is_file()]
 
 
-def _file(module: str) -> Path:
+def _locate(module: str) -> Path:
     return Path(sysconfig.get_paths()["stdlib"], f"{module}.py")
 
 
-def _source(module: str) -> str:
-    return _file(module).read_text(encoding="utf-8", errors="ignore")
+def _read_source(module: str) -> str:
+    return _locate(module).read_text(encoding="utf-8", errors="ignore")
 
 
 # ---- the user's own texts
 
 
-def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -> list[Prompt]:
+def read_own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -> list[Prompt]:
     """Up to `count` texts of `file`, drawn by `seed`, from those with at least `length` tokens.
 
-    A longer text loses its start, so the end, where a question usually stands, stays.
+    A longer text loses its start, so the end, where a question usually is, stays.
     """
     rows = read_jsonl(file)
     Random(f"hfsparse data {seed}").shuffle(rows)
@@ -203,7 +203,7 @@ def own_texts(tokenizer, length: int, count: int, seed: int, file: str | Path) -
         if len(body) >= room:
             span = (length - len(answer), length) if answer else None
             ids = head + body[-room:] + tail + answer
-            prompts.append(Prompt(f"data-{line}", _ids(ids), span))
+            prompts.append(Prompt(f"data-{line}", to_ids(ids), span))
         if len(prompts) == count:
             break
     if not prompts:
@@ -222,13 +222,13 @@ def read_jsonl(file: str | Path) -> list[tuple[int, dict[str, str]]]:
         raise UsageError(f"there is no calibration file {file}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"can't read the calibration file {file}: {reading.why(error)}") from None
-    rows = [(number, _row(file, number, line)) for number, line in reading.rows(content)]
+    rows = [(number, _parse_row(file, number, line)) for number, line in reading.rows(content)]
     if not rows:
         raise UsageError(f"the calibration file {file} is empty")
     return rows
 
 
-def _row(file: str | Path, number: int, line: str) -> dict[str, str]:
+def _parse_row(file: str | Path, number: int, line: str) -> dict[str, str]:
     try:
         row = reading.parse(line)
     except ValueError as error:
@@ -239,8 +239,8 @@ def _row(file: str | Path, number: int, line: str) -> dict[str, str]:
         raise UsageError(f"{file}, line {number}: expected an object with {wanted}{found}")
     keys = ("prompt", "answer") if "prompt" in row else ("text",)
     if unread := [show(key) for key in row if key not in keys]:
-        told = f"{', '.join(unread)} would not be read beside {keys[0]}"
-        raise UsageError(f"{file}, line {number}: {told}: give {wanted}")
+        problem = f"{', '.join(unread)} would not be read beside {keys[0]}"
+        raise UsageError(f"{file}, line {number}: {problem}: give {wanted}")
     for key in keys:
         if not isinstance(row.get(key, ""), str):
             raise UsageError(f"{file}, line {number}: {key} is not a string")

@@ -13,7 +13,7 @@ from random import Random
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.profiler.prompts.calibration import _ids, encode, frame
+from hfsparse.profiler.prompts.calibration import encode, frame, to_ids
 
 WORDS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar "
@@ -34,7 +34,7 @@ class Passkeys:
 
     ids: Tensor
     rows: list[int]  # that predict the passkeys' tokens in the answers
-    sources: list[int]  # where in the text the token that each row predicts stands
+    sources: list[int]  # where in the text is the token that each row predicts
 
 
 def hide(tokenizer, text: list[int], rng: Random) -> Passkeys:
@@ -69,4 +69,4 @@ def hide(tokenizer, text: list[int], rng: Random) -> Passkeys:
         tokens += said
         rows += range(len(tokens) - 1, len(tokens) - 1 + len(key))
         tokens += [*key, *end]
-    return Passkeys(_ids(tokens), rows, sources)
+    return Passkeys(to_ids(tokens), rows, sources)

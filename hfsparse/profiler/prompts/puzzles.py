@@ -49,34 +49,34 @@ class Puzzle:
     asks: tuple[Ask, ...]  # the same facts one by one
 
 
-def _code(rng: Random) -> str:
+def _draw_code(rng: Random) -> str:
     """A value that nothing else in the text resembles, such as `K7-402QX`."""
     letters = [rng.choice("BCDFGHKMPQRTVWXZ") for _ in range(3)]
     return f"{letters[0]}{rng.randrange(2, 10)}-{rng.randrange(100, 1000)}{letters[1]}{letters[2]}"
 
 
-def _people(rng: Random, count: int) -> list[str]:
+def _draw_people(rng: Random, count: int) -> list[str]:
     firsts, lasts = rng.sample(FIRST, count), rng.sample(LAST, count)
     return [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
 
 
-def _asked(rng: Random, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _choose_asked(rng: Random, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Half of the facts, in an order that isn't the text's."""
     return rng.sample(rows, (len(rows) + 1) // 2)
 
 
-def _listed(words: list[str]) -> str:
+def _join_words(words: list[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def rooms(rng: Random, facts: int) -> Puzzle:
     """Who has moved to which room; several people asked about."""
-    rows = [(person, _code(rng)) for person in _people(rng, facts)]
-    asked = _asked(rng, rows)
+    rows = [(person, _draw_code(rng)) for person in _draw_people(rng, facts)]
+    asked = _choose_asked(rng, rows)
     return Puzzle(
         task="Read the manual below. Notes about staff and their rooms are mixed into it.",
         facts=tuple(f"Staff note: {person} has moved to room {room}." for person, room in rows),
-        question=f"Which room did each move to: {_listed([person for person, _ in asked])}?",
+        question=f"Which room did each move to: {_join_words([person for person, _ in asked])}?",
         answer="\n".join(f"{person} is in room {room}." for person, room in asked),
         asks=tuple(
             Ask(f"Which room did {person} move to?", f"{person} has moved to room", f" {room}")
@@ -87,12 +87,12 @@ def rooms(rng: Random, facts: int) -> Puzzle:
 
 def badges(rng: Random, facts: int) -> Puzzle:
     """Entries of a table spread over source code; several looked up."""
-    rows = [(person, _code(rng)) for person in _people(rng, facts)]
-    asked = _asked(rng, rows)
+    rows = [(person, _draw_code(rng)) for person in _draw_people(rng, facts)]
+    asked = _choose_asked(rng, rows)
     return Puzzle(
         task="Read the source code below. It fills the table BADGES in several places.",
         facts=tuple(f'BADGES["{person}"] = "{badge}"' for person, badge in rows),
-        question=f"What does BADGES hold for {_listed([person for person, _ in asked])}?",
+        question=f"What does BADGES hold for {_join_words([person for person, _ in asked])}?",
         answer="\n".join(f'BADGES["{person}"] is "{badge}".' for person, badge in asked),
         asks=tuple(
             Ask(f"What does BADGES hold for {person}?", f'BADGES["{person}"] = "', badge)
@@ -104,7 +104,7 @@ def badges(rng: Random, facts: int) -> Puzzle:
 def hands(rng: Random, facts: int) -> Puzzle:
     """Two things go from hand to hand; one's whole way is asked."""
     thing, other = rng.sample(THINGS, 2)
-    people = _people(rng, facts + 2)
+    people = _draw_people(rng, facts + 2)
     mine, theirs = people[: len(people) // 2 + 1], people[len(people) // 2 + 1 :]
     passed = [f"{giver} gave the {thing} to {taker}." for giver, taker in pairwise(mine)]
     noise = [f"{giver} gave the {other} to {taker}." for giver, taker in pairwise(theirs)]
@@ -128,7 +128,7 @@ def aliases(rng: Random, facts: int) -> Puzzle:
     """Names bound to names in source code; the value of the last one is asked."""
     names = rng.sample(NAMES, facts + 1)
     mine, theirs = names[: facts // 2 + 1], names[facts // 2 + 1 :]
-    value, other = _code(rng), _code(rng)
+    value, other = _draw_code(rng), _draw_code(rng)
     bound = [f'{mine[0]} = "{value}"'] + [f"{new} = {old}" for old, new in pairwise(mine)]
     noise = [f'{theirs[0]} = "{other}"'] + [f"{new} = {old}" for old, new in pairwise(theirs)]
     return Puzzle(
@@ -147,11 +147,11 @@ def numbers(rng: Random, facts: int) -> Puzzle:
     """A few things with a number each: what small models can still do."""
     things = rng.sample(THINGS, max(2, facts * 3 // 8))
     rows = [(thing, str(rng.randrange(1000, 10000))) for thing in things]
-    asked = _asked(rng, rows)
+    asked = _choose_asked(rng, rows)
     return Puzzle(
         task="Read the text below. Numbers of a few things are mixed into it.",
         facts=tuple(f"The number engraved on the {thing} is {number}." for thing, number in rows),
-        question=f"Which numbers are engraved on the {_listed([thing for thing, _ in asked])}?",
+        question=f"Which numbers are engraved on the {_join_words([thing for thing, _ in asked])}?",
         answer="\n".join(f"The number engraved on the {thing} is {n}." for thing, n in asked),
         asks=tuple(
             Ask(
@@ -192,7 +192,7 @@ def repeated_list(rng: Random, facts: int) -> Puzzle:
 
 def passage(rng: Random, facts: int) -> Puzzle:
     """A passage of a few sentences, each said once more up to its end."""
-    people, places = _people(rng, facts // 2), rng.sample(NAMES, facts // 2)
+    people, places = _draw_people(rng, facts // 2), rng.sample(NAMES, facts // 2)
     things = rng.sample(THINGS, facts // 2)
     sentences = [
         (f"{person} carried the {thing} to the house beside the", f" {place}")

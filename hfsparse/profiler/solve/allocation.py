@@ -71,7 +71,7 @@ class Infeasible(Error):
 
 @dataclass
 class _Programme:
-    """Variables that are 0 or 1: one in each group is taken, and uses stay within limits."""
+    """Variables that are 0 or 1: each group takes one, and uses stay within limits."""
 
     limits: dict[str, float]
     loss: list[float] = field(default_factory=list)
@@ -79,21 +79,21 @@ class _Programme:
     uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
 
     def add(self, groups: list[tuple], name: str, loss: float, **uses: float) -> None:
-        """A choice called `name`, which counts in each of `groups`."""
+        """Add a choice called `name`, which counts in each of `groups`."""
         at = len(self.loss)
         self.uses.extend((group, at, 1.0) for group in groups)
         self.uses.extend((key, at, float(use)) for key, use in uses.items())
         self.loss.append(float(loss))
         self.names.append((groups, name))
 
-    def turn(self, most: float) -> None:
-        """What was least, the loss, is at most this; what had limits is least in sum as well."""
+    def limit_loss(self, most: float) -> None:
+        """Bound the loss by `most`, and minimise the sum of what has limits in its place."""
         self.uses += [("loss", at, loss) for at, loss in enumerate(self.loss)]
-        self.aim(*self.limits)
+        self.minimise(*self.limits)
         self.limits["loss"] = most
 
-    def aim(self, *limited: str) -> None:
-        """What of these limits is used, in sum, is least."""
+    def minimise(self, *limited: str) -> None:
+        """Minimise what is used of these limits, in sum, in place of the loss."""
         self.loss = [0.0] * len(self.loss)
         for key, at, use in self.uses:
             if key in limited:
@@ -125,10 +125,10 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     try:
-        taken, _ = _programme(options, budget).solve()
+        taken, _ = _build_programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
-        least = (f"{_least(options, share, budget.loss):.3f}" for share in budget.limits)
+        least = (f"{_find_smallest(options, share, budget.loss):.3f}" for share in budget.limits)
         pairs, cache, decode = least
         raise Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
@@ -147,19 +147,19 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
     return choices
 
 
-def least_loss(options: Options, budget: Budget) -> float:
+def find_least_loss(options: Options, budget: Budget) -> float:
     """Sum of effects of the choice that `allocate` makes; Infeasible where there is none."""
-    return _programme(options, budget).solve()[1]
+    return _build_programme(options, budget).solve()[1]
 
 
-def _least(options: Options, share: str, loss: float | None) -> float:
+def _find_smallest(options: Options, share: str, loss: float | None) -> float:
     """The smallest that one share can be, within a budget of loss if one is given."""
-    programme = _programme(options, Budget(1, 1, 1, loss))
-    programme.aim(share)
+    programme = _build_programme(options, Budget(1, 1, 1, loss))
+    programme.minimise(share)
     return programme.solve()[1]
 
 
-def losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
+def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
     """What each kv head of a choice loses, its q heads in prompts and its decode: [layers, Hkv]."""
     kv_heads = options.ring_effect.shape[2]
     group, found = options.prefill.shape[2] // kv_heads, np.zeros((len(layers), kv_heads))
@@ -176,7 +176,7 @@ def losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
     return found
 
 
-def _programme(options: Options, budget: Budget) -> _Programme:
+def _build_programme(options: Options, budget: Budget) -> _Programme:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
     group, one = q_heads // kv_heads, 1 / (layers * kv_heads)  # one: a kv head's part of a mean
@@ -207,5 +207,5 @@ def _programme(options: Options, budget: Budget) -> _Programme:
                     effect = options.prefill_effect[layer, i, key[2]]
                     programme.add([key], name, effect, pairs=one / group * cost)
     if budget.loss is not None:
-        programme.turn(budget.loss * options.ring_effect.max(1).sum())
+        programme.limit_loss(budget.loss * options.ring_effect.max(1).sum())
     return programme

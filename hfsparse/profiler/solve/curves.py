@@ -11,14 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hfsparse.profiler.measure.effects import Candidates
-from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, least_loss
+from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, find_least_loss
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 NAMES = {"pairs": "pair density", "cache": "cache share", "decode": "decode share"}
 COLUMNS = 6
 
 
-def figure(
+def draw_figure(
     layers: Sequence[int],
     candidates: Candidates,
     found: dict[str, np.ndarray],
@@ -27,14 +27,14 @@ def figure(
 ) -> Figure:
     """One panel for each of `layers`, then loss against budget.
 
-    `found` holds arrays `[layers, candidates, heads]` of the longest length, as `measure.layer`
-    names them.
+    `found` holds arrays `[layers, candidates, heads]` of the longest length, by the names of
+    `measure_layer`.
     """
     rows = -(-len(layers) // COLUMNS)
     drawn = Figure(figsize=(2 * COLUMNS + 4, 1.7 * rows + 1.5), layout="constrained")
     left, right = drawn.subfigures(1, 2, width_ratios=[2 * COLUMNS, 4])
     grid = left.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
-    lines = recalls(candidates, found)
+    lines = trace_recalls(candidates, found)
     for at, (axis, layer) in enumerate(zip(grid, layers, strict=False)):
         for kind, (density, recall) in lines.items():
             axis.plot(density[at], recall[at], marker=".", label=kind)
@@ -45,7 +45,7 @@ def figure(
     left.supylabel("recall, mean over heads")
     left.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(lines))
     axis = right.subplots()
-    for name, (shares, losses) in budgets(options).items():
+    for name, (shares, losses) in trace_budgets(options).items():
         (line,) = axis.plot(shares, losses, marker=".", label=NAMES[name])
         axis.axvline(getattr(budget, name), color=line.get_color(), linestyle=":", linewidth=1)
     axis.set(title="one budget at a time", xlabel="budget (dotted: as given)", ylabel="loss")
@@ -53,7 +53,7 @@ def figure(
     return drawn
 
 
-def recalls(
+def trace_recalls(
     candidates: Candidates, found: dict[str, np.ndarray]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Density and recall `[layers, candidates]` of each kind, means over heads, by density."""
@@ -71,7 +71,7 @@ def recalls(
     return lines
 
 
-def budgets(options: Options) -> dict[str, tuple[list[float], list[float]]]:
+def trace_budgets(options: Options) -> dict[str, tuple[list[float], list[float]]]:
     """Least loss with each budget at SHARES and no limit on the others, by name: shares and losses.
 
     Losses are sums over heads in the method's own unit. Shares that can't be met are left out.
@@ -81,7 +81,9 @@ def budgets(options: Options) -> dict[str, tuple[list[float], list[float]]]:
         points = []
         for share in SHARES:
             try:
-                loss = least_loss(options, Budget(**{**dict.fromkeys(NAMES, 1.0), name: share}))
+                loss = find_least_loss(
+                    options, Budget(**{**dict.fromkeys(NAMES, 1.0), name: share})
+                )
             except Infeasible:
                 continue
             points.append((share, loss))

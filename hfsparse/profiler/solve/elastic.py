@@ -123,7 +123,7 @@ def pareto(programme: Programme) -> np.ndarray:
             steps = np.insert(np.array(cell, dtype=int), at, 0)
             limits = levels[steps, np.arange(count)] * (1 + GAP)
             limits[at] = np.inf
-            if not _known(programme, solved, limits):
+            if not _is_known(programme, solved, limits):
                 solved.append((limits, programme.solve(at, limits)))
         found += [choice for _, choice in solved[1:] if choice is not None]
     found = list({choice.tobytes(): choice for choice in found}.values())
@@ -134,7 +134,7 @@ def pareto(programme: Programme) -> np.ndarray:
     )
 
 
-def _known(programme: Programme, solved: list, limits: np.ndarray) -> bool:
+def _is_known(programme: Programme, solved: list, limits: np.ndarray) -> bool:
     """Whether wider limits had no answer, or one that lies within these too."""
     wider = (choice for other, choice in solved if (other >= limits).all())
     return any(choice is None or (programme.loss(choice) <= limits).all() for choice in wider)

@@ -1,11 +1,11 @@
 """Make kv heads of a plan full again, or widen its budgets, until it loses little enough.
 
-Heads are given back, those first that the method thinks lose most (`job.suspects`). Only what was
+Heads are given back, those first that the method thinks lose most (`Found.suspects`). Only what was
 lost is asked again: bisection finds how many heads win back what is lost too much, in nats, and
 those that are not needed are taken away. Then everything is asked again; while it still loses too
 much, half as many heads again are given back.
 Many heads that lose a little are budgets that are too small. So a method that can choose anew
-(`job.choose`) does it within wider ones, as long as it then uses less than with the heads given
+(`Found.choose`) does it within wider ones, as long as it then uses less than with the heads given
 back, and the plan of the smallest that bisection finds is taken in place of that one.
 """
 
@@ -18,13 +18,20 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from hfsparse.plan import Layer, Plan
-from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods.one_pass import used
+from hfsparse.profiler.job import Found, Job
+from hfsparse.profiler.methods.one_pass import patterns_in_use
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.selectors.reuse import Reuse
 
-TRIES = 8  # at most, to do without heads that a search has given back
-WIDER = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # of the way from the budgets to dense attention
+MAX_TRIES = 8  # to do without heads that a search has given back
+BUDGET_STEPS = (
+    0.125,
+    0.25,
+    0.375,
+    0.5,
+    0.625,
+    0.75,
+)  # of the way from the budgets to dense attention
 
 Unit = tuple[int, int]  # layer, kv head
 T = TypeVar("T")
@@ -33,36 +40,36 @@ T = TypeVar("T")
 class Criterion(Protocol):
     """One way to say that a plan loses too much."""
 
-    def beyond(self, plan: Plan) -> bool:
+    def rejects(self, plan: Plan) -> bool:
         """Whether it does."""
 
     def wins_back(self, plan: Plan) -> Callable[[Plan, str], bool]:
-        """Of a plan that is beyond: tells whether another is not, as far as what this one lost.
+        """For a plan that is rejected: whether another wins back what this one loses too much.
 
-        A label stands beside the bar.
+        The function takes the other plan, and a label for the progress bar.
         """
 
 
-def until_within(
-    job: Job, plan: Plan, criteria: Sequence[Criterion]
+def keep_within(
+    job: Job, found: Found, criteria: Sequence[Criterion]
 ) -> tuple[Plan, list[Unit], Budget]:
-    """A plan that is beyond no criterion, the heads given back for that, and its budgets."""
-    if not _broken(criteria, plan):
-        return plan, [], job.budget
-    given = _given(job, plan, criteria)
-    final = full(plan, given)
-    final.expected = {} if job.expect is None else job.expect(final.layers)
-    if job.choose and (found := _cheaper(job, plan, criteria, final)):
-        budget, final = found
+    """A plan that no criterion rejects, the heads given back for that, and its budgets."""
+    if not _find_rejecting(criteria, found.plan):
+        return found.plan, [], job.budget
+    given = _give_back(found, criteria)
+    final = make_full(found.plan, given)
+    final.expected = {} if found.expect is None else found.expect(final.layers)
+    if found.choose and (wider := _widen_budgets(job.budget, found, criteria, final)):
+        budget, final = wider
         return final, [], budget
     return final, given, job.budget
 
 
-def _broken(criteria: Sequence[Criterion], plan: Plan) -> list[Criterion]:
-    return [criterion for criterion in criteria if criterion.beyond(plan)]
+def _find_rejecting(criteria: Sequence[Criterion], plan: Plan) -> list[Criterion]:
+    return [criterion for criterion in criteria if criterion.rejects(plan)]
 
 
-def full(plan: Plan, units: Sequence[Unit]) -> Plan:
+def make_full(plan: Plan, units: Sequence[Unit]) -> Plan:
     """The plan with these kv heads, and the q heads of their groups, full.
 
     Where later layers read the pages that one of these chose, decode is full there, too.
@@ -83,78 +90,81 @@ def full(plan: Plan, units: Sequence[Unit]) -> Plan:
         ):
             chooser = at
         layers.append(Layer(tuple(prefill), tuple(cache), tuple(decode)))
-    return replace(plan, layers=tuple(layers), patterns=used(plan.patterns, tuple(layers)))
+    return replace(
+        plan, layers=tuple(layers), patterns=patterns_in_use(plan.patterns, tuple(layers))
+    )
 
 
-def _given(job: Job, plan: Plan, criteria: Sequence[Criterion]) -> list[Unit]:
+def _give_back(found: Found, criteria: Sequence[Criterion]) -> list[Unit]:
     """Few kv heads that, given back, keep the plan within all criteria."""
     given: list[Unit] = []
     searched: list[Criterion] = []
     while True:
-        now = full(plan, given)
-        broken, rest = _broken(criteria, now), _order(job, now)
-        if not broken or not rest:
+        now = make_full(found.plan, given)
+        rejecting, rest = _find_rejecting(criteria, now), _rank_units(now, found.suspects)
+        if not rejecting or not rest:
             return sorted(given)
-        if broken[0] in searched:
+        if rejecting[0] in searched:
             given += rest[: max(1, len(given) // 2)]
         else:
-            searched.append(broken[0])
-            given += _found(now, rest, broken[0])
+            searched.append(rejecting[0])
+            given += _search_units(now, rest, rejecting[0])
 
 
-def _cheaper(
-    job: Job, plan: Plan, criteria: Sequence[Criterion], other: Plan
+def _widen_budgets(
+    budget: Budget, found: Found, criteria: Sequence[Criterion], other: Plan
 ) -> tuple[Budget, Plan] | None:
-    """Wider budgets and their plan that is beyond nothing and uses less than the other, if any.
+    """Wider budgets and their plan that nothing rejects and that uses less than the other, if any.
 
-    Bisection looks for the smallest that win back what `plan` loses too much, then everything is
-    asked, of wider ones, too, until they lose little enough.
+    Bisection looks for the smallest that win back what the plan found loses too much, then
+    everything is asked, of wider ones, too, until they lose little enough.
     """
-    found = []
-    for budget in map(job.budget.wider, WIDER):
-        wide = job.choose(budget)
-        if wide is None:
+    steps = []
+    for wider in map(budget.wider, BUDGET_STEPS):
+        plan = found.choose(wider)
+        if plan is None:
             continue
-        if _use(wide) >= _use(other):  # so do all that are wider still
+        if _sum_shares(plan) >= _sum_shares(other):  # all that are wider still do, too
             break
-        found.append((budget, wide))
-    if not found:
+        steps.append((wider, plan))
+    if not steps:
         return None
-    tests = [criterion.wins_back(plan) for criterion in _broken(criteria, plan)]
+    rejecting = _find_rejecting(criteria, found.plan)
+    tests = [criterion.wins_back(found.plan) for criterion in rejecting]
 
     def enough(steps: Sequence[tuple[Budget, Plan]]) -> bool:
-        budget, wide = steps[-1]
-        return all(wins(wide, f"budgets widened, cache {budget.cache:g}") for wins in tests)
+        wider, plan = steps[-1]
+        return all(wins(plan, f"budgets widened, cache {wider.cache:g}") for wins in tests)
 
-    first = len(fewest(found, enough)) - 1
-    return next((step for step in found[first:] if not _broken(criteria, step[1])), None)
+    first = len(shortest_prefix(steps, enough)) - 1
+    return next((step for step in steps[first:] if not _find_rejecting(criteria, step[1])), None)
 
 
-def _use(plan: Plan) -> float:
+def _sum_shares(plan: Plan) -> float:
     """Expected pair density, cache and decode share in sum, at the longest length."""
     expected = plan.expected[max(plan.expected)]
     return sum(expected[name] for name in ("pair_density", "cache_share", "decode_share"))
 
 
-def _order(job: Job, plan: Plan) -> list[Unit]:
+def _rank_units(plan: Plan, suspects: np.ndarray | None) -> list[Unit]:
     """The kv heads that are not full, those first that the method suspects most."""
     units = np.ndindex(len(plan.layers), plan.model.kv_heads)
-    order = [unit for unit in units if full(plan, [unit]) != plan]
-    return order if job.suspects is None else sorted(order, key=lambda unit: -job.suspects[unit])
+    order = [unit for unit in units if make_full(plan, [unit]) != plan]
+    return order if suspects is None else sorted(order, key=lambda unit: -suspects[unit])
 
 
-def _found(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> list[Unit]:
+def _search_units(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> list[Unit]:
     """Few heads, the first of the order likely among them, that win back what is lost too much."""
     wins = criterion.wins_back(plan)
 
     def enough(units: Sequence[Unit]) -> bool:
-        return wins(full(plan, units), f"given back: {len(units)}")
+        return wins(make_full(plan, units), f"given back: {len(units)}")
 
-    return fewer(fewest(order, enough), enough)
+    return drop_unneeded(shortest_prefix(order, enough), enough)
 
 
-def fewest(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequence[T]:
-    """The shortest start of `order` that bisection finds to be enough; the whole of it is."""
+def shortest_prefix(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequence[T]:
+    """The shortest prefix that bisection finds to be enough, if all of `order` is."""
     low, high = 1, len(order)
     while low < high:
         middle = (low + high) // 2
@@ -162,12 +172,12 @@ def fewest(order: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> Sequenc
     return order[:high]
 
 
-def fewer(found: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
-    """What of `found` is still enough, in TRIES tries: without a quarter, less, and single ones."""
+def drop_unneeded(found: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
+    """What is left of `found` after MAX_TRIES tries to do without a quarter, less, single ones."""
     left, tries, size = list(found), 0, -(-len(found) // 4)
     while size:
         for end in range(len(left), 0, -size):  # the least suspicious first
-            if tries == TRIES or len(left) == 1:
+            if tries == MAX_TRIES or len(left) == 1:
                 return left
             without = left[: max(0, end - size)] + left[end:]
             tries += 1

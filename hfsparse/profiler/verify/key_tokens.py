@@ -21,23 +21,19 @@ from transformers import PreTrainedModel
 
 from hfsparse.interval import chance, interval
 from hfsparse.plan import Plan
-from hfsparse.profiler.job import Job
 from hfsparse.profiler.measure.capture import SLICE
 from hfsparse.profiler.methods import minference
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.verify import trials
-from hfsparse.profiler.verify.answers import CHANCE, against
+from hfsparse.profiler.verify.answers import SIGNIFICANCE, compare_to_limit
 from hfsparse.profiler.verify.runs import Runs
 from hfsparse.runtime.decode import STEP
 
-TEXTS = 4  # a length that choose, and as many that tell: one of each kind that we make
+TEXTS = 4  # a length that choose, and as many that report: one of each kind that we make
 KNOWN = 2.0  # nats that a key token costs the dense model, at most
 GAIN = 2.0  # nats that it costs more without the far context, at least
-# Nats a key token that a plan may lose: a twentieth of what the far context is worth to the least
-# of them, or a tenth of the probability of the right token.
-LIMIT = 0.1
 TAIL = 128  # tokens of a text, at its end, that are read in decode steps; a quarter at most
 
 
@@ -60,23 +56,23 @@ def hold_out(
     return kept, out
 
 
-def filled_up(tokenizer, held: dict[int, list[Prompt]], seed: int) -> dict[int, list[Prompt]]:
+def fill_up(tokenizer, held: dict[int, list[Prompt]], seed: int) -> dict[int, list[Prompt]]:
     """2 * TEXTS a length: one half of those held out, then the other, each filled up with ours."""
     full = {}
     for n, each in held.items():
         middle, full[n] = len(each) // 2, []
         for first, part in ((0, each[:middle]), (TEXTS, each[middle:])):
             more = range(first, first + TEXTS - len(part))
-            full[n] += part + [prompts.make(tokenizer, n, i, seed) for i in more]
+            full[n] += part + [prompts.make_prompt(tokenizer, n, i, seed) for i in more]
     return full
 
 
 @torch.no_grad()
-def losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarray]:
+def measure_losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarray]:
     """`loss` of each token `[L - 1]` but the first, in nats. Patched or not."""
     ids = prompt.ids[0]
     tail = min(TAIL, len(ids) // 4)
-    read, found = trials.reader(model), []
+    read, found = trials.open_reader(model), []
     start = 0
     for piece in chain([ids[: len(ids) - tail]], ids[len(ids) - tail :].split(STEP)):
         hidden = read(piece.tolist())
@@ -86,10 +82,6 @@ def losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarray]:
             found.append(cross_entropy(scores, next_ones.to(scores.device), reduction="none"))
         start += len(piece)
     return {"loss": torch.cat([each.cpu() for each in found]).numpy()}
-
-
-def runs_of(job: Job) -> Runs[Prompt]:
-    return Runs(job, "text", losses)
 
 
 @dataclass
@@ -108,7 +100,7 @@ class KeyTokens:
         self.worth: list[float] = []  # nats of each, to the dense model
         for name, prompt in named.items():
             candidates = minference.candidates(prompt.ids.shape[1])
-            short = search.short_sighted(self.runs.job.model, candidates)
+            short = search.short_sighted_plan(self.runs.job.model, candidates)
             near = self.runs.get(short, [name], "short-sighted, texts")[name]["loss"]
             loss = self.dense[name]["loss"]
             keys = np.flatnonzero((loss <= KNOWN) & (near - loss >= GAIN))
@@ -117,11 +109,11 @@ class KeyTokens:
                 self.worth += (near - loss)[keys].tolist()
 
     @property
-    def tell(self) -> bool:
-        """Whether there are enough texts with key tokens to tell anything."""
+    def suffice(self) -> bool:
+        """Whether enough texts have key tokens for an estimate."""
         return len(self.keys) >= 2
 
-    def lost(self, plan: Plan, label: str = "plan, texts") -> tuple[np.ndarray, np.ndarray]:
+    def sum_losses(self, plan: Plan, label: str = "plan, texts") -> tuple[np.ndarray, np.ndarray]:
         """By text: nats lost on its key tokens, in sum, and how many these are."""
         found = self.runs.get(plan, self.keys, label)
         sums = [
@@ -130,18 +122,18 @@ class KeyTokens:
         ]
         return np.array(sums), np.array([len(keys) for keys in self.keys.values()], float)
 
-    def beyond(self, plan: Plan, label: str = "plan, texts") -> bool:
+    def rejects(self, plan: Plan, label: str = "plan, texts") -> bool:
         """Whether the plan loses more than the limit, and not by chance."""
-        sums, counts = self.lost(plan, label)
-        return sums.sum() > self.limit * counts.sum() and chance(sums, counts) < CHANCE
+        sums, counts = self.sum_losses(plan, label)
+        return sums.sum() > self.limit * counts.sum() and chance(sums, counts) < SIGNIFICANCE
 
     def wins_back(self, plan: Plan) -> Callable[[Plan, str], bool]:
-        """Tells of another plan whether it loses no more than the limit."""
-        return lambda other, label: not self.beyond(other, f"{label}, texts")
+        """Whether another plan loses no more than the limit."""
+        return lambda other, label: not self.rejects(other, f"{label}, texts")
 
     def report(self, plan: Plan) -> dict:
         """For `made`: what was lost, and `told`, in a sentence."""
-        sums, counts = self.lost(plan)
+        sums, counts = self.sum_losses(plan)
         mean, (low, high) = float(sums.sum() / counts.sum()), interval(sums, counts)
         tokens = int(counts.sum())
         own = sum(self.runs.items[name].name.startswith("data-") for name in self.keys)
@@ -149,7 +141,7 @@ class KeyTokens:
         return {
             "told": f"{mean:.3f} nats lost a key token (one that needs the far context), 95 % "
             f"interval {low:.3f} to {high:.3f}, {tokens} in {texts}: "
-            f"{against(low, high, self.limit, f'{self.limit:g}')}",
+            f"{compare_to_limit(low, high, self.limit, f'{self.limit:g}')}",
             "limit": self.limit,
             "texts": len(sums),
             "tokens": tokens,

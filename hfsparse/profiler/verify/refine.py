@@ -1,14 +1,14 @@
-"""Prove a plan: change it until it loses little enough, then tell its loss by what chose nothing.
+"""Verify a plan: change it until it loses little enough, then report its loss on other trials.
 
 Two things are asked of the dense and of the patched model on the same tokens: answers, of tasks
 that the dense model can do (`answers`), and tokens that need the far context in texts held out from
 calibration, which any model predicts (`key_tokens`). Where a plan loses too much of either, kv
 heads are given back, or its budgets widened (`give_back`).
 
-What a plan was chosen by tells its loss too small. So what is written into `plan.made` is told by
-as many trials and texts more. They are asked once, when the plan is final, and nothing follows from
-them: a plan that loses more than its limits on these stays, and says so. To choose again, and draw
-again until a draw looks good, would make that draw one more choice.
+The trials that a plan was chosen by underestimate its loss. So what is written into `plan.made` is
+measured on as many trials and texts more. They are asked once, when the plan is final, and nothing
+follows from them: a plan that loses more than its limits on these stays, and says so. To choose
+again, and draw again until a draw looks good, would make that draw one more choice.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from itertools import chain
 
 from hfsparse.plan import Plan
 from hfsparse.plan.plan import NONE
-from hfsparse.profiler.job import Job
+from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.verify import key_tokens, trials
-from hfsparse.profiler.verify.answers import Answers, able, ask_dense, draw, first_round, indices
-from hfsparse.profiler.verify.give_back import Criterion, until_within
+from hfsparse.profiler.verify.answers import (
+    Answers,
+    ask_dense,
+    draw_trials,
+    list_first_round,
+    list_trials,
+    select_solved,
+)
+from hfsparse.profiler.verify.give_back import Criterion, keep_within
 from hfsparse.profiler.verify.key_tokens import TEXTS, KeyTokens
 from hfsparse.profiler.verify.runs import Runs
 
@@ -30,43 +37,47 @@ from hfsparse.profiler.verify.runs import Runs
 def check_lengths(job: Job) -> None:
     """Raise UsageError for lengths that hold no trial."""
     for tasks in trials.LEVELS:
-        draw(job, first_round(tasks), tasks)
+        draw_trials(job, list_first_round(tasks), tasks)
 
 
-def refine(job: Job, plan: Plan, drop: float, samples: int, nats: float = key_tokens.LIMIT) -> Plan:
-    """`plan`, more of it full, or one of wider budgets, that loses no more than its limits allow.
+def refine(job: Job, found: Found) -> Plan:
+    """The plan found, more of it full, or one of wider budgets, that loses no more than its limits.
 
-    Limits are the share `drop` of the answers and `nats` a key token. `samples` trials a length, of
-    tasks that the dense model can do once it has been asked each task, and the first half of
-    `job.held` choose; as many trials more and the other half tell. `made["verified"]` says what was
-    found.
+    Limits are the share `drop` of the answers and `nats` a key token. `verify_samples` trials a
+    length, of tasks that the dense model can do once it has been asked each task, and the first
+    half of `job.held` choose; as many trials more and the other half report. `made["verified"]`
+    says what was found.
     """
-    start = time.time()
-    asked = Runs(job, "trial", lambda model, trial: trials.run(model, trial))
-    read = Runs(job, "text", key_tokens.losses)
+    start, settings = time.time(), job.settings
+    samples = settings.verify_samples
+    asked = Runs(job, "trial", trials.run_trial)
+    read = Runs(job, "text", key_tokens.measure_losses)
     shares, tasks = ask_dense(asked)
-    names = able(shares)
+    names = select_solved(shares)
 
-    def answers(first: int) -> list[Answers]:
+    def draw_answers(first: int) -> list[Answers]:
         """Trials from this one on; none where the dense model can do no task."""
         if not names:
             return []
-        return [Answers(asked, draw(job, indices(names, samples, first, tasks), tasks), drop)]
+        drawn = draw_trials(job, list_trials(names, samples, first, tasks), tasks)
+        return [Answers(asked, drawn, settings.drop)]
 
-    def texts(half: slice) -> list[KeyTokens]:
+    def find_key_tokens(half: slice) -> list[KeyTokens]:
         """Key tokens of these texts; none where there are too few."""
-        found = KeyTokens(read, list(chain(*(each[half] for each in job.held.values()))), nats)
-        return [found] if found.tell else []
+        texts = list(chain(*(each[half] for each in job.held.values())))
+        keys = KeyTokens(read, texts, settings.nats)
+        return [keys] if keys.suffice else []
 
-    choosing: list[Criterion] = [*answers(0), *texts(slice(TEXTS))]
-    final, given, budget = until_within(job, plan, choosing)
-    seen = max([*first_round(tasks), *(indices(names, samples, 0, tasks) if names else ())])
-    told, keys = answers(seen + 1), texts(slice(TEXTS, None))
+    choosing: list[Criterion] = [*draw_answers(0), *find_key_tokens(slice(TEXTS))]
+    final, given, budget = keep_within(job, found, choosing)
+    chose = list_trials(names, samples, 0, tasks) if names else []
+    last = max([*list_first_round(tasks), *chose])
+    answers, keys = draw_answers(last + 1), find_key_tokens(slice(TEXTS, None))
     wider = {k: v for k, v in asdict(budget).items() if v != getattr(job.budget, k)}
-    final.made = plan.made | {
+    final.made = found.plan.made | {
         "verified": {
             "lengths": list(job.prompts),
-            **_report(final, shares, told, keys),
+            **_report(final, shares, answers, keys),
             **({"budgets": wider} if wider else {}),
             "given_back": [f"layer {at} kv head {g}" for at, g in given],
             "seconds": round(time.time() - start, 1),
@@ -78,7 +89,7 @@ def refine(job: Job, plan: Plan, drop: float, samples: int, nats: float = key_to
 def _report(
     plan: Plan, shares: dict[str, float], answers: list[Answers], texts: list[KeyTokens]
 ) -> dict:
-    """For `made`: what trials and texts that chose nothing tell of a plan, or why they can't."""
+    """For `made`: what trials and texts that chose nothing say of a plan, or why they can't."""
     found, tasks = {}, {task: {"dense": round(share, 4)} for task, share in shares.items()}
     sentences = []
     for each in answers:
@@ -94,7 +105,7 @@ def _report(
     if not (answers or texts):
         unseen = "no two texts have tokens that need the far context"
         return {"told": f"{NONE}: {sentences[0]}, and {unseen}", "tasks": tasks}
-    kept = not any(each.beyond(plan) for each in (*answers, *texts))
+    kept = not any(each.rejects(plan) for each in (*answers, *texts))
     if not kept:
         sentences.append("so it loses more than its limits, which was asked after all was chosen")
     return {"told": "; ".join(sentences), **found, "tasks": tasks, "kept": kept}

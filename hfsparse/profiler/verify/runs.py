@@ -1,4 +1,4 @@
-"""What the model makes of trials and texts under plans: each is run once."""
+"""What the model does with trials and texts under plans: each is run once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 @dataclass
 class Runs(Generic[T]):
-    """Items of one kind by name, run on demand; a killed profile goes on behind those it has."""
+    """Items of one kind by name, run on demand; a killed profile continues after those it has."""
 
     job: Job
-    kind: str  # what parts of the job are called
+    kind: str  # begins the names of its parts
     compute: Callable[[PreTrainedModel, T], dict[str, np.ndarray]]
     items: dict[str, T] = field(default_factory=dict)
     found: dict[tuple[str, str], dict[str, np.ndarray]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Runs(Generic[T]):
     def get(
         self, plan: Plan, names: Iterable[str], label: str | None = None
     ) -> dict[str, dict[str, np.ndarray]]:
-        """What the model patched with `plan` makes of each of these; a label shows a bar."""
+        """What the model patched with `plan` does with each of these; a label shows a bar."""
         names, mark = list(names), plan.hash()[7:19]
         todo = [name for name in names if (mark, name) not in self.found]
         if todo:

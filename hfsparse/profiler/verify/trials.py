@@ -2,7 +2,7 @@
 
 A trial is a conversation on given tokens. Every answer but its value is given, and a value counts
 as said if each of its tokens is the model's first choice, which is what greedy decoding would say.
-In every second round (`-known`) the first question stands at the end of the text; otherwise the
+In every second round (`-known`) the first question is at the end of the text; otherwise the
 text is read before any question is known. Values are drawn anew: no plan was calibrated on them.
 Completions ask nothing: the text goes on with the beginning of what it has said before.
 """
@@ -29,7 +29,7 @@ from hfsparse.runtime.decode import STEP
 
 TASKS = OTHERS | PUZZLES
 LEVELS = TASKS, COMPLETIONS  # the second for models that can do nothing of the first
-KNOWN = "-known"  # of tasks whose first question stands at the end of the text
+KNOWN = "-known"  # of tasks whose first question is at the end of the text
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Trial:
     turns: list[tuple[list[int], list[int]]]  # given, value
 
 
-def task_of(index: int, tasks: Mapping[tuple[str, str], Callable] = TASKS) -> str:
+def name_task(index: int, tasks: Mapping[tuple[str, str], Callable] = TASKS) -> str:
     """The task of the `index`th trial."""
     kind, ground = list(tasks)[index % len(tasks)]
     return f"{kind}-{ground}{KNOWN if index // len(tasks) % 2 else ''}"
 
 
-def make(
+def make_trial(
     tokenizer, length: int, index: int, seed: int, tasks: Mapping[tuple[str, str], Callable] = TASKS
 ) -> Trial:
     """The `index`th trial, of exactly `length` tokens; `tasks` make puzzles, by kind and ground."""
-    task = task_of(index, tasks)
+    task = name_task(index, tasks)
     kind, ground = task.removesuffix(KNOWN).split("-")
     rng = Random(f"hfsparse trial {kind} {ground} {index} {seed}")
     puzzle = tasks[kind, ground](rng, facts=max(4, min(8, length // 256)))
     asked = rng.sample(puzzle.asks, len(puzzle.asks))
-    first, *later = (_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
+    first, *later = (_make_turn(tokenizer, ask, i == 0) for i, ask in enumerate(asked))
     head = prompts.bos(tokenizer)
     if asked[0].question:
         head, _ = prompts.frame(
@@ -79,17 +79,17 @@ def make(
     return Trial(task, text, turns)
 
 
-def _turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
+def _make_turn(tokenizer, ask: Ask, first: bool) -> tuple[list[int], list[int]]:
     """Tokens from the end of the text, or of the answer before, up to the value; and the value."""
-    before = _between(tokenizer, ask.question, first) + ask.lead
+    before = _join_turns(tokenizer, ask.question, first) + ask.lead
     both = prompts.encode(tokenizer, before + ask.value)
     alone = prompts.encode(tokenizer, before)
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(both, alone, strict=False))))
     return both[:same], both[same:]
 
 
-def _between(tokenizer, question: str, first: bool) -> str:
-    """What stands between the text, or the answer before, and the answer to this question."""
+def _join_turns(tokenizer, question: str, first: bool) -> str:
+    """What is between the text, or the answer before, and the answer to this question."""
     if not question:
         return "\n\n"
     if not getattr(tokenizer, "chat_template", None):
@@ -100,8 +100,8 @@ def _between(tokenizer, question: str, first: bool) -> str:
     return between + question + tail
 
 
-def reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
-    """Reads a conversation piece by piece: hidden states `[1, n, hidden]` of the next tokens."""
+def open_reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+    """A function that reads the next tokens of a conversation: hidden states `[1, n, hidden]`."""
     decoder, cache = model.get_decoder(), DynamicCache()
     named = cache_name(decoder)
     device = input_device(model)
@@ -114,9 +114,9 @@ def reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
+def run_trial(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
     """By value: whether it was `said`, and its `loss` (nats a token). Patched or not."""
-    read, said, loss = reader(model), [], []
+    read, said, loss = open_reader(model), [], []
     last = read(trial.text)[:, -1:]
     for given, value in trial.turns:
         last = read(given)[:, -1:] if given else last

@@ -1,0 +1,77 @@
+"""What is said of a plan once it is made: under `made`, and at the end of the command."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hfsparse.plan import Plan
+from hfsparse.profiler.settings import Settings
+from hfsparse.version import __version__
+
+ORDER = "version method prefill_method recipe model seed samples seconds peak_gib".split()
+
+
+def describe_run(model: PreTrainedModel, settings: Settings, seconds: float) -> dict[str, Any]:
+    """What a plan says under `made` of the run that chose it."""
+    found = {
+        "version": __version__,
+        "recipe": None,
+        "model": Path(model.config._name_or_path or "unnamed").name,
+        "seconds": round(seconds, 1),
+        "peak_gib": round(peak_bytes(model) / 2**30, 2),
+        **settings.made,
+    }
+    return {name: found[name] for name in (*ORDER, *found) if name in found}
+
+
+def peak_bytes(model: PreTrainedModel) -> int:
+    """The most memory that this process has held: on the model's GPUs, else in the CPU's."""
+    devices = {weight.device for weight in model.parameters()}
+    if cards := [device for device in devices if device.type == "cuda"]:
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_budgets(plan: Plan, settings: Settings) -> str:
+    """One line: which of the budgets a plan with `expected` meets at its longest length."""
+    longest = max(plan.expected)
+    expected = plan.expected[longest]
+    rows = (
+        ("pairs", "pair_density", settings.prefill_density),
+        ("cache", "cache_share", settings.cache_share),
+        ("reads", "decode_share", settings.decode_share),
+    )
+    parts, missed = [], False
+    for word, name, budget in rows:
+        share = expected.get(f"{name}_free", expected.get(name))
+        if share is None:
+            continue
+        met = budget >= 1 or share <= budget + 1e-3
+        missed = missed or not met
+        parts.append(f"{word} {share:.2f} of {budget:.2f} {'met' if met else 'not met'}")
+    line = f"budgets at {longest} tokens: {'; '.join(parts)}"
+    if missed and (plan.verified.get("given_back") or plan.verified.get("budgets")):
+        line += ": more is kept so that the plan loses no more than its limits"
+    return line
+
+
+def find_doubt(plan: Plan) -> str | None:
+    """A warning about a plan whose verification showed nothing, or a loss beyond its limits."""
+    if plan.unproved:
+        return (
+            f"nothing verified this plan: {plan.unproved}. Compare it with dense on your own "
+            "questions, by hfsparse eval custom"
+        )
+    if not plan.verified.get("kept", True):
+        return (
+            "this plan loses more than its limits on what was asked after it was chosen. Give "
+            "wider budgets, or choose by more --verify-samples"
+        )
+    return None

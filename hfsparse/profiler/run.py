@@ -1,0 +1,105 @@
+"""One profile run, from settings to a plan: calibrate, choose, verify, write."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from hfsparse.errors import UsageError
+from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.models.window import SHORTEST, calibration_lengths, limit
+from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.headmap import write_png
+from hfsparse.profiler.job import Found, Job
+from hfsparse.profiler.methods import METHODS, mixed
+from hfsparse.profiler.parts import Parts, identify_run
+from hfsparse.profiler.progress import bar, silent
+from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.report import describe_run
+from hfsparse.profiler.settings import Settings
+from hfsparse.profiler.solve.allocation import Budget
+from hfsparse.profiler.verify import key_tokens
+from hfsparse.profiler.verify.refine import check_lengths, refine
+from hfsparse.progress import Clock
+
+
+def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
+    """The plan that the settings ask for, saved to `settings.out` if given."""
+    lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
+    check_model(model, lengths, settings.beyond_window)
+    start = time.time()
+    job = prepare(model, tokenizer, settings, lengths)
+    if settings.verify:
+        check_lengths(job)  # ahead of all work
+    found = choose(job)
+    seconds, plan = time.time() - start, found.plan
+    if settings.verify:
+        plan = refine(job, found)
+    plan.made = describe_run(model, settings, seconds) | plan.made
+    plan.validate()
+    if settings.curves is not None:
+        write_png(found.draw(), settings.curves)
+    if settings.out is not None:
+        plan.save(settings.out)
+        job.parts.remove()
+    return plan
+
+
+def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window: bool) -> None:
+    """Raise UsageError for a model that can't be profiled, or not at these lengths."""
+    ModelId.of(model)  # PlanError for what no plan can describe
+    window = limit(model, beyond_window)
+    problems = [
+        (not lengths, "no lengths given: name at least one, in tokens"),
+        (model.training, "the model is in training mode: call model.eval() first"),
+        (
+            any(n < SHORTEST for n in lengths),
+            f"lengths {lengths}: give {SHORTEST} tokens or more",
+        ),
+        (
+            window is not None and any(n > window for n in lengths),
+            f"lengths {lengths}: the model's window is {window} tokens (beyond_window passes it)",
+        ),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UsageError(sentence)
+    if linear_layers(model):
+        raise UsageError(
+            f"this {type(model).__name__} has layers without attention, which the profiler can't "
+            "measure yet: write a plan by hand, with full in those layers, and hfsparse.patch it"
+        )
+    if None not in windows(model):
+        raise UsageError(
+            f"every layer of this {type(model).__name__} has a sliding window of its own: there is "
+            "nothing to make sparse. hfsparse.patch(model) runs it without a plan"
+        )
+
+
+def prepare(model: PreTrainedModel, tokenizer, settings: Settings, lengths: tuple[int, ...]) -> Job:
+    """Prompts to calibrate on and texts held out from them, and what earlier runs measured."""
+    count = settings.samples + (2 * key_tokens.TEXTS if settings.verify else 0)
+    prompts = {
+        n: make_prompts(tokenizer, n, count, settings.seed, settings.data)
+        for n in sorted(set(lengths))
+    }
+    held = {}
+    if settings.verify:
+        prompts, held = key_tokens.hold_out(prompts, settings.samples)
+        held = key_tokens.fill_up(tokenizer, held, settings.seed)
+    budget = Budget(
+        settings.prefill_density, settings.cache_share, settings.decode_share, settings.loss
+    )
+    parts = Parts(settings.out, identify_run(model, settings, prompts))
+    shown = partial(bar, Clock()) if settings.progress else silent
+    return Job(model, tokenizer, prompts, budget, parts, shown, settings, held)
+
+
+def choose(job: Job) -> Found:
+    """What the methods of the settings find."""
+    method, prefill_method = job.settings.method, job.settings.prefill_method
+    if prefill_method is None:
+        return METHODS[method].plan(job)
+    return mixed.plan(job, METHODS[prefill_method].plan, METHODS[method].plan)

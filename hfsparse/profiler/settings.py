@@ -1,0 +1,273 @@
+"""The settings of `profile`: each is defined here once.
+
+    settings = Settings(method="duo", lengths=(2048,))  # UsageError for what can't work
+
+A field of `Settings` holds a setting's type and default and, by `setting`, all else that is known
+of it. The keywords of `profile`, the options of `hfsparse profile`, the keys of recipes, what a
+resumed run must have in common with the one before and what a plan says of its making are read off
+the fields. A new setting is a field here and the place that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from itertools import chain
+from math import inf
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from hfsparse.errors import UsageError
+from hfsparse.profiler.methods import DRAWN, METHODS
+
+Check = Callable[[str, Any], str | None]  # of a setting's name and value: why it is refused
+
+BUDGET = ", of the layers without a window of their own; 1 is no limit"
+
+
+def setting(
+    default: Any,
+    help: str | None = None,
+    *,
+    check: Check | None = None,
+    suits: Callable[[Any], str | None] | None = None,
+    recipe: bool = True,
+    identity: bool = False,
+    made: bool = False,
+    flags: tuple[str, ...] = (),
+    **option: Any,
+) -> Any:
+    """A field of `Settings`.
+
+    `help` is that of its option; without it the command has no option of this name. `check` says
+    why a value is refused, `suits` why it is beside the other settings; None is always taken.
+    Recipes may set it if `recipe`. `identity`: measurements depend on it. `made`: a plan says it
+    under `made`. `flags` are an option's own names, `option` is passed on to typer.
+    """
+    about = {"help": help, "check": check, "suits": suits, "recipe": recipe, "identity": identity}
+    return field(default=default, metadata=about | {"made": made, "flags": flags, "option": option})
+
+
+def within(fits: Callable[[Any], bool], refusal: str) -> Check:
+    """A check that a value fits; the refusal has the value at its `{}`."""
+    return lambda name, value: None if fits(value) else refusal.format(value)
+
+
+def one_of(names: Callable[[], Iterable[str]], refusal: str) -> Check:
+    """A check that a value is a known name; the refusal has value and names at its `{}`."""
+
+    def check(name: str, value: str) -> str | None:
+        return None if value in names() else refusal.format(value, ", ".join(names()))
+
+    return check
+
+
+def _proxies() -> tuple[str, ...]:
+    from hfsparse.profiler.measure.proxies import PROXIES  # torch, only where one is given
+
+    return PROXIES
+
+
+def _refuse_share(name: str, share: float) -> str | None:
+    return None if 0 < share <= 1 else f"{name} is {share}: give more than 0 and at most 1"
+
+
+def _refuse_loss(settings: Settings) -> str | None:
+    if settings.one_pass:
+        return None
+    return (
+        f"{settings.methods(' with ')} knows no loss to keep within {settings.loss}: leave it out, "
+        f"or use {', '.join(DRAWN)} alone"
+    )
+
+
+def _refuse_proxy(settings: Settings) -> str | None:
+    proxy, method = settings.proxy, settings.method
+    if method == "duo":
+        return None
+    return f"proxy {proxy} ranks heads for duo, not for {method}: leave it out"
+
+
+def _refuse_curves(settings: Settings) -> str | None:
+    if settings.one_pass:
+        return None
+    return (
+        f"{settings.methods(' with ')} draws no curves: leave them out, or use "
+        f"{', '.join(DRAWN)} alone"
+    )
+
+
+METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one call of `profile` is asked for, apart from the model; its docstring says more."""
+
+    out: str | Path | None = setting(None, recipe=False)
+    lengths: tuple[int, ...] | None = setting(
+        None,
+        "Tokens of a sample, by commas; else 1024,2048, on a GPU up to 16384, and no more than the "
+        "model's window.",
+    )
+    samples: int = setting(
+        6,
+        "Samples at each length.",
+        check=within(lambda count: count >= 1, "samples is {}: give 1 or more"),
+        made=True,
+        min=1,
+    )
+    prefill_density: float = setting(
+        0.4, f"Share of query-key pairs to compute in the prefill{BUDGET}.", check=_refuse_share
+    )
+    cache_share: float = setting(
+        0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=_refuse_share
+    )
+    decode_share: float = setting(
+        0.25, f"Share of the keys to read in decode{BUDGET}.", check=_refuse_share
+    )
+    loss: float | None = setting(
+        None,
+        "The smallest shares within these budgets that lose no more; see README.",
+        check=within(
+            lambda x: 0 <= x <= 1,
+            "loss is {}: give 0 to 1, a share of what rings alone would lose",
+        ),
+        suits=_refuse_loss,
+    )
+    seed: int = setting(0, "Of the samples.", made=True)
+    data: str | Path | None = setting(
+        None,
+        'Your own texts: "text", or "prompt" and perhaps "answer", one object a line.',
+        recipe=False,
+        metavar="FILE.jsonl",
+    )
+    method: str = setting(
+        "balanced", "How patterns are chosen.", check=METHOD, identity=True, made=True
+    )
+    prefill_method: str | None = setting(
+        None,
+        "Another method for prompts, where --method keeps the cache full.",
+        check=METHOD,
+        identity=True,
+        made=True,
+    )
+    verify: bool = setting(
+        True, "Try the plan on trials and texts; give back heads that fail, or widen budgets."
+    )
+    drop: float = setting(
+        0.01,
+        "Greatest share of answers that may be lost against dense.",
+        check=within(lambda x: 0 <= x < 1, "drop is {}: give 0 or more, and less than 1"),
+    )
+    # A twentieth of what the far context is worth to the least of the key tokens, or a tenth of the
+    # probability of the right token.
+    nats: float = setting(
+        0.1,
+        "Greatest mean loss on tokens that need the far context.",
+        check=within(
+            lambda x: 0 <= x < inf, "nats is {}: give 0 or more, what a key token may lose"
+        ),
+    )
+    verify_samples: int = setting(
+        12,
+        "Trials at each length that choose, and as many that tell.",
+        check=within(
+            lambda count: count >= 1, "verify_samples is {}: give 1 or more, or no verification"
+        ),
+        min=1,
+    )
+    proxy: str | None = setting(
+        None,
+        "duo: rank heads by copy, mass or error instead of training gates.",
+        check=one_of(_proxies, "no proxy {}: there is {}"),
+        suits=_refuse_proxy,
+    )
+    recipe: str | None = setting(None, recipe=False, made=True)
+    curves: str | Path | None = setting(
+        None,
+        "Draw recall by density, and loss by budget.",
+        suits=_refuse_curves,
+        recipe=False,
+        metavar="FILE.png",
+    )
+    beyond_window: bool = setting(
+        False, "Go beyond the length that the model is made for.", flags=("--beyond-window",)
+    )
+    progress: bool = setting(False, recipe=False)
+
+    def __post_init__(self) -> None:
+        given = {each.name: each.metadata for each in fields(self)}
+        given = {name: about for name, about in given.items() if getattr(self, name) is not None}
+        problems = chain(
+            (
+                each["check"](name, getattr(self, name))
+                for name, each in given.items()
+                if each["check"]
+            ),
+            (each["suits"](self) for each in given.values() if each["suits"]),
+        )
+        if problem := next(filter(None, problems), None):
+            raise UsageError(problem)
+
+    def methods(self, between: str) -> str:
+        """The names of the methods that choose."""
+        return between.join(name for name in (self.prefill_method, self.method) if name)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one method chooses, and measures candidates on every head."""
+        return self.prefill_method is None and METHODS[self.method].one_pass
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What measurements depend on. Defaults are left out, so that runs which were begun before
+        a setting existed go on."""
+        changed = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.metadata["identity"] and getattr(self, each.name) != each.default
+        }
+        changed.pop("prefill_method", None)
+        return changed | {"method": self.methods(" and ")}
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What a plan says under `made`."""
+        found = {name: getattr(self, name) for name in self.names("made")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def names(cls, about: str) -> list[str]:
+        """The settings that have this: an argument of `setting`."""
+        return [each.name for each in fields(cls) if each.metadata[about]]
+
+
+P, M, S, R = ParamSpec("P"), TypeVar("M"), TypeVar("S"), TypeVar("R")
+
+
+def with_keywords(
+    settings: Callable[P, S],
+) -> Callable[[Callable[[M, Any, S], R]], Callable[Concatenate[M, Any, P], R]]:
+    """Let a function of a model, a tokenizer and settings take the settings as keywords."""
+
+    def decorate(work: Callable[[M, Any, S], R]) -> Callable[Concatenate[M, Any, P], R]:
+        own = signature(work)
+        model, tokenizer, _ = own.parameters.values()
+        keywords = [
+            Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+            for each in fields(settings)
+        ]
+        shown = Signature([model, tokenizer, *keywords], return_annotation=own.return_annotation)
+
+        @wraps(work)
+        def call(*args, **given):
+            given = shown.bind(*args, **given).arguments
+            return work(given.pop("model"), given.pop("tokenizer"), settings(**given))
+
+        call.__signature__ = shown
+        return call
+
+    return decorate
