@@ -172,7 +172,9 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
         low = torch.stack([page.amin(2) for page in held], 2)
         high = torch.stack([page.amax(2) for page in held], 2)
         query, length = seen.q[:, :, row : row + 1], torch.tensor([row + 1])
-        lists = CANDIDATES.selectors["quest"].pages(query, low, high, length, SCALE)
+        lists = CANDIDATES.selectors["quest"].pages(
+            query, {"low": low, "high": high}, length, SCALE
+        )
         for group in range(HKV):
             keep = torch.zeros(L, dtype=torch.bool)
             for page in lists.pages[0, group, : lists.count[0, group]].tolist():

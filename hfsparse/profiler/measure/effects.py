@@ -154,28 +154,27 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
 
 def pages_read(selector, q, k, rows, scale) -> Tensor:
     """Keys [Hq, R, L] that decode steps at `rows` would read."""
-    if not hasattr(selector, "pages") or selector.refresh:
+    if not hasattr(selector, "pages") or selector.budget.refresh:
         raise UsageError(
             f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
             "quest without refresh, and change the plan that comes out"
         )
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    pages = torch.nn.functional.pad(k[0], (0, 0, 0, -L % PAGE), value=torch.nan)
-    pages = pages.unflatten(1, (-1, PAGE))
-    low = pages.nan_to_num(torch.inf).amin(2)
-    high = pages.nan_to_num(-torch.inf).amax(2)
+    pages = torch.nn.functional.pad(k, (0, 0, 0, -L % PAGE), value=torch.nan)
+    pages, P = pages.unflatten(2, (-1, PAGE)), -(-L // PAGE)  # [1, Hkv, P, PAGE, D]
+    at = torch.arange(P * PAGE, device=rows.device).view(1, 1, P, PAGE, 1)
     steps = q[0, :, rows].transpose(0, 1)[:, :, None]  # each row a batch row with one new query
     each, last = torch.arange(len(rows), device=rows.device), rows // PAGE
-    low, high = (t.repeat(len(rows), 1, 1, 1) for t in (low, high))  # [R, Hkv, P, D]
-    newest = pages[:, last].transpose(0, 1)  # [R, Hkv, PAGE, D]; a step has not seen all of it
-    later = torch.arange(PAGE, device=rows.device) > (rows % PAGE)[:, None]
-    later = later[:, None, :, None]
-    low[each, :, last] = newest.masked_fill(later, torch.inf).amin(2)
-    high[each, :, last] = newest.masked_fill(later, -torch.inf).amax(2)
-    chosen = selector.pages(steps, low, high, rows + 1, scale)
+    newest = pages[0, :, last].transpose(0, 1)[:, :, None]  # a step has not seen all of it
+    seen = (at[0, 0, last] <= rows[:, None, None])[:, None, None]  # [R, 1, 1, PAGE, 1]
+    whole, own = selector.summarise(pages, at < L), selector.summarise(newest, seen)
+    index = {name: t.repeat(len(rows), *[1] * (t.ndim - 1)) for name, t in whole.items()}
+    for name, t in index.items():  # [R, Hkv, P, ...]
+        t[each, :, last] = own[name][:, :, 0]
+    chosen = selector.pages(steps, index, rows + 1, scale)
     used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
-    read = torch.zeros(len(rows), Hkv, low.shape[2] + 1, dtype=torch.bool, device=q.device)
-    read.scatter_(2, torch.where(used, chosen.pages, low.shape[2]), True)
+    read = torch.zeros(len(rows), Hkv, P + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(2, torch.where(used, chosen.pages, P), True)
     read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
     return read.transpose(0, 1).repeat_interleave(group, 0)
