@@ -7,11 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
-<<<<<<< HEAD
 GROUND = "errors version precision registry reading progress shares interval stats".split()
-=======
-GROUND = "errors version reading progress precision registry shares interval stats".split()
->>>>>>> 0da2e72 (A store's index is its selector's: bind, summarise, pages, and one Budget)
 ROOMS = [
     *GROUND,
     *("lists", "patterns", "selectors", "models", "kernels", "plan", "runtime", "patcher"),

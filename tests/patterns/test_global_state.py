@@ -22,7 +22,7 @@ from tests.patterns.matrix import SELECTOR_ROWS, SETTINGS, heads, mixed
 from tests.selectors.test_quest import rows
 from tests.worlds import coarse_products, default_dtype, deterministic
 
-QUEST = SELECTOR_ROWS["quest"]
+QUEST = SELECTOR_ROWS["quest"].settings
 
 
 STATES = {

@@ -14,7 +14,7 @@ from hfsparse.selectors.quest import Quest, page_bounds
 from tests.helpers import close, truth
 from tests.patterns.matrix import SELECTOR_ROWS
 
-SETTINGS = SELECTOR_ROWS["quest"]
+SETTINGS = SELECTOR_ROWS["quest"].settings
 
 
 def rows(lengths: list[int], queries: int = 1, group: int = 3, seed: int = 0, spread: float = 1.0):
