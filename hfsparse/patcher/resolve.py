@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfsparse.errors import PlanError
 from hfsparse.lists import FULL, Band, HeadIndex
 from hfsparse.models.loading import device_name
 from hfsparse.plan import Below, Plan
@@ -73,6 +74,10 @@ def _group(
     if kind.selector is None:
         return replace(kind, heads=heads)
     if not isinstance(kind.selector, Reuse):
-        return Group(heads, kind.band, kind.selector.bind(layer, heads, None))
+        table = plan.table_of(kind.selector)
+        try:
+            return Group(heads, kind.band, kind.selector.bind(layer, heads, table))
+        except ValueError as error:
+            raise PlanError(f"layer {layer}: {error}") from error
     chooses = next(g.heads for g in source.groups if g.selector is not None)
     return Group(heads, kind.band, reuses=tuple(chooses.index(head) for head in heads))
