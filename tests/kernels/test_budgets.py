@@ -113,7 +113,7 @@ def test_selector_and_kernel_read_as_many_pages_at_every_length(run, share):
     exact = Fraction(share).limit_denominator(10**6)
     expected = [min(n, max(ceil(exact * n), 2)) for n in pages]
     assert plain.count.flatten().tolist() == expected
-    assert quest.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
+    assert quest.budget.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
         n * PAGE for n in expected
     ]
     fused = run("triton.quest.pages", quest, q, index, length, 0.5)

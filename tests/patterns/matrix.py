@@ -26,14 +26,14 @@ from tests.helpers import Batch
 Masks = tuple[np.ndarray, np.ndarray]
 
 
-def best(scores: np.ndarray, count: int, forced) -> Masks:
+def best(scores: np.ndarray, count: int, forced, slack: float = 1e-5) -> Masks:
     """The places `forced`, then the highest scores until `count` are kept: surely, perhaps."""
     kept = np.isin(np.arange(len(scores)), forced)
     left = min(count, len(scores)) - kept.sum()
     if left <= 0:
         return kept, kept
     border = np.sort(scores[~kept])[-left]
-    slack = 1e-5 * abs(border)
+    slack *= abs(border)
     surely, perhaps = kept | (scores > border + slack), kept | (scores >= border - slack)
     return (perhaps if perhaps.sum() == kept.sum() + left else surely), perhaps
 
@@ -214,8 +214,11 @@ SELECTOR_ROWS = {
 }
 
 
-def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0) -> Masks:
-    """Pages that a step must read and those that it may, of one row and kv head, tensors in."""
+def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
+    """Pages that a step must read and those that it may, of one row and kv head, tensors in.
+
+    They differ where votes are nearer to one another than `slack`, of which 0 is for none.
+    """
     q, k = (t.to(torch.float64).numpy() for t in (q, k))
     vote = SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head)
     total, budget = len(vote), setting.budget
@@ -226,10 +229,12 @@ def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0) -> Mask
         others = np.sort(np.delete(vote, forced))[::-1]
         before = vote[forced].sum() + np.cumsum([0, *others])[:-1]
         needed = vote.sum() * budget.top_p
-        for i, slack in enumerate((-1e-5, 1e-5)):  # surely, perhaps
-            wanted = len(forced) + (before < needed * (1 + slack)).sum()
+        for i, more in enumerate((-slack, slack)):  # surely, perhaps
+            wanted = len(forced) + (before < needed * (1 + more)).sum()
             counts[i] = min(most, max(wanted, budget.min_pages))
-    surely, perhaps = (best(vote, max(n, len(forced)), forced) for n in counts)
+    if not slack:  # equal votes go to the lower page
+        vote = vote.round(12) - np.arange(total) * 1e-15
+    surely, perhaps = (best(vote, max(n, len(forced)), forced, slack) for n in counts)
     return surely[0], perhaps[1]
 
 

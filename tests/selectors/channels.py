@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE, PageLists
+from hfsparse.plan import Below, ModelId, Plan
+from hfsparse.plan.files import DataFile
 from hfsparse.precision import exact
 from hfsparse.registry import Registry, require
 from hfsparse.selectors import SELECTORS, Budget, DeviceTensor
 from hfsparse.selectors.budget import votes
+from tests import frozen
+from tests.patcher.families import own_window
 from tests.patterns import matrix
 
 KIND = "channels"
@@ -84,6 +89,37 @@ def oracle(selector: Channels, q, k, scale: float, table, head: int) -> np.ndarr
     score = q[..., heavy] @ k[:, heavy].T * scale  # [group, Q, n]
     pages = np.array_split(score, range(PAGE, len(k), PAGE), axis=2)
     return matrix.largest_share(np.stack([page.max(2) for page in pages], 2))
+
+
+def plan_of(model, selector: Any, below: int = 0) -> Plan:
+    """Full caches, every kv head of every layer that may be sparse reads what a selector chooses.
+
+    Any selector: one that reads a table is given one.
+    """
+    this = ModelId.of(model)
+    full = Plan.full(this).layers[0]
+    mine = replace(full, decode=("it",) * this.kv_heads)
+    layers = tuple(full if windowed else mine for windowed in own_window(model))
+    drawn = table(this.layers, this.kv_heads, this.head_dim)
+    named = getattr(selector, "data", None)
+    data = {} if named is None else {named: DataFile.of(f"{named}.safetensors", drawn)}
+    return Plan(this, {"it": selector}, layers, Below(decode=below), data=data)
+
+
+def labelled(model) -> Plan:
+    """Three pages, of which one is chosen, by labels."""
+    return plan_of(model, Channels(0.06, 3, count=3))
+
+
+def refreshed(model) -> Plan:
+    """By labels, and read again by three more steps; top_p."""
+    return plan_of(model, Channels(0.9, 2, refresh=4, top_p=0.6, count=3))
+
+
+def compare(*args, **more):
+    """`frozen.compare` where plans may name channels."""
+    with known():
+        return frozen.compare(*args, **more)
 
 
 def table(layers: int = 1, heads: int = 2, dim: int = 8) -> dict[str, Tensor]:
