@@ -45,6 +45,14 @@ class DataFile:
         content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         return cls(file, hashlib.sha256(content).hexdigest(), content)
 
+    @classmethod
+    def of_plan(
+        cls, plan: str | os.PathLike | None, name: str, tensors: dict[str, Tensor]
+    ) -> DataFile:
+        """A new table, in a file that is named after its plan: `plan.NAME.safetensors`."""
+        stem = "plan" if plan is None else re.sub(r"[^\w.-]|^\W", "_", Path(plan).stem, flags=re.A)
+        return cls.of(f"{stem[:60]}.{name}.safetensors", tensors)
+
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, on the CPU. ValueError: it was not read, or is no such file."""

@@ -68,7 +68,7 @@ def seen(request) -> Seen:
     q, k, v = (torch.randn(1, h, L, d) for h, d in ((HQ, D), (HKV, D), (HKV, DV)))
     grad = torch.randn(1, HQ, L, DV)
     out, proj = torch.empty(1, HQ, L, DV), torch.randn(HQ, DV, 10)
-    made = Seen(2 * q, k, v, out, grad, LOGITS[request.param], KEYS, proj)
+    made = Seen(2 * q, k, v, out, grad, LOGITS[request.param], KEYS, 0, proj)
     for head in range(HQ):
         for row in range(L):
             made.out[0, head, row] = attention(made, head, row)[0]

@@ -43,7 +43,7 @@ FEWEST = 4  # blocks and pages that are always kept
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
-    names = candidates(max(job.prompts))
+    names = search.calibrate_tables(job, candidates(max(job.prompts)))
     return search.choose_plan(job, names, search.measure_prompts(job, names), options)
 
 
