@@ -28,6 +28,8 @@ from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.stats import LayerStats, Stats, Work
 
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes a number
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -82,17 +84,26 @@ def one_head(
 
 
 def fill_caches(
-    config: Any, plan: Plan, tokens: int, batch: int = 1
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4
 ) -> Iterator[tuple[LayerPlan, Layer]]:
-    """Each layer that has attention, and its cache after prompts of `tokens`, without data."""
+    """Each layer that has attention, and its cache after prompts of `tokens`, without data.
+
+    Keys and values take `itemsize` bytes a number, 2 or 4.
+    """
     indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
-    return _fill(plan, indices, windows(config), tokens, batch)
+    return _fill(plan, indices, windows(config), tokens, batch, itemsize)
 
 
 def _fill(
-    plan: Plan, indices: list[int], windows: Sequence[int | None], tokens: int, batch: int = 1
+    plan: Plan,
+    indices: list[int],
+    windows: Sequence[int | None],
+    tokens: int,
+    batch: int = 1,
+    itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, Layer]]:
-    seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
+    shape = batch, plan.model.kv_heads, tokens, plan.model.head_dim
+    seen = torch.empty(shape, dtype=DTYPES[itemsize], device="meta")
     for own in resolve_layers(plan, indices, windows, plan.below):
         layer = own.new_cache(tokens)
         layer.lazy_initialization(seen, seen)

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.lists import PAGE
-from hfsparse.patcher import figures
-from tests.patcher.families import left_padded, tiny, tokens
+from hfsparse.patcher import figures, memory
+from tests.patcher.families import fresh, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate, same_generation
 from tests.patterns.matrix import SELECTOR_ROWS
 from tests.runtime.test_graphs import interpreted, same  # noqa: F401
@@ -177,6 +177,18 @@ def test_bytes_are_those_of_the_tensors_and_are_foretold(name, family):
     told = figures.predict(model.config, plan, 5 * PAGE)
     assert told.kv_bytes == stats.kv_bytes
     assert told.cache_share == pytest.approx(stats.cache_share, rel=0.01)
+
+
+@every_choice
+def test_bytes_of_half_precision_are_foretold(name):
+    """Not all that a cache holds is half as large: which pages were chosen last is not."""
+    model = fresh("llama").bfloat16()
+    plan = plan_of(model, replace(SETTINGS[name], refresh=4))
+    with hfsparse.patch(model, plan) as handle, torch.no_grad():
+        cache = model(tokens(2, 5 * PAGE)).past_key_values
+        stats = handle.stats()
+    assert {t.dtype for s in cache.layers[0].stores for t in s.tensors()} >= {torch.int64}
+    assert memory.predict(model.config, plan, 5 * PAGE, batch=2).cache == stats.kv_bytes
 
 
 @every_choice
