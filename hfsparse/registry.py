@@ -1,8 +1,30 @@
-"""How kinds of patterns and selectors check their parameters."""
+"""How kinds of patterns and selectors are made known to plans, and check their parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hfsparse.errors import UsageError
+from hfsparse.precision import without_autocast
+
+
+class Registry(dict[str, type]):
+    """Classes by the kind that plans name; what their `method` chooses, no autocast changes."""
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def register(self, kind: str) -> Callable[[type], type]:
+        """Make a class known to plans under `kind:`."""
+
+        def add(cls: type) -> type:
+            cls.kind = kind
+            if hasattr(cls, self.method):
+                setattr(cls, self.method, without_autocast(getattr(cls, self.method)))
+            self[kind] = cls
+            return cls
+
+        return add
 
 
 def require(ok: bool, message: str) -> None:

@@ -58,8 +58,8 @@ def _check(value, given: dict) -> None:
 
 def _pages(given: dict) -> int:
     """Pages of the buffers that a call of a decode kernel or a selector is given."""
-    if "low" in given:
-        return given["low"].shape[2]
+    if "index" in given:
+        return next(iter(given["index"].values())).shape[2]
     return max(-(-part.k.shape[2] // PAGE) for part in given["places"].parts if part.listed)
 
 

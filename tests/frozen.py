@@ -124,11 +124,14 @@ def plain_prompts():
 
 
 def compare(
-    family: str, plan: str, below=None, length=100, pads=(0,), new=9, fuse=False, wrong="", **more
+    family: str, plan, below=None, length=100, pads=(0,), new=9, fuse=False, wrong="", **more
 ):
-    """A generation, eager and replayed: what came out, and how many steps were recorded."""
+    """A generation, eager and replayed: what came out, and how many steps were recorded.
+
+    plan: a function of a model, or the name of one in `families`.
+    """
     model = families.fresh(family)
-    made = getattr(families, plan)(model)
+    made = (plan if callable(plan) else getattr(families, plan))(model)
     if below is not None:
         made = replace(made, below=Below(*below))
     ids, mask = families.left_padded(length, pads)

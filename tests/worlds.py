@@ -155,10 +155,10 @@ def run_kernels(made: tuple) -> list:
 def run_selectors(made: tuple) -> list:
     q, k, _, grid, scale = made
     k = torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % 64)).unflatten(2, (-1, 64))
-    low, high, length = k.amin(3), k.amax(3), grid.k_len
+    index, length = {"low": k.amin(3), "high": k.amax(3)}, grid.k_len
     found = []
     for quest in (Quest(0.3, 2), Quest(0.9, 2, top_p=0.6)):
-        lists = kernels.choose_pages(quest, q[:, :, -1:], low, high, length, scale)
+        lists = kernels.choose_pages(quest, q[:, :, -1:], index, length, scale)
         used = torch.arange(lists.pages.shape[2], device=q.device) < lists.count[..., None]
         found += [lists.count, lists.pages.masked_fill(~used, -1)]
     return found

@@ -20,7 +20,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
-from hfsparse.profiler.measure.effects import pages_read
+from hfsparse.profiler.measure.effects import bind_selector, pages_read
 from hfsparse.profiler.measure.exact import attention
 from hfsparse_eval.arms import Arm, Sparse
 from hfsparse_eval.report.pairs import pairs
@@ -147,7 +147,10 @@ class Kept:
         key, tokens = torch.arange(k.shape[2], device=q.device), rows[:, None] + 1
         reads = {word: self.plan.patterns.get(word) for word in words.decode}
         for chooser in {p for p in reads.values() if hasattr(p, "pages")}:
-            mine = pages_read(replace(chooser, refresh=0), q, k, rows, scale)
+            bound = bind_selector(
+                replace(chooser, refresh=0), layer, range(k.shape[1]), self.plan.data
+            )
+            mine = pages_read(bound, q, k, rows, scale)
             own = [h for h in range(q.shape[1]) if reads[words.decode[h // ratio]] == chooser]
             if self.chosen is None:
                 self.chosen = mine.clone()

@@ -143,8 +143,7 @@ def choose(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockList
 def choose_pages(
     selector,
     q: Tensor,
-    low: Tensor,
-    high: Tensor,
+    index: dict[str, Tensor],
     length: Tensor,
     scale: float,
     heads: slice | Tensor = slice(None),
@@ -158,16 +157,16 @@ def choose_pages(
     and nothing of them is kept. choice: the rows' last one, which is renewed where it is due. read
     [Hkv] int64: by how many keys the lists hold, it is raised.
     """
-    if _no_triton(Need.of(q, low, low)) is None:
+    if _no_triton(Need.of(q, q, q)) is None:
         fused = import_module("hfsparse.kernels.triton.quest")
-        if fused.why_not(selector, q, low) is None:
+        if fused.why_not(selector, q, index) is None:
             q, some = (q, heads) if isinstance(heads, Tensor) else (q[:, heads], None)
             more = some, below, choice, read
-            return fused.pages(selector, q.detach(), low, high, length, scale, *more)
-    lists = selector.pages(q[:, heads], low, high, length, scale)
+            return fused.pages(selector, q.detach(), index, length, scale, *more)
+    lists = selector.pages(q[:, heads], index, length, scale)
     lists = PageLists(lists.pages, lists.count.masked_fill((length < below)[:, None], 0))
     if choice is not None:
-        lists = choice.renew(lists, length, selector.refresh)
+        lists = choice.renew(lists, length, selector.budget.refresh)
     if read is not None:
         read += lists.keys(length).sum(0)
     return lists
@@ -182,6 +181,9 @@ def append(k: Tensor, v: Tensor, into: Places, at: Tensor) -> bool:
     if fused.why_not(need) is not None:
         return False
     fused.append(k, v, into, at)
+    for part in into.parts:
+        if part.follow is not None:
+            part.follow(at)
     return True
 
 

@@ -6,7 +6,7 @@ listed or without, or in rings of several sizes. A kernel looks up its kv head's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ COLUMNS = (
     "below",  # in rows of fewer tokens all that is held
     "listed",  # which head of the page lists it is; -1: none, its pages are read in order
 )
+EXTREMES = {"low", "high"}  # the index that kernels write: each page's minima and maxima
 WIDTH = 16  # cells of a head
 NEVER = (1 << 31) - 1  # the size of no ring
 
@@ -41,6 +42,8 @@ class Place(NamedTuple):
     listed: bool = False  # whether a step's page lists say which pages are read
     low: Tensor | None = None  # [B, H, P, D] pages' minima and maxima, where any are kept
     high: Tensor | None = None
+    # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
+    follow: Callable[[Tensor], None] | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

@@ -23,9 +23,12 @@ from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer as Words
 from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.files import DataFile
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.stats import LayerStats, Stats, Work
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes a number
 
 
 @dataclass(frozen=True)
@@ -59,32 +62,48 @@ def predict(
     return Stats(layers)
 
 
-def one_head(tokens: int, pattern: Any = None) -> tuple[float, float]:
+def one_head(
+    tokens: int,
+    pattern: Any = None,
+    head_dim: int = 1,
+    data: dict[str, DataFile] | None = None,
+) -> tuple[float, float]:
     """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
 
-    pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head.
+    pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head. Of a
+    selector that reads a table it is the first head of the first layer, of `head_dim`.
     """
     decode = "full" if pattern is None else "it"
     words = Words(("full",), ("full",), (decode,))
     if isinstance(pattern, Streaming):
         words = Words(("it",), ("it",), ("ring",))
-    plan = Plan(ModelId("one", 1, 1, 1, 1, "head"), {"it": pattern}, (words,))
+    this = ModelId("one", 1, 1, 1, head_dim, "head")
+    plan = Plan(this, {"it": pattern}, (words,), data=data or {})
     stats = Stats([_measure(*each, tokens) for each in _fill(plan, [0], [None], tokens)])
     return stats.cache_share, stats.decode_share
 
 
 def fill_caches(
-    config: Any, plan: Plan, tokens: int, batch: int = 1
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4
 ) -> Iterator[tuple[LayerPlan, Layer]]:
-    """Each layer that has attention, and its cache after prompts of `tokens`, without data."""
+    """Each layer that has attention, and its cache after prompts of `tokens`, without data.
+
+    Keys and values take `itemsize` bytes a number, 2 or 4.
+    """
     indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
-    return _fill(plan, indices, windows(config), tokens, batch)
+    return _fill(plan, indices, windows(config), tokens, batch, itemsize)
 
 
 def _fill(
-    plan: Plan, indices: list[int], windows: Sequence[int | None], tokens: int, batch: int = 1
+    plan: Plan,
+    indices: list[int],
+    windows: Sequence[int | None],
+    tokens: int,
+    batch: int = 1,
+    itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, Layer]]:
-    seen = torch.empty(batch, plan.model.kv_heads, tokens, plan.model.head_dim, device="meta")
+    shape = batch, plan.model.kv_heads, tokens, plan.model.head_dim
+    seen = torch.empty(shape, dtype=DTYPES[itemsize], device="meta")
     for own in resolve_layers(plan, indices, windows, plan.below):
         layer = own.new_cache(tokens)
         layer.lazy_initialization(seen, seen)

@@ -57,17 +57,20 @@ def predict(
 def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
     """Bytes of cache and work."""
     mlp, hidden = _widths(config)
-    cache, dense = cache_elements(config, plan or Plan.full(ModelId.of(config)), tokens, batch)
+    followed = plan or Plan.full(ModelId.of(config))
+    cache, dense = cache_bytes(config, followed, tokens, batch, itemsize)
     work = batch * min(tokens, chunk or tokens) * (WIDE * mlp + NARROW * hidden)
-    return itemsize * (dense if plan is None else cache), itemsize * work
+    return dense if plan is None else cache, itemsize * work
 
 
-def cache_elements(config: Any, plan: Plan, tokens: int, batch: int = 1) -> tuple[int, int]:
-    """Elements that the plan's cache and the stock cache hold after prompts of `tokens`."""
+def cache_bytes(
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2
+) -> tuple[int, int]:
+    """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`."""
     ours = stock = 0
-    for _, layer in fill_caches(config, plan, tokens, batch):
-        ours += layer.bytes() // layer.tensors()[0].element_size()
-        stock += layer.dense_bytes() // layer.tensors()[0].element_size()
+    for _, layer in fill_caches(config, plan, tokens, batch, itemsize):
+        ours += layer.bytes()
+        stock += layer.dense_bytes()
     return ours, stock
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfsparse.errors import PlanError
 from hfsparse.lists import FULL, Band, HeadIndex
 from hfsparse.models.loading import device_name
 from hfsparse.plan import Below, Plan
@@ -46,7 +47,7 @@ def resolve_layers(
                 index,
                 plan.model.kv_heads,
                 tuple(plan.patterns.get(word) for word in words.prefill),
-                tuple(_group(g, tuple(heads), source) for g, heads in groups.items()),
+                tuple(_group(plan, index, g, tuple(h), source) for g, h in groups.items()),
                 rings,
                 below,
                 plan.skip,
@@ -66,9 +67,17 @@ def resolve_layers(
     return plans
 
 
-def _group(kind: Group, heads: tuple[int, ...], source: LayerPlan | None) -> Group:
+def _group(
+    plan: Plan, layer: int, kind: Group, heads: tuple[int, ...], source: LayerPlan | None
+) -> Group:
     """kv heads of a kind; those that reuse a choice find it at their places in the chooser's."""
-    if not isinstance(kind.selector, Reuse):
+    if kind.selector is None:
         return replace(kind, heads=heads)
+    if not isinstance(kind.selector, Reuse):
+        table = plan.table_of(kind.selector)
+        try:
+            return Group(heads, kind.band, kind.selector.bind(layer, heads, table))
+        except ValueError as error:
+            raise PlanError(f"layer {layer}: {error}") from error
     chooses = next(g.heads for g in source.groups if g.selector is not None)
     return Group(heads, kind.band, reuses=tuple(chooses.index(head) for head in heads))

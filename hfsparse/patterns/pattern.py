@@ -8,16 +8,17 @@ class Streaming:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
-from hfsparse.precision import without_autocast
+from hfsparse.registry import Registry
 
-PATTERNS: dict[str, type] = {}
+PATTERNS = Registry("lists")
 OWN = 3  # blocks every query block keeps at most: the row's first, and two that hold its queries
+
+register = PATTERNS.register
 
 
 class Pattern(Protocol):
@@ -26,14 +27,3 @@ class Pattern(Protocol):
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`: post-RoPE, row-relative."""
         ...
-
-
-def register(kind: str) -> Callable[[type], type]:
-    """Make a pattern known to plans under `kind:`."""
-
-    def add(cls: type) -> type:
-        cls.kind, cls.lists = kind, without_autocast(cls.lists)
-        PATTERNS[kind] = cls
-        return cls
-
-    return add

@@ -27,6 +27,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
     return [
         *_changes("model: ", _rename_keys(asdict(old.model)), _rename_keys(asdict(new.model))),
         *_pattern_changes(old, new),
+        *_changes("data: ", _contents(old), _contents(new)),
         *_changes("below: ", asdict(old.below), asdict(new.below)),
         *_changes("", {"skip": old.skip}, {"skip": new.skip}),
         *_layer_changes(old, new),
@@ -49,6 +50,10 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _rename_keys(model: dict[str, Any]) -> dict[str, Any]:
     return {key_of(name): value for name, value in model.items()}
+
+
+def _contents(plan: Plan) -> dict[str, str]:
+    return {name: f"sha256:{each.sha256[:12]}" for name, each in plan.data.items()}
 
 
 def _changes(what: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:

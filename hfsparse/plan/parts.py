@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
@@ -76,10 +76,16 @@ def kinds() -> dict[str, type]:
 
 
 @functools.cache
+def written_fields(cls: type) -> tuple[Field, ...]:
+    """The fields of a dataclass that plans write: all but what it only carries (compare=False)."""
+    return tuple(each for each in fields(cls) if each.compare)
+
+
+@functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """Type of each field of a dataclass."""
+    """Type of each of these fields."""
     types = typing.get_type_hints(cls)
-    return {each.name: types[each.name] for each in fields(cls)}
+    return {each.name: types[each.name] for each in written_fields(cls)}
 
 
 def parameters(pattern: Any) -> dict[str, Any]:
@@ -95,4 +101,9 @@ def key_of(name: str) -> str:
     return "class" if name == "class_name" else name
 
 
-VERSION = 1
+VERSION, NEWEST = 1, 2  # of a plan that uses nothing new, and the last that is known
+
+
+def version_of(data: dict[str, Any]) -> int:
+    """The lowest version that has all that a plan with these tables uses."""
+    return NEWEST if data else VERSION

@@ -9,27 +9,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch
 from hfsparse.models.fingerprint import UNITS, linear_layers, windows
+from hfsparse.plan.files import DataFile, write_whole
 from hfsparse.plan.parts import (
     MAX_BYTES,
-    VERSION,
     Below,
     Layer,
     ModelId,
     parameters,
+    version_of,
 )
 from hfsparse.plan.reader import read
 from hfsparse.plan.rules import rules
@@ -45,6 +47,7 @@ class Plan:
     skip: in prompts, on full heads and on top of patterns, a tile of scores is left out where in
     each of its rows the largest lies more than that below the row's largest so far (skip-softmax;
     BLASST, arXiv 2512.12087, whose threshold is e^-skip). None computes every tile that is kept.
+    data: tables that selectors name by their parameter `data`, in files beside the plan.
     """
 
     model: ModelId
@@ -55,6 +58,7 @@ class Plan:
     measured: dict = field(default_factory=dict)
     made: dict = field(default_factory=dict)
     skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
+    data: dict[str, DataFile] = field(default_factory=dict)
 
     @classmethod
     def full(cls, model: ModelId) -> Plan:
@@ -64,17 +68,22 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
-        """Read a plan file; PlanError names everything wrong with it."""
+        """Read a plan file and the tables beside it; PlanError names everything wrong with them."""
         try:
             text = reading.content(path, MAX_BYTES + 1)
         except (OSError, ValueError) as error:
             why = reading.why(error)
             raise PlanError(f"{path}: can't read it: {why}. Give a plan file") from error
-        return cls(**read(text, str(path)))
+        file = reading.local(path)
+        folders = dict.fromkeys((file.parent, file.resolve().parent))  # a link lies elsewhere
+        return cls(**read(text, str(path), folders))
 
     @classmethod
     def loads(cls, text: str | bytes) -> Plan:
-        """Read a plan from its YAML; PlanError names everything wrong with it."""
+        """Read a plan from its YAML alone, not the tables beside it.
+
+        PlanError names everything wrong with it.
+        """
         return cls(**read(text, "plan"))
 
     def dumps(self) -> str:
@@ -89,20 +98,21 @@ class Plan:
         return text
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the whole file or, on failure, leave what was there untouched."""
-        data = self.dumps().encode()
+        """Write the whole file or, on failure, leave what was there untouched.
+
+        Its tables are written beside it first, each under its name; where another content has that
+        name, which is never overwritten, under one that no content but this has.
+        """
+        self.validate()
         try:
-            target = os.path.realpath(reading.local(path))
-            draft = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
-            try:
-                with open(draft, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, target)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(draft)
+            target = Path(os.path.realpath(reading.local(path)))
+            placed = {name: each.placed(target.parent) for name, each in self.data.items()}
+            text = dataclasses.replace(self, data=placed).dumps().encode()
+            for each in placed.values():
+                each.write(target.parent)
+            write_whole(target, text)
+        except PlanError:
+            raise
         except (OSError, ValueError) as error:
             why = reading.why(error)
             raise PlanError(f"{path}: can't write it: {why}. Give another path") from error
@@ -124,10 +134,24 @@ class Plan:
         said, _, why = str(self.verified.get("told")).partition(": ")
         return why if said in (NONE, "nothing") else None  # as plans of 0.1 said it
 
+    def table_of(self, selector: Any) -> dict[str, Tensor] | None:
+        """The table that a selector names by its parameter `data`; None where it has none.
+
+        PlanError: the table is not known, as where the plan was read from text alone.
+        """
+        if (name := getattr(selector, "data", None)) is None:
+            return None
+        if name not in self.data:
+            raise PlanError(f"{selector.kind} reads data {name}, which the plan does not have")
+        try:
+            return self.data[name].tensors
+        except ValueError as error:
+            raise PlanError(f"data.{name}: {error}") from error
+
     def hash(self) -> str:
         """Identity of what is computed: `expected`, `measured` and `made` are left out."""
         identity = {
-            "version": VERSION,
+            "version": version_of(self.data),
             "model": dataclasses.asdict(self.model),
             "patterns": {name: parameters(pattern) for name, pattern in self.patterns.items()},
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
@@ -136,6 +160,8 @@ class Plan:
         if self.skip is not None:
             whole = type(self.skip) is int and abs(self.skip) < 2**63
             identity["skip"] = float(self.skip) if whole else self.skip
+        if self.data:
+            identity["data"] = {name: each.sha256 for name, each in self.data.items()}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
+from pathlib import Path
 from typing import Any
 
 from hfsparse.errors import MAX_PROBLEMS, PlanError
+from hfsparse.plan.files import DataFile
 from hfsparse.plan.layer_rules import TAKES
 from hfsparse.plan.nodes import Say, plain
 from hfsparse.plan.parts import (
@@ -21,6 +23,7 @@ from hfsparse.plan.parts import (
     MAX_HEADS,
     MAX_LAYERS,
     NAME,
+    NEWEST,
     VERSION,
     Below,
     Layer,
@@ -28,20 +31,25 @@ from hfsparse.plan.parts import (
     hints,
     key_of,
     kinds,
+    version_of,
+    written_fields,
 )
 from hfsparse.plan.rules import rules, wrong_value
 from hfsparse.plan.words import dotted, nearest, show, span
 from hfsparse.version import __version__
 
 REQUIRED = "model", "layers"
-OPTIONAL = "patterns", "below", "skip", "expected", "measured", "made"
+OPTIONAL = "patterns", "data", "below", "skip", "expected", "measured", "made"
 WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
 RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 LENGTH = re.compile(r"[1-9]\d{0,18}")
 
 
-def read(text: str | bytes, name: str) -> dict[str, Any]:
-    """The parts of the plan in `text`; PlanError with `name`, every problem and its line."""
+def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) -> dict[str, Any]:
+    """The parts of the plan in `text`; PlanError with `name`, every problem and its line.
+
+    folders: where its tables lie; None: they are not read.
+    """
     problems: list[tuple[int | None, str]] = []
     lines: dict[tuple, int] = {}
 
@@ -63,16 +71,21 @@ def read(text: str | bytes, name: str) -> dict[str, Any]:
         say(1, f"the file is {what}: give a mapping that starts with hfsparse: {VERSION}")
         raise PlanError.of(name, problems)
     version = raw.pop("hfsparse", BAD)
-    if type(version) is int and version > VERSION:
-        newer = f"needs a newer hfsparse than {__version__}; this one reads version {VERSION}"
+    if type(version) is int and version > NEWEST:
+        known = f"versions {VERSION} to {NEWEST}"
+        newer = f"needs a newer hfsparse than {__version__}; this one reads {known}"
         line = line_of("hfsparse")
         raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version < VERSION:
         given = "missing" if version is BAD else show(version)
         say(("hfsparse",), f"hfsparse is {given}: give the plan version, hfsparse: {VERSION}")
+    elif version < (needed := version_of(raw.get("data"))):
+        say(("hfsparse",), f"data needs plan version {needed}: write hfsparse: {needed}")
     parts = _parts(raw, lines, say)
     for problem in rules(parts, line_of):
         say(*problem)
+    if folders is not None and not problems:
+        parts["data"] = _tables(parts["data"], tuple(folders), say)
     if problems:
         raise PlanError.of(name, problems)
     return parts
@@ -83,13 +96,16 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
     sections = {key: {} if given.get(key) is None else given[key] for key in REQUIRED + OPTIONAL}
     model = _values(ModelId, sections["model"], ("model",), say)
     below = _values(Below, sections["below"], ("below",), say)
-    patterns, skip = sections["patterns"], given.get("skip")
+    patterns, data, skip = sections["patterns"], sections["data"], given.get("skip")
     if type(patterns) is dict:
         patterns = {
             name: _pattern(each, ("patterns", name), say) for name, each in patterns.items()
         }
+    if type(data) is dict:
+        data = {name: _table(each, ("data", name), say) for name, each in data.items()}
     return {
         **sections,
+        "data": data,
         "model": ModelId(**model),
         "below": Below(**below),
         "skip": float(skip) if type(skip) is int and abs(skip) < 2**63 else skip,
@@ -119,8 +135,8 @@ def _mapping(
 
 def _values(cls: type, raw: Any, path: tuple, say: Say) -> dict[str, Any]:
     """The fields of a dataclass from a mapping; those that can't be used are BAD."""
-    names = {key_of(each.name): each.name for each in fields(cls)}
-    needed = [key_of(each.name) for each in fields(cls) if each.default is MISSING]
+    names = {key_of(each.name): each.name for each in written_fields(cls)}
+    needed = [key_of(each.name) for each in written_fields(cls) if each.default is MISSING]
     optional = [key for key in names if key not in needed]
     values = {}
     for key, value in _mapping(raw, path, needed, optional, say).items():
@@ -151,6 +167,22 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
             say((*path, name), f"{dotted(path)}: {error}")
             values[name] = BAD
     return BAD if any(value is BAD for value in values.values()) else cls(**values)
+
+
+def _table(raw: Any, path: tuple, say: Say) -> Any:
+    values = _values(DataFile, raw, path, say)
+    return BAD if any(value is BAD for value in values.values()) else DataFile(**values)
+
+
+def _tables(data: dict[str, DataFile], folders: tuple[Path, ...], say: Say) -> dict[str, DataFile]:
+    """With what their files hold."""
+    found = {}
+    for name, each in data.items():
+        try:
+            found[name] = each.read(folders)
+        except ValueError as error:
+            say(("data", name, "file"), f"data.{name}: {error}")
+    return found
 
 
 def _layers(raw: Any, count: int, lines: dict[tuple, int], say: Say) -> tuple:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from hfsparse.errors import Problem
+from hfsparse.plan.files import DIGEST, FILE, DataFile
 from hfsparse.plan.layer_rules import BUILT_IN, layers_rules
 from hfsparse.plan.parts import (
     BAD,
@@ -19,8 +20,9 @@ from hfsparse.plan.parts import (
     hints,
     key_of,
     kinds,
+    written_fields,
 )
-from hfsparse.plan.words import dotted, show
+from hfsparse.plan.words import dotted, nearest, show
 from hfsparse.reading import SURROGATE
 
 
@@ -34,6 +36,8 @@ def rules(
     for path, text in chain(
         model_problems,
         _pattern_rules(parts["patterns"]),
+        _table_rules(parts["data"]),
+        _named_rules(patterns, parts["data"]),
         _field_rules(parts["below"], Below, ("below",)),
         _skip_rules(parts["skip"]),
         layers_rules(parts["layers"], model, patterns, line_of),
@@ -68,11 +72,47 @@ def _pattern_rules(patterns: dict[str, Any]) -> Iterator[Placed]:
             yield path, f"{dotted(path)} is {show(pattern)}: give one of {', '.join(kinds())}"
 
 
+def _table_rules(data: dict[str, DataFile]) -> Iterator[Placed]:
+    if data is BAD:
+        return
+    if type(data) is not dict:
+        yield ("data",), f"data is {show(data)}: give a mapping from name to file and sha256"
+        return
+    for name, each in data.items():
+        path = ("data", name)
+        if type(name) is not str or not NAME.fullmatch(name):
+            rule = "a letter, then up to 63 letters, digits, _ . -"
+            yield path, f"data name {show(name)}: give {rule}"
+        if each is BAD:
+            continue
+        yield from (broken := list(_field_rules(each, DataFile, path)))
+        if broken:
+            continue
+        if each.file is not BAD and not FILE.fullmatch(each.file):
+            rule = "give the name of a .safetensors file that lies beside the plan, without folders"
+            yield (*path, "file"), f"{dotted(path)}.file is {show(each.file)}: {rule}"
+        if each.sha256 is not BAD and not DIGEST.fullmatch(each.sha256):
+            rule = "give the 64 hex digits that sha256sum prints for the file"
+            yield (*path, "sha256"), f"{dotted(path)}.sha256 is {show(each.sha256)}: {rule}"
+
+
+def _named_rules(patterns: dict, data: dict) -> Iterator[Placed]:
+    """Selectors name tables that the plan has."""
+    known = data if type(data) is dict else {}
+    for name, pattern in patterns.items():
+        if type(pattern) not in kinds().values() or "data" not in hints(type(pattern)):
+            continue
+        if data is not BAD and type(pattern.data) is str and pattern.data not in known:
+            path = ("patterns", name, "data")
+            hint = nearest(pattern.data, known) if known else "add it there, with file and sha256"
+            yield path, f"{dotted(path)} is {show(pattern.data)}, which is not under data: {hint}"
+
+
 def _field_rules(value: Any, cls: type, path: tuple) -> Iterator[Placed]:
     if type(value) is not cls:
         yield path, f"{dotted(path)} is {show(value)}: give a {cls.__name__}"
         return
-    for each in fields(cls):
+    for each in written_fields(cls):
         place = (*path, key_of(each.name))
         if wrong := wrong_value(cls, each.name, getattr(value, each.name)):
             yield place, f"{dotted(place)} {wrong}"

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from hfsparse.plan.files import DataFile
 from hfsparse.plan.layer_rules import TAKES
 from hfsparse.plan.nodes import TAG
-from hfsparse.plan.parts import VERSION, Below, Layer, ModelId, hints, key_of, parameters
+from hfsparse.plan.parts import Below, Layer, ModelId, hints, key_of, parameters, version_of
 from hfsparse.plan.words import span
 
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|0[ox][\da-fA-F]+")
@@ -44,9 +45,10 @@ _Dumper.add_representer(str, _text)
 def write(parts: dict[str, Any]) -> str:
     """A valid plan's parts as YAML: one line a pattern or a run of equal layers, nothing empty."""
     document = {
-        "hfsparse": VERSION,
+        "hfsparse": version_of(parts["data"]),
         "model": _Row({key_of(name): getattr(parts["model"], name) for name in hints(ModelId)}),
         "patterns": {name: _pattern_row(each) for name, each in parts["patterns"].items()},
+        "data": _Row({name: _table_row(each) for name, each in parts["data"].items()}),
         "below": _Row(vars(parts["below"]) if parts["below"] != Below() else {}),
         "skip": None if parts["skip"] is None else float(parts["skip"]),
         "layers": _layer_rows(parts["layers"]),
@@ -68,6 +70,10 @@ def _pattern_row(pattern: Any) -> _Row:
     """Every parameter, but those that are off (zero) unless set."""
     off = {each.name for each in fields(pattern) if each.default == 0}
     return _Row({k: v for k, v in parameters(pattern).items() if k not in off or v != 0})
+
+
+def _table_row(table: DataFile) -> dict[str, str]:
+    return {name: getattr(table, name) for name in hints(DataFile)}
 
 
 def _layer_rows(layers: tuple[Layer, ...]) -> dict[int | str, _Row]:

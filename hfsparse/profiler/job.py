@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfsparse.models.fingerprint import windows
 from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan.files import DataFile
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.settings import Settings
@@ -66,11 +67,12 @@ class Forecast:
     job: Job
     patterns: dict[str, Any]  # by word
     prompts: Callable[[Layers], dict[int, Prompts]]  # what a choice does in prompts
+    data: dict[str, DataFile] = field(default_factory=dict)  # what selectors among them read
 
     def __call__(self, layers: Layers) -> dict[int, dict[str, float]]:
         """What a plan of these layers says under `expected`; `recall` is of free heads."""
         job, found = self.job, {}
-        plan = Plan(ModelId.of(job.model), self.patterns, layers, job.below)
+        plan = Plan(ModelId.of(job.model), self.patterns, layers, job.below, data=self.data)
         for n, each in self.prompts(layers).items():
             found[n] = predict(job.model.config, plan, n, each, job.model.device).figures()
             if each.recall is not None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hfsparse.models.fingerprint import weights_mark
+from hfsparse.models.weights import weights_mark
 from hfsparse.plan import ModelId
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.settings import Settings

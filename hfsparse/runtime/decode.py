@@ -119,12 +119,12 @@ def _listed(plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
             lists[i] = step.chosen[0].of(group.reuses, q.device, plan.at)
             continue
         selector, read = group.selector, None
-        if selector.counted:
+        if selector.budget.counted:
             read = plan.counts.read_by(group.heads, q.device)
         heads = plan.at(_q_heads(group.heads, ratio), q.device)
         more = heads, store.below, store.choice, read
-        sums = store.summaries(step.longest)
-        lists[i] = kernels.choose_pages(selector, q, *sums, step.length, scale, *more)
+        index = store.indexed(step.longest)
+        lists[i] = kernels.choose_pages(selector, q, index, step.length, scale, *more)
         own.append(lists[i])
     if own:
         step.chosen[:] = own if plan.shared else []  # all here have read the last one

@@ -66,13 +66,13 @@ class LayerPlan:
                 for head in group.heads:
                     keys[head] = chosen[head]
                 continue
-            if group.selector is not None and group.selector.counted:
+            if group.selector is not None and group.selector.budget.counted:
                 whole = (np.where(length < limit, length, 0) * times).sum()
                 for head, read in zip(group.heads, self.counts.keys_read(group.heads), strict=True):
                     keys[head] = int(whole + read) or nan
                 continue
             if group.selector is not None:
-                read = group.selector.reads(length, new)
+                read = group.selector.budget.reads(length, new)
             elif group.band == FULL:
                 read = length
             else:

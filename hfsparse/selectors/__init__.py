@@ -1,30 +1,15 @@
 """Decode selectors: which pages of a kv head's cache a decode step reads. One file a selector.
 
-A selector is a frozen dataclass of its parameters with one method,
-`pages(q, low, high, length, scale) -> PageLists`; it knows nothing of models, caches or kernels.
-`reuse` has none: it stands for what another layer's selector chose.
+A selector is a frozen dataclass of its parameters that follows the protocol `Selector`, which says
+all there is to know; it knows nothing of models, caches or kernels. `reuse` is a word alone: it
+stands for what another layer's selector chose.
+To add one: write its file, import it here, add its row to `tests/patterns/matrix.py`.
 """
 
-from __future__ import annotations
+from hfsparse.selectors import quest, reuse
+from hfsparse.selectors.budget import Budget
+from hfsparse.selectors.selector import SELECTORS, Calibrated, Selector, register
+from hfsparse.selectors.table import DeviceTensor
 
-from collections.abc import Callable
-
-from hfsparse.precision import without_autocast
-
-SELECTORS: dict[str, type] = {}
-
-
-def register(kind: str) -> Callable[[type], type]:
-    """Make a selector known to plans under `kind:`."""
-
-    def add(cls: type) -> type:
-        cls.kind = kind
-        if hasattr(cls, "pages"):
-            cls.pages = without_autocast(cls.pages)
-        SELECTORS[kind] = cls
-        return cls
-
-    return add
-
-
-from hfsparse.selectors import quest, reuse  # noqa: E402, F401
+__all__ = ["SELECTORS", "Budget", "Calibrated", "DeviceTensor", "Selector", "register"]
+__all__ += ["quest", "reuse"]

@@ -10,17 +10,17 @@ ones, until they hold that share of all votes, which estimate the softmax's mass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists import PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
-from hfsparse.selectors import register
-from hfsparse.shares import counted, ratio, share_of
+from hfsparse.selectors.budget import Budget, votes
+from hfsparse.selectors.selector import register
 
 
 @register("quest")
@@ -39,66 +39,32 @@ class Quest:
     top_p: float = 0.0
 
     def __post_init__(self):
-        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
-        require(self.min_pages >= 2, f"min_pages is {self.min_pages}: give 2 or more")
-        require(self.refresh >= 0, f"refresh is {self.refresh}: give tokens, 0 or more")
-        require(0 <= self.top_p < 1, f"top_p is {self.top_p}: give less than 1; 0 is off")
+        _ = self.budget  # refuses numbers out of range
 
-    @property
-    def counted(self) -> bool:
-        """Whether only the device knows how many pages a step reads."""
-        return bool(self.refresh or self.top_p)
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p)
 
-    def width(self, pages: int, queries: int) -> int:
-        """The most pages that are read of a buffer of so many; `queries` are new."""
-        most = max(self.min_pages, share_of(pages, *ratio(self.share))) + 2 + -(-queries // PAGE)
-        return min(pages, most + -(-self.refresh // PAGE))
+    def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Quest:
+        """The same for all heads of all layers."""
+        return self
 
-    def pages(
-        self, q: Tensor, low: Tensor, high: Tensor, length: Tensor, scale: float
-    ) -> PageLists:
+    def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Each page's smallest and largest key value a channel, `low` and `high` `[B, H, n, D]`."""
+        empty = ~real
+        return {
+            "low": keys.masked_fill(empty, torch.inf).amin(3),
+            "high": keys.masked_fill(empty, -torch.inf).amax(3),
+        }
+
+    def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
         """Pages read by new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
 
-        low, high `[B, Hkv, P, D]`: each page's smallest and largest key value a channel.
+        index: `low`, `high` `[B, Hkv, P, D]`.
         """
-        B, _, Q, _ = q.shape
-        Hkv, P = low.shape[1:3]
-        page = torch.arange(P, device=q.device)
-        total = -(-length // PAGE)  # [B] pages in the row
-        bound = page_bounds(q, low, high) * scale
-        beyond = (page >= total[:, None])[:, None, None]
-        vote = torch.softmax(bound.masked_fill(beyond, -torch.inf), -1)
-        vote = weight = vote.view(B, Hkv, -1, P).amax(2)
-        newest = (length - Q).clamp(min=0)[:, None] // PAGE  # pages that hold the new queries
-        forced = (page == 0) | ((page >= newest) & (page < total[:, None]))
-        vote = vote.masked_fill(forced[:, None], torch.inf)
-        vote = vote.masked_fill((page >= total[:, None])[:, None], -torch.inf)
-        budget = share_of(total, *ratio(self.share)).clamp(min=self.min_pages)
-        best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
-        budget = budget[:, None].expand(B, Hkv)
-        if self.top_p:
-            mass = counted(weight.gather(-1, best))
-            before = mass.cumsum(-1) - mass
-            needed = share_of(mass.sum(-1, keepdim=True), *ratio(self.top_p))
-            enough = (before < needed).sum(-1)
-            budget = torch.minimum(budget, enough.clamp(min=self.min_pages))
-        count = torch.maximum(budget, forced.sum(1)[:, None]).clamp(max=total[:, None])
-        width = self.width(P, Q)
-        used = torch.arange(width, device=q.device) < count[..., None]
-        pages = torch.where(used, best[..., :width], P).sort(-1).values
-        return PageLists(pages.clamp(max=P - 1), count)
-
-    def reads(self, length: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """Keys that the newest query reads in rows of these lengths, the `new` ones included.
-
-        Not of a selector that is `counted`.
-        """
-        total = -(-length // PAGE)
-        newest = np.maximum(length - new, 0) // PAGE
-        forced = total - newest + (newest > 0)
-        budget = share_of(total, *ratio(self.share))
-        count = np.minimum(np.maximum(np.maximum(budget, self.min_pages), forced), total)
-        return count * PAGE - -length % PAGE
+        bound = page_bounds(q, index["low"], index["high"]) * scale
+        vote = votes(bound, length, index["low"].shape[1])
+        return self.budget.best(vote, length, q.shape[2])
 
 
 def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:

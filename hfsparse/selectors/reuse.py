@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hfsparse.selectors import register
+from hfsparse.selectors.selector import register
 
 
 @register("reuse")

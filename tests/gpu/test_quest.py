@@ -15,7 +15,7 @@ LENGTHS = (64 * 21 + 5, 64 * 9, 300, 17, 0)
 
 
 def summaries(lengths, queries=1, group=3, dim=64, dtype=SINGLE, kv_heads=2, room=0):
-    """q, minima, maxima and lengths of random rows; NaN in the room for more pages."""
+    """q, the index and lengths of random rows; NaN in the room for more pages."""
     made = torch.Generator(DEVICE).manual_seed(0)
     P = -(-max(lengths) // PAGE)
 
@@ -26,7 +26,7 @@ def summaries(lengths, queries=1, group=3, dim=64, dtype=SINGLE, kv_heads=2, roo
     k = random(len(lengths), kv_heads, P, PAGE, dim)
     low, high = k.amin(3), k.amax(3)
     low, high = (torch.nn.functional.pad(t, (0, 0, 0, room), value=torch.nan) for t in (low, high))
-    return q, low, high, torch.tensor(lengths, device=DEVICE)
+    return q, {"low": low, "high": high}, torch.tensor(lengths, device=DEVICE)
 
 
 def same(found, expected) -> None:
@@ -47,35 +47,36 @@ CHOICES = [Quest(0.06, 3), Quest(0.3, 2), Quest(1.0, 2), Quest(0.9, 2, top_p=0.5
 @pytest.mark.parametrize("quest", CHOICES, ids=str)
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
 def test_pages_equal_the_selectors(quest, queries, group):
-    q, low, high, length = summaries(LENGTHS, queries, group)
-    found = triton_quest.pages(quest, q, low, high, length, 0.125)
-    same(found, quest.pages(q, low, high, length, 0.125))
+    q, index, length = summaries(LENGTHS, queries, group)
+    found = triton_quest.pages(quest, q, index, length, 0.125)
+    same(found, quest.pages(q, index, length, 0.125))
 
 
 @pytest.mark.parametrize(
     ("dtype", "dim"), [(BF16, dim) for dim in (64, 80, 96, 128, 256)] + [(HALF, 128), (SINGLE, 128)]
 )
 def test_every_head_dim_and_dtype(dtype, dim):
-    q, low, high, length = summaries((64 * 40, 64 * 7 + 1), dim=dim, dtype=dtype)
+    q, index, length = summaries((64 * 40, 64 * 7 + 1), dim=dim, dtype=dtype)
     quest = Quest(0.2, 2)
-    found = triton_quest.pages(quest, q, low, high, length, dim**-0.5)
-    same(found, quest.pages(q, low, high, length, dim**-0.5))
+    found = triton_quest.pages(quest, q, index, length, dim**-0.5)
+    same(found, quest.pages(q, index, length, dim**-0.5))
 
 
 def test_a_choice_is_read_again_until_refresh():
     """Pages, and how many keys they hold, over steps of ragged rows."""
     quest = Quest(0.3, 3, refresh=5)
-    q, low, high, length = summaries((64 * 21 + 20, 64 * 9 - 3, 300), group=4, room=3)
+    q, index, length = summaries((64 * 21 + 20, 64 * 9 - 3, 300), group=4, room=3)
     ways = []
     for _ in range(2):
-        choice = Choice.none(3, 2, quest.width(low.shape[2], PAGE), torch.device(DEVICE))
+        width = quest.budget.width(index["low"].shape[2], PAGE)
+        choice = Choice.none(3, 2, width, torch.device(DEVICE))
         ways.append((choice, torch.zeros(2, dtype=torch.int64, device=DEVICE)))
     for step in range(14):
         length = length + 1 + step % 2
         q = q.roll(1, -1)  # another query
         (own, read), (plain, keys) = ways
-        found = triton_quest.pages(quest, q, low, high, length, 0.125, choice=own, read=read)
-        expected = plain.renew(quest.pages(q, low, high, length, 0.125), length, quest.refresh)
+        found = triton_quest.pages(quest, q, index, length, 0.125, choice=own, read=read)
+        expected = plain.renew(quest.pages(q, index, length, 0.125), length, quest.refresh)
         keys += expected.keys(length).sum(0)
         same(found, expected)
         assert torch.equal(own.length, plain.length)
@@ -84,10 +85,10 @@ def test_a_choice_is_read_again_until_refresh():
 
 @pytest.mark.parametrize("pages", [1000, 2000, 4000, 8000, 16384, 16385])
 def test_every_size_of_cache(pages):
-    q, low, high, length = summaries((pages * PAGE - 5,), group=4, dtype=BF16)
+    q, index, length = summaries((pages * PAGE - 5,), group=4, dtype=BF16)
     quest = Quest()
-    found = triton_quest.pages(quest, q, low, high, length, 0.125)
-    same(found, quest.pages(q, low, high, length, 0.125))
+    found = triton_quest.pages(quest, q, index, length, 0.125)
+    same(found, quest.pages(q, index, length, 0.125))
 
 
 @pytest.mark.parametrize("lengths", [(64 * 9 + 1, 130), (64 * 1000, 64 * 700 - 3)], ids=str)
@@ -105,11 +106,14 @@ def test_room_for_more_pages_changes_nothing(lengths):
 
 
 def test_equal_votes_go_to_the_lower_pages():
-    q, low, high, length = summaries((64 * 3000,), group=1, dtype=BF16)
-    q, low, high = torch.sign(q), low.round(), high.round()  # so bounds are whole numbers
+    q, index, length = summaries((64 * 3000,), group=1, dtype=BF16)
+    q, index = (
+        torch.sign(q),
+        {name: t.round() for name, t in index.items()},
+    )  # so bounds are whole numbers
     for share in (0.06, 0.3, 0.7):
-        found = triton_quest.pages(Quest(share), q, low, high, length, 0.125)
-        expected = Quest(share).pages(q, low, high, length, 0.125)
+        found = triton_quest.pages(Quest(share), q, index, length, 0.125)
+        expected = Quest(share).pages(q, index, length, 0.125)
         assert torch.equal(found.count, expected.count)
         n = int(found.count[0, 0])
         assert torch.equal(found.pages[..., :n], expected.pages[..., :n])
@@ -117,18 +121,18 @@ def test_equal_votes_go_to_the_lower_pages():
 
 @pytest.mark.parametrize("quest", CHOICES, ids=str)
 def test_the_selector_chooses_the_same_whatever_rounds(quest):
-    q, low, high, length = summaries(LENGTHS)
-    expected = quest.pages(q, low, high, length, 0.125)
+    q, index, length = summaries(LENGTHS)
+    expected = quest.pages(q, index, length, 0.125)
     with rounding():
-        same(quest.pages(q, low, high, length, 0.125), expected)
+        same(quest.pages(q, index, length, 0.125), expected)
 
 
 def test_rows_too_short_for_a_choice_name_pages_all_the_same():
     """Memory that holds anything: a kernel that masks what it gathers reads what lists name."""
-    q, low, high, length = summaries((64 * 40, 9))
+    q, index, length = summaries((64 * 40, 9))
     for _ in range(3):
-        unwritten((2, 2, Quest(0.3, 2).width(40, 1)), torch.float64)
-        found = triton_quest.pages(Quest(0.3, 2), q, low, high, length, 0.125, below=PAGE)
+        unwritten((2, 2, Quest(0.3, 2).budget.width(40, 1)), torch.float64)
+        found = triton_quest.pages(Quest(0.3, 2), q, index, length, 0.125, below=PAGE)
         assert found.count.tolist() == [[12, 12], [0, 0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 
@@ -136,7 +140,7 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same():
 def test_a_new_length_compiles_nothing_within_a_size():
     found = []
     for pages in (1, 2, 30, 1001):
-        q, low, high, length = summaries((pages * PAGE - 5,))
-        triton_quest.pages(Quest(), q, low, high, length, 0.125)
+        q, index, length = summaries((pages * PAGE - 5,))
+        triton_quest.pages(Quest(), q, index, length, 0.125)
         found.append(compiled(triton_quest))
     assert found == [found[0]] * 4

@@ -60,7 +60,7 @@ def test_no_budget_is_above_the_width_of_its_lists(share, blocks, visible, least
     assert budget <= visible
     assert max(budget, least) <= BlockTopK(share, least).width(blocks)
     assert budget <= Antidiagonal(max_share=share).width(blocks)
-    width = Quest(share, max(least, 2)).width(blocks, 1)
+    width = Quest(share, max(least, 2)).budget.width(blocks, 1)
     assert min(visible, max(budget, least)) <= width
 
 
@@ -107,15 +107,16 @@ def test_selector_and_kernel_read_as_many_pages_at_every_length(run, share):
     made = torch.Generator().manual_seed(0)
     q = torch.randn(len(pages), 1, 1, 16, generator=made)
     low = torch.randn(len(pages), 1, max(pages), 16, generator=made)
-    plain = quest.pages(q, low, low + 1, length, 0.5)
+    index = {"low": low, "high": low + 1}
+    plain = quest.pages(q, index, length, 0.5)
     asserts.page_lists(plain, max(pages))
     exact = Fraction(share).limit_denominator(10**6)
     expected = [min(n, max(ceil(exact * n), 2)) for n in pages]
     assert plain.count.flatten().tolist() == expected
-    assert quest.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
+    assert quest.budget.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
         n * PAGE for n in expected
     ]
-    fused = run("triton.quest.pages", quest, q, low, low + 1, length, 0.5)
+    fused = run("triton.quest.pages", quest, q, index, length, 0.5)
     assert torch.equal(fused.count, plain.count)
 
 
@@ -171,9 +172,10 @@ def test_lists_that_would_lead_a_kernel_astray_end_in_an_assertion(run):
 def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
     """Their lists are empty, but a kernel that masks what it gathers reads what they name."""
     q, low = torch.ones(2, 1, 1, 16), torch.zeros(2, 1, 40, 16)
+    index = {"low": low, "high": low}
     length = torch.tensor([40 * PAGE, 9])
     for _ in range(3):  # in memory that was used before, too
-        found = run("triton.quest.pages", Quest(0.3, 2), q, low, low, length, 1.0, None, PAGE)
+        found = run("triton.quest.pages", Quest(0.3, 2), q, index, length, 1.0, None, PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 

@@ -115,7 +115,7 @@ def ends(length: torch.Tensor) -> PageLists:
 
 
 def summaries(store) -> tuple[torch.Tensor, ...]:
-    return (store.low, store.high) if store.group.selector else ()
+    return tuple(store.index.values()) if isinstance(store, Full) else ()
 
 
 def held(layer: Layer, plan, rows: list[int]) -> list[torch.Tensor]:

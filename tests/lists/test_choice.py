@@ -38,12 +38,13 @@ def test_a_choice_is_read_until_the_row_has_grown_by_refresh(ways, way, group, r
             choice.forget([0, 0, 0])
             last = [None] * 3
         room = 14 + step  # pages
-        choice = choice.longer(quest.width(room, PAGE))
-        q, _, _, low, high, _ = rows(length.tolist(), Q, group, seed=step)
-        low, high = (pad(t, (0, 0, 0, room - t.shape[2]), value=torch.nan) for t in (low, high))
+        choice = choice.longer(quest.budget.width(room, PAGE))
+        q, _, _, index, _ = rows(length.tolist(), Q, group, seed=step)
+        more = (0, 0, 0, room - index["low"].shape[2])
+        index = {name: pad(t, more, value=torch.nan) for name, t in index.items()}
         more = dict(below=70, choice=choice, read=read)
-        found = ways[way](quest, q, low, high, length, 0.7, **more)
-        fresh = Quest(0.3, 3).pages(q, low, high, length, 0.7)
+        found = ways[way](quest, q, index, length, 0.7, **more)
+        fresh = Quest(0.3, 3).pages(q, index, length, 0.7)
         for b, n in enumerate(length.tolist()):
             if n < 70:
                 assert found.count[b].tolist() == choice.length[b].tolist() == [0, 0]
@@ -62,9 +63,9 @@ def test_a_choice_is_read_until_the_row_has_grown_by_refresh(ways, way, group, r
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 3), (3, 4), (2, 8)])
 @pytest.mark.parametrize("quest", [Quest(0.9, 2, top_p=0.5), Quest(0.4, 4, top_p=0.9)], ids=str)
 def test_pages_up_to_top_p_equal_the_selectors_in_triton(ways, quest, queries, group):
-    q, _, _, low, high, length = rows([64 * 41 + 5, 64 * 9, 300, 17, 0], queries, group)
-    found = ways["triton"](quest, q, low, high, length, 0.7)
-    expected = quest.pages(q, low, high, length, 0.7)
+    q, _, _, index, length = rows([64 * 41 + 5, 64 * 9, 300, 17, 0], queries, group)
+    found = ways["triton"](quest, q, index, length, 0.7)
+    expected = quest.pages(q, index, length, 0.7)
     assert torch.equal(found.count, expected.count)
     assert found.count[0, 0] != found.count[1, 0], "not the same number everywhere"
     for b, h in torch.cartesian_prod(torch.arange(5), torch.arange(2)).tolist():
@@ -72,8 +73,8 @@ def test_pages_up_to_top_p_equal_the_selectors_in_triton(ways, quest, queries, g
 
 
 def test_equal_votes_fill_top_p_from_the_lower_pages(ways):
-    q, _, _, low, high, length = rows([64 * 20], 1, 2)
-    low, high = torch.ones_like(low), torch.ones_like(high)
+    q, _, _, index, length = rows([64 * 20], 1, 2)
+    index = {name: torch.ones_like(t) for name, t in index.items()}
     for way in ("torch", "triton"):
-        found = ways[way](Quest(0.9, 2, top_p=0.29), q, low, high, length, 1.0)
+        found = ways[way](Quest(0.9, 2, top_p=0.29), q, index, length, 1.0)
         assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]

@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
 
 from hfsparse.lists import Grid, default_block
+from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
 PAGE = 64
@@ -172,22 +173,16 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
         return kept if total < plan.below.cache else _stream(ring, n, total)
     if words.decode[group] == "full" or total < plan.below.decode:
         return kept
-    chosen = _quest(plan.patterns[words.decode[group]], q, k, scale)
+    selector = plan.patterns[words.decode[group]]
+    chosen = _pages(selector, plan.table_of(selector), layer, group, q, k, scale)
     return kept & torch.isin(torch.arange(total) // PAGE, torch.tensor(chosen))
 
 
-def _quest(quest, q, k, scale) -> list[int]:
-    """Pages by the largest softmax of their bounds over the group's heads and the new queries."""
-    bounds, q, k = [], q.float(), k.float()
-    for page in k.split(PAGE):
-        low, high = page.min(0).values, page.max(0).values
-        bounds.append(torch.maximum(q * low, q * high).sum(-1) * scale)  # [heads, n]
-    vote = torch.softmax(torch.stack(bounds, -1), -1).flatten(0, 1).max(0).values
-    count = len(bounds)
-    forced = {0, *range((len(k) - q.shape[1]) // PAGE, count)}  # first, and the new queries' own
-    ranked = sorted(range(count), key=lambda p: (p not in forced, -vote[p].item(), p))
-    wanted = max(math.ceil(count * quest.share - 1e-6), quest.min_pages, len(forced))
-    return ranked[:wanted]
+def _pages(selector, table, layer, group, q, k, scale) -> list[int]:
+    """Those that the selector's own oracle reads; of a table it sees this layer's part alone."""
+    mine = table and {name: t[layer : layer + 1] for name, t in table.items()}
+    pages, _ = oracle_pages(selector, q, k, scale, mine, group, slack=0)
+    return pages.nonzero()[0].tolist()
 
 
 @lru_cache(256)

@@ -27,12 +27,12 @@ def test_the_cache_takes_what_was_predicted(family, plan, length, batch):
     with hfsparse.patch(model, plan) as handle:
         forward(model, tokens(batch, length))
         stats = handle.stats()
-    ours, stock = memory.cache_elements(model.config, plan, length, batch)
-    assert (4 * ours, 4 * stock) == (stats.kv_bytes, stats.kv_bytes_dense)
+    ours, stock = memory.cache_bytes(model.config, plan, length, batch, itemsize=4)
+    assert (ours, stock) == (stats.kv_bytes, stats.kv_bytes_dense)
     predicted = memory.predict(model.config, plan, length, batch, itemsize=4)
     assert predicted.cache == stats.kv_bytes
     assert predicted.weights == 4 * sum(p.numel() for p in model.parameters())
-    assert memory.predict(model.config, None, length, batch, itemsize=4).cache == 4 * stock
+    assert memory.predict(model.config, None, length, batch, itemsize=4).cache == stock
 
 
 def llama_8b() -> tuple[LlamaConfig, Plan]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfsparse.lists import BlockLists
+from hfsparse.lists import PAGE, BlockLists
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -26,14 +26,14 @@ from tests.helpers import Batch
 Masks = tuple[np.ndarray, np.ndarray]
 
 
-def best(scores: np.ndarray, count: int, forced) -> Masks:
+def best(scores: np.ndarray, count: int, forced, slack: float = 1e-5) -> Masks:
     """The places `forced`, then the highest scores until `count` are kept: surely, perhaps."""
     kept = np.isin(np.arange(len(scores)), forced)
     left = min(count, len(scores)) - kept.sum()
     if left <= 0:
         return kept, kept
     border = np.sort(scores[~kept])[-left]
-    slack = 1e-5 * abs(border)
+    slack *= abs(border)
     surely, perhaps = kept | (scores > border + slack), kept | (scores >= border - slack)
     return (perhaps if perhaps.sum() == kept.sum() + left else surely), perhaps
 
@@ -172,15 +172,71 @@ PATTERN_ROWS = {
     ),
 }
 
+
+def largest_share(scores: np.ndarray) -> np.ndarray:
+    """Votes [P]: the largest softmax of scores `[group, Q, P]` over the pages."""
+    weight = np.exp(scores - scores.max(2, keepdims=True))
+    return (weight / weight.sum(2, keepdims=True)).max((0, 1))
+
+
+def quest(selector: Quest, q, k, scale: float, table, head: int) -> np.ndarray:
+    bounds = []
+    for page in np.array_split(k, range(PAGE, len(k), PAGE)):
+        low, high = page.min(0), page.max(0)
+        bounds.append(np.maximum(q * low, q * high).sum(2) * scale)
+    return largest_share(np.stack(bounds, 2))
+
+
+@dataclass(frozen=True)
+class SelectorRow:
+    """Settings by name, the oracle that they are all held against, and what they are bound to.
+
+    `oracle(setting, q, k, scale, table, head) -> votes [P]` sees one row and kv head, in float64:
+    its group's newest queries q `[group, Q, D]` over the row's keys k `[n, D]`, theirs included.
+    """
+
+    settings: dict[str, object]
+    oracle: object = None
+    table: dict[str, Tensor] | None = None  # of 1 layer, 2 kv heads and a head dim of 8
+
+
 SELECTOR_ROWS = {
-    "quest": {
-        "quest": Quest(share=0.2, min_pages=2),
-        "quest_few": Quest(share=0.01, min_pages=3),
-        "quest_all": Quest(share=1.0, min_pages=2),
-        "quest_top_p": Quest(share=0.7, min_pages=2, top_p=0.5),
-    },
-    "reuse": {},  # what another layer's selector chose
+    "quest": SelectorRow(
+        {
+            "quest": Quest(share=0.2, min_pages=2),
+            "quest_few": Quest(share=0.01, min_pages=3),
+            "quest_all": Quest(share=1.0, min_pages=2),
+            "quest_top_p": Quest(share=0.7, min_pages=2, top_p=0.5),
+        },
+        quest,
+    ),
+    "reuse": SelectorRow({}),  # what another layer's selector chose
 }
+
+
+def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
+    """Pages that a step must read and those that it may, of one row and kv head, tensors in.
+
+    They differ where votes are nearer to one another than `slack`, of which 0 is for none.
+    """
+    q, k = (t.to(torch.float64).numpy() for t in (q, k))
+    vote = SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head)
+    total, budget = len(vote), setting.budget
+    forced = sorted({0, *range((len(k) - q.shape[1]) // PAGE, total)})
+    most = max(ceil(round(budget.share * total, 6)), budget.min_pages)
+    counts = [most, most]
+    if budget.top_p:
+        others = np.sort(np.delete(vote, forced))[::-1]
+        before = vote[forced].sum() + np.cumsum([0, *others])[:-1]
+        needed = vote.sum() * budget.top_p
+        for i, more in enumerate((-slack, slack)):  # surely, perhaps
+            wanted = len(forced) + (before < needed * (1 + more)).sum()
+            counts[i] = min(most, max(wanted, budget.min_pages))
+    if not slack:  # equal votes go to the lower page
+        vote = vote.round(12) - np.arange(total) * 1e-15
+    surely, perhaps = (best(vote, max(n, len(forced)), forced, slack) for n in counts)
+    return surely[0], perhaps[1]
+
 
 SETTINGS = {name: p for row in PATTERN_ROWS.values() for name, p in row.settings.items()}
 EVERYTHING = {  # settings of each pattern that keep every causal pair of up to 2,000 tokens

@@ -22,7 +22,7 @@ from tests.patterns.matrix import SELECTOR_ROWS, SETTINGS, heads, mixed
 from tests.selectors.test_quest import rows
 from tests.worlds import coarse_products, default_dtype, deterministic
 
-QUEST = SELECTOR_ROWS["quest"]
+QUEST = SELECTOR_ROWS["quest"].settings
 
 
 STATES = {
@@ -104,15 +104,15 @@ def test_patterns_choose_the_same(same, state, name):
 @every_state
 @pytest.mark.parametrize("name", QUEST)
 def test_selectors_choose_the_same(same, state, name):
-    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 17, 0], 3)
-    choice = Choice.none(4, 2, QUEST[name].width(low.shape[2], 3), q.device)
+    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9, 17, 0], 3)
+    choice = Choice.none(4, 2, QUEST[name].budget.width(index["low"].shape[2], 3), q.device)
 
     def work():
         for kept in choice.tensors():
             kept.zero_()
         read = torch.zeros(2, dtype=torch.int64, device="cpu")
         more = slice(None), PAGE, choice, read
-        fresh = kernels.choose_pages(QUEST[name], q, low, high, length, 0.7, *more)
+        fresh = kernels.choose_pages(QUEST[name], q, index, length, 0.7, *more)
         return fresh, *choice.tensors(), read
 
     same(state, work)
@@ -177,8 +177,8 @@ def test_kernels_compute_the_same(run, state):
         args = "triton.prefill.prefill", it.q, it.k, it.v, lists, kv
         assert torch.equal(run(state, *args, scale=0.25), run("", *args, scale=0.25))
         assert torch.equal(run(state, "triton.count.pairs", lists), lists.pairs())
-    q, k, v, low, high, length = rows([64 * 5 + 5, 64 * 3])
-    args = "triton.quest.pages", QUEST["quest"], q, low, high, length, 0.7
+    q, k, v, index, length = rows([64 * 5 + 5, 64 * 3])
+    args = "triton.quest.pages", QUEST["quest"], q, index, length, 0.7
     pages = run("", *args)
     assert all(map(torch.equal, tensors(run(state, *args)), tensors(pages)))
     args = "tests.kernels.stores.decode", q, k, v, length[:, None] - 1, pages

@@ -388,10 +388,10 @@ def test_a_plan_with_countless_problems_stops_at_a_hundred(loader):
 
 
 def test_newer_version_is_refused_by_name(loader):
-    found = problems_of(swap("hfsparse: 1", "hfsparse: 2") + "future: {a: 1}\n")
+    found = problems_of(swap("hfsparse: 1", "hfsparse: 3") + "future: {a: 1}\n")
     assert len(found) == 1
     assert found[0][0] == 1
-    expected = r"plan version 2: needs a newer hfsparse than .+; this one reads version 1"
+    expected = r"plan version 3: needs a newer hfsparse than .+; this one reads versions 1 to 2"
     assert re.fullmatch(expected, found[0][1])
 
 

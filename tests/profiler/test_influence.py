@@ -55,11 +55,13 @@ def test_influence_is_what_masking_entries_one_by_one_changes(monkeypatch, group
     s_aux = torch.randn(kv * group, generator=made) if sinks else None
     q, k, v = (t[:1] for t in (it.q, it.k, it.v))
     found = influence.measure_influence(
-        Seen(q * 2, k, v, grad * 0, grad, Logits(it.scale, softcap, s_aux), torch.arange(1))
+        Seen(q * 2, k, v, grad * 0, grad, Logits(it.scale, softcap, s_aux), torch.arange(1), 0)
     )
     assert found.shape == (kv * group, 3, 3)
     for head in range(kv * group):
-        each = masked(Seen(q * 2, k, v, grad, grad, Logits(it.scale, softcap, s_aux), None), head)
+        each = masked(
+            Seen(q * 2, k, v, grad, grad, Logits(it.scale, softcap, s_aux), None, 0), head
+        )
         for i in range(3):
             for j in range(3):
                 rows, keys = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)

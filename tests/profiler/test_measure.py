@@ -68,7 +68,7 @@ def seen(request) -> Seen:
     q, k, v = (torch.randn(1, h, L, d) for h, d in ((HQ, D), (HKV, D), (HKV, DV)))
     grad = torch.randn(1, HQ, L, DV)
     out, proj = torch.empty(1, HQ, L, DV), torch.randn(HQ, DV, 10)
-    made = Seen(2 * q, k, v, out, grad, LOGITS[request.param], KEYS, proj)
+    made = Seen(2 * q, k, v, out, grad, LOGITS[request.param], KEYS, 0, proj)
     for head in range(HQ):
         for row in range(L):
             made.out[0, head, row] = attention(made, head, row)[0]
@@ -182,7 +182,9 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
         low = torch.stack([page.amin(2) for page in held], 2)
         high = torch.stack([page.amax(2) for page in held], 2)
         query, length = seen.q[:, :, row : row + 1], torch.tensor([row + 1])
-        lists = CANDIDATES.selectors["quest"].pages(query, low, high, length, SCALE)
+        lists = CANDIDATES.selectors["quest"].pages(
+            query, {"low": low, "high": high}, length, SCALE
+        )
         for group in range(HKV):
             keep = torch.zeros(L, dtype=torch.bool)
             for page in lists.pages[0, group, : lists.count[0, group]].tolist():

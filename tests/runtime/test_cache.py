@@ -232,8 +232,8 @@ def test_page_summaries_forget_what_was_taken_back(crop):
     (store,) = it.stores
     left = torch.cat([keys[:, :, : 200 - crop], torch.zeros(1, 2, 1, DIM)], 2)
     for page, keys in enumerate(left.split(PAGE, 2)):
-        assert torch.equal(store.low[:, :, page], keys.amin(2))
-        assert torch.equal(store.high[:, :, page], keys.amax(2))
+        assert torch.equal(store.index["low"][:, :, page], keys.amin(2))
+        assert torch.equal(store.index["high"][:, :, page], keys.amax(2))
 
 
 # -- who may use a cache -------------------------------------------------------------------------

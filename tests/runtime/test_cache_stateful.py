@@ -160,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
             for b, n in enumerate(self.lengths()):
                 keys = self.content(b, range(n), store.group.heads)[0]
                 for page, own in enumerate(keys.split(PAGE, 1) if n else ()):
-                    low, high = store.low[b, :, page], store.high[b, :, page]
+                    low, high = (t[b, :, page] for t in store.index.values())
                     assert (low <= own.amin(1)).all()
                     assert (high >= own.amax(1)).all()
                     if exact or own.shape[1] == PAGE:

@@ -14,11 +14,11 @@ from hfsparse.selectors.quest import Quest, page_bounds
 from tests.helpers import close, truth
 from tests.patterns.matrix import SELECTOR_ROWS
 
-SETTINGS = SELECTOR_ROWS["quest"]
+SETTINGS = SELECTOR_ROWS["quest"].settings
 
 
 def rows(lengths: list[int], queries: int = 1, group: int = 3, seed: int = 0, spread: float = 1.0):
-    """q, k, v of rows of these lengths (2 kv heads), and each page's minima and maxima."""
+    """q, k, v of rows of these lengths (2 kv heads), and each page's minima and maxima by name."""
     made = torch.Generator().manual_seed(seed)
     P = -(-max(lengths) // PAGE)
     q = torch.randn(len(lengths), 2 * group, queries, 8, generator=made) * spread
@@ -28,7 +28,8 @@ def rows(lengths: list[int], queries: int = 1, group: int = 3, seed: int = 0, sp
     low = k.masked_fill(dead, inf).unflatten(2, (P, PAGE)).amin(3)
     high = k.masked_fill(dead, -inf).unflatten(2, (P, PAGE)).amax(3)
     none = (torch.arange(P) * PAGE >= length[:, None])[:, None, :, None]  # as new buffers: zeros
-    return q, k, v, low.masked_fill(none, 0), high.masked_fill(none, 0), length
+    index = {"low": low.masked_fill(none, 0), "high": high.masked_fill(none, 0)}
+    return q, k, v, index, length
 
 
 def chosen(pages, b: int, h: int) -> list[int]:
@@ -37,10 +38,10 @@ def chosen(pages, b: int, h: int) -> list[int]:
 
 @given(st.integers(0, 500), st.integers(1, 200), st.sampled_from([1, 2, 4]), st.floats(0.01, 100))
 def test_a_pages_bound_is_not_below_the_score_of_any_of_its_keys(seed, length, group, spread):
-    q, k, _, low, high, _ = rows([length], 2, group, seed, spread)
-    bound = page_bounds(q, low, high)
+    q, k, _, index, _ = rows([length], 2, group, seed, spread)
+    bound = page_bounds(q, index["low"], index["high"])
     score = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(group, 1))[..., :length]
-    for page in range(low.shape[2]):
+    for page in range(index["low"].shape[2]):
         best = score[..., page * PAGE : (page + 1) * PAGE].amax(-1)
         assert (bound[..., page] >= best - 1e-5 * spread).all()
 
@@ -51,9 +52,9 @@ def test_a_pages_bound_is_not_below_the_score_of_any_of_its_keys(seed, length, g
 def test_pages_equal_the_plain_definition(name, group, queries):
     """Forced pages, then the best votes: the group's largest softmax of bounds over all queries."""
     quest = SETTINGS[name]
-    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17], queries, group)
+    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9, 300, 17], queries, group)
     scale = 0.7
-    pages = quest.pages(q, low, high, length, scale)
+    pages = quest.pages(q, index, length, scale)
     for b, n in enumerate(length.tolist()):
         total = ceil(n / PAGE)
         forced = {0, *range(max(n - queries, 0) // PAGE, total)}
@@ -62,7 +63,7 @@ def test_pages_equal_the_plain_definition(name, group, queries):
             vote = torch.zeros(total, dtype=torch.float64)
             for g in range(h * group, (h + 1) * group):
                 for query in q[b, g].double():
-                    a, z = (query * m[b, h, :total].double() for m in (low, high))
+                    a, z = (query * m[b, h, :total].double() for m in index.values())
                     weight = torch.softmax(torch.maximum(a, z).sum(1) * scale, 0)
                     vote = torch.maximum(vote, weight)
             rest = sorted(set(range(total)) - forced, key=lambda page: -vote[page])
@@ -83,10 +84,10 @@ def test_pages_equal_the_plain_definition(name, group, queries):
     st.builds(Quest, st.floats(0.001, 1), st.integers(2, 30)),
 )
 def test_pages_keep_the_invariants(lengths, queries, quest):
-    q, _, _, low, high, length = rows(lengths, queries, 2)
-    pages = quest.pages(q, low, high, length, 1.0)
-    assert pages.pages.shape[-1] <= low.shape[2]
-    assert ((pages.pages >= 0) & (pages.pages < low.shape[2])).all()
+    q, _, _, index, length = rows(lengths, queries, 2)
+    pages = quest.pages(q, index, length, 1.0)
+    assert pages.pages.shape[-1] <= index["low"].shape[2]
+    assert ((pages.pages >= 0) & (pages.pages < index["low"].shape[2])).all()
     for b, n in enumerate(lengths):
         total = ceil(n / PAGE)
         for h in range(2):
@@ -101,25 +102,26 @@ def test_pages_keep_the_invariants(lengths, queries, quest):
 
 
 def test_equal_votes_go_to_the_lower_page():
-    q, _, _, low, high, length = rows([64 * 12])
-    low, high = torch.full_like(low, -1), torch.ones_like(high)
-    pages = Quest(share=0.01, min_pages=5).pages(q, low, high, length, 1.0)
+    q, _, _, index, length = rows([64 * 12])
+    low = torch.ones_like(index["low"])
+    index = {"low": -low, "high": low}
+    pages = Quest(share=0.01, min_pages=5).pages(q, index, length, 1.0)
     assert chosen(pages, 0, 0) == [0, 1, 2, 3, 11]
 
 
 @pytest.mark.parametrize(("queries", "newest"), [(1, [11]), (2, [10, 11]), (16, [10, 11])])
 def test_new_queries_that_span_two_pages_keep_both(queries, newest):
-    q, _, _, low, high, length = rows([64 * 11 + 1], queries)
-    low[:, :, -4:], high[:, :, -4:] = 0, 0  # nothing else speaks for them
-    pages = Quest(share=0.01, min_pages=2).pages(q, low, high, length, 1.0)
+    q, _, _, index, length = rows([64 * 11 + 1], queries)
+    index["low"][:, :, -4:], index["high"][:, :, -4:] = 0, 0  # nothing else speaks for them
+    pages = Quest(share=0.01, min_pages=2).pages(q, index, length, 1.0)
     assert chosen(pages, 0, 0)[-len(newest) :] == newest
     assert chosen(pages, 0, 0)[0] == 0
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16])
 def test_a_share_of_1_equals_dense_decode(queries):
-    q, k, v, low, high, length = rows([64 * 6 + 9, 200], queries)
-    pages = Quest(share=1.0, min_pages=2).pages(q, low, high, length, 0.4)
+    q, k, v, index, length = rows([64 * 6 + 9, 200], queries)
+    pages = Quest(share=1.0, min_pages=2).pages(q, index, length, 0.4)
     key = torch.arange(k.shape[2]).expand(2, -1)
     query = length[:, None] - queries + torch.arange(queries)
     mask = key[:, None, None] <= query[:, None, :, None]
@@ -128,9 +130,10 @@ def test_a_share_of_1_equals_dense_decode(queries):
 
 
 def test_a_longer_row_beside_it_does_not_change_a_rows_pages():
-    q, _, _, low, high, length = rows([64 * 20, 64 * 7 + 3])
-    both = SETTINGS["quest"].pages(q, low, high, length, 1.0)
-    alone = SETTINGS["quest"].pages(q[1:], low[1:, :, :8], high[1:, :, :8], length[1:], 1.0)
+    q, _, _, index, length = rows([64 * 20, 64 * 7 + 3])
+    both = SETTINGS["quest"].pages(q, index, length, 1.0)
+    index = {name: t[1:, :, :8] for name, t in index.items()}
+    alone = SETTINGS["quest"].pages(q[1:], index, length[1:], 1.0)
     assert [chosen(both, 1, h) for h in (0, 1)] == [chosen(alone, 0, h) for h in (0, 1)]
 
 
@@ -138,11 +141,11 @@ def test_a_longer_row_beside_it_does_not_change_a_rows_pages():
 @pytest.mark.parametrize("queries", [1, 3, 16])
 def test_room_for_more_pages_changes_nothing(name, queries):
     """A buffer that has room for more pages than any row holds, whatever is in there."""
-    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 17, 0], queries)
-    tight = SETTINGS[name].pages(q, low, high, length, 0.7)
+    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9, 17, 0], queries)
+    tight = SETTINGS[name].pages(q, index, length, 0.7)
     for more in (1, 100, 1100):
-        roomy = (pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high))
-        found = SETTINGS[name].pages(q, *roomy, length, 0.7)
+        roomy = {n: pad(t, (0, 0, 0, more), value=torch.nan) for n, t in index.items()}
+        found = SETTINGS[name].pages(q, roomy, length, 0.7)
         assert torch.equal(found.count, tight.count)
         for b, h in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
             assert chosen(found, b, h) == chosen(tight, b, h)
@@ -167,5 +170,5 @@ def test_a_number_out_of_range_is_refused(numbers, says):
 @pytest.mark.parametrize(("share", "total", "count"), [(0.15, 340, 51), (0.09, 600, 54)])
 def test_rounding_reads_no_page_more(share, total, count):
     """0.15 of 340 is 51, though float32 sees a little more."""
-    q, _, _, low, high, length = rows([total * PAGE], 1, 1)
-    assert Quest(share, 2).pages(q, low, high, length, 1.0).count.tolist() == [[count, count]]
+    q, _, _, index, length = rows([total * PAGE], 1, 1)
+    assert Quest(share, 2).pages(q, index, length, 1.0).count.tolist() == [[count, count]]

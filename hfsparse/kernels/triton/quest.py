@@ -31,10 +31,11 @@ FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
-def why_not(selector, q: Tensor, low: Tensor) -> str | None:
+def why_not(selector, q: Tensor, index: dict[str, Tensor]) -> str | None:
     """Why these kernels can't choose a selector's pages; None: they can."""
     if type(selector) is not Quest:
         return f"{selector.kind} is not fused"
+    low = index["low"]
     if q.shape[-1] > 256:
         return f"head dim {q.shape[-1]}: at most 256 is supported"
     if q.dtype not in DTYPES or low.dtype != q.dtype:
@@ -47,8 +48,7 @@ def why_not(selector, q: Tensor, low: Tensor) -> str | None:
 def pages(
     quest: Quest,
     q: Tensor,
-    low: Tensor,
-    high: Tensor,
+    index: dict[str, Tensor],
     length: Tensor,
     scale: float,
     heads: Tensor | None = None,
@@ -56,13 +56,14 @@ def pages(
     choice: Choice | None = None,
     read: Tensor | None = None,
 ) -> PageLists:
-    """As Quest.pages: q `[B, Hq, Q, D]`, low and high `[B, Hkv, P, D]`, length [B].
+    """As Quest.pages: q `[B, Hq, Q, D]`, index low and high `[B, Hkv, P, D]`, length [B].
 
     heads [Hq]: the heads of q that are meant, if they aren't all. below, choice and read as
     `kernels.choose_pages` has them; lists of a choice lie in its own tensors.
     """
     B, Hq, Q, D = q.shape
     Hq = Hq if heads is None else len(heads)
+    low, high = index["low"], index["high"]
     Hkv, P = low.shape[1:3]
     q, low, high = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, low, high))
     queries, tiles = Hq // Hkv * Q, triton.cdiv(P, TILE)
@@ -84,7 +85,7 @@ def pages(
         KEEPS=choice is not None,
         num_warps=4,
     )
-    width = quest.width(P, Q)
+    width = quest.budget.width(P, Q)
     if choice is None:
         chosen = torch.empty(B, Hkv, width, dtype=torch.int64, device=q.device)
     else:

@@ -50,7 +50,14 @@ class Seen:
     grad: Tensor  # [1, Hq, L, Dv], of the objective: here the mean margin of the key tokens
     logits: Logits
     keys: Tensor  # [n] rows that predict the key tokens, ascending
+    layer: int
     proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
+    first: int = 0  # number of the first kv head, where these are a part of the layer's
+
+    @property
+    def heads(self) -> range:
+        """Numbers of the kv heads."""
+        return range(self.first, self.first + self.k.shape[1])
 
 
 @isolate_modes
@@ -135,7 +142,9 @@ def _make_observer(
                     raise _explain_no_gradient(model)
                 with torch.no_grad():
                     at, proj = keys.to(grad.device), find_projection(module, held[-1])
-                    found[module.layer_idx] = measure(Seen(*held, grad, logits, at, proj))
+                    found[module.layer_idx] = measure(
+                        Seen(*held, grad, logits, at, module.layer_idx, proj)
+                    )
                 held.clear()  # autograd keeps this hook until it is through with the layer
 
             out.register_hook(visit)

@@ -13,8 +13,8 @@ predict the key tokens and, for patterns, others over the depth, which represent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,11 @@ from torch import Tensor
 from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid, default_block
+from hfsparse.plan.files import DataFile
+from hfsparse.precision import without_autocast
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.profiler.measure.exact import attention, sample_rows
+from hfsparse.selectors import Selector
 
 AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
 
@@ -37,6 +40,7 @@ class Candidates:
     patterns: dict[str, Any]  # prefill, one q head at a time
     rings: dict[str, Any]  # streaming patterns for a whole kv head: prefill, cache and decode
     selectors: dict[str, Any]  # decode of a kv head whose cache is full
+    data: dict[str, DataFile] = field(default_factory=dict, repr=False)  # what selectors read
 
 
 def measure_layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
@@ -65,8 +69,9 @@ def _split_heads(seen: Seen) -> Iterator[Seen]:
         sinks = seen.logits.s_aux
         logits = seen.logits if sinks is None else replace(seen.logits, s_aux=sinks[q])
         by_kv = {name: getattr(seen, name)[:, kv] for name in ("k", "v")}
+        more = {"logits": logits, "proj": seen.proj[q], "first": seen.first + first}
         by_q = {name: getattr(seen, name)[:, q] for name in ("q", "out", "grad")}
-        yield replace(seen, **by_kv, **by_q, logits=logits, proj=seen.proj[q])
+        yield replace(seen, **by_kv, **by_q, **more)
 
 
 def _exact(seen: Seen, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +131,8 @@ def _measure_heads(
         effect = by_group(_whole_effect(seen, lists)).abs()
         note("ring", effect=effect, **more, **costs)
     for selector in candidates.selectors.values():
-        read = pages_read(selector, q, k, seen.keys, scale)
+        mine = bind_selector(selector, seen.layer, seen.heads, candidates.data)
+        read = pages_read(mine, q, k, seen.keys, scale)
         mask = read.new_ones(len(read), len(rows), L)
         mask[:, at_keys] = read
         effect, more = kept(mask, at_keys.float(), Hkv)
@@ -152,30 +158,45 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 
 
-def pages_read(selector, q, k, rows, scale) -> Tensor:
-    """Keys [Hq, R, L] that decode steps at `rows` would read."""
-    if not hasattr(selector, "pages") or selector.refresh:
+def bind_selector(
+    selector: Any, layer: int, heads: Sequence[int], data: Mapping[str, DataFile]
+) -> Selector:
+    """The selector of these kv heads of a layer, whose `pages_read` can be measured.
+
+    UsageError for one that reads what others chose, or a table that is not among `data`.
+    """
+    if not hasattr(selector, "pages") or selector.budget.refresh:
         raise UsageError(
             f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
             "quest without refresh, and change the plan that comes out"
         )
+    name = getattr(selector, "data", None)
+    if name is not None and name not in data:
+        raise UsageError(
+            f"{selector} can't be measured without its data {name}: calibrate it first"
+        )
+    return selector.bind(layer, heads, None if name is None else data[name].tensors)
+
+
+@without_autocast
+def pages_read(selector: Selector, q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Keys [Hq, R, L] that decode steps at `rows` read, by a selector bound to these heads."""
     L, Hkv, group = k.shape[2], k.shape[1], q.shape[1] // k.shape[1]
-    pages = torch.nn.functional.pad(k[0], (0, 0, 0, -L % PAGE), value=torch.nan)
-    pages = pages.unflatten(1, (-1, PAGE))
-    low = pages.nan_to_num(torch.inf).amin(2)
-    high = pages.nan_to_num(-torch.inf).amax(2)
+    pages = torch.nn.functional.pad(k, (0, 0, 0, -L % PAGE), value=torch.nan)
+    pages, P = pages.unflatten(2, (-1, PAGE)), -(-L // PAGE)  # [1, Hkv, P, PAGE, D]
+    at = torch.arange(P * PAGE, device=rows.device).view(1, 1, P, PAGE, 1)
     steps = q[0, :, rows].transpose(0, 1)[:, :, None]  # each row a batch row with one new query
     each, last = torch.arange(len(rows), device=rows.device), rows // PAGE
-    low, high = (t.repeat(len(rows), 1, 1, 1) for t in (low, high))  # [R, Hkv, P, D]
-    newest = pages[:, last].transpose(0, 1)  # [R, Hkv, PAGE, D]; a step has not seen all of it
-    later = torch.arange(PAGE, device=rows.device) > (rows % PAGE)[:, None]
-    later = later[:, None, :, None]
-    low[each, :, last] = newest.masked_fill(later, torch.inf).amin(2)
-    high[each, :, last] = newest.masked_fill(later, -torch.inf).amax(2)
-    chosen = selector.pages(steps, low, high, rows + 1, scale)
+    newest = pages[0, :, last].transpose(0, 1)[:, :, None]  # a step has not seen all of it
+    seen = (at[0, 0, last] <= rows[:, None, None])[:, None, None]  # [R, 1, 1, PAGE, 1]
+    whole, own = selector.summarise(pages, at < L), selector.summarise(newest, seen)
+    index = {name: t.repeat(len(rows), *[1] * (t.ndim - 1)) for name, t in whole.items()}
+    for name, t in index.items():  # [R, Hkv, P, ...]
+        t[each, :, last] = own[name][:, :, 0]
+    chosen = selector.pages(steps, index, rows + 1, scale)
     used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
-    read = torch.zeros(len(rows), Hkv, low.shape[2] + 1, dtype=torch.bool, device=q.device)
-    read.scatter_(2, torch.where(used, chosen.pages, low.shape[2]), True)
+    read = torch.zeros(len(rows), Hkv, P + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(2, torch.where(used, chosen.pages, P), True)
     read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
     return read.transpose(0, 1).repeat_interleave(group, 0)

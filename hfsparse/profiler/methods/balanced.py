@@ -42,7 +42,7 @@ FEWEST = 4  # blocks and pages that are always kept
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
-    names = candidates(max(job.prompts))
+    names = one_pass.calibrate_tables(job, candidates(max(job.prompts)))
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
 

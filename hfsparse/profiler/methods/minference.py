@@ -31,7 +31,7 @@ RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 
 def plan(job: Job, score: str = "recall") -> Found:
     """Measure, compare at equal cost by recall or by (output) error, and allocate."""
-    names = candidates(max(job.prompts))
+    names = one_pass.calibrate_tables(job, candidates(max(job.prompts)))
     means = one_pass.measure_prompts(job, names)
     return one_pass.choose_plan(job, names, means, partial(options, score=score))
 

@@ -37,7 +37,7 @@ def plan(job: Job, prompts: Method, rest: Method) -> Found:
         x, y = (found.expect.prompts(half) for found, half in both)
         return {n: _multiply(x[n], y[n]) for n in x if n in y}
 
-    expect = Forecast(job, patterns, look_up_prompts)
+    expect = Forecast(job, patterns, look_up_prompts, other.data)
     joint = replace(
         other,
         layers=layers,

@@ -3,42 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.fingerprint import windows
 from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.plan.files import DataFile
 from hfsparse.profiler.job import Forecast, Found, Job
-from hfsparse.profiler.measure.capture import capture
+from hfsparse.profiler.measure.capture import Seen, capture
 from hfsparse.profiler.measure.effects import Candidates, measure_layer
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
 
 
+def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
+    """The candidates with the tables that their selectors read, means over all prompts."""
+    needed = {s.data: s for s in candidates.selectors.values() if hasattr(s, "calibrate")}
+    if not needed:
+        return candidates
+
+    def look(seen: Seen) -> dict[str, np.ndarray]:
+        return {
+            f"{name}/{part}": t.float().cpu().numpy()
+            for name, selector in needed.items()
+            for part, t in selector.calibrate(seen).items()
+        }
+
+    def visit(prompt: Prompt) -> dict[str, np.ndarray]:
+        return look_at_prompt(job.model, prompt, candidates, look)
+
+    each = _visit_prompts(job, f"tables-{mark(needed)}", visit)
+    means = average([found for prompts in each.values() for found in prompts])
+    tables: dict[str, dict[str, Tensor]] = {name: {} for name in needed}
+    for key, values in means.items():
+        name, part = key.split("/", 1)
+        tables[name][part] = torch.from_numpy(values)
+    data = {name: DataFile.of_plan(job.settings.out, name, t) for name, t in tables.items()}
+    return replace(candidates, data=candidates.data | data)
+
+
 def measure_prompts(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
     """Mean over prompts of `measure_layer`, arrays `[layers, candidates, heads]`, by length."""
-    name = mark(candidates)
+    name = mark(candidates, *candidates.data.items())
+    each = _visit_prompts(job, name, lambda prompt: measure_prompt(job.model, prompt, candidates))
+    return {n: average(found) for n, found in each.items()}
+
+
+def _visit_prompts(
+    job: Job, name: str, visit: Callable[[Prompt], dict[str, np.ndarray]]
+) -> dict[int, list[dict[str, np.ndarray]]]:
+    """What `visit` answers of each prompt, by length; parts called `name` keep it."""
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
-        look = partial(measure_prompt, job.model, prompt, candidates)
-        found[n].append(job.parts.get(f"{name}-{n}-{i}", look))
-    return {n: average(each) for n, each in found.items()}
+        found[n].append(job.parts.get(f"{name}-{n}-{i}", partial(visit, prompt)))
+    return found
+
+
+def look_at_prompt(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    candidates: Candidates,
+    look: Callable[[Seen], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """What `look` answers of each layer of one prompt, as arrays `[layers, ...]`."""
+    layers = capture(model, prompt.ids, short_sighted_plan(model, candidates), look)
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def measure_prompt(
     model: PreTrainedModel, prompt: Prompt, candidates: Candidates
 ) -> dict[str, np.ndarray]:
     """Arrays `[layers, candidates, heads]` of one prompt."""
-    look = partial(measure_layer, candidates=candidates)
-    layers = capture(model, prompt.ids, short_sighted_plan(model, candidates), look)
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return look_at_prompt(model, prompt, candidates, partial(measure_layer, candidates=candidates))
 
 
 def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
@@ -68,8 +114,8 @@ def choose_plan(
     Cache and decode are priced at the longest length.
     """
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
-    choices = options(free, candidates, price_candidates(candidates, max(means)))
     this = ModelId.of(job.model)
+    choices = options(free, candidates, price_candidates(candidates, max(means), this.head_dim))
     full = Plan.full(this).layers[0]
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
 
@@ -77,12 +123,16 @@ def choose_plan(
         job,
         known,
         lambda layers: {n: look_up_prompts(layers, candidates, t) for n, t in means.items()},
+        candidates.data,
     )
 
     def make_plan(taken: list[Layer]) -> Plan:
         rest = iter(taken)
         layers = tuple(next(rest) if sparse else full for sparse in job.free)
-        return Plan(this, patterns_in_use(known, layers), layers, job.below, expect(layers))
+        used = patterns_in_use(known, layers)
+        named = {each.data for each in used.values() if hasattr(each, "data")}
+        data = {name: table for name, table in candidates.data.items() if name in named}
+        return Plan(this, used, layers, job.below, expect(layers), data=data)
 
     def choose(budget: Budget) -> Plan | None:
         try:
@@ -112,10 +162,10 @@ def patterns_in_use(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict
     return {name: pattern for name, pattern in patterns.items() if name in words}
 
 
-def price_candidates(candidates: Candidates, length: int) -> dict[str, Any]:
+def price_candidates(candidates: Candidates, length: int, head_dim: int = 1) -> dict[str, Any]:
     """What choices keep of a row of `length` tokens and what a step reads, for Options."""
     rings, pages = (
-        [one_head(length, each) for each in kinds.values()]
+        [one_head(length, each, head_dim, candidates.data) for each in kinds.values()]
         for kinds in (candidates.rings, candidates.selectors)
     )
     named = {"ring": rings, "page": pages}

@@ -24,8 +24,8 @@ def _alike(past: list[int], new: list[int]):
 
 
 def _longer(t: Tensor, size: int) -> Tensor:
-    """t `[B, H, n, D]` copied into a buffer of `size` slots."""
-    out = new_buffer(t, *t.shape[:2], size, t.shape[3])
+    """t `[B, H, n, ...]` copied into a buffer of `size` slots."""
+    out = new_buffer(t, *t.shape[:2], size, *t.shape[3:])
     if t.shape[2]:
         out[:, :, : t.shape[2]] = t
     return out

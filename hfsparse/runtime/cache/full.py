@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
-from hfsparse.lists.places import Place
+from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import _alike, _longer
 from hfsparse.runtime.cache.group import Group
 
@@ -17,21 +17,25 @@ class Full:
 
     def __init__(self, group: Group, reserve: int, below: int = 0):
         self.group, self.reserve, self.below = group, reserve, below
-        self.k = self.v = self.low = self.high = None
+        self.k = self.v = None
+        self.index: dict[str, Tensor] = {}  # what the selector keeps of each page, [B, H, P, ...]
         self.choice: Choice | None = None  # the last one, where steps read it again
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), 0)
         self.k, self.v = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
-        if self.group.selector:
-            self.low = self.high = self.k
-        if self.group.selector and self.group.selector.refresh:
+        if (selector := self.group.selector) is None:
+            return
+        page = torch.empty(1, shape[1], 1, PAGE, k.shape[-1], dtype=k.dtype, device="meta")
+        real = torch.ones(1, 1, 1, PAGE, 1, dtype=torch.bool, device="meta")
+        for name, row in selector.summarise(page, real).items():
+            self.index[name] = k.new_empty(*shape, *row.shape[3:], dtype=row.dtype)
+        if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
 
     def tensors(self) -> list[Tensor]:
-        own = (self.k, self.v, self.low, self.high) if self.group.selector else (self.k, self.v)
         last = () if self.choice is None else self.choice.tensors()
-        return [t for t in (*own, *last) if t is not None]
+        return [t for t in (self.k, self.v, *self.index.values(), *last) if t is not None]
 
     @property
     def capacity(self) -> int:
@@ -40,19 +44,25 @@ class Full:
 
     def place(self) -> Place:
         group, more = self.group, {"below": self.below}
-        if group.selector:
-            more |= {"low": self.low, "high": self.high}
+        if self.index:
+            more |= self.index if {*self.index} == EXTREMES else {"follow": self.follow}
         return Place(group.heads, self.k, self.v, listed=group.chosen, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:
         """Any prefix of a full row is held."""
 
     def select(self, picked: list[int]) -> None:
-        for name in ("k", "v", "low", "high") if self.group.selector else ("k", "v"):
-            setattr(self, name, getattr(self, name)[picked])
+        self.k, self.v = self.k[picked], self.v[picked]
+        self.index = {name: t[picked] for name, t in self.index.items()}
         if self.choice is not None:
             wanted = len(picked), *self.choice.pages.shape[1:]
             self.choice = Choice.none(*wanted, self.k.device)
+
+    def snapshot(self) -> None:
+        """What a step changes on the host: nothing."""
+
+    def restore(self, before: None) -> None:
+        """Take back what a step changed on the host."""
 
     def until(self, rows: list[int]) -> int:
         """Tokens up to which rows may grow and no buffer moves."""
@@ -69,31 +79,50 @@ class Full:
         for rows, p, n in _alike(past, new):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
-            if self.group.selector and n:
-                self._summarise(rows, p // PAGE, p + n)
+            if self.index and n:
+                first, last = p // PAGE, -(-(p + n) // PAGE)
+                keys = self.k[rows, :, first * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
+                at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
+                real = (at < p + n).view(1, 1, -1, PAGE, 1)
+                for name, found in self.group.selector.summarise(keys, real).items():
+                    self.index[name][rows, :, first:last] = found
+
+    def follow(self, position: Tensor) -> None:
+        """Renew the index of the pages that hold a step's tokens, which a kernel has stored.
+
+        position [B, Q]: theirs, rising by one; -1, behind the others, where a row has none. What
+        is renewed is read on the device: a step can be recorded.
+        """
+        B, Q = position.shape
+        pages, device = self.k.unflatten(2, (-1, PAGE)), position.device
+        first, last = position[:, :1], position.amax(1, keepdim=True)
+        spanned = torch.arange((Q + PAGE - 2) // PAGE + 1, device=device)
+        page = (first // PAGE + spanned).clamp(0, pages.shape[2] - 1)  # [B, n]
+        new = (page * PAGE <= last) & (page >= first // PAGE) & (first >= 0)
+        row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
+        real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
+        keys = pages[row, :, page].transpose(1, 2)  # [B, H, n, PAGE, D]
+        for name, found in self.group.selector.summarise(keys, real).items():
+            held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
+            kept = new.view(B, -1, *[1] * (found.ndim - 2))
+            # A page that is named twice gets what it is given twice.
+            held[row, :, page] = torch.where(kept, found, held[row, :, page]).to(held.dtype)
 
     def _grow(self, tokens: int) -> None:
         capacity = -(-tokens // PAGE) * PAGE
         self.k, self.v = _longer(self.k, capacity), _longer(self.v, capacity)
-        if self.group.selector:
-            self.low, self.high = (_longer(t, capacity // PAGE) for t in (self.low, self.high))
+        self.index = {name: _longer(t, capacity // PAGE) for name, t in self.index.items()}
         if self.choice is not None:
-            self.choice = self.choice.longer(self.group.selector.width(capacity // PAGE, PAGE))
-
-    def _summarise(self, rows: slice, page: int, length: int) -> None:
-        """Minima and maxima of the pages from `page` to the end of rows of `length` tokens."""
-        last = -(-length // PAGE)
-        keys = self.k[rows, :, page * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
-        at = torch.arange(page * PAGE, last * PAGE, device=keys.device).view(-1, PAGE)
-        empty = (at >= length)[..., None]
-        self.low[rows, :, page:last] = keys.masked_fill(empty, torch.inf).amin(3)
-        self.high[rows, :, page:last] = keys.masked_fill(empty, -torch.inf).amax(3)
+            width = self.group.selector.budget.width(capacity // PAGE, PAGE)
+            self.choice = self.choice.longer(width)
 
     def view(self, length: int | None) -> tuple[Tensor, Tensor]:
         """The first `length` tokens of every row; None: all that there is room for."""
         return self.k[:, :, :length], self.v[:, :, :length]
 
-    def summaries(self, length: int | None) -> tuple[Tensor, Tensor]:
-        """Minima and maxima of the pages of the first `length` tokens; None: of all."""
-        pages = None if length is None else -(-length // PAGE)
-        return self.low[:, :, :pages], self.high[:, :, :pages]
+    def indexed(self, length: int | None) -> dict[str, Tensor]:
+        """The index of the pages of the first `length` tokens; None: of all there is room for."""
+        if length is None:
+            return self.index
+        pages = -(-length // PAGE)
+        return {name: t[:, :, :pages] for name, t in self.index.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hfsparse.lists import FULL, Band
+from hfsparse.selectors import Selector
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Group:
 
     heads: tuple[int, ...]
     band: Band = FULL  # FULL: every key is kept
-    selector: Any = None  # chooses pages for decode; its store keeps each page's minima and maxima
+    selector: Selector | None = None  # bound; chooses pages for decode, its store keeps its index
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
 
     @property

@@ -47,8 +47,8 @@ class Held:
         return self._each(kv_heads, lambda size, room: size)
 
     def work(self, kv_heads: int, seen: int) -> Work:
-        """By kv head, of `seen` columns: bytes of the pages that hold some, of rings and of page
-        summaries; and of the stock cache, which keeps all, or as many as the model's window."""
+        """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
+        included; and of the stock cache, which keeps all, or as many as the model's window."""
         pages = -(-seen // PAGE) * PAGE
         used = self._each(
             kv_heads, lambda size, room: size * min(pages, room) // room if room else size
@@ -247,7 +247,7 @@ class Layer(CacheLayerMixin):
         return self.stores[0].k.device
 
     def bytes(self) -> int:
-        """Bytes allocated for keys, values and summaries."""
+        """Bytes allocated for keys, values, indexes and choices."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
 
     def held(self) -> Held:

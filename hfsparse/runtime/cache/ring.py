@@ -55,6 +55,14 @@ class Ring:
         self.k, self.v = self.k[picked], self.v[picked]
         self.low = [self.low[i] for i in picked]
 
+    def snapshot(self) -> list[int]:
+        """What a step changes on the host: which positions are still held."""
+        return self.low
+
+    def restore(self, before: list[int]) -> None:
+        """Take back what a step changed on the host."""
+        self.low = before
+
     def oldest(self, position: int, total: int) -> int:
         """First key beyond the sink read by a query at `position`; its call ends at `total`."""
         if total < self.below:

@@ -195,12 +195,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _snapshot(layers: list[Layer]) -> list[tuple]:
     """The host's side of a cache."""
     return [
-        (layer.rows, layer.seen, layer.stored, [s.low for s in layer.stores]) for layer in layers
+        (layer.rows, layer.seen, layer.stored, [s.snapshot() for s in layer.stores])
+        for layer in layers
     ]
 
 
 def _restore(layers: list[Layer], before: list[tuple]) -> None:
-    for layer, (rows, seen, stored, lows) in zip(layers, before, strict=True):
+    for layer, (rows, seen, stored, stores) in zip(layers, before, strict=True):
         layer.rows, layer.seen, layer.stored = rows, seen, stored
-        for store, low in zip(layer.stores, lows, strict=True):
-            store.low = low  # of a ring; a full store's summaries are the same tensor
+        for store, held in zip(layer.stores, stores, strict=True):
+            store.restore(held)

@@ -64,9 +64,8 @@ def begin(store, lengths: list[int], dims, dtype, made, poison: float = torch.na
     store.append(k, v, [0] * len(lengths), lengths)
     for b, n in enumerate(lengths):
         store.k[b, :, n:], store.v[b, :, n:] = poison, poison
-        if getattr(store.group, "selector", None):
-            for t in (store.low, store.high):
-                t[b, :, -(-n // PAGE) :] = poison
+        for t in getattr(store, "index", {}).values():
+            t[b, :, -(-n // PAGE) :] = poison
 
 
 def follow(append, store, lengths, steps, dims, dtype, made, **ring) -> None:

@@ -25,8 +25,10 @@ def quest_module():
     return pytest.importorskip("hfsparse.kernels.triton.quest", exc_type=ImportError)
 
 
-def assert_same(found, expected, low) -> None:
-    assert bool(((found.pages >= 0) & (found.pages < low.shape[2])).all())  # unused slots too
+def assert_same(found, expected, index) -> None:
+    assert bool(
+        ((found.pages >= 0) & (found.pages < index["low"].shape[2])).all()
+    )  # unused slots too
     assert found.pages.shape == expected.pages.shape
     assert torch.equal(found.count, expected.count)
     for b, h in torch.cartesian_prod(*(torch.arange(n) for n in found.count.shape)).tolist():
@@ -36,9 +38,9 @@ def assert_same(found, expected, low) -> None:
 @pytest.mark.parametrize("quest", [Quest(0.06, 3), Quest(0.3, 2), Quest(0.01, 16), Quest(1.0, 2)])
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 7), (3, 4), (16, 8)])
 def test_pages_equal_the_selectors(choose, quest, queries, group):
-    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9, 300, 17, 0], queries, group)
-    expected = quest.pages(q, low, high, length, 0.7)
-    assert_same(choose(quest, q, low, high, length, 0.7), expected, low)
+    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9, 300, 17, 0], queries, group)
+    expected = quest.pages(q, index, length, 0.7)
+    assert_same(choose(quest, q, index, length, 0.7), expected, index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -47,16 +49,17 @@ def test_pages_equal_the_selectors_at_every_head_dim(choose, dim, dtype):
     made = torch.Generator().manual_seed(0)
     q = torch.randn(2, 6, 1, dim, generator=made).to(dtype)
     k = torch.randn(2, 2, 20 * PAGE, dim, generator=made).to(dtype).unflatten(2, (20, PAGE))
-    low, high, length = k.amin(3), k.amax(3), torch.tensor([20 * PAGE, 7 * PAGE + 1])
+    index = {"low": k.amin(3), "high": k.amax(3)}
+    length = torch.tensor([20 * PAGE, 7 * PAGE + 1])
     quest, scale = Quest(0.2, 2), dim**-0.5
-    expected = quest.pages(q, low, high, length, scale)
-    assert_same(choose(quest, q, low, high, length, scale), expected, low)
+    expected = quest.pages(q, index, length, scale)
+    assert_same(choose(quest, q, index, length, scale), expected, index)
 
 
 def test_equal_votes_go_to_the_lower_pages(choose):
-    q, _, _, low, high, length = rows([64 * 20], 1, 2)
-    low, high = torch.ones_like(low), torch.ones_like(high)
-    found = choose(Quest(0.3, 2), q, low, high, length, 1.0)
+    q, _, _, index, length = rows([64 * 20], 1, 2)
+    index = {name: torch.ones_like(t) for name, t in index.items()}
+    found = choose(Quest(0.3, 2), q, index, length, 1.0)
     assert chosen(found, 0, 0) == [0, 1, 2, 3, 4, 19]
 
 
@@ -67,26 +70,27 @@ def test_many_equal_votes_go_to_the_lower_pages(choose, share, values):
     made = torch.Generator().manual_seed(values)
     q = torch.randint(-1, 2, (3, 2, 1, 16), generator=made).float()
     k = torch.randint(0, values + 1, (3, 2, 90, 16), generator=made).float()
-    low, high, length = k - 1, k + 1, torch.tensor([90 * PAGE, 70 * PAGE - 3, 33 * PAGE])
+    index = {"low": k - 1, "high": k + 1}
+    length = torch.tensor([90 * PAGE, 70 * PAGE - 3, 33 * PAGE])
     quest = Quest(share, 2)
-    expected = quest.pages(q, low, high, length, 0.5)
-    assert_same(choose(quest, q, low, high, length, 0.5), expected, low)
+    expected = quest.pages(q, index, length, 0.5)
+    assert_same(choose(quest, q, index, length, 0.5), expected, index)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 def test_votes_that_float32_has_as_0_are_equal(choose, share):
-    q, _, _, low, high, length = rows([64 * 30, 64 * 21 + 5], 1, 2, spread=1000.0)
+    q, _, _, index, length = rows([64 * 30, 64 * 21 + 5], 1, 2, spread=1000.0)
     quest = Quest(share, 2)
-    expected = quest.pages(q, low, high, length, 1.0)
-    found = choose(quest, q, low, high, length, 1.0)
-    assert_same(found, expected, low)
+    expected = quest.pages(q, index, length, 1.0)
+    found = choose(quest, q, index, length, 1.0)
+    assert_same(found, expected, index)
     assert chosen(found, 0, 0)[:-4] == list(range(found.count[0, 0] - 4))  # few are above 0
 
 
 def test_one_page_can_have_the_whole_vote(choose):
     q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 40, 16)
     low[:, :, 17] = 100
-    found = choose(Quest(0.01, 3), q, low, low, torch.tensor([40 * PAGE]), 1.0)
+    found = choose(Quest(0.01, 3), q, {"low": low, "high": low}, torch.tensor([40 * PAGE]), 1.0)
     assert chosen(found, 0, 0) == [0, 17, 39]
 
 
@@ -95,12 +99,12 @@ def test_one_page_can_have_the_whole_vote(choose):
 )
 def test_room_for_more_pages_changes_nothing(choose, quest, queries):
     """A buffer that has room for more pages than any row holds, whatever is in there."""
-    q, _, _, low, high, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
-    tight = choose(quest, q, low, high, length, 0.7)
+    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9 + 1, 130, 0], queries, 2)
+    tight = choose(quest, q, index, length, 0.7)
     for more in (1, 100, 1100, 2200, 4500, 9000):  # from 1100 on, other sizes
-        roomy = [pad(t, (0, 0, 0, more), value=torch.nan) for t in (low, high)]
-        found = choose(quest, q, *roomy, length, 0.7)
-        assert bool(((found.pages >= 0) & (found.pages < roomy[0].shape[2])).all())
+        roomy = {n: pad(t, (0, 0, 0, more), value=torch.nan) for n, t in index.items()}
+        found = choose(quest, q, roomy, length, 0.7)
+        assert bool(((found.pages >= 0) & (found.pages < roomy["low"].shape[2])).all())
         assert torch.equal(found.count, tight.count)
         for b, h in torch.cartesian_prod(torch.arange(4), torch.arange(2)).tolist():
             assert chosen(found, b, h) == chosen(tight, b, h)
@@ -113,8 +117,9 @@ def test_more_than_a_million_tokens_are_served(choose, share):
     q, low = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, pages, 16)
     low[:, :, ::2, 0] = 1
     quest, length = Quest(share, 2), torch.tensor([pages * PAGE])
-    expected = quest.pages(q, low, low, length, 1.0)
-    assert_same(choose(quest, q, low, low, length, 1.0), expected, low)
+    index = {"low": low, "high": low}
+    expected = quest.pages(q, index, length, 1.0)
+    assert_same(choose(quest, q, index, length, 1.0), expected, index)
 
 
 def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
@@ -123,7 +128,7 @@ def test_a_new_length_compiles_nothing_within_a_size(quest_module, monkeypatch):
     for pages in (1, 2, 30, 1001):
         q, summary = torch.zeros(1, 8, 1, 64), torch.zeros(1, 2, pages, 64)
         length = torch.tensor([pages * PAGE - 5])
-        quest_module.pages(Quest(), q, summary, summary, length, 0.7)
+        quest_module.pages(Quest(), q, {"low": summary, "high": summary}, length, 0.7)
         found.append(set(seen))
     assert len(found[0]) == 2
     assert found[0] == found[1] == found[2] == found[3]
@@ -136,7 +141,9 @@ def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
     q, summary = torch.zeros(2, 8, 1, 64), torch.zeros(2, 2, pages, 64)
     found = []
     for lengths in ([1, 0], [pages * PAGE - 5, 700]):
-        quest_module.pages(Quest(), q, summary, summary, torch.tensor(lengths), 0.7)
+        quest_module.pages(
+            Quest(), q, {"low": summary, "high": summary}, torch.tensor(lengths), 0.7
+        )
         found.append(list(calls))
         calls.clear()
     assert len(found[0]) == 2
@@ -145,16 +152,16 @@ def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
 
 def test_what_is_not_fused_is_said(quest_module):
     q = torch.zeros(1, 1, 1, 512)
-    assert "head dim 512" in quest_module.why_not(Quest(), q, q)
+    assert "head dim 512" in quest_module.why_not(Quest(), q, {"low": q, "high": q})
     q, summary = q[..., :64], torch.zeros(1, 1, (1 << 15) - 1, 1)
-    assert "float64" in quest_module.why_not(Quest(), q.double(), summary.double())
-    assert "float16" in quest_module.why_not(Quest(), q, summary.half())
-    assert "32768 pages" in quest_module.why_not(Quest(), q, torch.zeros(1, 1, 32768, 1))
-    assert quest_module.why_not(Quest(), q, summary) is None
+    assert "float64" in quest_module.why_not(Quest(), q.double(), {"low": summary.double()})
+    assert "float16" in quest_module.why_not(Quest(), q, {"low": summary.half()})
+    assert "32768 pages" in quest_module.why_not(Quest(), q, {"low": torch.zeros(1, 1, 32768, 1)})
+    assert quest_module.why_not(Quest(), q, {"low": summary}) is None
 
 
 def test_the_selector_itself_serves_where_triton_cannot():
-    q, _, _, low, high, length = rows([64 * 20], 1, 2)
-    found = kernels.choose_pages(Quest(0.3, 2), q, low, high, length, 0.7)
-    expected = Quest(0.3, 2).pages(q, low, high, length, 0.7)
+    q, _, _, index, length = rows([64 * 20], 1, 2)
+    found = kernels.choose_pages(Quest(0.3, 2), q, index, length, 0.7)
+    expected = Quest(0.3, 2).pages(q, index, length, 0.7)
     assert torch.equal(found.pages, expected.pages)

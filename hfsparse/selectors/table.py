@@ -1,0 +1,31 @@
+"""Tables that selectors are bound to, where steps can read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DeviceTensor:
+    """A tensor, and a copy of it on each device that has asked for one.
+
+    A step that is recorded as a CUDA graph can't copy from the host: the eager steps before have,
+    and the copy lies where it is as long as this lives.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def __deepcopy__(self, memo) -> DeviceTensor:
+        return self  # nobody writes into it
+
+    def __reduce__(self):
+        return DeviceTensor, (self.tensor,)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Its copy there; the tensor itself where it lies there already."""
+        if device not in self._copies:  # two threads both get the first one's
+            with torch.inference_mode(False):
+                self._copies.setdefault(device, self.tensor.to(device))
+        return self._copies[device]

@@ -1,0 +1,168 @@
+"""Selectors that read a table: calibrated, measured, chosen and saved by the profiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import hfsparse
+from hfsparse.errors import UsageError
+from hfsparse.patcher import figures
+from hfsparse.plan import Plan
+from hfsparse.plan.files import DataFile
+from hfsparse.profiler.measure import effects as measure
+from hfsparse.profiler.measure.capture import Seen, capture
+from hfsparse.profiler.methods import balanced
+from hfsparse.profiler.methods import one_pass as search
+from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.runtime.layer_plan import Logits
+from hfsparse.selectors.quest import Quest
+from tests import tiny
+from tests.patterns.matrix import oracle_pages
+from tests.selectors import channels
+from tests.selectors.channels import Channels
+
+L, HQ, HKV, D, SCALE = 300, 6, 2, 8, 0.25
+KEYS = torch.tensor([0, 63, 64, 70, 205, 299])
+TABLE = channels.table(layers=3, heads=HKV, dim=D)
+SETTINGS = dict(lengths=(512,), samples=2, verify=False, prefill_density=1.0, decode_share=0.5)
+
+
+@pytest.fixture(autouse=True)
+def known():
+    with channels.known():
+        yield
+
+
+def seen(layer: int = 2) -> Seen:
+    made = torch.Generator().manual_seed(1)
+    q, k, v, out = (torch.randn(1, h, L, D, generator=made) for h in (HQ, HKV, HKV, HQ))
+    grad = torch.randn(1, HQ, L, D, generator=made)
+    return Seen(2 * q, k, v, out, grad, Logits(SCALE, None, None), KEYS, layer)
+
+
+def test_a_layers_own_part_of_the_table_says_which_keys_are_read():
+    it, setting = seen(), Channels(0.4, 2, count=2)
+    data = {"channels": DataFile.of("it.safetensors", TABLE)}
+    bound = measure.bind_selector(setting, it.layer, it.heads, data)
+    read = measure.pages_read(bound, it.q, it.k, KEYS, SCALE)
+    mine, group = {"weight": TABLE["weight"][2:]}, HQ // HKV
+    for head, (i, row) in ((h, pair) for h in range(HQ) for pair in enumerate(KEYS.tolist())):
+        kv, n = head // group, row + 1
+        own = it.q[0, kv * group : (kv + 1) * group, row:n]
+        surely, perhaps = oracle_pages(setting, own, it.k[0, kv, :n], SCALE, mine, kv)
+        assert (surely == perhaps).all()
+        kept = np.repeat(surely, 64)[:n]
+        assert read[head, i].tolist() == [*kept.tolist(), *[False] * (L - n)]
+
+
+def test_a_step_does_not_know_the_keys_after_it_on_its_own_page():
+    it, row = seen(), torch.tensor([70])
+    data = {"channels": DataFile.of("it.safetensors", TABLE)}
+    bound = measure.bind_selector(Channels(0.4, 2), 0, it.heads, data)
+    later = it.k.clone()
+    later[:, :, 71:] = 100.0
+    now, then = (measure.pages_read(bound, it.q, k, row, SCALE) for k in (it.k, later))
+    assert torch.equal(now, then)
+
+
+def test_a_few_kv_heads_at_a_time_are_bound_to_their_own_part(monkeypatch):
+    candidates = measure.Candidates(
+        {}, {}, {"a": Channels(0.4, 2, count=2)}, {"channels": DataFile.of("x.safetensors", TABLE)}
+    )
+    whole = measure.measure_layer(seen(), candidates)
+    monkeypatch.setattr(measure, "AT_ONCE", HQ // HKV * L)
+    for name, array in measure.measure_layer(seen(), candidates).items():
+        np.testing.assert_allclose(array, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_bound_is_never_measured():
+    unbound = measure.Candidates({}, {}, {"a": Channels(0.4, 2)})
+    with pytest.raises(UsageError, match="without its data channels: calibrate it"):
+        measure.measure_layer(seen(), unbound)
+    it = seen()
+    with pytest.raises(ValueError, match="bound to no table"):
+        measure.pages_read(Channels(0.4, 2), it.q, it.k, KEYS, SCALE)
+
+
+def offered(longest: int):
+    """Labels in the place of quest."""
+    names = balanced_candidates(longest)
+    return replace(names, selectors={"few": Channels(0.3, 4), "more": Channels(0.6, 4)})
+
+
+balanced_candidates = balanced.candidates
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama(window=1024)
+
+
+@pytest.fixture
+def offering(monkeypatch):
+    monkeypatch.setattr(balanced, "candidates", offered)
+
+
+def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offering):
+    out, each = tmp_path / "my plan.yaml", []
+    plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    words = {word for layer in plan.layers for word in layer.decode}
+    assert words & {"few", "more"}, "labels were not chosen: give another budget"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "my plan.yaml",
+        "my_plan.channels.safetensors",
+    ]
+    loaded = Plan.load(out)
+    assert (loaded, loaded.hash()) == (plan, plan.hash())
+
+    def look(it):
+        each.append((it.layer, Channels().calibrate(it)["weight"]))
+        return {"none": np.zeros(1)}
+
+    prompts = make_prompts(tiny.tokenizer(), 512, 2, 0)
+    for prompt in prompts:
+        capture(model, prompt.ids, search.short_sighted_plan(model, offered(512)), look)
+    weight = loaded.table_of(Channels())["weight"]
+    for layer in (0, 1):
+        mine = torch.stack([found for at, found in each if at == layer])
+        assert len(mine) == 2
+        torch.testing.assert_close(weight[layer], mine.mean(0))
+    with hfsparse.patch(model, out) as handle, torch.no_grad():
+        cache = model(prompts[0].ids[:, :-1]).past_key_values
+        model(prompts[0].ids[:, -1:], past_key_values=cache)
+        stats = handle.stats()
+    for name in ("cache_share", "decode_share"):
+        assert getattr(stats, name) == pytest.approx(plan.expected[512][name], rel=0.01)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, offering, monkeypatch):
+    whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
+    out, looked, look = tmp_path / "plan.yaml", [], search.look_at_prompt
+
+    def killed(*args):
+        looked.append(1)
+        if len(looked) == 2:
+            raise KeyboardInterrupt
+        return look(*args)
+
+    monkeypatch.setattr(search, "look_at_prompt", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml.parts"]
+    resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    assert len(looked) == 2 + 3  # the first of two tables was not made twice
+    assert resumed.hash() == whole.hash() == Plan.load(out).hash()
+
+
+def test_what_one_head_keeps_is_priced_with_its_index():
+    data = {"channels": DataFile.of("x.safetensors", channels.table(dim=16))}
+    full = 2 * 16
+    for count in (2, 4):
+        kept, read = figures.one_head(6400, Channels(0.1, 4, count=count), 16, data)
+        assert kept == pytest.approx((full + count) / full)
+        assert read == pytest.approx(0.1)
+    assert figures.one_head(6400, Quest(0.1, 4), 16) == figures.one_head(6400, Quest(0.1, 4))

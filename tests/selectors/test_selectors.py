@@ -1,0 +1,215 @@
+"""Every selector against its oracle, and what must hold of any: see `selectors.Selector`."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hfsparse.lists import PAGE
+from hfsparse.lists.places import EXTREMES
+from hfsparse.selectors import DeviceTensor
+from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages
+from tests.selectors import channels
+
+ROWS = {**SELECTOR_ROWS, channels.KIND: channels.ROW}
+SETTINGS = {name: s for row in ROWS.values() for name, s in row.settings.items()}
+LENGTHS = [64 * 21 + 5, 64 * 9, 300, 17, 0]
+SCALE = 0.7
+
+
+@pytest.fixture(autouse=True)
+def known():
+    with channels.known():
+        yield
+
+
+def bound(name: str, heads=(0, 1), **table):
+    setting = SETTINGS[name]
+    return setting.bind(
+        0, heads, {**ROWS[setting.kind].table, **table} if hasattr(setting, "data") else None
+    )
+
+
+def drawn(lengths, queries: int = 1, group: int = 3, poison: float = torch.nan, seed: int = 0):
+    """q `[B, 2 * group, Q, 8]`, k `[B, 2, P * PAGE, 8]` with poison behind each row, length."""
+    made, length = torch.Generator().manual_seed(seed), torch.tensor(lengths)
+    P = max(1, -(-max(lengths) // PAGE))
+    q = torch.randn(len(lengths), 2 * group, queries, 8, generator=made)
+    k = torch.randn(len(lengths), 2, P * PAGE, 8, generator=made)
+    dead = torch.arange(P * PAGE) >= length[:, None]
+    return q, k.masked_fill(dead[:, None, :, None], poison), length
+
+
+def index_of(selector, k, length, room: int = 0, poison: float = torch.nan):
+    """The index as a store has it: of the pages that hold tokens; poison in all others."""
+    pages = k.unflatten(2, (-1, PAGE))
+    at = torch.arange(k.shape[2]).view(1, 1, -1, PAGE, 1)
+    found = {}
+    for name, t in selector.summarise(pages, at < length.view(-1, 1, 1, 1, 1)).items():
+        empty = torch.arange(t.shape[2]) * PAGE >= length[:, None]
+        t = t.masked_fill(empty.view(len(t), 1, -1, *[1] * (t.ndim - 3)), poison)
+        found[name] = pad(t, (*[0] * 2 * (t.ndim - 3), 0, room), value=poison)
+    return found
+
+
+def listed(found, b: int, h: int) -> list[int]:
+    return found.pages[b, h, : found.count[b, h]].tolist()
+
+
+def same(found, expected) -> None:
+    assert torch.equal(found.count, expected.count)
+    for b, h in product(*map(range, found.count.shape)):
+        assert listed(found, b, h) == listed(expected, b, h)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pages_equal_the_plain_definition(name, group, queries):
+    selector, setting = bound(name), SETTINGS[name]
+    q, k, length = drawn(LENGTHS, queries, group)
+    index = index_of(selector, k, length, room=3)
+    found = selector.pages(q, index, length, SCALE)
+    P = k.shape[2] // PAGE + 3
+    assert found.pages.shape == (len(LENGTHS), 2, setting.budget.width(P, queries))
+    assert found.pages.dtype == found.count.dtype == torch.int64
+    assert bool(((found.pages >= 0) & (found.pages < P)).all())
+    for (b, n), h in product(enumerate(LENGTHS), (0, 1)):
+        read = listed(found, b, h)
+        assert read == sorted({*read})
+        if not n:
+            assert not read
+            continue
+        new = min(queries, n)  # a row has no more queries than tokens
+        own = q[b, h * group : (h + 1) * group]
+        table = ROWS[setting.kind].table
+        surely, perhaps = oracle_pages(setting, own, k[b, h, :n], SCALE, table, h)
+        kept = np.isin(np.arange(len(surely)), read)
+        assert (kept & surely == surely).all(), f"row {b} head {h}: a page is missing"
+        assert (kept | perhaps == perhaps).all(), f"row {b} head {h}: a page too many"
+        assert {0, *range((n - new) // PAGE, -(-n // PAGE))} <= {*read}
+
+
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_neither_room_nor_what_lies_there_nor_other_rows_change_a_choice(name, queries):
+    selector = bound(name)
+    q, k, length = drawn(LENGTHS, queries)
+    tight = selector.pages(q, index_of(selector, k, length), length, SCALE)
+    for room, poison in product((0, 1, 1100), (torch.nan, 1e9, 0.0)):
+        _, k, _ = drawn(LENGTHS, queries, poison=poison)
+        index = index_of(selector, k, length, room, poison)
+        same(selector.pages(q, index, length, SCALE), tight)
+    for b, n in enumerate(LENGTHS[:-1]):
+        mine = slice(b, b + 1), slice(None), slice(0, -(-n // PAGE))
+        index = {name: t[mine] for name, t in index.items()}  # of a row by itself
+        alone = selector.pages(q[b : b + 1], index, length[b : b + 1], SCALE)
+        assert [listed(alone, 0, h) for h in (0, 1)] == [listed(tight, b, h) for h in (0, 1)]
+        index = index_of(selector, k, length)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equal_scores_go_to_the_lower_page(name):
+    selector = bound(name)
+    q, k, length = drawn([64 * 30, 64 * 7])
+    k = torch.ones_like(k).masked_fill(k.isnan(), torch.nan)
+    found = selector.pages(q, index_of(selector, k, length), length, SCALE)
+    for b, h in product((0, 1), (0, 1)):
+        *rest, last = listed(found, b, h)
+        assert rest == [*range(len(rest))]
+        assert last == -(-int(length[b]) // PAGE) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_kept_of_a_page_is_told_by_its_real_keys_alone(name, dtype):
+    """All pages at once or each by itself; with NaN or anything in dead slots; on meta."""
+    selector, found = bound(name), []
+    at = torch.arange(5 * PAGE).view(1, 1, 5, PAGE, 1)
+    for poison in (torch.nan, 1e4):
+        _, k, length = drawn([5 * PAGE - 3, 200], poison=poison)
+        pages, real = k.to(dtype).unflatten(2, (5, PAGE)), at < length.view(-1, 1, 1, 1, 1)
+        whole = selector.summarise(pages, real)
+        each = [selector.summarise(pages[:, :, [p]], real[:, :, [p]]) for p in range(5)]
+        for key, t in whole.items():
+            assert torch.equal(t, torch.cat([part[key] for part in each], 2))
+        found.append({key: t[:, :, :3] for key, t in whole.items()})
+    assert all(torch.equal(*pair) for pair in zip(*(f.values() for f in found), strict=True))
+    on_meta = selector.summarise(pages.to("meta"), real.to("meta"))
+    assert [(*on_meta,), [t.dtype for t in on_meta.values()]] == [
+        (*whole,),
+        [t.dtype for t in whole.values()],
+    ]
+    for key, t in whole.items():
+        assert on_meta[key].shape == t.shape
+        assert t.shape[:3] == (2, 2, 5)
+    if {*whole} == EXTREMES:  # the names that kernels write
+        first = pages[0, :, 0]
+        assert torch.equal(whole["low"][0, :, 0], first.amin(1))
+        assert torch.equal(whole["high"][0, :, 0], first.amax(1))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_heads_are_bound_to_their_own_part_of_a_table(name):
+    """Both kv heads together choose as each by itself, and bound in another order."""
+    q, k, length = drawn(LENGTHS, group=2)
+    both = bound(name)
+    found = both.pages(q, index_of(both, k, length), length, SCALE)
+    for h in (0, 1):
+        alone = bound(name, (h,))
+        index = index_of(alone, k[:, [h]], length)
+        mine = alone.pages(q[:, 2 * h : 2 * h + 2], index, length, SCALE)
+        assert [listed(mine, b, 0) for b in range(5)] == [listed(found, b, h) for b in range(5)]
+
+
+@pytest.mark.parametrize("name", [name for name, s in SETTINGS.items() if hasattr(s, "data")])
+def test_a_selector_that_needs_a_table_does_nothing_without_one(name):
+    setting = SETTINGS[name]
+    q, k, length = drawn([200])
+    index = index_of(bound(name), k, length)
+    with pytest.raises(ValueError, match=setting.kind):
+        index_of(setting, k, length)
+    with pytest.raises(ValueError, match=setting.kind):
+        setting.pages(q, index, length, SCALE)
+    for table in (None, {}):
+        with pytest.raises(ValueError, match="table"):
+            setting.bind(0, (0, 1), table)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_host_never_waits(name):
+    """On a device without data: what asks for a value fails there. Tables are copied once."""
+    selector = bound(name)
+    pages = torch.zeros(2, 2, 9, PAGE, 8, device="meta")
+    real = torch.ones(1, 1, 9, PAGE, 1, dtype=torch.bool, device="meta")
+    q, length = torch.zeros(2, 6, 1, 8, device="meta"), torch.zeros(2, device="meta").long()
+    selector.summarise(pages, real)
+    with OneDevice():
+        index = selector.summarise(pages, real)
+        assert selector.pages(q, index, length, SCALE).pages.is_meta
+
+
+class OneDevice(TorchDispatchMode):
+    """No operator may see or make tensors on two devices: that is a copy, or a wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+        assert len({t.device for t in tensors}) <= 1, f"{function} crosses devices"
+        return made
+
+
+def test_a_copy_or_a_wait_would_be_seen():
+    there, index = torch.zeros(3, device="meta"), DeviceTensor(torch.arange(2))
+    index.on(there.device)
+    with OneDevice():
+        assert there[index.on(there.device)].is_meta
+        for wrong in (there.tolist, there.cpu, lambda: torch.ones(3).to("meta")):
+            with pytest.raises((AssertionError, RuntimeError)):
+                wrong()
