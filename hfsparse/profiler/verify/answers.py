@@ -2,9 +2,8 @@
 
 The patched model and the dense one answer the same questions on the same tokens (`trials`), of
 tasks that the dense one can do (it is asked each once): on others nothing can be lost. A plan loses
-too much where it loses more than the share `drop` of the values and chance does not explain
-it: values that change with a loss of a few hundredths of a nat don't count, nor does what one trial
-alone loses.
+too much where it loses more than the share `drop` of the values and chance does not explain it:
+values whose loss changes by MARGIN or less don't count, nor does what one trial alone loses.
 """
 
 from __future__ import annotations
