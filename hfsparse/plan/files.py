@@ -55,23 +55,23 @@ class DataFile:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, on the CPU. ValueError: it was not read, or is no such file."""
+        """Its tensors by name, on the CPU. PlanError: it was not read, or is no such file."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         if self.content is None:
-            raise ValueError(f"{self.file} was not read: read the plan from its file, by Plan.load")
+            raise PlanError(f"{self.file} was not read: read the plan from its file, by Plan.load")
         try:
             return load(self.content)
         except SafetensorError as error:
-            raise ValueError(f"{self.file} is not a safetensors file: {error}") from error
+            raise PlanError(f"{self.file} is not a safetensors file: {error}") from error
 
     def read(self, folders: Iterable[Path]) -> DataFile:
-        """With its content, of the first folder that has it; ValueError says what is wrong."""
+        """With its content, of the first folder that has it; PlanError says what is wrong."""
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
                 return self._filled(folder / self.file)
-        raise ValueError(
+        raise PlanError(
             f"{self.file} is not beside the plan: copy it there too, or save the plan "
             "again from where its files are"
         )
@@ -82,13 +82,13 @@ class DataFile:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise ValueError(f"can't read {self.file}: {reading.why(error)}") from error
+            raise PlanError(f"can't read {self.file}: {reading.why(error)}") from error
         if len(content) > MAX_BYTES:
-            raise ValueError(
+            raise PlanError(
                 f"{self.file} is longer than {MAX_BYTES >> 30} GiB: give a smaller table"
             )
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
-            raise ValueError(
+            raise PlanError(
                 f"{self.file} has sha256 {found}, not the plan's: it was changed or belongs to "
                 "another plan. Give the file that the plan was made with"
             )
@@ -103,9 +103,9 @@ class DataFile:
         """
         try:
             return self.read([folder])
-        except ValueError as error:
+        except PlanError as error:
             if self.content is None:
-                raise PlanError(f"data can't be saved: {error}") from error
+                raise PlanError(f"its data can't be saved: {error}") from error
         if not (folder / self.file).exists():
             return self
         stem = self.file.removesuffix(".safetensors")[:100]
@@ -115,7 +115,7 @@ class DataFile:
         """Put it there, unless it is there."""
         try:
             self.read([folder])
-        except ValueError:
+        except PlanError:
             write_whole(folder / self.file, self.content)
 
 
