@@ -28,7 +28,7 @@ from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.stats import LayerStats, Stats, Work
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes a number
+WIDE = {4: torch.float32, 8: torch.float64}  # types of keys and values, by bytes a number
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fill_caches(
 ) -> Iterator[tuple[LayerPlan, Layer]]:
     """Each layer that has attention, and its cache after prompts of `tokens`, without data.
 
-    Keys and values take `itemsize` bytes a number, 2 or 4.
+    Keys and values take `itemsize` bytes a number, and two where weights are smaller.
     """
     indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
     return _fill(plan, indices, windows(config), tokens, batch, itemsize)
@@ -103,7 +103,7 @@ def _fill(
     itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, Layer]]:
     shape = batch, plan.model.kv_heads, tokens, plan.model.head_dim
-    seen = torch.empty(shape, dtype=DTYPES[itemsize], device="meta")
+    seen = torch.empty(shape, dtype=WIDE.get(itemsize, torch.bfloat16), device="meta")
     for own in resolve_layers(plan, indices, windows, plan.below):
         layer = own.new_cache(tokens)
         layer.lazy_initialization(seen, seen)

@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hfsparse import reading
-from hfsparse.errors import PlanError, UsageError
+from hfsparse.errors import PlanError
 
 FILE = re.compile(r"\w[\w.-]{0,127}\.safetensors", re.ASCII)  # no folders: it lies beside the plan
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -55,23 +55,23 @@ class DataFile:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, on the CPU. UsageError: it was not read, or is no such file."""
+        """Its tensors by name, on the CPU. PlanError: it was not read, or is no such file."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         if self.content is None:
-            raise UsageError(f"{self.file} was not read: read the plan from its file, by Plan.load")
+            raise PlanError(f"{self.file} was not read: read the plan from its file, by Plan.load")
         try:
             return load(self.content)
         except SafetensorError as error:
-            raise UsageError(f"{self.file} is not a safetensors file: {error}") from error
+            raise PlanError(f"{self.file} is not a safetensors file: {error}") from error
 
     def read(self, folders: Iterable[Path]) -> DataFile:
-        """With its content, of the first folder that has it; UsageError says what is wrong."""
+        """With its content, of the first folder that has it; PlanError says what is wrong."""
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
                 return self._filled(folder / self.file)
-        raise UsageError(
+        raise PlanError(
             f"{self.file} is not beside the plan: copy it there too, or save the plan "
             "again from where its files are"
         )
@@ -82,13 +82,13 @@ class DataFile:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise UsageError(f"can't read {self.file}: {reading.why(error)}") from error
+            raise PlanError(f"can't read {self.file}: {reading.why(error)}") from error
         if len(content) > MAX_BYTES:
-            raise UsageError(
+            raise PlanError(
                 f"{self.file} is longer than {MAX_BYTES >> 30} GiB: give a smaller table"
             )
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
-            raise UsageError(
+            raise PlanError(
                 f"{self.file} has sha256 {found}, not the plan's: it was changed or belongs to "
                 "another plan. Give the file that the plan was made with"
             )
@@ -103,9 +103,9 @@ class DataFile:
         """
         try:
             return self.read([folder])
-        except UsageError as error:
+        except PlanError as error:
             if self.content is None:
-                raise PlanError(f"data can't be saved: {error}") from error
+                raise PlanError(f"its data can't be saved: {error}") from error
         if not (folder / self.file).exists():
             return self
         stem = self.file.removesuffix(".safetensors")[:100]
@@ -115,7 +115,7 @@ class DataFile:
         """Put it there, unless it is there."""
         try:
             self.read([folder])
-        except UsageError:
+        except PlanError:
             write_whole(folder / self.file, self.content)
 
 

@@ -145,7 +145,7 @@ class Plan:
             raise PlanError(f"{selector.kind} reads data {name}, which the plan does not have")
         try:
             return self.data[name].tensors
-        except ValueError as error:
+        except PlanError as error:
             raise PlanError(f"data.{name}: {error}") from error
 
     def hash(self) -> str:

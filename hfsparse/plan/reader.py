@@ -180,7 +180,7 @@ def _tables(data: dict[str, DataFile], folders: tuple[Path, ...], say: Say) -> d
     for name, each in data.items():
         try:
             found[name] = each.read(folders)
-        except ValueError as error:
+        except PlanError as error:
             say(("data", name, "file"), f"data.{name}: {error}")
     return found
 
