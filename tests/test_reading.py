@@ -39,7 +39,7 @@ def duo(path):
 
 # Of each reader: the name of its file, a text of several lines, and what reads it.
 READERS = {
-    "prompt": ("p.txt", "one\ntwo é\n\nthree", run._read_prompt),
+    "prompt": ("p.txt", "one\ntwo é\n\nthree", run.read_prompt),
     "calibration": ("d.jsonl", '{"text": "é"}\n\n{"prompt": "b", "answer": "c"}\n', read_jsonl),
     "plan": ("plan.yaml", PLAN.dumps() + "# é\n", lambda path: Plan.load(path).hash()),
     "recipe": ("own.yaml", "# é\nmethod: duo\nsamples: 2\n", lambda path: recipe.load(str(path))),

@@ -1,16 +1,43 @@
-"""The command line: profile, recipes, import, show, diff, check, doctor, generate, bench, eval.
+"""The command line: profile, recipes, new, import, show, diff, check, explain, doctor, generate,
+bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import typer
 
-from hfsparse.cli.application import app
+from hfsparse.cli import plans, profile, run
+from hfsparse.cli.application import Commands, options
 
-for _part in ("profile", "plans", "run"):  # the order of `hfsparse --help`
-    import_module(f"hfsparse.cli.{_part}")
+app = typer.Typer(
+    cls=Commands,
+    help="Sparse attention for Hugging Face models: profile each head, then run the plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.callback()(options)
+for _name, _command in {  # `hfsparse --help` lists them in this order
+    "profile": profile.profile,
+    "recipes": profile.list_recipes,
+    "new": plans.new,
+    "import": plans.import_,
+    "show": plans.show,
+    "diff": plans.diff,
+    "check": plans.check,
+    "explain": run.explain,
+    "doctor": run.doctor,
+    "generate": run.generate,
+    "bench": run.bench,
+}.items():
+    app.command(_name)(_command)
+app.command(  # eval/ reads the words itself
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(run.evaluate)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The application that commands register with, and what they share."""
+"""What all commands share: how they end, the options they have in common, and checks of input."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hfsparse import reading
 from hfsparse.errors import Error, UsageError
 from hfsparse.models.loading import DTYPES, hush
 
-_formatted = warnings.formatwarning
-STOPPING = ("strict", "surrogateescape")  # how streams are opened, if they are not told otherwise
+_python_format = warnings.formatwarning
+STOPPING = ("strict", "surrogateescape")  # Python opens streams with these unless told otherwise
 
 
 class Commands(TyperGroup):
     """Every command ends in one line on bad input and on Ctrl-C; other errors keep their trace.
 
-    What the console's encoding can't show (cp1252, ASCII) is printed as `?`, and what a user is
-    warned of as one line, too, without a place in the code.
+    What the console's encoding can't show (cp1252, ASCII) is printed as `?`. A warning to users is
+    one line, too, without a place in the code.
     """
 
     def main(self, *args, **kwargs):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in STOPPING:
             sys.stdout.reconfigure(errors="replace")
         hush()
-        usual, warnings.formatwarning = warnings.formatwarning, _warning
+        usual, warnings.formatwarning = warnings.formatwarning, _format_warning
         try:
             return super().main(*args, **kwargs)
         finally:
@@ -48,17 +48,16 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(
-    cls=Commands,
-    help="Sparse attention for Hugging Face models: profile each head, then run the plan.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def _version(wanted: bool) -> None:
@@ -69,20 +68,16 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
-
-
-# ---- input
+    """The options of `hfsparse` itself."""
 
 
 def check_writable(file: Path) -> None:
-    """Raise unless `file` can be written: asked before hours of work, not after."""
+    """Raise unless `file` can be written; commands ask before hours of work, not after."""
     file = reading.local(file)
     try:
         if file.is_dir():
@@ -99,7 +94,8 @@ def check_writable(file: Path) -> None:
         ) from None
 
 
-def _lengths(words: str) -> tuple[int, ...]:
+def parse_lengths(words: str) -> tuple[int, ...]:
+    """Token counts, each once, from `1024,2048`."""
     try:
         lengths = tuple(dict.fromkeys(int(word) for word in words.split(",")))
     except ValueError:
@@ -109,7 +105,8 @@ def _lengths(words: str) -> tuple[int, ...]:
     return lengths
 
 
-def _check_window(model, beyond: bool, tokens: int, what: str) -> None:
+def check_window(model, beyond: bool, tokens: int, what: str) -> None:
+    """Raise where `what` take more tokens than the model is made for, unless `beyond` is set."""
     from hfsparse.models.window import limit
 
     window = limit(model, beyond)
@@ -120,13 +117,8 @@ def _check_window(model, beyond: bool, tokens: int, what: str) -> None:
         )
 
 
-def _warning(message, category, filename, lineno, line=None) -> str:
-    if category is UserWarning:
-        return f"warning: {message}\n"
-    return _formatted(message, category, filename, lineno, line)
-
-
-def _print(text) -> None:
+def print_styled(text) -> None:
+    """Print rich text: in colour on a terminal, plain elsewhere."""
     from rich.console import Console
 
     Console().print(text, soft_wrap=True)

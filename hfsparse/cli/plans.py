@@ -1,4 +1,4 @@
-"""Commands on plans: import, show, diff, check."""
+"""Commands on plans: new, import, show, diff, check."""
 
 from __future__ import annotations
 
@@ -9,16 +9,38 @@ from typing import Annotated
 
 import typer
 
-from hfsparse.cli.application import Model, PlanFile, _print, app, check_writable
+from hfsparse import reading
+from hfsparse.cli.application import Model, PlanFile, check_writable, print_styled
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import DTYPES, load_config
 
+Output = Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")]
 
-@app.command("import")
+
+def new(model: Model, output: Output) -> None:
+    """Write a model's full plan, with comments, to edit by hand; reads no weights."""
+    check_writable(output)
+    if reading.local(output).exists():
+        raise UsageError(f"{output} exists: give another name, or remove it")
+
+    from hfsparse.plan.files import write_whole
+    from hfsparse.plan.template import template
+
+    text = template(load_config(model))
+    try:
+        write_whole(reading.local(output), text.encode())
+    except (OSError, ValueError) as error:
+        why = reading.why(error)
+        raise UsageError(f"{output}: can't write it: {why}. Give another path") from error
+    written = shlex.quote(str(output))
+    typer.echo(f"wrote {output}. Edit it, then see that it fits:")
+    typer.echo(f"  hfsparse check {written} {shlex.quote(model)}")
+
+
 def import_(
     form: Annotated[str, typer.Argument(help="minference, duo or moa.")],
     file: Annotated[Path, typer.Argument(help="The published plan; of duo, its folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    output: Output,
     model_config: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the model: config.json is read.")
     ] = None,
@@ -39,7 +61,6 @@ def import_(
     typer.echo(f"wrote {output}. Look at it: hfsparse show {shlex.quote(str(output))}")
 
 
-@app.command()
 def show(
     plan: PlanFile,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, too.")] = None,
@@ -51,10 +72,9 @@ def show(
     if png is not None:
         check_writable(png)
         headmap.png(loaded, png)
-    _print(headmap.text(loaded))
+    print_styled(headmap.text(loaded))
 
 
-@app.command()
 def diff(first: PlanFile, second: PlanFile) -> None:
     """Say what changed from one plan to another; the exit code is 0 if nothing did."""
     from hfsparse.plan import Plan
@@ -68,7 +88,6 @@ def diff(first: PlanFile, second: PlanFile) -> None:
     raise typer.Exit(int(bool(found)))
 
 
-@app.command()
 def check(
     plan: PlanFile,
     model: Model,
@@ -93,33 +112,44 @@ def check(
 
     config, loaded = load_config(model), Plan.load(plan)
     loaded.check(config)
-    patch(skeleton(config)).undo()  # says what patch would say of the model
+    patch(skeleton(config)).undo()  # raises what patch would say of the model
     typer.echo(f"{plan} fits {model}")
     if length is None:
         return
+    typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
+    more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
+    peak = _print_memory(config, loaded, length, gpu, **more)
+    _print_shares(config, loaded, length)
+    if room is not None and peak > room:
+        raise UsageError(
+            f"this plan needs {peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
+            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share"
+        )
 
+
+def _print_memory(config, plan, length: int, gpu: str | None, batch: int, **more) -> int:
+    """Print the memory of dense and of the plan, and what fits in `gpu`; the plan's peak, bytes."""
     from hfsparse.patcher import memory
+
+    for name, arm in (("dense", None), ("plan", plan)):
+        need = memory.predict(config, arm, length, batch=batch, **more)
+        parts = (f"{n / 2**30:.2f}" for n in (need.weights, need.cache, need.work))
+        line = f"{name:<6}{' + '.join(parts)} = {need.peak / 2**30:.2f}"
+        if gpu is not None:
+            most = memory.longest(config, arm, _bytes(gpu), batch=batch, **more)
+            line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
+        typer.echo(line)
+    return need.peak
+
+
+def _print_shares(config, plan, length: int) -> None:
+    """Print what the plan computes, keeps and reads, as far as its words alone tell it."""
     from hfsparse.patcher.figures import predict
     from hfsparse.stats import FREE
 
-    more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
-    typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
-    for name, arm in (("dense", None), ("plan", loaded)):
-        need = memory.predict(config, arm, length, **more)
-        parts = (f"{n / 2**30:.2f}" for n in (need.weights, need.cache, need.work))
-        line = f"{name:<6}{' + '.join(parts)} = {need.peak / 2**30:.2f}"
-        if room is not None:
-            most = memory.longest(config, arm, room, **more)
-            line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
-        typer.echo(line)
-    for end, part in predict(config, loaded, length).parts.items():
+    for end, part in predict(config, plan, length).parts.items():
         shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
         typer.echo(f"shares {FREE if end else 'of the dense model'}: {', '.join(shares)}")
-    if room is not None and need.peak > room:
-        raise UsageError(
-            f"this plan needs {need.peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
-            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share"
-        )
 
 
 def _bytes(size: str) -> int:

@@ -12,12 +12,19 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hfsparse.cli.application import Device, Dtype, Model, _lengths, _print, app, check_writable
+from hfsparse.cli.application import (
+    Device,
+    Dtype,
+    Model,
+    check_writable,
+    parse_lengths,
+    print_styled,
+)
 from hfsparse.profiler.settings import Settings
 
 # How a command takes a setting of these types: the type of its option, and what makes one of it.
 TYPES = {
-    tuple[int, ...] | None: (str | None, _lengths),
+    tuple[int, ...] | None: (str | None, parse_lengths),
     str | Path | None: (Path | None, Path),
 }
 
@@ -65,7 +72,6 @@ def with_options(settings: type[Settings]) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@app.command()
 @with_options(Settings)
 def profile(
     context: typer.Context,
@@ -106,7 +112,7 @@ def profile(
     if page:
         typer.echo(recipes.describe_sources(page, flags))
     plan = profiler.profile(loaded, tokenizer, **keywords)
-    _print(headmap.legend(plan))
+    print_styled(headmap.legend(plan))
     if plan.expected:
         typer.echo(f"\n{describe_budgets(plan, checked)}")
     written = shlex.quote(str(output))
@@ -118,7 +124,6 @@ def profile(
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 
-@app.command("recipes")
 def list_recipes() -> None:
     """List the recipes of profile --recipe, and what each is for."""
     from hfsparse.recipe import FOLDER, names

@@ -1,4 +1,4 @@
-"""Commands that run a model: doctor, generate, bench, eval."""
+"""Commands that run a model, or say what would run: explain, doctor, generate, bench, eval."""
 
 from __future__ import annotations
 
@@ -8,12 +8,28 @@ from typing import Annotated
 import typer
 
 from hfsparse import reading
-from hfsparse.cli.application import Device, Dtype, Model, _check_window, _lengths, app
+from hfsparse.cli.application import Device, Dtype, Model, check_window, parse_lengths
 from hfsparse.cli.profile import BeyondWindow
 from hfsparse.errors import UsageError
 
+PlanOption = Annotated[Path | None, typer.Option(help="Without a plan every head is full.")]
 
-@app.command()
+
+def explain(
+    model: Model, plan: PlanOption = None, device: Device = "auto", dtype: Dtype = "auto"
+) -> None:
+    """Say what would run where under a plan, by which kernel, and why; reads no weights."""
+    from hfsparse import patcher
+    from hfsparse.models.loading import load_config, pick_device, pick_dtype
+    from hfsparse.plan import Plan
+
+    chosen = Plan.load(plan) if plan is not None else None
+    config, target = load_config(model), pick_device(device)
+    standing = _without_weights(config, target, pick_dtype(dtype, target))
+    with patcher.patch(standing, chosen):
+        typer.echo(patcher.explain(standing))
+
+
 def doctor(
     model: Annotated[
         str | None, typer.Argument(help="Also say whether this model can be patched, and why not.")
@@ -30,18 +46,17 @@ def doctor(
     raise typer.Exit(int(model is not None and not found["model"]["supported"]))
 
 
-@app.command()
 def generate(
     model: Model,
     prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
-    plan: Annotated[Path | None, typer.Option(help="Without a plan every head is full.")] = None,
+    plan: PlanOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
     beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Answer a prompt under a plan, greedily, and print what was computed and kept."""
-    prompt = _read_prompt(prompt_file)
+    prompt = read_prompt(prompt_file)
 
     from hfsparse.models.loading import load
     from hfsparse.patcher import patch
@@ -49,14 +64,13 @@ def generate(
 
     chosen = Plan.load(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
-    tokens = _tokens(tokenizer, prompt)
-    _check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
+    tokens = prompt_tokens(tokenizer, prompt)
+    check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
     with patch(loaded, chosen) as handle:
         _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
 
 
-@app.command()
 def bench(
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub name; or give --shape.")
@@ -71,7 +85,7 @@ def bench(
     dtype: Dtype = "auto",
 ) -> None:
     """Time to the first token, dense and under the plan, on this device."""
-    sizes = _lengths(lengths)
+    sizes = parse_lengths(lengths)
     if (model is None) == (shape is None):
         raise UsageError("give either a model or --shape")
     if write and plan is None:
@@ -87,7 +101,7 @@ def bench(
         loaded = benching.random_model(shape, target, pick_dtype(dtype, target))
     else:
         loaded, _ = load(model, device, dtype)
-    _check_window(loaded, beyond_window, max(sizes), "prompts")
+    check_window(loaded, beyond_window, max(sizes), "prompts")
     chosen = chosen or benching.stand_in(loaded)
     rows, name = [], device_name(loaded.device)
     for row in benching.bench(loaded, chosen, sizes, repeat):
@@ -101,11 +115,6 @@ def bench(
         typer.echo(f"wrote it into {plan}, under measured")
 
 
-@app.command(
-    "eval",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
 def evaluate(context: typer.Context) -> None:
     """What a plan costs, in pairs: ruler, needle, turns, custom, decode, ppl, recall."""
     try:
@@ -118,7 +127,8 @@ def evaluate(context: typer.Context) -> None:
     raise typer.Exit(code or 0)
 
 
-def _read_prompt(file: Path) -> str:
+def read_prompt(file: Path) -> str:
+    """A prompt file's text, stripped; UsageError if there is none."""
     try:
         prompt = reading.text(file).strip()
     except FileNotFoundError:
@@ -130,7 +140,8 @@ def _read_prompt(file: Path) -> str:
     return prompt
 
 
-def _tokens(tokenizer, prompt: str) -> list[int]:
+def prompt_tokens(tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt in the chat template, if there is one, up to where the answer begins."""
     from hfsparse.models.chat import frames
 
     if not tokenizer.chat_template:
@@ -138,9 +149,6 @@ def _tokens(tokenizer, prompt: str) -> list[int]:
     before, after = frames(tokenizer, thinking=True)
     text = before + prompt + after
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-# ---- output
 
 
 def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
@@ -154,3 +162,17 @@ def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, max_new_tokens):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
+
+
+def _without_weights(config, device, dtype):
+    """The model of a config on torch's meta device, which says that it lies on `device`.
+
+    Kernels and thresholds are chosen by the device and dtype that a model names.
+    """
+    from hfsparse.models.loading import skeleton
+
+    model = skeleton(config).to(dtype)
+    kind = type(model)
+    there = {"device": device, "__module__": kind.__module__}
+    model.__class__ = type(kind.__name__, (kind,), there)
+    return model

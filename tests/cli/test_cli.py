@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,15 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import hfsparse
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
+from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
+from hfsparse.selectors import SELECTORS
 from tests import tiny
+
+PARTLY = "prefill: s*2 full*2, cache: s full, decode: ring full"
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +79,9 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    words = "profile recipes import show diff check doctor generate bench eval"
-    for command in words.split():
-        assert f" {command} " in done.stdout
+    words = "profile recipes new import show diff check explain doctor generate bench eval"
+    places = [done.stdout.index(f"│ {command} ") for command in words.split()]
+    assert places == sorted(places)
     assert done.stdout.endswith("[]\n")
     assert seconds < 1
 
@@ -126,6 +132,95 @@ def test_a_warning_to_users_is_one_line_without_code(monkeypatch, plan):
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, plan):
     monkeypatch.setattr(Plan, "load", lambda path: {}["absent"])
     assert isinstance(run("show", plan).exception, KeyError)
+
+
+# ---- new
+
+
+def test_new_writes_the_full_plan_a_line_a_layer(model, tmp_path):
+    file = tmp_path / "my plan.yaml"
+    result = run("new", model, "-o", file)
+    assert result.exit_code == 0, result.output
+    assert f"hfsparse check '{file}' {model}" in result.stdout
+    assert list(tmp_path.iterdir()) == [file]
+    assert Plan.load(file) == Plan.full(ModelId.of(tiny.llama()))
+    for layer in range(2):
+        row = f"  {layer}: {{prefill: full*4, cache: full*2, decode: full*2}}"
+        assert row in file.read_text().splitlines()
+    assert run("check", file, model).exit_code == 0
+
+
+def test_each_kind_of_a_new_plan_is_there_to_uncomment(model, tmp_path):
+    file = tmp_path / "plan.yaml"
+    run("new", model, "-o", file)
+    text = re.sub(r"^  # (\w+: {kind)", r"  \1", file.read_text(), flags=re.MULTILINE)
+    known = {**PATTERNS, **SELECTORS}
+    assert Plan.loads(text).patterns == {kind: cls() for kind, cls in known.items()}
+
+
+def test_a_new_plan_says_which_layers_are_fixed(tmp_path):
+    from tests.patcher.families import fresh
+
+    fresh("gemma3").config.save_pretrained(tmp_path)
+    run("new", tmp_path, "-o", tmp_path / "plan.yaml")
+    rows = (tmp_path / "plan.yaml").read_text().splitlines()[-3:]
+    noted = [
+        "# a window of 40 tokens of its own: cache and decode stay full" in row for row in rows
+    ]
+    assert noted == [True, False, False]
+
+
+def test_new_leaves_a_file_that_is_there_and_refuses_what_it_cannot_describe(model, tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("mine")
+    assert error("new", model, "-o", file) == f"{file} exists: give another name, or remove it"
+    assert file.read_text() == "mine"
+    assert "make it first" in error("new", model, "-o", tmp_path / "absent" / "plan.yaml")
+    absent = tmp_path / "absent"
+    assert error("new", absent, "-o", absent) == f"no such model folder: {absent}"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_new_that_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    file = tmp_path / "plan.yaml"
+    assert error("new", model, "-o", file).endswith("No space left on device. Give another path")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- explain
+
+
+def test_explain_prints_what_python_says_of_the_loaded_model(model, plan, tmp_path):
+    from hfsparse.models.loading import load
+
+    file = tmp_path / "ring.yaml"
+    text = plan.read_text().replace("layers:\n", "patterns: {s: {kind: streaming}}\nlayers:\n")
+    text = text.replace("prefill: full*4, cache: full*2, decode: full*2", PARTLY)
+    file.write_text(text)
+    for chosen, words in ((None, []), (Plan.load(file), ["--plan", file])):
+        loaded, _ = load(str(model), "cpu")
+        with hfsparse.patch(loaded, chosen):
+            expected = hfsparse.explain(loaded)
+        result = run("explain", model, *words, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == expected + "\n"
+    assert "ring" in expected
+
+
+def test_explain_reads_no_weights_and_refuses_in_the_words_of_patch(model, plan, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model / "config.json").read_text())
+    halves = run("explain", bare, "--plan", plan, "--dtype", "bfloat16")
+    assert halves.exit_code == 0, halves.output
+    Plan.full(ModelId.of(tiny.llama(num_hidden_layers=3))).save(tmp_path / "three.yaml")
+    assert "3 layers" in error("explain", bare, "--plan", tmp_path / "three.yaml")
+    assert "unknown dtype int3" in error("explain", bare, "--dtype", "int3")
+    assert "device nowhere can't be used" in error("explain", bare, "--device", "nowhere")
 
 
 # ---- show and check
@@ -493,6 +588,8 @@ UNLIKE = dict(  # Gemma 4's global layers have other heads than its windowed one
 )  # fmt: skip
 SERVED = {
     "profile": "profile {model} -o {out} --lengths 256",
+    "new": "new {model} -o {out}",
+    "explain": "explain {model} --plan {plan}",
     "check": "check {plan} {model}",
     "check of a length": "check {plan} {model} --length 100",
     "generate": "generate {model} --prompt-file {prompt}",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from hfsparse.cli.run import _tokens
+from hfsparse.cli.run import prompt_tokens
 from hfsparse.errors import UsageError
 from hfsparse.models.chat import frames
 from hfsparse.profiler.prompts import calibration as prompts
@@ -42,7 +42,7 @@ def test_texts_reach_every_user_of_a_template(body):
     made = each(body)
     assert frames(made) == ["<user>", ";<assistant>"]
     assert frames(made, turns=3) == ["<user>", ";<assistant>", ";<user>", ";<assistant>"]
-    assert made.decode(_tokens(made, " a text ")) == "<user> a text ;<assistant>"
+    assert made.decode(prompt_tokens(made, " a text ")) == "<user> a text ;<assistant>"
 
     head, tail = (made.decode(ids) for ids in prompts.frame(made, "Read.\n\n", "\n\nWhat?"))
     assert (head, tail) == ("<user>Read.\n\n", "\n\nWhat?;<assistant>")
@@ -92,7 +92,7 @@ def test_a_template_that_loses_texts_is_one_sentence(template, why):
         return
     for use in (
         lambda: prompts.make_prompts(made, 600, 1, seed=0),
-        lambda: _tokens(made, "a text"),
+        lambda: prompt_tokens(made, "a text"),
         lambda: Prompter(made),
     ):
         with pytest.raises(UsageError, match="chat template can't be used"):

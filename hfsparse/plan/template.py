@@ -1,0 +1,73 @@
+"""The full plan of a model as a file to edit: a line a layer, and every kind with its defaults."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan.parts import ModelId
+from hfsparse.plan.plan import Plan
+from hfsparse.selectors import SELECTORS
+
+HEAD = """\
+# The full plan: every head reads and keeps everything. Edit it, then see that it fits, and run it:
+#   hfsparse check PLAN MODEL
+#   hfsparse generate MODEL --plan PLAN --prompt-file FILE
+# Every key, kind and parameter is described in docs/plans.md of the repository.
+"""
+PATTERNS_HEAD = """\
+# Name what heads may follow. These are all the kinds, with the defaults of their parameters: take
+# away the # of those that you want, change the numbers, call them what you like.
+patterns:
+"""
+LAYERS_HEAD = """\
+# A word a head; full*3 is the word three times.
+#   prefill: full or the name of a prefill pattern, one a q head
+#   cache:   full or the name of a streaming pattern (a ring), one a kv head
+#   decode:  full, or ring where the cache is a ring, or the name of a selector, one a kv head
+layers:
+"""
+
+
+def template(config: Any) -> str:
+    """The full plan of a model's config, as commented YAML; PlanError if no plan can describe it.
+
+    It reads as `Plan.full`. Rows of `patterns` are valid once their # is gone and no `?` is left.
+    """
+    model = ModelId.of(config)
+    identity, _, _ = Plan.full(model).dumps().partition("layers:\n")
+    rows = [HEAD + identity + PATTERNS_HEAD.rstrip("\n")]
+    for title, kinds in (("prefill", PATTERNS), ("decode selectors", SELECTORS)):
+        rows.append(f"  # {title}:")
+        rows += [f"  # {kind}: {_flow(_defaults(cls))}" for kind, cls in kinds.items()]
+    rows.append("# Tokens in the row under which a head is computed, or kept, in full.")
+    rows.append("below: {prefill: 0, decode: 0, cache: 0}")
+    rows.append(LAYERS_HEAD.rstrip("\n"))
+    parts = {"prefill": model.q_heads, "cache": model.kv_heads, "decode": model.kv_heads}
+    words = _flow({part: f"full*{n}" if n > 1 else "full" for part, n in parts.items()})
+    without = set(linear_layers(config))
+    for index, window in enumerate(windows(config)):
+        note = ""
+        if index in without:
+            note = "  # no attention: all stays full"
+        elif window is not None:
+            note = f"  # a window of {window} tokens of its own: cache and decode stay full"
+        rows.append(f"  {index}: {words}{note}")
+    return "\n".join(rows) + "\n"
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """A kind and its parameters; `?` stands for one that has no default."""
+    given = {each.name: "?" if each.default is MISSING else each.default for each in fields(cls)}
+    return {"kind": cls.kind, **given}
+
+
+def _flow(values: dict[str, Any]) -> str:
+    """A mapping on one line of YAML."""
+    return yaml.safe_dump(
+        values, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
+    ).strip()
