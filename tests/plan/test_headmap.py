@@ -1,7 +1,9 @@
 """The head map shows every layer and word, in 80 columns, and its picture is whole or absent."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import combinations
 
+import numpy as np
 import pytest
 
 from hfsparse.patterns import PATTERNS
@@ -52,15 +54,35 @@ def test_a_choice_that_is_read_again_is_said():
     assert "reuse: pages chosen by the last layer before that chooses\n" in told
 
 
+@dataclass(frozen=True)
+class Named:
+    """A kind that a plan may name, with a parameter that is no number."""
+
+    file: str = "channels.safetensors"
+    share: float = 0.25
+    kind = "named"
+
+
+def test_a_parameter_that_is_text_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setitem(SELECTORS, "named", Named)
+    plan = plan_of(2, 4, 2)
+    row = replace(plan.layers[1], decode=("ring", "own"))
+    plan = replace(plan, patterns={**NAMED, "own": Named()}, layers=(plan.layers[0], row))
+    assert "named: file channels.safetensors, share 0.25\n" in headmap.text(plan).plain
+    headmap.png(plan, tmp_path / "heads.png")
+
+
 def test_a_small_plan_reads_as_written_here():
     numbers = {2048: {"pair_density": 0.4, "recall": 0.97}, 512: {"pair_density": 1.0}}
     plan = plan_of(
         3, 6, 3, below=Below(prefill=512), expected=numbers, made={"method": "minference"}
     )
     plan.made["verified"] = {"told": "1.5 % of 64 answers lost"}
-    first, identity, *rest = headmap.text(plan).plain.splitlines()
+    first, identity, method, *rest = headmap.text(plan).plain.splitlines()
     assert first == "LlamaForCausalLM  3 layers, 6 q heads, 3 kv heads, head dim 64"
-    assert identity == f"{plan.hash()[:19]}  method minference"
+    marks = plan.hash()[:19], plan.model.fingerprint
+    assert identity == "plan hash {}, model fingerprint {}".format(*marks)
+    assert method == "method minference"
     assert (
         "\n".join(rest)
         == """
@@ -104,7 +126,7 @@ def test_the_map_shows_every_head_of_every_layer_in_80_columns(shape):
     plan = plan_of(*shape)
     text = headmap.text(plan).plain
     marks = dict(full="#", stream="S", grow="G", vs="V", blocks="B", quest="Q", ring="o")
-    table = text[: text.index(headmap.legend(plan).plain)].splitlines()[3:]
+    table = text[: text.index(headmap.legend(plan).plain)].partition("\n\n")[2].splitlines()
     assert max(map(len, table)) <= 80
     labels = [int(line.split()[0]) for line in table if line[:7].strip().isdigit()]
     times = len(labels) // len(plan.layers)  # one, two or three tables, as the heads need
@@ -174,6 +196,92 @@ def test_colour_marks_the_same_heads_as_the_letters():
     row = text.plain.index("    0  ") + 7
     styles = {text.plain[span.start]: span.style for span in text.spans if row <= span.start}
     assert styles["S"] != styles["V"] != styles["#"]
+
+
+# What is left of linear red, green and blue (Machado et al. 2009, complete loss).
+EYES = {
+    "grey": [[0.2126, 0.7152, 0.0722]] * 3,
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+
+
+def lab(colour, eye=None):
+    """CIELAB of an sRGB colour, as an eye sees it."""
+    rgb = np.array(colour)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    if eye is not None:
+        linear = (np.array(EYES[eye]) @ linear).clip(0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def every_kind(count):
+    """A plan with `count` words of each kind that has parameters, from few keys to many."""
+    parts = [(i + 1) / count for i in range(count)]
+    named = {
+        "streaming": lambda part: {"recent": int(2000 * part)},
+        "vertical_slash": lambda part: {"columns": int(1500 * part), "diagonals": 100},
+        "block_topk": lambda part: {"share": part, "min_blocks": 1},
+        "antidiagonal": lambda part: {"max_share": part},
+        "quest": lambda part: {"share": part},
+    }
+    known = {**PATTERNS, **SELECTORS}
+    words = {f"{k}{i}": known[k](**of(p)) for k, of in named.items() for i, p in enumerate(parts)}
+    return replace(plan_of(2, 4, 2), patterns={**words, "reuse": known["reuse"]()})
+
+
+@pytest.mark.parametrize("eye", EYES)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_no_two_entries_of_the_legend_look_alike_to_any_eye(count, eye):
+    """Alike: the same mark, and closer than 6 of CIELAB's units (2 are just seen)."""
+    for one, other in combinations(headmap.looks_of(every_kind(count)).values(), 2):
+        far = np.linalg.norm(lab(one.colour, eye) - lab(other.colour, eye))
+        assert far >= 6 or one.mark != other.mark
+
+
+def test_kinds_have_hues_and_marks_of_their_own():
+    """All but full and streaming, which are grey and blue and have no mark, by the mark alone."""
+    looks = headmap.looks_of(every_kind(3))
+    kinds = [looks[f"{kind}1"] for kind in ("streaming", "vertical_slash", "block_topk", "quest")]
+    kinds += [looks["antidiagonal1"], looks["reuse"], looks["full"]]
+    for one, other in combinations(kinds, 2):
+        hues = lab(one.colour)[1:], lab(other.colour)[1:]
+        assert np.linalg.norm(hues[0] - hues[1]) > 15
+    marks = [str(look.mark) for look in kinds]
+    assert len({*marks}) == len(kinds) - 1
+
+
+def test_the_more_a_word_keeps_the_darker_it_is_in_colour_and_in_grey():
+    looks = headmap.looks_of(every_kind(6))
+    for kind in ("streaming", "vertical_slash", "block_topk", "antidiagonal", "quest"):
+        shades = [lab(looks[f"{kind}{i}"].colour, "grey")[0] for i in range(6)]
+        assert (np.diff(shades) < -6).all()
+        assert shades[-1] > lab(looks["full"].colour)[0] + 10
+    assert all(abs(lab(x.colour)[0] - x.lightness) < 0.5 for x in looks.values())
+
+
+def test_an_ink_shows_on_every_shade():
+    for look in headmap.looks_of(every_kind(8)).values():
+        ink = {"black": 0, "white": 100}[look.ink]
+        assert abs(look.lightness - ink) > 35
+
+
+def test_a_kind_that_nobody_gave_a_look_has_one(monkeypatch):
+    monkeypatch.setitem(SELECTORS, "named", Named)
+    plan = replace(plan_of(2, 4, 2), patterns={**NAMED, "own": Named(), "own2": Named(share=0.9)})
+    looks = headmap.looks_of(plan)
+    assert looks["own2"].lightness < looks["own"].lightness
+    assert str(looks["own"].mark) not in {str(looks[word].mark) for word in NAMED}
 
 
 def test_the_picture_is_a_png_with_three_panels(tmp_path):
