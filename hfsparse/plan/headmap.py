@@ -30,11 +30,11 @@ PARTS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
 GREYS = "bright_black", "white"  # of full and ring in the terminal
 # Inches: a head; a row and a column of the legend, and what is free round it; a picture, at least.
-CELL, ROW, COLUMN, MARGIN, WIDE = 0.14, 0.17, 2.5, 0.2, 8
+CELL, ROW, COLUMN, MARGIN, WIDE = 0.14, 0.17, 2.9, 0.2, 9
 TITLES = {
-    "prefill": "prefill: read of a prompt",
-    "cache": "cache: kept",
-    "decode": "decode: read for a new token",
+    "prefill": "prefill:\na prompt reads",
+    "cache": "cache:\nis kept",
+    "decode": "decode:\na new token reads",
 }
 LENGTH = 4096  # tokens of the prompts by which a picture orders patterns, at most
 
@@ -79,7 +79,7 @@ def png(plan: Plan, file: str | os.PathLike) -> None:
     from matplotlib.ticker import MaxNLocator
 
     heads = [len(getattr(plan.layers[0], part)) for part in PARTS]
-    shown = [max(n, 5) for n in heads]
+    shown = [max(n, 9) for n in heads]
     width, height = max(2 + CELL * sum(shown), WIDE), 1.1 + CELL * len(plan.layers)
     columns = _columns(_kinds(plan), int((width - MARGIN) // COLUMN))
     below = MARGIN + ROW * max(sum(len(words) + 1.5 for words in each.values()) for each in columns)
@@ -89,7 +89,7 @@ def png(plan: Plan, file: str | os.PathLike) -> None:
     looks = looks_of(plan)
     for axis, (part, unit) in zip(axes, PARTS.items(), strict=True):
         _draw_part(axis, plan, part, looks)
-        axis.set_title(TITLES[part], fontsize=9)
+        axis.set_title(TITLES[part], fontsize=8)
         axis.set_xlabel(unit, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -185,7 +185,7 @@ def _draw_legend(
                 axis.add_patch(Rectangle((x, y - CELL / 2), CELL, CELL, color=looks[word].colour))
                 _draw_mark(axis, [x + CELL / 2], [y], looks[word])
                 held = plan.patterns.get(word)
-                text = shorten(f"{word}: {_parameters(held) if held else 'every key'}", 60)
+                text = shorten(f"{word}: {_parameters(held) if held else 'every key'}", 52)
                 axis.text(x + 1.4 * CELL, y, text, fontsize=7, va="center")
                 y += ROW
             y += ROW / 2
