@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,16 @@ from hypothesis import settings
 
 # Before torch is imported: its threads and other processes slow each other down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+for name, folder in {"hfsparse": "hfsparse", "hfsparse_eval": "eval"}.items():
+    if spec := find_spec(name):
+        found = Path(spec.origin).resolve().parent
+        if found != (ROOT / folder).resolve():
+            raise pytest.UsageError(
+                f"these tests are of {ROOT / folder}, but {name} would be imported from {found}: "
+                "install this tree (make venv) and run .venv/bin/python -m pytest of its own"
+            )
 
 # The same examples every time, however slow the machine; look for new ones with
 # `pytest --hypothesis-profile=explore`.
@@ -23,7 +34,7 @@ def smollm2() -> Path:
     from hfsparse_eval.smollm2 import build
 
     ready = os.environ.get("HFSPARSE_SMOLLM2")
-    folder = Path(ready) if ready else Path(__file__).parents[1] / ".cache" / "smollm2"
+    folder = Path(ready) if ready else ROOT / ".cache" / "smollm2"
     build(folder)
     return folder
 

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
-from importlib import metadata
+from importlib import metadata, resources
 from typing import Any
 
 from hfsparse.errors import Error, first_line
@@ -22,11 +22,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4")
 TESTED = ("4.57.6", "5.0.0", "5.17.0", "5.24.0")  # of transformers
 SUPPORTED = "4.57", "6"  # from, and below
 VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-# Model types of the tests; docs/support.md in the repository says what each can do.
-FAMILIES = tuple(
-    "llama qwen2 qwen3 mistral gemma3_text qwen3_moe gemma2 phi3 glm4 gpt_oss olmo2 olmo3 granite "
-    "smollm3 cohere2 qwen3_next lfm2 llava qwen2_5_vl gemma3".split()
-)
+# Model types of the tests, which write this file; docs/support.md says what each can do.
+FAMILIES = tuple(resources.files("hfsparse.cli").joinpath("families.txt").read_text().split())
 NEEDS = {  # what a kernel may be asked for: (block or page lists, softcap or sink logits)
     "whole rows": (False, False),
     "lists": (True, False),

@@ -1,4 +1,4 @@
-"""docs/support.json, what each cell came to, and docs/support.md, the page made of it."""
+"""What each cell came to, docs/support.json, and what is made of it: docs/support.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).parents[2] / "docs" / "support.json"
+NAMES = Path(__file__).parents[2] / "hfsparse" / "cli" / "families.txt"  # model types
+UNTESTED = "untested"
 SIGNS = {"pass": "✓", "refused": "R", "stock": "–", "": " "}
 
 
@@ -20,20 +22,32 @@ def known(version: str, family: str, way: str) -> str | None:
     """What a cell came to, if this version is in the table at all."""
     if version not in load():
         return None
-    return load()[version].get(family, {}).get(way, ["untested"])[0]
+    return load()[version].get(family, {}).get(way, [UNTESTED])[0]
 
 
 def write(version: str, cells: list) -> None:
-    """Put one version's cells (family, way, outcome, reason) into the table and the page."""
-    from tests.support.models import FAMILIES, REFUSED
+    """Put cells (family, way, outcome, reason) of one version into the table and its page.
+
+    What was not run stays as it was, unless its row or its way is gone; UNTESTED takes a cell out.
+    The families that `hfsparse doctor` names are written, too.
+    """
+    from tests.support.models import FAMILIES, REFUSED, tiny
     from tests.support.ways import WAYS
 
-    table = {**load(), version: {}}
     families, ways = [*FAMILIES, *REFUSED], [*WAYS, "patch"]
-    for family, way, outcome, reason in sorted(
-        cells, key=lambda cell: (families.index(cell[0]), ways.index(cell[1]))
-    ):
-        table[version].setdefault(family, {})[way] = [outcome, reason]
+    table = load()
+    found = table.get(version, {})
+    for family, way, outcome, reason in cells:
+        found.setdefault(family, {})[way] = [outcome, reason]
+    table[version] = {
+        family: {
+            way: found[family][way]
+            for way in ways
+            if found[family].get(way, [UNTESTED])[0] != UNTESTED
+        }
+        for family in families
+        if family in found
+    }
     ordered = dict(sorted(table.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
     TABLE.parent.mkdir(exist_ok=True)
     rows = ",\n".join(
@@ -45,6 +59,8 @@ def write(version: str, cells: list) -> None:
     TABLE.write_text(f"{{\n{rows}\n}}\n")
     load.cache_clear()
     TABLE.with_suffix(".md").write_text(render())
+    kinds = dict.fromkeys(tiny(family).config.model_type for family in FAMILIES)
+    NAMES.write_text("".join(f"{kind}\n" for kind in kinds))
 
 
 def render() -> str:
