@@ -1,6 +1,6 @@
 # make test          lint, format check, every test      make demo   the main job on a real model
 # make test-oldest   families and ways on the oldest transformers that is supported
-# make test-matrix   the same on each tested version; writes docs/support.md
+# make test-matrix   the same on each tested version; writes docs/support.md (K=phi3: of one family)
 # make test-gpu      kernels and patched models on a CUDA device, with the packages of PYTHON
 # make docs          docs/ as a site in build/docs; a broken link or anchor is an error
 # All others set up what they need on first use: .venv (packages; those of tests only where tests
@@ -21,7 +21,7 @@ WITH_4.57.6 := huggingface_hub==0.36.2 tokenizers==0.22.2
 WITH_5.0.0  := huggingface_hub==1.33.0 tokenizers==0.22.2 $(HTTP)
 WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
 SIDE   := .cache/transformers-
-MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup tests/support
+MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(K),-k "$(K)") tests/support
 
 .PHONY: test test-oldest test-matrix test-gpu lint docs demo venv model clean
 

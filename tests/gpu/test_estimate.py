@@ -10,10 +10,10 @@ from hfsparse.kernels.triton import estimate as triton_estimate
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
-from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, causal, compiled, near, on_gpu, rounding
+from tests.patterns.matrix import SETTINGS
 
-PATTERNS = (VerticalSlash(45, 130), BlockTopK(0.25, 2), Antidiagonal(0.6), Antidiagonal(0.9, 0.2))
+PATTERNS = [pattern for pattern in SETTINGS.values() if type(pattern) in triton_estimate.FUSED]
 SHORT = dict(past=45, rows="left_padded")
 CASES = {
     **{f"heads_of_{dim}": dict(length=2000, dim=dim) for dim in (64, 80, 96, 128, 256)},

@@ -1,5 +1,7 @@
 """One row a pattern and a selector: settings worth testing, and the plain mask a pattern means.
 
+To add a pattern's row, write its oracle and put `@row(kind, settings, everything=…)` on it.
+
 An oracle sees one row and one head, without padding: q `[Q, D]`, k `[S, D]`, queries at positions
 `S - Q ..`. It answers two boolean `[Q, S]` masks in double precision, written from the definition:
 the pairs that must be kept and those that may be. They differ only where scores tie to 1e-5, which
@@ -8,6 +10,7 @@ float32 can't tell apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -16,10 +19,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE, BlockLists
-from hfsparse.patterns.antidiagonal import Antidiagonal
-from hfsparse.patterns.block_topk import BlockTopK
-from hfsparse.patterns.streaming import Streaming
-from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.patterns import PATTERNS
 from hfsparse.selectors.quest import Quest
 from tests.helpers import Batch
 
@@ -43,7 +43,48 @@ def positions(q, k) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(k) - len(q), len(k))[:, None], np.arange(len(k))[None]
 
 
-def streaming(pattern: Streaming, q, k, block: int, scale: float) -> Masks:
+@dataclass(frozen=True)
+class Row:
+    """Settings by name, those that keep every causal pair of up to 2,000 tokens, and the oracle."""
+
+    settings: dict[str, object]
+    everything: dict[str, object]
+    oracle: Callable[..., Masks]
+
+
+PATTERN_ROWS: dict[str, Row] = {}
+
+
+def row(kind: str, settings: dict[str, dict], everything: dict[str, dict]):
+    """Make an oracle the row of a pattern: parameters by name, "" for the kind's own."""
+
+    def named(parameters: dict[str, dict]) -> dict[str, object]:
+        return {
+            f"{kind}_{name}" if name else kind: PATTERNS[kind](**given)
+            for name, given in parameters.items()
+        }
+
+    def add(oracle):
+        PATTERN_ROWS[kind] = Row(named(settings), named(everything), oracle)
+        return oracle
+
+    return add
+
+
+@row(
+    "streaming",
+    {
+        "": dict(sink=8, recent=40),
+        "growing": dict(sink=5, recent=20, recent_per_token=0.3),
+        "without_sink": dict(sink=0, recent=1),
+    },
+    everything={
+        "": dict(sink=0, recent=2000),
+        "all_sink": dict(sink=2000, recent=1),
+        "growing": dict(sink=0, recent=1, recent_per_token=1.0),
+    },
+)
+def streaming(pattern, q, k, block: int, scale: float) -> Masks:
     kept = np.zeros((len(q), len(k)), bool)
     rate = round(pattern.recent_per_token * 65536)  # rates are held in 1/65536
     for i, query in enumerate(range(len(k) - len(q), len(k))):
@@ -53,7 +94,12 @@ def streaming(pattern: Streaming, q, k, block: int, scale: float) -> Masks:
     return kept, kept
 
 
-def vertical_slash(pattern: VerticalSlash, q, k, block: int, scale: float) -> Masks:
+@row(
+    "vertical_slash",
+    {"": dict(columns=45, diagonals=130), "few": dict(columns=7, diagonals=1)},
+    everything={"": dict(columns=1, diagonals=2000), "columns": dict(columns=2000, diagonals=1)},
+)
+def vertical_slash(pattern, q, k, block: int, scale: float) -> Masks:
     query, key = positions(q, k)
     logits = np.where(key <= query, q @ k.T * scale, -np.inf)[-64:]
     weight = np.exp(logits - logits.max(1, keepdims=True))
@@ -74,7 +120,12 @@ def vertical_slash(pattern: VerticalSlash, q, k, block: int, scale: float) -> Ma
     return masks[0], masks[1]
 
 
-def block_topk(pattern: BlockTopK, q, k, block: int, scale: float) -> Masks:
+@row(
+    "block_topk",
+    {"": dict(share=0.25, min_blocks=2), "one": dict(share=0.01, min_blocks=1)},
+    everything={"": dict(share=1.0, min_blocks=1), "min": dict(share=0.01, min_blocks=2000)},
+)
+def block_topk(pattern, q, k, block: int, scale: float) -> Masks:
     query, key = positions(q, k)
     key_means = np.stack([k[j : j + block].mean(0) for j in range(0, len(k), block)])
     masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
@@ -92,7 +143,12 @@ def block_topk(pattern: BlockTopK, q, k, block: int, scale: float) -> Masks:
     return masks[0] & (key <= query), masks[1] & (key <= query)
 
 
-def antidiagonal(pattern: Antidiagonal, q, k, block: int, scale: float) -> Masks:
+@row(
+    "antidiagonal",
+    {"": dict(tau=0.6, max_share=1.0), "cut": dict(tau=0.9, max_share=0.2)},
+    everything={"": dict(tau=1.0, max_share=1.0)},
+)
+def antidiagonal(pattern, q, k, block: int, scale: float) -> Masks:
     query, key = positions(q, k)
     mass = antidiagonal_mass(q, k, block, scale)
     masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
@@ -130,47 +186,6 @@ def antidiagonal_mass(q, k, block: int, scale: float) -> np.ndarray:
         weight = np.exp(logits - logits.max())
         np.add.at(mass[n // block], np.arange(len(logits)) * 16 // block, weight / weight.sum())
     return mass
-
-
-@dataclass(frozen=True)
-class Row:
-    """Settings by name, and the oracle that they are all held against."""
-
-    settings: dict[str, object]
-    oracle: object
-
-
-PATTERN_ROWS = {
-    "streaming": Row(
-        {
-            "streaming": Streaming(sink=8, recent=40),
-            "streaming_growing": Streaming(sink=5, recent=20, recent_per_token=0.3),
-            "streaming_without_sink": Streaming(sink=0, recent=1),
-        },
-        streaming,
-    ),
-    "vertical_slash": Row(
-        {
-            "vertical_slash": VerticalSlash(columns=45, diagonals=130),
-            "vertical_slash_few": VerticalSlash(columns=7, diagonals=1),
-        },
-        vertical_slash,
-    ),
-    "block_topk": Row(
-        {
-            "block_topk": BlockTopK(share=0.25, min_blocks=2),
-            "block_topk_one": BlockTopK(share=0.01, min_blocks=1),
-        },
-        block_topk,
-    ),
-    "antidiagonal": Row(
-        {
-            "antidiagonal": Antidiagonal(tau=0.6, max_share=1.0),
-            "antidiagonal_cut": Antidiagonal(tau=0.9, max_share=0.2),
-        },
-        antidiagonal,
-    ),
-}
 
 
 def largest_share(scores: np.ndarray) -> np.ndarray:
@@ -238,17 +253,13 @@ def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1
     return surely[0], perhaps[1]
 
 
-SETTINGS = {name: p for row in PATTERN_ROWS.values() for name, p in row.settings.items()}
-EVERYTHING = {  # settings of each pattern that keep every causal pair of up to 2,000 tokens
-    "streaming": Streaming(sink=0, recent=2000),
-    "streaming_all_sink": Streaming(sink=2000, recent=1),
-    "streaming_growing": Streaming(sink=0, recent=1, recent_per_token=1.0),
-    "vertical_slash": VerticalSlash(columns=1, diagonals=2000),
-    "vertical_slash_columns": VerticalSlash(columns=2000, diagonals=1),
-    "block_topk": BlockTopK(share=1.0, min_blocks=1),
-    "block_topk_min": BlockTopK(share=0.01, min_blocks=2000),
-    "antidiagonal": Antidiagonal(tau=1.0, max_share=1.0),
-}
+SETTINGS = {name: p for each in PATTERN_ROWS.values() for name, p in each.settings.items()}
+EVERYTHING = {name: p for each in PATTERN_ROWS.values() for name, p in each.everything.items()}
+
+# Kinds that stay what they are: choices of `balanced`, and chosen by Triton on a GPU. A new pattern
+# need be neither.
+CANDIDATES = ("streaming", "vertical_slash", "block_topk", "antidiagonal")
+FUSED = ("vertical_slash", "block_topk", "antidiagonal")
 
 
 def oracle_masks(name: str, q, k, block: int, scale: float) -> Masks:

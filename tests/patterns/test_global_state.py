@@ -18,7 +18,7 @@ from hfsparse.precision import exact
 from tests.helpers import Batch, batch, close
 from tests.kernels.interpreter import interpreter
 from tests.kernels.stores import one
-from tests.patterns.matrix import SELECTOR_ROWS, SETTINGS, heads, mixed
+from tests.patterns.matrix import FUSED, SELECTOR_ROWS, SETTINGS, heads, mixed
 from tests.selectors.test_quest import rows
 from tests.worlds import coarse_products, default_dtype, deterministic
 
@@ -159,9 +159,6 @@ def test_dense_attention_keeps_the_values_dtype(state):
 def test_the_table_of_places_is_the_same(same, state):
     k = torch.zeros(2, 3, 128, 16)
     same(state, lambda: one(k, k).cells)
-
-
-FUSED = ("vertical_slash", "block_topk", "antidiagonal")
 
 
 @pytest.mark.parametrize("state", ["bfloat16_by_default", "meta_by_default", "autocast"])

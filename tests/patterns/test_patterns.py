@@ -42,12 +42,15 @@ def made(shape, **more):
 
 
 def test_every_pattern_and_selector_has_a_row_in_the_matrix():
+    missing = set(PATTERNS) - set(PATTERN_ROWS)
+    assert not missing, f"write a row of {missing} in tests/patterns/matrix.py"
     assert set(PATTERN_ROWS) == set(PATTERNS)
     assert set(SELECTOR_ROWS) == set(SELECTORS)
     for kind, row in PATTERN_ROWS.items():
         assert row.settings
         assert {setting.kind for setting in row.settings.values()} == {kind}
-    assert {setting.kind for setting in EVERYTHING.values()} == set(PATTERNS)
+        assert row.everything
+        assert {setting.kind for setting in row.everything.values()} == {kind}
 
 
 @pytest.mark.parametrize("shape", list(shapes()))

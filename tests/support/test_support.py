@@ -101,12 +101,13 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_what_was_not_run_stays_in_the_table(copied):
-    before, page = copied.TABLE.read_text(), copied.TABLE.with_suffix(".md")
+    before, names = copied.TABLE.read_text(), copied.NAMES.read_text()
+    page = copied.TABLE.with_suffix(".md")
     version = next(iter(copied.load()))
     copied.write(version, [])
     assert copied.TABLE.read_text() == before
     assert page.read_text() == TABLE.with_suffix(".md").read_text()
-    assert copied.NAMES.read_text() == table.NAMES.read_text()
+    assert copied.NAMES.read_text() == names
     copied.write(version, [("phi3", "beams", "refused", "no beams"), ("llama", "greedy", *GONE)])
     found, old = copied.load(), json.loads(before)
     assert found[version]["phi3"].pop("beams") == ["refused", "no beams"]
