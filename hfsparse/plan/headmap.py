@@ -6,37 +6,22 @@ png(plan, "heads.png")        three panels: prefill, cache, decode
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain, zip_longest
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from hfsparse import writing
-from hfsparse.plan.colours import FULL, Look, hue_of, looks, share_kept
+from hfsparse.plan.colours import FULL, RING, hue_of
+from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
+from hfsparse.plan.words import describe
 from hfsparse.stats import FREE
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+__all__ = ["legend", "png", "text", "write_png"]
 
-RING = "ring"
-PARTS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
 GREYS = "bright_black", "white"  # of full and ring in the terminal
-# Inches: a head; a row and a column of the legend, and what is free round it; a picture, at least.
-CELL, ROW, COLUMN, MARGIN, WIDE = 0.14, 0.17, 2.9, 0.2, 9
-TITLES = {
-    "prefill": "prefill:\na prompt reads",
-    "cache": "cache:\nis kept",
-    "decode": "decode:\na new token reads",
-}
-LENGTH = 4096  # tokens of the prompts by which a picture orders patterns, at most
 
 
 def text(plan: Plan) -> Text:
@@ -67,128 +52,6 @@ def legend(plan: Plan) -> Text:
         out.append(f"{line}\n")
     out.rstrip()
     return out
-
-
-def png(plan: Plan, file: str | os.PathLike) -> None:
-    """Draw the map as a picture; `file` is written whole or not at all.
-
-    Hue and mark tell a word's kind, darkness the share that it keeps. In decode a ring looks as the
-    streaming pattern that its cache follows.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    heads = [len(getattr(plan.layers[0], part)) for part in PARTS]
-    shown = [max(n, 9) for n in heads]
-    width, height = max(2 + CELL * sum(shown), WIDE), 1.1 + CELL * len(plan.layers)
-    columns = _columns(_kinds(plan), int((width - MARGIN) // COLUMN))
-    below = MARGIN + ROW * max(sum(len(words) + 1.5 for words in each.values()) for each in columns)
-    figure = Figure(figsize=(width, height + below), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=[height, below])
-    axes = top.subplots(1, len(PARTS), sharey=True, width_ratios=shown)
-    looks = looks_of(plan)
-    for axis, (part, unit) in zip(axes, PARTS.items(), strict=True):
-        _draw_part(axis, plan, part, looks)
-        axis.set_title(TITLES[part], fontsize=8)
-        axis.set_xlabel(unit, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("layer", fontsize=8)
-    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    top.suptitle(f"{plan.model.class_name}: the darker, the more is kept", fontsize=10)
-    axis = bottom.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(below, 0))
-    axis.set_axis_off()
-    _draw_legend(axis, plan, columns, looks)
-    write_png(figure, file)
-
-
-def write_png(figure: Figure, file: str | os.PathLike) -> None:
-    """Save a figure whole or not at all."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    writing.replace(file, drawn.getvalue())
-
-
-# ---- the picture
-
-
-def _kinds(plan: Plan) -> dict[str, list[str]]:
-    """The words of each kind, `full` first."""
-    kinds = {FULL: [FULL]}
-    for word, pattern in plan.patterns.items():
-        kinds.setdefault(pattern.kind, []).append(word)
-    return kinds
-
-
-def looks_of(plan: Plan) -> dict[str, Look]:
-    """The look of each word but `ring`."""
-    length = min(max(plan.expected, default=LENGTH), LENGTH)
-    kept = {word: share_kept(pattern, length) for word, pattern in plan.patterns.items()}
-    kinds = _kinds(plan).items()
-    return looks({kind: {word: kept.get(word, 1.0) for word in words} for kind, words in kinds})
-
-
-def _draw_part(axis: Axes, plan: Plan, part: str, looks: dict[str, Look]) -> None:
-    """A part of the plan, a row a layer and a cell a head; groups of q heads stand apart."""
-    rows = [getattr(layer, part) for layer in plan.layers]
-    if part == "decode":
-        rows = [
-            [kept if word == RING else word for word, kept in zip(row, layer.cache, strict=True)]
-            for row, layer in zip(rows, plan.layers, strict=True)
-        ]
-    colours = [[looks[word].colour for word in row] for row in rows]
-    axis.imshow(colours, aspect="auto", interpolation="nearest")
-    for word in dict.fromkeys(chain.from_iterable(rows)):
-        y, x = zip(*_places(rows, word), strict=True)
-        _draw_mark(axis, x, y, looks[word])
-    group = plan.model.q_heads // plan.model.kv_heads if part == "prefill" else 1
-    for x in range(group, len(rows[0]), group):
-        axis.axvline(x - 0.5, color="white", linewidth=1)
-
-
-def _places(rows: Sequence[Sequence[str]], word: str) -> Iterator[tuple[int, int]]:
-    """Row and column of each cell that holds a word."""
-    return ((y, x) for y, row in enumerate(rows) for x, each in enumerate(row) if each == word)
-
-
-def _draw_mark(axis: Axes, x: Sequence[float], y: Sequence[float], look: Look) -> None:
-    if look.mark is not None:
-        axis.scatter(x, y, s=12, marker=look.mark, c=look.ink, linewidths=1)
-
-
-def _columns(kinds: dict[str, list[str]], most: int) -> list[dict[str, list[str]]]:
-    """The legend's columns, at most so many: whole kinds in their order, as low as can be."""
-    tall = max(map(len, kinds.values()))
-    while True:
-        columns: list[dict[str, list[str]]] = [{}]
-        for kind, words in kinds.items():
-            if sum(len(each) + 1.5 for each in columns[-1].values()) + len(words) > tall:
-                columns.append({})
-            columns[-1][kind] = words
-        if len(columns) <= most:
-            return columns
-        tall += 1
-
-
-def _draw_legend(
-    axis: Axes, plan: Plan, columns: list[dict[str, list[str]]], looks: dict[str, Look]
-) -> None:
-    """The kinds, and below each its words, dark to light; in inches from the upper left."""
-    from matplotlib.patches import Rectangle
-
-    for number, kinds in enumerate(columns):
-        x, y = MARGIN + number * COLUMN, ROW / 2
-        for kind, words in kinds.items():
-            axis.text(x, y, kind, weight="bold", fontsize=8, va="center")
-            y += ROW
-            for word in sorted(words, key=lambda word: looks[word].lightness):
-                axis.add_patch(Rectangle((x, y - CELL / 2), CELL, CELL, color=looks[word].colour))
-                _draw_mark(axis, [x + CELL / 2], [y], looks[word])
-                held = plan.patterns.get(word)
-                text = shorten(f"{word}: {_parameters(held) if held else 'every key'}", 52)
-                axis.text(x + 1.4 * CELL, y, text, fontsize=7, va="center")
-                y += ROW
-            y += ROW / 2
 
 
 # ---- the map
@@ -257,21 +120,8 @@ def _table(plan: Plan, parts: list[str], marks: dict[str, str], styles: dict[str
 def _meaning(plan: Plan, word: str) -> str:
     """What a word stands for: every key, a ring's, or its pattern's kind and parameters."""
     if word in plan.patterns:
-        return f"{plan.patterns[word].kind}: {_parameters(plan.patterns[word])}"
+        return f"{plan.patterns[word].kind}: {describe(plan.patterns[word])}"
     return {FULL: "every key", RING: "the keys its ring cache holds"}[word]
-
-
-def _parameters(pattern: Any) -> str:
-    """A pattern's parameters, less what is off by default."""
-    shown = {f.name: getattr(pattern, f.name) for f in fields(pattern)}
-    off = [f.name for f in fields(pattern) if not shown[f.name] and not f.default]
-    told = [f"{name} {_value(value)}" for name, value in shown.items() if name not in off]
-    return ", ".join(told) or "pages chosen by the last layer before that chooses"
-
-
-def _value(value: Any) -> str:
-    """A parameter as a legend shows it: numbers short, all else as it is."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _share(plan: Plan, part: str, word: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hfsparse.patterns import PATTERNS
-from hfsparse.plan import Below, Layer, ModelId, Plan, headmap
+from hfsparse.plan import Below, Layer, ModelId, Plan, headmap, picture
 from hfsparse.selectors import SELECTORS
 
 NAMED = {
@@ -244,14 +244,14 @@ def every_kind(count):
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_no_two_entries_of_the_legend_look_alike_to_any_eye(count, eye):
     """Alike: the same mark, and closer than 6 of CIELAB's units (2 are just seen)."""
-    for one, other in combinations(headmap.looks_of(every_kind(count)).values(), 2):
+    for one, other in combinations(picture.looks_of(every_kind(count)).values(), 2):
         far = np.linalg.norm(lab(one.colour, eye) - lab(other.colour, eye))
         assert far >= 6 or one.mark != other.mark
 
 
 def test_kinds_have_hues_and_marks_of_their_own():
     """All but full and streaming, which are grey and blue and have no mark, by the mark alone."""
-    looks = headmap.looks_of(every_kind(3))
+    looks = picture.looks_of(every_kind(3))
     kinds = [looks[f"{kind}1"] for kind in ("streaming", "vertical_slash", "block_topk", "quest")]
     kinds += [looks["antidiagonal1"], looks["reuse"], looks["full"]]
     for one, other in combinations(kinds, 2):
@@ -262,7 +262,7 @@ def test_kinds_have_hues_and_marks_of_their_own():
 
 
 def test_the_more_a_word_keeps_the_darker_it_is_in_colour_and_in_grey():
-    looks = headmap.looks_of(every_kind(6))
+    looks = picture.looks_of(every_kind(6))
     for kind in ("streaming", "vertical_slash", "block_topk", "antidiagonal", "quest"):
         shades = [lab(looks[f"{kind}{i}"].colour, "grey")[0] for i in range(6)]
         assert (np.diff(shades) < -6).all()
@@ -271,7 +271,7 @@ def test_the_more_a_word_keeps_the_darker_it_is_in_colour_and_in_grey():
 
 
 def test_an_ink_shows_on_every_shade():
-    for look in headmap.looks_of(every_kind(8)).values():
+    for look in picture.looks_of(every_kind(8)).values():
         ink = {"black": 0, "white": 100}[look.ink]
         assert abs(look.lightness - ink) > 35
 
@@ -279,7 +279,7 @@ def test_an_ink_shows_on_every_shade():
 def test_a_kind_that_nobody_gave_a_look_has_one(monkeypatch):
     monkeypatch.setitem(SELECTORS, "named", Named)
     plan = replace(plan_of(2, 4, 2), patterns={**NAMED, "own": Named(), "own2": Named(share=0.9)})
-    looks = headmap.looks_of(plan)
+    looks = picture.looks_of(plan)
     assert looks["own2"].lightness < looks["own"].lightness
     assert str(looks["own"].mark) not in {str(looks[word].mark) for word in NAMED}
 
