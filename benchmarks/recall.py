@@ -23,6 +23,7 @@ from torch import Tensor
 import hfsparse
 from hfsparse.lists import Grid
 from hfsparse.models.loading import load
+from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -34,7 +35,7 @@ SKIPS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # nats
 
 
 def arms(length: int) -> dict[str, object]:
-    """Patterns at about the densities that skipping leaves, by row title."""
+    """Patterns at about the densities that skipping leaves, others as they come, by row title."""
     made: dict[str, object] = {}
     for share in (0.05, 0.1, 0.2, 0.35):
         made[f"block_topk share {share:g}"] = BlockTopK(share, min_blocks=2)
@@ -44,7 +45,10 @@ def arms(length: int) -> dict[str, object]:
         made[f"streaming 64+{recent}"] = Streaming(64, recent)
     for tau in (0.8, 0.9, 0.95, 0.98):
         made[f"antidiagonal tau {tau:g}"] = Antidiagonal(tau, max_share=1.0)
-    return made
+    known = {pattern.kind for pattern in made.values()}
+    return made | {
+        f"{kind}, defaults": cls() for kind, cls in PATTERNS.items() if kind not in known
+    }
 
 
 def kept_by_skipping(scores: Tensor, diagonal: int, skip: float) -> Tensor:
