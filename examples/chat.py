@@ -59,5 +59,7 @@ with hfsparse.patch(model, args.plan) as handle:
         messages.append({"role": "assistant", "content": reply})
         said = text + reply
         print(f"you:   {turn}\nmodel: {reply.strip()}")
-        share = handle.stats().cache_share
-        print(f"  ({new.shape[1]} new tokens of {ids.shape[1]}; cache: {share:.0%} of a dense one)")
+        read, share = new.shape[1], handle.stats().cache_share
+        print(
+            f"  (read {read} new tokens, {ids.shape[1]} so far; cache: {share:.0%} of a dense one)"
+        )
