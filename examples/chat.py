@@ -60,6 +60,4 @@ with hfsparse.patch(model, args.plan) as handle:
         said = text + reply
         print(f"you:   {turn}\nmodel: {reply.strip()}")
         read, share = new.shape[1], handle.stats().cache_share
-        print(
-            f"  (read {read} new tokens, {ids.shape[1]} so far; cache: {share:.0%} of a dense one)"
-        )
+        print(f"  (read {read} new tokens, {ids.shape[1]} so far; cache: {share:.0%} of dense)")

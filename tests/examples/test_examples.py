@@ -65,9 +65,7 @@ def test_a_document_is_read_once_for_all_questions(example, tmp_path):
 def test_a_chat_reads_only_what_is_new(example):
     said = example("chat.py", "My name is Ada.", "I live in a house by the sea.", "Who am I?")
     assert said.count("you: ") == said.count("model: ") == 3
-    counts = re.findall(
-        r"\(read (\d+) new tokens, (\d+) so far; cache: \d+% of a dense one\)", said
-    )
+    counts = re.findall(r"\(read (\d+) new tokens, (\d+) so far; cache: \d+% of dense\)", said)
     turns = [(int(new), int(whole)) for new, whole in counts]
     assert len(turns) == 3
     for (_, before), (new, after) in pairwise(turns):
