@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -28,7 +29,7 @@ def new(model: Model, output: Output) -> None:
 
     text = template(load_config(model))
     try:
-        write_whole(reading.local(output), text.encode())
+        write_whole(os.path.realpath(reading.local(output)), text.encode())
     except (OSError, ValueError) as error:
         why = reading.why(error)
         raise UsageError(f"{output}: can't write it: {why}. Give another path") from error

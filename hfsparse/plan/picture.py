@@ -12,10 +12,11 @@ from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from hfsparse import writing
 from hfsparse.plan.colours import FULL, RING, Look, looks, share_kept
+from hfsparse.plan.files import write_whole
 from hfsparse.plan.plan import Plan
 from hfsparse.plan.words import describe
+from hfsparse.reading import local
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def write_png(figure: Figure, file: str | os.PathLike) -> None:
     """Save a figure whole or not at all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    writing.replace(file, drawn.getvalue())
+    write_whole(os.path.realpath(local(file)), drawn.getvalue())
 
 
 def _kinds(plan: Plan) -> dict[str, list[str]]:

@@ -50,8 +50,8 @@ def test_texts_reach_every_user_of_a_template(body):
     assert "?;<assistant>" in made.decode(prompt.ids[0])
 
     ask = Question("Which?", "It is", " 7")
-    assert trials._between(made, ask.question, first=True) == "\n\nWhich?;<assistant>"
-    assert trials._between(made, ask.question, first=False) == ";<user>Which?;<assistant>"
+    assert trials._join_turns(made, ask.question, first=True) == "\n\nWhich?;<assistant>"
+    assert trials._join_turns(made, ask.question, first=False) == ";<user>Which?;<assistant>"
 
     prompter = Prompter(made)
     draft = Draft("Read.", " It was 7. ", "Which?", " It is", ("7",), ((8, 9),), None)
