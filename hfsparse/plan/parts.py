@@ -96,6 +96,22 @@ def parameters(pattern: Any) -> dict[str, Any]:
     return {"kind": pattern.kind, **values, **floats}
 
 
+def describe(pattern: Any) -> str:
+    """A pattern's or selector's parameters, less what is off by default."""
+    shown = {each.name: getattr(pattern, each.name) for each in written_fields(type(pattern))}
+    off = [
+        each.name
+        for each in written_fields(type(pattern))
+        if not shown[each.name] and not each.default
+    ]
+    told = [f"{name} {_short(value)}" for name, value in shown.items() if name not in off]
+    return ", ".join(told) or "pages chosen by the last layer before that chooses"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def key_of(name: str) -> str:
     """The plan's key for a field: `class` can't be a Python name."""
     return "class" if name == "class_name" else name

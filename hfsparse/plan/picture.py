@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hfsparse.plan.colours import FULL, RING, Look, looks, share_kept
 from hfsparse.plan.files import write_whole
 from hfsparse.plan.plan import Plan
-from hfsparse.plan.words import describe
+from hfsparse.plan.parts import describe
 from hfsparse.reading import local
 
 if TYPE_CHECKING:

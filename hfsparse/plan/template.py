@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 import yaml
 
 from hfsparse.models.fingerprint import linear_layers, windows
 from hfsparse.patterns import PATTERNS
-from hfsparse.plan.parts import ModelId
+from hfsparse.plan.parts import ModelId, written_fields
 from hfsparse.plan.plan import Plan
 from hfsparse.selectors import SELECTORS
 
@@ -62,7 +62,9 @@ def template(config: Any) -> str:
 
 def _defaults(cls: type) -> dict[str, Any]:
     """A kind and its parameters; `?` stands for one that has no default."""
-    given = {each.name: "?" if each.default is MISSING else each.default for each in fields(cls)}
+    given = {
+        each.name: "?" if each.default is MISSING else each.default for each in written_fields(cls)
+    }
     return {"kind": cls.kind, **given}
 
 

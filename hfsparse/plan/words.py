@@ -1,11 +1,10 @@
-"""How messages and legends show what a plan says."""
+"""How messages show what a plan says."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
 from collections.abc import Iterable
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -36,15 +35,3 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     known = [str(each)[:64] for each in islice(known, 200)]
     close = difflib.get_close_matches(str(word)[:64], known, 1)
     return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known[:20])}"
-
-
-def describe(pattern: Any) -> str:
-    """A pattern's or selector's parameters, less what is off by default."""
-    shown = {each.name: getattr(pattern, each.name) for each in fields(pattern)}
-    off = [each.name for each in fields(pattern) if not shown[each.name] and not each.default]
-    told = [f"{name} {_short(value)}" for name, value in shown.items() if name not in off]
-    return ", ".join(told) or "pages chosen by the last layer before that chooses"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,6 +1,6 @@
 """The head map shows every layer and word, in 80 columns, and its picture is whole or absent."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -60,6 +60,7 @@ class Named:
 
     file: str = "channels.safetensors"
     share: float = 0.25
+    bound: object = field(default=None, compare=False, repr=False)  # no parameter
     kind = "named"
 
 
