@@ -13,9 +13,9 @@ from itertools import chain, zip_longest
 from rich.text import Text
 
 from hfsparse.plan.colours import FULL, RING, hue_of
+from hfsparse.plan.parts import describe
 from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
-from hfsparse.plan.parts import describe
 from hfsparse.stats import FREE
 
 __all__ = ["legend", "png", "text", "write_png"]

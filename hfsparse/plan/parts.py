@@ -98,12 +98,9 @@ def parameters(pattern: Any) -> dict[str, Any]:
 
 def describe(pattern: Any) -> str:
     """A pattern's or selector's parameters, less what is off by default."""
-    shown = {each.name: getattr(pattern, each.name) for each in written_fields(type(pattern))}
-    off = [
-        each.name
-        for each in written_fields(type(pattern))
-        if not shown[each.name] and not each.default
-    ]
+    every = written_fields(type(pattern))
+    shown = {each.name: getattr(pattern, each.name) for each in every}
+    off = [each.name for each in every if not shown[each.name] and not each.default]
     told = [f"{name} {_short(value)}" for name, value in shown.items() if name not in off]
     return ", ".join(told) or "pages chosen by the last layer before that chooses"
 

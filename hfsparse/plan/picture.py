@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from hfsparse.plan.colours import FULL, RING, Look, looks, share_kept
 from hfsparse.plan.files import write_whole
-from hfsparse.plan.plan import Plan
 from hfsparse.plan.parts import describe
+from hfsparse.plan.plan import Plan
 from hfsparse.reading import local
 
 if TYPE_CHECKING:
