@@ -29,6 +29,7 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.runtime.layer_plan import observed
 
 BLOCK = 128
 SKIPS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # nats
@@ -114,10 +115,7 @@ def main() -> None:
                 totals[name][4:] += torch.tensor([float(found.blocks()), seen])
 
     prompts = make_prompts(tokenizer, given.length, given.prompts, 0, None)
-    with hfsparse.patch(model), torch.inference_mode():
-        for module in model.modules():
-            if hasattr(module, "is_causal") and "_hfsparse" in module.__dict__:
-                module._hfsparse.observe = observe
+    with hfsparse.patch(model), observed(model, observe), torch.inference_mode():
         for prompt in prompts:
             model.get_decoder()(input_ids=prompt.ids.to(model.device), use_cache=False)
     text = report(given, totals)

@@ -22,6 +22,7 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.effects import bind_selector, pages_read
 from hfsparse.profiler.measure.exact import attention
+from hfsparse.runtime.layer_plan import layer_plan_of, observed
 from hfsparse_eval.arms import Arm, Sparse
 from hfsparse_eval.report.pairs import pairs
 from hfsparse_eval.report.render import ALONE, Heading, Part, Table
@@ -70,10 +71,9 @@ def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
     gold = sorted({token for low, high in sample.gold for token in range(low, high)})
     found = [{"mass": 0.0, "kept": 0.0, "lost": []} for _ in plans]
     eyes = [Kept(plan, first) for plan in plans]
-    decoder = model.get_decoder()
 
     def observe(module, q, k, v, logits) -> None:
-        if module._hfsparse.window is not None:
+        if layer_plan_of(module).window is not None:
             return  # the model's own window decides there
         seen = SimpleNamespace(q=q, k=k, logits=logits)
         rows = torch.arange(first, first + len(right), device=q.device)
@@ -96,11 +96,8 @@ def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
                 for head in (whole - kept > LOST).nonzero()[:, 0].tolist()
             ]
 
-    with patch(model):
-        for module in decoder.modules():
-            if module is not decoder and "_hfsparse" in module.__dict__:
-                module._hfsparse.observe = observe
-        decoder(input_ids=ids, use_cache=False)
+    with patch(model), observed(model, observe):
+        model.get_decoder()(input_ids=ids, use_cache=False)
     return found
 
 

@@ -1,7 +1,7 @@
 """Streaming attention with a backward on CUDA: FlexAttention (arXiv 2412.05496) over block masks.
 
-The truth is `reference.prefill` over `Grid.banded(band)`. Compiled once for each length. Bound by
-FLOPs; its speed was not measured.
+The truth is `reference.prefill` over `BlockLists.of(grid, heads, band=band)`. Compiled once for
+each length. Bound by FLOPs; its speed was not measured.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,10 +94,9 @@ class BlockLists:
             join("cut", None) if cut else None,
         )
 
-    def in_order(self, heads: list[int], index: HeadIndex) -> BlockLists:
-        """The same for `heads`, which these lists hold in another order, ascending."""
-        order = sorted(range(len(heads)), key=heads.__getitem__)
-        if order == list(range(len(heads))):
+    def in_order(self, order: Sequence[int], index: HeadIndex) -> BlockLists:
+        """The same with the head at `order[i]` as the i-th."""
+        if all(i == head for i, head in enumerate(order)):
             return self
         at = index(order, self.full_count.device)
         names = "full_count full_index part_count part_index columns covered cut".split()

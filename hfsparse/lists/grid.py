@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hfsparse.lists.blocks import BlockLists
 
 PAGE = 64  # tokens in a decode page
 RATE_ONE = 1 << 16  # `recent_per_token` is held as a fraction of this, so that spans are exact
@@ -84,7 +80,7 @@ class Band:
 FULL = Band()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a grid is itself alone: what lies over it is kept by it
 class Grid:
     """Where the queries and keys of a batch stand.
 
@@ -105,10 +101,6 @@ class Grid:
     # Known without asking the device; True: perhaps.
     padded: bool = True  # rows of other lengths
     past: bool = True  # tokens before the queries
-    # Lists of a band alone, by band and number of heads.
-    _banded: dict[tuple[Band, int], BlockLists] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
 
     @classmethod
     def causal(cls, B: int, S: int, block: int = 32, device="cpu", window: int | None = None):
@@ -185,14 +177,6 @@ class Grid:
             some &= q0 - k1 < self.window
             every &= q1 - k0 < self.window
         return some, some & every
-
-    def banded(self, band: Band, heads: int) -> BlockLists:
-        """Lists of the band alone, made once: they are the same in every layer of a call."""
-        from hfsparse.lists.blocks import BlockLists
-
-        if (band, heads) not in self._banded:
-            self._banded[band, heads] = BlockLists.of(self, heads, band=band)
-        return self._banded[band, heads]
 
     def take(self, rows: Tensor) -> Grid:
         """The grid of some of the batch's rows."""

@@ -19,6 +19,7 @@ from hfsparse.patcher.hooks import after_forward, before_attention, before_forwa
 from hfsparse.patcher.state import State, state_of
 from hfsparse.runtime.attend import attention
 from hfsparse.runtime.call import leave
+from hfsparse.runtime.layer_plan import drop_layer_plan, put_layer_plan
 from hfsparse.runtime.masks import NAME, mask_start
 
 # Not in `install`: a pickled model that was patched may be loaded where none has been.
@@ -43,7 +44,7 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     decoder.config._attn_implementation_internal = NAME
     decoder._hfsparse = state
     for module, layer in zip(modules, state.layers, strict=True):
-        module._hfsparse = layer
+        put_layer_plan(module, layer)
     adopt = _bind(before_attention, decoder, like=before_attention)
     keep = state.hooks.append
     keep(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
@@ -90,7 +91,8 @@ def restore(model: PreTrainedModel, state: State) -> None:
     decoder = model.get_decoder()
     if getattr(decoder.forward, "func", None) is forward:
         del decoder.forward
+    vars(decoder).pop("_hfsparse", None)
     for module in model.modules():
-        module.__dict__.pop("_hfsparse", None)
+        drop_layer_plan(module)
     for name in (*SHADOWS, "_compiled_call", "_cache"):
         model.__dict__.pop(name, None)

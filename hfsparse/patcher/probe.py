@@ -26,8 +26,8 @@ from transformers import logging as transformers_logging
 
 from hfsparse.errors import CacheError, Error
 from hfsparse.models.names import cache_name
-from hfsparse.runtime.call import enter, leave, running, take_layer
-from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.call import enter, leave, running
+from hfsparse.runtime.layer_plan import LayerPlan, layer_plan_of, put_layer_plan
 
 NAME = "hfsparse-probe"
 found: dict[tuple[type, str], str | None] = {}  # what `why_not` answers, by class and config
@@ -80,7 +80,7 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     config._attn_implementation_internal = "eager"
     twin = decoder(config).eval()
     for module, plan in zip(attention_modules(twin), plans, strict=True):
-        module._hfsparse = plan
+        put_layer_plan(module, plan)
         module.config._attn_implementation_internal = NAME
     cache = DynamicCache(config=config)
     layers = cache.layers or [None] * config.num_hidden_layers
@@ -107,7 +107,7 @@ def look(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Stands for attention: raises Unlike where query and key are not what the config says."""
-    plan: LayerPlan = module._hfsparse
+    plan = layer_plan_of(module)
     if attention_mask is not None and attention_mask.ndim != 1:
         raise Unlike(f"it builds attention masks of its own, of {attention_mask.ndim} dimensions")
     says = plan.counts.q_heads, plan.kv_heads
@@ -121,7 +121,7 @@ def look(
             "all tokens" if n is None else f"a window of {n}" for n in (sliding_window, plan.window)
         ]
         raise Unlike(f"layer {plan.index} attends to {words[0]}, where its config says {words[1]}")
-    if (layer := take_layer(running())) is not None:
+    if (layer := running().take_layer()) is not None:
         layer.stored = layer.seen
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 

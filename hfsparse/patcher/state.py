@@ -13,7 +13,7 @@ from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
-from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
 
 
 @dataclass
@@ -69,7 +69,7 @@ class State:
 
 def is_patched(model: Any) -> bool:
     """Whether a patch lies on the model or on a part of it."""
-    return any("_hfsparse" in module.__dict__ for module in model.modules())
+    return bool(layer_plans_of(model))
 
 
 def state_of(model: PreTrainedModel) -> State:

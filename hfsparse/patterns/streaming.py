@@ -38,4 +38,4 @@ class Streaming:
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]`; only positions decide, q and k are not read."""
-        return grid.banded(self.band, q.shape[1])
+        return BlockLists.of(grid, q.shape[1], band=self.band)

@@ -1,4 +1,4 @@
-"""The attention and mask functions that a patched model calls.
+"""The attention that a patched model calls.
 
 `attention` is registered with transformers' AttentionInterface; `attend` does its work. It shifts
 left-padded rows to column 0, appends the new keys to the cache layer, and sends each head's queries
@@ -15,20 +15,22 @@ from hfsparse.errors import PatchError
 from hfsparse.lists import PAGE
 from hfsparse.precision import casts
 from hfsparse.runtime.cache.buffers import autocast
-from hfsparse.runtime.call import Call, running, take_layer
+from hfsparse.runtime.call import call_of, running
 from hfsparse.runtime.decode import _decode, _step, is_step
-from hfsparse.runtime.layer_plan import LayerPlan, Logits
-from hfsparse.runtime.masks import NAME, _refuse, _shift
-from hfsparse.runtime.prefill import _prefill
-from hfsparse.runtime.rows import _on
+from hfsparse.runtime.layer_call import LayerCall
+from hfsparse.runtime.layer_plan import Logits, layer_plan_of
+from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
+from hfsparse.runtime.prefill import prefill
+from hfsparse.runtime.rows import device_guard
 
 
 def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, None]:
     """What is registered: `attend`, or one opaque operator where a step is compiled to be fused."""
-    plan = getattr(module, "_hfsparse", None)
-    if torch.compiler.is_dynamo_compiling() and plan is not None and plan.fusing:
-        more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-        return torch.ops.hfsparse.step(query, key, value, plan.index, *more), None
+    if torch.compiler.is_dynamo_compiling():
+        layer_plan = layer_plan_of(module)
+        if layer_plan is not None and layer_plan.mode.fusing:
+            more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
+            return torch.ops.hfsparse.step(query, key, value, layer_plan.index, *more), None
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -55,53 +57,47 @@ def attend(
         cast = autocast(query, key, value)
         with torch.autocast(kind, enabled=False):
             return attend(module, *cast, attention_mask, *more, **kwargs)
-    plan: LayerPlan | None = getattr(module, "_hfsparse", None)
-    if plan is None:
+    layer_plan = layer_plan_of(module)
+    if layer_plan is None:
         raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
-    (B, _, Q, D), dtype = query.shape, query.dtype
-    _refuse(plan, query, key, attention_mask, dropout, sliding_window, kwargs)
-    call = running()
-    if call is None or call.owner != plan.owner:
-        call = Call()  # the layer runs by itself, as where gradients recompute it
+    refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits, dtype = Logits(scale, softcap, s_aux), query.dtype
+    call = call_of(layer_plan.owner)
     if call.recorded is not None:
-        return _recorded_step(query, key, value, plan.index, scaling, softcap, s_aux), None
-    layer = take_layer(call)
+        return call.recorded(layer_plan.index, query, key, value, logits), None
+    layer = call.take_layer()
     if layer is not None:  # perhaps it was filled under autocast, or before
         k, v = layer.tensors()
         query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
-    logits = Logits(D**-0.5 if scaling is None else scaling, softcap, s_aux)
-    watch = plan.observe and plan.observe(module, query, key, value, logits)
-    starts = None if attention_mask is None else call.starts_of(attention_mask)
-    if layer is None:
-        past, new = [0] * B, [Q - s for s in starts or [0] * B]
-    else:
-        past, new = layer.advance(starts, Q)
-    padded = min(new) < Q
-    if padded:
-        pads = torch.tensor([Q - n for n in new], device=query.device)
-        query, key, value = (_shift(t, pads) for t in (query, key, value))
-    if layer is not None and is_step(layer, Q, layer.seen):
-        need = kernels.Need.of(query, key, value, s_aux, lists=True, block=PAGE)
-        whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
-        step = call.once(_step, tuple(past), tuple(layer.rows), Q, whole).on(query.device)
-        if plan.leads:
-            plan.steps.update(zip(layer.rows, new, strict=True))
-        with _on(query):
-            out = _decode(plan, layer, query, key, value, step, logits)
-    else:
-        with _on(query):
-            out = _prefill(call, plan, layer, query, key, value, past, new, logits)
-    if watch:
-        changed = watch(out)
-        out = out if changed is None else changed
-    if padded:
-        out = _shift(out, -pads)
+    observe = layer_plan.mode.observe
+    watch = observe and observe(module, query, key, value, logits)
+    layer_call = LayerCall(call, layer_plan, layer, attention_mask, query, key, value, logits)
+    few = layer is not None and is_step(layer, query.shape[2], layer.seen)
+    with device_guard(query):
+        out = decode_step(layer_call) if few else prefill(layer_call)
+    changed = watch and watch(out)
+    out = out if changed is None else changed
+    if layer_call.pads is not None:
+        out = shift_rows(out, -layer_call.pads)
     if layer is not None:
         layer.stored = layer.seen
     return out.transpose(1, 2).contiguous().to(dtype), None
+
+
+def decode_step(layer_call: LayerCall) -> Tensor:
+    """A few new tokens behind a past; `[B, Hq, Q, Dv]`."""
+    layer_plan, lengths, logits = layer_call.layer_plan, layer_call.lengths, layer_call.logits
+    q, k, v = layer_call.q, layer_call.k, layer_call.v
+    need = kernels.Need.of(q, k, v, logits.s_aux, lists=True, block=PAGE)
+    whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
+    step = layer_call.call.once(_step, lengths, whole).on(q.device)
+    if layer_plan.leads:
+        layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
+    return _decode(layer_plan, layer_call.layer, q, k, v, step, logits)
 
 
 def _recorded_step(
@@ -113,16 +109,9 @@ def _recorded_step(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """As `attend`, for the step that this thread records; it changes nothing on the host."""
-    step, layers, cut = running().recorded
-    if cut is not None:
-        cut(index)
-    plan, layer = layers[index]
-    logits = Logits(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    step = step.on(query.device)
-    with _on(query):
-        out = _decode(plan, layer, query, key, value, step, logits)
-    return out.transpose(1, 2).contiguous()
+    """As `attend`, in a step that is compiled and recorded."""
+    logits = Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    return running().recorded(index, query, key, value, logits)
 
 
 torch.library.custom_op(

@@ -8,38 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from hfsparse.errors import CacheError
 
-if TYPE_CHECKING:
-    from hfsparse.runtime.cache.layer import Layer
-    from hfsparse.runtime.decode import Step
-    from hfsparse.runtime.layer_plan import LayerPlan
-
-
-def take_layer(call: Call) -> Layer | None:
-    """The layer that the call's last `update` went to, once; None when there is no cache."""
-    layer, call.layer = call.layer, None
-    if layer is None and call.updates:
-        raise CacheError(
-            "attention was called twice for one cache update: this model calls it in a way that "
-            "hfsparse can't follow. Call handle.undo() and run it as it is"
-        )
-    return layer
-
-
 T = TypeVar("T")
-
-
-class Recorded(NamedTuple):
-    """A decode step that is being recorded as a CUDA graph."""
-
-    step: Step
-    layers: dict[int, tuple[LayerPlan, Layer]]  # those that it serves, by index
-    cut: Callable[[int], None] | None = None  # is told before each layer's attention
 
 
 class Call:
@@ -47,23 +23,35 @@ class Call:
 
     def __init__(self, owner: str | None = None, outer: Call | None = None):
         self.owner, self.outer = owner, outer
-        self.layer: Layer | None = None  # of the cache: updated last, and not attended to yet
+        self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.updates = 0  # of the cache's layers
-        self.recorded: Recorded | None = None
-        self.starts: dict[Tensor, list[int]] = {}  # masks `[B]`, and what they hold
+        # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
+        self.recorded: Callable[..., Tensor] | None = None
+        self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B]`, and what they hold
         self._made: dict[tuple, Any] = {}
+
+    def take_layer(self) -> CacheLayerMixin | None:
+        """The layer that the last `update` went to, once; None when there is no cache."""
+        layer, self.layer = self.layer, None
+        if layer is None and self.updates:
+            raise CacheError(
+                "attention was called twice for one cache update: this model calls it in a way "
+                "that hfsparse can't follow. Call handle.undo() and run it as it is"
+            )
+        return layer
 
     def once(self, make: Callable[..., T], *given) -> T:
         """`make(*given)`, made for the first layer that asks."""
         key = make, *given
-        if key not in self._made:
-            self._made[key] = make(*given)
-        return self._made[key]
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make(*given)
+        return made
 
-    def starts_of(self, mask: Tensor) -> list[int]:
+    def starts_of(self, mask: Tensor) -> tuple[int, ...]:
         """The first real column of each row; the device is asked once a call."""
         if mask not in self.starts:
-            self.starts[mask] = mask.tolist()
+            self.starts[mask] = tuple(mask.tolist())
         return self.starts[mask]
 
 
@@ -73,6 +61,13 @@ _running: ContextVar[Call | None] = ContextVar("hfsparse_call", default=None)
 def running() -> Call | None:
     """The innermost call that runs in this thread."""
     return _running.get()
+
+
+def call_of(owner: str) -> Call:
+    """The call of this patch that runs; else one for a layer that runs by itself, as where
+    gradients recompute it."""
+    call = _running.get()
+    return Call() if call is None or call.owner != owner else call
 
 
 def enter(owner: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +9,8 @@ from torch import Tensor
 from hfsparse import kernels
 from hfsparse.lists import BlockLists
 from hfsparse.stats import Work
+
+Table = dict[tuple[int, ...], list[int]]  # by q heads: pairs, blocks
 
 
 class Counts:
@@ -23,8 +23,9 @@ class Counts:
 
     def reset(self) -> None:
         # Prompts, by q head: pairs and blocks; of heads that follow lists the device knows them.
-        self.dense: dict[tuple[int, ...], list[int]] = {}  # what dense attention would compute
-        self.whole: dict[tuple[int, ...], list[int]] = {}  # heads that were computed densely
+        # What dense attention would compute, of heads that were computed so, and by lists.
+        self.whole: Table = {}
+        self.listed: Table = {}
         self.kept = _zeros(2, self.q_heads, dtype=torch.float64)
         self.cut = _zeros(self.q_heads)  # query blocks, by a max_share
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
@@ -32,16 +33,17 @@ class Counts:
         for read in self.read.values():
             read.zero_()  # recorded steps go on adding to it
 
-    def add_whole(self, heads: Iterable[int], work: tuple[int, int]) -> None:
-        """Heads that were computed densely: pairs and blocks of that."""
-        _add(self.whole, heads, work)
-        _add(self.dense, heads, work)
+    @staticmethod
+    def add(table: Table, heads: tuple[int, ...], work: tuple[int, int]) -> None:
+        """To `whole` or `listed`: pairs and blocks of dense attention, of each of these heads."""
+        held = table.setdefault(heads, [0, 0])
+        held[0], held[1] = held[0] + work[0], held[1] + work[1]
 
     def add_lists(
-        self, heads: list[int], at: slice | Tensor, lists: BlockLists, work: tuple[int, int]
+        self, heads: tuple[int, ...], at: slice | Tensor, lists: BlockLists, work: tuple[int, int]
     ) -> None:
         """Heads that followed lists, an index of them, and the work of dense attention."""
-        _add(self.dense, heads, work)
+        self.add(self.listed, heads, work)
         device = lists.full_count.device
         self.kept = _moved(self.kept, device)
         self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
@@ -67,9 +69,10 @@ class Counts:
     def work(self) -> tuple[Work, Work]:
         """Pairs and blocks of prompts, by q head."""
         kept, dense = self.kept.cpu().numpy().copy(), np.zeros((2, self.q_heads))
-        for table, found in ((kept, self.whole), (dense, self.dense)):
+        for tables, found in (((kept, dense), self.whole), ((dense,), self.listed)):
             for heads, work in found.items():
-                table[:, heads] += np.array(work)[:, None]
+                for table in tables:
+                    table[:, heads] += np.array(work)[:, None]
         pairs, blocks = (Work(*each) for each in zip(kept.tolist(), dense.tolist(), strict=True))
         return pairs, blocks
 
@@ -83,8 +86,3 @@ def _zeros(*shape: int, dtype=torch.int64, device: torch.device | str = "cpu") -
 def _moved(t: Tensor, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return t.to(device)
-
-
-def _add(table: dict, heads: Iterable[int], work: tuple[int, int]) -> None:
-    held = table.setdefault(tuple(heads), [0, 0])
-    held[0], held[1] = held[0] + work[0], held[1] + work[1]

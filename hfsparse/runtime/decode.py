@@ -12,7 +12,7 @@ from hfsparse.lists import PAGE, Band, PageLists
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.cache.ring import Ring, ring_positions
-from hfsparse.runtime.rows import _alike, _put, _q_heads, _some
+from hfsparse.runtime.rows import Lengths, group_rows, put_rows, q_heads_of, take_rows
 
 STEP = (
     16  # behind a past or a prompt in chunks, at most so many new tokens are decode, more prefill
@@ -70,11 +70,12 @@ class Step:
         return self._starts[band]
 
 
-def _step(past, rows, Q, whole) -> Step:
+def _step(lengths: Lengths, whole: bool) -> Step:
+    past, rows = lengths.past, lengths.rows
     first, length = (torch.tensor(t, device="cpu") for t in (past, rows))
-    query_pos = first[:, None] + torch.arange(Q, device="cpu")
+    query_pos = first[:, None] + torch.arange(lengths.columns, device="cpu")
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
-    return Step(past, rows, length, query_pos, None if whole else max(rows))
+    return Step(past, rows, length, query_pos, None if whole else lengths.longest)
 
 
 def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
@@ -90,15 +91,15 @@ def _decode(plan, layer, q, k, v, step, logits) -> Tensor:
         return kernel.run(q, layer.places(), step.query_pos, pages, **more)
     out = None
     for store, pages in zip(layer.stores, lists, strict=True):
-        heads = _q_heads(store.group.heads, ratio)
+        heads = q_heads_of(store.group.heads, ratio)
         own = plan.at(heads, q.device)
-        for short, some in _alike([n < store.below for n in step.rows], q.device):
+        for short, _, some in group_rows([n < store.below for n in step.rows], q.device):
             what = store, short, some, q[:, own], step, logits.of(own)
             part = _read_ring(*what) if isinstance(store, Ring) else _read_full(*what, pages)
             if some is None and len(heads) == q.shape[1]:
                 return part
             out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
-            _put(out, some, own, part)
+            put_rows(out, some, own, part)
     return out
 
 
@@ -121,7 +122,7 @@ def _listed(plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
         selector, read = group.selector, None
         if selector.budget.counted:
             read = plan.counts.read_by(group.heads, q.device)
-        heads = plan.at(_q_heads(group.heads, ratio), q.device)
+        heads = plan.at(q_heads_of(group.heads, ratio), q.device)
         more = heads, store.below, store.choice, read
         index = store.indexed(step.longest)
         lists[i] = kernels.choose_pages(selector, q, index, step.length, scale, *more)
@@ -141,9 +142,9 @@ def _read_ring(store, short, rows, q, step, logits) -> Tensor:
     """Attention over sink and window; short rows: over all that the ring holds."""
     held = step.ring(store.band.sink, store.size)
     whole = q, store.k, store.v, step.query_pos, held, step.length
-    q, k, v, query_pos, held, length = _some(rows, *whole)
+    q, k, v, query_pos, held, length = take_rows(rows, *whole)
     if not short:
-        (start,) = _some(rows, step.start(store.band))
+        (start,) = take_rows(rows, step.start(store.band))
         logits = {**logits, "start": start, "sink": store.band.sink}
     return _decoder(q, k, v, logits).run(q, k, v, query_pos, held, length=length, **logits)
 
@@ -151,9 +152,9 @@ def _read_ring(store, short, rows, q, step, logits) -> Tensor:
 def _read_full(store, short, rows, q, step, logits, pages) -> Tensor:
     """Attention over all keys, or over the pages that were chosen."""
     k, v = store.view(step.longest)
-    q, k, v, query_pos, length = _some(rows, q, k, v, step.query_pos, step.length)
+    q, k, v, query_pos, length = take_rows(rows, q, k, v, step.query_pos, step.length)
     if short or pages is None:
         return _decoder(q, k, v, logits).run(q, k, v, query_pos, None, length=length, **logits)
-    chosen = PageLists(*_some(rows, pages.pages, pages.count))
+    chosen = PageLists(*take_rows(rows, pages.pages, pages.count))
     kernel = _decoder(q, k, v, logits, lists=True)
     return kernel.run(q, k, v, query_pos, None, chosen, length=length, **logits)

@@ -1,46 +1,60 @@
-"""What attention needs of a plan, for one layer."""
+"""What attention needs of a plan, for one layer, and where a patch leaves it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import nan
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfsparse.lists import FAR, FULL, HeadIndex
 from hfsparse.plan import Below
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.counts import Counts
+from hfsparse.runtime.routes import Cases
 from hfsparse.stats import Work
+
+NAME = "_hfsparse_layer"  # an attribute of patched attention modules; decoders have `_hfsparse`
 
 
 @dataclass
+class Mode:
+    """How the layers of one patch run for the time being."""
+
+    # The profiler's eye, `(module, q, k, v, logits)`: may answer a function that sees the output,
+    # and that may answer another output.
+    observe: Callable[..., Callable[[Tensor], Tensor | None] | None] | None = None
+    fusing: bool = False  # the model is being compiled: one operator stands for attention
+
+
+@dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """What the attention function needs of a plan, for one layer; set on the attention module."""
+    """What the attention function needs of a plan, for one layer."""
 
     owner: str
     index: int
     kv_heads: int
     prefill: tuple[Any, ...]  # a q head's pattern, None: full
     groups: tuple[Group, ...]  # kv heads by how their cache is kept and read
-    rings: frozenset[int]  # kv heads whose cache the plan makes a ring
+    cases: Cases  # prompts: routes of all heads
+    store_cases: tuple[Cases, ...]  # chunks behind a past: of each group's heads
     below: Below
     skip: float | None  # prompts: how far below the running maximum a tile is left out
     window: int | None  # the model's own sliding window
     counts: Counts
     leads: bool  # the first layer: counts the decode steps of all
+    source: LayerPlan | None  # the layer whose choice of pages some heads read
+    shared: bool  # whether others read what this one chooses
+    # One of each for all layers of a patch:
     steps: Counter[tuple[int, int]]  # how often a row came to n tokens with m new ones
-    # The profiler's eye: sees q, k, v; may answer a function that sees the output, and that may
-    # answer another output
-    observe: Any = None
-    fusing: bool = False  # the model is being compiled: one operator stands for attention
-    source: LayerPlan | None = None  # the layer whose choice of pages some heads read
-    shared: bool = False  # whether others read what this one chooses
-    at: HeadIndex = field(default_factory=HeadIndex)  # one for all layers of a patch
+    at: HeadIndex
+    mode: Mode
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
         below = self.below.cache if self.window is None else 0
@@ -82,6 +96,38 @@ class LayerPlan:
             for head in group.heads:
                 keys[head] = int((np.minimum(read, total) * times).sum())
         return Work(keys, [int((total * times).sum())] * self.kv_heads)
+
+
+def put_layer_plan(module: nn.Module, layer_plan: LayerPlan) -> None:
+    """Leave what a patch says of an attention module on it."""
+    setattr(module, NAME, layer_plan)
+
+
+def drop_layer_plan(module: nn.Module) -> None:
+    """Take it away again, where there is one."""
+    vars(module).pop(NAME, None)
+
+
+def layer_plan_of(module: nn.Module) -> LayerPlan | None:
+    """What a patch left on an attention module; None: no patch is on it."""
+    return getattr(module, NAME, None)
+
+
+def layer_plans_of(model: nn.Module) -> list[LayerPlan]:
+    """Of a patched model, or a part of one: what the patch left on its modules, in layer order."""
+    found = [vars(module)[NAME] for module in model.modules() if NAME in vars(module)]
+    return sorted(found, key=lambda layer_plan: layer_plan.index)
+
+
+@contextmanager
+def observed(model: nn.Module, observe: Callable) -> Iterator[None]:
+    """Show a patched model's attention to `observe`, as `Mode.observe` says."""
+    mode = layer_plans_of(model)[0].mode
+    mode.observe = observe
+    try:
+        yield
+    finally:
+        mode.observe = None
 
 
 @dataclass(frozen=True)

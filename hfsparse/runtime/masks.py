@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
 from hfsparse.errors import PatchError
 from hfsparse.runtime.call import running
+from hfsparse.runtime.layer_plan import LayerPlan
 
 NAME = "hfsparse"
 
@@ -37,7 +40,7 @@ def mask_start(
         return None
     starts = torch.tensor(found, device=attention_mask.device)
     if (call := running()) is not None:
-        call.starts[starts] = found
+        call.starts[starts] = tuple(found)
     return starts
 
 
@@ -84,13 +87,23 @@ def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, 
     return bool(seen[0].all() and not seen[1].any())
 
 
-def _refuse(plan, query, key, mask, dropout, window, more) -> None:
+def refuse_other(
+    layer_plan: LayerPlan,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    window: int | None,
+    more: dict[str, Any],
+) -> None:
+    """PatchError where a layer is asked for another attention than the plan's."""
     if mask is not None and mask.ndim != 1:
         raise PatchError(_wrong_mask(mask))
-    heads = plan.counts.q_heads, plan.kv_heads
+    heads = layer_plan.counts.q_heads, layer_plan.kv_heads
+    index = layer_plan.index
     if (query.shape[1], key.shape[1]) != heads:
         raise PatchError(
-            f"layer {plan.index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
+            f"layer {index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
             f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model (is it tensor "
             "parallel?)"
         )
@@ -103,14 +116,14 @@ def _refuse(plan, query, key, mask, dropout, window, more) -> None:
         raise PatchError(
             f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
         )
-    if window != plan.window:
+    if window != layer_plan.window:
         raise PatchError(
-            f"layer {plan.index} was called with a sliding window of {window}, its config says "
-            f"{plan.window}: please report this model to hfsparse"
+            f"layer {index} was called with a sliding window of {window}, its config says "
+            f"{layer_plan.window}: please report this model to hfsparse"
         )
     if key.shape[2] != query.shape[2]:
         raise PatchError(
-            f"layer {plan.index} got more keys than queries: this cache does not belong to hfsparse"
+            f"layer {index} got more keys than queries: this cache does not belong to hfsparse"
         )
 
 
@@ -122,7 +135,7 @@ def _wrong_mask(mask) -> str:
     )
 
 
-def _shift(t: Tensor, by: Tensor) -> Tensor:
+def shift_rows(t: Tensor, by: Tensor) -> Tensor:
     """t `[B, H, S, D]` with row b moved `by[b]` places towards the front, zeros behind."""
     at = torch.arange(t.shape[2], device=t.device) + by[:, None]
     real = (at >= 0) & (at < t.shape[2])

@@ -2,83 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hfsparse import kernels
-from hfsparse.lists import FULL, BlockLists, Grid, default_block
+from hfsparse.lists import BlockLists, Grid, default_block
 from hfsparse.runtime.cache.ring import Ring
-from hfsparse.runtime.rows import _alike, _empty, _kv_of, _put, _q_heads, _some
+from hfsparse.runtime.layer_call import LayerCall
+from hfsparse.runtime.routes import Cases, Listed, Route, Routes
+from hfsparse.runtime.rows import Lengths, group_rows, new_output, put_rows, take_rows
 
 
-def _prefill(call, plan, layer, q, k, v, past, new, logits) -> Tensor:
+def prefill(layer_call: LayerCall) -> Tensor:
     """A prompt, or a chunk behind a past: patterns choose the blocks. Returns `[B, Hq, Q, Dv]`."""
-    Q, ratio = q.shape[2], q.shape[1] // k.shape[1]
-    total = [p + n for p, n in zip(past, new, strict=True)]
-    whole = total  # tokens of each row's whole prompt, as far as it is known
-    if layer is not None and layer.expected:
-        whole = [max(t, layer.expected - layer.seen + t) for t in total]
-    window = plan.window if plan.window is not None and max(total) > plan.window else None
-    block = default_block(max(whole), q.device)
-    grid = call.once(_grid, tuple(past), tuple(new), Q, block, window, q.device)
-    # What a row reads depends on its own length only, never on its neighbours'.
-    kinds = [
-        (n < plan.below.prefill, n < plan.below.cache, default_block(n, q.device)) for n in whole
-    ]
-    short, kept, _ = kinds[0]
-    full = not any(plan.prefill) or (short and (kept or not plan.rings))
-    easy = grid.window is None and not (grid.past or grid.padded or logits.special)
-    if full and easy and len(set(kinds)) == 1 and (short or plan.skip is None):
-        return _whole(plan, layer, q, k, v, past, new, grid, logits.scale)
-    out = None
-    for kv_heads, keys, values, spot in _segments(plan, layer, k, v, past, new, grid):
-        heads = _q_heads(kv_heads, ratio)
-        own = plan.at(heads, q.device)
-        for (short, kept, block), rows in _alike(kinds, q.device):
-            patterns = [
-                None if (kept if h // ratio in plan.rings else short) else plan.prefill[h]
-                for h in heads
-            ]
-            at = range(len(new)) if rows is None else rows.tolist()
-            work = _work(tuple((past[b], new[b]) for b in at), block, window)
-            place = spot if rows is None else spot.take(rows)
-            if place.key_first is None:
-                place = place if place.block == block else replace(place, block=block)
-            else:  # a window layer's ring: its slots are no place for patterns that rank them
-                patterns = [p if hasattr(p, "band") else None for p in patterns]
-            part = _some(rows, q[:, own], keys, values)
-            skip = None if short else plan.skip
-            made = _patterned(plan, *part, place, heads, patterns, logits, work, skip)
-            if rows is None and len(heads) == q.shape[1]:
-                out = made
-                continue
-            out = _empty(q, v) if out is None else out
-            _put(out, rows, own, made)
+    layer_plan, layer, lengths = layer_call.layer_plan, layer_call.layer, layer_call.lengths
+    k, v = layer_call.k, layer_call.v
+    later = 0 if layer is None else max(layer.expected - layer.seen, 0)
+    limits = layer_plan.below.prefill, layer_plan.below.cache
+    what = limits, layer_plan.skip, layer_plan.window, k.device
+    layout = layer_call.call.once(lay_out, lengths, later, *what)
+    if lengths.behind:
+        return read_chunk(layer_call, layout)
+    out = read(layer_call, layout, layer_plan.cases, k, v)
+    for store in () if layer is None else layer.stores:
+        at = layer_plan.at(store.group.heads, k.device)
+        store.append(k[:, at], v[:, at], lengths.past, lengths.new)
     return out
 
 
-def _whole(plan, layer, q, k, v, past, new, grid, scale) -> Tensor:
-    """A prompt that no head drops anything of: the short way, since the host's time counts here."""
-    for store in () if layer is None else layer.stores:
-        at = plan.at(store.group.heads, k.device)
-        store.append(k[:, at], v[:, at], past, new)
-    work = _work(tuple(zip(past, new, strict=True)), grid.block, None)
-    plan.counts.add_whole(range(q.shape[1]), work)
-    need = kernels.Need.of(q, k, v, block=grid.block, tokens=grid.Sk)
-    return kernels.pick(kernels.PREFILL, need).run(q, k, v, grid, scale=scale)
+def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
+    """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
+
+    Rings are read before it is stored, since they drop what it passes, full stores behind that. So
+    when a kernel fails, every store has the chunk, or none has it; when a store finds no memory to
+    grow, those before it have it.
+    """
+    layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
+    k, v, past, new = layer_call.k, layer_call.v, lengths.past, lengths.new
+    heads = [layer_plan.at(store.group.heads, k.device) for store in layer.stores]
+    chunks = [(k[:, at], v[:, at], past, new) for at in heads]
+    stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
+    out = None
+    for store, cases, chunk in stores:
+        if isinstance(store, Ring):
+            k, v, lies = store.with_chunk(*chunk, layout.grid)
+            out = read(layer_call, layout, cases, k, v, lies, out)
+    for store, _, chunk in stores:
+        store.append(*chunk)
+    for store, cases, _ in stores:
+        if not isinstance(store, Ring):
+            out = read(layer_call, layout, cases, *store.view(lengths.longest), None, out)
+    return out
 
 
-def _grid(past, new, Q, block, window, device) -> Grid:
-    total = [p + n for p, n in zip(past, new, strict=True)]
-    q_len, k_len = (_lengths(t, device) for t in (new, total))
-    return Grid(q_len, k_len, Q, Q, block, window, padded=min(new) < Q, past=any(past))
+def read(
+    layer_call: LayerCall,
+    layout: Layout,
+    cases: Cases,
+    k: Tensor,
+    v: Tensor,
+    ring: Grid | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`out` `[B, Hq, Q, Dv]` with the attention of some q heads over k and v.
+
+    ring: where a ring's keys lie, of all rows; None: they lie as the layout says.
+    """
+    q, device = layer_call.q, layer_call.q.device
+    for group in layout.groups:
+        routes, rows = cases[group.short, group.kept], group.rows
+        if rows is None and len(routes.heads) == q.shape[1]:
+            return Part(layer_call, group, q, k, v, ring or group.grid).attend_routes(routes)
+        at = layer_call.layer_plan.at(routes.heads, device)
+        grid = group.grid if ring is None else _take(ring, rows, group.block)
+        part = Part(layer_call, group, *take_rows(rows, q[:, at], k, v), grid)
+        out = new_output(q, layer_call.v) if out is None else out
+        put_rows(out, rows, at, part.attend_routes(routes))
+    return out
 
 
-def _lengths(rows: Sequence[int], device: torch.device) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Rows of a call whose prompts are alike: what a row reads depends on its own length only."""
+
+    short: bool  # under below.prefill
+    kept: bool  # under below.cache
+    block: int
+    rows: Tensor | None  # None: all
+    grid: Grid
+    skip: float | None
+    work: tuple[int, int]  # pairs and blocks of dense attention
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A call that reads prompts, the same for every layer of one window."""
+
+    grid: Grid
+    groups: list[RowGroup]
+
+
+def lay_out(
+    lengths: Lengths,
+    later: int,
+    limits: tuple[int, int],
+    skip: float | None,
+    window: int | None,
+    device: torch.device,
+) -> Layout:
+    """later: tokens of each prompt that are still to come; limits: below.prefill and below.cache;
+    skip, window: the plan's and the layer's own."""
+    whole = [n + later for n in lengths.rows]
+    window = window if window is not None and lengths.longest > window else None
+    grid = _grid(lengths, default_block(max(whole), device), window, device)
+    kinds = [(n < limits[0], n < limits[1], default_block(n, device)) for n in whole]
+    tokens, groups = [*zip(lengths.past, lengths.new, strict=True)], []
+    for (short, kept, block), rows, at in group_rows(kinds, device):
+        own = _take(grid, at, block)
+        some = tokens if at is None else [tokens[b] for b in rows]
+        work = dense_work(tuple(some), block, window)
+        groups.append(RowGroup(short, kept, block, at, own, None if short else skip, work))
+    return Layout(grid, groups)
+
+
+def _grid(lengths: Lengths, block: int, window: int | None, device: torch.device) -> Grid:
+    """Queries over all tokens of their rows; where nothing is behind, over themselves."""
+    q_len, k_len = (_on_device(t, device) for t in (lengths.new, lengths.rows))
+    keys = lengths.longest if lengths.behind else lengths.columns
+    known = {"padded": lengths.padded, "past": lengths.behind}
+    return Grid(q_len, k_len, lengths.columns, keys, block, window, **known)
+
+
+def _on_device(rows: list[int], device: torch.device) -> Tensor:
     """Rows' lengths `[B]` on a device; the host waits for no copy."""
     if len(set(rows)) == 1:
         return torch.full((len(rows),), rows[0], device=device)
@@ -87,8 +145,87 @@ def _lengths(rows: Sequence[int], device: torch.device) -> Tensor:
     return lengths.to(device, non_blocking=True)
 
 
+def _take(grid: Grid, rows: Tensor | None, block: int) -> Grid:
+    """The grid of some rows (None: all), in blocks of this size; a ring's are as they lie."""
+    place = grid if rows is None else grid.take(rows)
+    same = grid.key_first is not None or grid.block == block
+    return place if same else replace(place, block=block)
+
+
+@dataclass(eq=False)
+class Part:
+    """Some rows and heads of a prompt, and the keys that they may read."""
+
+    layer_call: LayerCall
+    group: RowGroup
+    q: Tensor  # [B, H, Q, D]
+    k: Tensor
+    v: Tensor
+    grid: Grid
+
+    def attend_routes(self, routes: Routes) -> Tensor:
+        """Each head by its route; `[B, H, Q, Dv]`."""
+        grid, logits, at = self.grid, self.layer_call.logits, self.layer_call.layer_plan.at
+        skips = self.group.skip is not None
+        need = kernels.Need.of(
+            *(self.q, self.k, self.v, logits.s_aux),
+            block=grid.block,
+            tokens=grid.Sk,
+            plain=not (grid.padded or grid.past),
+            skip=skips,
+        )
+        # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
+        easy = grid.window is None and not (logits.special or (grid.past and kernels.fused(need)))
+        if routes.dense is None or skips or not easy:
+            return self._attend_listed(routes.every, need)
+        if routes.listed is None:
+            return self._attend_dense(routes.dense, need)
+        out = new_output(self.q, self.v)
+        out[:, at(routes.dense.q, out.device)] = self._attend_dense(routes.dense, need)
+        out[:, at(routes.listed.q, out.device)] = self._attend_listed(routes.listed, need)
+        return out
+
+    def _attend_dense(self, route: Route, need: kernels.Need) -> Tensor:
+        q, k, v = self.q, self.k, self.v
+        at, counts = self.layer_call.layer_plan.at, self.layer_call.layer_plan.counts
+        if len(route.q) < q.shape[1]:
+            kv = at(route.kv, q.device)
+            q, k, v = q[:, at(route.q, q.device)], k[:, kv], v[:, kv]
+        counts.add(counts.whole, route.heads, self.group.work)
+        kernel = kernels.pick(kernels.PREFILL, need)
+        return kernel.run(q, k, v, self.grid, scale=self.layer_call.logits.scale)
+
+    def _attend_listed(self, listed: Listed, need: kernels.Need) -> Tensor:
+        logits, counts = self.layer_call.logits, self.layer_call.layer_plan.counts
+        at, device = self.layer_call.layer_plan.at, self.q.device
+        lists = BlockLists.cat([self._choose(route) for route in listed.routes])
+        lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
+        counts.add_lists(listed.heads, own, lists, self.group.work)
+        kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
+        q = self.q[:, at(listed.q, device)]
+        given = q, self.k, self.v, lists, at.tensor(listed.kv, device)
+        if self.group.skip is None:
+            return kernel.run(*given, **logits.of(own))
+        tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
+        made = kernel.run(*given, **logits.of(own), skip=self.group.skip, skipped=tiles)
+        counts.add_skipped(own, tiles)
+        return made
+
+    def _choose(self, route: Route) -> BlockLists:
+        """The blocks that a route's heads read."""
+        grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
+        if route.band is None:
+            q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
+            return kernels.choose(route.pattern, q, k, grid, self.layer_call.logits.scale)
+        if grid.key_first is None:  # the same in every layer
+            return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
+        return BlockLists.of(grid, len(route.q), band=route.band)
+
+
 @lru_cache(64)
-def _work(rows: tuple[tuple[int, int], ...], block: int, window: int | None) -> tuple[int, int]:
+def dense_work(
+    tokens: tuple[tuple[int, int], ...], block: int, window: int | None
+) -> tuple[int, int]:
     """Pairs and blocks of dense attention, given each row's past and new tokens."""
 
     def seen(tokens: int) -> int:
@@ -97,89 +234,10 @@ def _work(rows: tuple[tuple[int, int], ...], block: int, window: int | None) -> 
         return near * (near + 1) // 2 + (tokens - near) * near
 
     pairs = blocks = 0
-    for past, new in rows:
+    for past, new in tokens:
         pairs += seen(past + new) - seen(past)
         for first in range(past, past + new, block):
             last = min(first + block, past + new) - 1
             low = 0 if window is None else max(first - window + 1, 0)
             blocks += last // block - low // block + 1
     return pairs, blocks
-
-
-def _segments(plan, layer, k, v, past, new, grid) -> Iterator[tuple]:
-    """Append a chunk to the cache; yield (kv heads, keys, values, grid) for it to attend to."""
-    if layer is None or not any(past):
-        yield tuple(range(k.shape[1])), k, v, grid
-    for store in () if layer is None else layer.stores:
-        heads = store.group.heads
-        at = plan.at(heads, k.device)
-        chunk = k[:, at], v[:, at]
-        if isinstance(store, Ring):
-            if any(past):
-                yield heads, *store.with_chunk(*chunk, past, new, grid)
-            store.append(*chunk, past, new)
-        else:
-            store.append(*chunk, past, new)
-            if any(past):
-                total = max(layer.rows)
-                yield heads, *store.view(total), replace(grid, Sk=total)
-
-
-def _patterned(plan, q, k, v, grid, heads, patterns, logits, work, skip) -> Tensor:
-    """Attention of some q heads `[B, H, Q, D]`, each by its pattern (None: full)."""
-    ratio, plain = q.shape[1] // k.shape[1], not (grid.padded or grid.past)
-    need = kernels.Need.of(
-        *(q, k, v, logits.s_aux),
-        block=grid.block,
-        tokens=grid.Sk,
-        plain=plain,
-        skip=skip is not None,
-    )
-    # Behind a past sdpa builds masks, a few queries' at a time: a list of every block is faster.
-    easy = grid.window is None and not (logits.special or (grid.past and kernels.fused(need)))
-    whole, parts, order = [], [], []
-
-    def part(at: list[int]) -> tuple[Tensor, slice | Tensor]:
-        """These heads of q, and the kv heads that they read."""
-        return q[:, plan.at(at, q.device)], plan.at(_kv_of(tuple(at), ratio), q.device)
-
-    for pattern in dict.fromkeys(patterns):
-        at = [i for i, other in enumerate(patterns) if other == pattern]
-        if pattern is None and easy and skip is None:
-            whole = at
-        elif pattern is None:
-            parts.append(grid.banded(FULL, len(at)))
-            order += at
-        else:
-            some, kv = part(at)
-            parts.append(kernels.choose(pattern, some, k[:, kv], grid, logits.scale))
-            order += at
-
-    def dense(at: list[int]) -> Tensor:
-        some, kv = part(at)
-        plan.counts.add_whole([heads[i] for i in at], work)
-        kernel = kernels.pick(kernels.PREFILL, need)
-        return kernel.run(some, k[:, kv], v[:, kv], grid, scale=logits.scale)
-
-    def listed(at: list[int]) -> Tensor:
-        lists, q_heads = BlockLists.cat(parts).in_order(order, plan.at), [heads[i] for i in at]
-        own = plan.at(q_heads, q.device)
-        plan.counts.add_lists(q_heads, own, lists, work)
-        kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
-        some, kv = q[:, plan.at(at, q.device)], plan.at.tensor([i // ratio for i in at], q.device)
-        if skip is None:
-            return kernel.run(some, k, v, lists, kv, **logits.of(own))
-        tiles = torch.zeros(len(at), 2, dtype=torch.int64, device=q.device)
-        skipping = {"skip": skip, "skipped": tiles}
-        made = kernel.run(some, k, v, lists, kv, **logits.of(own), **skipping)
-        plan.counts.add_skipped(own, tiles)
-        return made
-
-    if not order:
-        return dense(whole)
-    if not whole:
-        return listed(sorted(order))
-    out = _empty(q, v)
-    for at, run in ((whole, dense), (sorted(order), listed)):
-        out[:, plan.at(at, q.device)] = run(at)
-    return out

@@ -7,7 +7,7 @@ import torch
 
 import hfsparse
 from hfsparse.kernels import flex
-from hfsparse.lists import Band
+from hfsparse.lists import Band, BlockLists
 from hfsparse.profiler.methods import duo
 from tests import tiny
 from tests.gpu.common import DEVICE, near, on_gpu
@@ -18,7 +18,7 @@ from tests.helpers import truth
 @pytest.mark.parametrize("length", [512, 1000])
 def test_streaming_and_its_gradient(length, dim):
     it, band = on_gpu(length, group=4, dim=dim), Band(128, 256)
-    mask = it.grid.banded(band, 8).mask()
+    mask = BlockLists.of(it.grid, 8, band=band).mask()
     inputs = [t.detach().requires_grad_() for t in (it.q, it.k, it.v)]
     plain = [t.detach().float().requires_grad_() for t in inputs]
     out = flex.streaming(*inputs, band, scale=it.scale)

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 import hfsparse
 from hfsparse import bench, kernels
 from hfsparse.runtime.attend import attend
+from hfsparse.runtime.layer_plan import observed
 from hfsparse.runtime.masks import NAME
 from tests.gpu.common import BF16, DEVICE
 from tests.patcher.families import (
@@ -46,7 +47,7 @@ def whole_float32():
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
 @pytest.mark.parametrize("chunk", [None, 300])
 def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch, tmp_path):
-    monkeypatch.setattr("hfsparse.runtime.attend.default_block", lambda tokens, device: 128)
+    monkeypatch.setattr("hfsparse.runtime.prefill.default_block", lambda tokens, device: 128)
     model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
     results = []
@@ -75,14 +76,8 @@ def watched(model):
         seen.append(held)
         return lambda out: held.update(out=out.clone())
 
-    layers = model.get_decoder()._hfsparse.layers
-    for layer in layers:
-        layer.observe = observe
-    try:
+    with observed(model, observe):
         yield seen
-    finally:
-        for layer in layers:
-            layer.observe = None
 
 
 def kept_for_later(folder: Path, apart: float, cpu: list[dict], gpu: list[dict]) -> str:

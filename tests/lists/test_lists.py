@@ -1,7 +1,6 @@
 """Invariants of the lists, for grids and patterns drawn by hypothesis."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -208,11 +207,3 @@ def test_an_index_of_heads_stays_where_it_is():
     assert (first.tolist(), side_by_side) == ([0, 2, 5], slice(3, 5))
     assert index.tensor((3, 4), cpu) is index.tensor((3, 4), cpu)
     assert copy.deepcopy(index)((0, 2, 5), cpu) is not first
-
-
-def test_lists_of_a_band_belong_to_one_grid():
-    grid = Grid.causal(2, 100)
-    made = grid.banded(Band(2, 10), 4)
-    assert grid.banded(Band(2, 10), 4) is made
-    other = replace(grid, window=30)
-    assert other.banded(Band(2, 10), 4).grid is other

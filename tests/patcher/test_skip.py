@@ -10,6 +10,7 @@ import torch
 
 import hfsparse
 from hfsparse.lists import BlockLists, Grid, default_block
+from hfsparse.runtime.layer_plan import observed
 from tests.helpers import Batch, close, read_pairs, truth
 from tests.patcher import runs
 from tests.patcher.families import full, left_padded, mixed, tiny, tokens
@@ -51,10 +52,8 @@ def test_full_heads_skip_by_the_definition():
         return lambda out: seen.append((module.layer_idx, q, k, v, logits.scale, out))
 
     with hfsparse.patch(model, skipping(full(model), 0.1)) as handle:
-        for module in model.modules():
-            if hasattr(module, "is_causal"):
-                module._hfsparse.observe = observe
-        runs.forward(model, ids)
+        with observed(model, observe):
+            runs.forward(model, ids)
         layers = handle.stats().layers
     assert len(seen) == len(layers)
     for index, q, k, v, scale, out in seen:

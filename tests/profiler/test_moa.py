@@ -8,7 +8,7 @@ import torch
 
 import hfsparse
 from hfsparse.errors import UsageError
-from hfsparse.lists import PAGE, Grid
+from hfsparse.lists import PAGE, BlockLists, Grid
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
 from hfsparse.profiler.methods import moa
@@ -56,7 +56,7 @@ def test_rules_are_shorter_than_the_longest_prompt_and_in_order():
 )
 def test_what_a_rule_drops_is_what_its_mask_drops(rule):
     L, block = 300, moa.BLOCK
-    mask = Grid.causal(1, L).banded(rule.band, 1).mask()[0, 0].numpy()
+    mask = BlockLists.of(Grid.causal(1, L), 1, band=rule.band).mask()[0, 0].numpy()
     causal = np.tri(L, dtype=bool)
     share = moa.share_dropped(rule, L)
     assert share.shape == (5, 5)

@@ -19,6 +19,7 @@ from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
+from hfsparse.runtime.rows import Lengths
 from hfsparse.selectors.quest import Quest
 from tests.tiny import llama
 
@@ -40,7 +41,10 @@ def append(to: Layer, k, v, starts=None, check: bool = True) -> None:
     enter("plan")
     to.update(k, v)
     leave("plan")
-    past, new = to.advance(starts, k.shape[2])
+    columns = k.shape[2]
+    lengths = Lengths.of(starts, to.seen - columns, columns, len(k))
+    to.advance(lengths)
+    past, new = lengths.past, lengths.new
     k, v = (row_relative(t, new) for t in (k, v))
     for store in to.stores:
         heads = store.group.heads

@@ -18,6 +18,7 @@ from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
+from hfsparse.runtime.rows import Lengths
 from hfsparse.selectors.quest import Quest
 from tests.selectors.channels import Channels, table
 
@@ -112,7 +113,10 @@ class CacheMachine(RuleBasedStateMachine):
         enter("plan")
         assert all(a is b for a, b in zip(self.layer.update(k, v), (k, v), strict=True))
         leave("plan")
-        assert self.layer.advance(starts if any(starts) else None, columns) == (past, new)
+        before = self.layer.seen - columns
+        lengths = Lengths.of(starts if any(starts) else None, before, columns, B)
+        assert (lengths.past, lengths.new) == (past, new)
+        self.layer.advance(lengths)
         k, v = (front(t, new) for t in (k, v))
         for store in self.layer.stores:
             heads = list(store.group.heads)

@@ -30,7 +30,7 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens, wrap_forwards
-from hfsparse.runtime.layer_plan import Logits
+from hfsparse.runtime.layer_plan import Logits, layer_plan_of, observed
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
@@ -102,17 +102,13 @@ def backward(
     ids = _copy_ids(model, ids)
     decoder = model.get_decoder()
     observe = _make_observer(model, keys, measure, found)
-    with patch(model), checkpoint_layers(model):
-        for module in decoder.modules():
-            if module is not decoder and "_hfsparse" in module.__dict__:
-                module._hfsparse.observe = observe
-        with torch.enable_grad():
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            hidden = hidden[:, keys.to(hidden.device)]
-            wanted = objective(model, hidden, ids[0, keys + 1])
-            if not wanted.requires_grad:
-                raise _explain_no_gradient(model)
-            wanted.backward()
+    with patch(model), checkpoint_layers(model), observed(model, observe), torch.enable_grad():
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden[:, keys.to(hidden.device)]
+        wanted = objective(model, hidden, ids[0, keys + 1])
+        if not wanted.requires_grad:
+            raise _explain_no_gradient(model)
+        wanted.backward()
     return [found[layer] for layer in sorted(found)]
 
 
@@ -122,7 +118,7 @@ def _make_observer(
     measure: Callable[[Seen], dict[str, np.ndarray]],
     found: dict[int, dict[str, np.ndarray]],
 ) -> Callable:
-    """What layers call (`LayerPlan.observe`): in the backward pass it puts into `found`, by layer,
+    """What layers call (`Mode.observe`): in the backward pass it puts into `found`, by layer,
     what `measure` answers."""
 
     def observe(module, q, k, v, logits):
@@ -222,7 +218,7 @@ def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
     layers = [
         module
         for module in model.get_decoder().modules()
-        if any("_hfsparse" in child.__dict__ for child in module.children())
+        if any(layer_plan_of(child) is not None for child in module.children())
     ]
     hook = model.get_input_embeddings().register_forward_hook(_begin)
     try:

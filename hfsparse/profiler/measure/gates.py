@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +21,13 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import checkpoint_layers
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens
-from hfsparse.runtime.layer_plan import LayerPlan, Logits
+from hfsparse.runtime.layer_plan import (
+    LayerPlan,
+    Logits,
+    layer_plan_of,
+    layer_plans_of,
+    observed,
+)
 
 
 @isolate_modes
@@ -53,26 +58,25 @@ def distil(
 def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iterator[None]:
     """Attention goes by gate in a patched model whose plan is full, without a cache."""
 
-    def observe(row: int, module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
+    rows = {layer.index: row for row, layer in enumerate(find_sparse_layers(model))}
+
+    def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
+        if (row := rows.get(layer_plan_of(module).index)) is None:
+            return None
+
         def mix(full: Tensor) -> Tensor:
             gate = gates[row].to(full).repeat_interleave(q.shape[1] // k.shape[1])
             return torch.lerp(attend_streaming(q, k, v, stream, logits), full, gate[:, None, None])
 
         return mix
 
-    layers = find_sparse_layers(model)
-    try:
-        for row, layer in enumerate(layers):
-            layer.observe = partial(observe, row)
+    with observed(model, observe):
         yield
-    finally:
-        for layer in layers:
-            layer.observe = None
 
 
 def find_sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
     """The layers of a patched model that have no window of their own."""
-    return [layer for layer in model.get_decoder()._hfsparse.layers if layer.window is None]
+    return [layer for layer in layer_plans_of(model) if layer.window is None]
 
 
 def attend_streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits) -> Tensor:

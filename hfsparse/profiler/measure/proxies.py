@@ -21,11 +21,10 @@ from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import PROJECTIONS, find_projection
 from hfsparse.profiler.measure.exact import attend
-from hfsparse.profiler.measure.gates import find_sparse_layers
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.passkeys import Passkeys
-from hfsparse.runtime.layer_plan import Logits
+from hfsparse.runtime.layer_plan import Logits, layer_plan_of, observed
 
 PROXIES = ("copy", "mass", "error")
 ROWS = 64  # rows that are measured, spread over the answers
@@ -41,13 +40,13 @@ def measure_proxies(
     found: list[dict[str, Tensor]] = []
 
     def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> None:
+        if layer_plan_of(module).window is not None:
+            return
         at, source = rows.to(q.device), sources.to(q.device)
         found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
 
     ids = keys.ids.to(input_device(model))
-    with patch(model), slice_tokens(model), torch.no_grad():
-        for layer in find_sparse_layers(model):
-            layer.observe = observe
+    with patch(model), slice_tokens(model), observed(model, observe), torch.no_grad():
         model.get_decoder()(input_ids=ids, use_cache=False)
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
 

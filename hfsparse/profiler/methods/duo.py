@@ -21,7 +21,7 @@ import torch
 from scipy.stats import spearmanr
 
 from hfsparse.errors import UsageError
-from hfsparse.lists import Grid, default_block
+from hfsparse.lists import BlockLists, Grid, default_block
 from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -212,7 +212,7 @@ def price_ring(
 ) -> dict[str, float]:
     """Shares of dense attention that a ring head costs at `length` tokens."""
     grid = Grid.causal(1, length, default_block(length, device))
-    lists = grid.banded(ring.band, 1)
+    lists = BlockLists.of(grid, 1, band=ring.band)
     kept, read = one_head(length, ring)
     return {
         "pair_density": float(lists.pairs().float() / grid.pairs()),

@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 
 from hfsparse.errors import UsageError
-from hfsparse.lists import Grid, default_block
+from hfsparse.lists import BlockLists, Grid, default_block
 from hfsparse.models.loading import input_device
 from hfsparse.models.window import context_window
 from hfsparse.patcher.figures import Prompts, one_head
@@ -112,7 +112,7 @@ class Table:
     @classmethod
     def of(cls, each: list[Streaming | None], n: int, job: Job) -> Table:
         grid = Grid.causal(1, n, default_block(n, input_device(job.model)))
-        lists = [r and grid.banded(r.band, 1) for r in each]
+        lists = [r and BlockLists.of(grid, 1, band=r.band) for r in each]
         pairs = [
             1.0 if b is None else float(b.pairs()[0, 0].float() / grid.pairs()[0]) for b in lists
         ]

@@ -23,6 +23,7 @@ from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
+from hfsparse.runtime.rows import Lengths
 from hfsparse.stats import Work
 
 
@@ -265,27 +266,27 @@ class Layer(CacheLayerMixin):
         """Bytes of the stock cache: every column, or the model's window, of every row and head."""
         return self.column_bytes() * min(self.seen, self.window or FAR)
 
-    def lengths(
-        self, starts: list[int] | None, before: int, new_columns: int
-    ) -> tuple[list[int], list[int]]:
-        """Past and new tokens of each row when columns follow `before` others.
+    def lengths(self, starts: list[int] | None, new_columns: int) -> Lengths:
+        """Of rows when columns follow those that it has seen.
 
         starts: the first real column of each row (None: all 0).
         """
-        starts = starts or [0] * len(self.rows)
-        past = [max(before - s, 0) for s in starts]
-        if past != self.rows:
-            raise CacheError(
-                f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
-                f"hold {past}: pass the mask of the whole conversation, earlier padding included"
-            )
-        return past, [before + new_columns - max(before, s) for s in starts]
+        lengths = Lengths.of(starts, self.seen, new_columns, len(self.rows))
+        if lengths.past != self.rows:
+            raise self._other_past(lengths.past)
+        return lengths
 
-    def advance(self, starts: list[int] | None, new_columns: int) -> tuple[list[int], list[int]]:
-        """As `lengths`, of columns that `update` has seen; the rows are longer by them now."""
-        past, new = self.lengths(starts, self.seen - new_columns, new_columns)
-        self.rows = [p + n for p, n in zip(past, new, strict=True)]
-        return past, new
+    def advance(self, lengths: Lengths) -> None:
+        """Rows are longer by a call's columns, which `update` has seen."""
+        if lengths.past != self.rows:
+            raise self._other_past(lengths.past)
+        self.rows = lengths.rows
+
+    def _other_past(self, past: list[int]) -> CacheError:
+        return CacheError(
+            f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
+            f"hold {past}: pass the mask of the whole conversation, earlier padding included"
+        )
 
 
 def _cropped(seen: int, length: int) -> int:

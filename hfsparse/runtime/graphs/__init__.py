@@ -113,13 +113,13 @@ class Graphs:
         asked, rows = _asked(given), [n + 1 for n in first.rows]
         if graph is not None and min(rows) > 1 and graph.fits(asked, rows):
             if mask is None:
-                first.lengths(None, first.seen, 1)
+                first.lengths(None, 1)
             return self._replay(graph, given, layers, rows, mask)
-        past, new = first.lengths(row_starts(mask), first.seen, 1)
-        if min(new) < 1:
+        lengths = first.lengths(row_starts(mask), 1)
+        if lengths.padded:
             self.why = "a row has no new token"
             return forward(**kwargs)
-        rows = [n + 1 for n in past]
+        past, rows = lengths.past, lengths.rows
         for layer in layers:
             for store in layer.stores:
                 store.room(past, rows)
@@ -179,13 +179,12 @@ class Graphs:
             self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
 
         def call(**given):
-            for layer in self.layers:
-                layer.fusing = True
+            mode = self.layers[0].mode
+            mode.fusing = True
             try:
                 return self.compiled(decoder, **given)
             finally:
-                for layer in self.layers:
-                    layer.fusing = False
+                mode.fusing = False
 
         return call
 
@@ -238,7 +237,7 @@ class Graphs:
             output = graph.replay(given, rows)
         if mask is not None:
             try:
-                first.lengths(starts(), first.seen, 1)
+                first.lengths(starts(), 1)
             except ValueError:  # no step: its keys lie behind the rows, choices may know of them
                 for layer in layers:
                     layer.take_back(0)
@@ -266,7 +265,7 @@ class Graphs:
         lies = {t.device.type for t in (*decoder.parameters(), *decoder.buffers())}
         if apart := sorted(lies - {first.device.type}):
             return f"parts of it lie on {', '.join(apart)}"
-        if any(layer.observe for layer in self.layers):
+        if self.layers[0].mode.observe:
             return "the profiler looks on"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "hooks on every module"

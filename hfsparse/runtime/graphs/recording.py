@@ -14,12 +14,13 @@ from transformers.cache_utils import Cache
 
 from hfsparse.models.names import parameters
 from hfsparse.runtime.cache.layer import Layer
-from hfsparse.runtime.call import Recorded, running
-from hfsparse.runtime.decode import Step, chooses
+from hfsparse.runtime.call import running
+from hfsparse.runtime.decode import Step, _decode, chooses
 from hfsparse.runtime.graphs.obstacles import Through
 from hfsparse.runtime.graphs.pool import _alone_on, _aside, _place
 from hfsparse.runtime.graphs.weights import Settings
-from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.layer_plan import LayerPlan, Logits
+from hfsparse.runtime.rows import device_guard
 
 PARTS = (16, 4)  # a step is cut behind these parts of its layers
 
@@ -142,8 +143,19 @@ def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
 
 @contextlib.contextmanager
 def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
+    """The call that runs as a recorded step; `cut` is told before each layer's attention."""
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> Tensor:
+        """As `attend.attend`; it changes nothing on the host."""
+        if cut is not None:
+            cut(index)
+        layer_plan, layer = serving[index]
+        with device_guard(q):
+            out = _decode(layer_plan, layer, q, k, v, step.on(q.device), logits)
+        return out.transpose(1, 2).contiguous()
+
     call = running()
-    call.recorded = Recorded(step, serving, cut)
+    call.recorded = attend
     try:
         yield
     finally:

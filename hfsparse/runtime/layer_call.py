@@ -1,0 +1,43 @@
+"""One layer's attention in a call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.call import Call
+from hfsparse.runtime.layer_plan import LayerPlan, Logits
+from hfsparse.runtime.masks import shift_rows
+from hfsparse.runtime.rows import Lengths
+
+
+class LayerCall:
+    """What attention is given in one layer, rows moved to column 0; the cache's are longer by it.
+
+    layer: of the cache, None without one. mask: the first real column of each row `[B]`, None: all
+    0. q `[B, Hq, Q, D]`, k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]`: by columns.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        layer_plan: LayerPlan,
+        layer: Layer | None,
+        mask: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Logits,
+    ):
+        self.call, self.layer_plan, self.layer, self.logits = call, layer_plan, layer, logits
+        columns = q.shape[2]
+        starts = None if mask is None else call.starts_of(mask)
+        before = 0 if layer is None else layer.seen - columns
+        self.lengths = call.once(Lengths.of, starts, before, columns, q.shape[0])
+        if layer is not None:
+            layer.advance(self.lengths)
+        self.pads: Tensor | None = None  # [B] columns that rows were moved by
+        if self.lengths.padded:
+            self.pads = call.once(self.lengths.pads, q.device)
+            q, k, v = (shift_rows(t, self.pads) for t in (q, k, v))
+        self.q, self.k, self.v = q, k, v
