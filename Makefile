@@ -49,7 +49,7 @@ docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 demo: $(READY) $(MODEL)/config.json
-	$(BIN)/python benchmarks/demo.py --model $(MODEL) --out demo-out
+	$(BIN)/python -m benchmarks.demo --model $(MODEL) --out demo-out
 
 venv: $(DEV)
 model: $(MODEL)/config.json

@@ -1,6 +1,6 @@
 """Claim: on a CPU, a head at pair density 0.1 costs less time than a full one at 8,192 tokens.
 
-    python benchmarks/cpu_reference.py [--lengths 2048,8192] [--runs 7] [--threads 1]
+    python -m benchmarks.cpu_reference [--lengths 2048,8192] [--runs 7] [--threads 1]
 
 One layer's prompt of 3 q heads over 1 kv head (head dim 64, float32, random q, k, v), each pattern
 set to a pair density, against dense attention by torch's scaled_dot_product_attention. Sparse times
@@ -15,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse_eval.run.machine import processor
 
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
 SCALE = 64**-0.5
@@ -58,13 +58,6 @@ def medians(arms: dict[str, Callable], runs: int) -> dict[str, float]:
             if run:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(S: int, runs: int) -> None:

@@ -1,6 +1,6 @@
 """Claim: a token costs what its weights and the keys that the plan reads cost, on one GPU.
 
-    python benchmarks/decode.py [--lengths 8192,32768,131072] [--batch 1] [--tokens 96]
+    python -m benchmarks.decode [--lengths 8192,32768,131072] [--batch 1] [--tokens 96]
                                 [--static 32768] [--shape llama-3.1-8b] [--steps] [--layer]
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
@@ -23,79 +23,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from journal import end_in_order, failure
+from transformers import DynamicCache, StaticCache
 
 import hfsparse
-from hfsparse import bench, kernels
+from benchmarks.common.clock import SKIP, Clock, continued
+from benchmarks.common.journal import end_in_order, failure
+from benchmarks.common.shapes import cache_bytes, endless, plan_of
+from hfsparse import kernels
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.places import Place, Table
 from hfsparse.patcher.adopt import adopt
-from hfsparse.patterns import PATTERNS
-from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.patcher.state import state_of
 from hfsparse.selectors import SELECTORS
 
-SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are recorded
 STOCK = "stock, dynamic cache"
 PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ring")
 FUSED = ("no plan, fused", "quest 6 %, fused", "quest 6 % + half ring, fused")
-
-
-def plan_of(model, name: str, prompt=None) -> Plan | None:
-    """One of PLANS, or `quarter full`, for this model; None: nothing is dropped.
-
-    prompt: a pattern by which the heads that are no rings read prompts; None: they read all.
-    """
-    if name.startswith("no plan"):
-        return None
-    this = ModelId.of(model)
-    group = this.q_heads // this.kv_heads
-    every = 4 if "quarter" in name else 2 if "ring" in name else 1
-    rings = [g % every != 0 for g in range(this.kv_heads)]
-    share = 0.25 if "25" in name else 0.06
-    read = "quest" if "quest" in name else "full"
-    patterns = {} if prompt is None else {"chosen": prompt}
-    if any(rings):
-        patterns["stream"] = PATTERNS["streaming"](sink=64, recent=256)
-    if read == "quest":
-        patterns["quest"] = SELECTORS["quest"](share=share, min_pages=16)
-    whole = "full" if prompt is None else "chosen"
-    words = Layer(
-        tuple("stream" if ring else whole for ring in rings for _ in range(group)),
-        tuple("stream" if ring else "full" for ring in rings),
-        tuple("ring" if ring else read for ring in rings),
-    )
-    return Plan(this, patterns, (words,) * this.layers, Below())
-
-
-class Clock(LogitsProcessor):
-    """Notes when each token's scores arrive; `generate` waits for the GPU once a token.
-
-    Of the first one it is when the GPU is done with the prompt.
-    """
-
-    def __init__(self):
-        self.at: list[float] = []
-
-    def __call__(self, input_ids, scores):
-        if not self.at and scores.is_cuda:
-            torch.cuda.synchronize()
-        self.at.append(time.perf_counter())
-        return scores
-
-    def ms(self) -> float:
-        return 1e3 * statistics.median(b - a for a, b in pairwise(self.at[SKIP:]))
 
 
 @lru_cache
@@ -151,48 +99,6 @@ def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock
     return clock, out[0, length:].tolist()
 
 
-def endless(shape: str):
-    """A model of this shape with random weights that never ends a text, on the GPU if any."""
-    made = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = bench.random_model(shape, torch.device(made[0]), made[1])
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def continued(
-    model, ids: Tensor, new: int, mask: Tensor | None = None, **more
-) -> tuple[Clock, Any]:
-    """`new` greedy tokens by `generate`, and the clock that saw them."""
-    clock = Clock()
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
-        **more,
-    )
-    return clock, out
-
-
-def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]:
-    """A random prompt and `new` tokens by `generate`: the clock, when it began, the cache."""
-    torch.manual_seed(tokens)
-    ids = torch.randint(5, model.config.vocab_size, (1, tokens), device=model.device)
-    start = time.perf_counter()
-    clock, out = continued(model, ids, new, return_dict_in_generate=True, **more)
-    return clock, start, out.past_key_values
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values, and of a patch's page summaries."""
-    own = (layer.bytes() for layer in cache.layers if hasattr(layer, "bytes"))
-    stock = (layer for layer in cache.layers if not hasattr(layer, "bytes"))
-    return sum(own) + sum(layer.keys.nbytes + layer.values.nbytes for layer in stock)
-
-
 def measured(model, kind: str, batch: int, length: int, tokens: int) -> tuple[float, float, float]:
     """ms a token, GiB of keys and values, peak GiB (0 where the device doesn't tell)."""
     gc.collect()
@@ -236,7 +142,7 @@ def measure(
             rows.setdefault((length, arm), why)  # an earlier round stays
             print(f"  {arm}, {length:,}: {why}", file=sys.stderr, flush=True)
             return
-        graph = str(model.get_decoder()._hfsparse.graphs) if kind == "ours" else ""
+        graph = str(state_of(model).graphs) if kind == "ours" else ""
         least = min(ms, before.ms) if before else ms
         rows[length, arm] = Row(least, gib, peak, read, graph)
         print(f"  {arm}, {length:,}: {ms:.2f} ms {graph}", file=sys.stderr, flush=True)
@@ -291,10 +197,10 @@ def steps(model, length: int, tokens: int) -> None:
         with hfsparse.patch(model, plan_of(model, name), fuse=name in FUSED):
             cache = filled(model, "ours", 1, length, 400)
             clock, _ = generated(model, cache, 1, length, 24)
-            state = model.get_decoder()._hfsparse
-            graph = next(iter(state.graphs.kept.values()), None)
+            graphs = state_of(model).graphs
+            graph = next(iter(graphs.kept.values()), None)
             if graph is None:
-                print(f"- {name}: no graph: {state.graphs}", flush=True)
+                print(f"- {name}: no graph: {graphs}", flush=True)
                 continue
             alone = bench_ms(graph.launch)
             seen = cache.get_seq_length()

@@ -1,6 +1,6 @@
 """The main job on a real model, start to end: profile → show → generate → eval, then one table.
 
-    make demo            # = python benchmarks/demo.py --model .cache/smollm2 --out demo-out
+    make demo            # = python -m benchmarks.demo --model .cache/smollm2 --out demo-out
 
 Runs the commands a user would run, prints each, and ends with dense and sparse side by side.
 """
@@ -24,7 +24,7 @@ from hfsparse.models.loading import load
 from hfsparse.plan import Plan
 from hfsparse_eval.report.pairs import Cell, cells, joined
 from hfsparse_eval.run.generate import answer
-from hfsparse_eval.run.machine import session
+from hfsparse_eval.run.machine import describe
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.results import parse
 from hfsparse_eval.run.samples import Suite
@@ -126,7 +126,7 @@ def mean(arm: list[dict], name: str) -> float:
 
 def facts(start: float) -> str:
     """What and where it was measured."""
-    where = session(torch.device("cpu"))
+    where = describe(torch.device("cpu"))
     versions = ", ".join(f"{k} {where[k]}" for k in ("python", "torch", "transformers", "hfsparse"))
     return (
         f"\nSmolLM2-135M-Instruct, float32, {LENGTH} tokens, {SAMPLES} samples a task. "

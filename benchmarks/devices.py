@@ -1,6 +1,6 @@
 """Claim: a model spread over two GPUs takes its decode steps as one CUDA graph, as fast as on one.
 
-    python benchmarks/devices.py [--tokens 2048] [--new 64] [--rounds 2] [--shape llama-3.1-8b]
+    python -m benchmarks.devices [--tokens 2048] [--new 64] [--rounds 2] [--shape llama-3.1-8b]
 
 `model.generate`, greedy, random weights, bf16, four prompts that are left-padded; on one GPU, then
 by accelerate's `dispatch_model` with the second half of the layers on another. ms are medians over
@@ -14,18 +14,16 @@ import argparse
 import contextlib
 import math
 import sys
-from pathlib import Path
 
 import torch
 import transformers
 from accelerate import dispatch_model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from decode import continued, endless
-
 import hfsparse
+from benchmarks.common.clock import continued
+from benchmarks.common.shapes import endless
 from hfsparse import bench
+from hfsparse.patcher.state import state_of
 
 PADS = 0, 300, 0, 1000  # of 2,048 tokens
 
@@ -47,7 +45,7 @@ def run(model, patched: bool, tokens: int, new: int) -> tuple[float, list, str]:
         row[: pad * tokens // 2048] = 0
     with hfsparse.patch(model) if patched else contextlib.nullcontext():
         clock, out = continued(model, ids, new, mask)
-        graph = str(model.get_decoder()._hfsparse.graphs) if patched else ""
+        graph = str(state_of(model).graphs) if patched else ""
     return clock.ms(), out.tolist(), graph
 
 

@@ -1,6 +1,6 @@
 """Claim: `hfsparse check` knows from the config alone how much memory a prompt takes.
 
-    python benchmarks/memory.py [--lengths 32768,131072,262144] [--out FOLDER]
+    python -m benchmarks.memory [--lengths 32768,131072,262144] [--out FOLDER]
                                 [--shape llama-3.1-8b]
 
 `model.generate` reads one random prompt and gives a few tokens; random weights, bf16 (float32 on a
@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 
 import torch
-import ttft
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from decode import cache_bytes, endless, plan_of, prompted
-from journal import Journal, end_in_order
-from million import NONE, STOCK, chunk_of, room_of, tidy
 
 import hfsparse
+from benchmarks.common.clock import prompted
+from benchmarks.common.journal import Journal, end_in_order
+from benchmarks.common.shapes import (
+    NONE,
+    STOCK,
+    cache_bytes,
+    chunk_of,
+    describe,
+    endless,
+    plan_of,
+    room_of,
+    tidy,
+)
 from hfsparse import bench
 from hfsparse.patcher import memory
 from hfsparse.plan import ModelId, Plan
@@ -88,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     end_in_order()
     model = endless(args.shape)
-    made = f"{ttft.header(model, args.shape)} Prompt and {NEW} tokens."
+    made = f"{describe(model, args.shape)} Prompt and {NEW} tokens."
     journal = Journal(args.out and args.out / "memory.jsonl", made)
     try:
         for tokens in (int(n) for n in args.lengths.split(",")):

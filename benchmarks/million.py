@@ -1,6 +1,6 @@
 """Claim: a prompt of 1,048,576 tokens is read and answered on one GPU of 80 GB.
 
-    python benchmarks/million.py --out FOLDER [--tokens 1048576] [--dense 131072,262144]
+    python -m benchmarks.million --out FOLDER [--tokens 1048576] [--dense 131072,262144]
                                  [--pattern block_topk|antidiagonal] [--shape llama-3.1-8b]
 
 `model.generate`, greedy, random weights, bf16 (float32 on a CPU), one random prompt, in chunks as
@@ -20,22 +20,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import math
 import sys
 from pathlib import Path
 
 import torch
-import ttft
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from decode import SKIP, cache_bytes, endless, plan_of, prompted
-from journal import Journal, end_in_order
 
 import hfsparse
+from benchmarks.common.clock import SKIP, prompted
+from benchmarks.common.journal import Journal, end_in_order
+from benchmarks.common.shapes import (
+    NONE,
+    STOCK,
+    cache_bytes,
+    chunk_of,
+    describe,
+    endless,
+    plan_of,
+    room_of,
+    tidy,
+)
 from hfsparse import bench
 from hfsparse.patcher import generation, memory
+from hfsparse.patcher.state import state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
 
@@ -43,7 +49,7 @@ DENSITY = 0.10  # of the blocks that the full heads' queries see
 TTFT, MS = 60.0, 10.0  # targets at 1,048,576 tokens: seconds, milliseconds a token
 WARM = 20_480, 8_192  # tokens of the short prompt, and of its chunks
 SHOWN = "ttft_s ms kv_gib peak_gib predicted_gib block_density".split()
-STOCK, NONE, OURS, FUSED = "stock", "no plan", "quarter full", "quarter full, fused"
+OURS, FUSED = "quarter full", "quarter full, fused"
 
 
 def plan(model, arm: str, pattern: str) -> Plan | None:
@@ -54,10 +60,6 @@ def plan(model, arm: str, pattern: str) -> Plan | None:
         return Plan.full(ModelId.of(model))
     budget = {"block_topk": {"share": DENSITY}, "antidiagonal": {"max_share": DENSITY}}[pattern]
     return plan_of(model, "quarter full, quest 6 %", PATTERNS[pattern](**budget))
-
-
-def chunk_of(arm: str, tokens: int) -> int:
-    return generation.CHUNK if arm != STOCK and tokens > generation.LONG else 0
 
 
 def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple) -> dict:
@@ -94,7 +96,7 @@ def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tupl
         }
         if handle is not None:
             row["block_density"] = density(follows, handle.stats())
-            row["graph"] = str(model.get_decoder()._hfsparse.graphs)
+            row["graph"] = str(state_of(model).graphs)
     return row
 
 
@@ -107,18 +109,6 @@ def density(follows: Plan, stats) -> float:
         if word != "stream"
     ]
     return sum(found) / len(found)
-
-
-def tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def room_of(model) -> float:
-    if model.device.type != "cuda":
-        return math.inf
-    return torch.cuda.get_device_properties(model.device).total_memory
 
 
 def table(rows: dict[str, dict], target_at: str) -> str:
@@ -168,7 +158,7 @@ def main() -> None:
         )
     end_in_order()
     model = endless(args.shape)
-    made = f"{ttft.header(model, args.shape)} Pattern {args.pattern}, {args.new} new tokens."
+    made = f"{describe(model, args.shape)} Pattern {args.pattern}, {args.new} new tokens."
     journal = Journal(args.out / "million.jsonl", made)
     lengths = [int(n) for n in args.dense.split(",") if n]
     arms = [(OURS, args.tokens), *((arm, n) for n in lengths for arm in (STOCK, NONE, OURS))]

@@ -1,15 +1,15 @@
 """Claim: prefill over block lists costs what its density says; beside its peers, on one GPU.
 
-    python benchmarks/prefill.py [--lengths 8192,32768,131072,262144]
+    python -m benchmarks.prefill [--lengths 8192,32768,131072,262144]
                                  [--arms triton,fa4,flex,modelopt] [--modelopt WHEEL]
-                                 [--seconds 480] [--only-check] [--tiles]
+                                 [--seconds 480] [--no-tests]
 
-First the kernels are checked against float32 attention, the choice of blocks against the plain
-patterns and flash-attn-4 against Triton, on small shapes (`--only-check`: in every form). Then
-one layer of the shape of Llama-3.1-8B (32 q heads, 8 kv heads, head dim 128, bf16, batch 1, causal,
-random inputs) is timed: medians, all arms in one run, each only after its result at that length
-agrees with float32 in some rows, and over lists with another arm's in all. An arm that is wrong or
-fails is left out: a line says why, the run goes on, and the exit status is 1.
+First tests/gpu checks the kernels and the choice of blocks against their references, on small
+shapes; nothing is timed where a test fails (`--no-tests` leaves them out). Then one layer of the
+shape of Llama-3.1-8B (32 q heads, 8 kv heads, head dim 128, bf16, batch 1, causal, random inputs)
+is timed: medians, all arms in one run, each only after its result at that length agrees with
+float32 in some rows, and over lists with another arm's in all. An arm that is wrong or fails is
+left out: a line says why, the run goes on, and the exit status is 1.
 
 Density is the share of the causal blocks that is kept; random lists hold the row's first block and
 the diagonal. TFLOP/s count kept blocks, the diagonal's as half; `of dense` is their ratio to dense
@@ -25,9 +25,10 @@ our kernels get the same inputs with lists of these blocks.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -39,11 +40,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import peers
-
-from hfsparse.kernels import Need, fa4, reference
+from benchmarks.common import peers
+from hfsparse.kernels import Need, fa4
 from hfsparse.kernels.triton import estimate as triton_estimate
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
@@ -63,29 +61,22 @@ PATTERNS = (
     BlockTopK(share=0.1, min_blocks=16),
     Antidiagonal(tau=0.9, max_share=0.5),
 )
-CHECKED = (VerticalSlash(45, 130), BlockTopK(0.25, 2), Antidiagonal(0.6), Antidiagonal(0.9, 0.2))
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-TILES = ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3))
+TESTS = ("tests/gpu/test_prefill.py", "tests/gpu/test_estimate.py")
+TOLERANCE = 6e-3  # relative, of bfloat16
 
 
 class Wrong(Exception):
     """A result that is not attention."""
 
 
-# -- correctness ---------------------------------------------------------------------------------
+# -- what is right -------------------------------------------------------------------------------
 
 
-def truth(q, k, v, mask, kv, scale, softcap=None, s_aux=None) -> Tensor:
-    """Float32 attention over the keys that `mask` [B, H, Q, S] keeps, 0 where there is none."""
-    k, v = (t[:, kv].float().nan_to_num(0) for t in (k, v))
-    logits = q.float().nan_to_num(0) @ k.mT * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, -torch.inf)
-    if s_aux is not None:
-        bare = s_aux.float()[None, :, None, None].expand(*logits.shape[:3], 1)
-        return torch.softmax(torch.cat([logits, bare], 3), 3)[..., :-1] @ v
-    return torch.softmax(logits, 3).nan_to_num(0) @ v
+def truth(q, k, v, mask, kv, scale) -> Tensor:
+    """Float32 attention over the keys that `mask` [B, H, Q, S] keeps."""
+    k, v = (t[:, kv].float() for t in (k, v))
+    logits = (q.float() @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    return torch.softmax(logits, 3) @ v
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -97,23 +88,6 @@ def error(a: Tensor, b: Tensor) -> float:
     return (off / whole) ** 0.5
 
 
-def inputs(new, total, heads, kv_heads, dim, value_dim, dtype, uneven=False):
-    """Random q, k, v of rows of these lengths, NaN behind each row's end; heads within tokens."""
-    shapes = (max(new), heads, dim), (max(total), kv_heads, dim), (max(total), kv_heads, value_dim)
-    q, k, v = (torch.randn(len(new), *s, device=DEVICE).transpose(1, 2) for s in shapes)
-    if uneven:  # blocks of keys whose logits differ by far, so that tiles can be skipped
-        k *= (
-            4
-            * torch.rand(max(total) // 128 + 1, device=DEVICE).repeat_interleave(128)[
-                None, None, : max(total), None
-            ]
-        )
-    for t, held in ((q, new), (k, total), (v, total)):
-        dead = torch.arange(t.shape[2], device=DEVICE) >= torch.tensor(held, device=DEVICE)[:, None]
-        t.masked_fill_(dead[:, None, :, None], torch.nan)
-    return tuple(t.to(dtype) for t in (q, k, v))
-
-
 def random_keep(grid: Grid, heads: int, density: float) -> Tensor:
     """bool [1, heads, nq, nk]: the first block, the diagonal and others up to a density."""
     i, j = (torch.arange(n, device=DEVICE) for n in (grid.nq, grid.nk))
@@ -123,182 +97,6 @@ def random_keep(grid: Grid, heads: int, density: float) -> Tensor:
     wanted = density * (j <= i).sum() - (forced & (j <= i)).sum()
     keep = torch.rand(1, heads, grid.nq, grid.nk, device=DEVICE) < wanted / free.clamp(min=1)
     return keep | forced
-
-
-def grids() -> Iterator[tuple[str, list[int], list[int], dict]]:
-    """Rows' new and total tokens, by what is special about them."""
-    for length in (1, 31, 33, 127, 129, 517):
-        yield f"length {length}", [length], [length], {}
-    yield "padded batch", [517, 300, 1, 0], [517, 300, 1, 0], {}
-    yield "chunk", [260, 17], [700, 401], {}
-    yield "window", [517, 260], [517, 700], {"window": 200}
-
-
-def one(
-    name, dtype, heads, kv_heads, dim, value_dim, new, total, more, lists_of=None,
-    kernel=triton_prefill, **logits,
-):  # fmt: skip
-    """Check one case: its name and error, or the end of the run."""
-    torch.manual_seed(0)
-    q, k, v = inputs(new, total, heads, kv_heads, dim, value_dim, dtype)
-    lengths = [torch.tensor(t, device=DEVICE) for t in (new, total)]
-    grid = Grid(*lengths, q.shape[2], k.shape[2], 128, **more)
-    if lists_of is None:
-        lists = BlockLists.of(grid, heads, random_keep(grid, heads, 0.5))
-    else:
-        lists = lists_of(grid, q, k)
-    kv = torch.arange(heads, device=DEVICE) // (heads // kv_heads)
-    expected = truth(q, k, v, lists.mask(), kv, dim**-0.5, **logits)
-    torch.full_like(expected, torch.nan, dtype=dtype)  # what the kernel leaves unwritten is NaN
-    found = kernel.prefill(q, k, v, lists, kv, scale=dim**-0.5, **logits)
-    name = f"{kernel.__name__.rpartition('.')[2]}: {name}, {heads}/{kv_heads} heads of {dim}"
-    report(name, dtype, error(found, expected))
-    if kernel is not triton_prefill:
-        other = triton_prefill.prefill(q, k, v, lists, kv, scale=dim**-0.5, **logits)
-        report(f"{name}, against Triton", dtype, error(found, other))
-
-
-def report(name: str, dtype: torch.dtype, off: float) -> None:
-    good = off <= TOLERANCE[dtype]
-    print(f"- {'ok' if good else 'WRONG'} {off:.1e} {str(dtype)[6:]}: {name}", flush=True)
-    if not good:
-        raise Wrong(f"{name}: error {off:.2e}, at most {TOLERANCE[dtype]:.0e} is rounding")
-
-
-def check(full: bool) -> None:
-    """Triton, in the forms that are timed or in every form."""
-    bf16, half, single = torch.bfloat16, torch.float16, torch.float32
-    for dtype in (bf16, half, single) if full else (bf16,):
-        for dim in (64, 80, 96, 128, 256) if full else (128,):
-            one("random lists", dtype, 6, 2, dim, dim, [517, 300], [517, 300], {})
-    for name, new, total, more in grids():
-        one(name, bf16, 4, 2, 128, 128, new, total, more)
-    for heads, kv_heads in ((3, 3), (6, 2), (8, 2), (7, 1), (8, 1)) if full else ((8, 2),):
-        one("group", bf16, heads, kv_heads, 128, 128, [517], [517], {})
-    aux = torch.linspace(-2, 3, 6, device=DEVICE)
-    for dtype in (bf16, half, single) if full else (bf16,):
-        dim = 64 if full else 128
-        case = (dtype, 6, 2, dim, dim, [517, 300], [700, 300], {})
-        scale = dim**-0.5
-        one("columns", *case, lambda g, q, k, s=scale: VerticalSlash(45, 130).lists(q, k, g, s))
-        one("band", *case, lambda grid, q, k: BlockLists.of(grid, 6, band=Band(5, 150, 6554)))
-        one("everything", *case, lambda grid, q, k: BlockLists.of(grid, 6))
-        if full:
-            one("softcap, sink logits", *case, softcap=5.0, s_aux=aux)
-    if full:
-        one("value dim 64", bf16, 4, 2, 128, 64, [517], [517], {})
-        first = torch.tensor([[0, 1000, 1128, 1256]], device=DEVICE)
-        live = torch.tensor([[70, 128, 128, 44]], device=DEVICE)
-        ring = {"key_first": first, "key_live": live}
-        check_ring(bf16, 4, 2, 128, 128, [100], [1300], ring)
-    check_skip(full)
-    check_estimates(full)
-
-
-def check_fa4(full: bool) -> None:
-    """flash-attn-4, in the forms that are timed or in every form."""
-    bf16, half, more = torch.bfloat16, torch.float16, {"kernel": fa4}
-    dims = ((bf16, 64), (bf16, 80), (bf16, 96), (bf16, 128), (half, 128))
-    for dtype, dim in dims if full else ((bf16, 128),):
-        one("random lists", dtype, 6, 2, dim, dim, [517, 300], [517, 300], {}, **more)
-    for name, new, total, place in grids():
-        one(name, bf16, 6, 2, 128, 128, new, total, place, **more)
-    for heads, kv_heads in ((3, 3), (8, 2), (7, 1)) if full else ((8, 2),):
-        one("group", bf16, heads, kv_heads, 128, 128, [517], [517], {}, **more)
-    case = (bf16, 6, 2, 128, 128, [517, 300], [700, 300])
-    band = Band(5, 150, 6554)
-    one("band", *case, {}, lambda grid, q, k: BlockLists.of(grid, 6, band=band), **more)
-    one("everything", *case, {}, lambda grid, q, k: BlockLists.of(grid, 6), **more)
-    for place in ({}, {"window": 200}):
-        slashes = VerticalSlash(45, 130), VerticalSlash(300, 40)
-        for pattern in slashes:
-            name = f"{pattern.columns} columns, window {place.get('window')}"
-            one(name, *case, place, lambda g, q, k, p=pattern: p.lists(q, k, g, 0.09), **more)
-        one("scattered columns", *case, place, lambda grid, q, k: scattered(grid, 6), **more)
-    if full:
-        one("value dim 64", bf16, 6, 2, 128, 64, [517], [517], {}, **more)
-        aux = torch.linspace(-2, 3, 6, device=DEVICE)
-        one("sink logits", *case, {}, s_aux=aux, **more)
-        one("softcap, columns", *case, {}, lambda g, q, k: scattered(g, 6), softcap=5.0, **more)
-        first = torch.tensor([[0, 1000, 1128, 1256]], device=DEVICE)
-        live = torch.tensor([[70, 128, 128, 44]], device=DEVICE)
-        ring = {"key_first": first, "key_live": live}
-        check_ring(bf16, 6, 2, 128, 128, [100], [1300], ring, fa4)
-    for new, total in ((517, 517), (100, 517)):
-        q, _, _ = inputs([new], [new], 6, 2, 128, 128, bf16)
-        _, k, v = inputs([total], [total], 6, 2, 128, 128, bf16)
-        mask = torch.ones(new, total, dtype=torch.bool, device=DEVICE).tril(total - new)
-        kv = torch.arange(6, device=DEVICE) // 3
-        expected = truth(q, k, v, mask, kv, 0.1)
-        report(f"fa4: dense, {new} of {total}", bf16, error(fa4.dense(q, k, v, 0.1), expected))
-
-
-def scattered(grid: Grid, heads: int) -> BlockLists:
-    """Random blocks and 150 random columns, some of them within kept blocks."""
-    columns = torch.rand(len(grid.q_len), heads, grid.Sk, device=DEVICE).topk(150).indices
-    keep = random_keep(grid, heads, 0.3)
-    return BlockLists.of(grid, heads, keep, columns=columns.sort(-1).values)
-
-
-def check_ring(
-    dtype, heads, kv_heads, dim, value_dim, new, total, ring, kernel=triton_prefill
-) -> None:
-    q, _, _ = inputs(new, new, heads, kv_heads, dim, value_dim, dtype)
-    _, k, v = inputs([512], [512], heads, kv_heads, dim, value_dim, dtype)
-    lengths = [torch.tensor(t, device=DEVICE) for t in (new, total)]
-    grid = Grid(*lengths, new[0], 512, 128, **ring)
-    k.masked_fill_((grid.key_pos < 0)[:, None, :, None], torch.nan)
-    v.masked_fill_((grid.key_pos < 0)[:, None, :, None], torch.nan)
-    lists = BlockLists.of(grid, heads, band=Band(70, 150))
-    kv = torch.arange(heads, device=DEVICE) // (heads // kv_heads)
-    expected = truth(q, k, v, lists.mask(), kv, dim**-0.5)
-    found = kernel.prefill(q, k, v, lists, kv, scale=dim**-0.5)
-    report("ring", dtype, error(found, expected))
-
-
-def check_skip(full: bool) -> None:
-    cases = ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 256))
-    for dtype, dim in cases if full else cases[:1]:
-        torch.manual_seed(0)
-        q, k, v = inputs([900, 517], [900, 700], 4, 2, dim, dim, dtype, uneven=True)
-        lengths = [torch.tensor(t, device=DEVICE) for t in ([900, 517], [900, 700])]
-        lists = BlockLists.of(Grid(*lengths, 900, 900, 128), 4)
-        kv = torch.arange(4, device=DEVICE) // 2
-        counts = torch.zeros(2, 4, 2, dtype=torch.int64, device=DEVICE)
-        tile = triton_prefill.tile_of(dim, q.element_size(), 128, str(q.device))[:2]
-        more = {"scale": dim**-0.5, "skip": 3.0}
-        found = triton_prefill.prefill(q, k, v, lists, kv, **more, skipped=counts[0])
-        expected = reference.prefill(q, k, v, lists, kv, **more, skipped=counts[1], tile=tile)
-        report(f"skip, heads of {dim}", dtype, error(found, expected))
-        share = (counts[..., 0].sum(1) / counts[..., 1].sum(1)).tolist()
-        print(f"  skipped {share[0]:.3f} of the tiles; the reference {share[1]:.3f}", flush=True)
-        if not 0.05 < share[0] < 0.95 or abs(share[0] - share[1]) > 0.01:
-            raise Wrong("skip: the kernel and the reference do not skip the same")
-
-
-def check_estimates(full: bool) -> None:
-    bf16 = torch.bfloat16
-    plain, window = ([2000, 1037], [2000, 1037], None), ([700, 517], [1717, 700], 600)
-    cases = [(bf16, 128, plain)]
-    if full:
-        cases += [(bf16, dim, plain) for dim in (64, 80, 256)]
-        cases += [(bf16, 128, window), (torch.float16, 128, plain), (torch.float32, 64, plain)]
-    for dtype, dim, (new, total, window) in cases:
-        torch.manual_seed(0)
-        q, k, _ = inputs(new, total, 6, 2, dim, dim, dtype)
-        lengths = [torch.tensor(t, device=DEVICE) for t in (new, total)]
-        grid = Grid(*lengths, q.shape[2], k.shape[2], 128, window)
-        for pattern in CHECKED:
-            name = f"{pattern.kind}, {str(dtype)[6:]} heads of {dim}, window {window}"
-            if why := triton_estimate.why_not(pattern, q, grid):
-                print(f"- not served: {name}: {why}", flush=True)
-                continue
-            found = triton_estimate.lists(pattern, q, k, grid, dim**-0.5).mask()
-            expected = pattern.lists(q, k, grid, dim**-0.5).mask()
-            off = float((found != expected).sum() / expected.sum())
-            print(f"- {off:.1e} of the pairs differ: {name}", flush=True)
-            if off > 0.01 or not found.any():
-                raise Wrong(f"{name}: the fused lists are not the plain ones")
 
 
 # -- speed ---------------------------------------------------------------------------------------
@@ -450,7 +248,7 @@ class Layer:
         off = [] if wanted is None else [error(found[:, :, self.rows], wanted)]
         off += [] if other is None else [error(found, other)]
         found = None
-        if not all(one <= TOLERANCE[DTYPE] for one in off):
+        if not all(one <= TOLERANCE for one in off):
             raise Wrong(f"error {', '.join(f'{one:.1e}' for one in off)}: not timed")
         return median(run, 5 if self.L <= LONG else 3), took
 
@@ -529,7 +327,7 @@ class Layer:
         return lambda: kernel.prefill(q, k, v, lists, heads, scale=SCALE, **more)
 
 
-def timings(table: Table, L: int, arms: dict, once: bool, tiles: bool) -> None:
+def timings(table: Table, L: int, arms: dict, once: bool) -> None:
     """All rows of one length; `once`: also those that one length is enough for."""
     layer = Layer(table, L, arms, plain_grid(L), *shaped(L))
     layer.baselines()
@@ -542,7 +340,7 @@ def timings(table: Table, L: int, arms: dict, once: bool, tiles: bool) -> None:
             lists = BlockLists.of(layer.grid, H, keep)
             found = layer.over(f"density {density}", lists, ("fa4", "triton", "flex"))
             if once:
-                variants(layer, density, lists, tiles)
+                variants(layer, density, lists)
             own = [(ms, arm) for arm, ms in found.items() if ms and arm != "flex"]
             return min(own, default=None)
 
@@ -566,7 +364,7 @@ def timings(table: Table, L: int, arms: dict, once: bool, tiles: bool) -> None:
         table.attempt("first calls", L, lambda: first_calls(table, L))
 
 
-def variants(layer: Layer, density: float, lists: BlockLists, tiles: bool) -> None:
+def variants(layer: Layer, density: float, lists: BlockLists) -> None:
     """What else the kernels can be asked for over the same lists."""
     kept = work(lists)
     if density == 0.1 and "fa4" in layer.arms:
@@ -577,8 +375,6 @@ def variants(layer: Layer, density: float, lists: BlockLists, tiles: bool) -> No
             note = "the test's cost" if skip > 0 else "what is left: q · k"
             run = layer.call("triton", lists, skip=skip)
             layer.time(f"ours, skip on, {name}", run, *kept, notes=[note])
-    if "triton" in layer.arms and tiles and density in (1.0, 0.1):
-        every_tile(layer, lists)
 
 
 def mixed(layer: Layer) -> None:
@@ -684,18 +480,6 @@ def first_calls(table: Table, L: int) -> None:
         table.row(f"first call at a new length, {pattern.kind}", odd, ms=took[0], note=note)
 
 
-def every_tile(layer: Layer, lists: BlockLists) -> None:
-    """Time other tiles (queries, keys, warps, stages) than the kernel's own choice."""
-    own = triton_prefill.TILES, triton_prefill.STAGES
-    for *tile, stages in TILES:
-        triton_prefill.TILES, triton_prefill.STAGES = (tuple(tile),), stages
-        triton_prefill.tile_of.cache_clear()
-        name = f"… {tile[0]}x{tile[1]} w{tile[2]} s{stages}"
-        layer.time(name, layer.call("triton", lists), *work(lists))
-    triton_prefill.TILES, triton_prefill.STAGES = own
-    triton_prefill.tile_of.cache_clear()
-
-
 # -- the run -------------------------------------------------------------------------------------
 
 
@@ -710,13 +494,12 @@ def ready(name: str, modelopt: str | None) -> peers.Flex | peers.ModelOpt | None
     return peers.ModelOpt(modelopt) if name == "modelopt" else None
 
 
-def checked(name: str, full: bool) -> None:
-    """Check one of our own kernels on small shapes; peers are checked at the lengths timed."""
-    if name == "triton":
-        check(full)
-    if name == "fa4":
-        check_fa4(full)
-        print(f"fa4 compiled {fa4.compiled()} kernels", flush=True)
+def test() -> None:
+    """Run the kernels' own tests; the script ends where one fails."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    if subprocess.run(command, cwd=root).returncode:
+        sys.exit("the kernels' tests fail: nothing is timed")
 
 
 def versions(arms: dict) -> str:
@@ -738,8 +521,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(known))
     parser.add_argument("--modelopt", help="a wheel or folder of nvidia-modelopt, not installed")
     parser.add_argument("--seconds", type=float, default=480, help="begin no row later than this")
-    parser.add_argument("--only-check", action="store_true", help="every form, and no timings")
-    parser.add_argument("--tiles", action="store_true", help="time other tiles too")
+    parser.add_argument("--no-tests", action="store_true", help="time without testing first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
@@ -747,33 +529,24 @@ def main() -> None:
     if unknown := set(names) - set(known):
         parser.error(f"no arms {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     torch.set_grad_enabled(False)
-    start, failed, arms = time.perf_counter(), 0, {}
+    start, arms = time.perf_counter(), {}
     for name in names:
         try:
             arms[name] = ready(name, args.modelopt)
         except Exception as error:
             print(f"{name} is left out: {why(error)}", flush=True)
     print(versions(arms), flush=True)
-    for name in list(arms):
-        try:
-            checked(name, args.only_check)
-        except Exception as error:
-            failed += 1
-            print(f"{name} is left out: {why(error)}", flush=True)
-            del arms[name]
-    print(f"\nchecked in {time.perf_counter() - start:.0f} s", flush=True)
-    if not args.only_check:
-        table = Table(start + args.seconds)
-        lengths = [int(length) for length in args.lengths.split(",")]
-        for L in lengths:
-            once = (ONCE if ONCE in lengths else lengths[0]) == L
-            table.attempt(
-                "all", L, lambda L=L, once=once: timings(table, L, arms, once, args.tiles)
-            )
-            torch.cuda.empty_cache()
-        failed += table.failed
-    print(f"\n{time.perf_counter() - start:.0f} s in all, {failed} failed", flush=True)
-    sys.exit(failed > 0)
+    if not args.no_tests:
+        test()
+        print(f"\ntested in {time.perf_counter() - start:.0f} s", flush=True)
+    table = Table(start + args.seconds)
+    lengths = [int(length) for length in args.lengths.split(",")]
+    for L in lengths:
+        once = (ONCE if ONCE in lengths else lengths[0]) == L
+        table.attempt("all", L, lambda L=L, once=once: timings(table, L, arms, once))
+        torch.cuda.empty_cache()
+    print(f"\n{time.perf_counter() - start:.0f} s in all, {table.failed} failed", flush=True)
+    sys.exit(table.failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much attention do patterns keep, beside skip-softmax as an oracle that sees every score?
 
-    python benchmarks/recall.py MODEL [--length 8192] [--prompts 1] [--write FILE]
+    python -m benchmarks.recall MODEL [--length 8192] [--prompts 1] [--write FILE]
 
 Every q head of every layer, dense forward passes over retrieval prompts (the profiler's). Skip-
 softmax (BLASST, arXiv 2512.12087) computes each tile's scores before it drops the tile: what it
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from cpu_reference import processor
 from torch import Tensor
 
 import hfsparse
@@ -30,6 +29,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.runtime.layer_plan import observed
+from hfsparse_eval.run.machine import processor
 
 BLOCK = 128
 SKIPS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # nats

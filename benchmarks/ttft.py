@@ -1,6 +1,6 @@
 """Claim: under a plan the first token comes sooner, by what the plan's block density says.
 
-    python benchmarks/ttft.py [--lengths 1024,…,131072] [--only full|sparse] [--shape llama-3.1-8b]
+    python -m benchmarks.ttft [--lengths 1024,…,131072] [--only full|sparse] [--shape llama-3.1-8b]
                               [--repeat N] [--chunk TOKENS] [--seconds 480]
 
 Random weights, bf16 (float32 on a CPU), one prompt. `dense` is the unpatched model (sdpa). Up to
@@ -21,25 +21,20 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import contextlib
-import gc
 import inspect
 import math
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from unittest.mock import patch as replaced
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import hfsparse
+from benchmarks.common.shapes import describe, tidy, why_not_fa4
 from hfsparse import bench, kernels
 from hfsparse.lists import Band, Grid, default_block
 from hfsparse.models.names import CACHES
@@ -214,12 +209,6 @@ def attempt(run: Callable):
     return why
 
 
-def tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def kind_of(tokens: int) -> str:
     return "full" if tokens <= SHORT else "sparse"
 
@@ -227,7 +216,7 @@ def kind_of(tokens: int) -> str:
 def arms_of(model: PreTrainedModel, tokens: int, args: argparse.Namespace) -> list[Arm]:
     """Dense, then ours."""
     whole, without = kernels.PREFILL, tuple(row for row in kernels.PREFILL if row.name != "FA4")
-    served = no_fa4(model) is None
+    served = why_not_fa4(model) is None
     tables = [(whole, 0), (without, 1)] if served else [(without, 1)]
     tables = tables[:1] if args.fastest else tables
     arms = [Arm("dense", None, whole, spare=PIECE)]
@@ -241,14 +230,6 @@ def arms_of(model: PreTrainedModel, tokens: int, args: argparse.Namespace) -> li
                 pieces = {"piece": args.chunk if tokens > 131072 else None, "spare": PIECE}
                 arms.append(Arm(f"{name} {density:.2f}", plan, table, target, **pieces))
     return arms
-
-
-def no_fa4(model: PreTrainedModel) -> str | None:
-    """Why FA4 serves none of this model's lists; None: it does."""
-    dim = ModelId.of(model).head_dim
-    need = kernels.Need(model.device, model.dtype, dim, dim, lists=True)
-    rows = [row for row in kernels.PREFILL if row.name == "FA4"]
-    return rows[0].why_not(need) if rows else "it is not in the table"
 
 
 def measure(model: PreTrainedModel, ids: torch.Tensor, arms: list[Arm], repeat: int, end: float):
@@ -371,25 +352,6 @@ def notes(tokens: int, arms: list[Arm], host: tuple[float, float] | None) -> lis
     return found
 
 
-def header(model: PreTrainedModel, shape: str) -> str:
-    def of(package: str) -> str:
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            return f"no {package}"
-
-    cuda = model.device.type == "cuda"
-    parts = [torch.cuda.get_device_name() if cuda else "CPU", f"torch {torch.__version__}"]
-    parts += [f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"] if cuda else []
-    parts += [of(name) for name in ("triton", "transformers", "flash-attn-4")]
-    why = no_fa4(model)
-    parts[-1] += "" if why is None else f", which does not serve: {why}"
-    return (
-        f"{'; '.join(parts)}. Shape {shape}, random weights, {str(model.dtype)[6:]}, batch 1; "
-        f"dense is {model.config._attn_implementation}."
-    )
-
-
 def repeats(tokens: int) -> int:
     if tokens <= SHORT:
         return 9
@@ -415,7 +377,7 @@ def main() -> None:
     model = bench.random_model(args.shape, device, torch.bfloat16 if cuda else torch.float32)
     lengths = sorted({int(n) for n in args.lengths.split(",")})
     warm_up(model, {args.only or kind_of(n) for n in lengths}, args)
-    print(f"{header(model, args.shape)}\n", flush=True)
+    print(f"{describe(model, args.shape)}\n", flush=True)
     print(f"| {HEAD} |\n|" + " --- |" * (HEAD.count("|") + 1), flush=True)
     said = []
     for tokens in lengths:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from hfsparse.cli.application import Commands
 from hfsparse.cli.profile import BeyondWindow
 from hfsparse.errors import UsageError
-from hfsparse_eval.command import DATA, Run, check_window, listed, pick, positive, sized
+from hfsparse_eval.command import ask, begin, check_request, finish, load_model
 from hfsparse_eval.options import (
     Arms,
     Batch,
@@ -29,13 +28,18 @@ from hfsparse_eval.options import (
     Plans,
     Samples,
     Seed,
+    Size,
     Squad,
     SuiteOption,
+    check_positive,
+    names_by_default,
+    pick_tasks,
+    read_numbers,
+    read_size,
 )
-from hfsparse_eval.suites import Size
-from hfsparse_eval.tasks import TASKS, Niah, with_books
-from hfsparse_eval.tasks.conversations import TALKS
-from hfsparse_eval.tasks.long_answers import DECODES
+from hfsparse_eval.tasks import documents, of_suite, with_books
+from hfsparse_eval.tasks.conversations import describe_turns
+from hfsparse_eval.tasks.needles import GRID, hide
 
 app = typer.Typer(
     cls=Commands,
@@ -44,10 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-USUAL = Size(8, (4096,))
-MOST_NEEDLES = 100
-GRID_TASKS = [task.name for task in TASKS.values() if isinstance(task, Niah) and task.needles == 1]
-PLACED = [name for name in TASKS if name not in ("cwe", "fwe")]  # answers that stand in a place
+PLACED = {name: task for name, task in of_suite("ruler").items() if task.placed}
 
 
 @app.command()
@@ -74,11 +75,15 @@ def ruler(
 
     qa_1 and qa_2 need SQuAD and HotpotQA; without them qa_1_invented and qa_2_invented are run.
     """
-    known, marks = _known(squad, hotpotqa)
-    chosen = pick(_standard(known) if tasks is None else tasks, known)
-    size = sized(suite, lengths, samples, USUAL)
-    run = Run("ruler", model, plan, size, seed, output, max_new_tokens, arm, batch)
-    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, **marks)
+    books, marks = documents.read_books(squad, hotpotqa)
+    chosen = pick_tasks(tasks, with_books(**books))
+    size = read_size(suite, lengths, samples)
+    request = check_request(
+        "ruler", model, output, plan, arm, seed, chat.value, max_new_tokens, batch
+    )
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = loaded.suite(chosen, size)
+    ask(loaded, made, **marks)
 
 
 @app.command()
@@ -92,7 +97,7 @@ def needle(
     ] = None,
     depths: Annotated[str, typer.Option(help="Percent of the haystack.")] = "0,25,50,75,100",
     samples: Annotated[int | None, typer.Option(help="Samples of each cell (2).")] = None,
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID_TASKS)}.")] = "niah_single_2",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID)}.")] = "niah_single_2",
     needles: Annotated[
         int, typer.Option(help="Of a sample, all asked for: one at the depth, the rest after it.")
     ] = 1,
@@ -109,16 +114,19 @@ def needle(
     batch: Batch = 1,
 ) -> None:
     """Needles at each depth and length: table and heat map, dense beside sparse."""
-    places = listed("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
-    size = sized(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
-    run = Run("needle", model, plan, size, seed, output, max_new_tokens, arm, batch)
-    chosen = pick(task, {name: TASKS[name] for name in GRID_TASKS})
+    places = read_numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
+    size = read_size(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
+    request = check_request(
+        "needle", model, output, plan, arm, seed, chat.value, max_new_tokens, batch
+    )
+    chosen = pick_tasks(task, GRID)
     if len(chosen) > 1:
         raise UsageError(f"task is {task}: a grid is of one task")
-    if positive("needles", needles) > MOST_NEEDLES:
-        raise UsageError(f"needles is {needles}: give up to {MOST_NEEDLES}")
-    hidden, marks = _hidden(chosen[0], needles, haystack)
-    run.go(run.suite([hidden], places), device, dtype, beyond_window, chat.value, **marks)
+    check_positive("needles", needles)
+    hidden, marks = hide(chosen[0], needles, haystack)
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = loaded.suite([hidden], size, places)
+    ask(loaded, made, grid=hidden.name, **marks)
 
 
 @app.command()
@@ -128,7 +136,7 @@ def turns(
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,
-    tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(TALKS),
+    tasks: Annotated[str, typer.Option(help="By commas.")] = names_by_default("turns"),
     answers: Annotated[
         Feed, typer.Option(help="What a turn leaves for the next: the own answer or the right one.")
     ] = Feed.own,
@@ -147,14 +155,15 @@ def turns(
 
     The text is read before any question is known.
     """
-    from hfsparse_eval.tasks.conversations import rules
-
-    chosen = pick(tasks, TALKS)
-    size = sized(suite, lengths, samples, USUAL)
-    run = Run("turns", model, plan, size, seed, output, max_new_tokens)
-    run.gold, run.known = answers is Feed.gold, known
-    told = rules(run.gold, run.known)
-    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, turns=told)
+    chosen = pick_tasks(tasks, of_suite("turns"))
+    size = read_size(suite, lengths, samples)
+    request = check_request(
+        "turns", model, output, plan, seed=seed, chat=chat.value, cap=max_new_tokens
+    )
+    rules = {"gold": answers is Feed.gold, "known": known}
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = loaded.suite(chosen, size, **rules)
+    ask(loaded, made, turns=describe_turns(**rules))
 
 
 @app.command()
@@ -177,25 +186,23 @@ def custom(
 
     An answer is right where it contains one of the right ones (all of them: --metric all).
     """
-    from hfsparse_eval.tasks.conversations import rules
-    from hfsparse_eval.tasks.own_questions import Questions, read
+    from hfsparse_eval.run.samples import OwnSuite
+    from hfsparse_eval.tasks import own_questions
 
-    items, mark = read(data)
-    asked = any(item.draft.asks for item in items)
+    questions, mark = own_questions.read(data, metric=metric.value, new_tokens=max_new_tokens)
+    asked = any(question.draft.asks for question in questions)
     if asked and (arm or batch > 1):
         raise UsageError("turns go on over a cache of their own: leave out --arm and --batch")
     if any(name.endswith(":agnostic") for name in arm or ()):
         raise UsageError("a prompt of your own is pressed as a whole: leave out :agnostic")
-    run = Run("custom", model, plan, Size(1, ()), 0, output, max_new_tokens, arm, batch)
-    run.gold, run.known = answers is Feed.gold, True
-    told = rules(run.gold, run.known) if asked else None
-
-    def made(prompter, window):
-        return Questions(items, prompter, window, max_new_tokens, metric.value)
-
-    run.go(
-        made, device, dtype, beyond_window, chat.value, data=mark, metric=metric.value, turns=told
+    request = check_request(
+        "custom", model, output, plan, arm, chat=chat.value, cap=max_new_tokens, batch=batch
     )
+    rules = {"gold": answers is Feed.gold, "known": True}
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = OwnSuite(questions, loaded.prompter(**rules), loaded.window)
+    told = describe_turns(**rules) if asked else None
+    ask(loaded, made, data=mark, metric=metric.value, turns=told)
 
 
 @app.command()
@@ -206,7 +213,7 @@ def decode(
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,
-    tasks: Annotated[str, typer.Option(help="By commas.")] = ",".join(DECODES),
+    tasks: Annotated[str, typer.Option(help="By commas.")] = names_by_default("decode"),
     seed: Seed = 0,
     output: Output = Path("eval-decode"),
     beyond_window: BeyondWindow = False,
@@ -216,10 +223,12 @@ def decode(
     max_new_tokens: Cap = None,
 ) -> None:
     """Long answers: list, sort, add up, copy; the score, and agreement with dense by position."""
-    chosen = pick(tasks, DECODES)
-    size = sized(suite, lengths, samples, USUAL)
-    run = Run("decode", model, plan, size, seed, output, max_new_tokens, arm)
-    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value)
+    chosen = pick_tasks(tasks, of_suite("decode"))
+    size = read_size(suite, lengths, samples)
+    request = check_request("decode", model, output, plan, arm, seed, chat.value, max_new_tokens)
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = loaded.suite(chosen, size)
+    ask(loaded, made)
 
 
 @app.command()
@@ -243,25 +252,22 @@ def ppl(
     dtype: Dtype = "auto",
 ) -> None:
     """Perplexity, and the divergence of the next token's distribution from dense, by position."""
-    from hfsparse_eval.probes import perplexity as judge
+    from hfsparse_eval.probes import perplexity
 
-    content, mark = judge.source(data)
-    size = sized(suite, lengths, samples, USUAL)
-    step = None if stride is None else positive("stride", stride)
-    run = Run("ppl", model, plan, size, 0, output, None)
-
-    def made(prompter, window):
-        check_window(window, size.lengths)
-        return [
-            case
-            for length in size.lengths
-            for case in judge.windows(prompter.tokenizer, content, length, size.samples, step)
-        ]
-
-    def measured(model, tokenizer, cases, results, share):
-        judge.run(model, cases, results, run.arms, share)
-
-    run.go(made, device, dtype, beyond_window, "never", measured, data=mark, stride=step)
+    content, mark = perplexity.source(data)
+    size = read_size(suite, lengths, samples)
+    step = None if stride is None else check_positive("stride", stride)
+    request = check_request("ppl", model, output, plan, chat="never")
+    loaded = load_model(request, device, dtype, beyond_window)
+    loaded.check_lengths(size)
+    windows = [
+        window
+        for length in size.lengths
+        for window in perplexity.windows(loaded.tokenizer, content, length, size.samples, step)
+    ]
+    session = begin(loaded, data=mark, stride=step)
+    perplexity.run(session, windows)
+    finish(session)
 
 
 @app.command()
@@ -282,48 +288,13 @@ def recall(
     chat: ChatOption = Chat.auto,
 ) -> None:
     """Which heads lose the needle under a plan, and which of its words did it."""
-    from hfsparse_eval.probes import recall as judge
+    from hfsparse_eval.probes import recall as probe
 
-    chosen = pick(tasks, {name: TASKS[name] for name in PLACED})
-    size = sized(suite, lengths, samples, USUAL)
-    run = Run("recall", model, plan, size, seed, output, None)
-
-    def measured(model, tokenizer, suite, results, share):
-        judge.run(model, tokenizer, suite, results, run.arms, share)
-
-    run.go(run.suite(chosen), device, dtype, beyond_window, chat.value, measured)
-
-
-def _hidden(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:
-    """The task with so many needles, in a haystack of the user's own, and what names that."""
-    from hfsparse_eval.tasks.haystack import own
-
-    if needles > 1:
-        task = replace(task, name=f"{task.name}_x{needles}", keys=needles, queries=needles)
-    if haystack is None:
-        return task, {}
-    if task.haystack != "prose":
-        prose = [name for name in GRID_TASKS if TASKS[name].haystack == "prose"]
-        raise UsageError(
-            f"{task.name} makes its own haystack: --haystack goes with {', '.join(prose)}"
-        )
-    sentences, mark = own(haystack)
-    return replace(task, own=sentences), {"prose": mark}
-
-
-def _known(squad: str | None, hotpotqa: str | None) -> tuple[dict, dict[str, str]]:
-    """Every task that can be run with this data, and by which data."""
-    from hfsparse_eval.tasks import documents as qa
-
-    books, marks = {}, {}
-    if squad is not None:
-        books["squad"], marks["squad"] = qa.squad(squad)
-    if hotpotqa is not None:
-        books["hotpotqa"], marks["hotpotqa"] = qa.hotpotqa(hotpotqa)
-    return with_books(**books), marks
-
-
-def _standard(known: dict) -> str:
-    """RULER's thirteen: the invented questions only where the real ones are missing."""
-    replaced = {f"{name}_invented" for name in DATA if name in known}
-    return ",".join(name for name in known if name not in replaced)
+    chosen = pick_tasks(tasks, PLACED)
+    size = read_size(suite, lengths, samples)
+    request = check_request("recall", model, output, plan, seed=seed, chat=chat.value)
+    loaded = load_model(request, device, dtype, beyond_window)
+    made = loaded.suite(chosen, size)
+    session = begin(loaded)
+    probe.run(session, made)
+    finish(session)

@@ -1,121 +1,63 @@
-"""What every command does: check what was given, load the model, run, write the report."""
+"""The steps of every command: check the request, load, begin a session, fill it, finish it."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import typer
 
 from hfsparse.errors import UsageError
 from hfsparse.reading import local
 from hfsparse.version import __version__
-from hfsparse_eval.suites import Size, named
-
-DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # tasks that need data: the option that gives it
-
-
-class Run:
-    """What all commands do: check, load, run, write."""
-
-    gold = known = False  # of conversations, as `Prompter` takes them
-
-    def __init__(self, kind, model, plans, size: Size, seed, output, cap, arms=(), batch=1):
-        from hfsparse_eval.run.results import writable
-
-        self.kind, self.model, self.seed, self.output = kind, model, seed, local(output)
-        self.size = size
-        self.cap = None if cap is None else positive("max-new-tokens", cap)
-        self.batch = positive("batch", batch)
-        self.arms = _arms(plans or (), arms or ())
-        writable(self.output)
-
-    def suite(self, tasks, depths=(None,)) -> Callable:
-        """What makes the samples of these tasks, once a prompter and the window are known."""
-
-        def made(prompter, window: int | None):
-            from hfsparse_eval.run.samples import Suite
-
-            check_window(window, self.size.lengths)
-            return Suite(tasks, self.size.lengths, self.size.samples, prompter, self.seed, depths)
-
-        return made
-
-    def go(
-        self,
-        made: Callable,
-        device: str,
-        dtype: str,
-        beyond_window: bool,
-        chat: str,
-        measured: Callable | None = None,
-        **named: str | None,
-    ) -> None:
-        """Run what `made` makes of a prompter and a window, by `measured` or as answers."""
-        from hfsparse.models.loading import load
-        from hfsparse.models.weights import weights_mark
-        from hfsparse.models.window import limit
-        from hfsparse.plan import ModelId
-        from hfsparse_eval.report import heatmap
-        from hfsparse_eval.report import page as report
-        from hfsparse_eval.run.machine import session
-        from hfsparse_eval.run.prompter import Prompter
-        from hfsparse_eval.run.results import Results, Settings
-        from hfsparse_eval.tasks import haystack as text
-
-        world, device = _processes(device)
-        model, tokenizer = load(self.model, device, dtype)
-        window = limit(model, beyond_window)
-        for arm in self.arms:
-            arm.check(model)
-        suite = made(Prompter(tokenizer, chat, self.gold, self.known), window)
-        settings = Settings(
-            kind=self.kind,
-            model=self.model,
-            fingerprint=ModelId.of(model).fingerprint,
-            weights=weights_mark(model),
-            version=__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            seed=self.seed,
-            chat=chat,
-            max_new_tokens=self.cap,
-            **{"prose": text.prose_source(), **named},
-        )
-        facts = [arm.facts() for arm in self.arms]
-        with world.main_process_first():
-            session = session(model.device)
-            results = Results(self.output, settings, session, facts, world.process_index)
-        world.wait_for_everyone()
-        share = world.process_index, world.num_processes
-        (measured or self._answered)(model, tokenizer, suite, results, share)
-        world.wait_for_everyone()
-        if not world.is_main_process:
-            return
-        results.merge()
-        paths = report.save(results)
-        if self.kind == "needle":
-            paths += heatmap.save(results, suite.cases[0].task)
-        for path in paths:
-            typer.echo(path)
-        if failed := results.failed:
-            first = failed[0]
-            raise UsageError(
-                f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
-                f"({first['failed']}): the command that asked for them tries them again"
-            )
-
-    def _answered(self, model, tokenizer, suite, results, share) -> None:
-        from hfsparse_eval.run import runner
-
-        runner.run(model, tokenizer, suite, results, self.arms, self.cap, self.batch, share)
+from hfsparse_eval.arms import Arm, Sparse, peer
+from hfsparse_eval.options import Size, check_positive
+from hfsparse_eval.run.results import Results, Settings, writable
+from hfsparse_eval.run.world import Session, World, join
 
 
-def _arms(plans, names) -> list:
-    """Everything that is run beside the dense model; what can't be is an error here."""
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked for."""
+
+    kind: str  # the command
+    model: str
+    output: Path
+    arms: Sequence[Arm]
+    seed: int
+    chat: str
+    cap: int | None  # of new tokens of an answer
+    batch: int
+
+
+def check_request(
+    kind: str,
+    model: str,
+    output: Path,
+    plans: Iterable[Path] | None = None,
+    peers: Iterable[str] | None = None,
+    seed: int = 0,
+    chat: str = "auto",
+    cap: int | None = None,
+    batch: int = 1,
+) -> Request:
+    """The request; UsageError for what can be known to be wrong before a model is loaded."""
+    output = local(output)
+    if cap is not None:
+        check_positive("max-new-tokens", cap)
+    check_positive("batch", batch)
+    arms = _read_arms(plans or (), peers or ())
+    writable(output)
+    return Request(kind, model, output, arms, seed, chat, cap, batch)
+
+
+def _read_arms(plans: Iterable[Path], peers: Iterable[str]) -> list[Arm]:
+    """Everything that is run beside the dense model."""
     from hfsparse.plan import Plan
-    from hfsparse_eval.arms import Sparse, peer
 
-    found = [Sparse(Plan.load(path), path.stem) for path in plans] + [peer(n) for n in names]
+    found = [Sparse(Plan.load(path), path.stem) for path in plans] + [peer(n) for n in peers]
     seen: dict = {}
     for arm in found:
         if (arm.name, arm.hash) in seen:
@@ -124,66 +66,107 @@ def _arms(plans, names) -> list:
     return found
 
 
-def _processes(device: str):
-    """This process among those of `accelerate launch`, and the device that is its own."""
-    from datetime import timedelta
+@dataclass(frozen=True)
+class Loaded:
+    """A request, and the model that it is for."""
 
-    from accelerate import PartialState
+    request: Request
+    world: World
+    model: Any
+    tokenizer: Any
+    window: int | None  # tokens; None: any length
 
-    world = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
-    if world.num_processes > 1 and device in ("auto", "cuda"):
-        device = str(world.device)
-    return world, device
+    def prompter(self, gold: bool = False, known: bool = False):
+        """Makes tokens of drafts; `gold` and `known` are of conversations."""
+        from hfsparse_eval.run.prompter import Prompter
 
+        return Prompter(self.tokenizer, self.request.chat, gold, known)
 
-def sized(suite: str | None, lengths: str | None, samples: int | None, usual: Size) -> Size:
-    """What a suite's name stands for, or what is usual; a flag of its own goes before both."""
-    size = named(suite) if suite else usual
-    if lengths is not None:
-        numbers = listed("lengths", lengths, int, lambda length: length > 0, "above 0")
-        size = Size(size.samples, tuple(numbers))
-    return size if samples is None else Size(positive("samples", samples), size.lengths)
+    def suite(self, tasks, size: Size, depths=(None,), **rules):
+        """The samples of these tasks; UsageError where a length is beyond the model's window."""
+        from hfsparse_eval.run.samples import Suite
 
+        prompter = self.prompter(**rules)
+        self.check_lengths(size)
+        return Suite(tasks, size.lengths, size.samples, prompter, self.request.seed, depths)
 
-def positive(name: str, number: int) -> int:
-    if number < 1:
-        raise UsageError(f"{name} is {number}: give 1 or more")
-    return number
-
-
-def pick(names: str, known: dict) -> list:
-    chosen = []
-    for name in _split(names):
-        if name in DATA and name not in known and f"{name}_invented" in known:
+    def check_lengths(self, size: Size) -> None:
+        if self.window and max(size.lengths) > self.window:
             raise UsageError(
-                f"{name} needs its data: give --{DATA[name]} FILE, or take {name}_invented"
+                f"length {max(size.lengths)} is beyond this model's window of {self.window} "
+                f"tokens: give lengths up to {self.window}, or --beyond-window"
             )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UsageError(f"unknown task {name}: did you mean {near[0]}? ({', '.join(known)})")
-        chosen.append(known[name])
-    if not chosen:
-        raise UsageError(f"no task given: give some of {', '.join(known)}")
-    return chosen
 
 
-def listed(name: str, given: str, kind: type, fits: Callable, wanted: str) -> list:
-    try:
-        numbers = [kind(word) for word in _split(given)]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(fits, numbers)):
-        raise UsageError(f"{name} is {given!r}: give numbers {wanted}, by commas")
-    return numbers
+def load_model(request: Request, device: str, dtype: str, beyond_window: bool) -> Loaded:
+    """The model on this process's device; UsageError or PlanError where an arm can't run it."""
+    from hfsparse.models.loading import load
+    from hfsparse.models.window import limit
+
+    world, device = join(device)
+    model, tokenizer = load(request.model, device, dtype)
+    window = limit(model, beyond_window)
+    for arm in request.arms:
+        arm.check(model)
+    return Loaded(request, world, model, tokenizer, window)
 
 
-def _split(words: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
+def begin(loaded: Loaded, **settings: str | int | None) -> Session:
+    """Open the results, or refuse a folder of another run. settings: further ones of `Settings`."""
+    from hfsparse.models.weights import weights_mark
+    from hfsparse.plan import ModelId
+    from hfsparse_eval.run.machine import describe
+    from hfsparse_eval.tasks.haystack import prose_source
+
+    request, world, model = loaded.request, loaded.world, loaded.model
+    shared = Settings(
+        kind=request.kind,
+        model=request.model,
+        fingerprint=ModelId.of(model).fingerprint,
+        weights=weights_mark(model),
+        version=__version__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seed=request.seed,
+        chat=request.chat,
+        max_new_tokens=request.cap,
+        **{"prose": prose_source(), **settings},
+    )
+    facts = [arm.facts() for arm in request.arms]
+    with world.first_process_first():
+        machine = describe(model.device)
+        results = Results(request.output, shared, machine, facts, world.index)
+    return Session(model, loaded.tokenizer, results, request.arms, world)
 
 
-def check_window(window: int | None, lengths: Sequence[int]) -> None:
-    if window and max(lengths) > window:
+def finish(session: Session, grid: str | None = None) -> None:
+    """Write the report once all processes are done, and say where; UsageError if a sample failed.
+
+    grid: the task that a heat map is drawn of.
+    """
+    from hfsparse_eval.report import heatmap, page
+
+    results = session.results
+    session.world.wait()
+    if session.world.index:
+        return
+    results.merge()
+    paths = page.save(results)
+    if grid:
+        paths += heatmap.save(results, grid)
+    for path in paths:
+        typer.echo(path)
+    if failed := results.failed:
+        first = failed[0]
         raise UsageError(
-            f"length {max(lengths)} is beyond this model's window of {window} tokens: "
-            f"give lengths up to {window}, or --beyond-window"
+            f"{len(failed)} rounds failed, the first at {first['id']} under {first['arm']} "
+            f"({first['failed']}): the command that asked for them tries them again"
         )
+
+
+def ask(loaded: Loaded, suite, grid: str | None = None, **settings: str | None) -> None:
+    """A whole session: every answer that the results lack, and the report."""
+    from hfsparse_eval.run import runner
+
+    session = begin(loaded, **settings)
+    runner.run(session, suite, loaded.request.cap, loaded.request.batch)
+    finish(session, grid)

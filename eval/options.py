@@ -1,14 +1,35 @@
-"""Options that commands share."""
+"""Options that commands share, and how their values are read."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hfsparse_eval.suites import SUITES
+from hfsparse.errors import UsageError
+from hfsparse_eval.arms import PEERS
+from hfsparse_eval.tasks import of_suite
+from hfsparse_eval.tasks.documents import WITH_DATA, name_stand_in
+
+
+@dataclass(frozen=True)
+class Size:
+    samples: int  # of each task at each length
+    lengths: tuple[int, ...]
+
+
+SUITES = {
+    "smoke": Size(4, (1024, 2048)),
+    "quick": Size(20, (4096, 16384)),
+    "standard": Size(100, (4096, 8192, 16384, 32768)),
+    "full": Size(500, (4096, 8192, 16384, 32768, 65536, 131072)),
+}
+USUAL = Size(8, (4096,))
 
 
 class Chat(str, Enum):
@@ -32,7 +53,9 @@ Plans = Annotated[
 ]
 Arms = Annotated[
     list[str] | None,
-    typer.Option("--arm", help="Also run a peer: kvpress:SnapKV:0.5[:agnostic], modelopt:0.7."),
+    typer.Option(
+        "--arm", help=f"Also run a peer: {', '.join(peer.examples for peer in PEERS.values())}."
+    ),
 ]
 SuiteOption = Annotated[
     str | None, typer.Option("--suite", help=f"Lengths and samples: {', '.join(SUITES)}.")
@@ -59,3 +82,64 @@ Squad = Annotated[
 HotpotQA = Annotated[
     str | None, typer.Option("--hotpotqa", help="qa_2: HotpotQA's dev file, or `datasets`.")
 ]
+
+
+def read_size(
+    suite: str | None, lengths: str | None, samples: int | None, usual: Size = USUAL
+) -> Size:
+    """What a suite's name stands for, or what is usual; a flag of its own goes before both."""
+    if suite and suite not in SUITES:
+        near = difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown suite {suite}: did you mean {near}? ({', '.join(SUITES)})")
+    size = SUITES[suite] if suite else usual
+    if lengths is not None:
+        numbers = read_numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
+        size = Size(size.samples, tuple(numbers))
+    return size if samples is None else Size(check_positive("samples", samples), size.lengths)
+
+
+def check_positive(name: str, number: int) -> int:
+    if number < 1:
+        raise UsageError(f"{name} is {number}: give 1 or more")
+    return number
+
+
+def read_numbers(name: str, given: str, kind: type, fits: Callable, wanted: str) -> list:
+    try:
+        numbers = [kind(word) for word in _split(given)]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(fits, numbers)):
+        raise UsageError(f"{name} is {given!r}: give numbers {wanted}, by commas")
+    return numbers
+
+
+def names_by_default(suite: str) -> str:
+    """The names, by commas, of the tasks that a command runs if none are named."""
+    return ",".join(name for name, task in of_suite(suite).items() if task.default)
+
+
+def pick_tasks(names: str | None, known: Mapping) -> list:
+    """The tasks of these names, or those that run by default."""
+    if names is None:
+        # The invented questions are run only where the real ones are missing.
+        replaced = {name_stand_in(name) for name in WITH_DATA if name in known}
+        return [task for task in known.values() if task.default and task.name not in replaced]
+    chosen = []
+    for name in _split(names):
+        stand_in = name_stand_in(name)
+        if name in WITH_DATA and name not in known and stand_in in known:
+            raise UsageError(
+                f"{name} needs its data: give --{WITH_DATA[name]} FILE, or take {stand_in}"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UsageError(f"unknown task {name}: did you mean {near[0]}? ({', '.join(known)})")
+        chosen.append(known[name])
+    if not chosen:
+        raise UsageError(f"no task given: give some of {', '.join(known)}")
+    return chosen
+
+
+def _split(words: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))

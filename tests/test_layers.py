@@ -30,7 +30,7 @@ KNOWN_PAIRS = {
     (f"{KERNELS}.triton.decode", f"{KERNELS}.triton.prefill"),
     (f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select"),
 }
-OPEN = {"kernels", "runtime", "profiler", "cli", "hfsparse_eval"}  # they share private names inside
+OPEN = {"kernels", "runtime", "profiler", "cli"}  # they share private names inside
 
 
 def _modules() -> dict[str, Path]:

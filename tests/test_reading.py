@@ -15,8 +15,7 @@ from hfsparse.plan import ModelId, Plan, PlanError, headmap
 from hfsparse.plan.importers import import_plan
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.prompts.calibration import read_jsonl
-from hfsparse_eval.command import Run
-from hfsparse_eval.suites import Size
+from hfsparse_eval.command import check_request
 from hfsparse_eval.tasks import documents as qa
 from hfsparse_eval.tasks import haystack as text
 from hfsparse_eval.tasks import own_questions as custom
@@ -55,7 +54,7 @@ READERS = {
         '{"prompt": "a é", "answers": ["b"]}\n{"prompt": "c", "answers": ["d"]}\n',
         lambda path: custom.read(path)[0],
     ),
-    "haystack": ("own.txt", "The sea.\nIt is deep é.\n", lambda path: text.own(path)[0]),
+    "haystack": ("own.txt", "The sea.\nIt is deep é.\n", lambda path: text.read_haystack(path)[0]),
     "book": ("book.txt", "The sea.\nIt is deep é.\n", lambda path: text.read(path)[0]),
     "squad": ("s.json", json.dumps(SQUAD, indent=1), lambda path: qa.squad(str(path))[0]),
     "hotpotqa": ("h.json", json.dumps(HOTPOT, indent=1), lambda path: qa.hotpotqa(str(path))[0]),
@@ -124,7 +123,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_file_is_written(tmp_path, monkeyp
     PLAN.save("~/plan.yaml")
     headmap.png(PLAN, "~/plan.png")
     Parts("~/new.yaml", "{}")
-    Run("needle", "model", (), Size(1, (1024,)), 0, type(tmp_path)("~/out"), None)
+    check_request("needle", "model", type(tmp_path)("~/out"))
     application.check_writable(type(tmp_path)("~/other.yaml"))
     for name in ("plan.yaml", "plan.png", "new.yaml.parts", "out"):
         assert (tmp_path / name).exists()

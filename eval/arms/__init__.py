@@ -1,46 +1,80 @@
-"""The dense model and plans as arms of a run; peers stand in files of their own.
+"""Arms: the dense model, plans, and peers, which stand in files of their own. A run has several.
 
 Sparse(plan, "balanced")                hfsparse.patch(model, plan)
 peer("kvpress:SnapKV:0.5")              a press of kvpress: half of a prompt's keys are dropped
 peer("kvpress:SnapKV:0.5:agnostic")     the same, before the question is read
 peer("modelopt:0.7")                    skip-softmax of nvidia-modelopt: 70 % of a prompt's tiles
+
+A peer is one file with a subclass of `Arm`, which is called with its name on the command line and
+the words after the first colon, and its line in PEERS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from math import nan
+from typing import Any, Protocol
 
 from hfsparse.errors import UsageError
 
 
-class Arm:
-    """The model as it was loaded; others change it for a while."""
+class Meter(Protocol):
+    """Measures samples while an arm is on."""
 
-    name = "dense"  # of its result lines
-    title = "dense"  # in reports
+    def begin(self, sample) -> None:
+        """Start anew: `sample` runs next, alone or as the first of a batch.
+
+        None stands for tokens that are no question, as perplexity reads them.
+        """
+        ...
+
+    def stats(self):
+        """What was measured since, with attributes as those of `hfsparse.Stats`; None: nothing."""
+        ...
+
+
+class Arm(Protocol):
+    """What a run asks of an arm. What is the same for most is given here."""
+
+    name: str  # of its result lines
+    title: str  # in reports
     hash: str | None = None  # of its plan
-    batches = True  # whether it can run several padded prompts at once
+    plan = None  # for probes that look into plans
+    batches: bool = True  # whether it can run several padded prompts at once
 
     def check(self, model) -> None:
-        """Raise where this arm can't run `model`."""
+        """Raise UsageError or PlanError where this arm can't run `model`."""
 
     def prepare(self, tokenizer, lengths: Collection[int]) -> None:
-        """Told of what will be run, before the first sample."""
+        """Make ready for samples of these lengths; called once, before the first sample."""
 
-    def on(self, model):
-        """A context in which `model` runs under this arm: what measures it, or None."""
-        return nullcontext()
-
-    def ask(self, sample) -> None:
-        """Told of each sample before it is run."""
+    def on(self, model) -> AbstractContextManager[Meter]:
+        """A context in which `model` runs under this arm, and is as before once it ends."""
+        ...
 
     def facts(self) -> dict:
-        """For run.json, so that a report can be written from its folder alone."""
+        """What run.json keeps, so that a report can be written from its folder alone."""
         return {"arm": self.name, "plan": self.hash, "title": self.title}
+
+
+class Dense(Arm):
+    """The model as it was loaded, of which nothing is measured."""
+
+    name = title = "dense"
+
+    @contextmanager
+    def on(self, model) -> Iterator[Meter]:
+        yield self
+
+    def begin(self, sample) -> None:
+        pass
+
+    def stats(self) -> None:
+        return None
 
 
 # What a report takes from `made.verified` of a plan, which hands may have edited.
@@ -58,10 +92,12 @@ class Sparse(Arm):
     def check(self, model) -> None:
         self.plan.check(model)
 
-    def on(self, model):
+    @contextmanager
+    def on(self, model) -> Iterator[Meter]:
         from hfsparse import patcher
 
-        return patcher.patch(model, self.plan)
+        with patcher.patch(model, self.plan) as patched:
+            yield PatchMeter(patched)
 
     def facts(self) -> dict:
         expected = {f"{n}": figures for n, figures in self.plan.expected.items()}
@@ -72,15 +108,44 @@ class Sparse(Arm):
         return super().facts() | {"promise": promise, "expected": expected}
 
 
-# The package that a name on the command line begins with: its distribution, our class for it.
-PEERS = {
-    "kvpress": ("kvpress", "presses.KVPress"),
-    "modelopt": ("nvidia-modelopt", "skips.ModelOpt"),
+@dataclass(frozen=True)
+class PatchMeter:
+    """Measures by what `hfsparse.patch` gives."""
+
+    handle: Any
+
+    def begin(self, sample) -> None:
+        self.handle.reset_stats()
+
+    def stats(self):
+        return self.handle.stats()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where an arm of another package stands, and how it is asked for."""
+
+    distribution: str  # to install
+    kind: str  # its class: file.Class
+    form: str  # for errors
+    examples: str  # for the help
+
+
+PEERS = {  # by the package, with which a name on the command line begins
+    "kvpress": Peer(
+        "kvpress",
+        "kvpress.KVPress",
+        "kvpress:PRESS:RATIO[:agnostic], with the ratio of keys to drop",
+        "kvpress:SnapKV:0.5[:agnostic]",
+    ),
+    "modelopt": Peer(
+        "nvidia-modelopt",
+        "modelopt.ModelOpt",
+        "modelopt:SHARE, with the share of a prompt's tiles to skip",
+        "modelopt:0.7",
+    ),
 }
-FORMS = (
-    "kvpress:PRESS:RATIO[:agnostic], with the ratio of keys to drop, or modelopt:SHARE, with "
-    "the share of a prompt's tiles to skip"
-)
+FORMS = ", or ".join(peer.form for peer in PEERS.values())
 
 
 def peer(name: str) -> Arm:
@@ -88,11 +153,13 @@ def peer(name: str) -> Arm:
     package, *words = name.split(":")
     if package not in PEERS:
         raise UsageError(f"unknown arm {name}: give {FORMS}")
-    distribution, ours = PEERS[package]
+    known = PEERS[package]
     if find_spec(package) is None:
-        raise UsageError(f"arm {name}: {package} is not installed: pip install {distribution}")
-    _check_versions(name, distribution)
-    file, kind = ours.split(".")
+        raise UsageError(
+            f"arm {name}: {package} is not installed: pip install {known.distribution}"
+        )
+    _check_versions(name, known.distribution)
+    file, kind = known.kind.split(".")
     return getattr(import_module(f".{file}", __package__), kind)(name, words)
 
 
@@ -112,7 +179,8 @@ def _check_versions(name: str, package: str) -> None:
             )
 
 
-def share(name: str, word: str) -> float:
+def read_share(name: str, word: str) -> float:
+    """The share, 0 to below 1, that `word` of an arm's name says; else UsageError."""
     try:
         share = float(word)
     except ValueError:

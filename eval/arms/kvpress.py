@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from math import nan
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import torch
 from hfsparse.errors import UsageError
 from hfsparse.lists import Grid
 from hfsparse.models.fingerprint import windows
-from hfsparse_eval.arms import FORMS, Arm, share
+from hfsparse_eval.arms import FORMS, Arm, read_share
 
 
 class KVPress(Arm):
@@ -35,15 +35,11 @@ class KVPress(Arm):
         if named is None or len(words) < 2 or (len(words) > 2 and not self.agnostic):
             raise UsageError(f"arm {name}: give {FORMS}")
         self.press, self.inner = named.groups()
-        self.ratio = share(name, words[1])
+        self.ratio = read_share(name, words[1])
         self._make()  # names what is wrong before a model is loaded
 
-    def on(self, model):
-        self.pressed = Pressed(model, self._make())
-        return self.pressed.on()
-
-    def ask(self, sample) -> None:
-        self.pressed.first = sample.question if self.agnostic else len(sample.ids)
+    def on(self, model) -> AbstractContextManager[Pressed]:
+        return Pressed(model, self._make(), self.agnostic).on()
 
     def _make(self):
         outer = self._class(self.press)
@@ -77,11 +73,15 @@ class KVPress(Arm):
 
 
 class Pressed:
-    """Splits the forward pass of a prompt: a first part, whose keys are pressed, and the rest."""
+    """Splits the forward pass of a prompt: a first part, whose keys are pressed, and the rest.
 
-    def __init__(self, model, press):
+    agnostic: the first part ends where the question begins; else it is the whole prompt.
+    """
+
+    def __init__(self, model, press, agnostic: bool = False):
         self.model, self.press, self.forward = model, press, model.forward
-        self.first = 0  # tokens of that part
+        self.agnostic = agnostic
+        self.first = 0  # tokens of the first part
         self.cache = None
 
     @contextmanager
@@ -113,7 +113,8 @@ class Pressed:
             out = self.forward(input_ids=ids[:, self.first :], position_ids=rest, **more)
         return out
 
-    def reset_stats(self) -> None:
+    def begin(self, sample) -> None:
+        self.first = sample.question if self.agnostic else len(sample.ids)
         self.cache = None
 
     def stats(self) -> SimpleNamespace:

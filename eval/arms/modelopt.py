@@ -12,7 +12,7 @@ import torch
 
 from hfsparse.errors import UsageError
 from hfsparse.profiler.prompts.calibration import make_prompts
-from hfsparse_eval.arms import FORMS, Arm, share
+from hfsparse_eval.arms import FORMS, Arm, read_share
 
 TILE = 128
 SAMPLES = 4  # prompts of calibration at each length: one of each kind that `profile` uses
@@ -32,7 +32,7 @@ class ModelOpt(Arm):
         if len(words) != 1:
             raise UsageError(f"arm {name}: give {FORMS}")
         self.name = self.title = name
-        self.share = share(name, words[0])
+        self.share = read_share(name, words[0])
         self.fitted = None  # modelopt's threshold by length and share
         try:
             self.package = import_module("modelopt.torch.sparsity.attention_sparsity")
@@ -98,10 +98,10 @@ class Tiles:
     enabled = True
 
     def __init__(self):
-        self.reset_stats()
-
-    def reset_stats(self) -> None:
         self.kept: list[float] = []
+
+    def begin(self, sample) -> None:
+        self.kept = []
 
     def collect(self, stats: dict) -> None:
         if stats["phase"] == "prefill":

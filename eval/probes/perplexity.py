@@ -6,23 +6,18 @@ sees changes that the perplexity of the text averages away; neither sees what on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, isfinite
 from pathlib import Path
-from statistics import mean
 
 import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.interval import interval
 from hfsparse.models.loading import input_device
 from hfsparse_eval.arms import Arm
-from hfsparse_eval.report.pairs import DENSE, average, pairs
-from hfsparse_eval.report.render import Heading, Part, Table
-from hfsparse_eval.run.results import Results
 from hfsparse_eval.run.runner import by_case
+from hfsparse_eval.run.world import Session
 from hfsparse_eval.tasks import haystack as text
 
 BINS = (0, 64, 256, 1024, 4096, 16384, 65536, 262144, 1 << 62)  # positions in a window
@@ -73,14 +68,9 @@ def windows(
     ]
 
 
-def run(
-    model,
-    cases: Sequence[Window],
-    results: Results,
-    arms: Sequence[Arm] = (),
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Fill `results` with what it lacks; each window is read densely, then under each arm."""
+def run(session: Session, windows: Sequence[Window]) -> None:
+    """Fill the results with what they lack; each window is read densely, then under each arm."""
+    model = session.model
     check(model)
 
     def look(window: Window, arms: Sequence[Arm]):
@@ -92,7 +82,7 @@ def run(
 
         return tell
 
-    by_case(model, cases, results, arms, look, share)
+    by_case(session, windows, look)
 
 
 @torch.inference_mode()
@@ -146,59 +136,3 @@ def check(model) -> None:
             f"{type(model).__name__} scales its logits in a way that ppl does not know: "
             "judge it by the other commands"
         )
-
-
-def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
-    """Perplexities and divergences, over all positions and by position."""
-    rows, places = [], []
-    for arm in (DENSE, *arms):
-        own = pairs(lines, arm)
-        for length in sorted({found["length"] for _, found in own}):
-            of = [pair for pair in own if pair[0]["length"] == length]
-            rows.append([arm["title"], str(length), *_whole(of)])
-            for low in dict.fromkeys(b["from"] for _, found in of for b in found["bins"]):
-                places.append([arm["title"], str(length), f"{low} on", *_at(of, low)])
-    shares = ["pair density", "KV share"]
-    head = ["arm", "length", "windows", "perplexity", "change, % (95 %)", "KL, nats", "same, %"]
-    return [
-        Heading("Perplexity"),
-        Table([*head, *shares], rows),
-        "Change: of the perplexity against dense, with Student's interval over windows. KL: of the "
-        "next token, dense to this arm. Same: tokens whose first choice is the dense one's.",
-        Heading("By position"),
-        Table(["arm", "length", "position", "tokens", *head[3:4], *head[5:]], places, words=1),
-    ]
-
-
-def _whole(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
-    found = [line for _, line in pairs]
-    changes = [_loss(line) - _loss(dense) for dense, line in pairs]
-    told = f"{100 * (exp(mean(changes)) - 1):+.2f}"
-    if len(set(changes)) > 1:
-        low, high = (100 * (exp(x) - 1) for x in interval(changes))
-        told += f" [{low:+.2f}, {high:+.2f}]"
-    shares = (average(found, name) for name in ("pair_density", "cache_share"))
-    _, *figures = _figures([b for line in found for b in line["bins"]])
-    return [
-        str(len(pairs)),
-        figures[0],
-        told,
-        *figures[1:],
-        *("–" if share is None else f"{share:.3f}" for share in shares),
-    ]
-
-
-def _at(pairs: Sequence[tuple[Mapping, Mapping]], low: int) -> list[str]:
-    return _figures([b for _, line in pairs for b in line["bins"] if b["from"] == low])
-
-
-def _figures(bins: Sequence[Mapping]) -> list[str]:
-    """Tokens, perplexity, KL and equal first choices."""
-    tokens, loss, kl, same = (sum(b[x] for b in bins) for x in ("tokens", "loss", "kl", "same"))
-    power = loss / tokens
-    shown = f"{exp(power):.3f}" if isfinite(power) and power < 20 else f"e^{power:.1f}"
-    return [f"{tokens:.0f}", shown, f"{max(kl, 0.0) / tokens:.5f}", f"{100 * same / tokens:.2f}"]
-
-
-def _loss(line: Mapping) -> float:
-    return sum(b["loss"] for b in line["bins"]) / sum(b["tokens"] for b in line["bins"])

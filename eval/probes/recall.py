@@ -9,7 +9,7 @@ each q head: the mass on the gold tokens, and the share of it on keys that the h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,32 +23,23 @@ from hfsparse.plan import Plan
 from hfsparse.profiler.measure.effects import bind_selector, pages_read
 from hfsparse.profiler.measure.exact import attention
 from hfsparse.runtime.layer_plan import layer_plan_of, observed
-from hfsparse_eval.arms import Arm, Sparse
-from hfsparse_eval.report.pairs import pairs
-from hfsparse_eval.report.render import ALONE, Heading, Part, Table
+from hfsparse_eval.arms import Arm
 from hfsparse_eval.run.generate import answer
 from hfsparse_eval.run.prompter import Sample
-from hfsparse_eval.run.results import Results
 from hfsparse_eval.run.runner import by_case
 from hfsparse_eval.run.samples import Case, Suite
+from hfsparse_eval.run.world import Session
 
 LOST = 1e-3  # of a row's attention: heads that lose less are not named
-SHOWN = 20  # heads of an arm in the report
 
 
-def run(
-    model,
-    tokenizer,
-    suite: Suite,
-    results: Results,
-    arms: Sequence[Sparse],
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Fill `results` with what it lacks: dense answers, each arm's, and what its heads lost."""
+def run(session: Session, suite: Suite) -> None:
+    """Fill the results with what they lack: every arm's answers, what a plan's heads lost."""
+    model, tokenizer = session.model, session.tokenizer
 
     def judge(case: Case, todo: Sequence[Arm]):
         sample = suite.sample(case)
-        own = [arm for arm in todo if isinstance(arm, Sparse)]
+        own = [arm for arm in todo if arm.plan]
         lost = look(model, tokenizer, sample, [arm.plan for arm in own]) if own else []
         found = dict(zip(own, lost, strict=True))
 
@@ -59,7 +50,7 @@ def run(
 
         return tell
 
-    by_case(model, suite.cases, results, arms, judge, share)
+    by_case(session, suite.cases, judge)
 
 
 @torch.no_grad()
@@ -168,49 +159,3 @@ def words(plan: Plan, layer: int, head: int) -> str:
     said = plan.layers[layer]
     kv = head * len(said.cache) // len(said.prefill)
     return f"prefill {said.prefill[head]}, cache {said.cache[kv]}, decode {said.decode[kv]}"
-
-
-def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
-    """Each sample's scores and kept mass; the heads that lost most, and their line of the plan."""
-    parts: list[Part] = []
-    for arm in arms:
-        if not (both := pairs(lines, arm)):
-            continue
-        parts += [Heading(f"Samples: {arm['title']}"), _samples(both)]
-        wrong = [own for dense, own in both if own["score"] < dense["score"]]
-        told = f"the {len(wrong)} samples that it answers worse" if wrong else "all samples"
-        heads = _heads(wrong or [own for _, own in both])
-        parts += [Heading(f"Lost by heads: {arm['title']}, {told}"), heads]
-    note = "Mass: attention of an answer's row to the gold tokens, as the dense model has it."
-    return [*parts, note] if parts else [ALONE]
-
-
-def _samples(both: Sequence[tuple[Mapping, Mapping]]) -> Table:
-    head = ["id", "dense", "arm's", "mass kept, %", "arm's answer"]
-    rows = [
-        [
-            x["id"],
-            f"{dense['score']:.2f}",
-            f"{x['score']:.2f}",
-            f"{100 * x['kept'] / x['mass']:.1f}" if x["mass"] else "–",
-            " ".join(x["output"].split())[:80],
-        ]
-        for dense, x in both
-    ]
-    return Table(head, rows)
-
-
-def _heads(own: Sequence[Mapping]) -> Table:
-    """Means over these samples; a head that lost nothing in a sample counts as 0 there."""
-    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for x in own:
-        for head in x["lost"]:
-            each = sums[head["layer"], head["head"], head["words"]]
-            each[0] += head["mass"] - head["kept"]
-            each[1] += head["mass"]
-    most = sorted(sums.items(), key=lambda item: -item[1][0])[:SHOWN]
-    rows = [
-        [f"{layer}", f"{head}", f"{lost / len(own):.4f}", f"{100 * (1 - lost / mass):.1f}", said]
-        for (layer, head, said), (lost, mass) in most
-    ]
-    return Table(["layer", "q head", "mass lost", "kept, %", "the plan's words"], rows, words=0)

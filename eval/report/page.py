@@ -7,34 +7,27 @@ from pathlib import Path
 from statistics import mean
 
 from hfsparse_eval.report import charts, render
-from hfsparse_eval.report.facts import _facts
+from hfsparse_eval.report.facts import list_facts
+from hfsparse_eval.report.kinds import KINDS, Kind
 from hfsparse_eval.report.pairs import DENSE, Outcome, cells
 from hfsparse_eval.report.render import Bullets, Heading, Part, Picture
-from hfsparse_eval.report.sections import PAGES, SECTIONS
 from hfsparse_eval.report.statistics import change
 from hfsparse_eval.report.tables import (
     SHARES,
-    _arms,
-    _effective,
-    _measured,
-    _missing,
-    _scores,
-    _shares,
+    effective_lengths,
+    list_missing,
+    measured_shares,
+    score_tables,
+    table_of_arms,
+    table_of_measures,
 )
 from hfsparse_eval.report.verdict import beyond, verdict
 from hfsparse_eval.run.results import Results, Settings, write_whole
 
-SCORED = {  # by the command; else as RULER does
-    "custom": "Scores in percent; lengths are rounded up to powers of two.",
-    "decode": "Scores in percent: the share of the words wanted that came in their order.",
-    "turns": "Scores in percent: the share of the answers found, the mean of the turns.",
-}
-AS_RULER = "Scores are RULER's, in percent: the share of the answers found; for qa, any one found."
 NOTE = (
     " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
     "Empty: outputs without a character. d/s: dense / this arm."
 )
-OTHER = ("decode", "custom")  # what no plan was verified on
 FEW = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
 
 
@@ -53,40 +46,42 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
     dense = Outcome(DENSE, cells(good))
     batches = sorted({line.get("batch", 1) for line in good})
+    kind = KINDS[settings.kind]
     every = [Heading(f"{settings.kind}: {settings.model}", 1)]
-    every.append(Bullets(_facts(settings, sessions, arms, batches)))
-    if settings.kind in PAGES:
-        return [*every, *PAGES[settings.kind](good, arms), *_missing(lines, arms)]
+    every.append(Bullets(list_facts(settings, kind, sessions, arms, batches)))
+    if kind.page:
+        return [*every, *kind.page(good, arms), *list_missing(lines, arms)]
     if outcomes:
-        every += [Heading("Verdicts"), Bullets([_verdict(o, settings.kind) for o in outcomes])]
-        every += [_arms(outcomes)] if any(o.able for o in outcomes) else []
+        every += [Heading("Verdicts"), Bullets([_verdict(o, kind) for o in outcomes])]
+        every += [table_of_arms(outcomes)] if any(o.able for o in outcomes) else []
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
-    scored = SCORED.get(settings.kind, AS_RULER)
-    every.append(scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few)
+    every.append(
+        kind.scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few
+    )
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
-        every += [Heading(f"Scores: {title}"), *_scores(outcome)]
-        if settings.kind in SECTIONS:
-            name, section = SECTIONS[settings.kind]
+        every += [Heading(f"Scores: {title}"), *score_tables(outcome)]
+        if kind.section:
+            name, section = kind.section
             every += [Heading(f"{name}: {title}"), section(outcome)]
-        every += [Heading(f"Measured: {title}"), _measured(outcome.cells)]
-    if settings.kind == "ruler" and len({cell.length for cell in dense.cells}) > 1:
-        every += [Heading("Effective length"), *_effective(dense, outcomes)]
-    return every + _missing(lines, arms)
+        every += [Heading(f"Measured: {title}"), table_of_measures(outcome.cells)]
+    if settings.kind == "ruler":
+        every += effective_lengths(dense, outcomes)
+    return every + list_missing(lines, arms)
 
 
-def _verdict(outcome: Outcome, kind: str) -> str:
+def _verdict(outcome: Outcome, kind: Kind) -> str:
     whole = outcome.whole
     seen = change(*whole.scores) if whole.dense else None
     lengths = [int(length) for length in outcome.lengths]
     promise = outcome.arm.get("promise", {})
-    told = verdict(seen, _shares(whole), promise, lengths)
+    told = verdict(seen, measured_shares(whole), promise, lengths)
     each = {n: change(*outcome.at(n).scores) for n in outcome.lengths}
     worse = [n for n, alone in each.items() if beyond(alone, promise)]
     if worse and len(each) > 1:
         told += f"; beyond it at {', '.join(worse)} tokens alone"
-    if promise and kind in OTHER:
+    if promise and not kind.promised:
         told += "; it was promised for retrieval trials, not for these tasks"
     return f"{outcome.arm['title']}: {told}"
 
@@ -98,7 +93,9 @@ def _pictures(outcomes: Sequence[Outcome]) -> list[Part]:
         for length in outcome.lengths:
             cell = outcome.at(length)
             level = 100 * mean(cell.scores[0])
-            dots.append(charts.Dot(title, int(length), level, change(*cell.scores), _shares(cell)))
+            dots.append(
+                charts.Dot(title, int(length), level, change(*cell.scores), measured_shares(cell))
+            )
         for cell in outcome.cells:
             seen = rows.setdefault((cell.task, int(cell.length)), {})
             seen[title] = change(*cell.scores)

@@ -1,4 +1,4 @@
-"""What kinds of runs add to the report of an arm."""
+"""What some commands add to the report of an arm."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean, median
 
-from hfsparse_eval.probes import perplexity as ppl
-from hfsparse_eval.probes import recall
 from hfsparse_eval.report.pairs import Outcome
 from hfsparse_eval.report.render import ALONE, Part, Table
 from hfsparse_eval.report.statistics import change
@@ -45,7 +43,7 @@ def by_position(outcome: Outcome) -> Part:
     return Table(["task", "length", "whole answers equal", "first difference", *shares], rows)
 
 
-def turns(outcome: Outcome) -> Part:
+def by_turn(outcome: Outcome) -> Part:
     """The score of each turn."""
     rows = []
     for cell in outcome.cells:
@@ -59,7 +57,7 @@ def turns(outcome: Outcome) -> Part:
     return Table(["task", "length", "turn", "dense", "arm's", "difference, points (95 %)"], rows)
 
 
-def flipped(outcome: Outcome) -> Part:
+def list_flipped(outcome: Outcome) -> Part:
     """Every sample whose score changed, with both answers."""
     if not any(cell.sparse for cell in outcome.cells):
         return ALONE
@@ -77,11 +75,3 @@ def flipped(outcome: Outcome) -> Part:
 def _short(text: str, most: int = 160) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[:most]} …"
-
-
-PAGES = {"ppl": ppl.page, "recall": recall.page}  # by the command: what stands in place of scores
-SECTIONS = {  # by the command: heading, and what stands under it
-    "decode": ("Agreement with dense", by_position),
-    "custom": ("Flipped", flipped),
-    "turns": ("By turn", turns),
-}

@@ -8,7 +8,7 @@ from statistics import mean
 from hfsparse_eval.report.pairs import ABLE, DENSE, Cell, Outcome, average, belongs, joined
 from hfsparse_eval.report.render import Heading, Part, Table
 from hfsparse_eval.report.statistics import change, mcnemar
-from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.tasks import TASKS, is_rulers
 from hfsparse_eval.tasks.scores import clean
 
 LLAMA2_AT_4K = 85.6  # RULER's bar: the mean of Llama-2-7B-chat at 4096 tokens
@@ -20,11 +20,11 @@ def effective_length(means: Mapping[int, float]) -> int | None:
     return max((length for length, mean in means.items() if mean >= LLAMA2_AT_4K), default=None)
 
 
-def _shares(cell: Cell) -> dict[str, float | None]:
+def measured_shares(cell: Cell) -> dict[str, float | None]:
     return {name: average(cell.sparse, field) for name, field in SHARES.items()}
 
 
-def _arms(outcomes: Sequence[Outcome]) -> Table:
+def table_of_arms(outcomes: Sequence[Outcome]) -> Table:
     head = ["arm", "length", "n", "dense", "arm's", "difference, points (95 %)", "McNemar p"]
     head += ["empty d/s, %", "pair density", "expected", "KV share", "expected", "KV MiB"]
     rows = []
@@ -33,27 +33,27 @@ def _arms(outcomes: Sequence[Outcome]) -> Table:
         for length in outcome.lengths:
             cell = outcome.at(length)
             said = expected.get(length, {})
-            row = [outcome.arm["title"], length, *_compared(cell)[:5], _both(cell, _empty)]
+            row = [outcome.arm["title"], length, *_compare(cell)[:5], _both(cell, _empty)]
             for field in SHARES.values():
                 row += [_mean(cell.sparse, field, 1, ".3f")]
                 row += [f"{said[field]:.3f}" if field in said else "–"]
-            rows.append([*row, _mean(_alone(cell.sparse), "kv_bytes", 2**-20, ".1f")])
+            rows.append([*row, _mean(_of_one_sample(cell.sparse), "kv_bytes", 2**-20, ".1f")])
     return Table(head, rows)
 
 
-def _alone(lines: Sequence[dict]) -> list[dict]:
+def _of_one_sample(lines: Sequence[dict]) -> list[dict]:
     """Lines that know the cache's bytes, with those of one sample in place of the whole batch's."""
     known = (line for line in lines if line.get("kv_bytes") is not None)
     return [line | {"kv_bytes": line["kv_bytes"] / line.get("batch", 1)} for line in known]
 
 
-def _scores(outcome: Outcome) -> list[Part]:
+def score_tables(outcome: Outcome) -> list[Part]:
     head = ["task", "length", "n", "dense", "arm's", "difference, points (95 %)", "McNemar p"]
     head += ["whole d/s", "empty d/s, %"]
 
     def table(cells: Sequence[Cell]) -> Table:
         rows = [
-            [cell.task, cell.length, *_compared(cell), _both(cell, _whole), _both(cell, _empty)]
+            [cell.task, cell.length, *_compare(cell), _both(cell, _whole), _both(cell, _empty)]
             for cell in cells
         ]
         return Table(head, rows)
@@ -69,7 +69,7 @@ def _scores(outcome: Outcome) -> list[Part]:
     return found
 
 
-def _compared(cell: Cell) -> list[str]:
+def _compare(cell: Cell) -> list[str]:
     """n, both scores, their difference, McNemar's p."""
     left = [str(len(cell.dense)), _mean(cell.dense, "score", 100, ".1f")]
     if not cell.sparse:
@@ -79,10 +79,12 @@ def _compared(cell: Cell) -> list[str]:
     return [*left, _mean(cell.sparse, "score", 100, ".1f"), str(change(*cell.scores)), told]
 
 
-def _effective(dense: Outcome, outcomes: Sequence[Outcome]) -> list[Part]:
-    """Means over the tasks that were run at every length, so that lengths compare."""
-    rows = dense.cells
+def effective_lengths(dense: Outcome, outcomes: Sequence[Outcome]) -> list[Part]:
+    """Means over RULER's tasks that were run at every length, so that lengths compare."""
+    rows = [cell for cell in dense.cells if is_rulers(cell.task)]
     lengths = sorted({int(cell.length) for cell in rows})
+    if len(lengths) < 2:
+        return []
     ran = [{cell.task for cell in rows if cell.length == f"{length}"} for length in lengths]
     tasks = set.intersection(*ran)
     table = []
@@ -104,12 +106,13 @@ def _effective(dense: Outcome, outcomes: Sequence[Outcome]) -> list[Part]:
     note = (
         f"The longest length with a mean of at least {LLAMA2_AT_4K} % (Llama-2-7B-chat at 4096 "
         f"tokens). Means of {len(tasks)} tasks run at every length; RULER's are of all "
-        f"{len(TASKS)}, with SQuAD and HotpotQA."
+        f"{sum(task.ruler for task in TASKS.values())}, with SQuAD and HotpotQA."
     )
-    return [Table(["arm", *map(str, lengths), "effective length"], table), note]
+    head = ["arm", *map(str, lengths), "effective length"]
+    return [Heading("Effective length"), Table(head, table), note]
 
 
-def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Part]:
+def list_missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Part]:
     """Samples that some arm has and another lacks, and why, by arm and length."""
     asked = {line["id"]: line["length"] for line in lines}
     rows = []
@@ -125,7 +128,7 @@ def _missing(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Part]:
     return [Heading("Missing"), Table(["arm", "length", "samples", "why"], rows)] if rows else []
 
 
-def _measured(rows: Sequence[Cell]) -> Table:
+def table_of_measures(rows: Sequence[Cell]) -> Table:
     head = ["task", "length", "tokens", "pair density", "block density", "KV share"]
     head += ["decode share", "batch d/s", "first token, s d/s", "next token, ms d/s"]
     head += ["whole, s d/s"]

@@ -19,7 +19,7 @@ from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
 from hfsparse.models.names import cache_name, find_cache
 from hfsparse_eval.run.prompter import Sample, Turn
-from hfsparse_eval.tasks.scores import score
+from hfsparse_eval.tasks.scores import METRICS, score
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Wanted:
 class _Watch(StoppingCriteria):
     """Ends each row at its end of text, at its limit, or once its answers were said.
 
-    A score only rises; long answers (`sequence`) are compared to their end.
+    Answers whose metric compares them to their end (`Metric.to_end`) go on after that.
     """
 
     def __init__(self, tokenizer, wanted: Sequence[_Wanted]):
@@ -68,7 +68,7 @@ class _Watch(StoppingCriteria):
     def _ended(self, wanted: _Wanted, ids: list[int]) -> bool:
         if len(ids) == wanted.limit or ids[-1] in self.stop:
             return True
-        if wanted.metric == "sequence":
+        if METRICS[wanted.metric].to_end:
             return False
         return score(decode(self.tokenizer, ids), wanted.answers, wanted.metric) == 1.0
 
@@ -99,7 +99,7 @@ def together(model, tokenizer, samples: Sequence[Sample], cap: int | None = None
             len(ids),
             round(each, 4),
             round(first, 4),
-            {"output_ids": ids} if sample.metric == "sequence" else {},  # to compare arms by token
+            {"output_ids": ids} if METRICS[sample.metric].to_end else {},  # to compare by token
         )
         for sample, ids, text in zip(samples, rows, texts, strict=True)
     ]

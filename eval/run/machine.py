@@ -14,10 +14,10 @@ from hfsparse.version import __version__
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, threads: {torch.get_num_threads()}"
+    return f"{processor()}, threads: {torch.get_num_threads()}"
 
 
-def session(device: torch.device) -> dict[str, str]:
+def describe(device: torch.device) -> dict[str, str]:
     """The machine and the versions behind results."""
     return {
         "machine": f"{device_name(device)}, {platform.system()} {platform.machine()}",
@@ -28,7 +28,8 @@ def session(device: torch.device) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -43,14 +43,15 @@ class Settings:
 class Results:
     """The results in `folder`, and of process `part` those still to come; the first makes it ready.
 
+    machine: where they are made, as `run.machine.describe` tells it; each is noted once.
     arms: what each arm is, as `Arm.facts` tells it; those of earlier runs stay known.
     """
 
-    def __init__(self, folder: Path, settings: Settings, session: dict, arms=(), part: int = 0):
+    def __init__(self, folder: Path, settings: Settings, machine: dict, arms=(), part: int = 0):
         self.folder = folder
         self.settings = settings
         self.part = part
-        self.sessions, known = self._run(session)
+        self.sessions, known = self._run(machine)
         self.arms = _named([*(old for old in known if _arm(old) not in {*map(_arm, arms)}), *arms])
         if part == 0:
             self.merge()
@@ -92,13 +93,13 @@ class Results:
         self.lines += lines
         self.done |= {key(line) for line in lines if "failed" not in line}
 
-    def _run(self, session: dict) -> tuple[list[dict], list[dict]]:
+    def _run(self, machine: dict) -> tuple[list[dict], list[dict]]:
         """Machines and versions so far, and arms; raises if the directory is of another run."""
         path = self.folder / "run.json"
         if not path.exists():
             if self.path.exists():
                 raise UsageError(f"{self.folder} holds results without a run.json: give another -o")
-            return [session], []
+            return [machine], []
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
             old, sessions, arms = run["settings"], run["sessions"], run.get("arms", [])
@@ -110,21 +111,26 @@ class Results:
                     f"{self.folder} holds results with {name} {old.get(name)}, this run has {new}: "
                     "give another -o"
                 )
-        return sessions if session in sessions else [*sessions, session], arms
+        return sessions if machine in sessions else [*sessions, machine], arms
 
 
 def _read(path: Path) -> list[dict]:
-    """The whole lines; a torn last one is cut off the file, so that its sample runs again."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return parse(whole.decode("utf-8"), path)
+    """The whole lines; the sample of a torn last one runs again."""
+    content = path.read_bytes() if path.exists() else b""
+    return parse(content[: content.rfind(b"\n") + 1].decode("utf-8"), path)
 
 
 def _append(path: Path, lines: list[dict]) -> None:
+    """A torn line that a killed process left at the end is cut off first.
+
+    Only here: who reads a file can't know whether another process is writing that line.
+    """
+    with path.open("ab+") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8", newline="\n") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")

@@ -10,76 +10,67 @@ from itertools import groupby
 
 from hfsparse.errors import UsageError
 from hfsparse.progress import Bar
-from hfsparse_eval.arms import Arm
+from hfsparse_eval.arms import Arm, Dense, Meter
 from hfsparse_eval.run.generate import answer, together
 from hfsparse_eval.run.machine import device_name
 from hfsparse_eval.run.prompter import Sample
 from hfsparse_eval.run.results import Results
-from hfsparse_eval.run.samples import Case, Suite
+from hfsparse_eval.run.samples import Case, Samples
+from hfsparse_eval.run.world import Session
 
 MEASURED = ("pair_density", "block_density", "decode_share", "cache_share")
 
 
-def run(
-    model,
-    tokenizer,
-    suite: Suite,
-    results: Results,
-    arms: Sequence[Arm] = (),
-    cap: int | None = None,
-    batch: int = 1,
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Fill `results` with what it lacks: a length at a time, dense first, then under each arm.
+def run(session: Session, suite: Samples, cap: int | None = None, batch: int = 1) -> None:
+    """Fill the results with what they lack: a length at a time, dense first, then under each arm.
 
-    batch: samples that run together, of one task and length. share (i, n): only each n-th case
-    from the i-th on. An arm that fails at a length is noted as failed and left there; the next
-    goes on.
+    cap: of new tokens of an answer, where its task allows more. batch: samples that run together,
+    of one task and length. An arm that fails at a length is noted as failed and left there; the
+    next goes on.
     """
-    first, step = share
-    cases = suite.cases[first::step]
+    cases = session.world.share(suite.cases)
     rounds = [
         (arm, todo)
         for length in dict.fromkeys(case.length for case in cases)
-        for arm in (Arm(), *arms)
-        if (todo := [c for c in cases if c.length == length and not done(c, arm, results)])
+        for arm in (Dense(), *session.arms)
+        if (todo := [c for c in cases if c.length == length and not done(c, arm, session.results)])
     ]
+    lengths = {case.length for case in suite.cases}  # alike in all processes
     for arm in dict.fromkeys(arm for arm, _ in rounds):
-        arm.prepare(tokenizer, {case.length for case in suite.cases})  # alike in all processes
+        arm.prepare(session.tokenizer, lengths)
     with Bar() as shown:
         total = sum(case.length for _, todo in rounds for case in todo)
         bar = shown.add_task("", total=total, left=sum(len(todo) for _, todo in rounds))
         for arm, todo in rounds:
             at = todo[0]
             try:
-                with arm.on(model) as handle:
+                with arm.on(session.model) as meter:
                     for group in _groups(todo, batch if arm.batches else 1):
                         at = group[0]
                         shown.update(bar, description=f"{at.id} {arm.title}")
                         samples = [suite.sample(case) for case in group]
-                        for line in _measure(model, tokenizer, samples, results, arm, handle, cap):
-                            results.append(line)
+                        for line in _measure(session, samples, arm, meter, cap):
+                            session.results.append(line)
                         shown.update(bar, advance=sum(case.length for case in group))
             except UsageError:
                 raise
             except Exception as error:
-                traceback.print_exception(error)
-                results.append(_failed(model, at, results, arm, error))
+                _note_failure(session, at, arm, error)
 
 
-def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, cap) -> list[dict]:
+def _measure(
+    session: Session, samples: Sequence[Sample], arm: Arm, meter: Meter, cap
+) -> list[dict]:
     """A line for each of these samples, which run together; densities are of all of them."""
-    if handle:
-        arm.ask(samples[0])
-        handle.reset_stats()
+    meter.begin(samples[0])
     if len(samples) == 1:
-        said = [answer(model, tokenizer, samples[0], cap)]
+        said = [answer(session.model, session.tokenizer, samples[0], cap)]
     else:
-        said = together(model, tokenizer, samples, cap)
-    measured = densities(handle)
+        said = together(session.model, session.tokenizer, samples, cap)
+    measured = densities(meter.stats())
     return [
         {
-            **about(model, sample, results, arm),
+            **about(session, sample, arm),
             "score": one.score,
             "answers": sample.answers,
             "output": one.text,
@@ -98,22 +89,17 @@ def _measure(model, tokenizer, samples: Sequence[Sample], results, arm, handle, 
     ]
 
 
-def by_case(
-    model,
-    cases: Sequence,
-    results: Results,
-    arms: Sequence[Arm],
-    look: Callable,
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Fill `results` with what it lacks, a case at a time: dense first, then under each arm.
+def by_case(session: Session, cases: Sequence, look: Callable) -> None:
+    """Fill the results with what they lack, a case at a time: dense first, then under each arm.
 
     look(case, arms): reads what these arms share; it gives what tells, of an arm that is on, the
     fields of its line. Where that fails the next case goes on.
     """
-    first, step = share
-    left = [(c, [a for a in (Arm(), *arms) if not done(c, a, results)]) for c in cases[first::step]]
-    left = [(case, todo) for case, todo in left if todo]
+    left = [
+        (case, todo)
+        for case in session.world.share(cases)
+        if (todo := [a for a in (Dense(), *session.arms) if not done(case, a, session.results)])
+    ]
     with Bar() as shown:
         bar = shown.add_task("", total=sum(case.length for case, _ in left))
         for case, todo in left:
@@ -123,21 +109,19 @@ def by_case(
                 tell = look(case, todo)
                 for arm in todo:
                     shown.update(bar, description=f"{case.id} {arm.title}")
-                    with arm.on(model) as handle:
-                        if handle:
-                            handle.reset_stats()
-                        told = tell(arm) | densities(handle)
-                    results.append(about(model, case, results, arm) | told)
+                    with arm.on(session.model) as meter:
+                        meter.begin(None)
+                        told = tell(arm) | densities(meter.stats())
+                    session.results.append(about(session, case, arm) | told)
             except UsageError:
                 raise
             except Exception as error:
-                traceback.print_exception(error)
-                results.append(_failed(model, case, results, arm, error))
+                _note_failure(session, case, arm, error)
             shown.update(bar, advance=case.length)
 
 
-def about(model, sample, results, arm) -> dict:
-    """Which sample, under what, where."""
+def about(session: Session, sample, arm: Arm) -> dict:
+    """Which sample (or what names one), under what, where."""
     return {
         "id": sample.id,
         "task": sample.task,
@@ -145,15 +129,16 @@ def about(model, sample, results, arm) -> dict:
         "depth": sample.depth,
         "arm": arm.name,
         "plan": arm.hash,
-        "model": results.settings.fingerprint,
+        "model": session.results.settings.fingerprint,
         "transformers": version("transformers"),
-        "device": device_name(model.device),
+        "device": device_name(session.model.device),
     }
 
 
-def _failed(model, case, results, arm, error: Exception) -> dict:
+def _note_failure(session: Session, case, arm: Arm, error: Exception) -> None:
+    traceback.print_exception(error)
     told = " ".join(f"{type(error).__name__}: {error}".split())
-    return {**about(model, case, results, arm), "failed": told[:500]}
+    session.results.append({**about(session, case, arm), "failed": told[:500]})
 
 
 def done(case, arm: Arm, results: Results) -> bool:
@@ -168,9 +153,8 @@ def _groups(cases: Sequence[Case], size: int) -> Iterator[Sequence[Case]]:
         yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
-def densities(handle) -> dict:
-    """What the arm measured since the last reset; None of everything for the dense model."""
-    stats = handle.stats() if handle else None
+def densities(stats) -> dict:
+    """What an arm measured; None of everything for the dense model."""
     measured = {name: number(stats, name) for name in MEASURED}
     return measured | {"kv_bytes": getattr(stats, "kv_bytes", None)}
 

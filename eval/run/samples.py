@@ -7,14 +7,16 @@ token, plus the tokens reserved for the answer; of a conversation, all turns and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from hfsparse.errors import UsageError
 from hfsparse_eval.run.prompter import Prompter, Sample
 from hfsparse_eval.tasks import Task
 from hfsparse_eval.tasks.draft import Draft, largest
+from hfsparse_eval.tasks.own_questions import Question
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,24 @@ class Case:
         return f"{self.task}-{self.length}{place}-{self.index:04d}"
 
 
+@dataclass(frozen=True)
+class OwnCase:
+    """Names a question of the user's own, by the id that its file gives."""
+
+    id: str
+    length: int
+    task: str
+    depth: None = None
+
+
+class Samples(Protocol):
+    """What a run asks of the samples it is given; they are made one by one, when they are run."""
+
+    cases: Sequence[Case | OwnCase]
+
+    def sample(self, case: Case | OwnCase) -> Sample: ...
+
+
 class Maker:
     """Makes the samples of one task at one length; the haystack's size is found once, then kept."""
 
@@ -41,11 +61,11 @@ class Maker:
         self.prompter = prompter
         self.seed = seed
         self.step = self.task.step(length)
-        self.size = self._size()
+        self.size = self._size() if self.step else 0
 
-    def sample(self, case: Case) -> Sample:
+    def sample(self, case: Case | OwnCase) -> Sample:
         seed = _seed(self.seed, case.id)
-        for size in range(self.size, 0, -self.step):
+        for size in range(self.size, 0, -self.step) if self.step else [0]:
             draft = self.task.draw(Random(seed), size, case.depth)
             if self._real(draft) <= self.length:
                 break
@@ -111,6 +131,31 @@ class Suite:
 
     def sample(self, case: Case) -> Sample:
         return self.makers[case.task, case.length].sample(case)
+
+
+class OwnSuite:
+    """The user's own questions, shortest first; each has the power of two that it fits as length.
+
+    UsageError names a question that needs more than the window.
+    """
+
+    def __init__(self, questions: Sequence[Question], prompter: Prompter, window: int | None):
+        sizes = {each.id: prompter.real(each.draft, each.new_tokens) for each in questions}
+        for each in questions:
+            if window and sizes[each.id] > window:
+                raise UsageError(
+                    f"line {each.line} (id {each.id}) needs {sizes[each.id]} tokens with its "
+                    f"answers, this model's window is {window}: shorten or leave it out"
+                )
+        self.makers: dict[str, Maker] = {}
+        self.cases: list[OwnCase] = []
+        for each in sorted(questions, key=lambda each: sizes[each.id]):
+            length = 1 << (sizes[each.id] - 1).bit_length()
+            self.makers[each.id] = Maker(each, length, prompter)
+            self.cases.append(OwnCase(each.id, length, each.name))
+
+    def sample(self, case: OwnCase) -> Sample:
+        return self.makers[case.id].sample(case)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from hfsparse_eval.tasks import haystack as text
 from hfsparse_eval.tasks.draft import Ask, Draft, Spans, insert, mean_depth, spans_of
-from hfsparse_eval.tasks.needles import SLOTS, excerpt, some
+from hfsparse_eval.tasks.haystack import NOISE, SLOTS, draw_distinct, excerpt
 
 ASKED = 5
 HOPS = 2  # of a chain of variables
@@ -22,17 +21,18 @@ END = 6  # letters of a string that its question names
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     name: str
     write: Callable[[Random, int], Draft]  # of a size in lines, strings or words
     unit: int  # by which the size grows
     new_tokens: int  # of each answer
     metric: str = "all"
+    suite, ruler, default, placed = "turns", False, True, True
 
     def step(self, length: int) -> int:
         return self.unit
 
-    def fitted(self, tokens: Callable[[str], int], length: int) -> Talk:
+    def fitted(self, tokens: Callable[[str], int], length: int) -> Conversation:
         return self
 
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
@@ -41,7 +41,7 @@ class Talk:
 
 def key_values(rng: Random, size: int) -> Draft:
     """A JSON object of `size` uuid pairs and those asked for: a key is given, its value wanted."""
-    keys, values = (some(rng, "uuid", size + ASKED) for _ in range(2))
+    keys, values = (draw_distinct(rng, "uuid", size + ASKED) for _ in range(2))
     pairs = [f'"{key}": "{value}"' for key, value in zip(keys, values, strict=True)]
     asked = rng.sample(range(len(pairs)), ASKED)
     return _draft(
@@ -81,7 +81,7 @@ def variables(rng: Random, size: int) -> Draft:
 
     SCBench asks about two chains.
     """
-    letters = some(rng, "letters", ASKED * (HOPS + 1))
+    letters = draw_distinct(rng, "letters", ASKED * (HOPS + 1))
     chains = [letters[i::ASKED] for i in range(ASKED)]
     values = [str(n) for n in rng.sample(range(10000, 99999), ASKED)]
     lines = [
@@ -92,7 +92,7 @@ def variables(rng: Random, size: int) -> Draft:
     rng.shuffle(owners)
     places = sorted(rng.choices(range(size + 1), k=len(owners)))
     needles = [next(lines[chain]) for chain in owners]
-    context, spans = insert([text.NOISE] * size, places, needles, "\n")
+    context, spans = insert([NOISE] * size, places, needles, "\n")
     asks = [
         Ask(
             f"Which {HOPS + 1} variables are assigned the value {value}?",
@@ -108,7 +108,7 @@ def variables(rng: Random, size: int) -> Draft:
 
 def needles(rng: Random, size: int) -> Draft:
     """RULER's numbers by keys, in `size` words of prose: each key is asked for in its own turn."""
-    keys, values = some(rng, "word", ASKED), some(rng, "number", ASKED)
+    keys, values = draw_distinct(rng, "word", ASKED), draw_distinct(rng, "number", ASKED)
     units = excerpt(rng, size)
     places = [int(len(units) * depth / 100) for depth in sorted(rng.sample(SLOTS, ASKED))]
     said = [
@@ -133,18 +133,15 @@ def _draft(before: str, context: str, gold: Spans, depth: float, asks: Sequence[
     return Draft(before, context, "", "", answers, tuple(gold), depth, tuple(asks))
 
 
-TALKS: dict[str, Talk] = {
-    talk.name: talk
-    for talk in (
-        Talk("turns_kv", key_values, 1, 48),
-        Talk("turns_prefix_suffix", prefix_suffix, 1, 48),
-        Talk("turns_vt", variables, 5, 32),
-        Talk("turns_niah", needles, 50, 24),
-    )
-}
+TASKS = [
+    Conversation("turns_kv", key_values, 1, 48),
+    Conversation("turns_prefix_suffix", prefix_suffix, 1, 48),
+    Conversation("turns_vt", variables, 5, 32),
+    Conversation("turns_niah", needles, 50, 24),
+]
 
 
-def rules(gold: bool, known: bool) -> str:
+def describe_turns(gold: bool, known: bool) -> str:
     """How conversations go, for the report."""
     return (
         f"{'right' if gold else 'own'} answers go on; the text is read "

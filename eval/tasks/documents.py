@@ -16,6 +16,7 @@ from hfsparse.errors import UsageError
 from hfsparse_eval.tasks import haystack as text
 from hfsparse_eval.tasks.draft import Draft, mean_depth, spans_of
 
+WITH_DATA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # and the options that give their data
 HUB = "datasets"  # in place of a file: take the data set of that name from the Hugging Face hub
 INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
@@ -45,6 +46,7 @@ class DocumentQA:
     book: Callable[[], Book]
     new_tokens: int = 32
     metric: str = "part"
+    suite, ruler, default, placed = "ruler", True, True, True
 
     def step(self, length: int) -> int:
         """A document, not RULER's ten: those would leave a third of 4096 tokens empty."""
@@ -73,6 +75,19 @@ class DocumentQA:
             gold=tuple(spans[place] for place in places),
             depth=mean_depth(places, len(blocks)),
         )
+
+
+def name_stand_in(name: str) -> str:
+    """The task of invented questions that is run where the data of `name` is not given."""
+    return f"{name}_invented"
+
+
+def read_books(squad_source: str | None, hotpotqa_source: str | None) -> tuple[dict, dict]:
+    """The books that are given, by the option that gives them, and which data each is of."""
+    given = {"squad": (squad, squad_source), "hotpotqa": (hotpotqa, hotpotqa_source)}
+    found = {name: read(source) for name, (read, source) in given.items() if source is not None}
+    books = {name: book for name, (book, _) in found.items()}
+    return books, {name: mark for name, (_, mark) in found.items()}
 
 
 def squad(source: str) -> tuple[Book, str]:

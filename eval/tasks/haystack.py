@@ -10,9 +10,12 @@ import hashlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from random import Random
+from string import ascii_uppercase
+from uuid import UUID
 
 from hfsparse import reading
 from hfsparse.errors import UsageError
@@ -25,6 +28,7 @@ argparse configparser difflib doctest pickle pickletools mailbox _pydecimal turt
 inspect tarfile zipfile threading datetime _pydatetime statistics optparse logging/__init__ random
 shutil ssl socket tempfile unittest/case unittest/mock xmlrpc/client urllib/request
 """.split()
+SLOTS = [round(100 * i / 39) for i in range(40)]  # depths of a needle in prose, percent
 KEYS = range(len(ADJECTIVES) * len(NOUNS))  # each needle key as a number, which `key` spells
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[。！？])\s*(?=\S)")
 # Scripts that put no blanks between words: Thai to Myanmar, Khmer, kana and Han with their
@@ -54,22 +58,50 @@ def key(number: int) -> str:
     return f"{ADJECTIVES[adjective]}-{NOUNS[noun]}"
 
 
+def draw_distinct(rng: Random, kind: str, count: int) -> list[str]:
+    """`count` distinct words, five capital letters, seven-digit numbers or version 4 uuids."""
+    if kind == "word":
+        return [key(n) for n in rng.sample(KEYS, count)]
+    if kind == "letters":
+        return [_capitals(n) for n in rng.sample(range(26**5), count)]
+    if kind == "number":
+        return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
+    return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
+
+
+def _capitals(number: int) -> str:
+    return "".join(ascii_uppercase[number // 26**place % 26] for place in range(5))
+
+
+def excerpt(rng: Random, words: int, own: Sequence[str] = ()) -> list[str]:
+    """Sentences of `words` words of prose from a random sentence on, repeated past its end."""
+    sentences = own or prose()
+    start = rng.randrange(len(sentences))
+    taken: list[str] = []
+    at = start
+    while len(taken) < words:
+        taken += split_words(f"{sentences[at % len(sentences)]} ")
+        at += 1
+    found = split_sentences("".join(taken[:words]).rstrip())
+    return [piece for sentence in found for piece in cut(sentence)] if own else found
+
+
 def split_sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(text)
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Its words, each with the blanks behind it."""
     return [match[0] for match in _WORD.finditer(text)]
 
 
 def cut(sentence: str, most: int = 60) -> list[str]:
     """Pieces of at most so many words: what has no sentences still has places for needles."""
-    found = words(sentence)
+    found = split_words(sentence)
     return ["".join(found[i : i + most]).rstrip() for i in range(0, len(found), most)]
 
 
-def own(path: Path) -> tuple[tuple[str, ...], str]:
+def read_haystack(path: Path) -> tuple[tuple[str, ...], str]:
     """The sentences of a text file in reading order, and the file's name and hash."""
     content, mark = read(path)
     sentences = tuple(split_sentences(" ".join(content.split())))

@@ -1,4 +1,4 @@
-"""Invented words, people and towns: questions that nobody can answer from memory.
+"""Invented people and towns: questions that nobody can answer from memory.
 
 They stand in for SQuAD and HotpotQA where those files are not given, as qa_1_invented (one document
 answers) and qa_2_invented (two do). Their scores are not comparable with RULER's qa_1 and qa_2.
@@ -9,27 +9,15 @@ from __future__ import annotations
 from functools import lru_cache
 from random import Random
 
-from hfsparse_eval.tasks.documents import Book, Question
+from hfsparse_eval.tasks.documents import Book, DocumentQA, Question
+from hfsparse_eval.tasks.needle_words import SPELLINGS, spell
 
-_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-_ENDINGS = "nls"
-SPELLINGS = range(len(_SYLLABLES) ** 3 * len(_ENDINGS))  # each invented word as a number
 PEOPLE, TOWNS = 1600, 400
 TRADES = """
 baker barber bookbinder brewer carpenter cartographer clockmaker cobbler cooper dyer farrier furrier
 glassblower glover goldsmith locksmith mason miller potter printer ropemaker saddler sailmaker
 tailor tanner thatcher tinker weaver wheelwright
 """.split()
-
-
-def spell(number: int) -> str:
-    """Three syllables and a last letter, such as `tavorin`; no two numbers spell the same."""
-    letters = _ENDINGS[number % len(_ENDINGS)]
-    number //= len(_ENDINGS)
-    for _ in range(3):
-        number, syllable = divmod(number, len(_SYLLABLES))
-        letters = _SYLLABLES[syllable] + letters
-    return letters
 
 
 @lru_cache(maxsize=1)
@@ -108,3 +96,6 @@ def _place(town: dict) -> str:
         f"that flows through it from north to south. It was founded in {town['year']} by "
         f"{town['founder']}, a {town['trade']}, and has a market hall, two bridges and a long wall."
     )
+
+
+TASKS = [DocumentQA("qa_1_invented", one_hop), DocumentQA("qa_2_invented", two_hops)]

@@ -13,15 +13,15 @@ from itertools import accumulate
 from random import Random
 
 from hfsparse_eval.tasks.draft import Draft, insert, mean_depth
-from hfsparse_eval.tasks.needles import excerpt, some
-from hfsparse_eval.tasks.word_counting import WORDS
+from hfsparse_eval.tasks.haystack import draw_distinct, excerpt
+from hfsparse_eval.tasks.needle_words import WORDS
 
 MOST = 0.6  # of the length: what list and answer may take
 SPARE = 1.25  # room for an answer, of what the right one takes
 
 
 @dataclass(frozen=True)
-class Decode:
+class LongAnswer:
     """A list of `items` pieces; `write` makes the lines that hide it, question, prefix, answer."""
 
     name: str
@@ -29,11 +29,12 @@ class Decode:
     items: int
     new_tokens: int = 0  # once fitted
     metric: str = "sequence"
+    suite, ruler, default, placed = "decode", False, True, False
 
     def step(self, length: int) -> int:
         return 50 if length < 4096 else 500
 
-    def fitted(self, tokens: Callable[[str], int], length: int) -> Decode:
+    def fitted(self, tokens: Callable[[str], int], length: int) -> LongAnswer:
         """With room for its answer, and fewer items where list and answer would take most of it."""
         lines, _, _, answers = self.write(Random(0), self.items)
         answer = SPARE * tokens("\n".join(answers))
@@ -58,15 +59,15 @@ class Decode:
         )
 
 
-def keys(rng: Random, items: int):
+def list_keys(rng: Random, items: int):
     """Every key, in the order of the text."""
-    names, values = some(rng, "word", items), some(rng, "number", items)
+    names, values = draw_distinct(rng, "word", items), draw_distinct(rng, "number", items)
     lines = [f"KEY {name} = {value}" for name, value in zip(names, values, strict=True)]
     question = "List every key of the text in its order, one a line, without its value."
     return lines, question, f" The {items} keys are:\nKEY", names
 
 
-def ordered(rng: Random, items: int):
+def sort_numbers(rng: Random, items: int):
     """The numbers of a list, smallest first."""
     numbers = rng.sample(range(100, 1000), items)
     line = f"The list to sort: {', '.join(map(str, numbers))}."
@@ -74,7 +75,7 @@ def ordered(rng: Random, items: int):
     return [line], question, " The sorted list:", [str(n) for n in sorted(numbers)]
 
 
-def totals(rng: Random, items: int):
+def add_up(rng: Random, items: int):
     """The total after each step of a sum."""
     steps = [rng.randrange(1, 10) for _ in range(items)]
     first = rng.randrange(10, 100)
@@ -84,19 +85,16 @@ def totals(rng: Random, items: int):
     return [line], question, f" Starting at {first}, the totals are:", shown
 
 
-def copy(rng: Random, items: int):
+def copy_words(rng: Random, items: int):
     """A passage, word by word."""
     words = rng.choices(WORDS, k=items)
     line = f"The passage to copy: <<{' '.join(words)}>>"
     return [line], "Copy the passage between << and >>.", " <<", words
 
 
-DECODES: dict[str, Decode] = {
-    task.name: task
-    for task in (
-        Decode("decode_keys", keys, 64),
-        Decode("decode_sort", ordered, 64),
-        Decode("decode_sum", totals, 64),
-        Decode("decode_copy", copy, 700),
-    )
-}
+TASKS = [
+    LongAnswer("decode_keys", list_keys, 64),
+    LongAnswer("decode_sort", sort_numbers, 64),
+    LongAnswer("decode_sum", add_up, 64),
+    LongAnswer("decode_copy", copy_words, 700),
+]

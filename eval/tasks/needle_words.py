@@ -1,4 +1,4 @@
-"""The two halves of a needle's key, `adjective-noun`: RULER's form, from lists of our own."""
+"""Words: the halves of needle keys (`adjective-noun`) from lists of our own, and invented ones."""
 
 ADJECTIVES = """
 able agile airy alert amber ample ancient arctic austere autumn balmy bashful bitter bland bleak
@@ -68,3 +68,18 @@ valley vase vault veranda vessel viaduct village vineyard viola violin viper vol
 wagon walnut walrus warbler waterfall weasel weaver whale wharf wheat wheel whistle widget willow
 window winter wizard wolf wombat workshop wren yacht yarn zebra zephyr zipper
 """.split()
+
+WORDS = list(dict.fromkeys(ADJECTIVES + NOUNS))
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+_ENDINGS = "nls"
+SPELLINGS = range(len(_SYLLABLES) ** 3 * len(_ENDINGS))  # each invented word as a number
+
+
+def spell(number: int) -> str:
+    """Three syllables and a last letter, such as `tavorin`; no two numbers spell the same."""
+    letters = _ENDINGS[number % len(_ENDINGS)]
+    number //= len(_ENDINGS)
+    for _ in range(3):
+        number, syllable = divmod(number, len(_SYLLABLES))
+        letters = _SYLLABLES[syllable] + letters
+    return letters

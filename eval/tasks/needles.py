@@ -1,17 +1,17 @@
-"""Needles in a haystack: RULER's eight retrieval tasks."""
+"""Needles in a haystack: RULER's eight retrieval tasks (arXiv 2404.06654), by their wording."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
-from string import ascii_uppercase
-from uuid import UUID
 
+from hfsparse.errors import UsageError
 from hfsparse_eval.tasks import haystack as text
 from hfsparse_eval.tasks.draft import Draft, insert, mean_depth
 
-SLOTS = [round(100 * i / 39) for i in range(40)]  # depths of a needle in prose, percent
+MOST = 100  # needles of a sample
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Niah:
     new_tokens: int = 128
     metric: str = "all"
     own: tuple[str, ...] = field(default=(), repr=False)  # sentences in place of the prose
+    suite, ruler, default, placed = "ruler", True, True, True
 
     @property
     def needles(self) -> int:
@@ -44,7 +45,7 @@ class Niah:
 
     def fitted(self, tokens: Callable[[str], int], length: int) -> Niah:
         """With more room for its answers than RULER's where many are asked for."""
-        values = some(Random(0), self.value, self.queries * self.values)
+        values = text.draw_distinct(Random(0), self.value, self.queries * self.values)
         return replace(self, new_tokens=max(self.new_tokens, 2 * tokens(", ".join(values))))
 
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
@@ -53,8 +54,8 @@ class Niah:
         `depth` (percent) places the first needle; further ones follow evenly up to the end.
         """
         lines = size if self.haystack == "needles" else 0
-        keys = some(rng, self.key, self.keys + lines)
-        values = some(rng, self.value, self.needles + lines)
+        keys = text.draw_distinct(rng, self.key, self.keys + lines)
+        values = text.draw_distinct(rng, self.value, self.needles + lines)
         owners = [i // self.values for i in range(self.needles)] + [*range(self.keys, len(keys))]
         lines = [self._needle(keys[i], value) for i, value in zip(owners, values, strict=True)]
         asked = rng.sample(range(self.keys), self.queries)
@@ -92,8 +93,8 @@ class Niah:
         step = 0 if depth is None else (100 - depth) / self.needles
         depths = [] if depth is None else [depth + step * i for i in range(self.needles)]
         if self.haystack == "prose":
-            units = excerpt(rng, size, self.own)
-            depths = depths or sorted(_drawn(rng, SLOTS, self.needles))
+            units = text.excerpt(rng, size, self.own)
+            depths = depths or sorted(_drawn(rng, text.SLOTS, self.needles))
             return units, [int(len(units) * d / 100) for d in depths]
         units = distractors or [text.NOISE] * size
         if depths:
@@ -106,33 +107,35 @@ def _drawn(rng: Random, places: Sequence[int], count: int) -> list[int]:
     return rng.sample(places, count) if count <= len(places) else rng.choices(places, k=count)
 
 
-def some(rng: Random, kind: str, count: int) -> list[str]:
-    """`count` distinct words, five capital letters, seven-digit numbers or version 4 uuids."""
-    if kind == "word":
-        return [text.key(n) for n in rng.sample(text.KEYS, count)]
-    if kind == "letters":
-        return [_capitals(n) for n in rng.sample(range(26**5), count)]
-    if kind == "number":
-        return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
-    return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
-
-
-def _capitals(number: int) -> str:
-    return "".join(ascii_uppercase[number // 26**place % 26] for place in range(5))
-
-
-def excerpt(rng: Random, words: int, own: Sequence[str] = ()) -> list[str]:
-    """Sentences of `words` words of prose from a random sentence on, repeated past its end."""
-    sentences = own or text.prose()
-    start = rng.randrange(len(sentences))
-    taken: list[str] = []
-    at = start
-    while len(taken) < words:
-        taken += text.words(f"{sentences[at % len(sentences)]} ")
-        at += 1
-    found = text.split_sentences("".join(taken[:words]).rstrip())
-    return [piece for sentence in found for piece in text.cut(sentence)] if own else found
-
-
 def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
+
+
+TASKS = [
+    Niah("niah_single_1", "noise"),
+    Niah("niah_single_2", "prose"),
+    Niah("niah_single_3", "prose", value="uuid"),
+    Niah("niah_multikey_1", "prose", keys=4),
+    Niah("niah_multikey_2", "needles"),
+    Niah("niah_multikey_3", "needles", key="uuid", value="uuid"),
+    Niah("niah_multivalue", "prose", values=4),
+    Niah("niah_multiquery", "prose", keys=4, queries=4),
+]
+GRID = {task.name: task for task in TASKS if task.needles == 1}  # whose needle a depth places
+
+
+def hide(task: Niah, needles: int, haystack: Path | None) -> tuple[Niah, dict[str, str]]:
+    """The task with so many needles, in a haystack of the user's own, and what names that."""
+    if needles > MOST:
+        raise UsageError(f"needles is {needles}: give up to {MOST}")
+    if needles > 1:
+        task = replace(task, name=f"{task.name}_x{needles}", keys=needles, queries=needles)
+    if haystack is None:
+        return task, {}
+    if task.haystack != "prose":
+        prose = [name for name, one in GRID.items() if one.haystack == "prose"]
+        raise UsageError(
+            f"{task.name} makes its own haystack: --haystack goes with {', '.join(prose)}"
+        )
+    sentences, mark = text.read_haystack(haystack)
+    return replace(task, own=sentences), {"prose": mark}

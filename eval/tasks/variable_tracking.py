@@ -23,6 +23,7 @@ class VariableTracking:
     example_lines: int = 5
     new_tokens: int = 30
     metric: str = "all"
+    suite, ruler, default, placed = "ruler", True, True, True
 
     def step(self, length: int) -> int:
         return 5 if length < 4096 else 10
@@ -67,3 +68,6 @@ class VariableTracking:
             gold=tuple(spans),
             depth=mean_depth(places, size),
         )
+
+
+TASKS = [VariableTracking()]

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from hfsparse_eval.tasks.draft import Draft
-from hfsparse_eval.tasks.invented_documents import SPELLINGS, spell
-from hfsparse_eval.tasks.needle_words import ADJECTIVES, NOUNS
+from hfsparse_eval.tasks.needle_words import SPELLINGS, WORDS, spell
 
-WORDS = list(dict.fromkeys(ADJECTIVES + NOUNS))
 ZETA_2 = math.pi**2 / 6
 
 
@@ -27,21 +25,27 @@ class CommonWords:
     common: int = 10
     often: int = 30
     rarely: int = 3
-    example: tuple[int, int, int] = (30, 10, 3)  # other words, how often the ten, how often they
+    # A solved one: other words, how often the ten, how often they; None shows none.
+    example: tuple[int, int, int] | None = (30, 10, 3)
     new_tokens: int = 120
     metric: str = "all"
+    suite, ruler, default, placed = "ruler", True, True, False
 
     def step(self, length: int) -> int:
         return 10
 
     def fitted(self, tokens: Callable[[str], int], length: int) -> CommonWords:
         """With the smaller counts that RULER takes below 4096 tokens."""
-        return self if length >= 4096 else replace(self, often=6, rarely=1, example=(10, 3, 1))
+        if length >= 4096:
+            return self
+        return replace(self, often=6, rarely=1, example=self.example and (10, 3, 1))
 
     def draw(self, rng: Random, size: int, depth: float | None = None) -> Draft:
         """`size` counts the different words beside the common ones."""
-        solved = self._problem(rng, *self.example)
+        solved = self.example and self._problem(rng, *self.example)
         draft = self._problem(rng, size, self.often, self.rarely)
+        if not solved:
+            return draft
         shown = f"{solved.message}{solved.prefix} {_numbered(solved.answers)}"
         return replace(draft, before=f"{shown}\n\n{draft.before}")
 
@@ -74,6 +78,7 @@ class FrequentWords:
     asked: int = 3
     new_tokens: int = 50
     metric: str = "all"
+    suite, ruler, default, placed = "ruler", True, True, False
 
     def step(self, length: int) -> int:
         """Finer than RULER's L / 32: draws differ so much in tokens that most are shortened."""
@@ -122,3 +127,6 @@ def distinct_words(rng: Random, count: int) -> list[str]:
 
 def _numbered(words) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+TASKS = [CommonWords(), FrequentWords()]

@@ -93,8 +93,7 @@ def test_a_press_answers_as_kvpress_itself_does(kvpress, name, kept, model, toke
     arm = arms.peer(name)
     for sample in map(suite.sample, suite.cases):
         with arm.on(model) as handle:
-            arm.ask(sample)
-            handle.reset_stats()
+            handle.begin(sample)
             said = answer(model, tokenizer, sample, 12).text
             stats = handle.stats()
         first = sample.question if arm.agnostic else len(sample.ids)

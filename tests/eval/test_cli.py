@@ -1,15 +1,19 @@
 import json
+import subprocess
+import sys
 
 import pytest
+import transformers
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import hfsparse
+from hfsparse.models.weights import weights_mark
 from hfsparse.plan import ModelId, Plan
 from hfsparse_eval.cli import app
-from hfsparse_eval.command import sized
-from hfsparse_eval.suites import Size
-from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.options import Size, names_by_default, read_size
+from hfsparse_eval.tasks.haystack import prose_source
 from tests import tiny
 from tests.eval.test_qa import SQUAD
 
@@ -114,11 +118,11 @@ def test_the_same_plan_twice_is_one_clear_sentence(call, tmp_path, model):
 
 def test_a_suite_sets_lengths_and_samples_and_flags_go_before_it():
     usual = Size(8, (4096,))
-    assert sized(None, None, None, usual) == usual
-    assert sized("standard", None, None, usual) == Size(100, (4096, 8192, 16384, 32768))
-    assert sized("full", None, None, usual).lengths[-1] == 131072
-    assert sized("smoke", "512,600", None, usual) == Size(4, (512, 600))
-    assert sized("quick", None, 3, usual) == Size(3, (4096, 16384))
+    assert read_size(None, None, None, usual) == usual
+    assert read_size("standard", None, None, usual) == Size(100, (4096, 8192, 16384, 32768))
+    assert read_size("full", None, None, usual).lengths[-1] == 131072
+    assert read_size("smoke", "512,600", None, usual) == Size(4, (512, 600))
+    assert read_size("quick", None, 3, usual) == Size(3, (4096, 16384))
 
 
 def test_another_model_in_the_same_directory_is_refused_and_nothing_is_touched(call, tmp_path):
@@ -150,7 +154,7 @@ def test_ruler_runs_every_task_and_reports_it(call, tmp_path):
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "out" / "report.md") in result.stdout
     report = (tmp_path / "out" / "report.md").read_text()
-    for name in [*TASKS, "all"]:
+    for name in [*names_by_default("ruler").split(","), "all"]:
         assert f"| {name} | " in report
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["arm"] for line in lines] == ["dense"] * 13
@@ -190,3 +194,84 @@ def test_ctrl_c_says_that_the_run_can_go_on(call, monkeypatch):
     result = call("ruler", "--lengths", "512", "--tasks", "niah_single_1")
     assert result.exit_code == 130
     assert "go on when given the same command" in result.stderr
+
+
+def test_bad_words_are_refused_before_torch_is_loaded():
+    code = (
+        "import sys, hfsparse_eval.cli\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+# As version 0.1.0 wrote them before tasks had a protocol; what depends on the machine is filled in.
+OLD_RUN = """{
+ "settings": {
+  "kind": "ruler",
+  "model": "MODEL",
+  "fingerprint": "FINGERPRINT",
+  "weights": "WEIGHTS",
+  "version": "VERSION",
+  "dtype": "float32",
+  "seed": 0,
+  "chat": "auto",
+  "max_new_tokens": 2,
+  "prose": "PROSE",
+  "squad": null,
+  "hotpotqa": null,
+  "data": null,
+  "stride": null,
+  "metric": null,
+  "turns": null
+ },
+ "sessions": [
+  {
+   "machine": "another, threads: 1, Linux x86_64",
+   "python": "3.11.7",
+   "torch": "2.13.0+cpu",
+   "transformers": "TRANSFORMERS",
+   "hfsparse": "VERSION"
+  }
+ ],
+ "arms": []
+}
+"""
+OLD_LINE = (
+    '{"id": "niah_single_1-512-0000", "task": "niah_single_1", "length": 512, "depth": 47.6, '
+    '"arm": "dense", "plan": null, "model": "FINGERPRINT", "transformers": "TRANSFORMERS", '
+    '"device": "another, threads: 1", "score": 1.0, "answers": ["1234567"], "output": " 1234567", '
+    '"gold": [[200, 220]], "metric": "all", "real": 500, "prompt_tokens": 373, "new_tokens": 2, '
+    '"seconds": 0.05, "first_token_seconds": 0.02, "batch": 1, "pair_density": null, '
+    '"block_density": null, "decode_share": null, "cache_share": null, "kv_bytes": null}\n'
+)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(call, model, folder, tmp_path):
+    """A setting that changes its name or its value would refuse the folder."""
+    facts = {
+        "MODEL": str(folder),
+        "FINGERPRINT": ModelId.of(model).fingerprint,
+        "WEIGHTS": weights_mark(AutoModelForCausalLM.from_pretrained(folder)),
+        "TRANSFORMERS": transformers.__version__,
+        "VERSION": hfsparse.__version__,
+        "PROSE": prose_source(),
+    }
+    old_run, old_line = OLD_RUN, OLD_LINE
+    for name, value in facts.items():
+        old_run, old_line = old_run.replace(name, value), old_line.replace(name, value)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text(old_run)
+    (out / "results.jsonl").write_text(old_line)
+    small = ["--lengths", 512, "--samples", 2, "--tasks", "niah_single_1", "--max-new-tokens", 2]
+    result = call("ruler", *small)
+    assert result.exit_code == 0, result.output
+    first, second = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    assert first == old_line
+    assert list(json.loads(second)) == list(json.loads(old_line))
+    assert json.loads(second)["id"] == "niah_single_1-512-0001"
+    new_run = json.loads((out / "run.json").read_text())
+    assert new_run["settings"] == json.loads(old_run)["settings"]
+    assert list(new_run["settings"]) == list(json.loads(old_run)["settings"])
+    assert [list(each) for each in new_run["sessions"]] == [list(new_run["sessions"][0])] * 2

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from hfsparse_eval.tasks.invented_documents import SPELLINGS, spell
-from hfsparse_eval.tasks.word_counting import WORDS, CommonWords, FrequentWords, distinct_words
+from hfsparse_eval.tasks.needle_words import SPELLINGS, WORDS, spell
+from hfsparse_eval.tasks.word_counting import CommonWords, FrequentWords, distinct_words
 
 NUMBERED = re.compile(r"(\d+)\. ([a-z]+)")
 

@@ -13,7 +13,8 @@ from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval.cli import app
 from hfsparse_eval.run import generate, runner
 from hfsparse_eval.run.prompter import Prompter
-from hfsparse_eval.tasks.own_questions import Questions, read
+from hfsparse_eval.run.samples import OwnSuite
+from hfsparse_eval.tasks.own_questions import read
 
 GOOD = {"prompt": "Where is the sea?", "answers": ["here", "there"]}
 TALK = {**GOOD, "id": "talk", "turns": [{"prompt": "And the sky?", "answers": ["above"]}]}
@@ -31,17 +32,17 @@ def file(tmp_path):
 
 
 def test_prompts_are_run_as_they_are_and_turns_follow(file, tokenizer):
-    items, mark = read(file(GOOD, "", TALK))
+    items, mark = read(file(GOOD, "", TALK), new_tokens=5)
     assert mark.startswith("qa.jsonl, sha256:")
     assert [(item.id, item.line) for item in items] == [("1", 1), ("talk", 3)]
-    plain = Questions(items, Prompter(tokenizer, "never", known=True), 2048, 5)
+    plain = OwnSuite(items, Prompter(tokenizer, "never", known=True), 2048)
     one, talk = map(plain.sample, plain.cases)
     assert tokenizer.decode(one.ids) == "<|bos|>Where is the sea?"
     assert (one.answers, one.metric, one.turns) == (("here", "there"), "part", ())
     assert one.length >= one.real == len(one.ids) - 1 + 5 > one.length // 2
     assert tokenizer.decode(talk.ids) == "<|bos|>Where is the sea?"
     assert [tokenizer.decode(turn.ids) for turn in talk.turns] == ["", "\n\nAnd the sky?"]
-    chat = Questions(items, Prompter(tokenizer, known=True), 2048, 5)
+    chat = OwnSuite(items, Prompter(tokenizer, known=True), 2048)
     one, talk = map(chat.sample, chat.cases)
     asked = "<|bos|><|user|>\nWhere is the sea?<|end|>\n<|assistant|>\n"
     assert tokenizer.decode(one.ids) == tokenizer.decode(talk.ids) == asked
@@ -81,7 +82,7 @@ def test_files_without_questions_and_prompts_beyond_the_window_are_refused(file,
 def test_a_prompt_beyond_the_window_names_its_line(file, tokenizer):
     items, _ = read(file(GOOD, {**GOOD, "prompt": "word " * 300}))
     with pytest.raises(UsageError, match=r"line 2 \(id 2\) needs \d+ tokens .* window is 256"):
-        Questions(items, Prompter(tokenizer), 256, 64)
+        OwnSuite(items, Prompter(tokenizer), 256)
 
 
 def test_a_failure_is_noted(file, folder, tmp_path, monkeypatch):
@@ -109,8 +110,8 @@ def test_the_report_lists_each_flipped_id_with_both_answers(
     layer = Layer(("s",) * 4, ("s",) * 2, ("ring",) * 2)
     full = Plan.full(ModelId.of(model))
     plan = replace(full, patterns={"s": Streaming(sink=4, recent=8)}, layers=(layer,) * 2)
-    items, _ = read(file(*rows))
-    suite = Questions(items, Prompter(tokenizer), 2048, 6)
+    items, _ = read(file(*rows), new_tokens=6)
+    suite = OwnSuite(items, Prompter(tokenizer), 2048)
     samples = [suite.sample(case) for case in suite.cases]
     dense = {s.id: generate.answer(model, tokenizer, s).text for s in samples}
     with hfsparse.patch(model, plan):

@@ -12,10 +12,11 @@ from hfsparse_eval.report.pairs import Cell, Outcome
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import haystack as text
-from hfsparse_eval.tasks.long_answers import DECODES
+from hfsparse_eval.tasks import long_answers
 from hfsparse_eval.tasks.scores import score
 from tests.eval.running import goes_on
 
+DECODES = {task.name: task for task in long_answers.TASKS}
 GOLDEN = {
     "decode_keys": "c4ceea07fa0082cb",
     "decode_sort": "9503e8b195400990",

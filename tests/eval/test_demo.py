@@ -1,17 +1,11 @@
 """The README's main job ends in a table of what `hfsparse eval` writes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks import demo
 from hfsparse.plan import Plan
 from tests.eval.running import goes_on
 from tests.patcher.families import streaming
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import demo
 
 
 def test_the_demo_reads_the_lines_of_an_eval(folder, model, tmp_path):

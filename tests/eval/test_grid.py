@@ -7,17 +7,18 @@ import pytest
 from typer.testing import CliRunner
 
 from hfsparse.errors import UsageError
-from hfsparse_eval.cli import _hidden, app
+from hfsparse_eval.cli import app
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
 from hfsparse_eval.tasks import haystack as text
+from hfsparse_eval.tasks.needles import hide
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2", "niah_multikey_2"])
 @pytest.mark.parametrize("depth", [0, 40, 100])
 def test_several_needles_follow_evenly_from_the_depth_on(name, depth):
-    task, _ = _hidden(TASKS[name], 4, None)
+    task, _ = hide(TASKS[name], 4, None)
     made = task.draw(Random(1), 3000 if task.haystack == "prose" else 200, depth)
     assert task.name == f"{name}_x4"
     assert len(made.answers) == len(set(made.answers)) == len(made.gold) == 4
@@ -30,14 +31,14 @@ def test_several_needles_follow_evenly_from_the_depth_on(name, depth):
 
 
 def test_one_needle_is_the_task_as_it_was():
-    task, marks = _hidden(TASKS["niah_single_2"], 1, None)
+    task, marks = hide(TASKS["niah_single_2"], 1, None)
     assert (task, marks) == (TASKS["niah_single_2"], {})
 
 
 def test_the_haystack_is_the_users_text_even_without_sentences(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("one two three\nfour " * 200)
-    task, marks = _hidden(TASKS["niah_single_2"], 1, file)
+    task, marks = hide(TASKS["niah_single_2"], 1, file)
     assert marks == {"prose": text.read(file)[1]}
     made = task.draw(Random(1), 600, 50)
     (low, high) = made.gold[0]
@@ -60,7 +61,7 @@ def test_the_haystack_is_the_users_text_even_without_sentences(tmp_path):
 @pytest.mark.parametrize("length", [700, 4200])
 def test_a_haystack_without_blanks_has_places_and_any_length(content, length, tmp_path, tokenizer):
     (tmp_path / "own.txt").write_text(content, encoding="utf-8")
-    task, _ = _hidden(TASKS["niah_single_2"], 1, tmp_path / "own.txt")
+    task, _ = hide(TASKS["niah_single_2"], 1, tmp_path / "own.txt")
     maker = Maker(task, length, Prompter(tokenizer))
     for depth in (0, 50, 100):
         sample = maker.sample(Case(task.name, length, depth, 0))
@@ -74,23 +75,28 @@ def test_a_haystack_without_blanks_has_places_and_any_length(content, length, tm
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
 def test_there_is_room_for_many_needles_and_their_answers(name, tokenizer):
-    task, _ = _hidden(TASKS[name], 45, None)
+    task, _ = hide(TASKS[name], 45, None)
     sample = Maker(task, 6000, Prompter(tokenizer)).sample(Case(task.name, 6000, 0, 0))
     assert len(set(sample.answers)) == 45
     said = ", ".join(sample.answers)
     assert len(tokenizer(said).input_ids) < sample.new_tokens
-    few, _ = _hidden(TASKS[name], 1, None)
+    few, _ = hide(TASKS[name], 1, None)
     assert few.fitted(Prompter(tokenizer).tokens, 1900) == few
+
+
+def test_more_needles_than_fit_a_sample_are_refused():
+    with pytest.raises(UsageError, match="needles is 101: give up to 100"):
+        hide(TASKS["niah_single_2"], 101, None)
 
 
 def test_haystacks_that_cannot_be_used_are_one_clear_sentence(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UsageError, match=r"empty\.txt holds no words: give a text file"):
-        _hidden(TASKS["niah_single_2"], 1, tmp_path / "empty.txt")
+        hide(TASKS["niah_single_2"], 1, tmp_path / "empty.txt")
     with pytest.raises(UsageError, match=r"absent\.txt: can't read: No such file"):
-        _hidden(TASKS["niah_single_2"], 1, tmp_path / "absent.txt")
+        hide(TASKS["niah_single_2"], 1, tmp_path / "absent.txt")
     with pytest.raises(UsageError, match="niah_single_1 makes its own haystack: --haystack goes"):
-        _hidden(TASKS["niah_single_1"], 1, tmp_path / "empty.txt")
+        hide(TASKS["niah_single_1"], 1, tmp_path / "empty.txt")
 
 
 def test_the_command_names_haystack_and_needles_and_refuses_another(folder, tmp_path):

@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from hfsparse_eval.tasks.invented_documents import SPELLINGS, one_hop, spell, two_hops
+from hfsparse_eval.tasks.invented_documents import one_hop, two_hops
+from hfsparse_eval.tasks.needle_words import SPELLINGS, spell
 
 
 def test_spellings_are_all_distinct():

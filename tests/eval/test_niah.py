@@ -5,7 +5,7 @@ import pytest
 
 from hfsparse_eval.tasks import TASKS
 from hfsparse_eval.tasks import haystack as text
-from hfsparse_eval.tasks.needles import SLOTS
+from hfsparse_eval.tasks.haystack import SLOTS
 from tests.eval.drafting import NEEDLE, NUMBER, draft
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"

@@ -253,6 +253,17 @@ def test_effective_lengths_are_of_tasks_run_at_every_length_and_weigh_tasks_alik
     assert "Means of 2 tasks run at every length; RULER's are of all 13" in text
 
 
+def test_tasks_that_are_not_rulers_have_no_effective_length():
+    own = {("towers", 4096): [1.0], ("towers", 8192): [1.0]}
+    assert "Effective" not in write(at_lengths("dense", own), SETTINGS, [])
+    beside = own | {("vt", 4096): [0.5], ("vt", 8192): [0.5]}
+    text = write(at_lengths("dense", beside), SETTINGS, [])
+    assert rows(text, "Effective length")[2:] == [["dense", "50.0", "50.0", "under 4096"]]
+    assert "Means of 1 tasks" in text
+    qa = {("qa_1", 4096): [1.0], ("qa_1", 8192): [1.0]}  # SQuAD's, which is given by a file
+    assert "Means of 1 tasks" in write(at_lengths("dense", qa), SETTINGS, [])
+
+
 def test_one_length_has_no_effective_length():
     assert "Effective" not in write(LINES, SETTINGS, [])
 

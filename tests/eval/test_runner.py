@@ -11,12 +11,13 @@ from transformers import GenerationConfig
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse_eval.arms import Arm, Sparse
+from hfsparse_eval.arms import Dense, Sparse
 from hfsparse_eval.run import generate, runner
 from hfsparse_eval.run.generate import together
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.results import Results, Settings
 from hfsparse_eval.run.samples import Suite
+from hfsparse_eval.run.world import Session, World
 from hfsparse_eval.tasks import TASKS
 
 SETTINGS = Settings("ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "auto", 4, "prose")
@@ -73,7 +74,7 @@ def stored(folder):
 def test_each_sample_is_run_dense_and_sparse_on_the_same_prompt(
     tmp_path, model, tokenizer, suite, patched
 ):
-    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(FakePlan())], 4)
+    runner.run(Session(model, tokenizer, results(tmp_path), [Sparse(FakePlan())]), suite, 4)
     lines = stored(tmp_path)
     assert len(lines) == 16
     assert len({(line["id"], line["arm"]) for line in lines}) == 16
@@ -97,7 +98,7 @@ def test_a_run_cut_off_goes_on_and_ends_with_the_same_lines(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
-    runner.run(model, tokenizer, suite, results(whole), [Sparse(FakePlan())], 4)
+    runner.run(Session(model, tokenizer, results(whole), [Sparse(FakePlan())]), suite, 4)
     count = 0
 
     def interrupted(*args):
@@ -110,38 +111,52 @@ def test_a_run_cut_off_goes_on_and_ends_with_the_same_lines(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.run(model, tokenizer, suite, results(cut), [Sparse(FakePlan())], 4)
+            runner.run(Session(model, tokenizer, results(cut), [Sparse(FakePlan())]), suite, 4)
     assert len(stored(cut)) == after
 
-    runner.run(model, tokenizer, suite, results(cut), [Sparse(FakePlan())], 4)
+    runner.run(Session(model, tokenizer, results(cut), [Sparse(FakePlan())]), suite, 4)
     assert timeless(stored(cut)) == timeless(stored(whole))
 
 
 def test_a_finished_run_generates_nothing_again(tmp_path, monkeypatch, model, tokenizer, suite):
-    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
+    runner.run(Session(model, tokenizer, results(tmp_path)), suite, 4)
     before = (tmp_path / "results.jsonl").read_bytes()
     monkeypatch.setattr(runner, "answer", None)
-    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
+    runner.run(Session(model, tokenizer, results(tmp_path)), suite, 4)
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
 def test_a_torn_last_line_is_dropped_and_its_sample_run_again(tmp_path, model, tokenizer, suite):
-    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
+    runner.run(Session(model, tokenizer, results(tmp_path)), suite, 4)
     path = tmp_path / "results.jsonl"
     whole = timeless(stored(tmp_path))
     path.write_bytes(path.read_bytes()[:-40])
     again = results(tmp_path)
     assert len(again.lines) == 7
-    runner.run(model, tokenizer, suite, again, (), 4)
+    runner.run(Session(model, tokenizer, again), suite, 4)
     assert timeless(stored(tmp_path)) == whole
+
+
+def test_reading_results_leaves_the_line_that_another_process_is_writing(tmp_path):
+    results(tmp_path)
+    path = tmp_path / "results.jsonl"
+    good = json.dumps({"id": "a", "arm": "dense", "plan": None, "model": "m"})
+    path.write_text(f"{good}\n{good[:9]}")
+    before = path.read_bytes()
+    second = Results(tmp_path, SETTINGS, {"machine": "this"}, part=1)
+    assert [line["id"] for line in second.lines] == ["a"]
+    second.append({**json.loads(good), "id": "b"})
+    assert path.read_bytes() == before
+    results(tmp_path).append({**json.loads(good), "id": "c"})
+    assert [line["id"] for line in stored(tmp_path)] == ["a", "b", "c"]
 
 
 def test_more_samples_and_a_second_plan_join_a_finished_run(
     tmp_path, model, tokenizer, suite, patched
 ):
-    runner.run(model, tokenizer, suite, results(tmp_path), (), 4)
+    runner.run(Session(model, tokenizer, results(tmp_path)), suite, 4)
     larger = Suite([TASKS["niah_single_1"]], [512], 3, suite.makers["niah_single_1", 512].prompter)
-    runner.run(model, tokenizer, larger, results(tmp_path), [Sparse(FakePlan())], 4)
+    runner.run(Session(model, tokenizer, results(tmp_path), [Sparse(FakePlan())]), larger, 4)
     lines = stored(tmp_path)
     assert [line["arm"] for line in lines] == ["dense"] * 9 + ["sparse"] * 3
     assert lines[8]["id"] == "niah_single_1-512-0002"
@@ -226,7 +241,7 @@ def test_one_of_several_answers_is_enough_for_part_and_half_for_all(
         monkeypatch.setattr(suite, "sample", lambda case, known=known: known)
         folder = tmp_path / metric
         folder.mkdir()
-        runner.run(model, tokenizer, suite, results(folder, max_new_tokens=None))
+        runner.run(Session(model, tokenizer, results(folder, max_new_tokens=None)), suite)
         assert {(line["metric"], line["score"]) for line in stored(folder)} == {(metric, expected)}
 
 
@@ -253,7 +268,7 @@ def test_answers_of_a_batch_are_those_of_each_alone(model, tokenizer, monkeypatc
     suite = Suite(tasks, [700], 2, Prompter(tokenizer))
     samples = [replace(suite.sample(c), new_tokens=8 + 2 * i) for i, c in enumerate(suite.cases)]
     assert len({len(sample.ids) for sample in samples}) > 4
-    for arm in (Arm(), Sparse(rings(model))):
+    for arm in (Dense(), Sparse(rings(model))):
         with arm.on(model), monkeypatch.context() as patch:
             full = [generate.answer(model, tokenizer, sample).text for sample in samples]
             samples[2] = replace(samples[2], answers=(full[2][3:6],))
@@ -270,7 +285,7 @@ def test_a_run_in_batches_ends_with_the_same_lines(tmp_path, model, tokenizer, s
     for size in (1, 3):
         (tmp_path / f"{size}").mkdir()
         here = results(tmp_path / f"{size}")
-        runner.run(model, tokenizer, suite, here, [Sparse(rings(model))], 4, size)
+        runner.run(Session(model, tokenizer, here, [Sparse(rings(model))]), suite, 4, size)
     alone, batched = (stored(tmp_path / f"{size}") for size in (1, 3))
     assert {line["batch"] for line in batched} == {2}  # of one task
     shared = (*TIMES, "batch", *runner.MEASURED, "kv_bytes")  # measured of a whole batch
@@ -286,7 +301,7 @@ def test_several_plans_and_what_they_are_stay_in_the_folder(tmp_path, model, tok
     small = Sparse(rings(model), "small")
     small.plan.made = {"verified": {"limit": 0.02, "lengths": [512], "tasks": {}}}
     here = Results(tmp_path, SETTINGS, {"machine": "this"}, [full.facts(), small.facts()])
-    runner.run(model, tokenizer, suite, here, [full, small], 4)
+    runner.run(Session(model, tokenizer, here, [full, small]), suite, 4)
     each = [plan for plan in (None, full.hash, small.hash) for _ in range(4)]
     assert [x["plan"] for x in stored(tmp_path)] == each * 2  # at both lengths
     later = Results(tmp_path, SETTINGS, {"machine": "this"})
@@ -306,12 +321,12 @@ def test_an_arm_that_fails_is_noted_and_left_and_the_next_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "answer", failing)
         here = results(tmp_path)
-        runner.run(model, tokenizer, suite, here, [Sparse(rings(model))], 4)
+        runner.run(Session(model, tokenizer, here, [Sparse(rings(model))]), suite, 4)
     assert [x["failed"] for x in here.failed] == ["OutOfMemoryError: 80 GiB"]
     short, long = ["dense"] * 4 + ["sparse"] * 3, ["dense"] * 4 + ["sparse"] * 4
     assert [x["arm"] for x in stored(tmp_path)] == short + long
     again = results(tmp_path)
-    runner.run(model, tokenizer, suite, again, [Sparse(rings(model))], 4)
+    runner.run(Session(model, tokenizer, again, [Sparse(rings(model))]), suite, 4)
     assert again.failed == []
     assert len(again.done) == 16
 
@@ -322,7 +337,7 @@ def test_processes_share_the_cases_and_the_first_merges_what_they_wrote(
     """The second process was killed in the middle of a line; a single one ends its work."""
     parts = [Results(tmp_path, SETTINGS, {"machine": "this"}, part=part) for part in (0, 1)]
     for part, here in enumerate(parts):
-        runner.run(model, tokenizer, suite, here, (), 4, 1, (part, 2))
+        runner.run(Session(model, tokenizer, here, world=World(part, 2)), suite, 4)
     torn = tmp_path / "results-1.jsonl"
     whole = timeless([*stored(tmp_path), *map(json.loads, torn.read_text().splitlines())])
     assert len(whole) == 8
@@ -334,7 +349,7 @@ def test_processes_share_the_cases_and_the_first_merges_what_they_wrote(
     again = results(tmp_path)
     assert not torn.exists()
     assert len(again.lines) == 7
-    runner.run(model, tokenizer, suite, again, (), 4)
+    runner.run(Session(model, tokenizer, again), suite, 4)
     assert timeless(stored(tmp_path)) == whole
 
 
@@ -348,7 +363,7 @@ def test_a_plan_that_drops_nothing_answers_as_dense_under_the_real_patch(
     tmp_path, model, tokenizer, suite
 ):
     plan = Plan.full(ModelId.of(model))
-    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(plan)], 4)
+    runner.run(Session(model, tokenizer, results(tmp_path), [Sparse(plan)]), suite, 4)
     lines = stored(tmp_path)
     dense, sparse = (
         {line["id"]: line["output"] for line in lines if line["arm"] == arm}
@@ -363,7 +378,7 @@ def test_a_plan_that_drops_nothing_answers_as_dense_under_the_real_patch(
 
 
 def test_a_streaming_plan_is_measured_below_full(tmp_path, model, tokenizer, suite):
-    runner.run(model, tokenizer, suite, results(tmp_path), [Sparse(rings(model))], 4)
+    runner.run(Session(model, tokenizer, results(tmp_path), [Sparse(rings(model))]), suite, 4)
     measured = [line for line in stored(tmp_path) if line["arm"] == "sparse"]
     assert len(measured) == 8
     for line in measured:

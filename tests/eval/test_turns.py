@@ -17,10 +17,12 @@ from hfsparse_eval.cli import app
 from hfsparse_eval.run import generate
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.samples import Case, Maker
+from hfsparse_eval.tasks import conversations
 from hfsparse_eval.tasks import haystack as text
-from hfsparse_eval.tasks.conversations import ASKED, TALKS
+from hfsparse_eval.tasks.conversations import ASKED
 from tests.eval.running import goes_on
 
+TALKS = {task.name: task for task in conversations.TASKS}
 GOLDEN = {
     "turns_kv": "35b2f143afa7c7bd",
     "turns_prefix_suffix": "3ed1699dae186a2e",

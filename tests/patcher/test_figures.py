@@ -30,6 +30,7 @@ from hfsparse_eval.run import runner
 from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.results import Results, Settings
 from hfsparse_eval.run.samples import Suite
+from hfsparse_eval.run.world import Session
 from hfsparse_eval.tasks import TASKS
 from tests import tiny
 from tests.support import models
@@ -209,7 +210,7 @@ def test_eval_tells_of_a_sample_what_the_plan_and_its_length_do(family, tmp_path
         "ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "never", 100, "prose"
     )
     found = Results(tmp_path, settings, {"machine": "this"})
-    runner.run(model, tokenizer, suite, found, [Sparse(plan)], 100)
+    runner.run(Session(model, tokenizer, found, [Sparse(plan)]), suite, 100)
     (line,) = [line for line in found.lines if line["arm"] == "sparse"]
     tokens = line["prompt_tokens"] + line["new_tokens"] - 1
     told = figures.predict(model.config, plan, tokens)

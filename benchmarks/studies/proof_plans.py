@@ -1,6 +1,6 @@
 """The plans of the proof: recipes, and published methods at what `balanced` came to use.
 
-    python benchmarks/proof_plans.py MODEL -o DIR --lengths 4096,8192
+    python -m benchmarks.studies.proof_plans MODEL -o DIR --lengths 4096,8192
 
 `balanced` (within --budgets, then verified), `safe` and `small-cache` are made first. Then
 `minference` gets the shares that the verified `balanced` is expected to use at the longest length,

@@ -1,7 +1,8 @@
 """Do our RULER tasks score a model as those of lm-evaluation-harness do?
 
     pip install 'lm-eval[ruler]>=0.4.13'
-    python benchmarks/agreement.py MODEL [--length 1024] [--samples 32] --keep FILE --write FILE
+    python -m benchmarks.studies.agreement MODEL [--length 1024] [--samples 32]
+                                                 --keep FILE --write FILE
 
 Both make samples of their own, of the eleven tasks that need no data, and the model answers them
 greedily; ours are as long as theirs. A difference of the two means beyond its 95 % interval is a
@@ -23,28 +24,25 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from cpu_reference import processor
-from journal import Journal
 from scipy.stats import norm
 
+from benchmarks.common.journal import Journal
 from hfsparse.models.loading import load
 from hfsparse.models.weights import weights_mark
 from hfsparse_eval.run.generate import answer
+from hfsparse_eval.run.machine import processor
 from hfsparse_eval.run.prompter import Prompter, Sample
 from hfsparse_eval.run.samples import Suite
-from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.tasks import TASKS, of_suite
 from hfsparse_eval.tasks.haystack import prose, prose_source, split_sentences
 from hfsparse_eval.tasks.scores import score
 from hfsparse_eval.tasks.word_counting import CommonWords
 
-THEIRS = {name: name if name.startswith("niah") else f"ruler_{name}" for name in list(TASKS)[:11]}
+NO_DATA = [name for name, task in of_suite("ruler").items() if task.ruler][:11]
+THEIRS = {name: name if name.startswith("niah") else f"ruler_{name}" for name in NO_DATA}
 
 
-class ZeroShot(CommonWords):
-    """As the harness asks cwe: its solved example never reaches the prompt."""
-
-    def draw(self, rng, size, depth=None):
-        return self._problem(rng, size, self.often, self.rarely)
+ZERO_SHOT = CommonWords(example=None)  # as the harness asks cwe: the prompt shows no example
 
 
 @contextmanager
@@ -94,7 +92,7 @@ def by_the_harness(model, tokenizer, name: str, options) -> list[dict]:
 def compare(model, tokenizer, name: str, options) -> dict:
     """Scores of both on samples of their own, and of ours on theirs."""
     theirs = by_the_harness(model, tokenizer, name, options)
-    task = ZeroShot() if name == "cwe" else TASKS[name]
+    task = ZERO_SHOT if name == "cwe" else TASKS[name]
     tokens = round(np.mean([len(tokenizer(said["prompt"]).input_ids) for said in theirs]))
     length = tokens + task.new_tokens  # prompts as long as theirs
     suite = Suite([task], [length], options.samples, Prompter(tokenizer, "never"))
@@ -151,10 +149,10 @@ def page(rows: dict[str, dict], options, model) -> str:
     table = ["| " + head.replace("|", " | ") + " |", "|" + " --- |" * 8, *body, row("all", every)]
     return f"""# Agreement with lm-evaluation-harness
 
-Script: `benchmarks/agreement.py`. RULER's tasks that need no data, by lm-eval {version("lm_eval")}
-and by `hfsparse eval`, each on samples of its own; {Path(options.model).name}, \
-{str(model.dtype)[6:]}, {options.length} tokens, at most {options.cap} new ones, no chat template, \
-greedy. Means in percent.
+Script: `benchmarks/studies/agreement.py`. RULER's tasks that need no data, by lm-eval \
+{version("lm_eval")} and by `hfsparse eval`, each on samples of its own; \
+{Path(options.model).name}, {str(model.dtype)[6:]}, {options.length} tokens, at most \
+{options.cap} new ones, no chat template, greedy. Means in percent.
 
 {chr(10).join(table)}
 

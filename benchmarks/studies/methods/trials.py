@@ -1,4 +1,4 @@
-"""What benchmarks/methods.py asks: texts with answers, teacher-forced like the profiler's trials.
+"""What the study asks: texts with answers, teacher-forced like the profiler's trials.
 
 `seen` are RULER's tasks with the question at the end of the prompt; in `turns` and `reads` a text
 is read first, and up to five questions follow one by one (the profiler's own puzzles, of which
@@ -24,7 +24,7 @@ from hfsparse.profiler.verify import trials
 from hfsparse.profiler.verify.trials import Trial
 from hfsparse_eval.run.prompter import Prompter, Sample
 from hfsparse_eval.run.samples import Case, Maker
-from hfsparse_eval.tasks import TASKS
+from hfsparse_eval.tasks import TASKS, of_suite
 from hfsparse_eval.tasks.haystack import KEYS, key
 
 ABLE = 0.7  # a task counts if the dense model says so large a share of its values
@@ -65,9 +65,10 @@ PLAYED = {
     ("needles", "code"): needles,
     **PUZZLES,
 }
+SEEN = tuple(n for n, task in of_suite("ruler").items() if task.ruler and n not in NEVER)
 TALKS = tuple(f"{kind}-{ground}" for kind, ground in PLAYED)
 KINDS = (
-    Kind("seen", "prefill", tuple(name for name in TASKS if name not in NEVER)),
+    Kind("seen", "prefill", SEEN),
     Kind("turns", "cache", TALKS),
     Kind("reads", "decode", TALKS, dense="turns"),
     Kind("prose-prefill", "prefill", ("prose",)),

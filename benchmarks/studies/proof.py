@@ -1,8 +1,8 @@
 """The proof: `hfsparse eval` of many plans and peers, a few processes a GPU, in one results folder.
 
-    python benchmarks/proof.py ruler MODEL -o DIR --tasks vt,cwe --lengths 4096,8192 --samples 100
-        --plan a.yaml --plan b.yaml --arm modelopt:0.7 --workers 4 --limit 540
-    python benchmarks/proof.py report -o DIR
+    python -m benchmarks.studies.proof ruler MODEL -o DIR --tasks vt,cwe --lengths 4096,8192
+        --samples 100 --plan a.yaml --plan b.yaml --arm modelopt:0.7 --workers 4 --limit 540
+    python -m benchmarks.studies.proof report -o DIR
 
 Other options are those of `hfsparse eval`. Each task at each length is a run of its own in
 DIR/parts, the longest first. Start it again, with more plans or samples, and it goes on. At the
@@ -23,8 +23,7 @@ from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 
-from journal import cards, end_in_order
-
+from benchmarks.common.journal import cards, end_in_order
 from hfsparse_eval.report import page as report
 from hfsparse_eval.run.results import Results, Settings
 

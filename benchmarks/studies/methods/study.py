@@ -1,11 +1,11 @@
 """Which method would you trust? Every profiler method at equal budgets, on the same trials.
 
-    python benchmarks/methods.py MODEL --out DIR --make --judge --tables [--gpus 4] [--limit 540]
-    python benchmarks/methods.py MODEL --out DIR --cost                  (8B shape, random weights)
+    python -m benchmarks.studies.methods MODEL --out DIR --make --judge --tables [--gpus 4]
+    python -m benchmarks.studies.methods MODEL --out DIR --cost     (8B shape, random weights)
 
 --make writes plans at equal pair density (prompts only), at equal cache share and at equal share of
 keys read in decode, with seconds and peak memory; --judge asks dense and every plan the same
-(`methods_trials`); --tables prints what is known so far. MODEL also gives the tokenizer of --cost.
+(`trials.py`); --tables prints what is known so far. MODEL also gives the tokenizer of --cost.
 All is kept in --out as it comes, so that a run that was killed, or ended by --limit, goes on when
 it is started again.
 """
@@ -24,44 +24,39 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from multiprocessing.pool import Pool
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 import transformers
-from journal import Journal, cards, end_in_order, failure
-from methods_trials import KINDS, Asker, Kind, counted
 
 import hfsparse
+from benchmarks.common.journal import Journal, cards, end_in_order, failure
+from benchmarks.studies.methods.tables import tables
+from benchmarks.studies.methods.trials import KINDS, Asker, Kind, counted
 from hfsparse import bench
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import device_name, load
 from hfsparse.plan import Layer, ModelId, Plan
-from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods import METHODS, balanced, duo, minference, moa, one_pass
-from hfsparse.profiler.parts import Parts
-from hfsparse.profiler.progress import silent
-from hfsparse.profiler.prompts.calibration import make_prompts
-from hfsparse.profiler.report import peak_bytes
-from hfsparse.profiler.settings import Settings
-from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.selectors.quest import Quest
 
 # Of plans: equal pair density of prompts, equal cache share, equal share of keys read in decode
-FAMILIES = {"prefill": "pairs", "cache": "cache", "decode": "decode"}
+FAMILIES = {"prefill": "prefill_density", "cache": "cache_share", "decode": "decode_share"}
 FREE = dict.fromkeys(FAMILIES.values(), 1.0)
-READ = 0.06  # that share
+READ = 0.06  # the share of decode
 PAGED = ("balanced", "minference")  # choose page shares by head
 SEEDS = (0, 1)
-ONCE = ("streaming-llm",)  # with seed 0 alone, and nothing is ranked
-# Methods that share what they measure, and proxies that rank heads, with seed 0 alone.
-GROUPS = {
-    "balanced": [("balanced", None)],
-    "minference": [("minference", None), ("minference-error", None)],
-    "duo": [("duo", None), ("duo", "copy"), ("duo", "mass"), ("duo", "error")],
-    "moa": [("moa", None)],
-    "streaming-llm": [("streaming-llm", None)],
+ONCE = ("streaming-llm",)  # with seed 0 alone
+# Methods, and what is changed about them with seed 0 alone: proxies that rank heads.
+METHODS = {
+    "balanced": (None,),
+    "minference": (None,),
+    "minference-error": (None,),
+    "duo": (None, "copy", "mass", "error"),
+    "moa": (None,),
+    "streaming-llm": (None,),
 }
 # Other budgets, of balanced alone: which would do?
 OTHERS = {"prefill": (0.12,), "cache": (0.35, 0.5, 0.75), "decode": (0.12, 0.25)}
@@ -71,7 +66,6 @@ COST = {  # method: lengths, samples a length; 8 samples in all
     "duo": ((4096, 8192, 16384, 32768), 2),
     "moa": ((4096, 8192), 4),
 }
-COST_STEPS = 12  # of duo's training, timed
 
 
 # ---- workers: each has a model of its own on one device
@@ -122,110 +116,76 @@ def spread(given, pool: Pool, run: Callable, tasks: list) -> Iterator[dict]:
 
 def make(given) -> None:
     settings = f"prompts of {given.lengths}, {given.samples} each, budgets {given.density} and "
-    settings += f"{given.share}, {given.duo_steps} steps of duo"
+    settings += f"{given.share}"
     log = Journal(given.out / "make.jsonl", f"{_made(given.model)}; {settings}")
-    shares = {"prefill": given.density, "cache": given.share, "decode": READ}
+    (given.out / "plans").mkdir(exist_ok=True)
     tasks = [
-        (group, seed, given.lengths, given.samples, shares, given.duo_steps)
-        for group in GROUPS
-        for seed in SEEDS
-        if f"{group}-{seed}" not in log.rows and not (group in ONCE and seed)
+        (name, given.lengths, given.samples, more)
+        for name, more in list_plans(given.density, given.share)
+        if name not in log.rows
     ]
     if tasks:
         with crew(given, 3) as pool:
             for row in spread(given, pool, made, tasks):
-                log.add(**row)
                 print(f"{row['name']}: {row.get('failed') or row.get('seconds', '')}", flush=True)
+                if row.get("failed", "UsageError").startswith("UsageError"):
+                    log.add(**row)  # others are tried again
+
+
+def list_plans(density: float, share: float) -> Iterator[tuple[str, dict]]:
+    """Every plan by name, with the settings of `hfsparse.profile` that are its own."""
+    shares = {"prefill": density, "cache": share, "decode": READ}
+    for (family, usual), method, seed in product(shares.items(), METHODS, SEEDS):
+        for variant in variants(method, family, seed):
+            own = isinstance(variant, float)
+            word = f"{100 * variant:.0f}" if own else variant
+            name = f"{family}-{method}{f'-{word}' if word else ''}-{seed}"
+            budgets = {**FREE, FAMILIES[family]: variant if own else usual}
+            proxy = None if own else variant
+            yield name, {"method": method, "proxy": proxy, "seed": seed, **budgets}
+
+
+def variants(method: str, family: str, seed: int) -> list[str | float | None]:
+    """What is changed about a method: a proxy, or the family's budget."""
+    if (seed and method in ONCE) or (family == "decode" and method not in PAGED):
+        return []
+    if method == "minference-error" and (seed or family != "prefill"):  # rings, pages: by effect
+        return []
+    more = OTHERS[family] if method == "balanced" else ()
+    return [variant for variant in (*METHODS[method], *more) if not (variant and seed)]
 
 
 def made(task) -> list[dict]:
-    """Plans of one group of methods for every family; a row each, and one for all once done.
-
-    Those that were written by a run that was stopped are not made again.
-    """
-    group, seed, lengths, samples, shares, steps = task
-    duo.STEPS, duo.PIECE = steps, min(steps, duo.PIECE)
-    parts = Parts(OUT / "parts" / f"{group}-{seed}", repr(task))
-    rows = []
-
-    def job(share: float, proxy: str | None = None) -> Job:
-        prompts = {n: make_prompts(ASKER.tokenizer, n, samples, seed, None) for n in lengths}
-        budget = Budget(**{**FREE, FAMILIES[family]: share})
-        settings = Settings(seed=seed, method="duo", proxy=proxy)
-        return Job(MODEL, ASKER.tokenizer, prompts, budget, parts, silent, settings)
-
-    for family, share in shares.items():
-        for method, variant in variants(group, family, seed):
-            word = f"{100 * variant:.0f}" if isinstance(variant, float) else variant
-            name = f"{family}-{method}{f'-{word}' if word else ''}-{seed}"
-            if (OUT / "plans" / f"{name}.yaml").exists():
-                continue
-            own = variant if isinstance(variant, float) else share
-            this = job(own, variant if isinstance(variant, str) else None)
-            try:
-                rows.append({"name": name, **_planned(name, this, method)})
-            except Exception as error:
-                rows.append({"name": name, "failed": failure(error)})
-    if all(row.get("failed", "UsageError").startswith("UsageError") for row in rows):
-        ranks = {} if group in ONCE else ranking(group, job(1.0))
-        rows.append({"name": f"{group}-{seed}", "ranks": ranks})
-    return rows
-
-
-def variants(group: str, family: str, seed: int) -> list[tuple[str, str | float | None]]:
-    """Methods of a group, and what is changed about them: a proxy, or the family's budget."""
-    if family == "decode" and group not in PAGED:
-        return []
-    more = [(group, share) for share in OTHERS[family]] if group == "balanced" else []
-    return [
-        (method, variant)
-        for method, variant in GROUPS[group] + more
-        if not (variant and seed)
-        and not (method == "minference-error" and family != "prefill")  # rings, pages: by effect
-    ]
-
-
-def _planned(name: str, job: Job, method: str) -> dict:
-    """One plan, saved, and what it cost; `fresh`: all of it was measured, and no more."""
-    fresh = not any(job.parts.folder.glob("*.npz"))
+    """One plan, saved, and what it cost; a run that was stopped goes on with what was measured."""
+    name, lengths, samples, more = task
+    path = OUT / "plans" / f"{name}.yaml"
     if MODEL.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start = time.time()
-    plan = METHODS[method].plan(job).plan
+    try:
+        plan = hfsparse.profile(
+            MODEL,
+            ASKER.tokenizer,
+            out=path,
+            lengths=lengths,
+            samples=samples,
+            verify=False,
+            **more,
+        )
+    except Exception as error:
+        return [{"name": name, "failed": failure(error)}]
     if name.startswith("prefill"):
-        plan = prompts_only(plan)
-    seconds = round(time.time() - start, 1)
-    (OUT / "plans").mkdir(exist_ok=True)
-    plan.save(OUT / "plans" / f"{name}.yaml")
-    peak = round(peak_bytes(MODEL) / 2**30, 2)
-    row = {"seconds": seconds, "fresh": fresh, "gib": peak, "device": device_name(MODEL.device)}
-    return row | {"made": plan.made}
-
-
-def ranking(group: str, job: Job) -> dict[str, list[float]]:
-    """How the method ranks kv heads, the most needed highest, from what it measured."""
-    if group == "duo":
-        *_, (state, _) = duo.train_gates(job)
-        found = {"gates": state["gates"], **duo.measure_proxies(job)}
-    elif group == "moa":
-        cost = moa.measure_influences(job, moa.make_rules(max(job.prompts)))[
-            -1, :, :, 0
-        ]  # of the shortest
-        found = {"influence": cost.reshape(len(cost), ModelId.of(MODEL).kv_heads, -1).sum(2)}
-    else:
-        module = {"balanced": balanced, "minference": minference}[group]
-        means = one_pass.measure_prompts(job, module.candidates(max(job.prompts)))
-        found = {"ring effect": means[max(means)]["ring_effect"].mean(1)}
-    return {name: [float(x) for x in values.ravel()] for name, values in found.items()}
+        prompts_only(plan).save(path)
+    cost = {"seconds": plan.made["seconds"], "gib": plan.made["peak_gib"]}
+    return [{"name": name, **cost, "device": device_name(MODEL.device), "made": plan.made}]
 
 
 def prompts_only(plan: Plan) -> Plan:
     """Its patterns in prompts, with every key kept and read by decode."""
     kv = ("full",) * plan.model.kv_heads
     layers = tuple(Layer(layer.prefill, kv, kv) for layer in plan.layers)
-    return dataclasses.replace(
-        plan, layers=layers, patterns=one_pass.patterns_in_use(plan.patterns, layers), expected={}
-    )
+    used = {word for layer in layers for word in layer.prefill}
+    patterns = {word: pattern for word, pattern in plan.patterns.items() if word in used}
+    return dataclasses.replace(plan, layers=layers, patterns=patterns, expected={})
 
 
 def shuffled(plan: Plan, family: str, seed: int) -> Plan:
@@ -392,7 +352,7 @@ def _costed(given, method: str, device: str, left: float) -> dict:
     more = [given.model, "--out", given.out, "--cost-of", method, "--shape", given.shape]
     if given.cost_lengths:
         more += ["--cost-lengths", given.cost_lengths]
-    command = [sys.executable, __file__, *map(str, more)]
+    command = [sys.executable, "-m", "benchmarks.studies.methods", *map(str, more)]
     seen = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
     try:
         code = subprocess.run(command, timeout=left, env={**os.environ, **seen}).returncode
@@ -418,7 +378,6 @@ def cost_of(given) -> None:
     lengths, samples = COST[given.cost_of]
     if given.cost_lengths:
         lengths = tuple(map(int, given.cost_lengths.split(",")))
-    duo.STEPS = duo.PIECE = COST_STEPS
     out, start, found = given.out / f"cost-{given.cost_of}", time.time(), {}
     try:
         plan = hfsparse.profile(
@@ -470,7 +429,6 @@ def main() -> None:
     add("--samples", type=int, default=6, help="calibration prompts a length")
     add("--density", type=float, default=0.15, help="pair density of plans for prompts")
     add("--share", type=float, default=0.25, help="cache share of plans for the cache")
-    add("--duo-steps", type=int, default=duo.STEPS, help="of duo's training, at most")
     add("--at", type=_numbers, default=(8192, 24576, 32768), help="lengths of trials")
     add("--full-until", type=int, default=24576, help="longer ones get a third of the trials")
     add("--trials", type=int, default=304, help="texts a length, over all tasks that count")
@@ -497,12 +455,6 @@ def main() -> None:
     except UsageError as error:
         sys.exit(f"error: {error}")
     if given.tables:
-        from methods_tables import tables
-
         text = tables(given.out)
         (given.out / "methods.md").write_text(text, "utf-8")
         print(text)
-
-
-if __name__ == "__main__":
-    main()

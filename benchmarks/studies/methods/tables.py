@@ -1,4 +1,4 @@
-"""The method, transfer and cost tables of benchmarks/methods.py, from its rows."""
+"""The method, transfer and cost tables of the study, from its rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from math import exp
 from pathlib import Path
 
 import numpy as np
-from journal import read
-from methods_trials import KINDS, Kind, counted
-from scipy.stats import spearmanr
 
+from benchmarks.common.journal import read
+from benchmarks.studies.methods.trials import KINDS, Kind, counted
+from hfsparse.interval import interval
 from hfsparse.plan import Plan
-from hfsparse.profiler.verify.answers import estimate_loss
 
 OURS = "balanced-0"  # held against the others
 SHOWN = {"seen": "pair_density", "turns": "cache_share", "reads": "decode_share"}
-PLANNED = ("gates", "influence", "ring effect")  # rankings that both seeds' plans follow
 TITLES = {
     "seen": "Prompts alone: equal pair density, full cache, dense decode; question seen",
     "turns": "Cache: equal cache share, full heads dense; text first, then up to 5 questions",
@@ -37,7 +35,7 @@ def tables(out: Path) -> str:
     for kind in KINDS[: len(TITLES)]:
         parts += [f"## {TITLES[kind.name]}"]
         parts += [judged.method(kind), judged.rivals(kind), judged.by_task(kind)]
-    parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(plans, out)]
+    parts += ["## Transfer", judged.prose(), judged.uncalibrated(), stability(out)]
     parts += ["## Cost", cost_small(plans), cost_large(costs)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -45,6 +43,11 @@ def tables(out: Path) -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) if rows else ""
+
+
+def lost(changes: list[np.ndarray]) -> float:
+    """Points of the values that these texts lost."""
+    return 100 * float(np.concatenate(changes).mean())
 
 
 class Judged:
@@ -78,9 +81,8 @@ class Judged:
         changes = self.changes(*which)
         if not changes:
             return "–"
-        found = estimate_loss(changes)
-        around = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
-        return f"{100 * found.mean:.1f} {around}, {len(changes)}"
+        low, high = interval([c.sum() for c in changes], [len(c) for c in changes], worst=1.0)
+        return f"{lost(changes):.1f} [{100 * low:.1f}, {100 * high:.1f}], {len(changes)}"
 
     def nats(self, *which) -> str:
         """What the right answers lost against the base, in nats a token."""
@@ -133,7 +135,7 @@ class Judged:
             row = [arm]
             for task in tasks:
                 changes = self.changes(kind.name, at, arm, {task})
-                row.append(f"{100 * estimate_loss(changes).mean:.1f}" if changes else "–")
+                row.append(f"{lost(changes):.1f}" if changes else "–")
             if any(cell != "–" for cell in row[1:]):
                 rows.append(row)
         return table(head, rows)
@@ -177,24 +179,17 @@ class Judged:
         return f"{told}\n\n{table(head, rows)}" if rows else ""
 
 
-def stability(rows: dict[str, dict], out: Path) -> str:
-    """How well rankings of kv heads, and the heads kept full, agree between two seeds."""
-    ranks = {name: row["ranks"] for name, row in rows.items() if "ranks" in row}
+def stability(out: Path) -> str:
+    """How well the heads kept full agree between two seeds."""
     lines = []
-    for name in ranks:
-        group, seed = name.rsplit("-", 1)
-        other = ranks.get(f"{group}-1")
-        if seed != "0" or not other:
-            continue
-        plans = [out / "plans" / f"cache-{group}-{s}.yaml" for s in (0, 1)]
-        both = [_full(Plan.load(plan)) for plan in plans if plan.exists()]
-        same = f"{len(both[0] & both[1])} of {len(both[0])}" if len(both) == 2 else "–"
-        for what, first in ranks[name].items():
-            found = spearmanr(first, other[what]).statistic
-            own = same if what in PLANNED else "–"
-            lines.append([group, what, f"{found:.3f}", own])
-    head = ["method", "ranked by", "rank correlation of seeds 0 and 1", "same full heads (cache)"]
-    return "Ranking of kv heads over seeds:\n\n" + table(head, lines) if lines else ""
+    for first in sorted((out / "plans").glob("cache-*-0.yaml")):
+        second = first.with_name(first.name.replace("-0.yaml", "-1.yaml"))
+        if second.exists():
+            one, other = (_full(Plan.load(path)) for path in (first, second))
+            method = first.stem.removeprefix("cache-").removesuffix("-0")
+            lines.append([method, f"{len(one & other)} of {len(one)}"])
+    told = "Kv heads kept full by seeds 0 and 1 (cache):\n\n"
+    return told + table(["method", "same full heads"], lines) if lines else ""
 
 
 def _full(plan: Plan) -> set[tuple[int, int]]:
@@ -207,16 +202,16 @@ def _full(plan: Plan) -> set[tuple[int, int]]:
 
 
 def cost_small(rows: dict[str, dict]) -> str:
-    """Seconds and memory of profiles of the judged model, where nothing was reused."""
+    """Seconds and memory of profiles of the judged model, the first of each method and seed."""
     first: dict[str, dict] = {}
     for name, row in rows.items():
-        if row.get("fresh"):
+        if "seconds" in row:
             first.setdefault(name.split("-", 1)[1], row)
     lines = [
         [name, f"{row['seconds']:.0f}", f"{row['gib']:.1f}", row["device"]]
         for name, row in first.items()
     ]
-    told = "The judged model, a profile without verification (measured anew):"
+    told = "The judged model, a profile without verification:"
     return f"{told}\n\n{table(['method-seed', 'seconds', 'peak GiB', 'device'], lines)}"
 
 

@@ -1,0 +1,61 @@
+"""Times of the tokens of `model.generate`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
+
+SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are recorded
+
+
+class Clock(LogitsProcessor):
+    """Notes when each token's scores arrive; `generate` waits for the GPU once a token.
+
+    Of the first one it is when the GPU is done with the prompt.
+    """
+
+    def __init__(self):
+        self.at: list[float] = []
+
+    def __call__(self, input_ids, scores):
+        if not self.at and scores.is_cuda:
+            torch.cuda.synchronize()
+        self.at.append(time.perf_counter())
+        return scores
+
+    def ms(self) -> float:
+        """The median of a token, after the first SKIP."""
+        return 1e3 * statistics.median(b - a for a, b in pairwise(self.at[SKIP:]))
+
+
+def continued(
+    model, ids: Tensor, new: int, mask: Tensor | None = None, **more
+) -> tuple[Clock, Any]:
+    """`new` greedy tokens by `generate`, and the clock that saw them."""
+    clock = Clock()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([clock]),
+        **more,
+    )
+    return clock, out
+
+
+def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]:
+    """A random prompt and `new` tokens by `generate`: the clock, when it began, the cache."""
+    torch.manual_seed(tokens)
+    ids = torch.randint(5, model.config.vocab_size, (1, tokens), device=model.device)
+    start = time.perf_counter()
+    clock, out = continued(model, ids, new, return_dict_in_generate=True, **more)
+    return clock, start, out.past_key_values
