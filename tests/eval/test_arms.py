@@ -25,6 +25,14 @@ def test_an_unknown_peer_is_refused_with_the_form_of_the_known(name):
         arms.peer(name)
 
 
+@pytest.mark.parametrize("package", arms.PEERS)
+def test_every_peer_has_its_file_and_class(package):
+    file, kind = arms.PEERS[package].kind.split(".")
+    ours = getattr(importlib.import_module(f"hfsparse_eval.arms.{file}"), kind)
+    assert arms.Arm in ours.__mro__
+    assert f"give {arms.FORMS}".count(arms.PEERS[package].form) == 1
+
+
 def test_a_peer_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(arms, "find_spec", lambda package: None)
     with pytest.raises(UsageError, match="kvpress is not installed: pip install kvpress"):
