@@ -62,9 +62,10 @@ class Selector(Protocol):
 
         real: bool, broadcasts over `keys`; where it is False a slot holds no token, and anything,
         NaN included. H are the heads that it is bound to. What is said of a page depends on its
-        own real keys alone. It is pure, and serves prompts, steps, the profiler and, on torch's
-        meta device, whoever asks for shapes and bytes. A step may be recorded as a CUDA graph:
-        the host must not wait, and tables lie on the device already (`DeviceTensor`).
+        own real keys alone. It is pure, and serves prompts, steps, the profiler and, of no rows (B
+        is 0) or on torch's meta device, whoever asks for shapes and bytes. A step may be recorded
+        as a CUDA graph: the host must not wait, and tables lie on the device already
+        (`DeviceTensor`).
 
         The names `low` and `high`, both and no others, mean each page's smallest and largest key
         by channel `[B, H, n, D]`, in the keys' dtype: kernels write these themselves.

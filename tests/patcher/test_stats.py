@@ -87,7 +87,7 @@ def test_kv_bytes_are_the_bytes_of_the_real_tensors(family, plan):
         id(tensor): tensor
         for layer in cache.layers
         for store in layer.stores
-        for tensor in vars(store).values()
+        for tensor in (*vars(store).values(), *getattr(store, "index", {}).values())
         if hasattr(tensor, "nbytes")
     }
     assert stats.kv_bytes == sum(t.untyped_storage().nbytes() for t in tensors.values())

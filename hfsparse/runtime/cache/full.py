@@ -26,9 +26,9 @@ class Full:
         self.k, self.v = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
         if (selector := self.group.selector) is None:
             return
-        page = torch.empty(1, shape[1], 1, PAGE, k.shape[-1], dtype=k.dtype, device="meta")
-        real = torch.ones(1, 1, 1, PAGE, 1, dtype=torch.bool, device="meta")
-        for name, row in selector.summarise(page, real).items():
+        # Pages of no row tell the shapes, and cost the device nothing.
+        page = k.new_empty(0, shape[1], 1, PAGE, k.shape[-1])
+        for name, row in selector.summarise(page, page[..., :1].bool()).items():
             self.index[name] = k.new_empty(*shape, *row.shape[3:], dtype=row.dtype)
         if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
