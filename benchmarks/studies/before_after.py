@@ -20,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
+SETTLED = 7  # the token from which steps are replayed
 SHAPES = {  # hidden, intermediate, layers, q heads, kv heads, head dim, vocabulary
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "narrow": (256, 512, 32, 8, 2, 64, 1024),
@@ -42,13 +44,11 @@ def main() -> None:
     workers = [start(tree, args.shape) for tree in args.trees]
     lengths = [int(n) for n in args.lengths.split(",")]
     things = [(what, plan, n) for n in lengths for what, plan in WHAT]
-    things += [("fused token", plan, n) for n in lengths for plan in ("none", "sparse")][
-        : 2 * len(lengths) * args.fuse
-    ]
+    if args.fuse:
+        things += [("fused token", plan, n) for n in lengths for plan in ("none", "sparse")]
     print(ask(workers[0], "versions", "", 0))
-    print(
-        "| what | plan | tokens | before | after | after / before |\n|---|---|---:|---:|---:|---:|"
-    )
+    print("| what | plan | tokens | before | after | after / before |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     for thing in things:
         for worker in workers:
             ask(worker, *thing)  # kernels compile
@@ -198,23 +198,18 @@ class Measure:
         return self.first_token(tokens, wait=False)
 
     def token(self, tokens: int) -> float:
+        """From one token to the next, by the median."""
         import torch
 
-        ids, seen = self._prompt(tokens), []
+        seen = []
 
-        def note(*given) -> None:
+        def watch(input_ids, scores, **more):
             seen.append(time.perf_counter())
-
-        from transformers import StoppingCriteria
-
-        class Watch(StoppingCriteria):
-            def __call__(self, input_ids, scores, **more):
-                note()
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         more = {"max_new_tokens": 72, "min_new_tokens": 72, "do_sample": False}
-        self.model.generate(ids, stopping_criteria=[Watch()], **more)
-        steps = [b - a for a, b in zip(seen[7:], seen[8:], strict=False)]
+        self.model.generate(self._prompt(tokens), stopping_criteria=[watch], **more)
+        steps = [after - before for before, after in pairwise(seen[SETTLED:])]
         return statistics.median(steps) * 1e3
 
     fused_token = token
@@ -223,21 +218,11 @@ class Measure:
         """A step that no graph replays: one that is asked for hidden states."""
         import torch
 
-        ids = self._prompt(min(tokens, 4096))
-        times = []
+        more = {"use_cache": True, "output_hidden_states": True}
         with torch.inference_mode():
-            out = self.model(ids, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            for _ in range(12):
-                one = self._prompt(1)
-                times.append(
-                    self._timed(
-                        lambda one=one: self.model(
-                            one, past_key_values=cache, use_cache=True, output_hidden_states=True
-                        ),
-                        False,
-                    )
-                )
+            more["past_key_values"] = self.model(self._prompt(tokens), use_cache=True)[1]
+            one = self._prompt(1)
+            times = [self._timed(lambda: self.model(one, **more), False) for _ in range(12)]
         return statistics.median(times[4:])
 
 
