@@ -290,7 +290,8 @@ def check_estimates(full: bool) -> None:
         grid = Grid(*lengths, q.shape[2], k.shape[2], 128, window)
         for pattern in CHECKED:
             name = f"{pattern.kind}, {str(dtype)[6:]} heads of {dim}, window {window}"
-            if why := triton_estimate.why_not(pattern, q, grid):
+            asked = Need.of(q, k, k, block=grid.block, chooser=type(pattern))
+            if why := triton_estimate.why_not(asked):
                 print(f"- not served: {name}: {why}", flush=True)
                 continue
             found = triton_estimate.lists(pattern, q, k, grid, dim**-0.5).mask()
