@@ -163,7 +163,7 @@ class Arm:
         if self.plan is None:
             return read(model, ids, self.piece)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(use_tables(kernels.TABLES._replace(prefill=self.table)))
+            stack.enter_context(use_tables(kernels.Tables(prefill=self.table)))
             handle = stack.enter_context(hfsparse.patch(model, self.plan))
             if turn == 1:
                 self.clock = bench.Clock(model.device)

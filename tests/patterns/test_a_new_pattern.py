@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from hfsparse.kernels import choose
+import hfsparse
+from hfsparse.kernels import ESTIMATE, Need, pick
 from hfsparse.lists import BlockLists
 from hfsparse.patterns import PATTERNS, register
 from hfsparse.plan import Plan, PlanError, headmap
@@ -54,6 +55,8 @@ def test_it_runs_in_a_plan_as_its_lists_say(every):
     got, want, stats = both(model, plan, lambda m, c: forward(m, ids, mask, **c).logits)
     close(got, want, mask)
     assert stats.pair_density < 1
+    with hfsparse.patch(model, plan):
+        assert "e (every), prompt: blocks chosen by PyTorch" in hfsparse.explain(model)
 
 
 def test_a_plan_file_the_head_map_and_a_new_plan_know_it(every, tmp_path):
@@ -70,11 +73,13 @@ def test_a_plan_file_the_head_map_and_a_new_plan_know_it(every, tmp_path):
 
 
 def chosen():
-    """Blocks as `kernels.choose` and as the pattern chooses them, where Triton is interpreted."""
+    """Blocks as ESTIMATE and as the pattern chooses them, where Triton is interpreted."""
     it = batch(200, past=45, rows="left_padded")
     args = it.q, it.k, it.grid, it.scale
     pattern = register("every")(Every)()
-    return choose(pattern, *args).mask(), pattern.lists(*args).mask()
+    kernel = pick(ESTIMATE, Need.of(it.q, it.k, it.k, block=it.grid.block, chooser=Every))
+    assert kernel.name == "PyTorch"
+    return kernel.run(pattern, *args).mask(), pattern.lists(*args).mask()
 
 
 def test_where_triton_chooses_for_others_pytorch_chooses_for_it():
