@@ -34,6 +34,7 @@ from benchmarks.common.clock import SKIP, Clock, continued
 from benchmarks.common.journal import end_in_order, failure
 from benchmarks.common.shapes import cache_bytes, endless, plan_of
 from hfsparse import kernels
+from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.places import Place, Table
@@ -290,9 +291,10 @@ def layer(length: int, batch: int) -> None:
         half.append(Table().places([rings, Place(odd, k, v, listed=True, low=low, high=high)]))
     q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
     held = torch.full((batch,), length, device="cuda")
-    at = held[:, None] - 1
+    new_tokens = NewTokens([length - 1] * batch, [length] * batch, held, held[:, None] - 1)
     need = kernels.Need.of(q, *made[0], block=PAGE, lists=True)
-    run = kernels.pick(kernels.DECODE, need).run
+    decode = kernels.pick(kernels.DECODE, need).run
+    append = kernels.pick(kernels.APPEND, need).run
     spent = {}
 
     def timed(name: str, call: Callable) -> None:
@@ -306,14 +308,15 @@ def layer(length: int, batch: int) -> None:
         spent[name] = bench_ms(graph.replay, 10) / 20 * 1e3
 
     def read(places, lists=None):
-        return run(q, places, at, lists, length=held, scale=scale)
+        listed = [lists if part.listed else None for part in places.parts]
+        return decode(q, places, new_tokens, listed, scale=scale)
 
-    timed("append", lambda i: kernels.append(new, new, plain[i], at))
-    timed("append, summaries", lambda i: kernels.append(new, new, paged[i], at))
+    timed("append", lambda i: append(new, new, plain[i], new_tokens))
+    timed("append, summaries", lambda i: append(new, new, paged[i], new_tokens))
     timed("every page", lambda i: read(plain[i]))
     for share in (0.25, 0.06):
         quest = SELECTORS["quest"](share=share, min_pages=16)
-        choose = [partial(kernels.choose_pages, quest, q, *low, held, scale) for low in sums]
+        choose = [partial(select, quest, q, *low, held, scale) for low in sums]
         lists = [call() for call in choose]
         timed(f"choice of {share}", lambda i, choose=choose: choose[i]())
         again = [last_choice(replace(quest, refresh=64), q, *low, held, scale) for low in sums]
@@ -321,11 +324,11 @@ def layer(length: int, batch: int) -> None:
         timed(f"reading {share}", lambda i, lists=lists: read(paged[i], lists[i]))
 
     def whole(places, heads: tuple[int, ...]) -> None:
-        kernels.append(new, new, places, at)
+        append(new, new, places, new_tokens)
         low, high = next((x.low, x.high) for x in places.parts if x.low is not None)
         own = [h * (H // HKV) + n for h in heads for n in range(H // HKV)]
         some = at_heads(own, q.device)
-        read(places, kernels.choose_pages(quest, q, low, high, held, scale, some))
+        read(places, select(quest, q, low, high, held, scale, some))
 
     timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], every))
     timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], odd))
@@ -335,11 +338,18 @@ def layer(length: int, batch: int) -> None:
         print(f"| {batch} | {length:,} | {name} | {us:.1f} | {share} |", flush=True)
 
 
+def select(quest, q: Tensor, low: Tensor, high: Tensor, *args, **more):
+    """Pages chosen by the kernel that serves this."""
+    asked = {"tokens": low.shape[2] * PAGE, "chooser": type(quest)}
+    kernel = kernels.pick(kernels.SELECT, kernels.Need.of(q, low, low, **asked))
+    return kernel.run(quest, q, {"low": low, "high": high}, *args, **more)
+
+
 def last_choice(quest, q: Tensor, low: Tensor, high: Tensor, held: Tensor, scale) -> Callable:
     """A choice of pages by a selector with `refresh`, which was made and is young."""
-    width = quest.width(low.shape[2], q.shape[2])
+    width = quest.budget.width(low.shape[2], q.shape[2])
     choice = Choice.none(*low.shape[:2], width, q.device)
-    call = partial(kernels.choose_pages, quest, q, low, high, held, scale, choice=choice)
+    call = partial(select, quest, q, low, high, held, scale, choice=choice)
     call()
     return call
 

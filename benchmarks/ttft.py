@@ -28,7 +28,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from unittest.mock import patch as replaced
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -40,6 +39,7 @@ from hfsparse.lists import Band, Grid, default_block
 from hfsparse.models.names import CACHES
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.runtime.call import use_tables
 
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 SHORT = 8192  # up to here the plan drops nothing
@@ -163,7 +163,7 @@ class Arm:
         if self.plan is None:
             return read(model, ids, self.piece)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(replaced.object(kernels, "PREFILL", self.table))
+            stack.enter_context(use_tables(kernels.TABLES._replace(prefill=self.table)))
             handle = stack.enter_context(hfsparse.patch(model, self.plan))
             if turn == 1:
                 self.clock = bench.Clock(model.device)

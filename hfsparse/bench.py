@@ -11,17 +11,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from unittest.mock import patch as replaced
+from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hfsparse import kernels
 from hfsparse.errors import UsageError
+from hfsparse.kernels import Kernel
 from hfsparse.models.fingerprint import text_config
 from hfsparse.patcher import patch
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.runtime import call
 from hfsparse.selectors import SELECTORS
 
 SHAPES = {  # true shapes; the weights are random
@@ -182,28 +183,27 @@ class Clock:
         self.marks: dict[str, list[tuple]] = {"choose": [], "attend": []}
 
     def __enter__(self) -> None:
-        rows = tuple(
-            dataclasses.replace(row, run=self._timed("attend", row.run, row.name))
-            for row in kernels.PREFILL
-        )
+        before = call.tables()
+        timed = {"prefill": self._timed("attend", before.prefill)}
+        timed["estimate"] = self._timed("choose", before.estimate)
         self.stack = contextlib.ExitStack()
-        self.stack.enter_context(replaced.object(kernels, "PREFILL", rows))
-        timed = self._timed("choose", kernels.choose)
-        self.stack.enter_context(replaced.object(kernels, "choose", timed))
+        self.stack.enter_context(call.use_tables(before._replace(**timed)))
 
     def __exit__(self, *error) -> None:
         self.stack.close()
 
-    def _timed(self, what: str, run: Callable, name: str | None = None) -> Callable:
-        def timed(*args, **more):
-            if name is not None and name not in self.kernels:
-                self.kernels.append(name)
+    def _timed(self, what: str, table: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+        """The same rows, which note when they run."""
+
+        def run(row: Kernel, *args, **more):
+            if what == "attend" and row.name not in self.kernels:
+                self.kernels.append(row.name)
             start = self._now()
-            result = run(*args, **more)
+            result = row.run(*args, **more)
             self.marks[what].append((start, self._now()))
             return result
 
-        return timed
+        return tuple(dataclasses.replace(row, run=partial(run, row)) for row in table)
 
     def _now(self):
         if not self.cuda:

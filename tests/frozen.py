@@ -17,9 +17,10 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse import kernels
-from hfsparse.lists import PAGE, BlockLists
+from hfsparse.lists import PAGE
 from hfsparse.plan import Below
 from hfsparse.runtime import graphs
+from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.decode import Step
 from hfsparse.runtime.graphs import recording
 from tests.patcher import families, runs
@@ -108,19 +109,15 @@ def launches():
         yield seen
 
 
-def _choose(pattern, q, k, grid, scale):
-    return pattern.lists(q, k, grid, scale)
-
-
-@contextmanager
 def plain_prompts():
     """Prompts without the interpreter: it is slow."""
-    plain = tuple(kernel for kernel in kernels.PREFILL if kernel.name != "Triton")
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(kernels, "PREFILL", plain))
-        stack.enter_context(patch.object(kernels, "choose", _choose))
-        stack.enter_context(patch.object(kernels, "pairs", BlockLists.pairs))
-        yield
+
+    def plain(table):
+        return tuple(kernel for kernel in table if kernel.name != "Triton")
+
+    tables = kernels.TABLES
+    prompts = {name: plain(getattr(tables, name)) for name in ("prefill", "estimate", "count")}
+    return use_tables(tables._replace(**prompts))
 
 
 def compare(

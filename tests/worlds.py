@@ -131,12 +131,18 @@ def patterns() -> list:
     ]
 
 
+def choose(pattern, q: Tensor, k: Tensor, grid, scale: float):
+    need = kernels.Need.of(q, k, k, block=grid.block, chooser=type(pattern))
+    return kernels.pick(kernels.ESTIMATE, need).run(pattern, q, k, grid, scale)
+
+
 def run_patterns(made: tuple) -> list:
     q, k, _, grid, scale = made
     found = []
     for pattern in patterns():
-        lists = kernels.choose(pattern, q, k, grid, scale)
-        found += [lists.mask(), lists.blocks(), lists.pairs(), kernels.pairs(lists)]
+        lists = choose(pattern, q, k, grid, scale)
+        count = kernels.pick(kernels.COUNT, kernels.Need.of(q, k, k)).run
+        found += [lists.mask(), lists.blocks(), lists.pairs(), count(lists)]
     return found
 
 
@@ -144,7 +150,7 @@ def run_kernels(made: tuple) -> list:
     q, k, v, grid, scale = made
     found, kv = [], torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     for pattern in patterns()[:2]:
-        lists = kernels.choose(pattern, q, k, grid, scale)
+        lists = choose(pattern, q, k, grid, scale)
         need = kernels.Need.of(q, k, v, lists=True, block=grid.block)
         found.append(kernels.pick(kernels.PREFILL, need).run(q, k, v, lists, kv, scale=scale))
     need = kernels.Need.of(q, k, v, block=grid.block, plain=False)
@@ -158,7 +164,9 @@ def run_selectors(made: tuple) -> list:
     index, length = {"low": k.amin(3), "high": k.amax(3)}, grid.k_len
     found = []
     for quest in (Quest(0.3, 2), Quest(0.9, 2, top_p=0.6)):
-        lists = kernels.choose_pages(quest, q[:, :, -1:], index, length, scale)
+        need = kernels.Need.of(q, q, q, chooser=Quest, tokens=q.shape[2])
+        select = kernels.pick(kernels.SELECT, need).run
+        lists = select(quest, q[:, :, -1:], index, length, scale)
         used = torch.arange(lists.pages.shape[2], device=q.device) < lists.count[..., None]
         found += [lists.count, lists.pages.masked_fill(~used, -1)]
     return found

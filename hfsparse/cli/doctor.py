@@ -110,16 +110,31 @@ def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
     """Each table's kernels: what each may be asked for, and why not (None: it runs)."""
     import torch
 
-    from hfsparse.kernels import DECODE, PREFILL, Need
+    from hfsparse.kernels import TABLES, Need
+    from hfsparse.patterns import PATTERNS
+    from hfsparse.selectors import SELECTORS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    needs = {name: Need(device, torch.bfloat16, 128, 128, *asked) for name, asked in NEEDS.items()}
+    need = Need(device, torch.bfloat16, 128, 128)
+    attention = {
+        words: need._replace(lists=lists, logits=logits) for words, (lists, logits) in NEEDS.items()
+    }
+    choosers = {**PATTERNS, **SELECTORS}
+    chosen = {kind: need._replace(chooser=chooser) for kind, chooser in choosers.items()}
+    asked = {
+        "prefill": attention,
+        "decode": attention,
+        "estimate": {kind: chosen[kind] for kind in PATTERNS},
+        "select": {kind: chosen[kind] for kind in SELECTORS if hasattr(SELECTORS[kind], "pages")},
+        "append": {"new tokens": need},
+        "count": {"pairs": need},
+    }
     return {
         name: {
-            kernel.name: {words: kernel.why_not(need) for words, need in needs.items()}
+            kernel.name: {words: kernel.why_not(need) for words, need in asked[name].items()}
             for kernel in table
         }
-        for name, table in (("prefill", PREFILL), ("decode", DECODE))
+        for name, table in TABLES._asdict().items()
     }
 
 

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hfsparse.lists import FAR, Band, BlockLists, Grid
 
 if TYPE_CHECKING:
-    from hfsparse.kernels import Need
+    from hfsparse.kernels.need import Need
 
 BLOCK = 128  # tokens in a block of queries or keys: the only size that runs at full speed
 CAPABILITY = (9, 0)

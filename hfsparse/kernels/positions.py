@@ -1,12 +1,64 @@
-"""Positions of the keys in a cache."""
+"""Positions of the keys in a cache, and of the new tokens behind them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from hfsparse.lists import Band
 
 
 def positions(key_pos: Tensor | None, length: Tensor, slots: int) -> Tensor:
     """[B, slots] position of each slot, -1 where it holds nothing."""
     slot = torch.arange(slots, device=length.device)
     return torch.where(slot < length[:, None], slot if key_pos is None else key_pos, -1)
+
+
+def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:
+    """[B, sink + size] position that each slot of a ring holds, -1 for none.
+
+    length [B]: tokens in the row; low [B]: beyond the sink, keys before it are not held.
+    """
+    length, low = length[:, None], low[:, None]
+    slot = torch.arange(sink + size, device=length.device)
+    newest = length - 1 - sink  # counted, like the slots, from the sink's end
+    rest = sink + newest - (newest - (slot - sink)) % max(size, 1)
+    at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
+    return torch.where(at < length, at, -1)
+
+
+class NewTokens:
+    """A few new tokens in each row of a cache: where they stand, the same for every layer.
+
+    On a device, for kernels that read lengths there, and on the host for those that can't.
+    """
+
+    def __init__(
+        self,
+        past: Sequence[int],
+        rows: Sequence[int],
+        length: Tensor,
+        query_pos: Tensor,
+        longest: int | None = None,
+    ):
+        self.past, self.rows = past, rows  # tokens in each row before and after, on the host
+        self.length = length  # [B] as rows
+        self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
+        self.longest = longest  # keys to look at; None: all that there is room for
+        self._rings: dict[tuple[int, int], Tensor] = {}
+        self._starts: dict[Band, Tensor] = {}
+
+    def ring(self, sink: int, size: int) -> Tensor:
+        """[B, sink + size] position held by each slot of such a ring, -1 for none."""
+        if (sink, size) not in self._rings:
+            low = torch.full_like(self.length, sink)
+            self._rings[sink, size] = ring_positions(self.length, low, sink, size)
+        return self._rings[sink, size]
+
+    def start(self, band: Band) -> Tensor:
+        """[B, Q] first key of the band's recent window, of each new token."""
+        if band not in self._starts:
+            self._starts[band] = band.start(self.query_pos)
+        return self._starts[band]

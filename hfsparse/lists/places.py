@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfsparse.lists.grid import FULL, Band
+from hfsparse.lists.grid import FULL, Band, HeadIndex
 
 COLUMNS = (
     *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
@@ -44,6 +44,7 @@ class Place(NamedTuple):
     high: Tensor | None = None
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
     follow: Callable[[Tensor], None] | None = None
+    append: Callable[..., None] | None = None  # (k, v, past, new): stores new tokens in PyTorch
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -56,6 +57,7 @@ class Places(NamedTuple):
     parts: Sequence[Place]
     cells: Tensor  # [Hkv, WIDTH] int64
     unit: int  # elements, at most 16: as many as are loaded at once
+    at: HeadIndex  # for kernels that serve a part after another
 
     @property
     def k(self) -> Tensor:
@@ -87,16 +89,17 @@ class Table:
     They are written anew when the buffers have moved.
     """
 
-    def __init__(self):
+    def __init__(self, at: HeadIndex | None = None):
         self.cells: Tensor | None = None
         self.unit, self.written = 1, None
+        self.at = HeadIndex() if at is None else at
 
     def places(self, parts: Sequence[Place]) -> Places:
         now = [(*part[:1], *part[3:7], *map(_spot, part.buffers)) for part in parts]
         if now != self.written:
             self._write(parts)
             self.written = now
-        return Places(parts, self.cells, self.unit)
+        return Places(parts, self.cells, self.unit, self.at)
 
     def _write(self, parts: Sequence[Place]) -> None:
         if not all(t.is_contiguous() for part in parts for t in part.buffers):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
 
 from transformers import PreTrainedModel
@@ -39,13 +38,14 @@ def explain(model: PreTrainedModel) -> str:
     skip = plan.skip is not None
     for what, (table, lists) in kinds.items():
         skips = skip and table is kernels.PREFILL
-        asked = replace(need, lists=lists or skips, skip=skips)
+        asked = need._replace(lists=lists or skips, skip=skips)
         chosen = kernels.pick(table, asked)
         better = table[: table.index(chosen)]
         why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
         lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    plain = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=True, skip=skip)).name
-    past = "behind a past, " if kernels.fused(need) else ""
+    plain = kernels.pick(kernels.PREFILL, need._replace(lists=True, logits=True, skip=skip)).name
+    fused = kernels.pick(kernels.PREFILL, need._replace(lists=True)).fused
+    past = "behind a past, " if fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
     lines += _by_layer(state, need)
     why = why_in_one_call(model.config)
@@ -69,10 +69,10 @@ def _by_layer(state: State, need: kernels.Need) -> Iterator[str]:
 
     def told(layer: LayerPlan) -> str:
         skip = layer.skip is not None
-        listed = kernels.pick(kernels.PREFILL, replace(need, lists=True, skip=skip)).name
-        asked = replace(need, lists=skip or layer.window is not None, skip=skip)
+        listed = kernels.pick(kernels.PREFILL, need._replace(lists=True, skip=skip)).name
+        asked = need._replace(lists=skip or layer.window is not None, skip=skip)
         whole = kernels.pick(kernels.PREFILL, asked).name
-        paged = kernels.pick(kernels.DECODE, replace(need, lists=True)).name
+        paged = kernels.pick(kernels.DECODE, need._replace(lists=True)).name
         plain = kernels.pick(kernels.DECODE, need).name
         full = sum(pattern is None for pattern in layer.prefill)
         kinds = Counter(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hfsparse.errors import PlanError
+from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import FULL, Band, HeadIndex
 from hfsparse.models.loading import device_name
 from hfsparse.plan import Below, Plan
@@ -18,7 +19,6 @@ from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.layer_plan import LayerPlan, Mode
 from hfsparse.runtime.routes import Cases, routes_by_case
-from hfsparse.runtime.rows import q_heads_of
 from hfsparse.selectors.reuse import Reuse
 
 

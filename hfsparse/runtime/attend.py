@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfsparse import kernels
 from hfsparse.errors import PatchError
+from hfsparse.kernels import Need, pick
 from hfsparse.lists import PAGE
 from hfsparse.precision import casts
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
-from hfsparse.runtime.decode import _decode, _step, is_step
+from hfsparse.runtime.decode import decode, is_step, make_step
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
@@ -92,12 +92,12 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     """A few new tokens behind a past; `[B, Hq, Q, Dv]`."""
     layer_plan, lengths, logits = layer_call.layer_plan, layer_call.lengths, layer_call.logits
     q, k, v = layer_call.q, layer_call.k, layer_call.v
-    need = kernels.Need.of(q, k, v, logits.s_aux, lists=True, block=PAGE)
-    whole = kernels.pick(kernels.DECODE, need).name == "Triton"  # it skips what is empty
-    step = layer_call.call.once(_step, lengths, whole).on(q.device)
+    need, call = Need.of(q, k, v, logits.s_aux, lists=True, block=PAGE), layer_call.call
+    whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
+    step = call.once(make_step, lengths, whole).on(q.device)
     if layer_plan.leads:
         layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
-    return _decode(layer_plan, layer_call.layer, q, k, v, step, logits)
+    return decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)
 
 
 def _recorded_step(

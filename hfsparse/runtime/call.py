@@ -6,7 +6,8 @@ stream, no later call and none that runs inside this one can see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hfsparse.errors import CacheError
+from hfsparse.kernels import TABLES, Tables
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ class Call:
 
     def __init__(self, owner: str | None = None, outer: Call | None = None):
         self.owner, self.outer = owner, outer
+        self.tables = TABLES if outer is None else outer.tables  # that kernels are picked from
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.updates = 0  # of the cache's layers
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
@@ -67,7 +70,25 @@ def call_of(owner: str) -> Call:
     """The call of this patch that runs; else one for a layer that runs by itself, as where
     gradients recompute it."""
     call = _running.get()
-    return Call() if call is None or call.owner != owner else call
+    return Call(outer=call) if call is None or call.owner != owner else call
+
+
+def tables() -> Tables:
+    """What this thread's next call picks its kernels from."""
+    call = _running.get()
+    return TABLES if call is None else call.tables
+
+
+@contextmanager
+def use_tables(tables: Tables) -> Iterator[None]:
+    """Kernels of this thread's calls are picked from these."""
+    call = Call(None, _running.get())
+    call.tables = tables
+    before = _running.set(call)
+    try:
+        yield
+    finally:
+        _running.reset(before)
 
 
 def enter(owner: str) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfsparse import kernels
 from hfsparse.lists import BlockLists
 from hfsparse.stats import Work
 
@@ -40,13 +39,19 @@ class Counts:
         held[0], held[1] = held[0] + work[0], held[1] + work[1]
 
     def add_lists(
-        self, heads: tuple[int, ...], at: slice | Tensor, lists: BlockLists, work: tuple[int, int]
+        self,
+        heads: tuple[int, ...],
+        at: slice | Tensor,
+        lists: BlockLists,
+        pairs: Tensor,
+        work: tuple[int, int],
     ) -> None:
-        """Heads that followed lists, an index of them, and the work of dense attention."""
+        """Heads that followed lists, an index of them, pairs `[B, H]` that the lists keep, and the
+        work of dense attention."""
         self.add(self.listed, heads, work)
         device = lists.full_count.device
         self.kept = _moved(self.kept, device)
-        self.kept[:, at] += torch.stack([kernels.pairs(lists).sum(0), lists.blocks().sum(0)])
+        self.kept[:, at] += torch.stack([pairs.sum(0), lists.blocks().sum(0)])
         if lists.cut is not None:
             self.cut = _moved(self.cut, device)
             self.cut[at] += lists.cut.sum(0)

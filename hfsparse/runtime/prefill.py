@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hfsparse import kernels
+from hfsparse.kernels import Need, pick
+from hfsparse.kernels.rows import group_rows, put_rows, take_rows
 from hfsparse.lists import BlockLists, Grid, default_block
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes
-from hfsparse.runtime.rows import Lengths, group_rows, new_output, put_rows, take_rows
+from hfsparse.runtime.rows import Lengths, new_output
 
 
 def prefill(layer_call: LayerCall) -> Tensor:
@@ -167,7 +168,7 @@ class Part:
         """Each head by its route; `[B, H, Q, Dv]`."""
         grid, logits, at = self.grid, self.layer_call.logits, self.layer_call.layer_plan.at
         skips = self.group.skip is not None
-        need = kernels.Need.of(
+        need = Need.of(
             *(self.q, self.k, self.v, logits.s_aux),
             block=grid.block,
             tokens=grid.Sk,
@@ -175,7 +176,7 @@ class Part:
             skip=skips,
         )
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
-        easy = grid.window is None and not (logits.special or (grid.past and kernels.fused(need)))
+        easy = grid.window is None and not (logits.special or (grid.past and self._fused(need)))
         if routes.dense is None or skips or not easy:
             return self._attend_listed(routes.every, need)
         if routes.listed is None:
@@ -185,23 +186,25 @@ class Part:
         out[:, at(routes.listed.q, out.device)] = self._attend_listed(routes.listed, need)
         return out
 
-    def _attend_dense(self, route: Route, need: kernels.Need) -> Tensor:
+    def _attend_dense(self, route: Route, need: Need) -> Tensor:
         q, k, v = self.q, self.k, self.v
         at, counts = self.layer_call.layer_plan.at, self.layer_call.layer_plan.counts
         if len(route.q) < q.shape[1]:
             kv = at(route.kv, q.device)
             q, k, v = q[:, at(route.q, q.device)], k[:, kv], v[:, kv]
         counts.add(counts.whole, route.heads, self.group.work)
-        kernel = kernels.pick(kernels.PREFILL, need)
+        kernel = pick(self.layer_call.call.tables.prefill, need)
         return kernel.run(q, k, v, self.grid, scale=self.layer_call.logits.scale)
 
-    def _attend_listed(self, listed: Listed, need: kernels.Need) -> Tensor:
+    def _attend_listed(self, listed: Listed, need: Need) -> Tensor:
         logits, counts = self.layer_call.logits, self.layer_call.layer_plan.counts
         at, device = self.layer_call.layer_plan.at, self.q.device
-        lists = BlockLists.cat([self._choose(route) for route in listed.routes])
+        tables = self.layer_call.call.tables
+        lists = BlockLists.cat([self._choose(route, need) for route in listed.routes])
         lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
-        counts.add_lists(listed.heads, own, lists, self.group.work)
-        kernel = kernels.pick(kernels.PREFILL, replace(need, lists=True, logits=logits.special))
+        pairs = pick(tables.count, need).run(lists)
+        counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
+        kernel = pick(tables.prefill, need._replace(lists=True, logits=logits.special))
         q = self.q[:, at(listed.q, device)]
         given = q, self.k, self.v, lists, at.tensor(listed.kv, device)
         if self.group.skip is None:
@@ -211,12 +214,19 @@ class Part:
         counts.add_skipped(own, tiles)
         return made
 
-    def _choose(self, route: Route) -> BlockLists:
+    def _fused(self, need: Need) -> bool:
+        """Whether a kernel reads lists at no more cost than whole rows."""
+        return pick(self.layer_call.call.tables.prefill, need._replace(lists=True)).fused
+
+    def _choose(self, route: Route, need: Need) -> BlockLists:
         """The blocks that a route's heads read."""
         grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
         if route.band is None:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
-            return kernels.choose(route.pattern, q, k, grid, self.layer_call.logits.scale)
+            dropped = grid.key_first is not None
+            need = need._replace(chooser=type(route.pattern), dropped=dropped)
+            estimate = pick(self.layer_call.call.tables.estimate, need).run
+            return estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
         if grid.key_first is None:  # the same in every layer
             return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
         return BlockLists.of(grid, len(route.q), band=route.band)

@@ -1,8 +1,8 @@
-"""Heads and rows of a batch, taken apart and put together."""
+"""How long rows are, and room for what is made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -40,31 +40,6 @@ class Lengths:
 def device_guard(t: Tensor) -> AbstractContextManager:
     """Its device as the current one: Triton launches there (a model may lie on several)."""
     return torch.cuda.device(t.device) if t.is_cuda else NO_GUARD
-
-
-def q_heads_of(kv_heads: Sequence[int], ratio: int) -> list[int]:
-    return [h * ratio + i for h in kv_heads for i in range(ratio)]
-
-
-def group_rows(
-    keys: Sequence[Hashable], device: torch.device
-) -> Iterator[tuple[Hashable, list[int], Tensor | None]]:
-    """Batch rows of equal key: (key, rows, their index on the device, or None when all are)."""
-    for key in dict.fromkeys(keys):
-        rows = [b for b, other in enumerate(keys) if other == key]
-        yield key, rows, None if len(rows) == len(keys) else torch.tensor(rows, device=device)
-
-
-def put_rows(out: Tensor, rows: Tensor | None, at: slice | Tensor, part: Tensor) -> None:
-    """Write a part's result into `[B, H, Q, D]` at some rows and heads."""
-    if rows is None:
-        out[:, at] = part
-    else:
-        out[rows if isinstance(at, slice) else rows[:, None], at] = part
-
-
-def take_rows(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors if rows is None else tuple(t[rows] for t in tensors)
 
 
 def new_output(q: Tensor, v: Tensor) -> Tensor:

@@ -147,13 +147,16 @@ def test_the_families_are_those_of_the_support_table():
 def test_every_kernel_of_the_tables_is_there_and_says_why_not(monkeypatch):
     lame = Kernel("lame", None, lambda need: "needs a leg")
     half = Kernel("half", None, lambda need: None if need.lists else "lists only")
-    monkeypatch.setattr(kernels, "PREFILL", (lame, *kernels.PREFILL))
-    monkeypatch.setattr(kernels, "DECODE", (half, *kernels.DECODE))
+    tables = kernels.TABLES._replace(
+        prefill=(lame, *kernels.PREFILL), decode=(half, *kernels.DECODE)
+    )
+    monkeypatch.setattr(kernels, "TABLES", tables)
     _, printed = run()
     assert "lame: does not run (needs a leg)" in line("prefill", printed)
     assert "half: runs lists, lists with softcap or sinks (lists only)" in line("decode", printed)
-    for kernel in (*kernels.PREFILL, *kernels.DECODE):
-        assert f"{kernel.name}: " in printed
+    for name, table in tables._asdict().items():
+        for kernel in table:
+            assert f"{kernel.name}: " in line(name, printed)
 
 
 def test_cuda_devices_are_named(monkeypatch):

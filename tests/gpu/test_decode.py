@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hfsparse.kernels.positions import ring_positions
 from hfsparse.kernels.triton import decode as triton_decode
 from hfsparse.lists import PAGE, Band, PageLists
 from hfsparse.lists.places import Place, Table
-from hfsparse.runtime.cache.ring import ring_positions
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled, near, unwritten
 from tests.helpers import truth
 

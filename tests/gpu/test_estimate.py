@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfsparse.kernels import reference
+from hfsparse.kernels import Need, reference
 from hfsparse.kernels.triton import estimate as triton_estimate
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
@@ -32,7 +32,8 @@ CASES = {
 def test_fused_lists_are_the_plain_ones(case, pattern):
     """But for a few blocks whose scores tie up to rounding."""
     it = on_gpu(**CASES[case])
-    assert triton_estimate.why_not(pattern, it.q, it.grid) is None
+    need = Need.of(it.q, it.k, it.v, block=it.grid.block, chooser=type(pattern))
+    assert triton_estimate.why_not(need) is None
     found = triton_estimate.lists(pattern, it.q, it.k, it.grid, it.scale).mask()
     expected = pattern.lists(it.q, it.k, it.grid, it.scale).mask()
     assert expected.any()

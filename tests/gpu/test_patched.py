@@ -13,6 +13,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 import hfsparse
 from hfsparse import bench, kernels
 from hfsparse.runtime.attend import attend
+from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.layer_plan import observed
 from hfsparse.runtime.masks import NAME
 from tests.gpu.common import BF16, DEVICE
@@ -139,7 +140,7 @@ def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
     assert len(seen) == 3
 
 
-def test_long_prompts_run_in_flash_attn_4_as_they_do_in_triton(monkeypatch):
+def test_long_prompts_run_in_flash_attn_4_as_they_do_in_triton():
     """bf16 prompts of more than 8,192 tokens: rings, columns and full heads."""
     need = kernels.Need(DEVICE, BF16, 64, 64, lists=True)
     first = kernels.PREFILL[0]
@@ -153,9 +154,8 @@ def test_long_prompts_run_in_flash_attn_4_as_they_do_in_triton(monkeypatch):
     model = LlamaForCausalLM(config).eval().to(DEVICE, BF16)
     ids, found = tokens(1, 9001).to(DEVICE), []
     for table in (kernels.PREFILL, kernels.PREFILL[1:]):
-        monkeypatch.setattr(kernels, "PREFILL", table)
-        clock = bench.Clock(DEVICE)
-        with torch.no_grad(), hfsparse.patch(model, streaming(model)), clock:
+        tables, clock = use_tables(kernels.TABLES._replace(prefill=table)), bench.Clock(DEVICE)
+        with torch.no_grad(), hfsparse.patch(model, streaming(model)), tables, clock:
             found.append((model(ids).logits[0, 100:], clock.kernels))
     (fast, fast_kernels), (plain, plain_kernels) = found
     assert fast_kernels == ["FA4"]

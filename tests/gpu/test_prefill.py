@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from hfsparse.kernels import dense, fa4, pairs, reference
+from hfsparse.kernels import COUNT, dense, fa4, reference
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
 from tests.gpu.common import (
@@ -192,7 +192,7 @@ def test_tiles_below_a_threshold_are_skipped_as_by_the_reference(dtype, dim):
 def test_pairs_are_counted_as_by_the_lists():
     it = on_gpu(517, past=45, rows="left_padded", group=7, kv_heads=2)
     for lists in (mixed(it), scattered(it)):
-        assert torch.equal(pairs(lists), lists.pairs())
+        assert torch.equal(COUNT[0].run(lists), lists.pairs())
 
 
 def test_a_new_length_compiles_nothing():

@@ -175,7 +175,7 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
     index = {"low": low, "high": low}
     length = torch.tensor([40 * PAGE, 9])
     for _ in range(3):  # in memory that was used before, too
-        found = run("triton.quest.pages", Quest(0.3, 2), q, index, length, 1.0, None, PAGE)
+        found = run("triton.quest.pages", Quest(0.3, 2), q, index, length, 1.0, slice(None), PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 

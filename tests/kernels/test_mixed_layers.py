@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.counts import Counts
-from hfsparse.runtime.decode import Step, _decode
+from hfsparse.runtime.decode import Step, decode
 from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
 from tests.helpers import close
@@ -39,6 +38,10 @@ CHOOSING = [  # a choice is read again, beside one that another layer made, and 
     Group((4,), GROWING),
     Group((5,), selector=Quest(0.9, 2, top_p=0.6)),
 ]
+
+
+# Without what Triton does: each table's other rows.
+PLAIN = kernels.Tables(*(tuple(x for x in t if x.name != "Triton") for t in kernels.TABLES))
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +92,9 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         step = Step(past, rows, torch.tensor(rows), at)
         before = ends(step.length)
         step.chosen[:] = [before]
-        found = _decode(ours, layer, q, k, v, step, logits)
+        found = decode(kernels.TABLES, ours, layer, q, k, v, step, logits)
         step.chosen[:] = [before]
-        with (
-            patch.object(kernels, "DECODE", kernels.DECODE[1:]),
-            patch.object(kernels, "_no_triton", lambda need: "not wanted here"),
-        ):
-            wanted = _decode(theirs, plain, q, k, v, step, logits)
+        wanted = decode(PLAIN, theirs, plain, q, k, v, step, logits)
         live = (at >= 0)[:, None, :, None].expand_as(found)
         outs.append((found[live], wanted[live]))
         past = rows
@@ -104,7 +103,8 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         if isinstance(store, Full):
             store._grow(1000)
     step.chosen[:] = [before]
-    outs.append((_decode(ours, layer, q, k, v, step, logits)[live], found[live]))
+    again = decode(kernels.TABLES, ours, layer, q, k, v, step, logits)
+    outs.append((again[live], found[live]))
     return outs, stored
 
 

@@ -160,12 +160,13 @@ def test_dense_prefill_sees_a_past_in_a_grid_as_wide_as_its_queries():
 
 
 def test_the_first_kernel_that_can_serve_is_chosen():
-    for table, name in ((kernels.PREFILL, "prefill"), (kernels.DECODE, "decode")):
-        own, other = getattr(dense, name), getattr(reference, name)
+    for table in (kernels.PREFILL, kernels.DECODE):
+        rows = {kernel.name: kernel for kernel in table}
+        own, other = rows["torch sdpa"], rows["reference (PyTorch)"]
         need = partial(kernels.Need, torch.device("cpu"), torch.float32, 16, 16)
-        assert kernels.pick(table, need()).run is own
+        assert kernels.pick(table, need()) is own
         for lists, logits in ((True, False), (False, True), (True, True)):
-            assert kernels.pick(table, need(lists=lists, logits=logits)).run is other
+            assert kernels.pick(table, need(lists=lists, logits=logits)) is other
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "s_aux"])

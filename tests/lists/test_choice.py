@@ -1,12 +1,13 @@
 """A choice that is read again, against its definition row by row; in PyTorch and in Triton."""
 
+from functools import partial
 from math import ceil
 
 import pytest
 import torch
 from torch.nn.functional import pad
 
-from hfsparse import kernels
+from hfsparse.kernels import plain
 from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.selectors.quest import Quest
@@ -18,8 +19,8 @@ from tests.selectors.test_quest import chosen, rows
 def ways():
     with interpreter() as run:
         yield {
-            "torch": kernels.choose_pages,
-            "triton": lambda *args, **more: run("triton.quest.pages", *args, **more),
+            "torch": plain.select,
+            "triton": partial(run, "triton.quest.pages"),
         }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +10,11 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 import hfsparse
+from hfsparse import kernels
+from hfsparse.kernels import dense, reference
+from hfsparse.kernels.per_store import by_store
 from hfsparse.plan import Below
-from hfsparse.runtime import decode
+from hfsparse.runtime.call import use_tables
 from tests.patcher.families import choosing, fresh, left_padded, tiny, tokens
 from tests.patcher.runs import continue_with, forward
 
@@ -91,22 +92,22 @@ def test_two_caches_keep_their_own_choices():
 @pytest.mark.parametrize("below", [0, 603], ids=["all", "beside_a_short_row"])
 def test_a_layer_reads_what_another_chose_and_stats_count_it(below):
     """Shares are counted from the lists that the decode kernel got."""
-    model, lists, decoder = tiny("qwen2"), [], decode._decoder
+    model, lists = tiny("qwen2"), []
 
-    def watched(*args, **more):
-        kernel = decoder(*args, **more)
-
+    def watched(run):
         def noted(*args, length, **rest):
             lists.append((args[5] if len(args) > 5 else None, length))
-            return kernel.run(*args, length=length, **rest)
+            return run(*args, length=length, **rest)
 
-        return SimpleNamespace(name=kernel.name, run=noted)
+        return noted
 
+    run = by_store(watched(reference.decode), watched(dense.decode))
+    row = kernels.Kernel("watched", run, lambda need: None)
     plan = replace(choosing(model), below=Below(decode=below))
     with hfsparse.patch(model, plan) as handle:
         step = prompt(DynamicCache(config=model.config))
         handle.reset_stats()
-        with patch.object(decode, "_decoder", watched):
+        with use_tables(kernels.TABLES._replace(decode=(row,))):
             for n in range(6):
                 step(n)
         shares = torch.tensor([layer.decode_share for layer in handle.stats().layers])

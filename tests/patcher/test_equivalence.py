@@ -15,6 +15,7 @@ from hfsparse import kernels
 from hfsparse.kernels import reference
 from hfsparse.lists import Grid
 from hfsparse.patterns import PATTERNS
+from hfsparse.runtime.call import use_tables
 from tests.patcher.families import (
     BLOCKS,
     FAMILIES,
@@ -265,7 +266,7 @@ def test_prefill_in_chunks_knows_the_whole_prompts_length(chunk, pads):
 
 
 @pytest.mark.parametrize("plan", [full, streaming])
-def test_full_heads_behind_a_past_follow_lists_where_a_fused_kernel_serves_them(plan, monkeypatch):
+def test_full_heads_behind_a_past_follow_lists_where_a_fused_kernel_serves_them(plan):
     """For sdpa a later chunk would need masks, and one call for a few queries each."""
     seen = []
 
@@ -288,9 +289,11 @@ def test_full_heads_behind_a_past_follow_lists_where_a_fused_kernel_serves_them(
         density = handle.stats().pair_density
     want = answer(model)
     assert not seen
-    row = kernels.Kernel("fused", fused, lambda need: None if need.lists else "lists alone")
-    monkeypatch.setattr(kernels, "PREFILL", (kernels.PREFILL[1], row, kernels.PREFILL[3]))
-    close(answer(model), want)
+    lists_alone = lambda need: None if need.lists else "lists alone"  # noqa: E731
+    row = kernels.Kernel("fused", fused, lists_alone, fused=True)
+    prefill = kernels.PREFILL[1], row, kernels.PREFILL[3]
+    with use_tables(kernels.TABLES._replace(prefill=prefill)):
+        close(answer(model), want)
     assert sum(seen) == model.config.num_hidden_layers * model.config.num_attention_heads
 
 

@@ -10,8 +10,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from hfsparse import kernels
-from hfsparse.kernels import dense, reference
+from hfsparse.kernels import dense, plain, reference
 from hfsparse.lists import PAGE, BlockLists, PageLists
 from hfsparse.lists.choice import Choice
 from hfsparse.precision import exact
@@ -111,8 +110,8 @@ def test_selectors_choose_the_same(same, state, name):
         for kept in choice.tensors():
             kept.zero_()
         read = torch.zeros(2, dtype=torch.int64, device="cpu")
-        more = slice(None), PAGE, choice, read
-        fresh = kernels.choose_pages(QUEST[name], q, index, length, 0.7, *more)
+        more = index, length, 0.7, slice(None), PAGE, choice, read
+        fresh = plain.select(QUEST[name], q, *more)
         return fresh, *choice.tensors(), read
 
     same(state, work)

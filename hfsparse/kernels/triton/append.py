@@ -15,29 +15,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import DTYPES, NEVER
-from hfsparse.lists import PAGE, places
-
-if TYPE_CHECKING:
-    from hfsparse.kernels import Need
-
-WIDTH = tl.constexpr(places.WIDTH)
-(
-    K_AT,
-    V_AT,
-    LOW_AT,
+from hfsparse.kernels.triton.limits import (
+    DTYPES,
     HIGH_AT,
-    ROW,
-    SLOTS,
+    K_AT,
+    LOW_AT,
+    NEVER,
     PAGE_ROW,
     PAGES,
+    ROW,
     SINK,
     SIZE,
-    RECENT,
-    RATE,
-    BELOW,
-    LISTED,
-) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
+    SLOTS,
+    V_AT,
+    look_up,
+)
+from hfsparse.lists import PAGE
+from hfsparse.lists.places import Places
+
+if TYPE_CHECKING:
+    from hfsparse.kernels.need import Need
+
 QUERIES = 16  # new tokens of a row, at most
 WIDE = 64  # channels of a program
 
@@ -49,7 +47,7 @@ def why_not(need: Need) -> str | None:
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
-def append(k: Tensor, v: Tensor, into: places.Places, query_pos: Tensor) -> None:
+def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
     """Store new tokens k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]` where each kv head has its own.
 
     query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
@@ -75,11 +73,6 @@ def append(k: Tensor, v: Tensor, into: places.Places, query_pos: Tensor) -> None
         SUMMARIES=into.summaries,
         num_warps=4,
     )
-
-
-@triton.jit
-def look_up(TABLE, head, COLUMN: tl.constexpr):
-    return tl.load(TABLE + head * WIDTH + COLUMN)
 
 
 @triton.jit(do_not_specialize="H Q".split())

@@ -21,9 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.append import (
+from hfsparse.kernels.triton.limits import (
     BELOW,
+    DTYPES,
     K_AT,
+    LOG2E,
+    NEVER,
     RATE,
     RECENT,
     ROW,
@@ -31,16 +34,18 @@ from hfsparse.kernels.triton.append import (
     SIZE,
     SLOTS,
     V_AT,
+    WIDEST,
+    add_keys,
+    load_rows,
     look_up,
+    shared_memory,
 )
-from hfsparse.kernels.triton.append import LISTED as LISTED_AT
-from hfsparse.kernels.triton.limits import DTYPES, LOG2E, NEVER, WIDEST, _rows, shared_memory
-from hfsparse.kernels.triton.prefill import _add
+from hfsparse.kernels.triton.limits import LISTED as LISTED_AT
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.places import Places
 
 if TYPE_CHECKING:
-    from hfsparse.kernels import Need
+    from hfsparse.kernels.need import Need
 
 ROWS = (16, 32, 64)  # queries of a tile: q heads of a group times new tokens
 SPLITS = 64  # at most so many shares of a head's pages
@@ -228,14 +233,14 @@ def _decode(
             page = tl.load(lists + j, mask=chosen, other=page)
         key = page.to(tl.int32) * PAGE + lane
         held = key < live
-        k = _rows(keys + page * PAGE * D, D, lane, held, D, DP, True)
-        v = _rows(values + page * PAGE * DV, DV, lane, held, DV, DVP, True)
+        k = load_rows(keys + page * PAGE * D, D, lane, held, D, DP, True)
+        v = load_rows(values + page * PAGE * DV, DV, lane, held, DV, DVP, True)
         if RINGS:
             key += tl.where(key < sink, 0, tl.where(key > newest, turn - size, turn))
         kept = held[None, :] & (key[None, :] <= at[:, None])
         if RINGS:
             kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
-        acc, total, top, _ = _add(
+        acc, total, top, _ = add_keys(
             *(acc, total, top, 0, q, k, v, kept, alive, unit, inner, 0.0),
             *(True, SOFTCAP, False, PRECISION),
         )

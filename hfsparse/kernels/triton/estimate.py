@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.triton import select as triton_select
-from hfsparse.kernels.triton.limits import shared_memory
+from hfsparse.kernels.triton.limits import BLOCKS, shared_memory
 from hfsparse.lists import FAR, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import STRIDE, Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
@@ -27,6 +28,9 @@ from hfsparse.patterns.vertical_slash import (
     VerticalSlash,
 )
 
+if TYPE_CHECKING:
+    from hfsparse.kernels.need import Need
+
 SCRATCH = 64 << 20  # bytes of scores at a time
 SPLITS = 16  # programs that share the keys of a head's probes
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,22 +38,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 def lists(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
-    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    q, k = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (q, k))
     return FUSED[type(pattern)](pattern, q, k, grid, scale)
 
 
-def why_not(pattern, q: Tensor, grid: Grid) -> str | None:
+def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a pattern's blocks; None: they can."""
-    if type(pattern) not in FUSED:
-        return f"{pattern.kind} is not fused"
-    if q.shape[-1] > 256:
-        return f"head dim {q.shape[-1]}: at most 256 is supported"
-    if isinstance(pattern, VerticalSlash) and not _stages(q):
-        return f"{q.dtype} heads of {q.shape[-1]}: too wide for this GPU's shared memory"
-    if grid.key_first is not None:
+    if need.chooser not in FUSED:
+        return f"{need.chooser.kind} is not fused"
+    if need.head_dim > 256:
+        return f"head dim {need.head_dim}: at most 256 is supported"
+    if need.chooser is VerticalSlash and not _stages(need.device, need.dtype, need.head_dim):
+        return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"
+    if need.dropped:
         return "a grid with dropped keys"
-    if grid.block not in (16, 32, 64, 128):
-        return f"blocks of {grid.block} tokens: 16, 32, 64 and 128 are supported"
+    if need.block not in BLOCKS:
+        return f"blocks of {need.block} tokens: 16, 32, 64 and 128 are supported"
     return None
 
 
@@ -152,7 +156,7 @@ def probe(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tenso
             SUMS=sums,
             WINDOW=grid.window is not None,
             PRECISION="tf32" if q.element_size() == 2 else "tf32x3",
-            num_stages=_stages(q),
+            num_stages=_stages(q.device, q.dtype, D),
         )
     return by_column, by_diagonal
 
@@ -166,10 +170,11 @@ def _top(score: Tensor, forced: int, count: int, ends: Tensor) -> Tensor:
     return torch.where(best < ends, best, FAR).sort(-1).values
 
 
-def _stages(q: Tensor) -> int:
+def _stages(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     """Tiles of keys in flight beside the probes, as shared memory allows; 0: not even one."""
-    tile, copies = PROBES * _wide(q) * q.element_size(), q.element_size() // 2
-    room = shared_memory(str(q.device)) - 4 * PROBES**2  # that of the diagonals' shift
+    width = max(16, triton.next_power_of_2(head_dim))
+    tile, copies = PROBES * width * dtype.itemsize, dtype.itemsize // 2
+    room = shared_memory(str(device)) - 4 * PROBES**2  # that of the diagonals' shift
     return next((n for n in (3, 1) if tile * (2 * copies + n - 1) <= room), 0)
 
 

@@ -1,4 +1,5 @@
-"""What the Triton kernels share: limits of devices, block sizes, rows of tensors."""
+"""What the Triton kernels share: limits of devices, block sizes, rows of tensors, one tile of
+attention, and the columns of the table that says where a head has its keys."""
 
 from __future__ import annotations
 
@@ -9,13 +10,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.lists import Band
+from hfsparse.lists import Band, places
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
 WIDEST = 256  # head and value dim
 NEVER = tl.constexpr((1 << 31) - 1)  # the position of a key that no query reads
+WIDTH = tl.constexpr(places.WIDTH)
+(
+    K_AT,
+    V_AT,
+    LOW_AT,
+    HIGH_AT,
+    ROW,
+    SLOTS,
+    PAGE_ROW,
+    PAGES,
+    SINK,
+    SIZE,
+    RECENT,
+    RATE,
+    BELOW,
+    LISTED,
+) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 
 
 @lru_cache
@@ -33,7 +51,7 @@ def bands_on(bands: tuple[Band, ...], device: str) -> Tensor:
 
 
 @triton.jit
-def _rows(base, stride, row, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(base, stride, row, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """Rows of keys, values or queries `[rows, DP]`; zeros in dead rows and past the head dim."""
     d = tl.arange(0, DP)
     at = base + row[:, None] * stride + d[None, :]
@@ -56,3 +74,31 @@ def _fold(acc, total, top, s, high, v, unit, MASKED: tl.constexpr, PRECISION: tl
     total = total * fade + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, new
+
+
+@triton.jit
+def add_keys(
+    acc, total, top, lost, q, k, v, kept, alive, unit, inner, skip,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to one tile: k, v `[KEYS, D]`, kept bool `[QUERIES, KEYS]`, alive `[QUERIES]`."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
+    if MASKED:
+        s = tl.where(kept, s, float("-inf"))
+    high = tl.max(s, 1) * unit
+    if SKIP:
+        worth = alive & (high >= top - skip) & (high > float("-inf"))
+        if tl.max(worth.to(tl.int32), 0) > 0:
+            acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
+        else:
+            lost += 1
+    else:
+        acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
+    return acc, total, top, lost
+
+
+@triton.jit
+def look_up(TABLE, head, COLUMN: tl.constexpr):
+    return tl.load(TABLE + head * WIDTH + COLUMN)

@@ -23,15 +23,15 @@ from hfsparse.kernels.triton.limits import (
     LOG2E,
     NEVER,
     WIDEST,
-    _fold,
-    _rows,
+    add_keys,
     bands_on,
+    load_rows,
     shared_memory,
 )
 from hfsparse.lists import BlockLists
 
 if TYPE_CHECKING:
-    from hfsparse.kernels import Need
+    from hfsparse.kernels.need import Need
 
 TILES = (  # queries, keys, warps
     (128, 128, 8),
@@ -154,29 +154,6 @@ def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:
     return heads, work.argsort(dim=-1, descending=True, stable=True).expand(B, -1, -1)
 
 
-@triton.jit
-def _add(
-    acc, total, top, lost, q, k, v, kept, alive, unit, inner, skip,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to one tile: k, v `[KEYS, D]`, kept bool `[QUERIES, KEYS]`, alive `[QUERIES]`."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
-    if MASKED:
-        s = tl.where(kept, s, float("-inf"))
-    high = tl.max(s, 1) * unit
-    if SKIP:
-        worth = alive & (high >= top - skip) & (high > float("-inf"))
-        if tl.max(worth.to(tl.int32), 0) > 0:
-            acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
-        else:
-            lost += 1
-    else:
-        acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
-    return acc, total, top, lost
-
-
 @triton.jit(
     do_not_specialize=(
         "first_b live_b blocks_b fc_b fc_h fi_b fi_h fi_i pc_b pc_h pi_b pi_h pi_i "
@@ -218,7 +195,7 @@ def _prefill(
 
     kv = tl.load(KV + h).to(tl.int64)
     keys, values = K + b * k_b + kv * k_h, V + b * v_b + kv * v_h
-    q = _rows(Q + b * q_b + h * q_h + first_row * q_s, q_s, lane_q, alive, D, DP, True)
+    q = load_rows(Q + b * q_b + h * q_h + first_row * q_s, q_s, lane_q, alive, D, DP, True)
     acc = tl.zeros([QUERIES, DVP], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -232,13 +209,13 @@ def _prefill(
         held = within < tl.load(LIVE + b * live_b + block).to(tl.int32)
         key = tl.load(FIRST + b * first_b + block).to(tl.int32) + within
         key = tl.where(held, key, NEVER)
-        k = _rows(keys + block * BLOCK * k_s, k_s, within, held, D, DP, True)
-        v = _rows(values + block * BLOCK * v_s, v_s, within, held, DV, DVP, True)
+        k = load_rows(keys + block * BLOCK * k_s, k_s, within, held, D, DP, True)
+        v = load_rows(values + block * BLOCK * v_s, v_s, within, held, DV, DVP, True)
         kept = key[None, :] <= at[:, None]
         kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
         if WINDOW:
             kept &= at[:, None] - key[None, :] < window
-        acc, total, top, lost = _add(
+        acc, total, top, lost = add_keys(
             *(acc, total, top, lost, q, k, v, kept, alive, unit, inner, skip),
             *(True, SOFTCAP, SKIP, PRECISION),
         )
@@ -247,9 +224,9 @@ def _prefill(
     index = FULL_INDEX + b * fi_b + h * fi_h + i * fi_i
     for j in range(0, n_full):
         token = tl.load(index + j // (BLOCK // KEYS)) * BLOCK + j % (BLOCK // KEYS) * KEYS
-        k = _rows(keys + token.to(tl.int64) * k_s, k_s, lane, lane, D, DP, False)
-        v = _rows(values + token.to(tl.int64) * v_s, v_s, lane, lane, DV, DVP, False)
-        acc, total, top, lost = _add(
+        k = load_rows(keys + token.to(tl.int64) * k_s, k_s, lane, lane, D, DP, False)
+        v = load_rows(values + token.to(tl.int64) * v_s, v_s, lane, lane, DV, DVP, False)
+        acc, total, top, lost = add_keys(
             *(acc, total, top, lost, q, k, v, alive, alive, unit, inner, skip),
             *(False, SOFTCAP, SKIP, PRECISION),
         )
@@ -268,13 +245,13 @@ def _prefill(
             slot = c + lane
             column = tl.load(columns + slot, mask=slot < n, other=0)
             free = (slot < n) & (tl.load(covered + slot, mask=slot < n, other=1) == 0)
-            k = _rows(keys, k_s, column.to(tl.int64), free, D, DP, True)
-            v = _rows(values, v_s, column.to(tl.int64), free, DV, DVP, True)
+            k = load_rows(keys, k_s, column.to(tl.int64), free, D, DP, True)
+            v = load_rows(values, v_s, column.to(tl.int64), free, DV, DVP, True)
             column = tl.where(free, column, NEVER)
             kept = column[None, :] <= at[:, None]
             if WINDOW:
                 kept &= at[:, None] - column[None, :] < window
-            acc, total, top, lost = _add(
+            acc, total, top, lost = add_keys(
                 *(acc, total, top, lost, q, k, v, kept, alive, unit, inner, skip),
                 *(True, SOFTCAP, False, PRECISION),
             )

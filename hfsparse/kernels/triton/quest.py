@@ -12,6 +12,8 @@ last choice is young (`refresh`), or that is too short for one, leaves both earl
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,9 @@ from hfsparse.lists.choice import Choice
 from hfsparse.selectors.quest import Quest
 from hfsparse.shares import ratio
 
+if TYPE_CHECKING:
+    from hfsparse.kernels.need import Need
+
 SIZES = tuple(1 << n for n in range(10, 16))  # pages
 MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
 EARLY = tl.constexpr(1 << 13)  # pages up to which four rows of bounds fit into registers
@@ -31,16 +36,15 @@ FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
-def why_not(selector, q: Tensor, index: dict[str, Tensor]) -> str | None:
+def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a selector's pages; None: they can."""
-    if type(selector) is not Quest:
-        return f"{selector.kind} is not fused"
-    low = index["low"]
-    if q.shape[-1] > 256:
-        return f"head dim {q.shape[-1]}: at most 256 is supported"
-    if q.dtype not in DTYPES or low.dtype != q.dtype:
-        return f"queries of {q.dtype} and a cache of {low.dtype}"
-    if (pages := low.shape[2]) > MOST:
+    if need.chooser is not Quest:
+        return f"{need.chooser.kind} is not fused"
+    if need.head_dim > 256:
+        return f"head dim {need.head_dim}: at most 256 is supported"
+    if need.dtype not in DTYPES or need.index_dtype not in (None, need.dtype):
+        return f"queries of {need.dtype} and a cache of {need.index_dtype or need.dtype}"
+    if (pages := need.tokens // PAGE) > MOST:
         return f"{pages} pages: at most {MOST} are supported"
     return None
 
@@ -51,19 +55,20 @@ def pages(
     index: dict[str, Tensor],
     length: Tensor,
     scale: float,
-    heads: Tensor | None = None,
+    heads: slice | Tensor = slice(None),
     below: int = 0,
     choice: Choice | None = None,
     read: Tensor | None = None,
 ) -> PageLists:
     """As Quest.pages: q `[B, Hq, Q, D]`, index low and high `[B, Hkv, P, D]`, length [B].
 
-    heads [Hq]: the heads of q that are meant, if they aren't all. below, choice and read as
-    `kernels.choose_pages` has them; lists of a choice lie in its own tensors.
+    heads, below, choice and read: as the table SELECT has them; lists of a choice lie in its own
+    tensors.
     """
+    q, low, high = q.detach(), index["low"], index["high"]
+    q, heads = (q, heads) if isinstance(heads, Tensor) else (q[:, heads], None)
     B, Hq, Q, D = q.shape
     Hq = Hq if heads is None else len(heads)
-    low, high = index["low"], index["high"]
     Hkv, P = low.shape[1:3]
     q, low, high = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, low, high))
     queries, tiles = Hq // Hkv * Q, triton.cdiv(P, TILE)

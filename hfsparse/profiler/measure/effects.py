@@ -152,8 +152,8 @@ def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     """Effect [Hq] of following the lists in every row."""
     heads = seen.q.shape[1]
     kv = torch.arange(heads, device=seen.q.device) // (heads // seen.k.shape[1])
-    need = kernels.Need.of(seen.q, seen.k, seen.v, lists=True, logits=seen.logits.special)
-    kernel = kernels.pick(kernels.PREFILL, replace(need, block=lists.grid.block))
+    asked = {"lists": True, "logits": seen.logits.special, "block": lists.grid.block}
+    kernel = kernels.pick(kernels.PREFILL, kernels.Need.of(seen.q, seen.k, seen.v, **asked))
     out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of())
     return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 

@@ -43,7 +43,7 @@ class Full:
         return self.k.shape[2]
 
     def place(self) -> Place:
-        group, more = self.group, {"below": self.below}
+        group, more = self.group, {"below": self.below, "append": self.append}
         if self.index:
             more |= self.index if {*self.index} == EXTREMES else {"follow": self.follow}
         return Place(group.heads, self.k, self.v, listed=group.chosen, **more)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from hfsparse import kernels
 from hfsparse.errors import CacheError
 from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
 from hfsparse.lists.places import Places, Table
@@ -89,7 +88,7 @@ class Layer(CacheLayerMixin):
         self.stores = [
             Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
         ]
-        self.table, self.at = Table(), HeadIndex() if at is None else at
+        self.table = Table(at)
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many the attention function has put away
         self.rows: list[int] = []  # tokens in each row
@@ -220,20 +219,11 @@ class Layer(CacheLayerMixin):
 
     # -- what the attention function calls -------------------------------------------------------
 
-    def append(
-        self, k: Tensor, v: Tensor, past: list[int], new: list[int], position: Tensor
-    ) -> None:
-        """Store a step's new tokens: of k, v `[B, Hkv, Q, D]` the first `new[b]` behind `past[b]`.
-
-        position [B, Q]: theirs, -1 where a row has none; a kernel follows it, where one can.
-        """
-        rows = [p + n for p, n in zip(past, new, strict=True)]
+    def room(self, past: Sequence[int], rows: Sequence[int]) -> Places:
+        """Make room for rows that grow from `past` to `rows` tokens; where each head's keys lie."""
         for store in self.stores:
             store.room(past, rows)
-        if not kernels.append(k, v, self.places(), position):
-            for store in self.stores:
-                heads = self.at(store.group.heads, k.device)
-                store.append(k[:, heads], v[:, heads], past, new)
+        return self.places()
 
     def places(self) -> Places:
         """Where each kv head has its keys, for kernels."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import CacheError
+from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
@@ -49,7 +50,8 @@ class Ring:
         return [t for t in (self.k, self.v) if t is not None]
 
     def place(self) -> Place:
-        return Place(self.group.heads, self.k, self.v, self.band, self.size, self.below)
+        own = self.band, self.size, self.below
+        return Place(self.group.heads, self.k, self.v, *own, append=self.append)
 
     def select(self, picked: list[int]) -> None:
         self.k, self.v = self.k[picked], self.v[picked]
@@ -185,16 +187,3 @@ class Ring:
             return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
 
         return gather(self.k, k), gather(self.v, v), grid
-
-
-def ring_positions(length: Tensor, low: Tensor, sink: int, size: int) -> Tensor:
-    """[B, sink + size] position that each slot of a ring holds, -1 for none.
-
-    length [B]: tokens in the row; low [B]: beyond the sink, keys before it are not held.
-    """
-    length, low = length[:, None], low[:, None]
-    slot = torch.arange(sink + size, device=length.device)
-    newest = length - 1 - sink  # counted, like the slots, from the sink's end
-    rest = sink + newest - (newest - (slot - sink)) % max(size, 1)
-    at = torch.where(slot < sink, slot, torch.where(rest >= low, rest, -1))
-    return torch.where(at < length, at, -1)

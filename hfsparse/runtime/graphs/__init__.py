@@ -29,6 +29,7 @@ from hfsparse import kernels
 from hfsparse.lists import PAGE
 from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, _obstacle, _only_moves
 from hfsparse.runtime.graphs.pool import _alone_on
@@ -278,5 +279,5 @@ class Graphs:
                 return f"another forward on {name}"
         store = first.stores[0]
         need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
-        kernel = kernels.pick(kernels.DECODE, need)
-        return None if kernel.name == "Triton" else f"its keys are read by {kernel.name}"
+        kernel = kernels.pick(running().tables.decode, need)
+        return None if kernel.device_lengths else f"its keys are read by {kernel.name}"

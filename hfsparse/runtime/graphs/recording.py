@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from hfsparse.models.names import parameters
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.call import running
-from hfsparse.runtime.decode import Step, _decode, chooses
+from hfsparse.runtime.decode import Step, chooses, decode
 from hfsparse.runtime.graphs.obstacles import Through
 from hfsparse.runtime.graphs.pool import _alone_on, _aside, _place
 from hfsparse.runtime.graphs.weights import Settings
@@ -151,7 +151,7 @@ def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None
             cut(index)
         layer_plan, layer = serving[index]
         with device_guard(q):
-            out = _decode(layer_plan, layer, q, k, v, step.on(q.device), logits)
+            out = decode(call.tables, layer_plan, layer, q, k, v, step.on(q.device), logits)
         return out.transpose(1, 2).contiguous()
 
     call = running()

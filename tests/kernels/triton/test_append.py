@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hfsparse import kernels
+from hfsparse.kernels import table
+from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
@@ -224,11 +226,16 @@ def test_what_it_cannot_do_is_said(module):
 def test_it_is_taken_where_it_can_serve(module, monkeypatch):
     k, into = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
     at, calls = torch.zeros(1, 1, dtype=torch.int64), launched(monkeypatch, module)
-    into, wide = stores.one(into, into), stores.one(into.double(), into.double())
-    assert not kernels.append(k, k, into, at)  # a CPU
-    monkeypatch.setattr(kernels, "_no_triton", lambda need: None)
-    assert not kernels.append(k.double(), k.double(), wide, at)
-    assert not kernels.append(k, k.clone().requires_grad_(), into, at)
-    assert not calls
-    assert kernels.append(k, k, into, at)
+    new, into = NewTokens([0], [1], torch.ones(1, dtype=torch.int64), at), stores.one(into, into)
+
+    def picked(k, v) -> str:
+        need = kernels.Need.of(k, into.k, into.v, v)
+        return kernels.pick.__wrapped__(kernels.APPEND, need).name
+
+    assert picked(k, k) == "PyTorch"  # a CPU
+    monkeypatch.setattr(table, "no_triton", lambda need: None)
+    assert picked(k.double(), k.double()) == "PyTorch"
+    assert picked(k, k.clone().requires_grad_()) == "PyTorch"
+    assert picked(k, k) == "Triton"
+    kernels.APPEND[0].run(k, k, into, new)
     assert len(calls) == 1

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import pad
 
 from hfsparse import kernels
+from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Band, PageLists
-from hfsparse.runtime.cache.ring import ring_positions
 from tests.helpers import batch, close, truth
 from tests.kernels import stores
 from tests.kernels.interpreter import interpreter

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hfsparse.kernels import Need
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.antidiagonal import Antidiagonal
@@ -149,13 +150,12 @@ def test_slices_cover_every_query_block_once_and_stay_small(estimate, monkeypatc
 
 
 def test_what_is_not_fused_is_said(estimate):
-    q, grid = torch.empty(1, 2, 8, 64), Grid.causal(1, 8, 128)
-    assert estimate.why_not(BlockTopK(), q, grid) is None
-    assert "streaming is not fused" in estimate.why_not(Streaming(), q, grid)
-    assert "at most 256" in estimate.why_not(BlockTopK(), torch.empty(1, 2, 8, 320), grid)
-    wide = torch.empty(1, 2, 8, 256)
-    assert "shared memory" in estimate.why_not(VerticalSlash(), wide, grid)
-    assert estimate.why_not(VerticalSlash(), wide.half(), grid) is None
-    assert "blocks of 48" in estimate.why_not(BlockTopK(), q, Grid.causal(1, 8, 48))
-    ring = Grid(grid.q_len, grid.k_len, 8, 8, 32, None, torch.zeros(1, 1), torch.ones(1, 1))
-    assert "dropped keys" in estimate.why_not(BlockTopK(), q, ring)
+    need = Need(torch.device("cpu"), SINGLE, 64, 64, chooser=BlockTopK)
+    assert estimate.why_not(need) is None
+    assert "streaming is not fused" in estimate.why_not(need._replace(chooser=Streaming))
+    assert "at most 256" in estimate.why_not(need._replace(head_dim=320))
+    wide = need._replace(head_dim=256, chooser=VerticalSlash)
+    assert "shared memory" in estimate.why_not(wide)
+    assert estimate.why_not(wide._replace(dtype=HALF)) is None
+    assert "blocks of 48" in estimate.why_not(need._replace(block=48))
+    assert "dropped keys" in estimate.why_not(need._replace(dropped=True))

@@ -252,9 +252,9 @@ def test_what_the_kernel_cannot_do_is_said():
     q = torch.empty(1, 2, 8, 64)
     need = Need.of(q, q, q, lists=True)
     assert kernel.why_not(need) is None
-    assert "float64" in kernel.why_not(replace(need, dtype=torch.float64))
-    assert "at most 256" in kernel.why_not(replace(need, value_dim=320))
-    assert "blocks of 48 tokens" in kernel.why_not(replace(need, block=48))
+    assert "float64" in kernel.why_not(need._replace(dtype=torch.float64))
+    assert "at most 256" in kernel.why_not(need._replace(value_dim=320))
+    assert "blocks of 48 tokens" in kernel.why_not(need._replace(block=48))
     assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, q, lists=True))
     on_cpu = kernels.PREFILL[2].why_not(need)
     assert kernels.PREFILL[2].name == "Triton"

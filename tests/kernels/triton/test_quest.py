@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from hfsparse import kernels
+from hfsparse.kernels import SELECT, Need, pick
 from hfsparse.lists import PAGE
 from hfsparse.selectors.quest import Quest
+from hfsparse.selectors.reuse import Reuse
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import launched, watch
 from tests.selectors.test_quest import chosen, rows
@@ -151,17 +152,19 @@ def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
 
 
 def test_what_is_not_fused_is_said(quest_module):
-    q = torch.zeros(1, 1, 1, 512)
-    assert "head dim 512" in quest_module.why_not(Quest(), q, {"low": q, "high": q})
-    q, summary = q[..., :64], torch.zeros(1, 1, (1 << 15) - 1, 1)
-    assert "float64" in quest_module.why_not(Quest(), q.double(), {"low": summary.double()})
-    assert "float16" in quest_module.why_not(Quest(), q, {"low": summary.half()})
-    assert "32768 pages" in quest_module.why_not(Quest(), q, {"low": torch.zeros(1, 1, 32768, 1)})
-    assert quest_module.why_not(Quest(), q, {"low": summary}) is None
+    need = Need(torch.device("cpu"), torch.float32, 64, 64, chooser=Quest)
+    assert "reuse is not fused" in quest_module.why_not(need._replace(chooser=Reuse))
+    assert "head dim 512" in quest_module.why_not(need._replace(head_dim=512))
+    need = need._replace(tokens=((1 << 15) - 1) * PAGE)
+    assert "float64" in quest_module.why_not(need._replace(dtype=torch.float64))
+    assert "float16" in quest_module.why_not(need._replace(index_dtype=torch.float16))
+    assert "32768 pages" in quest_module.why_not(need._replace(tokens=(1 << 15) * PAGE))
+    assert quest_module.why_not(need) is None
 
 
 def test_the_selector_itself_serves_where_triton_cannot():
     q, _, _, index, length = rows([64 * 20], 1, 2)
-    found = kernels.choose_pages(Quest(0.3, 2), q, index, length, 0.7)
+    select = pick(SELECT, Need.of(q, q, q, chooser=Quest)).run
+    found = select(Quest(0.3, 2), q, index, length, 0.7)
     expected = Quest(0.3, 2).pages(q, index, length, 0.7)
     assert torch.equal(found.pages, expected.pages)

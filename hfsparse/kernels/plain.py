@@ -1,0 +1,39 @@
+"""What PyTorch does where no kernel can: patterns and selectors choose by their own definitions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hfsparse.lists import BlockLists, Grid, PageLists
+from hfsparse.lists.choice import Choice
+
+
+def estimate(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
+    """`pattern.lists`."""
+    return pattern.lists(q, k, grid, scale)
+
+
+def select(
+    selector,
+    q: Tensor,
+    index: dict[str, Tensor],
+    length: Tensor,
+    scale: float,
+    heads: slice | Tensor = slice(None),
+    below: int = 0,
+    choice: Choice | None = None,
+    read: Tensor | None = None,
+) -> PageLists:
+    """`selector.pages` of some heads of q; a choice that is kept is renewed where it is due."""
+    lists = selector.pages(q[:, heads], index, length, scale)
+    lists = PageLists(lists.pages, lists.count.masked_fill((length < below)[:, None], 0))
+    if choice is not None:
+        lists = choice.renew(lists, length, selector.budget.refresh)
+    if read is not None:
+        read += lists.keys(length).sum(0)
+    return lists
+
+
+def count(lists: BlockLists) -> Tensor:
+    """`lists.pairs()`."""
+    return lists.pairs()

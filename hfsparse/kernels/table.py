@@ -1,0 +1,186 @@
+"""Which kernel serves which need: six tables of capability checks, the first that fits wins.
+
+Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
+`explain` prints these. New kernels are one file and one row. All rows of a table take the same:
+
+PREFILL(q, k, v, reads, kv_heads=None, *, scale, softcap, s_aux, skip, skipped) -> Tensor
+    As `reference.prefill`; `reads` is a Grid, without kv_heads, where whole rows are read.
+DECODE(q, places, new, pages, *, scale, softcap, s_aux) -> Tensor [B, Hq, Q, Dv]
+    All stores of a layer at once, as `per_store.by_store`; pages: a list for each part of the
+    places, None where it reads every page.
+ESTIMATE(pattern, q, k, grid, scale) -> BlockLists
+    As the pattern's `lists`.
+SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLists
+    As the selector's `pages`. index: what the cache knows of its pages, by name. heads: an index of
+    the heads of q that are meant. below: rows of fewer tokens get empty lists, and nothing of them
+    is kept. choice: the rows' last one, which is renewed where it is due. read [Hkv] int64: by how
+    many keys the lists hold, it is raised.
+APPEND(k, v, into, new) -> None
+    A step's new tokens into all stores of a layer; there is room for them.
+COUNT(lists) -> Tensor [B, H]
+    As `lists.pairs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfsparse.errors import UsageError
+from hfsparse.kernels import dense, per_store, plain, reference
+from hfsparse.kernels.need import Kernel, Need
+from hfsparse.kernels.positions import NewTokens
+from hfsparse.lists import FULL, BlockLists, Grid, PageLists
+from hfsparse.lists.places import Places
+
+NO_SKIP = "no skip threshold"
+FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
+
+_installed = cache(lambda name: find_spec(name) is not None)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    """A module of kernels, imported when it is first needed."""
+    return import_module(f"hfsparse.kernels.{name}")
+
+
+def _lazily(module: str, function: str) -> Callable[..., Any]:
+    return lambda *args, **more: getattr(_module(module), function)(*args, **more)
+
+
+def no_triton(need: Need) -> str | None:
+    """Why Triton kernels can't run at all: they are imported where this says None."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if need.device.type != "cuda" and not import_module("triton").knobs.runtime.interpret:
+        return f"needs a CUDA device, not {need.device.type}"
+    return None
+
+
+def _triton(module: str) -> Callable[[Need], str | None]:
+    return lambda need: no_triton(need) or _module(f"triton.{module}").why_not(need)
+
+
+def _always(need: Need) -> None:
+    """It can."""
+
+
+def _dense_only(need: Need) -> str | None:
+    if need.lists:
+        return "reads every key: no block or page lists"
+    if need.skip:
+        return NO_SKIP
+    if need.bands:
+        return "no windows of rings: those are read by the reference"
+    return "no softcap, no sink logits" if need.logits else None
+
+
+def _fa4(need: Need) -> str | None:
+    if need.skip:
+        return NO_SKIP
+    if why := _module("fa4").why_not(need):
+        return why
+    if need.tokens < FA4_PAYS:
+        return f"others are faster under {FA4_PAYS:,} tokens"
+    return None if need.lists or need.plain else "no full heads with padding or a past"
+
+
+def _fa4_prefill(q: Tensor, k: Tensor, v: Tensor, reads: BlockLists | Grid, *args, **more):
+    if isinstance(reads, Grid):
+        return _module("fa4").dense(q, k, v, **more)
+    return _module("fa4").prefill(q, k, v, reads, *args, **more)
+
+
+def _by_lists(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of block lists that is also given whole rows, as lists of every block."""
+
+    def prefill(q, k, v, reads: BlockLists | Grid, kv_heads: Tensor | None = None, **more):
+        if isinstance(reads, Grid):
+            heads = q.shape[1]
+            kv_heads = torch.arange(heads, device=q.device) // (heads // k.shape[1])
+            reads = reads.banded(FULL, heads)
+        return run(q, k, v, reads, kv_heads, **more)
+
+    return prefill
+
+
+def _triton_decode(
+    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
+) -> Tensor:
+    listed = [part for part in pages if part is not None]
+    lists = PageLists.cat(listed) if listed else None
+    run = _module("triton.decode").decode
+    return run(q, places, new.query_pos, lists, length=new.length, **logits)
+
+
+def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
+    _module("triton.append").append(k, v, into, new.query_pos)
+    for part in into.parts:
+        if part.follow is not None:
+            part.follow(new.query_pos)
+
+
+PREFILL = (
+    Kernel("FA4", _fa4_prefill, _fa4, fused=True),
+    Kernel("torch sdpa", dense.prefill, _dense_only),
+    Kernel(
+        "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
+    ),
+    Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
+)
+DECODE = (
+    Kernel("Triton", _triton_decode, _triton("decode"), device_lengths=True),
+    Kernel("torch sdpa", per_store.by_store(dense.decode), _dense_only),
+    Kernel("reference (PyTorch)", per_store.by_store(reference.decode, dense.decode), _always),
+)
+ESTIMATE = (
+    Kernel("Triton", _lazily("triton.estimate", "lists"), _triton("estimate")),
+    Kernel("PyTorch", plain.estimate, _always),
+)
+SELECT = (
+    Kernel("Triton", _lazily("triton.quest", "pages"), _triton("quest")),
+    Kernel("PyTorch", plain.select, _always),
+)
+APPEND = (
+    Kernel("Triton", _triton_append, _triton("append")),
+    Kernel("PyTorch", per_store.append, _always),
+)
+COUNT = (
+    Kernel("Triton", _lazily("triton.count", "pairs"), no_triton),
+    Kernel("PyTorch", plain.count, _always),
+)
+
+
+class Tables(NamedTuple):
+    """The six together: what a call's kernels are picked from."""
+
+    prefill: tuple[Kernel, ...] = PREFILL
+    decode: tuple[Kernel, ...] = DECODE
+    estimate: tuple[Kernel, ...] = ESTIMATE
+    select: tuple[Kernel, ...] = SELECT
+    append: tuple[Kernel, ...] = APPEND
+    count: tuple[Kernel, ...] = COUNT
+
+
+TABLES = Tables()
+
+
+@lru_cache(512)
+def pick(table: tuple[Kernel, ...], need: Need) -> Kernel:
+    """The first kernel of a table that can serve; UsageError: none can."""
+    for kernel in table:
+        if kernel.why_not(need) is None:
+            return kernel
+    why = "; ".join(f"{kernel.name}: {kernel.why_not(need)}" for kernel in table)
+    raise UsageError(
+        f"no kernel of this table can serve a call ({why}): give one that can, such as the last of "
+        "each table in hfsparse.kernels"
+    )
