@@ -154,7 +154,7 @@ APPEND = (
     Kernel("PyTorch", per_store.append, _always),
 )
 COUNT = (
-    Kernel("Triton", _lazily("triton.count", "pairs"), no_triton),
+    Kernel("Triton", _lazily("triton.count", "pairs"), _triton("count")),
     Kernel("PyTorch", plain.count, _always),
 )
 

@@ -9,45 +9,49 @@ from itertools import groupby
 
 from transformers import PreTrainedModel
 
-from hfsparse import kernels
+from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
+from hfsparse.patterns import PATTERNS
+from hfsparse.plan import Plan
+from hfsparse.runtime import call
 from hfsparse.runtime.layer_plan import LayerPlan
 
 
 def explain(model: PreTrainedModel) -> str:
     """What runs where in a patched model and why, in words."""
-    state = state_of(model)
+    state, tables = state_of(model), call.tables()
     plan = state.plan
-    kinds = {
-        "full heads, prompt": (kernels.PREFILL, False),
-        "patterned heads, prompt": (kernels.PREFILL, True),
-        "full and ring heads, new tokens": (kernels.DECODE, False),
-        "selected pages, new tokens": (kernels.DECODE, True),
-    }
     lines = [f"plan {plan.hash()[:19]} for {plan.model.class_name}, {plan.model.layers} layers"]
     made = plan.made.get("model")
     if made != _weights_name(model):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     head_dim = plan.model.head_dim
-    need = kernels.Need(model.device, model.dtype, head_dim, head_dim)
+    need = Need(model.device, model.dtype, head_dim, head_dim)
+    listed = need._replace(lists=True)
     lines.append(
         f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
     )
     skip = plan.skip is not None
-    for what, (table, lists) in kinds.items():
-        skips = skip and table is kernels.PREFILL
-        asked = need._replace(lists=lists or skips, skip=skips)
-        chosen = kernels.pick(table, asked)
-        better = table[: table.index(chosen)]
-        why = [f"not {kernel.name}: {kernel.why_not(asked)}" for kernel in better]
-        lines.append(f"{what}: {chosen.name}" + "".join(f" ({reason})" for reason in why))
-    plain = kernels.pick(kernels.PREFILL, need._replace(lists=True, logits=True, skip=skip)).name
-    fused = kernels.pick(kernels.PREFILL, need._replace(lists=True)).fused
-    past = "behind a past, " if fused else ""
+    prefill, decode = tables.prefill, tables.decode
+    patterned = listed._replace(skip=skip)
+    lines.append(f"full heads, prompt: {_describe(prefill, patterned if skip else need)}")
+    lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
+    rings = need._replace(bands=True)
+    if pick(decode, rings) is pick(decode, need):
+        lines.append(f"full and ring heads, new tokens: {_describe(decode, need)}")
+    else:
+        lines.append(f"full heads, new tokens: {_describe(decode, need)}")
+        lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
+    lines.append(f"selected pages, new tokens: {_describe(decode, listed)}")
+    plain = pick(prefill, patterned._replace(logits=True)).name
+    past = "behind a past, " if pick(prefill, listed).fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
-    lines += _by_layer(state, need)
+    lines += _by_pattern(plan, tables, need)
+    lines.append(f"new tokens: stored by {_describe(tables.append, need)}")
+    lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
+    lines += _by_layer(state, tables, need)
     why = why_in_one_call(model.config)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
@@ -61,19 +65,45 @@ def explain(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
-def _by_layer(state: State, need: kernels.Need) -> Iterator[str]:
+def _describe(table: tuple[Kernel, ...], need: Need) -> str:
+    """The kernel that serves a need, and why those before it in the table can't."""
+    chosen = pick(table, need)
+    better = table[: table.index(chosen)]
+    why = [f" (not {kernel.name}: {kernel.why_not(need)})" for kernel in better]
+    return chosen.name + "".join(why)
+
+
+def _by_pattern(plan: Plan, tables: Tables, need: Need) -> Iterator[str]:
+    """For each of the plan's patterns: who chooses what heads of it read."""
+    for name, pattern in plan.patterns.items():
+        asked = need._replace(chooser=type(pattern))
+        if pattern.kind in PATTERNS:
+            by = _describe(tables.estimate, asked)
+            yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
+        elif hasattr(pattern, "pages"):
+            by = _describe(tables.select, asked)
+            yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
+        else:
+            yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"
+
+
+def _by_layer(state: State, tables: Tables, need: Need) -> Iterator[str]:
     """For each run of layers alike: how many heads of which kind, and the kernel that serves them.
 
     Prompts above every `below` and every kernel's own threshold.
     """
+    prefill, decode = tables.prefill, tables.decode
 
     def told(layer: LayerPlan) -> str:
         skip = layer.skip is not None
-        listed = kernels.pick(kernels.PREFILL, need._replace(lists=True, skip=skip)).name
+        listed = pick(prefill, need._replace(lists=True, skip=skip)).name
         asked = need._replace(lists=skip or layer.window is not None, skip=skip)
-        whole = kernels.pick(kernels.PREFILL, asked).name
-        paged = kernels.pick(kernels.DECODE, need._replace(lists=True)).name
-        plain = kernels.pick(kernels.DECODE, need).name
+        whole = pick(prefill, asked).name
+        reads = {
+            "selected": pick(decode, need._replace(lists=True)).name,
+            "ring": pick(decode, need._replace(bands=True)).name,
+            "full": pick(decode, need).name,
+        }
         full = sum(pattern is None for pattern in layer.prefill)
         kinds = Counter(
             "selected" if g.selector or g.reuses else "full" if g.band == FULL else "ring"
@@ -81,7 +111,7 @@ def _by_layer(state: State, need: kernels.Need) -> Iterator[str]:
             for _ in g.heads
         )
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        tokens = [(n, kind, paged if kind == "selected" else plain) for kind, n in kinds.items()]
+        tokens = [(n, kind, reads[kind]) for kind, n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)
             for found in (prompt, tokens)

@@ -15,10 +15,11 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hfsparse
-from hfsparse import patcher
-from hfsparse.errors import CacheError
+from hfsparse import kernels, patcher
+from hfsparse.errors import CacheError, UsageError
 from hfsparse.runtime import attend as attention
 from hfsparse.runtime import masks
+from hfsparse.runtime.call import use_tables
 from tests.patcher.families import left_padded, mixed, tiny
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import close, forward, generate, same_generation
@@ -206,3 +207,33 @@ def test_close_fails_on_a_difference_and_on_nan():
     for wrong in (a + 2e-5, a / 0):
         with pytest.raises(AssertionError):
             close(wrong, a)
+
+
+@pytest.mark.parametrize("name", kernels.Tables._fields)
+def test_a_table_in_which_no_kernel_can_serve_is_an_error(model, sparse, name):
+    """Nothing else is taken in the place of what was chosen, in any of the six tables."""
+    lame = kernels.Kernel("lame", None, lambda need: "needs a leg")
+    with (
+        use_tables(kernels.TABLES._replace(**{name: (lame,)})),
+        pytest.raises(UsageError, match="lame: needs a leg"),
+    ):
+        generate(model, IDS, MASK, new=4)
+    holds(model)
+
+
+@pytest.mark.parametrize("name", kernels.Tables._fields)
+def test_the_first_kernel_that_can_is_the_one_that_runs(model, sparse, name):
+    ran = []
+    table = getattr(kernels.TABLES, name)
+
+    def run(*args, **more):
+        ran.append(name)
+        return table[-1].run(*args, **more)
+
+    first = kernels.Kernel("first", run, lambda need: None)
+    with use_tables(kernels.TABLES._replace(**{name: (first, *table)})):
+        holds(model)
+    assert ran
+    ran.clear()
+    holds(model)
+    assert not ran

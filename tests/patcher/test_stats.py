@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 
 import pytest
@@ -9,10 +10,16 @@ import torch
 import transformers
 
 import hfsparse
+from hfsparse import kernels
 from hfsparse.errors import PatchError
+from hfsparse.kernels import table
+from hfsparse.patterns import PATTERNS
+from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.runtime.call import use_tables
 from tests.patcher.families import (
     FAMILIES,
     SIZES,
+    choosing,
     full,
     growing,
     left_padded,
@@ -163,6 +170,45 @@ def test_explain_names_kernels_reasons_and_windows():
     assert "not verified on these weights" in text
     with pytest.raises(PatchError, match="is not patched"):
         hfsparse.explain(model)
+
+
+def test_explain_prints_what_serves_each_of_the_six():
+    model, why = tiny("qwen2"), "(not Triton: needs a CUDA device, not cpu)"
+    for plan in (mixed(model), choosing(model)):
+        with hfsparse.patch(model, plan) as handle:
+            lines = handle.explain().splitlines()
+        assert "ring heads, new tokens: reference (PyTorch)" in "\n".join(lines)
+        for name, pattern in plan.patterns.items():
+            what = "prompt: blocks" if pattern.kind in PATTERNS else "new tokens: pages"
+            by = "an earlier layer" if pattern.kind == "reuse" else f"PyTorch {why}"
+            assert f"{name} ({pattern.kind}), {what} chosen by {by}" in lines
+        assert f"new tokens: stored by PyTorch {why}" in lines
+        assert f"kept pairs, prompt: counted by PyTorch {why}" in lines
+
+
+@dataclass(frozen=True)
+class Mine(BlockTopK):
+    """A pattern that no kernel chooses for."""
+
+    kind = "mine"
+
+
+def test_a_pattern_without_a_fused_chooser_is_chosen_by_pytorch(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setitem(PATTERNS, "mine", Mine)
+    monkeypatch.setattr(table, "no_triton", lambda need: None)
+    model, ids = tiny("llama"), tokens(1, 260)
+    plan = mixed(model)
+    own = Mine(**asdict(plan.patterns["blocks"]))
+    rows = tuple(replace(row) for row in kernels.ESTIMATE)  # of which nothing is known yet
+    with hfsparse.patch(model, replace(plan, patterns={**plan.patterns, "blocks": own})) as handle:
+        with use_tables(kernels.TABLES._replace(estimate=rows)):
+            told = handle.explain().splitlines()
+        found = forward(model, ids).logits
+    assert "vs (vertical_slash), prompt: blocks chosen by Triton" in told
+    assert "blocks (mine), prompt: blocks chosen by PyTorch (not Triton: mine is not fused)" in told
+    with hfsparse.patch(model, plan):
+        assert torch.equal(found, forward(model, ids).logits)
 
 
 @pytest.mark.parametrize("loops", [2, 3])

@@ -5,6 +5,8 @@ A program counts one query block of one head, a block's keys as an interval. Bou
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,13 @@ from torch import Tensor
 
 from hfsparse.kernels.triton.limits import NEVER, bands_on
 from hfsparse.lists import BlockLists
+
+if TYPE_CHECKING:
+    from hfsparse.kernels.need import Need
+
+
+def why_not(need: Need) -> str | None:
+    """It counts wherever Triton runs."""
 
 
 def pairs(lists: BlockLists) -> Tensor:

@@ -1,0 +1,89 @@
+"""The six tables: what each row says of itself, and that nothing else is taken silently."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfsparse import kernels
+from hfsparse.errors import UsageError
+from hfsparse.kernels import Need, reference, table
+from hfsparse.lists import FULL
+from hfsparse.patterns import PATTERNS
+from hfsparse.selectors.quest import Quest
+from tests.helpers import batch, close, truth
+
+NEEDS = {"estimate": PATTERNS["block_topk"], "select": Quest}  # who is to choose
+ROOM = Path(kernels.__file__).parent
+SHARED = {"need", "positions", "rows", "triton.limits"}
+HALVES = {("triton.estimate", "triton.select")}  # a kernel in two files
+ABOVE = {"", "table", "per_store"}  # what picks kernels, or is made of some
+
+
+def need(name: str, **more) -> Need:
+    return Need(torch.device("cpu"), torch.float32, 64, 64, chooser=NEEDS.get(name), **more)
+
+
+@pytest.mark.parametrize("name", kernels.Tables._fields)
+def test_the_last_row_of_a_table_always_can_and_those_before_say_why_not(name):
+    *others, last = getattr(kernels.TABLES, name)
+    assert last.why_not(need(name, lists=True, logits=True, grad=True, skip=True)) is None
+    assert {row.name for row in others} >= {"Triton"}
+    for row in others:
+        why = row.why_not(need(name, lists=True))
+        assert why, f"{row.name} says that it can on a CPU"
+
+
+@pytest.mark.parametrize("name", kernels.Tables._fields)
+def test_a_table_in_which_none_can_names_each_reason(name):
+    triton = tuple(row for row in getattr(kernels.TABLES, name) if row.name == "Triton")
+    with pytest.raises(UsageError, match=r"Triton: needs a CUDA device, not cpu.* give one"):
+        kernels.pick(triton, need(name, lists=True))
+
+
+@pytest.mark.parametrize("name", kernels.Tables._fields)
+def test_where_triton_runs_it_is_taken(name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(table, "no_triton", lambda need: None)
+    chosen = kernels.pick.__wrapped__(getattr(kernels.TABLES, name), need(name, lists=True))
+    assert chosen.name == "Triton"
+
+
+@pytest.mark.parametrize("row", ["Triton", "reference (PyTorch)"])
+def test_a_kernel_of_lists_takes_whole_rows_too(row, monkeypatch):
+    """Where softcap or sinks are asked for, or where it alone is in the table."""
+    it = batch(70, past=20, rows="left_padded", poison=0.0)
+    if row == "Triton":  # what it is given is right
+        module = pytest.importorskip("hfsparse.kernels.triton.prefill", exc_type=ImportError)
+        monkeypatch.setattr(module, "prefill", reference.prefill)
+    kernel = next(each for each in kernels.PREFILL if each.name == row)
+    more = {"softcap": 5.0, "s_aux": torch.linspace(-1, 1, it.q.shape[1])}
+    found = kernel.run(it.q, it.k, it.v, it.grid, scale=it.scale, **more)
+    kept = it.grid.banded(FULL, it.q.shape[1]).mask()
+    assert close(found, truth(it.q, it.k, it.v, kept, it.scale, **more))
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of this room that a file imports, in functions and for types too."""
+    start, found = "hfsparse.kernels", set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(start):
+            continue
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"[len(start) + 1 :]
+            whole = (ROOM / (inner.replace(".", "/") + ".py")).exists()
+            found.add(inner if whole else node.module[len(start) + 1 :])
+    return found
+
+
+def test_kernels_do_not_import_one_another():
+    """Each can be read, replaced and deleted alone."""
+    for file in ROOM.rglob("*.py"):
+        name = ".".join(file.relative_to(ROOM).with_suffix("").parts).removesuffix("__init__")
+        if name.rstrip(".") in ABOVE:
+            continue
+        wrong = {other for other in _imports(file) - SHARED if (name, other) not in HALVES}
+        assert not wrong, f"{name} imports {wrong}"
