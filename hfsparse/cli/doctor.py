@@ -131,10 +131,10 @@ def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
     }
     return {
         name: {
-            kernel.name: {words: kernel.why_not(need) for words, need in asked[name].items()}
-            for kernel in table
+            kernel.name: {words: kernel.why_not(need) for words, need in needs.items()}
+            for kernel in getattr(TABLES, name)
         }
-        for name, table in TABLES._asdict().items()
+        for name, needs in asked.items()
     }
 
 

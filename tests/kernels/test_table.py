@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,10 +14,6 @@ from hfsparse.selectors.quest import Quest
 from tests.helpers import batch, close, truth
 
 NEEDS = {"estimate": PATTERNS["block_topk"], "select": Quest}  # who is to choose
-ROOM = Path(kernels.__file__).parent
-SHARED = {"need", "positions", "rows", "triton.limits"}
-HALVES = {("triton.estimate", "triton.select")}  # a kernel in two files
-ABOVE = {"", "table", "per_store"}  # what picks kernels, or is made of some
 
 
 def need(name: str, **more) -> Need:
@@ -64,26 +57,3 @@ def test_a_kernel_of_lists_takes_whole_rows_too(row, monkeypatch):
     found = kernel.run(it.q, it.k, it.v, it.grid, scale=it.scale, **more)
     kept = it.grid.banded(FULL, it.q.shape[1]).mask()
     assert close(found, truth(it.q, it.k, it.v, kept, it.scale, **more))
-
-
-def _imports(file: Path) -> set[str]:
-    """Modules of this room that a file imports, in functions and for types too."""
-    start, found = "hfsparse.kernels", set()
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(start):
-            continue
-        for alias in node.names:
-            inner = f"{node.module}.{alias.name}"[len(start) + 1 :]
-            whole = (ROOM / (inner.replace(".", "/") + ".py")).exists()
-            found.add(inner if whole else node.module[len(start) + 1 :])
-    return found
-
-
-def test_kernels_do_not_import_one_another():
-    """Each can be read, replaced and deleted alone."""
-    for file in ROOM.rglob("*.py"):
-        name = ".".join(file.relative_to(ROOM).with_suffix("").parts).removesuffix("__init__")
-        if name.rstrip(".") in ABOVE:
-            continue
-        wrong = {other for other in _imports(file) - SHARED if (name, other) not in HALVES}
-        assert not wrong, f"{name} imports {wrong}"
