@@ -98,27 +98,12 @@ def prefill(
     """
     grid, block = lists.grid, lists.grid.block
     B, H, Sq, D = q.shape
-    queries, keys = tile or (block, block)
-    pieces = block // keys  # of a key block, each a tile wide
-    nq, nk = grid.nq, grid.nk
+    nq = grid.nq
     q = pad(q.float() * scale, (0, 0, 0, nq * block - Sq)).reshape(B * H * nq, block, D)
-    k, v = (pad(t, (0, 0, 0, nk * block - t.shape[2])).unflatten(2, (-1, keys)) for t in (k, v))
-    row = torch.arange(B * H * nq, device=q.device)
-    b, h, i = row // (H * nq), row // nq % H, row % nq
-    kv = kv_heads.to(q.device)[h]
-    at = grid.query_pos(torch.arange(nq * block, device=q.device)).view(B, nq, block)[b, i]
-    held = grid.key_pos.view(B, nk * pieces, keys)
-    v = v.masked_fill((held < 0)[:, None, ..., None], 0)  # in dead slots 0 · NaN would be NaN
-    sink, recent, rate = torch.tensor(
-        [(band.sink, band.recent, band.rate) for band in lists.bands], device=q.device
-    ).T[:, h]
-    start = at - (recent[:, None] + at * rate[:, None] // RATE_ONE) + 1  # as Band.start
-
-    def flat(t: Tensor) -> Tensor:
-        return t.expand(B, *t.shape[1:]).reshape(B * H * nq, *t.shape[3:])
-
-    work = flat(lists.full_count) + flat(lists.part_count)
+    work = _flat(lists, lists.full_count) + _flat(lists, lists.part_count)
     order = torch.argsort(work, descending=True, stable=True)
+    reader = _Reader(k, v, lists, kv_heads, tile or (block, block))
+    sinks = None if s_aux is None else s_aux.float().to(q.device)
     out = q.new_zeros(B * H * nq, block, v.shape[-1])
     done, per_block = 0, block * max(block, D, v.shape[-1])
     while done < len(order):
@@ -126,65 +111,99 @@ def prefill(
         rows = order[done : done + max(1, TILE // (per_block * heaviest))]
         done += len(rows)
         state = _Softmax(q[rows], v.shape[-1], softcap)
-        skipping = None if skip is None else _Skip(skip, queries, at[rows] >= 0)
-        for count, index, tested in (
-            (lists.part_count, lists.part_index, True),
-            (lists.full_count, lists.full_index, False),
-        ):
-            count = flat(count)[rows] * pieces
-            width, step = int(count.max()), max(1, TILE // (per_block * len(rows)))
-            index = flat(index)[rows, : -(-width // pieces), None].long() * pieces
-            index = (index + torch.arange(pieces, device=q.device)).flatten(1)
-            if skip is not None:  # tile by tile
-                step = 1
-            for j in range(0, width, step):
-                blocks = index[:, j : j + step]
-                used = torch.arange(j, j + blocks.shape[1], device=q.device) < count[:, None]
-                kept = None
-                if tested:
-                    key = held[b[rows, None], blocks].flatten(1)[:, None]  # [R, 1, m]
-                    query, first = at[rows, :, None], start[rows, :, None]
-                    kept = (
-                        (key >= 0)
-                        & (key <= query)
-                        & ((key < sink[rows, None, None]) | (key >= first))
-                    )
-                    kept &= used.repeat_interleave(keys, 1)[:, None]
-                    if grid.window is not None:
-                        kept &= query - key < grid.window
-                elif not bool(used.all()):
-                    kept = used.repeat_interleave(keys, 1)[:, None]
-                pick = (b[rows, None], kv[rows, None], blocks)
-                state.add(k[pick].flatten(1, 2), v[pick].flatten(1, 2), kept, skipping)
+        skipping = None if skip is None else _Skip(skip, reader.queries, reader.at[rows] >= 0)
+        # Tile by tile where some are skipped.
+        step = 1 if skip is not None else max(1, TILE // (per_block * len(rows)))
+        reader.add_blocks(state, rows, step, skipping)
         if lists.columns is not None:
-            _add_columns(state, k, v, lists, rows, (b[rows], h[rows], i[rows]), kv[rows], at[rows])
-        bare = None if s_aux is None else s_aux.float().to(q.device)[h[rows], None, None]
-        out[rows] = state.result(bare)
+            reader.add_columns(state, rows)
+        out[rows] = state.result(None if sinks is None else sinks[reader.h[rows], None, None])
         if skipped is not None:
-            seen = work[rows].long() * pieces * (block // queries)
+            seen = work[rows].long() * reader.pieces * (block // reader.queries)
             lost = torch.zeros_like(seen) if skip is None else seen - skipping.read
-            skipped.index_add_(0, h[rows], torch.stack([lost, seen], 1))
+            skipped.index_add_(0, reader.h[rows], torch.stack([lost, seen], 1))
     out = out.view(B, H, nq * block, -1)[:, :, :Sq]
     return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0).to(v.dtype)
 
 
-def _add_columns(state, k, v, lists, rows, place, kv, at) -> None:
-    """Gathered single keys, tiled over both columns and rows."""
-    b, h, i = place
-    columns, covered = (
-        t.expand(len(lists.grid.q_len), *t.shape[1:]) for t in (lists.columns, lists.covered)
-    )
-    total, keys = int((columns[b, h] <= at.max()).sum(-1).max()), k.shape[3]
-    step = max(1, TILE // (len(rows) * max(lists.grid.block, k.shape[-1], v.shape[-1])))
-    for n in range(0, total, step):
-        column = columns[b, h, n : min(n + step, total)]  # [R, m]
-        key, query = column[:, None], at[..., None]
-        kept = (key <= query) & ~covered[b, h, i, n : min(n + step, total)][:, None]
-        if lists.grid.window is not None:
-            kept &= query - key < lists.grid.window
-        column = column.clamp(max=k.shape[2] * keys - 1)
-        pick = (b[:, None], kv[:, None], column // keys, column % keys)
-        state.add(k[pick], v[pick], kept)
+def _flat(lists: BlockLists, t: Tensor) -> Tensor:
+    """t `[B or 1, H, nq, ...]` with a row for each query block: `[B * H * nq, ...]`."""
+    return t.expand(len(lists.grid.q_len), *t.shape[1:]).flatten(0, 2)
+
+
+class _Reader:
+    """What query blocks read: keys and values in tiles, and where queries and keys stand."""
+
+    def __init__(self, k, v, lists: BlockLists, kv_heads: Tensor, tile: tuple[int, int]):
+        grid, device = lists.grid, k.device
+        B, H, nq, nk, block = len(k), lists.heads, grid.nq, grid.nk, grid.block
+        self.lists, (self.queries, self.keys) = lists, tile
+        self.pieces = block // self.keys  # of a key block, each a tile wide
+        wide = (0, 0, 0, nk * block - k.shape[2])
+        self.k, v = (pad(t, wide).unflatten(2, (-1, self.keys)) for t in (k, v))
+        row = torch.arange(B * H * nq, device=device)
+        self.b, self.h, self.i = row // (H * nq), row // nq % H, row % nq  # of each query block
+        self.kv = kv_heads.to(device)[self.h]
+        at = grid.query_pos(torch.arange(nq * block, device=device))
+        self.at = at.view(B, nq, block)[self.b, self.i]
+        self.held = grid.key_pos.view(B, nk * self.pieces, self.keys)
+        self.v = v.masked_fill((self.held < 0)[:, None, ..., None], 0)  # 0 · NaN would be NaN
+        self.sink, recent, rate = torch.tensor(
+            [(band.sink, band.recent, band.rate) for band in lists.bands], device=device
+        ).T[:, self.h]
+        recent = recent[:, None] + self.at * rate[:, None] // RATE_ONE
+        self.start = self.at - recent + 1  # as Band.start
+
+    def add_blocks(self, state: _Softmax, rows: Tensor, step: int, skip: _Skip | None) -> None:
+        """Blocks of which pairs are tested, then whole ones, some tiles at a time."""
+        lists, pieces = self.lists, self.pieces
+        for count, index, tested in (
+            (lists.part_count, lists.part_index, True),
+            (lists.full_count, lists.full_index, False),
+        ):
+            count = _flat(lists, count)[rows] * pieces
+            width = int(count.max())
+            index = _flat(lists, index)[rows, : -(-width // pieces), None].long() * pieces
+            index = (index + torch.arange(pieces, device=index.device)).flatten(1)
+            for j in range(0, width, step):
+                tiles = index[:, j : j + step]
+                used = torch.arange(j, j + tiles.shape[1], device=index.device) < count[:, None]
+                kept = None
+                if tested or not bool(used.all()):
+                    kept = used.repeat_interleave(self.keys, 1)[:, None]
+                if tested:
+                    kept = kept & self.kept(rows, tiles)
+                pick = (self.b[rows, None], self.kv[rows, None], tiles)
+                state.add(self.k[pick].flatten(1, 2), self.v[pick].flatten(1, 2), kept, skip)
+
+    def kept(self, rows: Tensor, tiles: Tensor) -> Tensor:
+        """bool [R, block, m] of each pair of a query and a key in the tiles `[R, n]`."""
+        key = self.held[self.b[rows, None], tiles].flatten(1)[:, None]
+        query, first = self.at[rows, :, None], self.start[rows, :, None]
+        kept = (key >= 0) & (key <= query)
+        kept &= (key < self.sink[rows, None, None]) | (key >= first)
+        if self.lists.grid.window is not None:
+            kept &= query - key < self.lists.grid.window
+        return kept
+
+    def add_columns(self, state: _Softmax, rows: Tensor) -> None:
+        """Gathered single keys, tiled over both columns and rows."""
+        lists, b, h, i = self.lists, self.b[rows], self.h[rows], self.i[rows]
+        columns, covered = (
+            t.expand(len(lists.grid.q_len), *t.shape[1:]) for t in (lists.columns, lists.covered)
+        )
+        k, v, at = self.k, self.v, self.at[rows]
+        total = int((columns[b, h] <= at.max()).sum(-1).max())
+        step = max(1, TILE // (len(rows) * max(lists.grid.block, k.shape[-1], v.shape[-1])))
+        for n in range(0, total, step):
+            column = columns[b, h, n : min(n + step, total)]  # [R, m]
+            key, query = column[:, None], at[..., None]
+            kept = (key <= query) & ~covered[b, h, i, n : min(n + step, total)][:, None]
+            if lists.grid.window is not None:
+                kept &= query - key < lists.grid.window
+            column = column.clamp(max=k.shape[2] * self.keys - 1)
+            pick = (b[:, None], self.kv[rows, None], column // self.keys, column % self.keys)
+            state.add(k[pick], v[pick], kept)
 
 
 @without_autocast

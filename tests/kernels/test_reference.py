@@ -333,8 +333,9 @@ MEMORY = """
             lists.pairs(), lists.blocks()
             reference.prefill(q, k, v, lists, kv, scale=scale)
         length = torch.tensor([S])
-        low, high = (getattr(k.unflatten(2, (-1, 64)), f)(3) for f in ("amin", "amax"))
-        pages = Quest().pages(q[:, :, -1:], low, high, length, scale)
+        found = k.unflatten(2, (-1, 64))
+        index = {"low": found.amin(3), "high": found.amax(3)}
+        pages = Quest().pages(q[:, :, -1:], index, length, scale)
         at = length[:, None] - 1
         reference.decode(q[:, :, -1:], k, v, at, None, pages, length=length, scale=scale)
         return peak() - before
