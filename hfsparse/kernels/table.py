@@ -106,7 +106,7 @@ def _by_lists(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if isinstance(reads, Grid):
             heads = q.shape[1]
             kv_heads = torch.arange(heads, device=q.device) // (heads // k.shape[1])
-            reads = reads.banded(FULL, heads)
+            reads = BlockLists.of(reads, heads, band=FULL)
         return run(q, k, v, reads, kv_heads, **more)
 
     return prefill

@@ -8,7 +8,7 @@ import torch
 from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.kernels import Need, reference, table
-from hfsparse.lists import FULL
+from hfsparse.lists import FULL, BlockLists
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors.quest import Quest
 from tests.helpers import batch, close, truth
@@ -55,5 +55,5 @@ def test_a_kernel_of_lists_takes_whole_rows_too(row, monkeypatch):
     kernel = next(each for each in kernels.PREFILL if each.name == row)
     more = {"softcap": 5.0, "s_aux": torch.linspace(-1, 1, it.q.shape[1])}
     found = kernel.run(it.q, it.k, it.v, it.grid, scale=it.scale, **more)
-    kept = it.grid.banded(FULL, it.q.shape[1]).mask()
+    kept = BlockLists.of(it.grid, it.q.shape[1], band=FULL).mask()
     assert close(found, truth(it.q, it.k, it.v, kept, it.scale, **more))
