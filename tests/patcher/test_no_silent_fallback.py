@@ -17,7 +17,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import hfsparse
 from hfsparse import kernels, patcher
 from hfsparse.errors import CacheError, UsageError
-from hfsparse.runtime import attend as attention
 from hfsparse.runtime import masks
 from hfsparse.runtime.call import use_tables
 from tests.patcher.families import left_padded, mixed, tiny
@@ -125,12 +124,13 @@ def test_a_missing_generate_wrapper_is_no_loss(model, sparse):
 
 
 def test_another_attention_function_under_our_name_is_noticed(model, sparse):
+    own = AttentionInterface()[masks.NAME]
     AttentionInterface.register(masks.NAME, AttentionInterface()["sdpa"])
     try:
         with pytest.raises(CacheError, match="another attention function reads it"):
             forward(model, IDS)
     finally:
-        AttentionInterface.register(masks.NAME, attention.attend)
+        AttentionInterface.register(masks.NAME, own)
 
 
 def test_an_ignored_padding_mask_is_noticed(model, sparse):
