@@ -347,7 +347,7 @@ def select(quest, q: Tensor, low: Tensor, high: Tensor, *args, **more):
 
 def last_choice(quest, q: Tensor, low: Tensor, high: Tensor, held: Tensor, scale) -> Callable:
     """A choice of pages by a selector with `refresh`, which was made and is young."""
-    width = quest.width(low.shape[2], q.shape[2])
+    width = quest.budget.width(low.shape[2], q.shape[2])
     choice = Choice.none(*low.shape[:2], width, q.device)
     call = partial(select, quest, q, low, high, held, scale, choice=choice)
     call()

@@ -42,11 +42,11 @@ class Frozen(recording.Graph):
     def replay(self, given, rows):
         step = Step.single(self.past, self.rows, torch.tensor(rows))
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-        with recording._recording(step, self.serving), self.wrong_page():
-            output = self.call(**recording._without_cache({**self.given, **tensors}))
+        with recording.record_step(step, self.serving), self.wrong_page():
+            output = self.call(**recording.hide_cache({**self.given, **tensors}))
         if self.wrong == "bit":
             output.last_hidden_state[0, 0, 0] *= 1 + torch.finfo(torch.float32).eps
-        return recording._with_cache(output, given)
+        return recording.show_cache(output, given)
 
     @contextmanager
     def wrong_page(self):
@@ -63,14 +63,14 @@ class Frozen(recording.Graph):
 @contextmanager
 def frozen():
     """Steps are recorded and replayed without a GPU."""
-    obstacle = graphs._obstacle
+    obstacle = graphs.find_obstacle
 
     def on_cpu(decoder, kwargs, new):
         return obstacle(decoder, kwargs, SimpleNamespace(is_cuda=True, shape=new.shape))
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(graphs, "Graph", Frozen))
-        stack.enter_context(patch.object(graphs, "_obstacle", on_cpu))
+        stack.enter_context(patch.object(graphs, "find_obstacle", on_cpu))
         for name in ("Stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *a: None))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))

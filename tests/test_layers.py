@@ -21,14 +21,8 @@ SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 # A kernel in two files.
 HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select")}
-# Not yet apart: each goes when its room is done.
-KNOWN_CIRCLES = {
-    ("hfsparse.lists.grid", "hfsparse.lists.blocks"),
-    ("hfsparse.selectors.quest", "hfsparse.selectors"),
-    ("hfsparse.selectors.reuse", "hfsparse.selectors"),
-    ("hfsparse.runtime.cache.layer", "hfsparse.runtime.call"),
-}
-OPEN = {"kernels", "runtime", "profiler", "cli"}  # they share private names inside
+KNOWN_CIRCLES = set()
+OPEN = set()
 
 
 def _modules() -> dict[str, Path]:

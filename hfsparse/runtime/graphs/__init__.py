@@ -31,19 +31,19 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
-from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, _obstacle, _only_moves
-from hfsparse.runtime.graphs.pool import _alone_on
+from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, find_obstacle, only_moves_inputs
+from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.recording import (
     Graph,
-    _apart,
-    _asked,
-    _given,
-    _lies,
-    _live,
-    _restore,
-    _snapshot,
+    complete_inputs,
+    describe_buffers,
+    describe_call,
+    measure_difference,
+    restore_host,
+    run_live,
+    snapshot_host,
 )
-from hfsparse.runtime.graphs.weights import Settings, Weights, _later
+from hfsparse.runtime.graphs.weights import Settings, Weights, ask_later
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.masks import row_starts
 
@@ -89,7 +89,7 @@ class Graphs:
             self.forget(first)
             self.why = f"the last call had {Q} new tokens: a graph takes one"
             return forward(**kwargs)
-        self.why = self.never or self.refused.get(first) or _obstacle(decoder, kwargs, new)
+        self.why = self.never or self.refused.get(first) or find_obstacle(decoder, kwargs, new)
         if self.why is None and not self.lock.acquire(blocking=False):
             self.why = "another thread runs a step of this model"
         if self.why is not None:
@@ -110,8 +110,8 @@ class Graphs:
         if graph is not None and graph.stale():
             self.forget(first)
             graph = None
-        given = _given(kwargs, first, type(decoder))
-        asked, rows = _asked(given), [n + 1 for n in first.rows]
+        given = complete_inputs(kwargs, first, type(decoder))
+        asked, rows = describe_call(given), [n + 1 for n in first.rows]
         if graph is not None and min(rows) > 1 and graph.fits(asked, rows):
             if mask is None:
                 first.lengths(None, 1)
@@ -125,7 +125,7 @@ class Graphs:
             for store in layer.stores:
                 store.room(past, rows)
             layer.places()  # written now: a recorded step can't
-        key = (asked, *_lies(layers, rows))
+        key = (asked, *describe_buffers(layers, rows))
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
             self.forget(first)
@@ -152,7 +152,7 @@ class Graphs:
             if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if self.fuse else NoWait():
-                    output = _live(call, given, past, rows, serving)
+                    output = run_live(call, given, past, rows, serving)
                 self._passed(layers, rows)
                 return output
             graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
@@ -198,18 +198,18 @@ class Graphs:
         Equal bits are asked for, since no bound of a dtype's rounding would show one wrong page of
         many; where the model itself says something else each time, as near as it is to itself.
         """
-        before = _snapshot(layers)
+        before = snapshot_host(layers)
         read = [(t, t.clone()) for plan in self.layers for t in plan.counts.read.values()]
 
         def run() -> Any:
             if not self.fuse:
                 return forward(**kwargs)
-            output = _live(self._fused(decoder), given, past, rows, self._serving(layers))
+            output = run_live(self._fused(decoder), given, past, rows, self._serving(layers))
             self._passed(layers, rows)
             return output
 
         def take_back() -> None:
-            _restore(layers, before)
+            restore_host(layers, before)
             for held, was in read:
                 held.copy_(was)
             self.count(rows, -1)
@@ -221,16 +221,16 @@ class Graphs:
             return found
         take_back()
         again = run()  # the replay may have stored other keys
-        if _apart(found[0], again[0]) > NOISE * _apart(wanted[0], again[0]):
+        if measure_difference(found[0], again[0]) > NOISE * measure_difference(wanted[0], again[0]):
             self.never = self.why = "replayed, this model gives something else than eagerly"
             self.kept.clear()
         return again
 
     def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
-        first, starts = layers[0], _later(mask)
+        first, starts = layers[0], ask_later(mask)
         current = torch.cuda.current_stream(graph.device)
-        with _alone_on(graph.devices) as places:
+        with lock_devices(graph.devices) as places:
             for place in places:
                 if place.last is not None and place.last != current:
                     current.wait_stream(place.last)
@@ -275,7 +275,7 @@ class Graphs:
             # transformers' own, which collect outputs, stay where they were once asked for
             if name and not all(h.__module__.startswith(OWN_HOOKS) for h in hooks):
                 return f"a hook on {name}"
-            if name and "forward" in module.__dict__ and not _only_moves(module):
+            if name and "forward" in module.__dict__ and not only_moves_inputs(module):
                 return f"another forward on {name}"
         store = first.stores[0]
         need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 OWN_HOOKS = ("transformers.", "hfsparse.patcher")  # of modules whose steps can be recorded
 
 
-def _only_moves(module: nn.Module) -> bool:
+def only_moves_inputs(module: nn.Module) -> bool:
     """Whether its forward is accelerate's, which brings inputs to the device of the weights."""
     hook = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
@@ -52,7 +52,7 @@ class Through(Cache):
         return 1, 0
 
 
-def _obstacle(decoder, kwargs, new: Tensor) -> str | None:
+def find_obstacle(decoder, kwargs, new: Tensor) -> str | None:
     """Why this step can't be a graph: what may differ from step to step."""
     mask = kwargs.get("attention_mask")
     if not new.is_cuda:

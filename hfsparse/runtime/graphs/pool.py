@@ -43,16 +43,16 @@ class Place:
 _places: dict[torch.device, Place] = {}
 
 
-def _place(device: torch.device) -> Place:
+def find_place(device: torch.device) -> Place:
     if device not in _places:
         _places.setdefault(device, Place(device))
     return _places[device]
 
 
 @contextlib.contextmanager
-def _alone_on(devices: Sequence[torch.device]):
+def lock_devices(devices: Sequence[torch.device]):
     """The places of some devices, where no other graph is recorded or launched meanwhile."""
-    places = [_place(device) for device in devices]
+    places = [find_place(device) for device in devices]
     with contextlib.ExitStack() as stack:
         for place in sorted(places, key=lambda place: str(place.device)):
             stack.enter_context(place.lock)
@@ -60,11 +60,11 @@ def _alone_on(devices: Sequence[torch.device]):
 
 
 @contextlib.contextmanager
-def _aside(device: torch.device):
+def join_recording(device: torch.device):
     """A stream of a device, as its current one, that joins another's recording.
 
     What is allocated there meanwhile lies in the pool of such recordings.
     """
-    place = _place(device)
+    place = find_place(device)
     with torch.cuda.stream(place.stream), torch.cuda.use_mem_pool(place.pool, device):
         yield

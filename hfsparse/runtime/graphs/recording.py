@@ -17,7 +17,7 @@ from hfsparse.runtime.cache.layer import Layer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step, chooses, decode
 from hfsparse.runtime.graphs.obstacles import Through
-from hfsparse.runtime.graphs.pool import _alone_on, _aside, _place
+from hfsparse.runtime.graphs.pool import find_place, join_recording, lock_devices
 from hfsparse.runtime.graphs.weights import Settings
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 from hfsparse.runtime.rows import device_guard
@@ -40,25 +40,25 @@ class Graph:
         self.devices = self.device, *self.others
         self.length = torch.tensor(rows, device=self.device)
         self.parts: list[torch.cuda.CUDAGraph] = []
-        stream, current = _place(self.device).stream, torch.cuda.current_stream(self.device)
+        stream, current = find_place(self.device).stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         self._gather(stream)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_alone_on(self.devices))
-            self.pool = _place(self.device).held.pool()
+            stack.enter_context(lock_devices(self.devices))
+            self.pool = find_place(self.device).held.pool()
             for device in self.others:
-                stack.enter_context(_aside(device))
+                stack.enter_context(join_recording(device))
             stack.enter_context(torch.cuda.stream(stream))
             self._begin(stream)
             try:
                 step = Step.single(past, rows, self.length)
-                stack.enter_context(_recording(step, serving, partial(self._cut, stream, serving)))
-                output = call(**_without_cache({**given, **self.inputs}))
+                stack.enter_context(record_step(step, serving, partial(self._cut, stream, serving)))
+                output = call(**hide_cache({**given, **self.inputs}))
                 self._gather(stream)
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     self.parts[-1].capture_end()
-                del _place(self.device).held  # torch may go on counting its pool as recorded to
+                del find_place(self.device).held  # torch may go on counting its pool as recorded to
                 raise
             self.parts[-1].capture_end()
         current.wait_stream(stream)
@@ -130,19 +130,19 @@ class Graph:
         self.launch()
         self._scatter(stream)
         made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.outputs.items()}
-        return _with_cache(self.kind(**made), given)
+        return show_cache(self.kind(**made), given)
 
 
-def _live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
+def run_live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
     """A step as one would record it, run at once."""
     device = next(x.device for x in given.values() if isinstance(x, Tensor))
     step = Step.single(past, rows, torch.tensor(rows, device=device))
-    with _recording(step, serving):
-        return _with_cache(call(**_without_cache(given)), given)
+    with record_step(step, serving):
+        return show_cache(call(**hide_cache(given)), given)
 
 
 @contextlib.contextmanager
-def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
+def record_step(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
     """The call that runs as a recorded step; `cut` is told before each layer's attention."""
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> Tensor:
@@ -162,11 +162,11 @@ def _recording(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None
         call.recorded = None
 
 
-def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
+def hide_cache(given: dict[str, Any]) -> dict[str, Any]:
     return {name: Through() if isinstance(x, Cache) else x for name, x in given.items()}
 
 
-def _with_cache(output: Any, given: dict[str, Any]) -> Any:
+def show_cache(output: Any, given: dict[str, Any]) -> Any:
     cache = next(x for x in given.values() if isinstance(x, Cache))
     for name, value in output.items():
         if isinstance(value, Through):
@@ -174,7 +174,7 @@ def _with_cache(output: Any, given: dict[str, Any]) -> Any:
     return output
 
 
-def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
+def complete_inputs(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
     for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
@@ -183,7 +183,7 @@ def _given(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
     return given
 
 
-def _asked(given: dict[str, Any]) -> tuple:
+def describe_call(given: dict[str, Any]) -> tuple:
     """What a call asks for: all of its arguments but tensors' contents."""
     return torch.is_inference_mode_enabled(), *(
         (name, x.shape, x.dtype)
@@ -193,18 +193,18 @@ def _asked(given: dict[str, Any]) -> tuple:
     )
 
 
-def _lies(layers: list[Layer], rows: list[int]) -> tuple[tuple, tuple]:
+def describe_buffers(layers: list[Layer], rows: list[int]) -> tuple[tuple, tuple]:
     """What else is frozen in a graph: which selectors choose, and where keys lie."""
     stores = [store for layer in layers for store in layer.stores]
     places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
     return tuple(chooses(store, rows) for store in stores), places
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def measure_difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm())
 
 
-def _snapshot(layers: list[Layer]) -> list[tuple]:
+def snapshot_host(layers: list[Layer]) -> list[tuple]:
     """The host's side of a cache."""
     return [
         (layer.rows, layer.seen, layer.stored, [s.snapshot() for s in layer.stores])
@@ -212,7 +212,7 @@ def _snapshot(layers: list[Layer]) -> list[tuple]:
     ]
 
 
-def _restore(layers: list[Layer], before: list[tuple]) -> None:
+def restore_host(layers: list[Layer], before: list[tuple]) -> None:
     for layer, (rows, seen, stored, stores) in zip(layers, before, strict=True):
         layer.rows, layer.seen, layer.stored = rows, seen, stored
         for store, held in zip(layer.stores, stores, strict=True):

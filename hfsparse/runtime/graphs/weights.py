@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hfsparse.runtime.graphs.pool import _place
+from hfsparse.runtime.graphs.pool import find_place
 from hfsparse.runtime.masks import row_starts
 
 
@@ -53,11 +53,11 @@ def _pointers(t: Tensor) -> list[int]:
     return [at for name in inner for at in _pointers(getattr(t, name))]
 
 
-def _later(mask: Tensor | None) -> Callable[[], list[int] | None]:
+def ask_later(mask: Tensor | None) -> Callable[[], list[int] | None]:
     """`row_starts` of a mask as it is now, to be asked later: it waits for nothing told since."""
     if mask is None or not mask.is_cuda:
         return partial(row_starts, mask)
-    stream = _place(mask.device).aside
+    stream = find_place(mask.device).aside
     ready = torch.cuda.current_stream(mask.device).record_event()
 
     def ask() -> list[int] | None:
