@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import CacheError, PatchError
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 
 VIRTUAL = (
     "Prefix tuning (peft) brings virtual tokens in a cache of its own, which hfsparse can't "
@@ -29,7 +29,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
         raise CacheError(
             f"got a {type(cache).__name__} as cache: give a transformers Cache, or none"
         )
-    if ours := [layer for layer in cache.layers if isinstance(layer, Layer)]:
+    if ours := [layer for layer in cache.layers if isinstance(layer, CacheLayer)]:
         _check_whole(ours)
         for layer in ours if expected else ():
             layer.expected = expected
@@ -46,7 +46,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
     cache.layer_class_to_replicate = None
 
 
-def _check_whole(ours: list[Layer]) -> None:
+def _check_whole(ours: list[CacheLayer]) -> None:
     """CacheError for a cache whose layers have not all stored the same tokens."""
     if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
         raise CacheError(
@@ -73,7 +73,7 @@ def _check_empty(cache: Cache) -> None:
 def adopt_own(decoder: Any, given: tuple) -> None:
     """Make ours a cache that the decoder has made itself, found among what it gives attention."""
     cache = next((x for x in given if isinstance(x, Cache)), None)
-    if cache is None or any(isinstance(layer, Layer) for layer in cache.layers):
+    if cache is None or any(isinstance(layer, CacheLayer) for layer in cache.layers):
         return
     if len(cache.layers) > len(decoder._hfsparse.plan.layers):
         raise PatchError(

@@ -21,10 +21,9 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.fingerprint import linear_layers, windows
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import Layer as Words
-from hfsparse.plan import ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.stats import LayerStats, Stats, Work
 
@@ -74,9 +73,9 @@ def one_head(
     selector that reads a table it is the first head of the first layer, of `head_dim`.
     """
     decode = "full" if pattern is None else "it"
-    words = Words(("full",), ("full",), (decode,))
+    words = Layer(("full",), ("full",), (decode,))
     if isinstance(pattern, Streaming):
-        words = Words(("it",), ("it",), ("ring",))
+        words = Layer(("it",), ("it",), ("ring",))
     this = ModelId("one", 1, 1, 1, head_dim, "head")
     plan = Plan(this, {"it": pattern}, (words,), data=data or {})
     stats = Stats([_measure(*each, tokens) for each in _fill(plan, [0], [None], tokens)])
@@ -85,7 +84,7 @@ def one_head(
 
 def fill_caches(
     config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4
-) -> Iterator[tuple[LayerPlan, Layer]]:
+) -> Iterator[tuple[LayerPlan, CacheLayer]]:
     """Each layer that has attention, and its cache after prompts of `tokens`, without data.
 
     Keys and values take `itemsize` bytes a number, and two where weights are smaller.
@@ -101,7 +100,7 @@ def _fill(
     tokens: int,
     batch: int = 1,
     itemsize: int = 4,
-) -> Iterator[tuple[LayerPlan, Layer]]:
+) -> Iterator[tuple[LayerPlan, CacheLayer]]:
     shape = batch, plan.model.kv_heads, tokens, plan.model.head_dim
     seen = torch.empty(shape, dtype=WIDE.get(itemsize, torch.bfloat16), device="meta")
     for own in resolve_layers(plan, indices, windows, plan.below):
@@ -114,7 +113,7 @@ def _fill(
         yield own, layer
 
 
-def _measure(own: LayerPlan, layer: Layer, tokens: int, **works: Work) -> LayerStats:
+def _measure(own: LayerPlan, layer: CacheLayer, tokens: int, **works: Work) -> LayerStats:
     own.steps[tokens, 1] = 1
     held = layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}

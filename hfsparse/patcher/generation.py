@@ -11,7 +11,7 @@ from hfsparse.models.fingerprint import LINEAR, attention_values
 from hfsparse.models.names import find_cache
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK
 
 # `generate` reads prompts of more than LONG tokens in chunks of CHUNK, unless it is given a size of
@@ -93,7 +93,7 @@ def _candidate_generator(self, *args, **kwargs):
 def _keep(cache: Any, tokens: int) -> None:
     """Have a cache keep so many tokens beyond its windows."""
     for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, Layer):
+        if isinstance(layer, CacheLayer):
             layer.keep(tokens)
 
 

@@ -17,7 +17,7 @@ from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import Held, Layer
+from hfsparse.runtime.cache.layer import CacheLayer, Held
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
 
@@ -107,7 +107,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     cache = next((x for x in (find_cache(kwargs), *returned) if isinstance(x, Cache)), None)
     if cache is None:
         return
-    layers = [layer for layer in cache.layers if isinstance(layer, Layer)]
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayer)]
     if len(layers) < len(state.layers) or not all(layer.is_initialized for layer in layers):
         return  # the first layers drafted, or gradient checkpointing dropped the cache
     state.seen = layers[0].seen

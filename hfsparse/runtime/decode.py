@@ -12,7 +12,7 @@ from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.runtime.cache.full import Full
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 from hfsparse.runtime.rows import Lengths
@@ -21,7 +21,7 @@ from hfsparse.runtime.rows import Lengths
 STEP = 16
 
 
-def is_step(layer: Layer, Q: int, seen: int) -> bool:
+def is_step(layer: CacheLayer, Q: int, seen: int) -> bool:
     """Whether Q new tokens, the last of `seen`, are decode: few, and behind the prompt."""
     return Q <= STEP and seen > max(Q, layer.expected)
 
@@ -66,7 +66,7 @@ def make_step(lengths: Lengths, whole: bool) -> Step:
 def decode(
     tables: Tables,
     layer_plan: LayerPlan,
-    layer: Layer,
+    layer: CacheLayer,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import Call
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 from hfsparse.runtime.masks import shift_rows
@@ -22,7 +22,7 @@ class LayerCall:
         self,
         call: Call,
         layer_plan: LayerPlan,
-        layer: Layer | None,
+        layer: CacheLayer | None,
         mask: Tensor | None,
         q: Tensor,
         k: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hfsparse.lists import FAR, FULL, HeadIndex
 from hfsparse.plan import Below
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.routes import Cases
 from hfsparse.stats import Work
@@ -56,10 +56,10 @@ class LayerPlan:
     at: HeadIndex
     mode: Mode
 
-    def new_cache(self, reserve: int = 0, expected: int = 0) -> Layer:
+    def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at
-        return Layer(self.owner, self.groups, below, *more)
+        return CacheLayer(self.owner, self.groups, below, *more)
 
     def reads(self) -> Work:
         """Keys that decode steps read, by kv head; nan where only a run tells them, and none was.

@@ -12,7 +12,7 @@ from hfsparse import kernels
 from hfsparse.lists import PAGE, Band, HeadIndex, PageLists
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.decode import Step, decode
 from hfsparse.runtime.layer_plan import Logits
@@ -50,9 +50,9 @@ def run():
         yield lambda *args, **more: run(f"{__name__}.both_ways", *args, **more)
 
 
-def layer_of(groups, past, k, v, below) -> Layer:
+def layer_of(groups, past, k, v, below) -> CacheLayer:
     """A layer's cache of rows of `past` tokens; NaN wherever it holds nothing."""
-    layer = Layer("plan", groups, below[0], read_below=below[1])
+    layer = CacheLayer("plan", groups, below[0], read_below=below[1])
     layer.lazy_initialization(k, v)
     for store in layer.stores:
         at = list(store.group.heads)
@@ -118,7 +118,7 @@ def summaries(store) -> tuple[torch.Tensor, ...]:
     return tuple(store.index.values()) if isinstance(store, Full) else ()
 
 
-def held(layer: Layer, plan, rows: list[int]) -> list[torch.Tensor]:
+def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
     """What the stores hold of each row, and how many keys were counted."""
     found = []
     for store in sorted(layer.stores, key=lambda store: store.group.heads):

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantoQuantizedLayer
 
 import hfsparse
 from hfsparse.errors import CacheError, PatchError
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from tests.patcher.families import choosing, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, forward, generate, same_generation
@@ -240,7 +240,7 @@ def test_the_users_own_empty_cache_is_filled():
             want = generate(model, ids)
             out = generate(model, ids, cache=empty)
             assert out.past_key_values is empty
-            assert all(isinstance(layer, Layer) for layer in empty.layers)
+            assert all(isinstance(layer, CacheLayer) for layer in empty.layers)
             assert empty.get_seq_length() == 60 + 11
             same_generation(out, want)
 
@@ -250,7 +250,7 @@ def test_a_cache_given_by_position_is_filled_too():
     with hfsparse.patch(model, streaming(model)):
         cache = DynamicCache()
         model.model(tokens(1, 30), None, None, cache)
-        assert all(isinstance(layer, Layer) for layer in cache.layers)
+        assert all(isinstance(layer, CacheLayer) for layer in cache.layers)
         assert cache.get_seq_length() == 30
 
 
@@ -265,7 +265,7 @@ def test_static_caches_hold_our_layers():
         same_generation(got, want)
         own = StaticCache(config=model.config, max_cache_len=300)
         same_generation(generate(model, ids, mask, cache=own), want)
-        assert all(isinstance(layer, Layer) for layer in own.layers)
+        assert all(isinstance(layer, CacheLayer) for layer in own.layers)
 
 
 def test_a_copied_cache_serves_as_a_prefix_many_times():

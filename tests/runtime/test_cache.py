@@ -11,11 +11,10 @@ import hfsparse
 from hfsparse.errors import CacheError
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import Layer as Words
-from hfsparse.plan import ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
@@ -32,11 +31,11 @@ GROUPS = (
 HEADS, DIM = 5, 3
 
 
-def layer(below: int = 0, reserve: int = 0, groups=GROUPS) -> Layer:
-    return Layer("plan", groups, below, reserve)
+def layer(below: int = 0, reserve: int = 0, groups=GROUPS) -> CacheLayer:
+    return CacheLayer("plan", groups, below, reserve)
 
 
-def append(to: Layer, k, v, starts=None, check: bool = True) -> None:
+def append(to: CacheLayer, k, v, starts=None, check: bool = True) -> None:
     """As the attention function does it, columns in: row-relative, then into every store."""
     enter("plan")
     to.update(k, v)
@@ -96,7 +95,7 @@ def check_chunk(ring: Ring, k, v, past, new) -> None:
             assert sorted(at[at >= 0].tolist()) == list(range(total[b]))
 
 
-def filled(tokens: int, by: int = 0, below: int = 0, groups=GROUPS, pads=None) -> Layer:
+def filled(tokens: int, by: int = 0, below: int = 0, groups=GROUPS, pads=None) -> CacheLayer:
     """A cache that has seen so many columns, all at once or `by` at a time; keys are positions."""
     it = layer(below, groups=groups)
     heads = sum(len(group.heads) for group in groups)
@@ -301,7 +300,7 @@ def test_half_the_heads_streaming_hold_little_more_than_half(first, reserve, sha
 
 def test_stats_of_a_patched_model_agree_with_its_tensors():
     model = llama(window=8192)
-    words = Words(("stream", "stream", "full", "full"), ("stream", "full"), ("ring", "quest"))
+    words = Layer(("stream", "stream", "full", "full"), ("stream", "full"), ("ring", "quest"))
     patterns = {"stream": Streaming(64, 256), "quest": Quest()}
     plan = Plan(ModelId.of(model), patterns, (words, words))
     ids = torch.arange(4096)[None] % 400

@@ -14,7 +14,7 @@ from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
@@ -66,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
         seed=st.integers(0, 1000),
     )
     def start(self, groups, below, reserve, expected, pads, seed):
-        self.layer = Layer("plan", groups, below, reserve, expected)
+        self.layer = CacheLayer("plan", groups, below, reserve, expected)
         self.random = torch.Generator().manual_seed(seed)
         self.made = torch.zeros(0, 2, HEADS, DIM)
         self.starts = [n - min(pads) for n in pads]  # each row's first real column

@@ -14,7 +14,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
 
 
-def _alike(past: list[int], new: list[int]):
+def runs_of_rows(past: list[int], new: list[int]):
     """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
     if len(set(past)) == len(set(new)) == 1:
         yield slice(None), past[0], new[0]
@@ -23,7 +23,7 @@ def _alike(past: list[int], new: list[int]):
         yield slice(b, b + 1), p, n
 
 
-def _longer(t: Tensor, size: int) -> Tensor:
+def lengthen(t: Tensor, size: int) -> Tensor:
     """t `[B, H, n, ...]` copied into a buffer of `size` slots."""
     out = new_buffer(t, *t.shape[:2], size, *t.shape[3:])
     if t.shape[2]:

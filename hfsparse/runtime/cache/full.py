@@ -8,7 +8,7 @@ from torch import Tensor
 from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import _alike, _longer
+from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 
 
@@ -76,7 +76,7 @@ class Full:
     def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
         """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`."""
         self.room(past, [p + n for p, n in zip(past, new, strict=True)])
-        for rows, p, n in _alike(past, new):
+        for rows, p, n in runs_of_rows(past, new):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
             if self.index and n:
@@ -110,8 +110,8 @@ class Full:
 
     def _grow(self, tokens: int) -> None:
         capacity = -(-tokens // PAGE) * PAGE
-        self.k, self.v = _longer(self.k, capacity), _longer(self.v, capacity)
-        self.index = {name: _longer(t, capacity // PAGE) for name, t in self.index.items()}
+        self.k, self.v = lengthen(self.k, capacity), lengthen(self.v, capacity)
+        self.index = {name: lengthen(t, capacity // PAGE) for name, t in self.index.items()}
         if self.choice is not None:
             width = self.group.selector.budget.width(capacity // PAGE, PAGE)
             self.choice = self.choice.longer(width)

@@ -1,8 +1,8 @@
 """The KV cache of a patched model: per-layer stores that keep whole rows or only sink + recent.
 
-`Layer` is what transformers sees in `cache.layers`; `update` hands the new keys straight through
-and the attention function appends and reads the stores. Rows are stored row-relative, so left
-padding takes no room, and a row's history never depends on its neighbours.
+`CacheLayer` is what transformers sees in `cache.layers`; `update` hands the new keys straight
+through and the attention function appends and reads the stores. Rows are stored row-relative, so
+left padding takes no room, and a row's history never depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Held:
         return found
 
 
-class Layer(CacheLayerMixin):
+class CacheLayer(CacheLayerMixin):
     """One decoder layer's cache: a store a group of kv heads, and how long each row is."""
 
     is_sliding = False  # also for rings: mask code takes a True as the model's own window

@@ -13,7 +13,7 @@ from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import _alike
+from hfsparse.runtime.cache.buffers import runs_of_rows
 from hfsparse.runtime.cache.group import Group
 
 SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can be taken back
@@ -105,7 +105,7 @@ class Ring:
         """As `Full.append`; of more tokens than fit, the newest."""
         self.room(past, [p + n for p, n in zip(past, new, strict=True)])
         sink = self.band.sink
-        for rows, p, n in _alike(past, new):
+        for rows, p, n in runs_of_rows(past, new):
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
             kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])

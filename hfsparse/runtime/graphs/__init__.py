@@ -28,7 +28,7 @@ from torch.nn.modules import module as torch_module
 from hfsparse import kernels
 from hfsparse.lists import PAGE
 from hfsparse.models.names import new_tokens
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, find_obstacle, only_moves_inputs
@@ -58,15 +58,23 @@ class Graphs:
 
     def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
         self.layers, self.linear, self.fuse = layers, linear, fuse
-        self.kept: WeakKeyDictionary[Layer, Graph] = WeakKeyDictionary()  # by a cache's first layer
+        self.kept: WeakKeyDictionary[CacheLayer, Graph] = (
+            WeakKeyDictionary()
+        )  # by a cache's first layer
         # Steps of a cache without a graph, and which of its stores chose in the last.
-        self.warm: WeakKeyDictionary[Layer, tuple[int, tuple]] = WeakKeyDictionary()
-        self.moves: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()  # graphs of few replays
-        self.refused: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()  # why a cache has none
+        self.warm: WeakKeyDictionary[CacheLayer, tuple[int, tuple]] = WeakKeyDictionary()
+        self.moves: WeakKeyDictionary[CacheLayer, int] = (
+            WeakKeyDictionary()
+        )  # graphs of few replays
+        self.refused: WeakKeyDictionary[CacheLayer, str] = (
+            WeakKeyDictionary()
+        )  # why a cache has none
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
         self.loose: str | None = None  # why nothing is fused, though it was asked for
-        self.held: Callable[[], Layer | None] = lambda: None  # the cache that `stats` looked at
+        self.held: Callable[[], CacheLayer | None] = lambda: (
+            None
+        )  # the cache that `stats` looked at
         self.lock = threading.Lock()
         self.compiled = None
 
@@ -80,7 +88,7 @@ class Graphs:
 
     def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
         """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
-        layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, Layer)]
+        layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
         new = new_tokens(kwargs)
         if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
@@ -99,7 +107,7 @@ class Graphs:
         finally:
             self.lock.release()
 
-    def forget(self, first: Layer) -> None:
+    def forget(self, first: CacheLayer) -> None:
         """Begin anew with a cache: weights, adapters or hooks may have changed."""
         for table in (self.kept, self.warm, self.refused):
             table.pop(first, None)
@@ -189,7 +197,7 @@ class Graphs:
 
         return call
 
-    def _serving(self, layers: list[Layer]) -> dict[int, tuple[LayerPlan, Layer]]:
+    def _serving(self, layers: list[CacheLayer]) -> dict[int, tuple[LayerPlan, CacheLayer]]:
         return {plan.index: (plan, layer) for plan, layer in zip(self.layers, layers, strict=True)}
 
     def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
@@ -259,7 +267,7 @@ class Graphs:
         for n in rows:
             self.layers[0].steps[n, 1] += times
 
-    def _lasting(self, decoder, first: Layer) -> str | None:
+    def _lasting(self, decoder, first: CacheLayer) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
         if self.linear:
             return "it has linear layers, whose states are not hfsparse's"

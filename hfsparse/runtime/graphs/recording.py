@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hfsparse.models.names import parameters
-from hfsparse.runtime.cache.layer import Layer
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step, chooses, decode
 from hfsparse.runtime.graphs.obstacles import Through
@@ -85,7 +85,7 @@ class Graph:
         """Whether it would read weights where they were, or numbers as they were."""
         return self.weights.moved() or not self.settings.hold()
 
-    def holds(self, layers: list[Layer], rows: list[int]) -> None:
+    def holds(self, layers: list[CacheLayer], rows: list[int]) -> None:
         """Note up to which lengths of rows the key stays as it is, now that it is right."""
         self.places = [(store, store.k) for layer in layers for store in layer.stores]
         self.least, self.most = min(rows), min(store.until(rows) for store, _ in self.places)
@@ -142,7 +142,7 @@ def run_live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
 
 
 @contextlib.contextmanager
-def record_step(step: Step, serving: dict[int, tuple[LayerPlan, Layer]], cut=None):
+def record_step(step: Step, serving: dict[int, tuple[LayerPlan, CacheLayer]], cut=None):
     """The call that runs as a recorded step; `cut` is told before each layer's attention."""
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> Tensor:
@@ -174,7 +174,7 @@ def show_cache(output: Any, given: dict[str, Any]) -> Any:
     return output
 
 
-def complete_inputs(kwargs: dict, first: Layer, decoder: type) -> dict[str, Any]:
+def complete_inputs(kwargs: dict, first: CacheLayer, decoder: type) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
     for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
@@ -193,7 +193,7 @@ def describe_call(given: dict[str, Any]) -> tuple:
     )
 
 
-def describe_buffers(layers: list[Layer], rows: list[int]) -> tuple[tuple, tuple]:
+def describe_buffers(layers: list[CacheLayer], rows: list[int]) -> tuple[tuple, tuple]:
     """What else is frozen in a graph: which selectors choose, and where keys lie."""
     stores = [store for layer in layers for store in layer.stores]
     places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
@@ -204,7 +204,7 @@ def measure_difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm())
 
 
-def snapshot_host(layers: list[Layer]) -> list[tuple]:
+def snapshot_host(layers: list[CacheLayer]) -> list[tuple]:
     """The host's side of a cache."""
     return [
         (layer.rows, layer.seen, layer.stored, [s.snapshot() for s in layer.stores])
@@ -212,7 +212,7 @@ def snapshot_host(layers: list[Layer]) -> list[tuple]:
     ]
 
 
-def restore_host(layers: list[Layer], before: list[tuple]) -> None:
+def restore_host(layers: list[CacheLayer], before: list[tuple]) -> None:
     for layer, (rows, seen, stored, stores) in zip(layers, before, strict=True):
         layer.rows, layer.seen, layer.stored = rows, seen, stored
         for store, held in zip(layer.stores, stores, strict=True):
