@@ -140,6 +140,22 @@ def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
     assert len(seen) == 3
 
 
+def test_triton_serves_all_six_tables():
+    model = fresh("llama").cuda()
+    with hfsparse.patch(model, mixed(model)) as handle:
+        told = handle.explain().splitlines()
+    assert {
+        "full and ring heads, new tokens: Triton",
+        "selected pages, new tokens: Triton",
+        "vs (vertical_slash), prompt: blocks chosen by Triton",
+        "blocks (block_topk), prompt: blocks chosen by Triton",
+        "s (streaming), prompt: blocks chosen by PyTorch (not Triton: streaming is not fused)",
+        "quest (quest), new tokens: pages chosen by Triton",
+        "new tokens: stored by Triton",
+        "kept pairs, prompt: counted by Triton",
+    } <= {*told}
+
+
 def test_long_prompts_run_in_flash_attn_4_as_they_do_in_triton():
     """bf16 prompts of more than 8,192 tokens: rings, columns and full heads."""
     need = kernels.Need(DEVICE, BF16, 64, 64, lists=True)
