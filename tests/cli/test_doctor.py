@@ -94,10 +94,12 @@ def test_without_torch_or_transformers_it_still_reports(missing, tmp_path):
 
 
 def test_the_environment_is_shown(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels would stay interpreted
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     _, printed = run()
-    assert line("TRITON_INTERPRET", printed).endswith(" 1")
+    assert line("OMP_NUM_THREADS", printed).endswith(" 1")
+    assert line("TRITON_INTERPRET", printed).endswith("not set")
     assert line("CUDA_VISIBLE_DEVICES", printed).endswith("not set")
 
 

@@ -166,7 +166,7 @@ def test_refusals_say_why(monkeypatch):
     good = Need(torch.device("cuda"), BF16, 64, 64, lists=True)
 
     def why(**more) -> str | None:
-        return fa4.why_not(replace(good, **more))
+        return fa4.why_not(good._replace(**more))
 
     assert "needs a Hopper GPU" in why(device=torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

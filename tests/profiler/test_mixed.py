@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hfsparse
+from hfsparse.errors import UsageError
 from hfsparse.patcher.figures import Prompts
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -15,6 +16,7 @@ from hfsparse.profiler.methods import mixed
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
 from tests import tiny
 
@@ -73,3 +75,14 @@ def test_a_word_that_means_two_things_is_renamed_and_each_method_hears_its_own()
     assert heard["one layer"] == Layer(("full", "full", "near", "near"), *[("full",) * 2] * 2)
     assert heard["other layer"] == replace(plan.layers[0], prefill=("near", "near", "full", "full"))
     assert (heard["one"], heard["other"]) == (Budget(0.1, 1, 1), Budget(1, 0.2, 0.3))
+
+
+def test_a_method_that_tells_nothing_of_its_plan_is_refused_in_a_mix():
+    model, settings = tiny.llama(window=1024), Settings(method="duo", prefill_method="moa")
+    job = Job(model, None, {8: []}, Budget(0.1, 0.2, 0.3), Parts(None, ""), silent, settings)
+
+    def tell_nothing(job):
+        return Found(Plan.full(ModelId.of(model)))
+
+    with pytest.raises(UsageError, match="method moa does not tell what a plan computes"):
+        mixed.plan(job, tell_nothing, tell_nothing)

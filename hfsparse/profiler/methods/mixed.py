@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from hfsparse.errors import UsageError
 from hfsparse.patcher.figures import Prompts
 from hfsparse.plan import Layer, Plan
 from hfsparse.profiler.job import Forecast, Found, Job, Method
@@ -23,6 +24,9 @@ def plan(job: Job, prompts: Method, rest: Method) -> Found:
     budget = job.budget
     first = prompts(replace(job, budget=Budget(budget.pairs, 1.0, 1.0)))
     second = rest(replace(job, budget=Budget(1.0, budget.cache, budget.decode)))
+    for found, name in ((first, job.settings.prefill_method), (second, job.settings.method)):
+        if found.expect is None:
+            raise UsageError(f"method {name} does not tell what a plan computes: use it alone")
     one, other = first.plan, second.plan
     names = {word: _name(word, one, other) for word in one.patterns}
     pairs = zip(one.layers, other.layers, strict=True)
