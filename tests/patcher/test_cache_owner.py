@@ -157,6 +157,19 @@ def test_an_attention_interrupted_in_the_last_layer_breaks_its_cache(monkeypatch
         go_on_is_refused(model, cache, CacheError, "this cache is broken")
 
 
+def test_a_crop_does_not_hide_tokens_that_the_last_layer_never_stored(monkeypatch):
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)):
+        cache = filled(model)
+        for store in cache.layers[-1].stores:
+            monkeypatch.setattr(store, "append", stop(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, tokens(1, 20), cache=cache)
+        monkeypatch.undo()
+        cache.crop(-1)
+        go_on_is_refused(model, cache, CacheError, "this cache is broken")
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_forward_leaves_no_owner_behind(error):
     """After undo, in the same thread: nothing may still think that the patch runs."""

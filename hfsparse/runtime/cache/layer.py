@@ -177,7 +177,8 @@ class CacheLayer(CacheLayerMixin):
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(self.rows, rows)
-        self.seen = self.stored = self.seen - drop
+        self.seen -= drop
+        self.stored = min(self.stored, self.seen)  # fewer after a forward that was interrupted
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
         self._forget_choices()
