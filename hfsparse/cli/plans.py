@@ -24,10 +24,14 @@ def new(model: Model, output: Output) -> None:
     if reading.local(output).exists():
         raise UsageError(f"{output} exists: give another name, or remove it")
 
+    from hfsparse.models.loading import skeleton
+    from hfsparse.patcher import patch
     from hfsparse.plan.files import write_whole
     from hfsparse.plan.template import template
 
-    text = template(load_config(model))
+    config = load_config(model)
+    text = template(config)
+    patch(skeleton(config)).undo()  # raises what patch would say of the model
     try:
         write_whole(os.path.realpath(reading.local(output)), text.encode())
     except (OSError, ValueError) as error:

@@ -182,6 +182,18 @@ def test_new_leaves_a_file_that_is_there_and_refuses_what_it_cannot_describe(mod
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("name", ["t5", "mamba", "bert", "deepseek_v3"])
+def test_new_writes_no_plan_for_a_model_that_no_plan_can_patch(name, tmp_path):
+    from tests.support.models import REFUSED, build_refused
+
+    refused = build_refused(name)
+    refused.config.architectures = [type(refused).__name__]
+    refused.config.save_pretrained(tmp_path / "model")
+    said = error("new", tmp_path / "model", "-o", tmp_path / "plan.yaml")
+    assert REFUSED[name].reason in said
+    assert not (tmp_path / "plan.yaml").exists()
+
+
 def test_new_that_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatch):
     def full(*paths):
         raise OSError(28, "No space left on device")
