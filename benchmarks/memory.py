@@ -7,8 +7,8 @@
 CPU). `stock` is the unpatched model, in one piece; the others are patched, prompts above 131,072
 tokens in chunks, as hfsparse reads them by itself: without a plan, with every second kv head full
 and with every fourth, the rest rings of 64 + 256. Beside peak and KV bytes as torch counted them is
-what `hfsparse.memory` predicts. With --out each row is on the disk (FOLDER/memory.jsonl) when its
-arm is done, and the script, started again, goes on with the next one.
+what `hfsparse.patcher.memory` predicts. With --out each row is on the disk (FOLDER/memory.jsonl)
+when its arm is done, and the script, started again, goes on with the next one.
 """
 
 from __future__ import annotations
