@@ -38,3 +38,7 @@ def __getattr__(name: str):
     if name in _HOME:
         return getattr(import_module(f"hfsparse.{_HOME[name]}"), name)
     raise AttributeError(f"module 'hfsparse' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

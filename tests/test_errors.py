@@ -80,7 +80,8 @@ def test_no_builtin_exception_is_raised_that_a_user_could_meet():
 def test_the_base_is_on_the_face_and_needs_no_torch():
     code = (
         "import sys, hfsparse; assert hfsparse.Error.__module__ == 'hfsparse.errors';"
-        "assert 'Error' in hfsparse.__all__; assert 'torch' not in sys.modules"
+        "assert 'Error' in hfsparse.__all__; assert {*hfsparse.__all__} <= {*dir(hfsparse)};"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (PlanError, PlanMismatch) == (errors.PlanError, errors.PlanMismatch)
