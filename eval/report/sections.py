@@ -11,6 +11,7 @@ from hfsparse_eval.report.render import ALONE, Part, Table
 from hfsparse_eval.report.statistics import change
 
 BINS = (0, 16, 64, 256, 1024, 4096)  # positions in the answer, tokens
+LONGEST = 160  # characters of an answer in a table
 
 
 def agreement(dense: Sequence[int], sparse: Sequence[int]) -> list[bool]:
@@ -72,6 +73,6 @@ def list_flipped(outcome: Outcome) -> Part:
     return Table(["id", "dense", "arm's", "dense answer", "arm's answer"], rows)
 
 
-def _short(text: str, most: int = 160) -> str:
+def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]} …"
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
