@@ -79,13 +79,13 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
     config._attn_implementation_internal = "eager"
     twin = decoder(config).eval()
-    for module, plan in zip(attention_modules(twin), plans, strict=True):
-        put_layer_plan(module, plan)
+    for module, layer_plan in zip(attention_modules(twin), plans, strict=True):
+        put_layer_plan(module, layer_plan)
         module.config._attn_implementation_internal = NAME
     cache = DynamicCache(config=config)
     layers = cache.layers or [None] * config.num_hidden_layers
-    for plan in plans:
-        layers[plan.index] = plan.new_cache()
+    for layer_plan in plans:
+        layers[layer_plan.index] = layer_plan.new_cache()
     cache.layers, cache.layer_class_to_replicate = layers, None
     enter(plans[0].owner)
     try:
@@ -93,7 +93,7 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
             twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{cache_name(twin): cache})
     finally:
         leave(plans[0].owner)
-    if any(layers[plan.index].stored < layers[plan.index].seen for plan in plans):
+    if any(layers[layer_plan.index].stored < layers[layer_plan.index].seen for layer_plan in plans):
         raise CacheError("a layer's attention was not called")
 
 
@@ -107,20 +107,23 @@ def look(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Stands for attention: raises Unlike where query and key are not what the config says."""
-    plan = layer_plan_of(module)
+    layer_plan = layer_plan_of(module)
     if attention_mask is not None and attention_mask.ndim != 1:
         raise Unlike(f"it builds attention masks of its own, of {attention_mask.ndim} dimensions")
-    says = plan.counts.q_heads, plan.kv_heads
+    says = layer_plan.counts.q_heads, layer_plan.kv_heads
     if (query.shape[1], key.shape[1]) != says:
         raise Unlike(
-            f"layer {plan.index} attends with {query.shape[1]} q and {key.shape[1]} kv heads, "
-            f"where its config says {says[0]} and {says[1]}"
+            f"layer {layer_plan.index} attends with {query.shape[1]} q and {key.shape[1]} kv "
+            f"heads, where its config says {says[0]} and {says[1]}"
         )
-    if sliding_window != plan.window:
+    if sliding_window != layer_plan.window:
         words = [
-            "all tokens" if n is None else f"a window of {n}" for n in (sliding_window, plan.window)
+            "all tokens" if n is None else f"a window of {n}"
+            for n in (sliding_window, layer_plan.window)
         ]
-        raise Unlike(f"layer {plan.index} attends to {words[0]}, where its config says {words[1]}")
+        raise Unlike(
+            f"layer {layer_plan.index} attends to {words[0]}, where its config says {words[1]}"
+        )
     if (layer := running().take_layer()) is not None:
         layer.stored = layer.seen
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None

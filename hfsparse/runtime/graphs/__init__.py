@@ -198,7 +198,8 @@ class Graphs:
         return call
 
     def _serving(self, layers: list[CacheLayer]) -> dict[int, tuple[LayerPlan, CacheLayer]]:
-        return {plan.index: (plan, layer) for plan, layer in zip(self.layers, layers, strict=True)}
+        pairs = zip(self.layers, layers, strict=True)
+        return {layer_plan.index: (layer_plan, layer) for layer_plan, layer in pairs}
 
     def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
@@ -207,7 +208,8 @@ class Graphs:
         many; where the model itself says something else each time, as near as it is to itself.
         """
         before = snapshot_host(layers)
-        read = [(t, t.clone()) for plan in self.layers for t in plan.counts.read.values()]
+        counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
+        read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
             if not self.fuse:
