@@ -146,7 +146,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def written(plan: Plan, rows: list[Row], device: str) -> Plan:
+def with_measurements(plan: Plan, rows: list[Row], device: str) -> Plan:
     """The plan with these rows, and the prompt length that pays, under `measured`."""
     rounded = [{k: round(x, 4) for k, x in dataclasses.asdict(row).items()} for row in rows]
     entry: dict = {"prefill": rounded}

@@ -54,11 +54,11 @@ def test_a_length_pays_from_where_it_was_always_faster():
 def test_the_written_plan_keeps_its_hash_and_says_from_where_it_pays(model):
     plan = bench.stand_in(model)
     rows = [ROW, replace(ROW, tokens=4096, sparse_s=0.4)]
-    more = Plan.loads(bench.written(plan, rows, "Some GPU").dumps())
+    more = Plan.loads(bench.with_measurements(plan, rows, "Some GPU").dumps())
     assert more.hash() == plan.hash()
     assert more.measured["Some GPU"]["below"] == {"prefill": 4096}
     assert more.measured["Some GPU"]["prefill"][1]["sparse_s"] == 0.4
-    assert "below" not in bench.written(plan, rows[:1], "Some GPU").measured["Some GPU"]
+    assert "below" not in bench.with_measurements(plan, rows[:1], "Some GPU").measured["Some GPU"]
 
 
 def test_the_patch_follows_what_was_measured_on_its_device(model):

@@ -111,7 +111,7 @@ def bench(
     pays = benching.pays_from(rows)
     typer.echo(f"{name}: " + (f"pays from {pays} tokens on" if pays else "never paid here"))
     if write:
-        benching.written(chosen, rows, name).save(plan)
+        benching.with_measurements(chosen, rows, name).save(plan)
         typer.echo(f"wrote it into {plan}, under measured")
 
 
