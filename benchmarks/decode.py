@@ -323,15 +323,17 @@ def layer(length: int, batch: int) -> None:
         timed(f"choice of {share}, read again (refresh)", lambda i, again=again: again[i]())
         timed(f"reading {share}", lambda i, lists=lists: read(paged[i], lists[i]))
 
-    def whole(places, heads: tuple[int, ...]) -> None:
+    def whole(places, heads: slice | Tensor) -> None:
         append(new, new, places, new_tokens)
         low, high = next((x.low, x.high) for x in places.parts if x.low is not None)
-        own = [h * (H // HKV) + n for h in heads for n in range(H // HKV)]
-        some = at_heads(own, q.device)
-        read(places, select(quest, q, low, high, held, scale, some))
+        read(places, select(quest, q, low, high, held, scale, heads))
 
-    timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], every))
-    timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], odd))
+    def q_heads(kv_heads: tuple[int, ...]) -> slice | Tensor:
+        return at_heads([h * (H // HKV) + n for h in kv_heads for n in range(H // HKV)], q.device)
+
+    all_heads, some = q_heads(every), q_heads(odd)
+    timed("quest 6 %: append + choice + reading", lambda i: whole(paged[i], all_heads))
+    timed("half ring, quest 6 %: append + choice + reading", lambda i: whole(half[i], some))
     for name, us in spent.items():
         reading = spent.get(name.split(",")[0].replace("choice of", "reading"), 0)
         share = f"{us / (us + reading):.2f}" if reading and name.startswith("choice") else ""

@@ -22,7 +22,7 @@ from hfsparse_eval.tasks import TASKS
 pytestmark = pytest.mark.slow
 LENGTH, SAMPLES = 2048, 5
 BUDGETS = dict(prefill_density=0.37, cache_share=0.425, decode_share=0.3)
-PROFILE = dict(samples=3, method="minference", verify=False, **BUDGETS)  # half the demo's prompts
+PROFILE = dict(samples=6, method="minference", verify=False, **BUDGETS)  # the demo's
 
 
 @pytest.fixture(scope="module")

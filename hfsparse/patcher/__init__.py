@@ -52,6 +52,8 @@ def patch(
             f"this {type(model).__name__} is patched already: call handle.undo() or "
             "hfsparse.unpatch(model) first"
         )
+    if plan is not None and not isinstance(plan, (Plan, str, os.PathLike)):
+        raise PatchError(f"the plan is a {type(plan).__name__}: give a Plan, its file, or None")
     modules = attention_modules(model)
     if plan is None:
         plan = Plan.full(ModelId.of(model))

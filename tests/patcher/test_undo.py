@@ -120,6 +120,14 @@ def test_a_stale_handle_leaves_a_later_patch_alone():
         later.stats()
 
 
+@pytest.mark.parametrize("plan", [5, {"layers": {}}, b"plan.yaml", True])
+def test_what_is_no_plan_is_refused_in_a_sentence(plan):
+    model = tiny("llama")
+    with pytest.raises(PatchError, match=f"the plan is a {type(plan).__name__}: give a Plan"):
+        hfsparse.patch(model, plan)
+    assert not is_patched(model)
+
+
 def test_patching_twice_raises_and_keeps_the_first_patch():
     model, ids = tiny("llama"), tokens(1, 50)
     with hfsparse.patch(model, streaming(model)):
