@@ -19,7 +19,7 @@ from hfsparse_eval.run.prompter import Prompter
 from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # profiling takes some ten minutes
 LENGTH, SAMPLES = 2048, 5
 BUDGETS = dict(prefill_density=0.37, cache_share=0.425, decode_share=0.3)
 PROFILE = dict(samples=6, method="minference", verify=False, **BUDGETS)  # the demo's
