@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from hfsparse.writing import write_whole
 from hfsparse_eval.report import charts, render
 from hfsparse_eval.report.facts import list_facts
 from hfsparse_eval.report.kinds import KINDS, Kind
@@ -22,7 +23,7 @@ from hfsparse_eval.report.tables import (
     table_of_measures,
 )
 from hfsparse_eval.report.verdict import beyond, verdict
-from hfsparse_eval.run.results import Results, Settings, write_whole
+from hfsparse_eval.run.results import Results, Settings
 
 NOTE = (
     " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
@@ -36,7 +37,7 @@ def save(results: Results) -> list[Path]:
     written = parts(results.lines, results.settings, results.sessions, results.arms)
     paths = results.folder / "report.md", results.folder / "report.html"
     for path, text in zip(paths, (render.markdown(written), render.page(written)), strict=True):
-        write_whole(path, text)
+        write_whole(path, text.encode())
     return [*paths]
 
 

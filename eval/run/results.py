@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hfsparse.errors import UsageError
+from hfsparse.writing import write_whole
 
 # sample, arm, plan hash, model fingerprint, transformers (another version is another run)
 Key = tuple[str, str, "str | None", str, "str | None"]
@@ -57,7 +58,7 @@ class Results:
             self.merge()
             content = {"settings": asdict(settings), "sessions": self.sessions, "arms": self.arms}
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            write_whole(folder / "run.json", text)
+            write_whole(folder / "run.json", text.encode())
         else:
             self._load()
 
@@ -179,9 +180,3 @@ def writable(folder: Path) -> None:
         raise UsageError(f"cannot write to {folder}: it is a file, give a folder") from None
     except OSError as problem:
         raise UsageError(f"cannot write to {folder}: {problem.strerror}") from problem
-
-
-def write_whole(path: Path, text: str) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    draft.replace(path)

@@ -14,6 +14,7 @@ from hfsparse import reading
 from hfsparse.cli.application import Model, PlanFile, check_writable, print_styled
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import DTYPES, load_config
+from hfsparse.writing import write_whole
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")]
 
@@ -26,7 +27,6 @@ def new(model: Model, output: Output) -> None:
 
     from hfsparse.models.loading import skeleton
     from hfsparse.patcher import patch
-    from hfsparse.plan.files import write_whole
     from hfsparse.plan.template import template
 
     config = load_config(model)

@@ -1,4 +1,4 @@
-"""Files of a plan, written whole or not at all: its own text and the tables beside it.
+"""Tables in files beside a plan.
 
 A plan names each table by a file that lies beside it and by what that file holds:
 
@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import PlanError
+from hfsparse.writing import write_whole
 
 FILE = re.compile(r"\w[\w.-]{0,127}\.safetensors", re.ASCII)  # no folders: it lies beside the plan
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -117,17 +117,3 @@ class DataFile:
             self.read([folder])
         except PlanError:
             write_whole(folder / self.file, self.content)
-
-
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file or, on failure, leave what was there untouched (OSError)."""
-    draft = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(draft, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)

@@ -13,10 +13,10 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from hfsparse.plan.colours import FULL, RING, Look, looks, share_kept
-from hfsparse.plan.files import write_whole
 from hfsparse.plan.parts import describe
 from hfsparse.plan.plan import Plan
 from hfsparse.reading import local
+from hfsparse.writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from torch import Tensor
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch
 from hfsparse.models.fingerprint import UNITS, linear_layers, windows
-from hfsparse.plan.files import DataFile, write_whole
+from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
     MAX_BYTES,
     Below,
@@ -36,6 +36,7 @@ from hfsparse.plan.parts import (
 from hfsparse.plan.reader import read
 from hfsparse.plan.rules import rules
 from hfsparse.plan.writer import write
+from hfsparse.writing import write_whole
 
 NONE = "none"  # `made.verified.told` begins with it where verification could say nothing
 
