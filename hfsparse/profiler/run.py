@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import UsageError
 from hfsparse.models.fingerprint import linear_layers, windows
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
+from hfsparse.patcher import supported
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.headmap import write_png
 from hfsparse.profiler.job import Found, Job
@@ -27,6 +28,7 @@ from hfsparse.progress import Clock
 
 def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     """The plan that the settings ask for, saved to `settings.out` if given."""
+    supported.check_model(model)  # what no plan can be measured on, since none can be patched in
     lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
     check_model(model, lengths, settings.beyond_window)
     start = time.time()

@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
 
 import hfsparse
-from hfsparse.errors import UsageError
+from hfsparse.errors import PatchError, UsageError
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import capture
@@ -41,6 +41,12 @@ def test_a_plan_meets_its_budgets_and_says_what_it_expects(model, plan):
     assert 0.3 < expected["recall"] < 1
     assert plan.made["method"] == "balanced"
     assert plan.made["samples"] == 2
+
+
+@pytest.mark.parametrize("given", ["HuggingFaceTB/SmolLM2-135M", None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused_in_a_sentence(given):
+    with pytest.raises(PatchError, match=f"got {type(given).__name__}: give a transformers model"):
+        hfsparse.profile(given, tiny.tokenizer())
 
 
 def test_prompts_too_short_for_a_choice_of_pages_make_a_plan(model):
