@@ -37,6 +37,7 @@ from hfsparse import kernels
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import state_of
@@ -83,14 +84,14 @@ def filled(model, kind: str, batch: int, length: int, room: int):
         return cache
     cache = DynamicCache()
     adopt(cache, model.get_decoder(), reserve=length + room)
-    past, new = [0] * batch, [length] * batch
+    lengths = Lengths.of(None, 0, length, batch)
     for layer in cache.layers:
         k, v = keys(model, batch, length), keys(model, batch, length)
         layer.lazy_initialization(k, v)
         for store in layer.stores:
             at = list(store.group.heads)
-            store.append(k[:, at], v[:, at], past, new)
-        layer.rows, layer.seen, layer.stored = new, length, length
+            store.append(k[:, at], v[:, at], lengths)
+        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
     return cache
 
 
@@ -291,7 +292,7 @@ def layer(length: int, batch: int) -> None:
         half.append(Table().places([rings, Place(odd, k, v, listed=True, low=low, high=high)]))
     q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
     held = torch.full((batch,), length, device="cuda")
-    new_tokens = NewTokens([length - 1] * batch, [length] * batch, held, held[:, None] - 1)
+    new_tokens = NewTokens(Lengths.of(None, length - 1, 1, batch), held, held[:, None] - 1)
     need = kernels.Need.of(q, *made[0], block=PAGE, lists=True)
     decode = kernels.pick(kernels.DECODE, need).run
     append = kernels.pick(kernels.APPEND, need).run

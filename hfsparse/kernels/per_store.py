@@ -18,10 +18,9 @@ from hfsparse.lists.places import Place, Places
 
 def append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     """Each store takes the tokens of its own heads."""
-    count = [n - p for p, n in zip(new.past, new.rows, strict=True)]
     for part in into.parts:
         at = into.at(part.heads, k.device)
-        part.append(k[:, at], v[:, at], new.past, count)
+        part.append(k[:, at], v[:, at], new.lengths)
 
 
 def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = None) -> Callable:
@@ -47,7 +46,7 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
             more = {"scale": scale}
             if not plain:
                 more |= {"softcap": softcap, "s_aux": None if s_aux is None else s_aux[own]}
-            for short, _, rows in group_rows([n < part.below for n in new.rows], q.device):
+            for short, _, rows in group_rows([n < part.below for n in new.lengths.rows], q.device):
                 listed = None if short else lists
                 easy = plain and listed is None and (short or not part.size)
                 run = whole if easy and whole is not None else one

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from hfsparse.lists import Band
+from hfsparse.lists.lengths import Lengths
 
 
 def positions(key_pos: Tensor | None, length: Tensor, slots: int) -> Tensor:
@@ -37,14 +36,13 @@ class NewTokens:
 
     def __init__(
         self,
-        past: Sequence[int],
-        rows: Sequence[int],
+        lengths: Lengths,
         length: Tensor,
         query_pos: Tensor,
         longest: int | None = None,
     ):
-        self.past, self.rows = past, rows  # tokens in each row before and after, on the host
-        self.length = length  # [B] as rows
+        self.lengths = lengths  # on the host
+        self.length = length  # [B] tokens in each row, the new ones included
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
         self.longest = longest  # keys to look at; None: all that there is room for
         self._rings: dict[tuple[int, int], Tensor] = {}

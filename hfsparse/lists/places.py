@@ -44,7 +44,7 @@ class Place(NamedTuple):
     high: Tensor | None = None
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
     follow: Callable[[Tensor], None] | None = None
-    append: Callable[..., None] | None = None  # (k, v, past, new): stores new tokens in PyTorch
+    append: Callable[..., None] | None = None  # (k, v, lengths): stores new tokens in PyTorch
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

@@ -11,11 +11,11 @@ from hfsparse.kernels import Need, Tables, pick
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
-from hfsparse.runtime.rows import Lengths
 
 # Behind a past or a prompt in chunks, at most so many new tokens are decode, more prefill.
 STEP = 16
@@ -41,7 +41,7 @@ class Step(NewTokens):
     @classmethod
     def single(cls, past, rows, length: Tensor) -> Step:
         """One new token a row, which is recorded: `length` [B] may be filled anew."""
-        return cls(past, rows, length, length[:, None] - 1)
+        return cls(Lengths.between(past, rows, 1), length, length[:, None] - 1)
 
     def on(self, device: torch.device) -> Step:
         """The same on another device, copied there once."""
@@ -49,18 +49,17 @@ class Step(NewTokens):
             return self
         if device not in self._elsewhere:
             there = self.length.to(device), self.query_pos.to(device)
-            self._elsewhere[device] = Step(self.past, self.rows, *there, self.longest)
+            self._elsewhere[device] = Step(self.lengths, *there, self.longest)
             self._elsewhere[device].chosen = self.chosen
         return self._elsewhere[device]
 
 
 def make_step(lengths: Lengths, whole: bool) -> Step:
     """The step of a call; whole: its kernel skips what is empty by itself."""
-    past, rows = lengths.past, lengths.rows
-    first, length = (torch.tensor(t, device="cpu") for t in (past, rows))
+    first, length = (torch.tensor(t, device="cpu") for t in (lengths.past, lengths.rows))
     query_pos = first[:, None] + torch.arange(lengths.columns, device="cpu")
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
-    return Step(past, rows, length, query_pos, None if whole else lengths.longest)
+    return Step(lengths, length, query_pos, None if whole else lengths.longest)
 
 
 def decode(
@@ -77,7 +76,7 @@ def decode(
 
     Returns `[B, Hq, Q, Dv]`.
     """
-    places = layer.room(step.past, step.rows)
+    places = layer.room(step.lengths.past, step.lengths.rows)
     pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
@@ -97,7 +96,7 @@ def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists 
     own = []
     for i, store in enumerate(layer.stores):
         group = store.group
-        if not chooses(store, step.rows):
+        if not chooses(store, step.lengths.rows):
             continue
         if group.reuses:
             lists[i] = step.chosen[0].of(group.reuses, q.device, layer_plan.at)

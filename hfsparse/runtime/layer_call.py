@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import Call
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 from hfsparse.runtime.masks import shift_rows
-from hfsparse.runtime.rows import Lengths
 
 
 class LayerCall:

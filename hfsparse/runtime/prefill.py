@@ -11,10 +11,11 @@ from torch import Tensor
 from hfsparse.kernels import Need, pick
 from hfsparse.kernels.rows import group_rows, put_rows, take_rows
 from hfsparse.lists import BlockLists, Grid, default_block
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes
-from hfsparse.runtime.rows import Lengths, new_output
+from hfsparse.runtime.rows import new_output
 
 
 def prefill(layer_call: LayerCall) -> Tensor:
@@ -30,7 +31,7 @@ def prefill(layer_call: LayerCall) -> Tensor:
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None else layer.stores:
         at = layer_plan.at(store.group.heads, k.device)
-        store.append(k[:, at], v[:, at], lengths.past, lengths.new)
+        store.append(k[:, at], v[:, at], lengths)
     return out
 
 
@@ -42,9 +43,9 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     grow, those before it have it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
-    k, v, past, new = layer_call.k, layer_call.v, lengths.past, lengths.new
+    k, v = layer_call.k, layer_call.v
     heads = [layer_plan.at(store.group.heads, k.device) for store in layer.stores]
-    chunks = [(k[:, at], v[:, at], past, new) for at in heads]
+    chunks = [(k[:, at], v[:, at], lengths) for at in heads]
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
     out = None
     for store, cases, chunk in stores:

@@ -1,40 +1,13 @@
-"""How long rows are, and room for what is made of them."""
+"""Room for what is made of rows, and the device that it is made on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 NO_GUARD = nullcontext()
-
-
-class Lengths:
-    """How many tokens each row of a batch has before a call, in its columns, and behind it.
-
-    One object serves all layers of a call: what they share is kept by it.
-    """
-
-    def __init__(self, past: list[int], new: list[int], columns: int):
-        self.past, self.new, self.columns = past, new, columns
-        self.rows = [p + n for p, n in zip(past, new, strict=True)]
-        self.longest = max(self.rows)
-        self.behind = any(past)  # some row has a past
-        self.padded = min(new) < columns
-
-    @classmethod
-    def of(cls, starts: Sequence[int] | None, before: int, columns: int, batch: int) -> Lengths:
-        """Of `columns` behind `before` others; starts: rows' first real columns (None: all 0)."""
-        if starts is None:
-            return cls([before] * batch, [columns] * batch, columns)
-        past = [max(before - s, 0) for s in starts]
-        return cls(past, [before + columns - max(before, s) for s in starts], columns)
-
-    def pads(self, device: torch.device) -> Tensor:
-        """[B] pad columns in front of each row's new tokens."""
-        return torch.tensor([self.columns - n for n in self.new], device=device)
 
 
 def device_guard(t: Tensor) -> AbstractContextManager:

@@ -7,6 +7,7 @@ import torch
 
 from hfsparse.kernels.triton import append as triton_append
 from hfsparse.lists import Band
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.ring import Ring
@@ -36,7 +37,7 @@ def test_a_store_is_filled_as_its_own_append_does(kind, dims, dtype):
         store = Full(Group((0, 1), selector=Quest() if kind == "pages" else None), 320)
     k, v = tokens(max(past), dims, dtype, made)
     store.create(k, v)
-    store.append(k, v, [0, 0, 0], past)
+    store.append(k, v, Lengths([0, 0, 0], past, max(past)))
     more = {"sink": 4, "size": store.size} if kind == "ring" else {}
     for new in STEPS:
         queries = max(1, *new)
@@ -45,12 +46,13 @@ def test_a_store_is_filled_as_its_own_append_does(kind, dims, dtype):
         at = torch.tensor(past)[:, None] + lane
         at = torch.where(lane < torch.tensor(new)[:, None], at, -1).to(DEVICE)
         kept = [t.clone() for t in store.tensors()]
-        store.append(k, v, past, new)
+        lengths = Lengths(past, new, queries)
+        store.append(k, v, lengths)
         into = dict(zip(("into_k", "into_v", "low", "high"), kept, strict=False))
         stores.append(k=k, v=v, query_pos=at, **into, **more)
         for ours, theirs in zip(kept, store.tensors(), strict=True):
             assert torch.equal(*(t.nan_to_num(7) for t in (ours, theirs)))
-        past = [p + n for p, n in zip(past, new, strict=True)]
+        past = lengths.rows
 
 
 def test_a_new_length_compiles_nothing():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hfsparse.lists import FULL, PAGE
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, rounding
@@ -62,10 +63,10 @@ def test_an_index_follows_a_step_as_append_keeps_it(name, Q, dtype):
 
     k = keys(max(lengths))
     store.create(k, k)
-    store.append(k, k, [0, 0, 0], lengths)
+    store.append(k, k, Lengths([0, 0, 0], lengths, max(lengths)))
     for new in [(Q, Q, Q), (Q, 0, 1), (0, 0, 0)] * 3:
         k, before = keys(Q), [t.clone() for t in store.index.values()]
-        store.append(k, k, lengths, list(new))
+        store.append(k, k, Lengths(lengths, list(new), Q))
         expected = [t.clone() for t in store.index.values()]
         for t, old in zip(store.index.values(), before, strict=True):
             t.copy_(old)

@@ -10,6 +10,7 @@ import torch
 
 from hfsparse import kernels
 from hfsparse.lists import PAGE, Band, HeadIndex, PageLists
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -56,7 +57,7 @@ def layer_of(groups, past, k, v, below) -> CacheLayer:
     layer.lazy_initialization(k, v)
     for store in layer.stores:
         at = list(store.group.heads)
-        store.append(k[:, at], v[:, at], [0] * len(past), past)
+        store.append(k[:, at], v[:, at], Lengths([0] * len(past), past, max(past)))
         for b, n in enumerate(past):
             store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
             for t in summaries(store):
@@ -85,11 +86,12 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
     sinks = torch.linspace(-2, 3, heads * ratio) if sinks else None
     logits, outs = Logits(dims[0] ** -0.5, softcap, sinks), []
     for new in steps:
-        rows, Q = [p + n for p, n in zip(past, new, strict=True)], max(new)
+        lengths = Lengths(past, new, max(new))
+        rows, Q = lengths.rows, lengths.columns
         q, k, v = random(heads * ratio, Q, dims[0]), *(random(heads, Q, dim) for dim in dims)
         at = torch.tensor(past)[:, None] + torch.arange(Q)
         at = torch.where(at < torch.tensor(rows)[:, None], at, -1)
-        step = Step(past, rows, torch.tensor(rows), at)
+        step = Step(lengths, torch.tensor(rows), at)
         before = ends(step.length)
         step.chosen[:] = [before]
         found = decode(kernels.TABLES, ours, layer, q, k, v, step, logits)

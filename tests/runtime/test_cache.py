@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 import hfsparse
 from hfsparse.errors import CacheError
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.runtime.cache.full import Full
@@ -18,7 +19,6 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
-from hfsparse.runtime.rows import Lengths
 from hfsparse.selectors.quest import Quest
 from tests.tiny import llama
 
@@ -43,15 +43,14 @@ def append(to: CacheLayer, k, v, starts=None, check: bool = True) -> None:
     columns = k.shape[2]
     lengths = Lengths.of(starts, to.seen - columns, columns, len(k))
     to.advance(lengths)
-    past, new = lengths.past, lengths.new
-    k, v = (row_relative(t, new) for t in (k, v))
+    k, v = (row_relative(t, lengths.new) for t in (k, v))
     for store in to.stores:
         heads = store.group.heads
-        if check and isinstance(store, Ring) and any(past):
-            check_chunk(store, k[:, heads], v[:, heads], past, new)
-        store.append(k[:, heads], v[:, heads], past, new)
-        if check and isinstance(store, Ring) and max(new) <= STEP:
-            check_step(store, past, new)
+        if check and isinstance(store, Ring) and lengths.behind:
+            check_chunk(store, k[:, heads], v[:, heads], lengths)
+        store.append(k[:, heads], v[:, heads], lengths)
+        if check and isinstance(store, Ring) and max(lengths.new) <= STEP:
+            check_step(store, lengths)
 
 
 def row_relative(t, new: list[int]):
@@ -68,9 +67,9 @@ def window(band: Band, position: int) -> set[int]:
     return {p for p in range(position + 1) if p < band.sink or p > position - span}
 
 
-def check_step(ring: Ring, past, new) -> None:
+def check_step(ring: Ring, lengths: Lengths) -> None:
     """A few new tokens are stored, then read what is held: none of their windows has a gap."""
-    total = [p + n for p, n in zip(past, new, strict=True)]
+    past, total = lengths.past, lengths.rows
     for p, n, at in zip(past, total, ring.positions(total).tolist(), strict=True):
         for query in range(p, n):
             assert window(ring.band, query) <= set(at)
@@ -78,11 +77,11 @@ def check_step(ring: Ring, past, new) -> None:
             assert set(range(n)) <= set(at)
 
 
-def check_chunk(ring: Ring, k, v, past, new) -> None:
+def check_chunk(ring: Ring, k, v, lengths: Lengths) -> None:
     """A chunk finds each key of its window once, in whichever block, and nothing else."""
-    total = [p + n for p, n in zip(past, new, strict=True)]
+    past, new, total = lengths.past, lengths.new, lengths.rows
     plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], k.shape[2], 16)
-    held, _, grid = ring.with_chunk(k, v, past, new, plain)
+    held, _, grid = ring.with_chunk(k, v, lengths, plain)
     mask = BlockLists.of(grid, 1, band=ring.band).mask()
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         at = grid.key_pos[b]

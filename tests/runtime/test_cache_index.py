@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hfsparse.lists import FULL, PAGE
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Table
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
@@ -29,7 +30,7 @@ def begun(selector, lengths: list[int], made, poison: float = torch.nan) -> Full
     """A store of prompts of these lengths; `poison` wherever it holds nothing."""
     store = store_of(selector, len(lengths))
     k = torch.randn(len(lengths), 2, max(lengths), DIM, generator=made)
-    store.append(k, k, [0] * len(lengths), lengths)
+    store.append(k, k, Lengths([0] * len(lengths), lengths, max(lengths)))
     for b, n in enumerate(lengths):
         store.k[b, :, n:] = poison
         for t in store.index.values():
@@ -59,7 +60,7 @@ def test_an_index_follows_a_step_as_append_keeps_it(name, Q, poison):
         new = [(Q, Q, Q), (Q, 0, 1), (0, 0, 0), (1, Q, Q - 1)][step % 4]
         k = torch.randn(3, 2, Q, DIM, generator=made)
         before = kept(store)
-        store.append(k, k, lengths, list(new))
+        store.append(k, k, Lengths(lengths, list(new), Q))
         expected, stored = kept(store), store.k.clone()
         for t, old in zip(store.index.values(), before, strict=True):
             t.copy_(old)
@@ -92,7 +93,7 @@ def test_the_last_page_there_is_room_for_is_renewed_once():
     store = begun(LABELS, [ROOM - 3, 2], made)
     k = torch.randn(2, 2, 3, DIM, generator=made)
     before = kept(store)
-    store.append(k, k, [ROOM - 3, 2], [3, 0])
+    store.append(k, k, Lengths([ROOM - 3, 2], [3, 0], 3))
     expected = kept(store)
     for t, old in zip(store.index.values(), before, strict=True):
         t.copy_(old)

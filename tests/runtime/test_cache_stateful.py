@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from hfsparse.errors import CacheError
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
@@ -18,7 +19,6 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
-from hfsparse.runtime.rows import Lengths
 from hfsparse.selectors.quest import Quest
 from tests.selectors.channels import Channels, table
 
@@ -121,8 +121,8 @@ class CacheMachine(RuleBasedStateMachine):
         for store in self.layer.stores:
             heads = list(store.group.heads)
             if isinstance(store, Ring) and any(past):
-                self.check_chunk(store, k[:, heads], v[:, heads], past, new)
-            store.append(k[:, heads], v[:, heads], past, new)
+                self.check_chunk(store, k[:, heads], v[:, heads], lengths)
+            store.append(k[:, heads], v[:, heads], lengths)
         self.layer.stored = self.layer.seen
 
         for ring in self.stores(Ring):
@@ -131,11 +131,11 @@ class CacheMachine(RuleBasedStateMachine):
             self.check_size(ring)
         self.check_summaries(exact=True)
 
-    def check_chunk(self, ring, k, v, past, new):
+    def check_chunk(self, ring, k, v, lengths):
         """A chunk finds each key of its windows once, in whichever block, and nothing else."""
-        total = self.lengths()
+        past, new, total = lengths.past, lengths.new, self.lengths()
         plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], k.shape[2], 16)
-        *read, grid = ring.with_chunk(k, v, past, new, plain)
+        *read, grid = ring.with_chunk(k, v, lengths, plain)
         mask = BlockLists.of(grid, 1, band=ring.band).mask()[:, 0]
         for b, at in enumerate(grid.key_pos):
             for i in range(new[b]):

@@ -9,11 +9,11 @@ import torch
 
 import hfsparse
 from hfsparse.lists import Band, BlockLists, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import Call, call_of, enter, leave, running
 from hfsparse.runtime.graphs.obstacles import Through
 from hfsparse.runtime.layer_plan import layer_plan_of, layer_plans_of, observed
-from hfsparse.runtime.rows import Lengths
 from tests.patcher.families import (
     BLOCKS,
     STREAM,

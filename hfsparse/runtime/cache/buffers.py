@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
 
 
@@ -14,8 +15,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
 
 
-def runs_of_rows(past: list[int], new: list[int]):
+def runs_of_rows(lengths: Lengths):
     """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
+    past, new = lengths.past, lengths.new
     if len(set(past)) == len(set(new)) == 1:
         yield slice(None), past[0], new[0]
         return

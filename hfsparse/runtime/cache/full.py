@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
@@ -73,10 +74,10 @@ class Full:
         if (need := max(rows)) > self.k.shape[2]:
             self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
 
-    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
-        """Store the first `new[b]` tokens of k, v `[B, H, Q, D]` behind row b's `past[b]`."""
-        self.room(past, [p + n for p, n in zip(past, new, strict=True)])
-        for rows, p, n in runs_of_rows(past, new):
+    def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
+        """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
+        self.room(lengths.past, lengths.rows)
+        for rows, p, n in runs_of_rows(lengths):
             self.k[rows, :, p : p + n] = k[rows, :, :n]
             self.v[rows, :, p : p + n] = v[rows, :, :n]
             if self.index and n:

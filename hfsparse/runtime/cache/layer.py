@@ -16,13 +16,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hfsparse.errors import CacheError
 from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places, Table
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
-from hfsparse.runtime.rows import Lengths
 from hfsparse.stats import Work
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hfsparse.errors import CacheError
 from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Band, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
 from hfsparse.runtime.cache.buffers import runs_of_rows
@@ -101,11 +102,11 @@ class Ring:
             for low, p, n in zip(self.low, past, rows, strict=True)
         ]
 
-    def append(self, k: Tensor, v: Tensor, past: list[int], new: list[int]) -> None:
+    def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.append`; of more tokens than fit, the newest."""
-        self.room(past, [p + n for p, n in zip(past, new, strict=True)])
+        self.room(lengths.past, lengths.rows)
         sink = self.band.sink
-        for rows, p, n in runs_of_rows(past, new):
+        for rows, p, n in runs_of_rows(lengths):
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
             kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
@@ -162,11 +163,11 @@ class Ring:
             self.k[b, :, slot], self.v[b, :, slot] = old_k[b, :, source], old_v[b, :, source]
 
     def with_chunk(
-        self, k: Tensor, v: Tensor, past: list[int], new: list[int], grid: Grid
+        self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
     ) -> tuple[Tensor, Tensor, Grid]:
         """What a chunk attends to before it is stored (sink, window, itself), and its grid."""
         sink, block, device = self.band.sink, grid.block, k.device
-        total = [p + n for p, n in zip(past, new, strict=True)]
+        past, total = lengths.past, lengths.rows
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
         low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
         longest = max(max(t - at, 0) for t, at in zip(total, low, strict=True))

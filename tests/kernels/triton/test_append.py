@@ -11,6 +11,7 @@ from hfsparse import kernels
 from hfsparse.kernels import table
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.ring import Ring
@@ -63,7 +64,7 @@ def begin(store, lengths: list[int], dims, dtype, made, poison: float = torch.na
     """A store of prompts of these lengths; `poison` wherever it holds nothing."""
     k, v = tokens(len(lengths), max(lengths), dims, dtype, made)
     store.create(k, v)
-    store.append(k, v, [0] * len(lengths), lengths)
+    store.append(k, v, Lengths([0] * len(lengths), lengths, max(lengths)))
     for b, n in enumerate(lengths):
         store.k[b, :, n:], store.v[b, :, n:] = poison, poison
         for t in getattr(store, "index", {}).values():
@@ -77,7 +78,8 @@ def follow(append, store, lengths, steps, dims, dtype, made, **ring) -> None:
         queries = max(1, *new)
         k, v = tokens(len(past), queries, dims, dtype, made)
         kept = [t.clone() for t in store.tensors()]
-        store.append(k, v, past, new)
+        lengths = Lengths(past, new, queries)
+        store.append(k, v, lengths)
         names = ("into_k", "into_v", "low", "high")[: len(kept)]
         append(
             k=k,
@@ -88,7 +90,7 @@ def follow(append, store, lengths, steps, dims, dtype, made, **ring) -> None:
         )
         for name, ours, theirs in zip(names, kept, store.tensors(), strict=True):
             assert same(ours, theirs), f"{name} differs once {new} joined {past}"
-        past = [p + n for p, n in zip(past, new, strict=True)]
+        past = lengths.rows
 
 
 @pytest.mark.parametrize("selector", [None, Quest()], ids=["all", "pages"])
@@ -226,7 +228,8 @@ def test_what_it_cannot_do_is_said(module):
 def test_it_is_taken_where_it_can_serve(module, monkeypatch):
     k, into = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
     at, calls = torch.zeros(1, 1, dtype=torch.int64), launched(monkeypatch, module)
-    new, into = NewTokens([0], [1], torch.ones(1, dtype=torch.int64), at), stores.one(into, into)
+    new = NewTokens(Lengths([0], [1], 1), torch.ones(1, dtype=torch.int64), at)
+    into = stores.one(into, into)
 
     def picked(k, v) -> str:
         need = kernels.Need.of(k, into.k, into.v, v)
