@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hfsparse.errors import UsageError
+
 # UTF-32's first: the mark of UTF-16 LE begins that of UTF-32 LE.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -31,7 +33,9 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def local(path: str | os.PathLike) -> Path:
-    """A path on this machine, `~` read as the home folder."""
+    """A path on this machine, `~` read as the home folder; UsageError for what is no path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"a path is text or a Path, not of type {type(path).__name__}")
     return Path(os.path.expanduser(path))
 
 

@@ -44,7 +44,8 @@ def patch(
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
-    PlanError or PatchError before anything changes. Warns of a plan that nothing verified.
+    an Error (PlanError, PatchError, UsageError) before anything changes. Warns of a plan that
+    nothing verified.
     """
     check_model(model)
     if is_patched(model):

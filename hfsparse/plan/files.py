@@ -78,11 +78,17 @@ class DataFile:
 
     def _filled(self, path: Path) -> DataFile:
         try:
-            content = reading.content(path, MAX_BYTES + 1)
+            regular = path.is_file() or not path.exists()
+            content = reading.content(path, MAX_BYTES + 1) if regular else None
         except FileNotFoundError:
             raise
         except OSError as error:
             raise PlanError(f"can't read {self.file}: {reading.why(error)}") from error
+        if content is None:  # a pipe or a device may never end
+            raise PlanError(
+                f"can't read {self.file}: it is a folder, a pipe or a device. Give the file that "
+                "the plan was made with"
+            )
         if len(content) > MAX_BYTES:
             raise PlanError(
                 f"{self.file} is longer than {MAX_BYTES >> 30} GiB: give a smaller table"

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from hfsparse import reading
-from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch
+from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
 from hfsparse.models.fingerprint import UNITS, linear_layers, windows
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
@@ -35,9 +35,11 @@ from hfsparse.plan.parts import (
 )
 from hfsparse.plan.reader import read
 from hfsparse.plan.rules import rules
+from hfsparse.plan.words import nearest, show
 from hfsparse.plan.writer import write
 from hfsparse.writing import write_whole
 
+ALLOWED = ("fingerprint",)  # what `allow` may name
 NONE = "none"  # `made.verified.told` begins with it where verification could say nothing
 
 
@@ -169,8 +171,10 @@ class Plan:
     def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
-        PlanError where the plan would drop keys in layers that have a window of their own, or none.
+        PlanError where the plan would drop keys in layers that have a window of their own, or none,
+        and where a selector's table has not one row for each layer and kv head.
         """
+        self._check_tables()
         self._check_identity(model_or_config, allow)
         for index, (words, window) in enumerate(
             zip(self.layers, windows(model_or_config), strict=True)
@@ -185,14 +189,30 @@ class Plan:
             if {*words.prefill, *words.cache, *words.decode} != {"full"}:
                 raise PlanError(f"layer {index} has no attention: write full for all its heads")
 
+    def _check_tables(self) -> None:
+        """Raise PlanError for a table that is read and not `[layers, kv heads, ...]`."""
+        wanted = self.model.layers, self.model.kv_heads
+        for selector in self.patterns.values():
+            each = self.data.get(name := getattr(selector, "data", None))
+            if each is None or each.content is None:
+                continue
+            for part, tensor in self.table_of(selector).items():
+                if tensor.shape[:2] != wanted:
+                    raise PlanError(
+                        f"data.{name}: {part} has shape {[*tensor.shape]}, the model has "
+                        f"{wanted[0]} layers of {wanted[1]} kv heads: give a table whose first "
+                        "dimensions are these"
+                    )
+
     def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:
+        names = _allowed_names(allow)
         ours, theirs = self.model, ModelId.of(model_or_config)
         renew = "Profile this model: hfsparse profile <model> -o plan.yaml"
         or_allow = ', or use the plan all the same: patch(..., allow={"fingerprint"})'
         if differ := [key for key in UNITS if getattr(ours, key) != getattr(theirs, key)]:
             have = " with " + ", ".join(f"{getattr(ours, key)} {UNITS[key]}" for key in differ)
             found = " with " + ", ".join(str(getattr(theirs, key)) for key in differ)
-        elif "fingerprint" in allow or ours == theirs:
+        elif "fingerprint" in names or ours == theirs:
             return
         elif ours.class_name != theirs.class_name:
             have, found, renew = "", "", renew + or_allow
@@ -204,3 +224,12 @@ class Plan:
             f"plan was made for {ours.class_name}{have}; "
             f"this model is {theirs.class_name}{found}. {renew}"
         )
+
+
+def _allowed_names(allow: Any) -> Collection[str]:
+    """The names in `allow`, one or several; UsageError for one that means nothing."""
+    names = [allow] if isinstance(allow, str) or not isinstance(allow, Collection) else allow
+    for name in names:
+        if name not in ALLOWED:
+            raise UsageError(f"unknown name {show(name)} in allow: {nearest(name, ALLOWED)}")
+    return names

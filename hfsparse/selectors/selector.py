@@ -99,9 +99,10 @@ class Calibrated(Selector, Protocol):
     data: str  # a parameter: the name of its table under the plan's `data`
 
     def calibrate(self, seen: Any) -> dict[str, Tensor]:
-        """What one layer of one calibration prompt tells, by name, each `[H, ...]` or any shape.
+        """What one layer of one calibration prompt tells, by name, each `[H, ...]`: by kv head.
 
         seen: a `profiler.measure.capture.Seen`: q `[1, Hq, L, D]`, k and v `[1, H, L, D]`, post-
-        RoPE. The table that `bind` gets holds the mean over prompts, `[layers, ...]`, in float32.
+        RoPE. The table that `bind` gets holds the mean over prompts, `[layers, H, ...]`, in
+        float32: `Plan.check` refuses any other shape.
         """
         ...

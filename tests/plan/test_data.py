@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hfsparse
+from hfsparse.patcher.state import is_patched
 from hfsparse.plan import Layer, ModelId, Plan, PlanError
 from hfsparse.plan.diff import differences
 from hfsparse.plan.files import DataFile
@@ -147,10 +148,21 @@ def test_a_missing_or_changed_file_is_one_error(beside):
     told = refused(beside / "plan.yaml")
     assert "line 5: data.labels: plan.labels.safetensors is not beside the plan" in told
     assert "\n" not in told
-    file.mkdir()
-    assert "line 5: data.labels: can't read plan.labels.safetensors" in refused(
-        beside / "plan.yaml"
-    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_read(beside, kind):
+    """Reading a pipe would wait for whoever writes, a device may have no end."""
+    file = beside / "plan.labels.safetensors"
+    plan = Plan.load(beside / "plan.yaml")
+    file.unlink()
+    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file)}
+    make.get(kind, lambda: file.symlink_to("/dev/zero"))()
+    told = refused(beside / "plan.yaml")
+    assert "line 5: data.labels: can't read plan.labels.safetensors: it is a folder, a pip" in told
+    assert "\n" not in told
+    plan.save(beside / "plan.yaml")  # under another name
+    assert Plan.load(beside / "plan.yaml").hash() == plan.hash()
 
 
 def test_what_is_no_safetensors_file_is_said(beside):
@@ -221,13 +233,20 @@ def test_a_model_is_left_alone_by_a_plan_whose_table_is_unknown_or_does_not_fit(
     layers = (Layer(("full",) * 4, full, ("few",) * 2),) * 2
     good = channels.table(layers=2, dim=16)
     for table, says in (
-        (channels.table(layers=1, dim=16), "layer 1: its table has 1 layers"),
-        ({"other": torch.zeros(1)}, "layer 0: channels needs a table with weight"),
+        (channels.table(layers=1, dim=16), "data.channels: weight has shape .*2 layers of 2 kv"),
+        (channels.table(2, heads=1, dim=16), r"weight has shape \[2, 1, 16\], the model has 2 lay"),
+        (channels.table(2, heads=4, dim=16), r"weight has shape \[2, 4, 16\]"),
+        ({**good, "bias": torch.zeros(2)}, r"data.channels: bias has shape \[2\]"),
+        ({"other": torch.zeros(2, 2)}, "layer 0: channels needs a table with weight"),
     ):
         data = {"channels": DataFile.of("it.safetensors", table)}
         plan = Plan(this, {"few": Channels(0.1, 3)}, layers, data=data)
         with pytest.raises(PlanError, match=says):
             hfsparse.patch(model, plan)
+        assert not is_patched(model)
+        if "has shape" in says:
+            with pytest.raises(PlanError, match=says):
+                plan.check(model)
     plan.data = {"channels": replace(DataFile.of("it.safetensors", good), content=None)}
     with pytest.raises(PlanError, match=r"data.channels: it.safetensors was not read: .*Plan.load"):
         hfsparse.patch(model, plan)

@@ -13,6 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import hfsparse
+from hfsparse.errors import UsageError
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -770,6 +772,15 @@ def test_unreadable_places_are_one_clear_error(tmp_path):
         Plan.load("a\0b")
 
 
+@pytest.mark.parametrize("path", [5, None, True, b"plan.yaml", ["plan.yaml"]])
+def test_what_is_no_path_is_one_clear_error(path):
+    says = f"it: a path is text or a Path, not of type {type(path).__name__}. Give a"
+    with pytest.raises(PlanError, match=f"can't read {says} plan file"):
+        Plan.load(path)
+    with pytest.raises(PlanError, match=f"can't write {says}nother path"):
+        FULL.save(path)
+
+
 def test_error_in_a_file_names_the_file_and_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(swap("kind: quest", "kind: qeust"))
@@ -1013,6 +1024,29 @@ def test_another_class_or_fingerprint_is_a_mismatch_unless_allowed():
         with pytest.raises(PlanMismatch, match=re.escape(says)):
             plan.check(model)
         plan.check(model, allow={"fingerprint"})
+
+
+@pytest.mark.parametrize(
+    ("allow", "says"),
+    [
+        ({"x"}, "unknown name 'x' in allow: give one of fingerprint"),
+        ("x", "unknown name 'x' in allow"),
+        (["fingerprint", "fingreprint"], "'fingreprint' in allow: did you mean fingerprint?"),
+        (5, "unknown name 5 in allow"),
+        (None, "unknown name None in allow"),
+    ],
+    ids=str,
+)
+def test_a_name_that_allow_does_not_know_is_refused_by_check_and_patch(allow, says):
+    model = tiny_model()
+    plan = Plan.full(ModelId.of(model))
+    for each in (plan, None):
+        with pytest.raises(UsageError, match=re.escape(says)):
+            hfsparse.patch(model, each, allow=allow)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        plan.check(model, allow)
+    plan.check(model, "fingerprint")
+    hfsparse.patch(model, plan, allow=("fingerprint",)).undo()
 
 
 def test_what_a_plan_can_not_describe_is_one_clear_error():
