@@ -29,7 +29,7 @@ NOTE = (
     " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
     "Empty: outputs without a character. d/s: dense / this arm."
 )
-FEW = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
+MIN_SAMPLES = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
 
 
 def save(results: Results) -> list[Path]:
@@ -54,11 +54,11 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
         return [*every, *kind.page(good, arms), *list_missing(lines, arms)]
     if outcomes:
         every += [Heading("Verdicts"), Bullets([_verdict(o, kind) for o in outcomes])]
-        every += [table_of_arms(outcomes)] if any(o.able for o in outcomes) else []
+        every += [table_of_arms(outcomes)] if any(o.counted for o in outcomes) else []
         every += _pictures(outcomes)
-    few = min((len(cell.dense) for cell in dense.cells), default=FEW) < FEW
+    few = min((len(cell.dense) for cell in dense.cells), default=MIN_SAMPLES) < MIN_SAMPLES
     every.append(
-        kind.scored + NOTE + f" Rows of fewer than {FEW}: the true interval is wider." * few
+        kind.scored + NOTE + f" Rows of fewer than {MIN_SAMPLES}: the true interval is wider." * few
     )
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]

@@ -8,7 +8,7 @@ from statistics import mean
 
 from hfsparse_eval.tasks import own_questions
 
-ABLE = 0.7  # a task that the dense model does worse is set apart
+MIN_SCORE = 0.7  # a task that the dense model does worse is set apart
 DENSE = {"arm": "dense", "plan": None, "title": "dense"}
 
 
@@ -22,9 +22,12 @@ class Cell:
     sparse: list[dict]  # empty without an arm
 
     @property
-    def able(self) -> bool:
+    def counted(self) -> bool:
         """Of the user's own questions all count: their lengths are no tasks."""
-        return self.task == own_questions.NAME or mean(line["score"] for line in self.dense) >= ABLE
+        return (
+            self.task == own_questions.NAME
+            or mean(line["score"] for line in self.dense) >= MIN_SCORE
+        )
 
     @property
     def scores(self) -> tuple[list[float], list[float]]:
@@ -39,19 +42,19 @@ class Outcome:
     cells: list[Cell]
 
     @property
-    def able(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell.able]
+    def counted(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.counted]
 
     @property
     def whole(self) -> Cell:
-        return joined(self.able)
+        return joined(self.counted)
 
     def at(self, length: str) -> Cell:
-        return joined([cell for cell in self.able if cell.length == length])
+        return joined([cell for cell in self.counted if cell.length == length])
 
     @property
     def lengths(self) -> list[str]:
-        return sorted({cell.length for cell in self.able}, key=int)
+        return sorted({cell.length for cell in self.counted}, key=int)
 
 
 def cells(lines: Sequence[dict], arm: Mapping | None = None) -> list[Cell]:

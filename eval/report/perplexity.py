@@ -18,7 +18,7 @@ def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
         own = pairs(lines, arm)
         for length in sorted({found["length"] for _, found in own}):
             of = [pair for pair in own if pair[0]["length"] == length]
-            rows.append([arm["title"], str(length), *_whole(of)])
+            rows.append([arm["title"], str(length), *_over_windows(of)])
             for low in dict.fromkeys(b["from"] for _, found in of for b in found["bins"]):
                 places.append([arm["title"], str(length), f"{low} on", *_at(of, low)])
     shares = ["pair density", "KV share"]
@@ -33,7 +33,7 @@ def page(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Part]:
     ]
 
 
-def _whole(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
+def _over_windows(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
     found = [line for _, line in pairs]
     changes = [_loss(line) - _loss(dense) for dense, line in pairs]
     told = f"{100 * (exp(mean(changes)) - 1):+.2f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from hfsparse_eval.report.pairs import ABLE, DENSE, Cell, Outcome, average, belongs, joined
+from hfsparse_eval.report.pairs import DENSE, MIN_SCORE, Cell, Outcome, average, belongs, joined
 from hfsparse_eval.report.render import Heading, Part, Table
 from hfsparse_eval.report.statistics import change, mcnemar
 from hfsparse_eval.tasks import TASKS, is_rulers
@@ -53,17 +53,17 @@ def score_tables(outcome: Outcome) -> list[Part]:
 
     def table(cells: Sequence[Cell]) -> Table:
         rows = [
-            [cell.task, cell.length, *_compare(cell), _both(cell, _whole), _both(cell, _empty)]
+            [cell.task, cell.length, *_compare(cell), _both(cell, _solved), _both(cell, _empty)]
             for cell in cells
         ]
         return Table(head, rows)
 
-    able = outcome.able
-    apart = [cell for cell in outcome.cells if not cell.able]
-    found: list[Part] = [table([*able, outcome.whole])] if able else []
+    counted = outcome.counted
+    apart = [cell for cell in outcome.cells if not cell.counted]
+    found: list[Part] = [table([*counted, outcome.whole])] if counted else []
     if apart:
         found.append(
-            f"Set apart, and not in any sum: the dense model scores below {100 * ABLE:.0f} %."
+            f"Set apart, and not in any sum: the dense model scores below {100 * MIN_SCORE:.0f} %."
         )
         found.append(table(apart))
     return found
@@ -175,7 +175,7 @@ def _mean(lines: Sequence[dict], name: str, scale: float, form: str) -> str:
     return "–" if value is None else format(scale * value, form)
 
 
-def _whole(lines: Sequence[dict]) -> str:
+def _solved(lines: Sequence[dict]) -> str:
     return f"{100 * mean(line['score'] == 1 for line in lines):.1f}" if lines else "–"
 
 

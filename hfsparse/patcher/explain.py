@@ -94,7 +94,7 @@ def _by_layer(state: State, tables: Tables, need: Need) -> Iterator[str]:
     """
     prefill, decode = tables.prefill, tables.decode
 
-    def told(layer: LayerPlan) -> str:
+    def describe(layer: LayerPlan) -> str:
         skip = layer.skip is not None
         listed = pick(prefill, need._replace(lists=True, skip=skip)).name
         asked = need._replace(lists=skip or layer.window is not None, skip=skip)
@@ -118,7 +118,7 @@ def _by_layer(state: State, tables: Tables, need: Need) -> Iterator[str]:
         )
         return "prompt {}; new tokens {}".format(*parts)
 
-    for words, alike in groupby(state.layers, told):
+    for words, alike in groupby(state.layers, describe):
         first, *rest = [layer.index for layer in alike]
         span = f"layers {first} to {rest[-1]}" if rest else f"layer {first}"
         yield f"{span}: {words}"

@@ -71,14 +71,14 @@ class Parts:
         if self.folder is None:
             return compute()
         file = self.folder / f"{key}.npz"
-        if not self._whole(file):
+        if not self._is_readable(file):
             draft = file.with_suffix(".draft.npz")
             np.savez(draft, **compute())
             draft.replace(file)
         with np.load(file) as saved:
             return dict(saved)
 
-    def _whole(self, file: Path) -> bool:
+    def _is_readable(self, file: Path) -> bool:
         """Whether an earlier run wrote this file and it can be read."""
         try:
             with file.open("rb") as opened, np.load(opened) as saved:

@@ -25,7 +25,7 @@ def describe_run(model: PreTrainedModel, settings: Settings, seconds: float) -> 
         "model": Path(model.config._name_or_path or "unnamed").name,
         "seconds": round(seconds, 1),
         "peak_gib": round(peak_bytes(model) / 2**30, 2),
-        **settings.made,
+        **settings.provenance,
     }
     return {name: found[name] for name in (*ORDER, *found) if name in found}
 

@@ -234,7 +234,7 @@ class Settings:
         return changed | {"method": self.methods(" and ")}
 
     @property
-    def made(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What a plan says under `made`."""
         found = {name: getattr(self, name) for name in self.names("made")}
         return {name: value for name, value in found.items() if value is not None}

@@ -27,7 +27,7 @@ from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS, of_suite
 from hfsparse_eval.tasks.haystack import KEYS, key
 
-ABLE = 0.7  # a task counts if the dense model says so large a share of its values
+MIN_SCORE = 0.7  # a task counts if the dense model says so large a share of its values
 TURNS, WINDOW, SEED = 5, 512, 7
 NEVER = ("niah_multivalue", "cwe")  # answers in no order: what is forced on the model would decide
 SHOWN = ("pair_density", "cache_share", "decode_share")
@@ -87,7 +87,7 @@ def counted(rows: Mapping[str, dict], kind: Kind) -> list[str]:
     return [
         task
         for task in kind.tasks
-        if (found := [s for (t, _), s in shares.items() if t == task]) and min(found) >= ABLE
+        if (found := [s for (t, _), s in shares.items() if t == task]) and min(found) >= MIN_SCORE
     ]
 
 
