@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hfsparse.lists import Grid, default_block
+from hfsparse.lists.lengths import Lengths
 from hfsparse.models.fingerprint import linear_layers, windows
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
@@ -109,7 +110,7 @@ def _fill(
         layer.seen = tokens
         for store in layer.stores:
             heads = seen[:, : len(store.group.heads)]
-            store.append(heads, heads, [0] * batch, [tokens] * batch)
+            store.append(heads, heads, Lengths.of(None, 0, tokens, batch))
         yield own, layer
 
 
