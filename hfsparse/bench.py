@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.kernels import Kernel
-from hfsparse.models.fingerprint import text_config
+from hfsparse.models.layers import text_config
 from hfsparse.patcher import patch
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan

@@ -16,7 +16,7 @@ import torch
 
 from hfsparse.errors import UsageError
 from hfsparse.lists import Grid
-from hfsparse.models.fingerprint import windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse_eval.arms import FORMS, Arm, read_share
 
 
@@ -125,7 +125,7 @@ class Pressed:
         """
         layers = self.cache.layers
         heads, total = layers[0].keys.shape[1], self.prompt + self.new
-        own = windows(self.model)
+        own = [shape.window for shape in layer_shapes(self.model)]
         kept = [total if window is None else min(window - 1, total) for window in own]
         held = [layer.keys.shape[2] for layer in layers]
         dropped = [stock - tokens for stock, tokens in zip(kept, held, strict=True)]

@@ -7,39 +7,7 @@ import json
 from typing import Any
 
 from hfsparse.errors import ShapeError
-
-LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
-UNITS = {
-    "layers": "layers",
-    "q_heads": "q heads",
-    "kv_heads": "kv heads",
-    "head_dim": "dims a head",
-}
-OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
-
-
-def text_config(model_or_config: Any) -> Any:
-    """The config of a model's text decoder; ShapeError for what has none."""
-    config = getattr(model_or_config, "config", model_or_config)
-    try:
-        return config.get_text_config(decoder=True)
-    except Exception as error:  # a config is any code: of two decoders transformers knows no one
-        raise ShapeError(str(error)) from error
-
-
-def by_layer(config: Any, name: str) -> list[Any]:
-    """A config's value for each layer, None where unset; one item where no layer has its own."""
-    own = getattr(config, "is_heterogeneous", False)  # from 5.24 on
-    return [getattr(each, name, None) for each in (config.per_layer_config if own else [config])]
-
-
-def one_value(config: Any, name: str, default: Any = None) -> Any:
-    """A config's value for all layers, `default` where unset; ShapeError where layers differ."""
-    first, *others = by_layer(config, name)
-    for index, other in enumerate(others, 1):
-        if other != first:
-            raise ShapeError(f"{name} is {first} in layer 0 and {other} in layer {index}")
-    return default if first is None else first
+from hfsparse.models.layers import LayerShape, layer_shapes, one_value, shape
 
 
 def fingerprint(config: Any) -> str:
@@ -59,56 +27,29 @@ def attention_values(config: Any) -> dict:
 
 
 def _attention_values(config: Any) -> dict:
-    sizes = shape(config)
-    windowed = one_value(config, "use_sliding_window", True)  # qwen: a window may be set but off
-    window = one_value(config, "sliding_window") if windowed else None
-    every = "sliding_attention" if window else "full_attention"
-    kinds = one_value(config, "layer_types") or [every] * sizes["layers"]
-    kinds = [OLD_NAMES.get(kind, kind) for kind in kinds]
+    sizes, shapes = shape(config), layer_shapes(config)
+    kinds = [each.kind for each in shapes]
+    windows = {each.window for each in shapes if each.window is not None}
+    if len(windows) > 1:
+        raise ShapeError(f"its layers have windows of {sorted(windows)} tokens, not of one size")
     rotated = one_value(config, "no_rope_layers") or []  # 1 where a layer has rope
     return {
         **sizes,
         "kinds": kinds,
-        "window": window if "sliding_attention" in kinds else None,
+        "window": next(iter(windows), None),
         "rope": {kind: rope_of(config, kind) for kind in sorted(set(kinds))},
         "without_rope": [layer for layer, rope in enumerate(rotated) if not rope],
+        **_other_heads(sizes, shapes),
     }
 
 
-def windows(model_or_config: Any) -> list[int | None]:
-    """Each layer's own sliding window, in tokens."""
-    values = _values(model_or_config)
-    return [values["window"] if kind == "sliding_attention" else None for kind in values["kinds"]]
-
-
-def linear_layers(model_or_config: Any) -> list[int]:
-    """The layers of a hybrid that have no attention."""
-    return [i for i, kind in enumerate(_values(model_or_config)["kinds"]) if kind in LINEAR]
-
-
-def _values(model_or_config: Any) -> dict:
-    return attention_values(text_config(model_or_config))
-
-
-def shape(config: Any) -> dict[str, Any]:
-    """Layers, heads and head dim; ShapeError for a config that has no single number of them."""
-    names = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"
-    layers, q_heads, kv_heads, head_dim = (one_value(config, name) for name in names)
-    hidden = one_value(config, "hidden_size")
-    if head_dim is None and type(q_heads) is type(hidden) is int:
-        head_dim = hidden // q_heads
-    values = {
-        "layers": layers,
-        "q_heads": q_heads,
-        "kv_heads": q_heads if kv_heads is None else kv_heads,
-        "head_dim": head_dim,
-    }
-    for key, value in values.items():
-        if value is None:
-            raise ShapeError(f"{type(config).__name__} has no number of {UNITS[key]}")
-        if type(value) is not int:
-            raise ShapeError(f"{key} is {value!r}, not one whole number")
-    return values
+def _other_heads(sizes: dict[str, int], shapes: list[LayerShape]) -> dict[str, dict]:
+    """The heads of windowed layers that have others than the layers that a plan may change."""
+    names = ("q_heads", "kv_heads", "head_dim")
+    given = {i: [getattr(each, name) for name in names] for i, each in enumerate(shapes)}
+    usual = [sizes[name] for name in names]
+    other = {str(i): own for i, own in given.items() if shapes[i].attends and own != usual}
+    return {"other_heads": other} if other else {}
 
 
 def rope_of(config: Any, kind: str) -> dict:

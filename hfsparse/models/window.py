@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import LINEAR, rope_of
+from hfsparse.models.fingerprint import rope_of
+from hfsparse.models.layers import LINEAR, STATELESS
 from hfsparse.models.loading import input_device
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def context_window(config: Any) -> int | None:
     if longest is None or getattr(config, "alibi", False):
         return None
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    far = kinds - {"sliding_attention", *LINEAR}  # the others look no further than a window
+    near = {"sliding_attention", *LINEAR, *STATELESS}  # these look no further than a window
+    far = kinds - near
     return min(_reach(rope_of(config, kind), longest) for kind in far or kinds)
 
 

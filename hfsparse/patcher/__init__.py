@@ -20,7 +20,7 @@ from collections.abc import Collection
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
-from hfsparse.models.fingerprint import windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
@@ -69,7 +69,7 @@ def patch(
             stacklevel=2,
         )
     below = resolve_below(plan, model.device)
-    layers = resolve_layers(plan, [m.layer_idx for m in modules], windows(model), below)
+    layers = resolve_layers(plan, layer_shapes(model), below)
     graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
     install(model, modules, state)

@@ -19,7 +19,7 @@ import torch
 
 from hfsparse.lists import Grid, default_block
 from hfsparse.lists.lengths import Lengths
-from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -79,7 +79,8 @@ def one_head(
         words = Layer(("it",), ("it",), ("ring",))
     this = ModelId("one", 1, 1, 1, head_dim, "head")
     plan = Plan(this, {"it": pattern}, (words,), data=data or {})
-    stats = Stats([_measure(*each, tokens) for each in _fill(plan, [0], [None], tokens)])
+    shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens)])
     return stats.cache_share, stats.decode_share
 
 
@@ -90,27 +91,29 @@ def fill_caches(
 
     Keys and values take `itemsize` bytes a number, and two where weights are smaller.
     """
-    indices = sorted({*range(plan.model.layers)} - {*linear_layers(config)})
-    return _fill(plan, indices, windows(config), tokens, batch, itemsize)
+    return _fill(plan, layer_shapes(config), tokens, batch, itemsize)
 
 
 def _fill(
     plan: Plan,
-    indices: list[int],
-    windows: Sequence[int | None],
+    shapes: Sequence[LayerShape],
     tokens: int,
     batch: int = 1,
     itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, CacheLayer]]:
-    shape = batch, plan.model.kv_heads, tokens, plan.model.head_dim
-    seen = torch.empty(shape, dtype=WIDE.get(itemsize, torch.bfloat16), device="meta")
-    for own in resolve_layers(plan, indices, windows, plan.below):
+    dtype = WIDE.get(itemsize, torch.bfloat16)
+    for own in resolve_layers(plan, shapes, plan.below):
+        shape, rows = shapes[own.index], (batch, own.kv_heads, tokens)
+        k, v = (
+            torch.empty(*rows, dim, dtype=dtype, device="meta")
+            for dim in (shape.head_dim, shape.value_dim)
+        )
         layer = own.new_cache(tokens)
-        layer.lazy_initialization(seen, seen)
+        layer.lazy_initialization(k, v)
         layer.seen = tokens
         for store in layer.stores:
-            heads = seen[:, : len(store.group.heads)]
-            store.append(heads, heads, Lengths.of(None, 0, tokens, batch))
+            heads = len(store.group.heads)
+            store.append(k[:, :heads], v[:, :heads], Lengths.of(None, 0, tokens, batch))
         yield own, layer
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import GenerationMixin
 
 from hfsparse.errors import PatchError
-from hfsparse.models.fingerprint import LINEAR, attention_values
+from hfsparse.models.fingerprint import attention_values
+from hfsparse.models.layers import LINEAR
 from hfsparse.models.names import find_cache
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES

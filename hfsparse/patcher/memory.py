@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hfsparse.errors import Error, ShapeError
-from hfsparse.models.fingerprint import by_layer, one_value, text_config
+from hfsparse.models.layers import by_layer, one_value, text_config
 from hfsparse.models.loading import skeleton
 from hfsparse.patcher.figures import fill_caches
 from hfsparse.patcher.generation import CHUNK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from hfsparse.errors import PlanError
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import FULL, Band, HeadIndex
+from hfsparse.models.layers import LayerShape
 from hfsparse.models.loading import device_name
-from hfsparse.plan import Below, Plan
+from hfsparse.patterns.pattern import Pattern
+from hfsparse.plan import Below, Layer, Plan
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.layer_plan import LayerPlan, Mode
@@ -30,27 +32,29 @@ def resolve_below(plan: Plan, device: torch.device) -> Below:
     return replace(plan.below, prefill=found) if isinstance(found, int) else plan.below
 
 
-def resolve_layers(
-    plan: Plan, indices: Sequence[int], windows: Sequence[int | None], below: Below
-) -> list[LayerPlan]:
-    """Of the layers `indices`, which have attention; windows: each layer's own, in tokens."""
+def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> list[LayerPlan]:
+    """Of the layers that have attention; shapes: of all layers of the plan's model."""
     owner, steps, at, mode = uuid.uuid4().hex, Counter(), HeadIndex(), Mode()
+    indices = [index for index, shape in enumerate(shapes) if shape.attends]
     sources, made = _sources(plan, indices), {}
     for index in indices:
-        source = made.get(sources.get(index))
-        groups = _groups(plan, index, windows[index], source)
+        shape, source = shapes[index], made.get(sources.get(index))
+        words, ratio = _words(plan.layers[index], shape), shape.q_heads // shape.kv_heads
+        groups = _groups(plan, index, words, shape.window, source)
+        patterns = tuple(plan.patterns.get(word) for word in words.prefill)
+        rings = {head for head, word in enumerate(words.cache) if word != "full"}
         made[index] = LayerPlan(
             owner,
             index,
-            plan.model.kv_heads,
-            tuple(plan.patterns.get(word) for word in plan.layers[index].prefill),
+            shape.kv_heads,
+            patterns,
             groups,
-            _cases(plan, index, range(plan.model.kv_heads)),
-            tuple(_cases(plan, index, g.heads, ranked=g.band == FULL) for g in groups),
+            routes_by_case(patterns, range(shape.q_heads), rings, ratio),
+            tuple(_store_cases(patterns, group, rings, ratio) for group in groups),
             below,
             plan.skip,
-            windows[index],
-            Counts(plan.model.q_heads),
+            shape.window,
+            Counts(shape.q_heads),
             leads=not made,
             source=source,
             shared=index in sources.values(),
@@ -74,11 +78,18 @@ def _sources(plan: Plan, indices: Sequence[int]) -> dict[int, int]:
     return found
 
 
+def _words(words: Layer, shape: LayerShape) -> Layer:
+    """A layer's words; all are full, and as many as it has heads, where it has others than a plan
+    has words for (`Plan.check` sees to that)."""
+    if (len(words.prefill), len(words.cache)) == (shape.q_heads, shape.kv_heads):
+        return words
+    return Layer(("full",) * shape.q_heads, *[("full",) * shape.kv_heads] * 2)
+
+
 def _groups(
-    plan: Plan, index: int, window: int | None, source: LayerPlan | None
+    plan: Plan, index: int, words: Layer, window: int | None, source: LayerPlan | None
 ) -> tuple[Group, ...]:
     """A layer's kv heads by how their cache is kept and read."""
-    words = plan.layers[index]
     groups: dict[Group, list[int]] = {}
     for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
         band = FULL if cache == "full" else plan.patterns[cache].band
@@ -107,12 +118,11 @@ def _group(
     return Group(heads, kind.band, reuses=tuple(chooses.index(head) for head in heads))
 
 
-def _cases(plan: Plan, index: int, kv_heads: Sequence[int], ranked: bool = True) -> Cases:
-    """Routes of a layer's heads; ranked False: no pattern ranks their keys, since a ring's slots
-    are no place for that (of a layer with a window of its own)."""
-    words, ratio = plan.layers[index], plan.model.q_heads // plan.model.kv_heads
-    patterns = [plan.patterns.get(word) for word in words.prefill]
-    if not ranked:
+def _store_cases(
+    patterns: Sequence[Pattern | None], group: Group, rings: Collection[int], ratio: int
+) -> Cases:
+    """Routes of a store's heads; no pattern ranks the keys of a ring, since its slots are no place
+    for that (of a layer with a window of its own)."""
+    if group.band != FULL:
         patterns = [p if hasattr(p, "band") else None for p in patterns]
-    rings = {head for head, word in enumerate(words.cache) if word != "full"}
-    return routes_by_case(patterns, q_heads_of(kv_heads, ratio), rings, ratio)
+    return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio)

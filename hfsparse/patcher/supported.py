@@ -9,12 +9,13 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
 from hfsparse.errors import HandleError, PatchError, ShapeError
-from hfsparse.models.fingerprint import (
+from hfsparse.models.fingerprint import attention_values
+from hfsparse.models.layers import (
     LINEAR,
-    attention_values,
+    STATELESS,
     by_layer,
+    layer_shapes,
     text_config,
-    windows,
 )
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
@@ -62,25 +63,25 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     try:
         config = text_config(model)
         yield from _config_obstacles(config, modules)
-        values = attention_values(config)
+        attention_values(config)
+        shapes = layer_shapes(config)
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
-    attending = [i for i, kind in enumerate(values["kinds"]) if kind not in LINEAR]
-    yield from _layer_obstacles(model, values["kinds"])
-    yield from _module_obstacles(modules, attending)
+    yield from _layer_obstacles(model, {shape.kind for shape in shapes})
+    yield from _module_obstacles(modules, [i for i, shape in enumerate(shapes) if shape.attends])
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
     full = Plan.full(ModelId.of(model))
-    layers = resolve_layers(full, attending, windows(model), full.below)
+    layers = resolve_layers(full, shapes, full.below)
     if why := probe.why_not(model.get_decoder(), layers):
         yield why
     for m in modules:  # code that the probe can't run
-        ratio = getattr(m, "num_key_value_groups", None)
-        if ratio is not None and ratio * values["kv_heads"] != values["q_heads"]:
+        ratio, shape = getattr(m, "num_key_value_groups", None), shapes[m.layer_idx]
+        if ratio is not None and ratio * shape.kv_heads != shape.q_heads:
             yield (
                 f"layer {m.layer_idx} has q and kv heads as {ratio} to 1, where its config says "
-                f"{values['q_heads']} to {values['kv_heads']}"
+                f"{shape.q_heads} to {shape.kv_heads}"
             )
 
 
@@ -96,11 +97,11 @@ def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
         yield "it calls attention twice a layer"
 
 
-def _layer_obstacles(model: PreTrainedModel, kinds: list[str]) -> Iterator[str]:
+def _layer_obstacles(model: PreTrainedModel, kinds: set[str]) -> Iterator[str]:
     """Kinds of layers that we don't know, or whose state we can't keep."""
-    if other := sorted(set(kinds) - {"full_attention", "sliding_attention", *LINEAR}):
+    if other := sorted(kinds - {"full_attention", "sliding_attention", *LINEAR, *STATELESS}):
         yield f"it has layers of kind {', '.join(other)}"
-    if set(LINEAR).isdisjoint(kinds):
+    if kinds.isdisjoint(LINEAR):
         return
     if not hasattr(cache_utils, "LinearAttentionLayer"):
         yield "this transformers keeps the state of linear layers in a cache of the model's own"

@@ -9,7 +9,8 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
-from hfsparse.models.fingerprint import fingerprint, shape, text_config
+from hfsparse.models.fingerprint import fingerprint
+from hfsparse.models.layers import shape, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
-from hfsparse.models.fingerprint import UNITS, linear_layers, windows
+from hfsparse.models.layers import UNITS, layer_shapes
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
     MAX_BYTES,
@@ -176,18 +176,23 @@ class Plan:
         """
         self._check_tables()
         self._check_identity(model_or_config, allow)
-        for index, (words, window) in enumerate(
-            zip(self.layers, windows(model_or_config), strict=True)
-        ):
-            if window is not None and {*words.cache, *words.decode} != {"full"}:
+        shapes = layer_shapes(model_or_config)
+        for index, (words, shape) in enumerate(zip(self.layers, shapes, strict=True)):
+            if shape.window is not None and {*words.cache, *words.decode} != {"full"}:
                 raise PlanError(
-                    f"layer {index} has the model's own window of {window} tokens and keeps no "
-                    "more than that: write full for its cache and decode"
+                    f"layer {index} has the model's own window of {shape.window} tokens and keeps "
+                    "no more than that: write full for its cache and decode"
                 )
-        for index in linear_layers(model_or_config):
-            words = self.layers[index]
-            if {*words.prefill, *words.cache, *words.decode} != {"full"}:
+            if {*words.prefill, *words.cache, *words.decode} == {"full"}:
+                continue
+            if not shape.attends:
                 raise PlanError(f"layer {index} has no attention: write full for all its heads")
+            if (shape.q_heads, shape.kv_heads) != (self.model.q_heads, self.model.kv_heads):
+                raise PlanError(
+                    f"layer {index} has a window of its own, and {shape.q_heads} q and "
+                    f"{shape.kv_heads} kv heads, which a plan has no words for: write full for all "
+                    "its heads"
+                )
 
     def _check_tables(self) -> None:
         """Raise PlanError for a table that is read and not `[layers, kv heads, ...]`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan.parts import ModelId, written_fields
 from hfsparse.plan.plan import Plan
@@ -49,13 +49,14 @@ def template(config: Any) -> str:
     rows.append(LAYERS_HEAD.rstrip("\n"))
     parts = {"prefill": model.q_heads, "cache": model.kv_heads, "decode": model.kv_heads}
     words = _flow({part: f"full*{n}" if n > 1 else "full" for part, n in parts.items()})
-    without = set(linear_layers(config))
-    for index, window in enumerate(windows(config)):
+    for index, shape in enumerate(layer_shapes(config)):
         note = ""
-        if index in without:
+        if not shape.attends:
             note = "  # no attention: all stays full"
-        elif window is not None:
-            note = f"  # a window of {window} tokens of its own: cache and decode stay full"
+        elif (shape.q_heads, shape.kv_heads) != (model.q_heads, model.kv_heads):
+            note = f"  # other heads, and a window of {shape.window} tokens: all stays full"
+        elif shape.window is not None:
+            note = f"  # a window of {shape.window} tokens of its own: cache and decode stay full"
         rows.append(f"  {index}: {words}{note}")
     return "\n".join(rows) + "\n"
 

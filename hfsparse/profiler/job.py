@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfsparse.models.fingerprint import windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -45,7 +45,7 @@ class Job:
     @property
     def free(self) -> np.ndarray:
         """Which layers `[layers]` have no window of their own: their heads may be sparse."""
-        return np.array([window is None for window in windows(self.model)])
+        return np.array([shape.free for shape in layer_shapes(self.model)])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Values `[free layers, ...]` as `[layers, ...]`, 0 in those with a window of their own."""

@@ -8,7 +8,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import linear_layers, windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
 from hfsparse.patcher import supported
 from hfsparse.plan import ModelId, Plan
@@ -68,12 +68,13 @@ def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window:
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
-    if linear_layers(model):
+    shapes = layer_shapes(model)
+    if not all(shape.attends for shape in shapes):
         raise UsageError(
             f"this {type(model).__name__} has layers without attention, which the profiler can't "
             "measure yet: write a plan by hand, with full in those layers, and hfsparse.patch it"
         )
-    if None not in windows(model):
+    if not any(shape.free for shape in shapes):
         raise UsageError(
             f"every layer of this {type(model).__name__} has a sliding window of its own: there is "
             "nothing to make sparse. hfsparse.patch(model) runs it without a plan"

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hfsparse import Plan
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId
 from hfsparse.selectors import SELECTORS
@@ -77,17 +78,13 @@ def fresh(family: str):
 
 def own_window(model) -> list[bool]:
     """Which layers have the model's own sliding window."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
-    return [kind == "sliding_attention" for kind in kinds]
+    return [shape.window is not None for shape in layer_shapes(model)]
 
 
 def heads(model) -> tuple[int, int]:
-    """Of q and of k and v."""
-    config = model.config.get_text_config()
-    return config.num_attention_heads, config.num_key_value_heads
+    """Of q and of k and v, in layers that a plan may change."""
+    own = ModelId.of(model)
+    return own.q_heads, own.kv_heads
 
 
 SCALED = {
@@ -140,8 +137,12 @@ def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     """A plan from `layer(index, windowed) -> (prefill, cache, decode)` and `name=(kind, {…})`."""
     known = {**PATTERNS, **SELECTORS}
     words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
-    layers = [Layer(*map(tuple, layer(i, w))) for i, w in enumerate(own_window(model))]
-    plan = Plan(ModelId.of(model), words, tuple(layers), Below(*below))
+    whole, layers = Plan.full(ModelId.of(model)), []
+    for i, shape in enumerate(layer_shapes(model)):
+        open_to_words = shape.attends and (shape.q_heads, shape.kv_heads) == heads(model)
+        own = Layer(*map(tuple, layer(i, shape.window is not None)))
+        layers.append(own if open_to_words else whole.layers[i])
+    plan = Plan(whole.model, words, tuple(layers), Below(*below))
     plan.validate()
     return plan
 
@@ -182,8 +183,6 @@ def growing(model) -> Plan:
 def mixed(model, below=(0, 0, 0)) -> Plan:
     """Rings, vertical_slash, block_topk, full and quest side by side, other heads in each layer."""
     Hq, Hkv = heads(model)
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    linear = [i for i, kind in enumerate(kinds) if kind in ("linear_attention", "conv")]
 
     def layer(index, windowed):
         rings = [Hkv > 1 and (g + index) % 2 == 0 for g in range(Hkv)]
@@ -191,8 +190,6 @@ def mixed(model, below=(0, 0, 0)) -> Plan:
         free = ["vs", "blocks", "s", "full"]
         if windowed:
             free = ["s", "full"]
-        if index in linear:
-            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
         prefill = [
             "s" if rings[h * Hkv // Hq] else free[(h + index) % len(free)] for h in range(Hq)
         ]

@@ -124,10 +124,12 @@ def _mask(truth, layer, q, k, scale, window, past, decode) -> torch.Tensor:
     seen = key <= at
     if window is not None:
         seen = seen & (at - key < window)
-    masks = []
+    words, masks = truth.plan.layers[layer], []
     for head in range(Hq):
         group = head * Hkv // Hq
-        if decode:
+        if (len(words.prefill), len(words.cache)) != (Hq, Hkv):  # it has no words of its own
+            kept = torch.ones(n, total, dtype=torch.bool)
+        elif decode:
             own = q[group * Hq // Hkv : (group + 1) * Hq // Hkv]
             kept = _decode(truth.plan, layer, group, own, k[group], scale)
         elif past and window is not None and not _streams(truth.plan, layer, head):

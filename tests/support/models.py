@@ -21,6 +21,16 @@ GATED = dict(  # Qwen3-Next's linear layers
     linear_value_head_dim=16, shared_expert_intermediate_size=32,
     layer_types=["linear_attention", "full_attention", "full_attention"],
 )  # fmt: skip
+GLOBAL = dict(  # Gemma 4: full layers have other heads than windowed ones
+    WINDOWED, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
+    num_kv_shared_layers=0, hidden_size_per_layer_input=0, vocab_size_per_layer_input=100,
+)  # fmt: skip
+STATES = dict(  # Nemotron-H: layers are attention, a state, or neither
+    layers_block_type=["linear_attention", "full_attention", "moe", "full_attention"],
+    mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2, chunk_size=16,
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+    moe_shared_expert_intermediate_size=32,
+)  # fmt: skip
 VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 IMAGE = 98  # the token that stands for a piece of an image
 
@@ -37,6 +47,8 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "cohere2": ("Cohere2", 4, 2, dict(WINDOWED, logit_scale=1.0)),
     "qwen3_next": ("Qwen3Next", 4, 2, dict(MOE, **GATED)),
     "lfm2": ("Lfm2", 4, 2, dict(layer_types=["conv", "full_attention", "full_attention"])),
+    "gemma4": ("Gemma4", 4, 2, GLOBAL),
+    "nemotron_h": ("NemotronH", 4, 2, STATES),
 }
 VISUAL = ("llava", "qwen2_5_vl", "gemma3_vl")
 FAMILIES = (*DEEP, *TEXT, *VISUAL)
@@ -48,6 +60,11 @@ def tiny(family: str):
     built = fresh(family) if family in DEEP else random(shapeless(family))
     built.set_attn_implementation("eager")  # sdpa forgets Gemma 2's softcap before 5.24
     return built
+
+
+def exists(family: str) -> bool:
+    """Whether this transformers has the family."""
+    return family not in TEXT or hasattr(transformers, f"{TEXT[family][0]}ForCausalLM")
 
 
 def shapeless(family: str):

@@ -31,7 +31,7 @@ def write(version: str, cells: list) -> None:
     What was not run stays as it was, unless its row or its way is gone; UNTESTED takes a cell out.
     The families that `hfsparse doctor` names are written, too.
     """
-    from tests.support.models import FAMILIES, REFUSED, tiny
+    from tests.support.models import FAMILIES, REFUSED, exists, tiny
     from tests.support.ways import WAYS
 
     families, ways = [*FAMILIES, *REFUSED], [*WAYS, "patch"]
@@ -59,7 +59,8 @@ def write(version: str, cells: list) -> None:
     TABLE.write_text(f"{{\n{rows}\n}}\n")
     load.cache_clear()
     TABLE.with_suffix(".md").write_text(render())
-    kinds = dict.fromkeys(tiny(family).config.model_type for family in FAMILIES)
+    own = [tiny(family).config for family in FAMILIES if exists(family)]
+    kinds = dict.fromkeys(config.model_type for config in own)
     NAMES.write_text("".join(f"{kind}\n" for kind in kinds))
 
 

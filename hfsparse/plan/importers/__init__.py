@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsparse.errors import PlanMismatch, UsageError
-from hfsparse.models.fingerprint import windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import Pattern
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -62,7 +62,7 @@ def import_plan(
             f"{path} has {layers} layers of {heads} {unit}; {model.class_name} has {model.layers} "
             f"layers of {theirs}: give the config of the model that it was made for"
         )
-    plan, notes = _build_plan(found, model, windows(config))
+    plan, notes = _build_plan(found, model, [shape.window for shape in layer_shapes(config)])
     plan.made = {"version": __version__, "method": form, "imported": path.name}
     if form == "duo":
         plan.made["share"] = duo.SHARE if share is None else float(share)

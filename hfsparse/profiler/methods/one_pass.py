@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import windows
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -94,7 +94,8 @@ def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
     name, ring = min(rings, key=lambda item: (item[1].recent_per_token, item[1].recent))
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
-    pairs = zip(windows(model), Plan.full(this).layers, strict=True)
+    windows = [shape.window for shape in layer_shapes(model)]
+    pairs = zip(windows, Plan.full(this).layers, strict=True)
     return Plan(this, {name: ring}, tuple(short if w is None else full for w, full in pairs))
 
 

@@ -1,0 +1,145 @@
+"""The layers of a text decoder as its config tells them, spelled alike for every transformers.
+
+may_drop_keys = [shape.free for shape in layer_shapes(config)]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hfsparse.errors import ShapeError
+
+LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
+STATELESS = ("moe", "mlp")  # kinds of layers that keep nothing
+OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
+UNITS = {
+    "layers": "layers",
+    "q_heads": "q heads",
+    "kv_heads": "kv heads",
+    "head_dim": "dims a head",
+}
+# What configs call a layer's q and kv heads, dims of a key and of a value, and of all heads.
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "hidden_size")
+TWICE = ("mimo_v2_flash",)  # in code alone: windowed layers have twice the config's kv heads
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer; where it has no attention, with the heads that the config names."""
+
+    kind: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None = None  # its own sliding window, in tokens
+
+    @property
+    def attends(self) -> bool:
+        return self.kind not in (*LINEAR, *STATELESS)
+
+    @property
+    def free(self) -> bool:
+        """Whether a plan may change what it keeps and reads: a window drops keys by itself."""
+        return self.attends and self.window is None
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The config of a model's text decoder; ShapeError for what has none."""
+    config = getattr(model_or_config, "config", model_or_config)
+    try:
+        return config.get_text_config(decoder=True)
+    except Exception as error:  # a config is any code: of two decoders transformers knows no one
+        raise ShapeError(str(error)) from error
+
+
+def by_layer(config: Any, name: str) -> list[Any]:
+    """A config's value for each layer, None where unset; one item where no layer has its own."""
+    own = getattr(config, "is_heterogeneous", False)  # from 5.24 on
+    return [getattr(each, name, None) for each in (config.per_layer_config if own else [config])]
+
+
+def one_value(config: Any, name: str, default: Any = None) -> Any:
+    """A config's value for all layers, `default` where unset; ShapeError where layers differ."""
+    first, *others = by_layer(config, name)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise ShapeError(f"{name} is {first} in layer 0 and {other} in layer {index}")
+    return default if first is None else first
+
+
+def layer_shapes(model_or_config: Any) -> list[LayerShape]:
+    """Every layer of the text decoder of a model, or of its config; else a ShapeError."""
+    config = text_config(model_or_config)
+    try:
+        return _layer_shapes(config)
+    except ShapeError:
+        raise
+    except Exception as error:  # a config is any code, and a hand-written one holds anything
+        raise ShapeError(str(error)) from error
+
+
+def shape(config: Any) -> dict[str, int]:
+    """Layers, heads and head dim of the layers that a plan may change; ShapeError if they differ.
+
+    Where it may change none, of those that have attention.
+    """
+    shapes = layer_shapes(config)
+    held = [(i, each) for i, each in enumerate(shapes) if each.free] or [
+        (i, each) for i, each in enumerate(shapes) if each.attends
+    ]
+    (at, first), *others = held or [*enumerate(shapes)]
+    names = ("q_heads", "kv_heads", "head_dim")
+    for index, other in others:
+        for name in names:
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise ShapeError(f"{name} is {ours} in layer {at} and {theirs} in layer {index}")
+    return {"layers": len(shapes), **{name: getattr(first, name) for name in names}}
+
+
+def _layer_shapes(config: Any) -> list[LayerShape]:
+    layers = _whole("layers", one_value(config, "num_hidden_layers"), config)
+    heads = [_each(config, name, layers) for name in HEADS]
+    if (own := one_value(config, "num_attention_heads_per_layer")) is not None:  # laguna
+        heads[0] = own
+    windows = _each(config, "sliding_window", layers)
+    if not one_value(config, "use_sliding_window", True):  # qwen: a window may be set but off
+        windows = [None] * layers
+    every = ["sliding_attention" if window else "full_attention" for window in windows]
+    kinds = [OLD_NAMES.get(kind, kind) for kind in one_value(config, "layer_types") or every]
+    found = []
+    for kind, window, *sizes in zip(kinds, windows, *heads, strict=True):
+        window = window if kind == "sliding_attention" else None
+        found.append(LayerShape(kind, *_heads(config, window, *sizes), window))
+    return found
+
+
+def _heads(config, window, q_heads, kv_heads, head_dim, value_dim, hidden) -> list[int]:
+    """A layer's q heads, kv heads, and dims of a key and a value, where its config names them."""
+    if window and kv_heads is not None and config.model_type in TWICE:
+        kv_heads = 2 * kv_heads
+    if head_dim is None and type(q_heads) is type(hidden) is int:
+        head_dim = hidden // q_heads
+    given = {
+        "q_heads": q_heads,
+        "kv_heads": q_heads if kv_heads is None else kv_heads,
+        "head_dim": head_dim,
+    }
+    sizes = [_whole(name, value, config) for name, value in given.items()]
+    return [*sizes, value_dim if type(value_dim) is int else sizes[2]]
+
+
+def _each(config: Any, name: str, layers: int) -> list[Any]:
+    """A config's value for each of its layers."""
+    values = by_layer(config, name)
+    return values if len(values) == layers else values[:1] * layers
+
+
+def _whole(name: str, value: Any, config: Any) -> int:
+    if value is None:
+        raise ShapeError(f"{type(config).__name__} has no number of {UNITS[name]}")
+    if type(value) is not int:
+        raise ShapeError(f"{name} is {value!r}, not one whole number")
+    return value
