@@ -12,6 +12,8 @@ from hfsparse.errors import ShapeError
 
 LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
 STATELESS = ("moe", "mlp")  # kinds of layers that keep nothing
+BOTH = "hybrid"  # the kind of layers that have attention and keep a state, too
+KINDS = ("full_attention", "sliding_attention", *LINEAR, *STATELESS, BOTH)
 OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
 UNITS = {
     "layers": "layers",
@@ -38,6 +40,11 @@ class LayerShape:
     @property
     def attends(self) -> bool:
         return self.kind not in (*LINEAR, *STATELESS)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it keeps a state, which no plan changes."""
+        return self.kind in (*LINEAR, BOTH)
 
     @property
     def free(self) -> bool:

@@ -69,8 +69,9 @@ def patch(
             stacklevel=2,
         )
     below = resolve_below(plan, model.device)
-    layers = resolve_layers(plan, layer_shapes(model), below)
-    graphs = Graphs(layers, linear=len(layers) < plan.model.layers, fuse=fuse)
+    shapes = layer_shapes(model)
+    layers = resolve_layers(plan, shapes, below)
+    graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
     install(model, modules, state)
     return Patched(model, state)

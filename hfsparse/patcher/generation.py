@@ -8,7 +8,7 @@ from transformers import GenerationMixin
 
 from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
-from hfsparse.models.layers import LINEAR
+from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import find_cache
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
@@ -61,10 +61,9 @@ def why_in_one_call(config) -> str | None:
     """Why prompts in chunks may be read otherwise than in one call; None: they are read alike."""
     if hasattr(config, "vision_config"):
         return "it may hold images"
-    values = attention_values(config.get_text_config(decoder=True))
-    if not set(LINEAR).isdisjoint(values["kinds"]):  # as Jamba's do in any version
+    if any(shape.has_state for shape in layer_shapes(config)):  # as Jamba's do in any version
         return "its linear layers may begin anew with each chunk"
-    ropes = values["rope"].values()
+    ropes = attention_values(config.get_text_config(decoder=True))["rope"].values()
     if other := sorted({rope["rope_type"] for rope in ropes} - {*ROPES}):
         return f"rope {', '.join(other)} may depend on a call's length"
     return None

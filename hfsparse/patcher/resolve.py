@@ -54,6 +54,7 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             below,
             plan.skip,
             shape.window,
+            shape.has_state,
             Counts(shape.q_heads),
             leads=not made,
             source=source,

@@ -10,13 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
 from hfsparse.errors import HandleError, PatchError, ShapeError
 from hfsparse.models.fingerprint import attention_values
-from hfsparse.models.layers import (
-    LINEAR,
-    STATELESS,
-    by_layer,
-    layer_shapes,
-    text_config,
-)
+from hfsparse.models.layers import KINDS, LayerShape, by_layer, layer_shapes, text_config
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
@@ -68,7 +62,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
-    yield from _layer_obstacles(model, {shape.kind for shape in shapes})
+    yield from _layer_obstacles(model, shapes)
     yield from _module_obstacles(modules, [i for i, shape in enumerate(shapes) if shape.attends])
     if not model._can_set_attn_implementation():
         yield "its attention can't be exchanged"
@@ -97,11 +91,11 @@ def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
         yield "it calls attention twice a layer"
 
 
-def _layer_obstacles(model: PreTrainedModel, kinds: set[str]) -> Iterator[str]:
+def _layer_obstacles(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterator[str]:
     """Kinds of layers that we don't know, or whose state we can't keep."""
-    if other := sorted(kinds - {"full_attention", "sliding_attention", *LINEAR, *STATELESS}):
+    if other := sorted({shape.kind for shape in shapes} - {*KINDS}):
         yield f"it has layers of kind {', '.join(other)}"
-    if kinds.isdisjoint(LINEAR):
+    if not any(shape.has_state for shape in shapes):
         return
     if not hasattr(cache_utils, "LinearAttentionLayer"):
         yield "this transformers keeps the state of linear layers in a cache of the model's own"
@@ -115,8 +109,8 @@ def _module_obstacles(modules: list[Any], attending: list[int]) -> Iterator[str]
     if not modules:
         yield "it has no attention layers that hfsparse knows"
     found = [m.layer_idx for m in modules]
-    if None in found:
-        yield "some of its attention belongs to no layer of the decoder"
+    if any(index is None or index < 0 for index in found):
+        yield "some of its attention belongs to no one layer of the decoder"
     causal = {m.layer_idx for m in modules if m.is_causal}
     if not causal.issuperset(found):
         yield "its tokens attend to later ones too"

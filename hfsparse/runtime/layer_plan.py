@@ -16,6 +16,7 @@ from hfsparse.lists import FAR, FULL, HeadIndex
 from hfsparse.plan import Below
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.stateful import StatefulCacheLayer
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.routes import Cases
 from hfsparse.stats import Work
@@ -47,6 +48,7 @@ class LayerPlan:
     below: Below
     skip: float | None  # prompts: how far below the running maximum a tile is left out
     window: int | None  # the model's own sliding window
+    has_state: bool  # beside its keys, as no plan changes it
     counts: Counts
     leads: bool  # the first layer: counts the decode steps of all
     source: LayerPlan | None  # the layer whose choice of pages some heads read
@@ -59,7 +61,8 @@ class LayerPlan:
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at
-        return CacheLayer(self.owner, self.groups, below, *more)
+        kind = StatefulCacheLayer if self.has_state else CacheLayer
+        return kind(self.owner, self.groups, below, *more)
 
     def reads(self) -> Work:
         """Keys that decode steps read, by kv head; nan where only a run tells them, and none was.

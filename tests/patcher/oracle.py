@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
 
 from hfsparse.lists import Grid, default_block
+from hfsparse.models.layers import layer_shapes
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
@@ -66,7 +67,7 @@ def oracle(model, plan, prompt=0):
 def whole_cache(model=None) -> dict:
     """A cache argument that keeps every key, of window layers too."""
     config = model and model.config.get_text_config()
-    hybrid = {"linear_attention", "conv"} & {*(getattr(config, "layer_types", None) or ())}
+    hybrid = config and any(shape.has_state for shape in layer_shapes(config))
     return {CACHE: DynamicCache(config=config) if hybrid else DynamicCache()}
 
 

@@ -31,6 +31,10 @@ STATES = dict(  # Nemotron-H: layers are attention, a state, or neither
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
     moe_shared_expert_intermediate_size=32,
 )  # fmt: skip
+BESIDE = dict(  # Falcon-H1: each layer has attention and a state
+    mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+    mamba_chunk_size=16,
+)  # fmt: skip
 VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 IMAGE = 98  # the token that stands for a piece of an image
 
@@ -49,6 +53,7 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "lfm2": ("Lfm2", 4, 2, dict(layer_types=["conv", "full_attention", "full_attention"])),
     "gemma4": ("Gemma4", 4, 2, GLOBAL),
     "nemotron_h": ("NemotronH", 4, 2, STATES),
+    "falcon_h1": ("FalconH1", 4, 2, BESIDE),
 }
 VISUAL = ("llava", "qwen2_5_vl", "gemma3_vl")
 FAMILIES = (*DEEP, *TEXT, *VISUAL)

@@ -92,6 +92,7 @@ class CacheLayer(CacheLayerMixin):
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many the attention function has put away
         self.rows: list[int] = []  # tokens in each row
+        self.device: torch.device | None = None
         self.is_initialized = False
 
     # -- what transformers calls ----------------------------------------------------------------
@@ -100,7 +101,7 @@ class CacheLayer(CacheLayerMixin):
         self.rows = [0] * len(key_states)
         for store in self.stores:
             store.create(key_states, value_states)
-        self.is_initialized = True
+        self.device, self.is_initialized = key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Note the new columns and return them untouched; history stays in the stores."""
@@ -233,10 +234,6 @@ class CacheLayer(CacheLayerMixin):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
         return self.stores[0].k, self.stores[0].v
-
-    @property
-    def device(self) -> torch.device:
-        return self.stores[0].k.device
 
     def bytes(self) -> int:
         """Bytes allocated for keys, values, indexes and choices."""
