@@ -53,6 +53,27 @@ def _set(settings: dict) -> None:
 
     asserts.install()
     _bound()
+    hasten(**settings)
+
+
+def hasten(**settings) -> None:
+    """Spare the interpreter what it does again and again; settings as of `interpreter`.
+
+    It looks through all of `triton.language`, to patch it, at each call of a device function:
+    half of the time goes into that. Once a launch is enough.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter as triton
+
+    patch_lang = triton._patch_lang
+
+    def patch_once(kernel):
+        held = [each for each in kernel.__globals__.values() if each is tl or each is tl.core]
+        if any(tl.core.is_builtin(each.load) for each in held):
+            return patch_lang(kernel)
+        return triton._LangPatchScope()  # of a device function: nothing is left to patch
+
+    triton._patch_lang = patch_once
     for name, value in settings.items():
         *module, name = name.split("__")
         setattr(import_module(".".join(("hfsparse.kernels", *module))), name, value)

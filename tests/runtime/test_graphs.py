@@ -16,15 +16,17 @@ from torch.testing._internal.two_tensor import TwoTensor
 from hfsparse.runtime.graphs.obstacles import NoWait
 from hfsparse.runtime.graphs.weights import Weights
 from tests import frozen
+from tests.kernels.interpreter import hasten
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """A process in which Triton is interpreted."""
+    """A process in which Triton is interpreted, as a device of two processors: two shares of the
+    keys of one row, merged, and one of several rows."""
     pytest.importorskip("triton", minversion="3.8")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(int).result()  # starts it
+            pool.submit(hasten, triton__decode__UNITS=2).result()  # starts it
         yield lambda *args, run=frozen.compare, **more: pool.submit(run, *args, **more).result()
 
 
