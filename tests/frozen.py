@@ -179,7 +179,7 @@ def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]
 
 def moved(move, length: int = 40) -> tuple[list[int], bool]:
     """Graphs recorded after each single token of a loop in which `move(model)` comes once, after
-    the sixth; whether the tokens that follow are eager ones."""
+    the fourth; whether the tokens that follow are eager ones."""
     counts, found, Frozen.wrong = [], [], ""
     ids = families.tokens(1, length)
     for replayed in (True, False):
@@ -190,8 +190,8 @@ def moved(move, length: int = 40) -> tuple[list[int], bool]:
             stack.enter_context(hfsparse.patch(model, families.full(model)))
             cache, logits = DynamicCache(), []
             runs.forward(model, ids, cache=cache)
-            for step in range(12):
-                if step == 6:
+            for step in range(8):
+                if step == 4:
                     move(model)
                 logits.append(runs.forward(model, ids[:, step : step + 1], cache=cache).logits)
                 if kind:
@@ -275,7 +275,7 @@ def changed(what: str) -> tuple[bool, int]:
             "config": lambda held=model: setattr(held.config, "rms_norm_eps", 1e-2),
         }
         with plain_prompts(), kind(), hfsparse.patch(model, families.streaming(model)):
-            found.append(by_steps(model, families.tokens(1, 80), 12, acts[what], at=6))
+            found.append(by_steps(model, families.tokens(1, 80), 8, acts[what], at=4))
     return torch.equal(*found), Frozen.recorded
 
 

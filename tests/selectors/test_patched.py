@@ -42,7 +42,7 @@ def test_a_padded_batch_generates_what_the_oracle_does(name, family):
     model = tiny(family)
     ids, mask = left_padded(LENGTH, PADS)
     got, want, stats = both(
-        model, plan_of(model, SETTINGS[name]), lambda m, cache: generate(m, ids, mask, **cache)
+        model, plan_of(model, SETTINGS[name]), lambda m, c: generate(m, ids, mask, new=8, **c)
     )
     same_generation(got, want)
     assert (stats.decode_share < 1) == (SETTINGS[name].budget.share < 1)

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -298,18 +298,25 @@ def _(model, plan):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
 
 
-@way("torch.compile")
-def _(model, plan):
-    if model.config.model_type not in COMPILED:
-        raise NotRun
+@cache
+def compile_unpatched(model) -> None:
+    """Once a model, whatever the plan: StockCannot where that fails."""
     ids, mask = left_padded(LENGTH)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
     torch.compiler.reset()
     try:
         with torch.no_grad():
             torch.compile(model.forward, backend="eager")(ids, attention_mask=mask)
     except Exception as error:
         raise StockCannot(f"{type(error).__name__}: {error}") from error
+
+
+@way("torch.compile")
+def _(model, plan):
+    if model.config.model_type not in COMPILED:
+        raise NotRun
+    ids, mask = left_padded(LENGTH)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    compile_unpatched(model)
     with torch.no_grad(), hfsparse.patch(model, plan):
         want = model(ids, attention_mask=mask, position_ids=places)
         torch.compiler.reset()
