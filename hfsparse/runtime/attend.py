@@ -17,6 +17,7 @@ from hfsparse.precision import casts
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
 from hfsparse.runtime.decode import decode, is_step, make_step
+from hfsparse.runtime.image_blocks import read_blocks, split_mask
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
@@ -63,10 +64,11 @@ def attend(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
+    call = call_of(layer_plan.owner)
+    last, attention_mask = call.once(split_mask, attention_mask)
     refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
-    call = call_of(layer_plan.owner)
     if call.recorded is not None:
         return call.recorded(layer_plan.index, query, key, value, logits), None
     layer = call.take_layer()
@@ -83,6 +85,8 @@ def attend(
     out = out if changed is None else changed
     if layer_call.pads is not None:
         out = shift_rows(out, -layer_call.pads)
+    if last is not None:
+        read_blocks(query, key, value, last, layer_plan.window, logits, out)
     if layer is not None:
         layer.stored = layer.seen
     return out.transpose(1, 2).contiguous().to(dtype), None

@@ -10,6 +10,7 @@ from transformers import masking_utils
 
 from hfsparse.errors import PatchError
 from hfsparse.runtime.call import running
+from hfsparse.runtime.image_blocks import block_mask, last_seen
 from hfsparse.runtime.layer_plan import LayerPlan
 
 NAME = "hfsparse"
@@ -22,15 +23,23 @@ def mask_start(
     mask_function=None,
     **kwargs,
 ) -> Tensor | None:
-    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask."""
+    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask.
+
+    Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`.
+    """
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
-    if bidirectional or not (allow_is_causal_skip or _neighbours_causal(mask_function, **kwargs)):
-        raise PatchError(
-            "this call asks for more than causal attention (packed sequences, prefix or image "
-            "blocks, bidirectional). hfsparse follows causal and sliding-window attention only: "
-            "pass one sequence a row with an attention_mask, or run it on the unpatched model "
-            "(handle.undo())."
-        )
+    last = None
+    if bidirectional or not allow_is_causal_skip:
+        last = None if bidirectional else _last_seen(mask_function, **kwargs)
+        if last is None:
+            raise PatchError(
+                "this call asks for more than causal attention (packed sequences, bidirectional). "
+                "hfsparse follows causal and sliding-window attention, and images inside a prompt: "
+                "pass one sequence a row with an attention_mask, or run it on the unpatched model "
+                "(handle.undo())."
+            )
+    if last is not None and bool((last[:, :-1] > _columns(**kwargs)[:-1]).any()):
+        return _block_mask(last, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.ndim == 1:
         return attention_mask
     if attention_mask.ndim != 2:
@@ -75,16 +84,34 @@ def _not_left(mask: list[list[int]]) -> str:
     )
 
 
-def _neighbours_causal(mask_function, batch_size: int = 1, cache_position=None, **kwargs) -> bool:
-    """Whether each token sees the one before it, and not the next: packs and blocks differ there.
+def _last_seen(mask_function, batch_size: int = 1, **kwargs) -> Tensor | None:
+    """[B, Q] the last column that each new token sees; None: neither causal, nor by blocks.
 
     transformers 4.57 composes a mask for packed sequences also where nothing is packed.
     """
-    if cache_position is None:  # from 5.17 on only what differs is composed
-        return False
-    at, row = cache_position, torch.arange(batch_size, device=cache_position.device)[:, None]
-    seen = mask_function(row, 0, at[1:], at[:-1]), mask_function(row, 0, at[:-1], at[1:])
-    return bool(seen[0].all() and not seen[1].any())
+    return last_seen(mask_function, batch_size, _columns(**kwargs))
+
+
+def _columns(
+    cache_position: Tensor | None = None, q_length: int = 0, q_offset=0, device="cpu", **kwargs
+) -> Tensor:
+    """[Q] columns of the new tokens, by what this transformers calls them."""
+    if cache_position is not None:
+        return cache_position
+    return torch.arange(q_length, device=device) + q_offset
+
+
+def _block_mask(last: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+    """PatchError behind a past, whose keys a plan may have dropped."""
+    if int(_columns(**kwargs)[0]):
+        raise PatchError(
+            "this call brings an image behind a past: hfsparse reads images of the first call "
+            "with a cache. Give the whole conversation as one prompt with a new cache, or run it "
+            "on the unpatched model (handle.undo())."
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise PatchError(_wrong_mask(attention_mask))
+    return block_mask(last, row_starts(attention_mask))
 
 
 def refuse_other(

@@ -71,8 +71,19 @@ def whole_cache(model=None) -> dict:
     return {CACHE: DynamicCache(config=config) if hybrid else DynamicCache()}
 
 
-def _keep_mask(*args, attention_mask=None, **kwargs):
-    return attention_mask
+def _keep_mask(*args, attention_mask=None, mask_function=None, **kwargs):
+    """The mask of columns; where a token sees a later one, of pairs `[B, 1, Q, Q]`."""
+    if kwargs.get("allow_is_causal_skip", True) or mask_function is None:
+        return attention_mask
+    at = kwargs.get("cache_position")
+    at = torch.arange(kwargs["q_length"]) + kwargs["q_offset"] if at is None else at
+    rows = torch.arange(kwargs["batch_size"])[:, None, None]
+    seen = mask_function(rows, 0, at[:, None], torch.arange(kwargs["kv_length"]))
+    seen = seen.expand(len(rows), -1, -1)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None].bool()
+    later = torch.arange(seen.shape[2]) > at[:, None]
+    return seen[:, None] if bool((seen & later).any()) else attention_mask
 
 
 def _attend(
@@ -91,8 +102,13 @@ def _attend(
     truth.calls += 1
     B, Hq, Q, _ = query.shape
     columns = key.shape[2]
-    starts = [0] * B
-    if attention_mask is not None:
+    starts, blocks = [0] * B, None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        blocks = attention_mask[:, 0]
+        starts = [int(row[-1].byte().argmax()) for row in blocks]
+        if sliding_window is not None:
+            starts = [int((~row.any(1)).sum()) for row in blocks]
+    elif attention_mask is not None:
         if attention_mask.shape != (B, columns):
             raise ValueError(f"a mask of {list(attention_mask.shape)} for {columns} columns")
         starts = [int((~row.bool()).sum()) for row in attention_mask]
@@ -105,6 +121,10 @@ def _attend(
         past = columns > Q
         decode = past and Q <= DECODE and columns > truth.prompt
         kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode)
+        if blocks is not None:  # tokens that see later ones see all that the model lets them
+            own = blocks[b, pads:, start:]
+            later = (own & torch.ones_like(own).triu(1)).any(1)
+            kept = torch.where(later[:, None], own, kept)
         k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
         logits = q.float() @ k.transpose(1, 2) * scaling
         if softcap is not None:
