@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from hfsparse.patcher import explain, patch, unpatch
     from hfsparse.plan import Plan
     from hfsparse.profiler import profile
+    from hfsparse.profiler.verify import verify
 
-__all__ = ["Error", "Plan", "__version__", "explain", "patch", "profile", "unpatch"]
+__all__ = ["Error", "Plan", "__version__", "explain", "patch", "profile", "unpatch", "verify"]
 
 # Imported at first use, so that `hfsparse --help` needs neither torch nor transformers.
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "patch": "patcher",
     "profile": "profiler",
     "unpatch": "patcher",
+    "verify": "profiler.verify",
 }
 
 

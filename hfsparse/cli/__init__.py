@@ -1,5 +1,5 @@
-"""The command line: profile, recipes, new, import, show, diff, check, explain, doctor, generate,
-bench, eval.
+"""The command line: profile, verify, recipes, new, import, export, show, diff, check, explain,
+doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from hfsparse.cli import plans, profile, run
+from hfsparse.cli import export, plans, profile, run, verify
 from hfsparse.cli.application import Commands, options
 
 app = typer.Typer(
@@ -21,9 +21,11 @@ app = typer.Typer(
 app.callback()(options)
 for _name, _command in {  # `hfsparse --help` lists them in this order
     "profile": profile.profile,
+    "verify": verify.verify,
     "recipes": profile.list_recipes,
     "new": plans.new,
     "import": plans.import_,
+    "export": export.export,
     "show": plans.show,
     "diff": plans.diff,
     "check": plans.check,

@@ -43,7 +43,7 @@ def new(model: Model, output: Output) -> None:
 
 
 def import_(
-    form: Annotated[str, typer.Argument(help="minference, duo or moa.")],
+    form: Annotated[str, typer.Argument(help="minference, duo, moa or modelopt.")],
     file: Annotated[Path, typer.Argument(help="The published plan; of duo, its folder.")],
     output: Output,
     model_config: Annotated[
@@ -52,6 +52,9 @@ def import_(
     share: Annotated[
         float | None, typer.Option(help="duo: share of kv heads that stream (0.5 if not given).")
     ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="modelopt: tokens at which skip is its threshold.")
+    ] = None,
 ) -> None:
     """Turn a plan that another project published into one of ours; says what gets lost."""
     check_writable(output)
@@ -59,7 +62,7 @@ def import_(
     from hfsparse.plan.importers import import_plan
 
     config = load_config(model_config) if model_config is not None else None
-    plan, notes = import_plan(form, file, config, share)
+    plan, notes = import_plan(form, file, config, share, length)
     plan.save(output)
     for note in notes:
         typer.echo(f"note: {note}")

@@ -38,17 +38,17 @@ def option(setting: Field) -> Any:
 BeyondWindow = Annotated[bool, option(Settings.__dataclass_fields__["beyond_window"])]
 
 
-def with_options(settings: type[Settings]) -> Callable[[Callable], Callable]:
+def with_options(settings: type[Settings], part: str = "help") -> Callable[[Callable], Callable]:
     """Give a command an option for each setting with a help text, ahead of its keyword-only ones.
 
-    The command is given them as keywords.
+    The command is given them as keywords. `part`: of those, the settings that have this argument.
     """
 
     def decorate(command: Callable) -> Callable:
         types, own = get_type_hints(settings), signature(command, eval_str=True)
         options = []
         for each in fields(settings):
-            if each.metadata["help"] is not None:
+            if each.metadata["help"] is not None and each.metadata[part]:
                 taken, _ = TYPES.get(types[each.name], (types[each.name], None))
                 kind = Annotated[taken, option(each)]
                 one = Parameter(
@@ -58,7 +58,7 @@ def with_options(settings: type[Settings]) -> Callable[[Callable], Callable]:
 
         @wraps(command)
         def call(**given):
-            for name in settings.names("help"):
+            for name in (each.name for each in options):
                 _, read = TYPES.get(types[name], (None, None))
                 if read is not None and given[name] is not None:
                     given[name] = read(given[name])

@@ -25,7 +25,7 @@ def explain(model: PreTrainedModel) -> str:
     plan = state.plan
     lines = [f"plan {plan.hash()[:19]} for {plan.model.class_name}, {plan.model.layers} layers"]
     made = plan.made.get("model")
-    if made != _weights_name(model):
+    if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     head_dim = plan.model.head_dim
     need = Need(model.device, model.dtype, head_dim, head_dim)

@@ -22,12 +22,17 @@ def describe_run(model: PreTrainedModel, settings: Settings, seconds: float) -> 
     found = {
         "version": __version__,
         "recipe": None,
-        "model": Path(model.config._name_or_path or "unnamed").name,
+        "model": name_weights(model),
         "seconds": round(seconds, 1),
         "peak_gib": round(peak_bytes(model) / 2**30, 2),
         **settings.provenance,
     }
     return {name: found[name] for name in (*ORDER, *found) if name in found}
+
+
+def name_weights(model: PreTrainedModel) -> str:
+    """What a plan calls a model's weights: the last part of where they came from."""
+    return Path(model.config._name_or_path or "unnamed").name
 
 
 def peak_bytes(model: PreTrainedModel) -> int:
@@ -62,14 +67,22 @@ def describe_budgets(plan: Plan, settings: Settings) -> str:
     return line
 
 
-def find_doubt(plan: Plan) -> str | None:
-    """A warning about a plan whose verification showed nothing, or a loss beyond its limits."""
+def find_doubt(plan: Plan, given: bool = False) -> str | None:
+    """A warning about a plan whose verification showed nothing, or a loss beyond its limits.
+
+    given: `verify` was given the plan; else `profile` chose it, and could choose another.
+    """
     if plan.unproved:
         return (
             f"nothing verified this plan: {plan.unproved}. Compare it with dense on your own "
             "questions, by hfsparse eval custom"
         )
     if not plan.verified.get("kept", True):
+        if given:
+            return (
+                "this plan loses more than its limits on this model. Give it more (full heads, "
+                "wider rings), or have a plan chosen for this model: hfsparse profile"
+            )
         return (
             "this plan loses more than its limits on what was asked after it was chosen. Give "
             "wider budgets, or choose by more --verify-samples"

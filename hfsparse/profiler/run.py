@@ -22,7 +22,8 @@ from hfsparse.profiler.report import describe_run
 from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.profiler.verify import key_tokens
-from hfsparse.profiler.verify.refine import check_lengths, refine
+from hfsparse.profiler.verify.proof import check_lengths
+from hfsparse.profiler.verify.refine import refine
 from hfsparse.progress import Clock
 
 

@@ -1,4 +1,4 @@
-"""The settings of `profile`: each is defined here once.
+"""The settings of `profile` and `verify`: each is defined here once.
 
     settings = Settings(method="duo", lengths=(2048,))  # UsageError for what can't work
 
@@ -17,7 +17,7 @@ from inspect import Parameter, Signature, signature
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from hfsparse.errors import UsageError
 from hfsparse.profiler.methods import DRAWN, METHODS
@@ -36,6 +36,7 @@ def setting(
     recipe: bool = True,
     identity: bool = False,
     made: bool = False,
+    proof: bool = False,
     flags: tuple[str, ...] = (),
     **option: Any,
 ) -> Any:
@@ -44,10 +45,12 @@ def setting(
     `help` is that of its option; without it the command has no option of this name. `check` says
     why a value is refused, `suits` why it is beside the other settings; None is always taken.
     Recipes may set it if `recipe`. `identity`: measurements depend on it. `made`: a plan says it
-    under `made`. `flags` are an option's own names, `option` is passed on to typer.
+    under `made`. `proof`: `verify` takes it, too. `flags` are an option's own names, `option` is
+    passed on to typer.
     """
     about = {"help": help, "check": check, "suits": suits, "recipe": recipe, "identity": identity}
-    return field(default=default, metadata=about | {"made": made, "flags": flags, "option": option})
+    about |= {"made": made, "proof": proof, "flags": flags, "option": option}
+    return field(default=default, metadata=about)
 
 
 def within(fits: Callable[[Any], bool], refusal: str) -> Check:
@@ -106,11 +109,12 @@ METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 class Settings:
     """What one call of `profile` is asked for, apart from the model; its docstring says more."""
 
-    out: str | Path | None = setting(None, recipe=False)
+    out: str | Path | None = setting(None, recipe=False, proof=True)
     lengths: tuple[int, ...] | None = setting(
         None,
         "Tokens of a sample, by commas; else 1024,2048, on a GPU up to 16384, and no more than the "
         "model's window.",
+        proof=True,
     )
     samples: int = setting(
         6,
@@ -137,11 +141,12 @@ class Settings:
         ),
         suits=_refuse_loss,
     )
-    seed: int = setting(0, "Of the samples.", made=True)
+    seed: int = setting(0, "Of the samples.", made=True, proof=True)
     data: str | Path | None = setting(
         None,
         'Your own texts: "text", or "prompt" and perhaps "answer", one object a line.',
         recipe=False,
+        proof=True,
         metavar="FILE.jsonl",
     )
     method: str = setting(
@@ -161,6 +166,7 @@ class Settings:
         0.01,
         "Greatest share of answers that may be lost against dense.",
         check=within(lambda x: 0 <= x < 1, "drop is {}: give 0 or more, and less than 1"),
+        proof=True,
     )
     # A twentieth of what the far context is worth to the least of the key tokens, or a tenth of the
     # probability of the right token.
@@ -170,13 +176,15 @@ class Settings:
         check=within(
             lambda x: 0 <= x < inf, "nats is {}: give 0 or more, what a key token may lose"
         ),
+        proof=True,
     )
     verify_samples: int = setting(
         12,
-        "Trials at each length that choose, and as many that tell.",
+        "Trials at each length that tell what is lost, and, in profile, as many that choose.",
         check=within(
             lambda count: count >= 1, "verify_samples is {}: give 1 or more, or no verification"
         ),
+        proof=True,
         min=1,
     )
     proxy: str | None = setting(
@@ -194,9 +202,12 @@ class Settings:
         metavar="FILE.png",
     )
     beyond_window: bool = setting(
-        False, "Go beyond the length that the model is made for.", flags=("--beyond-window",)
+        False,
+        "Go beyond the length that the model is made for.",
+        proof=True,
+        flags=("--beyond-window",),
     )
-    progress: bool = setting(False, recipe=False)
+    progress: bool = setting(False, recipe=False, proof=True)
 
     def __post_init__(self) -> None:
         given = {each.name: each.metadata for each in fields(self)}
@@ -245,27 +256,41 @@ class Settings:
         return [each.name for each in fields(cls) if each.metadata[about]]
 
 
-P, M, S, R = ParamSpec("P"), TypeVar("M"), TypeVar("S"), TypeVar("R")
+P, S, A, B, R = ParamSpec("P"), TypeVar("S"), TypeVar("A"), TypeVar("B"), TypeVar("R")
 
 
-def with_keywords(
-    settings: Callable[P, S],
-) -> Callable[[Callable[[M, Any, S], R]], Callable[Concatenate[M, Any, P], R]]:
-    """Let a function of a model, a tokenizer and settings take the settings as keywords."""
+class WithKeywords(Protocol[P, S]):
+    """A decorator of functions whose last argument is settings."""
 
-    def decorate(work: Callable[[M, Any, S], R]) -> Callable[Concatenate[M, Any, P], R]:
+    @overload
+    def __call__(self, work: Callable[[A, Any, S], R]) -> Callable[Concatenate[A, Any, P], R]: ...
+
+    @overload
+    def __call__(
+        self, work: Callable[[A, B, Any, S], R]
+    ) -> Callable[Concatenate[A, B, Any, P], R]: ...
+
+
+def with_keywords(settings: Callable[P, S], part: str | None = None) -> WithKeywords[P, S]:
+    """Let a function whose last argument is settings take these as keywords.
+
+    `part`: of them, those that have this argument of `setting`; the others stay at their defaults.
+    """
+
+    def decorate(work):
         own = signature(work)
-        model, tokenizer, _ = own.parameters.values()
+        *first, _ = own.parameters.values()
         keywords = [
             Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(settings)
+            if part is None or each.metadata[part]
         ]
-        shown = Signature([model, tokenizer, *keywords], return_annotation=own.return_annotation)
+        shown = Signature([*first, *keywords], return_annotation=own.return_annotation)
 
         @wraps(work)
         def call(*args, **given):
             given = shown.bind(*args, **given).arguments
-            return work(given.pop("model"), given.pop("tokenizer"), settings(**given))
+            return work(*(given.pop(each.name) for each in first), settings(**given))
 
         call.__signature__ = shown
         return call

@@ -3,12 +3,14 @@
     plan, notes = import_plan("duo", "attn_patterns/my-model", AutoConfig.from_pretrained(model))
 
 `notes` says in plain sentences what a plan can't carry over. Forms: `minference` (MInference,
-arXiv 2407.02490), `duo` (DuoAttention, arXiv 2410.10819), `moa` (MoA, arXiv 2406.14909).
+arXiv 2407.02490), `duo` (DuoAttention, arXiv 2410.10819), `moa` (MoA, arXiv 2406.14909),
+`modelopt` (NVIDIA ModelOpt's skip-softmax, BLASST, arXiv 2512.12087).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hfsparse.patterns import Pattern
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.plan.importers import duo, minference, moa
+from hfsparse.plan.importers import duo, minference, moa, modelopt
 from hfsparse.plan.importers.form import FORMS, Found, describe_heads, note_heads
 from hfsparse.plan.parts import Layer, ModelId
 from hfsparse.plan.plan import Plan
@@ -30,49 +32,81 @@ READERS: dict[str, Callable[..., Found]] = {
     "minference": minference.read,
     "duo": duo.read,
     "moa": moa.read,
+    "modelopt": modelopt.read,
+}
+OWNERS = {"share": "duo", "length": "modelopt"}  # whose each setting is
+UNSAID = {  # forms that today's words of a plan can't say
+    "lukv": "its curves say what share of its keys each kv head keeps, those of the highest scores "
+    "of a kvpress press, and a plan has no word for a cache that drops keys by score. Use it in "
+    "kvpress, or profile this model: hfsparse profile",
 }
 
 
 def import_plan(
-    form: str, path: str | Path, config: Any = None, share: float | None = None
+    form: str,
+    path: str | Path,
+    config: Any = None,
+    share: float | None = None,
+    length: int | None = None,
 ) -> tuple[Plan, list[str]]:
     """The plan in `path`, and what could not be carried over.
 
     config: the model's config (or the model): a plan can't be without its shape and fingerprint.
     share: `duo` only, of kv heads that stream; 0.5 as its authors deploy it.
+    length: `modelopt` only, tokens at which `skip` is to be its threshold.
     """
-    if form not in READERS:
-        raise UsageError(f"unknown form {show(form)}: {nearest(form, FORMS)}")
-    if form != "duo" and share is not None:
-        raise UsageError(f"share belongs to the form duo: leave it out for {form}")
-    if share is not None and not 0 <= share <= 1:
-        raise UsageError(f"share is {share}: give 0 to 1")
+    given = {"share": share, "length": length}
+    settings = {name: value for name, value in given.items() if value is not None}
+    _check(form, settings)
     path = local(path)
-    found = READERS[form](path, **({} if share is None else {"share": share}))
-    layers, heads = found.shape
-    unit = found.unit.replace("_", " ")
+    found = READERS[form](path, **settings)
     if config is None:
         raise UsageError(
-            f"{path} has {layers} layers of {heads} {unit}, and says no more of its model; a plan "
-            "needs its shape and fingerprint: give --model-config, a folder with its config.json"
+            f"{path} {_describe_shape(found)} of its model; a plan needs its shape and "
+            "fingerprint: give --model-config, a folder with its config.json"
         )
     model = ModelId.of(config)
-    if (layers, heads) != (model.layers, theirs := getattr(model, found.unit)):
+    if found.shape and found.shape != (model.layers, theirs := getattr(model, found.unit)):
+        layers, heads = found.shape
         raise PlanMismatch(
-            f"{path} has {layers} layers of {heads} {unit}; {model.class_name} has {model.layers} "
-            f"layers of {theirs}: give the config of the model that it was made for"
+            f"{path} has {layers} layers of {heads} {found.unit.replace('_', ' ')}; "
+            f"{model.class_name} has {model.layers} layers of {theirs}: give the config of the "
+            "model that it was made for"
         )
     plan, notes = _build_plan(found, model, [shape.window for shape in layer_shapes(config)])
     plan.made = {"version": __version__, "method": form, "imported": path.name}
     if form == "duo":
-        plan.made["share"] = duo.SHARE if share is None else float(share)
+        settings = {"share": float(settings.get("share", duo.SHARE))}
+    plan.made |= settings
     plan.validate()
     plan.check(config)
     return plan, [*found.notes, *notes]
 
 
+def _check(form: str, settings: dict[str, Any]) -> None:
+    """Raise UsageError for a form that can't be read, or what is none of its settings."""
+    if form in UNSAID:
+        raise UsageError(f"a plan can't say what {form} does: {UNSAID[form]}")
+    if form not in READERS:
+        raise UsageError(f"unknown form {show(form)}: {nearest(form, FORMS)}")
+    for name in settings:
+        if OWNERS[name] != form:
+            raise UsageError(f"{name} belongs to the form {OWNERS[name]}: leave it out for {form}")
+    if not 0 <= settings.get("share", 0) <= 1:
+        raise UsageError(f"share is {settings['share']}: give 0 to 1")
+
+
+def _describe_shape(found: Found) -> str:
+    if found.shape is None:
+        return "says nothing"
+    layers, heads = found.shape
+    return f"has {layers} layers of {heads} {found.unit.replace('_', ' ')}, and says no more"
+
+
 def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
     """Patterns by name and a Layer each; a ring where every q head of a group streams."""
+    if not found.rows:
+        return replace(Plan.full(model), skip=found.skip), []
     group, patterns, layers = model.q_heads // model.kv_heads, {}, []
     windowed, wide, kept = {}, {}, {}  # layer -> kv heads, for the notes
 

@@ -19,6 +19,7 @@ FORMS = {
     "minference": "a JSON list of layers, each {q head: [type, vertical, slash, score]}",
     "duo": "a folder of full_attention_heads.tsv (gates, layers x kv heads) and config.json",
     "moa": "JSON with alphas and betas, both layers x q heads",
+    "modelopt": "JSON with a sparse_attention_config whose algorithm is skip_softmax",
 }
 
 
@@ -26,14 +27,15 @@ FORMS = {
 class Found:
     """What a file says of each head, before it is known whose heads they are."""
 
-    rows: list[list[Pattern | None]]  # layers x heads; None is full
+    rows: list[list[Pattern | None]]  # layers x heads; None is full; empty: of no head
     unit: str  # q_heads or kv_heads
     rings: bool  # the cache, too, keeps only what a head reads
     notes: list[str]
+    skip: float | None = None  # nats, of all heads
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), len(self.rows[0])
+    def shape(self) -> tuple[int, int] | None:
+        return (len(self.rows), len(self.rows[0])) if self.rows else None
 
 
 def note_heads(where: dict[int, list[int]], layer: int, heads: Sequence[bool]) -> None:
