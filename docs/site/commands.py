@@ -15,8 +15,8 @@ Every command and option. `docs/site/commands.py` writes this page of what the c
 test fails where it no longer says that.
 
 Exit codes: 0; 1 for what can't be done, with one line on standard error that says why (or where
-`diff` finds a difference, or `doctor MODEL` a model that can't be patched); 2 for words that are no
-command or option; 130 for Ctrl-C.
+`diff` finds a difference, `verify` a loss beyond its limits, or `doctor MODEL` a model that can't
+be patched); 2 for words that are no command or option; 130 for Ctrl-C.
 """
 
 

@@ -1,6 +1,8 @@
 """Plans of other projects: what each head becomes, what a plan can't carry, what is refused."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from typer.testing import CliRunner
 
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
+from hfsparse.kernels.reference import prefill as attend
+from hfsparse.lists import Grid
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
-from hfsparse.plan import Layer, Plan, PlanError, PlanMismatch
+from hfsparse.plan import Layer, ModelId, Plan, PlanError, PlanMismatch
 from hfsparse.plan.importers import READERS, duo, import_plan, moa
 from hfsparse.plan.importers.form import FORMS, describe_heads
 from tests import tiny
@@ -37,6 +41,27 @@ MOA = {  # layers x 4 q heads
 }
 
 
+MODELOPT = {  # a checkpoint's config.json
+    "model_type": "llama",
+    "sparse_attention_config": {
+        "config_groups": {
+            "group_0": {
+                "algorithm": "skip_softmax",
+                "targets": ["LlamaAttention"],
+                "threshold_scale_factor": {
+                    "formula": "a * exp(b * target_sparsity)",
+                    "prefill": {"a": 7.93, "b": 8.61},
+                    "decode": {"a": 0.12, "b": 9.85},
+                },
+                "target_sparsity": {"prefill": 0.4, "decode": 0.5},
+            }
+        },
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+    },
+}
+HEADS = [form for form in FORMS if form != "modelopt"]  # forms that speak of heads
+
+
 def config(**shape):
     base = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     return LlamaConfig(architectures=["LlamaForCausalLM"], **{**base, "hidden_size": 64, **shape})
@@ -47,7 +72,11 @@ def write(folder, form, data=None, settings=DUO):
     if form != "duo":
         file = folder / f"{form}.json"
         file.write_text(
-            json.dumps({"minference": MINFERENCE, "moa": MOA}[form] if data is None else data)
+            json.dumps(
+                {"minference": MINFERENCE, "moa": MOA, "modelopt": MODELOPT}[form]
+                if data is None
+                else data
+            )
         )
         return file
     place = folder / "gates"
@@ -60,7 +89,8 @@ def write(folder, form, data=None, settings=DUO):
 
 def read(folder, form, data=None, given=None, share=None, **settings):
     file = write(folder, form, data, {**DUO, **settings})
-    return import_plan(form, file, given or config(), share)
+    length = 32_768 if form == "modelopt" else None
+    return import_plan(form, file, given or config(), share, length)
 
 
 def note(notes, words):
@@ -192,6 +222,113 @@ def test_moa_says_which_keys_it_did_not_read(tmp_path):
     assert note(notes, "not read:").endswith("not read: 'permute'")
 
 
+# ---- modelopt
+
+
+def modelopt(group=None, **block):
+    """A file of one group, and what stands beside the groups."""
+    group = {"algorithm": "skip_softmax", **(group or {})}
+    return {"sparse_attention_config": {"config_groups": {"group_0": group}, **block}}
+
+
+def test_modelopt_is_a_full_plan_with_a_skip(tmp_path):
+    plan, notes = read(tmp_path, "modelopt")
+    threshold = 7.93 * math.exp(8.61 * 0.4) / 32_768  # as its documentation has it
+    assert math.exp(-plan.skip) == pytest.approx(threshold, rel=1e-5)
+    assert plan == replace(Plan.full(ModelId.of(config())), skip=plan.skip, made=plan.made)
+    assert plan.made | {"version": "x"} == {
+        "version": "x",
+        "method": "modelopt",
+        "imported": "modelopt.json",
+        "length": 32_768,
+    }
+    assert len(notes) == 4
+    assert note(notes, "steps skip tiles, too").startswith("a step reads every key")
+    assert note(notes, "at 32768 tokens").startswith(f"skip {plan.skip:.6g} is its threshold")
+
+
+@pytest.mark.parametrize(
+    ("data", "threshold"),
+    [
+        (  # as versions before 0.45 wrote it
+            {
+                "config_groups": {"group_0": {"sparse_algo": "softmax_skip"}},
+                "threshold_scale_factor": {"prefill": {"a": 2.0, "b": 3.0}},
+                "target_sparse_ratio": {"prefill": 0.7, "decode": 0.1},
+            },
+            2 * math.exp(3 * 0.7) / 4096,
+        ),
+        (
+            {
+                "config_groups": {"group_0": {"sparse_algo": "softmax_skip"}},
+                "threshold_scale_factor": 437.7,
+                "target_sparsity": 0.3,
+            },
+            437.7 / 4096,
+        ),
+        (
+            modelopt(
+                {
+                    "threshold_scale_factor": {
+                        "formula": "exp(log_a + b * target_sparsity)",
+                        "coefficients": {"log_a": -1.5, "b": 9.0},
+                    },
+                    "target_sparsity": 0.6,
+                }
+            ),
+            math.exp(-1.5 + 9 * 0.6) / 4096,
+        ),
+        (  # no target: ModelOpt takes 0.5
+            modelopt({"threshold_scale_factor": {"prefill": {"a": 2, "b": 3}}}),
+            2 * math.exp(3 * 0.5) / 4096,
+        ),
+    ],
+    ids=["older", "a number", "logarithm", "no target"],
+)
+def test_modelopt_thresholds_of_every_form_are_those_of_its_formula(tmp_path, data, threshold):
+    plan, notes = import_plan("modelopt", write(tmp_path, "modelopt", data), config(), length=4096)
+    assert math.exp(-plan.skip) == pytest.approx(threshold, rel=1e-5)
+    untold = "target" not in json.dumps(data)
+    assert untold == any("0.5 is taken, as ModelOpt does" in each for each in notes)
+
+
+def test_a_fixed_threshold_of_modelopt_is_that_of_every_length(tmp_path):
+    file = write(tmp_path, "modelopt", modelopt({"threshold": 1e-3}))
+    plan, notes = import_plan("modelopt", file, config())
+    assert plan.skip == pytest.approx(-math.log(1e-3), abs=1e-6)
+    assert len(notes) == 2
+    with pytest.raises(UsageError, match="has one threshold for every length: leave --length out"):
+        import_plan("modelopt", file, config(), length=4096)
+
+
+def test_a_tile_is_skipped_by_the_imported_threshold_and_by_no_smaller_one(tmp_path):
+    """One row of 128 queries reads its diagonal first, then one tile that lies 2 nats lower."""
+    q, v = torch.zeros(1, 1, 256, 16), torch.randn(1, 1, 256, 16)
+    q[..., 0] = 1.0
+    k = torch.zeros_like(q)
+    k[:, :, :128, 0] = -2.0
+    lists = Streaming(0, 256).lists(q, k, Grid.causal(1, 256, 128), 1.0)
+    dense = attend(q, k, v, lists, torch.zeros(1, dtype=torch.long), scale=1.0)
+    for threshold, skipped in ((math.exp(-2.01), False), (math.exp(-1.99), True)):
+        file = write(tmp_path, "modelopt", modelopt({"threshold": threshold}))
+        skip = import_plan("modelopt", file, config())[0].skip
+        got = attend(q, k, v, lists, torch.zeros(1, dtype=torch.long), scale=1.0, skip=skip)
+        assert torch.equal(got[:, :, :128], dense[:, :, :128])
+        assert torch.equal(got, dense) != skipped
+        if skipped:
+            last = v[0, 0, 128:].mean(0)
+            torch.testing.assert_close(got[0, 0, 255], last, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_plan_cannot_take_from_modelopt_is_told(tmp_path):
+    data = modelopt({"threshold": 0.01, "initial_disabled_steps": 3})
+    sparse = {"algorithm": "sparse_softmax", "sparsity_n": 2}
+    data["sparse_attention_config"]["config_groups"]["group_1"] = sparse
+    _, notes = import_plan("modelopt", write(tmp_path, "modelopt", data), config())
+    assert note(notes, "other algorithms").endswith(": 'sparse_softmax'")
+    assert note(notes, "not read:").endswith("not read: 'initial_disabled_steps'")
+
+
 # ---- every form
 
 
@@ -206,7 +343,7 @@ def test_an_imported_plan_survives_its_file(tmp_path, form):
     assert Plan.load(tmp_path / "plan.yaml") == plan
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", HEADS)
 def test_a_patched_model_equals_the_oracle_under_an_imported_plan(tmp_path, form):
     model = tiny.llama()
     model.requires_grad_(False)
@@ -254,13 +391,15 @@ def test_places_group_equal_layers_and_neighbouring_heads():
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(UsageError, match="unknown form 'quest': give one of minference, duo, moa"):
+    with pytest.raises(
+        UsageError, match="unknown form 'quest': give one of minference, duo, moa, modelopt"
+    ):
         import_plan("quest", tmp_path, config())
     with pytest.raises(UsageError, match=r"did you mean minference\?"):
         import_plan("minferense", tmp_path, config())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", HEADS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -275,10 +414,16 @@ def test_a_plan_of_another_shape_is_refused(tmp_path, form, shape):
         read(tmp_path, form, given=config(**shape))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", HEADS)
 def test_without_a_config_the_error_says_what_is_needed_and_what_the_file_has(tmp_path, form):
     with pytest.raises(UsageError, match=r"has 2 layers of . \w+ heads, .*give --model-config"):
         import_plan(form, write(tmp_path, form))
+
+
+def test_without_a_config_a_file_that_says_nothing_of_heads_needs_one_too(tmp_path):
+    file = write(tmp_path, "modelopt")
+    with pytest.raises(UsageError, match=r"has a skip, and says no more of its model; .*give --model-config"):
+        import_plan("modelopt", file, length=4096)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -288,7 +433,7 @@ def test_the_file_of_another_form_is_refused_by_what_was_found(tmp_path, form, o
     if form == other:
         return
     with pytest.raises(PlanError) as refused:
-        import_plan(form, file, config())
+        import_plan(form, file, config())  # a length is asked for where a file has its form
     message = str(refused.value)
     assert message.startswith(f"{file}")
     assert f"no {form} plan: " in message
@@ -323,6 +468,37 @@ def test_the_file_of_another_form_is_refused_by_what_was_found(tmp_path, form, o
         ("moa", {"alphas": [[True]], "betas": [[1]]}, "alphas has True, not a number"),
         ("moa", {"alphas": [[float("nan")]], "betas": [[1]]}, "alphas has nan, not a number"),
         ("moa", {"alphas": [[1]], "betas": [[1.5]]}, "layer 0 has a beta of 1.5, not 0 to 1"),
+        ("modelopt", {"sparse_attention_config": 3}, "it is 3"),
+        (
+            "modelopt",
+            {"sparse_attention_config": {"config_groups": [1]}},
+            "config_groups is a list",
+        ),
+        ("modelopt", {"sparse_attention_config": {"sparse_num_index_heads": 4}}, "without skip_so"),
+        ("modelopt", modelopt({"algorithm": "sparse_softmax"}), "without skip_softmax"),
+        ("modelopt", modelopt(), "it states no threshold for prompts"),
+        ("modelopt", modelopt({"threshold": 0.0}), "threshold is 0.0, not a number above 0"),
+        ("modelopt", modelopt({"threshold": 0.1, "ignore": ["*.0.*"]}), "ignore leaves layers de"),
+        (
+            "modelopt",
+            modelopt({"threshold_scale_factor": {"decode": {"a": 1, "b": 1}}}),
+            "it states no threshold for prompts",
+        ),
+        (
+            "modelopt",
+            modelopt({"threshold_scale_factor": {"prefill": {"a": -1, "b": 1}}}),
+            "a is -1, not a number above 0",
+        ),
+        (
+            "modelopt",
+            modelopt({"threshold_scale_factor": {"prefill": {"a": 1}}}),
+            "b is None, not a number",
+        ),
+        (
+            "modelopt",
+            modelopt({"threshold_scale_factor": {"formula": "a + b", "prefill": {"a": 1, "b": 1}}}),
+            "its formula is 'a + b', known are a * exp(b * target_sparsity)",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_by_what_is_wrong(tmp_path, form, data, found):
@@ -332,7 +508,7 @@ def test_a_broken_file_is_refused_by_what_is_wrong(tmp_path, form, data, found):
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff", b"[" * 100_000], ids=["cut", "bytes", "deep"])
-@pytest.mark.parametrize("form", ["minference", "moa"])
+@pytest.mark.parametrize("form", ["minference", "moa", "modelopt"])
 def test_what_is_no_json_is_refused(tmp_path, form, text):
     (tmp_path / "file.json").write_bytes(text)
     with pytest.raises(PlanError, match=f"no {form} plan: "):
@@ -364,6 +540,25 @@ def test_share_is_refused_out_of_range_and_for_other_forms(tmp_path):
             import_plan("duo", tmp_path, config(), share)
     with pytest.raises(UsageError, match="share belongs to the form duo: leave it out for moa"):
         import_plan("moa", tmp_path, config(), 0.5)
+
+
+def test_length_is_needed_by_modelopt_and_refused_for_others(tmp_path):
+    with pytest.raises(UsageError, match="length belongs to the form modelopt: leave it out for"):
+        import_plan("moa", tmp_path, config(), length=4096)
+    file = write(tmp_path, "modelopt")
+    with pytest.raises(UsageError, match="falls with a prompt's length, and skip is one number"):
+        import_plan("modelopt", file, config())
+    with pytest.raises(UsageError, match="length is 0: give 1 token or more"):
+        import_plan("modelopt", file, config(), length=0)
+    with pytest.raises(UsageError, match=r"its threshold at 100 tokens is 2.4\d+, and one of 1 or"):
+        import_plan("modelopt", file, config(), length=100)
+
+
+def test_what_no_plan_can_say_is_refused_by_its_name(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"a plan can't say what lukv does: .* drops keys by score"
+    ):
+        import_plan("lukv", tmp_path / "curve.npy", config())
 
 
 # ---- the command

@@ -61,17 +61,16 @@ def import_plan(
     path = local(path)
     found = READERS[form](path, **settings)
     if config is None:
+        has = _describe_shape(found)
         raise UsageError(
-            f"{path} {_describe_shape(found)} of its model; a plan needs its shape and "
+            f"{path} has {has}, and says no more of its model; a plan needs its shape and "
             "fingerprint: give --model-config, a folder with its config.json"
         )
     model = ModelId.of(config)
     if found.shape and found.shape != (model.layers, theirs := getattr(model, found.unit)):
-        layers, heads = found.shape
         raise PlanMismatch(
-            f"{path} has {layers} layers of {heads} {found.unit.replace('_', ' ')}; "
-            f"{model.class_name} has {model.layers} layers of {theirs}: give the config of the "
-            "model that it was made for"
+            f"{path} has {_describe_shape(found)}; {model.class_name} has {model.layers} layers of "
+            f"{theirs}: give the config of the model that it was made for"
         )
     plan, notes = _build_plan(found, model, [shape.window for shape in layer_shapes(config)])
     plan.made = {"version": __version__, "method": form, "imported": path.name}
@@ -98,9 +97,9 @@ def _check(form: str, settings: dict[str, Any]) -> None:
 
 def _describe_shape(found: Found) -> str:
     if found.shape is None:
-        return "says nothing"
+        return "a skip"
     layers, heads = found.shape
-    return f"has {layers} layers of {heads} {found.unit.replace('_', ' ')}, and says no more"
+    return f"{layers} layers of {heads} {found.unit.replace('_', ' ')}"
 
 
 def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
