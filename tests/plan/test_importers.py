@@ -422,7 +422,9 @@ def test_without_a_config_the_error_says_what_is_needed_and_what_the_file_has(tm
 
 def test_without_a_config_a_file_that_says_nothing_of_heads_needs_one_too(tmp_path):
     file = write(tmp_path, "modelopt")
-    with pytest.raises(UsageError, match=r"has a skip, and says no more of its model; .*give --model-config"):
+    with pytest.raises(
+        UsageError, match=r"has a skip, and says no more of its model; .*give --model-config"
+    ):
         import_plan("modelopt", file, length=4096)
 
 
