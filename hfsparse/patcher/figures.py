@@ -35,8 +35,8 @@ WIDE = {4: torch.float32, 8: torch.float64}  # types of keys and values, by byte
 class Prompts:
     """What heads do in prompts of one length: shares of dense attention `[layers, q heads]`."""
 
-    pairs: np.ndarray
-    blocks: np.ndarray
+    pairs: Sequence[np.ndarray]  # of each layer
+    blocks: Sequence[np.ndarray]
     recall: np.ndarray | None = None  # attention that is kept, where it was measured
 
 

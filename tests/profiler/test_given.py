@@ -9,6 +9,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import hfsparse
 from hfsparse.errors import PatchError, UsageError
@@ -117,8 +118,21 @@ def test_how_a_profile_came_to_its_plan_is_kept_and_limits_are_those_given(model
     assert proved.expected[512]["recall"] == 0.9
 
 
-def test_what_it_expects_is_what_the_patched_model_does(model, losing):
+def windowed() -> Gemma3ForCausalLM:
+    """A layer with a window of its own below one without."""
+    torch.manual_seed(0)
+    shape = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    sizes = dict(vocab_size=400, hidden_size=64, intermediate_size=64, max_position_embeddings=1024)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**shape, **sizes, **kinds)).eval()
+
+
+@pytest.mark.parametrize("windows", [False, True], ids=["full", "a window"])
+def test_what_it_expects_is_what_the_patched_model_does(model, losing, windows):
+    model = windowed() if windows else model
     plan = plan_of(model, made={"samples": 3})
+    if windows:
+        plan.layers = (Plan.full(plan.model).layers[0], plan.layers[1])
     proved = hfsparse.verify(model, plan, tiny.tokenizer(), **ASKED, seed=5)
     prompts = [prompt.ids for prompt in make_prompts(tiny.tokenizer(), 512, 3, 5)]
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
@@ -133,6 +147,9 @@ def test_what_it_expects_is_what_the_patched_model_does(model, losing):
     assert stats.pair_density == pytest.approx(expected["pair_density"], abs=1e-4)
     assert stats.block_density == pytest.approx(expected["block_density"], abs=1e-4)
     assert stats.cache_share == pytest.approx(expected["cache_share"], abs=1e-4)
+    assert windows == ("pair_density_free" in expected)
+    free = expected.get("pair_density_free", expected["pair_density"])
+    assert stats.free.pair_density == pytest.approx(free, abs=1e-4)
     assert steps.decode_share == pytest.approx(expected["decode_share"], abs=1e-4)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
+from math import nan
 
 import numpy as np
 import torch
@@ -127,17 +129,21 @@ def _count_prompts(job: Job, plan: Plan) -> dict[int, Prompts]:
         for n, i, prompt in job.progress((f"plan, {row[2].name}", row) for row in rows):
             compute = partial(_count_prompt, handle, prompt)
             found[n].append(job.parts.get(f"prompt-{plan.hash()[7:19]}-{n}-{i}", compute))
-    return {n: Prompts(**average(each)) for n, each in found.items()}
+    return {n: Prompts(**_trim(average(each))) for n, each in found.items()}
 
 
 @torch.no_grad()
 def _count_prompt(handle: Patched, prompt: Prompt) -> dict[str, np.ndarray]:
-    """Shares of dense attention by head `[layers, q heads]`; 1 in layers without attention."""
+    """Shares of dense attention `[layers, q heads]`; nan past the heads that a layer has."""
+    read = open_reader(handle.model)
     handle.reset_stats()
-    open_reader(handle.model)(prompt.ids[0].tolist())
+    read(prompt.ids[0].tolist())
     layers = handle.stats().layers
-    full = [1.0] * max(len(layer.pair_density) for layer in layers)
-    return {
-        "pairs": np.array([layer.pair_density or full for layer in layers]),
-        "blocks": np.array([layer.block_density or full for layer in layers]),
-    }
+    shares = {"pairs": [layer.pair_density for layer in layers]}
+    shares["blocks"] = [layer.block_density for layer in layers]
+    return {name: np.array([*zip_longest(*rows, fillvalue=nan)]).T for name, rows in shares.items()}
+
+
+def _trim(shares: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """By layer, the shares of the heads that it has."""
+    return {name: [row[~np.isnan(row)] for row in rows] for name, rows in shares.items()}
