@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
+from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
 from hfsparse.profiler.settings import Settings
@@ -587,7 +588,7 @@ def test_profile_refuses_an_unwritable_output_before_it_loads_the_model(tmp_path
     assert "No space left on device" in message
 
 
-# ---- models that can't be served
+# ---- models whose layers differ
 
 UNLIKE = dict(  # Gemma 4's global layers have other heads than its windowed ones
     vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=3, head_dim=16,
@@ -597,7 +598,6 @@ UNLIKE = dict(  # Gemma 4's global layers have other heads than its windowed one
     layer_types=["sliding_attention", "sliding_attention", "full_attention"],
 )  # fmt: skip
 SERVED = {
-    "profile": "profile {model} -o {out} --lengths 256",
     "new": "new {model} -o {out}",
     "explain": "explain {model} --plan {plan}",
     "check": "check {plan} {model}",
@@ -606,13 +606,13 @@ SERVED = {
     "generate by a plan": "generate {model} --prompt-file {prompt} --plan {plan}",
     "bench": "bench {model} --lengths 16",
     "import": "import minference {published} -o {out} --model-config {model}",
-    "eval": "eval ppl {model} --plan {plan} --output {out}",
+    "eval": "eval ppl {model} --plan {plan} --output {out} --lengths 128 --samples 1",
 }
 
 
 @pytest.fixture(scope="module")
 def unlike(tmp_path_factory):
-    """A folder of a model whose config refuses to name one number of kv heads."""
+    """A folder of a model whose windowed layer has other kv heads than the full one."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "Gemma4ForCausalLM"):
         pytest.skip("this transformers has no Gemma 4")
@@ -624,19 +624,15 @@ def unlike(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", SERVED)
-def test_heads_that_differ_by_layer_are_one_sentence_of_every_command(
-    command, unlike, plan, prompt, tmp_path
-):
+def test_every_command_serves_heads_that_differ_by_layer(command, unlike, prompt, tmp_path):
     published = tmp_path / "published.json"
     pattern = [{str(h): ["vertical_and_slash", 100, 800, 1] for h in range(4)}] * 3
     published.write_text(json.dumps(pattern))
+    plan = tmp_path / "plan.yaml"
+    Plan.full(ModelId.of(load_config(str(unlike)))).save(plan)
     named = dict(model=unlike, plan=plan, prompt=prompt, published=published, out=tmp_path / "out")
     result = run(*(word.format(**named) for word in SERVED[command].split()))
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    said = result.output + result.stderr
-    assert "num_key_value_heads is 2 in layer 0 and 1 in layer 2" in said
-    assert "Traceback" not in said
+    assert result.exit_code == 0, (result.output, result.stderr, result.exception)
 
 
 def test_check_says_what_patch_would_say(tmp_path):

@@ -62,9 +62,9 @@ def test_a_new_setting_at_its_default_ends_no_run_that_was_begun_without_it():
 
 def test_what_a_plan_says_of_its_making_has_what_was_given():
     first = {"samples": 6, "seed": 3, "method": "balanced"}
-    assert first.items() <= Settings(seed=3).made.items()
-    assert [*Settings().made][:3] == ["samples", "seed", "method"]
-    assert More(recipe="own").made == Settings().made | {"stride": 2, "recipe": "own"}
+    assert first.items() <= Settings(seed=3).provenance.items()
+    assert [*Settings().provenance][:3] == ["samples", "seed", "method"]
+    assert More(recipe="own").provenance == Settings().provenance | {"stride": 2, "recipe": "own"}
 
 
 def test_profile_the_command_and_recipes_take_the_same_settings():
