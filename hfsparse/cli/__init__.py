@@ -1,5 +1,5 @@
-"""The command line: profile, recipes, new, import, show, diff, check, explain, doctor, generate,
-bench, eval.
+"""The command line: profile, recipes, plans, new, import, show, diff, check, push, explain, doctor,
+generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -22,11 +22,13 @@ app.callback()(options)
 for _name, _command in {  # `hfsparse --help` lists them in this order
     "profile": profile.profile,
     "recipes": profile.list_recipes,
+    "plans": plans.list_plans,
     "new": plans.new,
     "import": plans.import_,
     "show": plans.show,
     "diff": plans.diff,
     "check": plans.check,
+    "push": plans.push,
     "explain": run.explain,
     "doctor": run.doctor,
     "generate": run.generate,

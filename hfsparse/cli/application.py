@@ -49,7 +49,8 @@ class Commands(TyperGroup):
 
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
+PLAN = "its file, a name that hfsparse plans lists, or hf://ORG/REPO/plan.yaml"
+PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help=f"A plan: {PLAN}.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
 
