@@ -27,6 +27,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     token: str | None = None  # that may write; None: any
     asked: list[tuple[str, str]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)  # that came
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Add files to a branch; the commit."""
@@ -52,19 +53,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self.hub.asked.append(("HEAD", self.path))
+        self._note()
         self._file()
 
     def do_GET(self) -> None:
-        self.hub.asked.append(("GET", self.path))
+        self._note()
         self._file()
 
     def do_POST(self) -> None:
-        self.hub.asked.append(("POST", self.path))
+        self._note()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             body = self._chunks()
         self._api(body)
+
+    def _note(self) -> None:
+        self.hub.asked.append((self.command, self.path))
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.add(token)
 
     def _chunks(self) -> bytes:
         found = b""
