@@ -30,7 +30,7 @@ def mine(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("models") / "llama")
+    return tiny.save(tmp_path_factory.mktemp("models") / "llama", window=2048)
 
 
 def run(*words):
@@ -99,7 +99,7 @@ def test_every_command_that_takes_a_plan_takes_a_name(mine, model, tmp_path):
         ["explain", model, "--plan", NAME],
         ["generate", model, "--plan", NAME, "--prompt-file", tmp_path / "prompt.txt"],
         ["bench", model, "--plan", NAME, "--lengths", 64, "--repeat", 1],
-        ["eval", "recall", model, "--plan", NAME, "--lengths", 480, "--samples", 1, "-o", out],
+        ["eval", "recall", model, "--plan", NAME, "--lengths", 1024, "--samples", 1, "-o", out],
     ):
         done = run(*words)
         assert done.exit_code == 0, f"{words}\n{done.output}"
