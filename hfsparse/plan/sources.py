@@ -21,7 +21,7 @@ from hfsparse.reading import local
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDER = next(each for each in (HERE / "plans", HERE.parent / "plans") if each.is_dir())
-NAME = re.compile(r"[a-z]{2,}:[\w.-]+", re.ASCII | re.IGNORECASE)  # C:plan.yaml is a file
+NAME = re.compile(r"[a-z]{2,20}:[\w.-]{1,120}", re.ASCII | re.IGNORECASE)  # C:plan.yaml is a file
 
 
 def shipped() -> dict[str, Path]:
@@ -31,33 +31,32 @@ def shipped() -> dict[str, Path]:
 
 def open_plan(source: str | os.PathLike) -> Plan:
     """The plan of a file, a shipped name or an address on the hub; PlanError says why not."""
-    if isinstance(source, str) and hub.is_address(source):
+    kind = _kind(source)
+    if kind == "address":
         return hub.fetch(source)
-    if _is_name(source):
-        return Plan.load(_named(source))
-    return Plan.load(source)
+    return Plan.load(_named(source) if kind == "name" else source)
 
 
 def is_own_file(source: str | os.PathLike) -> bool:
-    """Whether it is a file that its user may write."""
-    return not _is_name(source) and not (isinstance(source, str) and hub.is_address(source))
+    """Whether it is a file, which its user may write."""
+    return _kind(source) == "file"
 
 
 def name_of(source: str | os.PathLike) -> str:
     """What a report calls a plan: its name, or its file's without `.yaml`."""
-    if _is_name(source):
+    kind = _kind(source)
+    if kind == "name":
         return source.lower()
-    if isinstance(source, str) and hub.is_address(source):
-        return PurePosixPath(hub.parse(source).file).stem
-    return Path(source).stem
+    return PurePosixPath(hub.parse(source).file).stem if kind == "address" else Path(source).stem
 
 
-def _is_name(source: str | os.PathLike) -> bool:
-    return (
-        isinstance(source, str)
-        and NAME.fullmatch(source) is not None
-        and not local(source).exists()
-    )
+def _kind(source: str | os.PathLike) -> str:
+    """`address`, `name` or `file`; a file that is there goes before a name."""
+    if not isinstance(source, str):
+        return "file"
+    if hub.is_address(source):
+        return "address"
+    return "name" if NAME.fullmatch(source) and not local(source).exists() else "file"
 
 
 def _named(name: str) -> Path:

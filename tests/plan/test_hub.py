@@ -7,7 +7,7 @@ import hashlib
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, utils
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -33,7 +33,9 @@ def hub(tmp_path, monkeypatch):
     with serve(found) as url:
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # 0.x has its own name for it
+            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -43,7 +45,15 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch):
-    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    anew = getattr(utils, "reset_sessions", lambda: None)  # of 0.x, whose sessions remember
+
+    def off():
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        anew()
+
+    yield off
+    monkeypatch.undo()
+    anew()
 
 
 def plan(recent: int = 64) -> Plan:

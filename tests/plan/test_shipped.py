@@ -48,7 +48,6 @@ def test_a_plan_fits_the_model_of_its_config_and_says_where_it_is_from(name):
         "duo:mistral-7b-instruct-v0.2",
         "minference:qwen2.5-7b-instruct-1m",
         "minference:phi-3-mini-128k-instruct",
-        "moa:llama-3.2-1b-instruct",
     ],
 )
 def test_a_model_of_each_class_is_patched_with_a_warning(name):
