@@ -2,6 +2,7 @@
 # make test-oldest   families and ways on the oldest transformers that is supported
 # make test-matrix   the same on each tested version; writes docs/support.md (K=phi3: of one family)
 # make test-gpu      kernels and patched models on a CUDA device, with the packages of PYTHON
+# make plans         plans/ anew from what other projects publish, in the folder SOURCES
 # make docs          docs/ as a site in build/docs; a broken link or anchor is an error
 # All others set up what they need on first use: .venv (packages; those of tests only where tests
 # run) and, of SmolLM2-135M-Instruct, .cache/smollm2.
@@ -23,7 +24,7 @@ WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
 SIDE   := .cache/transformers-
 MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(K),-k "$(K)") tests/support
 
-.PHONY: test test-oldest test-matrix test-gpu lint docs demo venv model clean
+.PHONY: test test-oldest test-matrix test-gpu lint plans docs demo venv model clean
 
 test: lint $(MODEL)/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -44,6 +45,9 @@ $(SIDE)%: | $(READY)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+plans: $(READY)
+	$(BIN)/python -m benchmarks.studies.published.plans $(SOURCES)
 
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfsparse.cli.application import Commands
+from hfsparse.cli.application import PLAN, Commands
 from hfsparse.cli.profile import BeyondWindow
 from hfsparse.errors import UsageError
 from hfsparse_eval.command import ask, begin, check_request, finish, load_model
@@ -273,7 +273,9 @@ def ppl(
 @app.command()
 def recall(
     model: ModelArg,
-    plan: Annotated[list[Path], typer.Option("--plan", help="A plan; may be repeated.")],
+    plan: Annotated[
+        list[str], typer.Option("--plan", metavar="PLAN", help=f"A plan: {PLAN}; may be repeated.")
+    ],
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,

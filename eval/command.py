@@ -36,7 +36,7 @@ def check_request(
     kind: str,
     model: str,
     output: Path,
-    plans: Iterable[Path] | None = None,
+    plans: Iterable[str] | None = None,
     peers: Iterable[str] | None = None,
     seed: int = 0,
     chat: str = "auto",
@@ -53,11 +53,11 @@ def check_request(
     return Request(kind, model, output, arms, seed, chat, cap, batch)
 
 
-def _read_arms(plans: Iterable[Path], peers: Iterable[str]) -> list[Arm]:
+def _read_arms(plans: Iterable[str], peers: Iterable[str]) -> list[Arm]:
     """Everything that is run beside the dense model."""
-    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import name_of, open_plan
 
-    found = [Sparse(Plan.load(path), path.stem) for path in plans] + [peer(n) for n in peers]
+    found = [Sparse(open_plan(plan), name_of(plan)) for plan in plans] + [peer(n) for n in peers]
     seen: dict = {}
     for arm in found:
         if (arm.name, arm.hash) in seen:

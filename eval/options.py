@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from hfsparse.cli.application import PLAN
 from hfsparse.errors import UsageError
 from hfsparse_eval.arms import PEERS
 from hfsparse_eval.tasks import of_suite
@@ -49,7 +50,8 @@ class Feed(str, Enum):
 
 ModelArg = Annotated[str, typer.Argument(help="A Hugging Face model: folder or hub name.")]
 Plans = Annotated[
-    list[Path] | None, typer.Option("--plan", help="Also run under this plan; may be repeated.")
+    list[str] | None,
+    typer.Option("--plan", metavar="PLAN", help=f"Also run under a plan: {PLAN}; may be repeated."),
 ]
 Arms = Annotated[
     list[str] | None,

@@ -15,6 +15,7 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 BESIDE = (
     *("benchmarks/results/**/*", "benchmarks/*.py", "recipes/*.yaml", "examples/*.py"),
+    *("plans/*.yaml", "plans/README.md"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
 )
 LINK = re.compile(r"(\[[^\]]*\])\((?!\w+:|#|/)([^)#\s]+)(#[^)\s]*)?\)")

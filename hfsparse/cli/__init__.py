@@ -1,5 +1,5 @@
-"""The command line: profile, verify, recipes, new, import, export, show, diff, check, explain,
-doctor, generate, bench, eval.
+"""The command line: profile, verify, recipes, plans, new, import, export, show, diff, check, push,
+explain, doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -23,12 +23,14 @@ for _name, _command in {  # `hfsparse --help` lists them in this order
     "profile": profile.profile,
     "verify": verify.verify,
     "recipes": profile.list_recipes,
+    "plans": plans.list_plans,
     "new": plans.new,
     "import": plans.import_,
     "export": export.export,
     "show": plans.show,
     "diff": plans.diff,
     "check": plans.check,
+    "push": plans.push,
     "explain": run.explain,
     "doctor": run.doctor,
     "generate": run.generate,

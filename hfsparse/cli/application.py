@@ -49,7 +49,8 @@ class Commands(TyperGroup):
 
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that profile wrote.")]
+PLAN = "its file, a name that hfsparse plans lists, or hf://ORG/REPO/plan.yaml"
+PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help=f"A plan: {PLAN}.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
 
@@ -92,6 +93,15 @@ def check_writable(file: Path) -> None:
         raise UsageError(
             f"can't write in {file.parent}: {error.strerror}; give another path"
         ) from None
+
+
+def own_file(plan: str) -> Path:
+    """The file that `--write` writes into; UsageError for a plan that is shipped, or on the hub."""
+    from hfsparse.plan.sources import is_own_file
+
+    if not is_own_file(plan):
+        raise UsageError(f"--write can't write into {plan}: give a file of yours")
+    return Path(plan)
 
 
 def parse_lengths(words: str) -> tuple[int, ...]:

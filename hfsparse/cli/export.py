@@ -27,10 +27,10 @@ def export(
     if reading.local(output).exists():
         raise UsageError(f"{output} exists: give another name, or remove it")
 
-    from hfsparse.plan import Plan
     from hfsparse.plan.exporters import export_plan
+    from hfsparse.plan.sources import open_plan
 
-    text, notes = export_plan(Plan.load(plan), to, length)
+    text, notes = export_plan(open_plan(plan), to, length)
     try:
         write_whole(os.path.realpath(reading.local(output)), text.encode())
     except (OSError, ValueError) as error:

@@ -1,10 +1,11 @@
-"""Commands on plans: new, import, show, diff, check."""
+"""Commands on plans: plans, new, import, show, diff, check, push."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,43 @@ import typer
 
 from hfsparse import reading
 from hfsparse.cli.application import Model, PlanFile, check_writable, print_styled
-from hfsparse.errors import UsageError
+from hfsparse.errors import PlanMismatch, UsageError
 from hfsparse.models.loading import DTYPES, load_config
 from hfsparse.writing import write_whole
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")]
+
+
+def list_plans(
+    model: Annotated[
+        str | None, typer.Argument(help="Only those that fit this model: a folder or a hub name.")
+    ] = None,
+) -> None:
+    """List the plans that are shipped, by model; a name is taken wherever a plan is."""
+    config = None if model is None else load_config(model)
+
+    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import FOLDER, shipped
+
+    found: dict[str, list[str]] = {}
+    for name, file in shipped().items():
+        plan = Plan.load(file)
+        if config is None or _fits(plan, config):
+            doubt = "verified" if plan.verified and not plan.unproved else "not verified by us"
+            found.setdefault(plan.made["model"], []).append(f"  {name:<36} {doubt}")
+    for made_for, lines in sorted(found.items()):
+        typer.echo("\n".join([made_for, *lines]))
+    if not found:
+        raise UsageError(f"no plan that is shipped fits {model}: hfsparse profile makes one")
+    typer.echo(f"\neach is a page to read, {FOLDER / 'README.md'} tells what they lost")
+
+
+def _fits(plan, config) -> bool:
+    try:
+        plan.check(config)
+    except PlanMismatch:
+        return False
+    return True
 
 
 def new(model: Model, output: Output) -> None:
@@ -74,9 +107,10 @@ def show(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, too.")] = None,
 ) -> None:
     """Print a plan's head map: layers x heads."""
-    from hfsparse.plan import Plan, headmap
+    from hfsparse.plan import headmap
+    from hfsparse.plan.sources import open_plan
 
-    loaded = Plan.load(plan)
+    loaded = open_plan(plan)
     if png is not None:
         check_writable(png)
         headmap.png(loaded, png)
@@ -85,10 +119,10 @@ def show(
 
 def diff(first: PlanFile, second: PlanFile) -> None:
     """Say what changed from one plan to another; the exit code is 0 if nothing did."""
-    from hfsparse.plan import Plan
     from hfsparse.plan.diff import differences
+    from hfsparse.plan.sources import open_plan
 
-    plans = [Plan.load(file) for file in (first, second)]
+    plans = [open_plan(file) for file in (first, second)]
     for file, plan in zip((first, second), plans, strict=True):
         typer.echo(f"{plan.hash()[:19]}  {file}")
     found = differences(*plans)
@@ -116,9 +150,9 @@ def check(
 
     from hfsparse.models.loading import skeleton
     from hfsparse.patcher import patch
-    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import open_plan
 
-    config, loaded = load_config(model), Plan.load(plan)
+    config, loaded = load_config(model), open_plan(plan)
     loaded.check(config)
     patch(skeleton(config)).undo()  # raises what patch would say of the model
     typer.echo(f"{plan} fits {model}")
@@ -166,3 +200,48 @@ def _bytes(size: str) -> int:
         raise UsageError(f"{size!r} is no size of memory: give one such as 80GiB or 24GB")
     units = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def push(
+    plan: PlanFile,
+    repo: Annotated[str, typer.Argument(metavar="ORG/REPO", help="A repository on the hub.")],
+    private: Annotated[bool, typer.Option(help="If it has to be made: for you alone.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Not the main one; it may be new.")] = None,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write what would be pushed, push nothing."),
+    ] = None,
+) -> None:
+    """Put a plan on the Hugging Face hub, with its tables and a page made from it."""
+    from hfsparse.plan import hub
+    from hfsparse.plan.card import write_folder
+    from hfsparse.plan.sources import name_of, open_plan
+
+    hub.check_repo(repo)
+    loaded, file = open_plan(plan), f"{name_of(plan).replace(':', '-')}.yaml"
+    if dry_run is not None:
+        folder = _new_folder(dry_run)
+        write_folder(loaded, file, folder, repo)
+        typer.echo(
+            f"wrote {', '.join(sorted(each.name for each in folder.iterdir()))} in {dry_run}"
+        )
+        return
+    with tempfile.TemporaryDirectory() as made:
+        write_folder(loaded, file, Path(made), repo)
+        commit = hub.push(made, repo, private, branch)
+    typer.echo(f"pushed {file}. Whoever may read {repo} has it:")
+    typer.echo(f"  hfsparse show {hub.SCHEME}{repo}@{commit}/{file}")
+
+
+def _new_folder(path: Path) -> Path:
+    """A folder with nothing in it, made where it is not there."""
+    folder = reading.local(path)
+    try:
+        folder.mkdir(exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        why = reading.why(error)
+        raise UsageError(f"can't make the folder {path}: {why}; give another path") from None
+    if taken:
+        raise UsageError(f"{path} has files in it: give an empty folder, or a new one")
+    return folder

@@ -8,11 +8,22 @@ from typing import Annotated
 import typer
 
 from hfsparse import reading
-from hfsparse.cli.application import Device, Dtype, Model, check_window, parse_lengths
+from hfsparse.cli.application import (
+    PLAN,
+    Device,
+    Dtype,
+    Model,
+    check_window,
+    own_file,
+    parse_lengths,
+)
 from hfsparse.cli.profile import BeyondWindow
 from hfsparse.errors import UsageError
 
-PlanOption = Annotated[Path | None, typer.Option(help="Without a plan every head is full.")]
+PlanOption = Annotated[
+    str | None,
+    typer.Option(metavar="PLAN", help=f"A plan: {PLAN}. Without one every head is full."),
+]
 
 
 def explain(
@@ -21,9 +32,9 @@ def explain(
     """Say what would run where under a plan, by which kernel, and why; reads no weights."""
     from hfsparse import patcher
     from hfsparse.models.loading import load_config, pick_device, pick_dtype
-    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import open_plan
 
-    chosen = Plan.load(plan) if plan is not None else None
+    chosen = open_plan(plan) if plan is not None else None
     config, target = load_config(model), pick_device(device)
     standing = _without_weights(config, target, pick_dtype(dtype, target))
     with patcher.patch(standing, chosen):
@@ -60,9 +71,9 @@ def generate(
 
     from hfsparse.models.loading import load
     from hfsparse.patcher import patch
-    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import open_plan
 
-    chosen = Plan.load(plan) if plan is not None else None
+    chosen = open_plan(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     tokens = prompt_tokens(tokenizer, prompt)
     check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
@@ -75,7 +86,10 @@ def bench(
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub name; or give --shape.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Without one: a stand-in of its kind.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(metavar="PLAN", help=f"A plan: {PLAN}. Without one: a stand-in of its kind."),
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of a known shape.")] = None,
     lengths: Annotated[str, typer.Option(help="Prompt tokens, by commas.")] = "1024,8192,32768",
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each arm and length.")] = 3,
@@ -93,9 +107,11 @@ def bench(
 
     from hfsparse import bench as benching
     from hfsparse.models.loading import device_name, load, pick_device, pick_dtype
-    from hfsparse.plan import Plan
+    from hfsparse.plan.sources import open_plan
 
-    chosen = Plan.load(plan) if plan is not None else None
+    if write:
+        own_file(plan)
+    chosen = open_plan(plan) if plan is not None else None
     if shape is not None:
         target = pick_device(device)
         loaded = benching.random_model(shape, target, pick_dtype(dtype, target))

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from hfsparse.cli.application import Device, Dtype, Model, PlanFile, check_writable, print_styled
+from hfsparse.cli.application import (
+    Device,
+    Dtype,
+    Model,
+    PlanFile,
+    check_writable,
+    own_file,
+    print_styled,
+)
 from hfsparse.cli.profile import with_options
 from hfsparse.errors import UsageError
 from hfsparse.profiler.settings import Settings
@@ -36,19 +44,20 @@ def verify(
     """
     if write and output is not None:
         raise UsageError("--write and -o are both places for the proof: give one")
-    target = plan if write else output
+    target = own_file(plan) if write else output
     if target is not None:
         check_writable(target)
 
     from hfsparse.models.loading import load, load_config
-    from hfsparse.plan import Plan, headmap
+    from hfsparse.plan import headmap
+    from hfsparse.plan.sources import open_plan
     from hfsparse.profiler.prompts.calibration import read_jsonl
     from hfsparse.profiler.report import find_doubt
 
     keywords = {**settings, "out": target, "progress": True}
     if (data := Settings(**keywords).data) is not None:
         read_jsonl(data)
-    given = Plan.load(plan)
+    given = open_plan(plan)
     given.check(load_config(model))  # ahead of the weights
 
     from hfsparse.profiler import verify as proving

@@ -28,6 +28,7 @@ from hfsparse.patcher.resolve import resolve_below, resolve_layers
 from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_model
 from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.graphs import Graphs
 
 __all__ = ["explain", "patch", "unpatch"]
@@ -39,8 +40,11 @@ def patch(
     allow: Collection[str] = (),
     fuse: bool = False,
 ) -> Patched:
-    """Make `model` follow `plan` (a Plan or its file) until `undo()`; None drops nothing.
+    """Make `model` follow `plan` until `undo()`; None drops nothing.
 
+    plan: a Plan, its file, the name of one that is shipped (`duo:llama-3.1-8b-instruct`; `hfsparse
+    plans` lists them), or an address on the Hugging Face hub, `hf://ORG/REPO/plan.yaml`, with
+    `@REVISION` behind REPO, and `#sha256:…` behind all, to have no other than the one of this hash.
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
@@ -59,7 +63,7 @@ def patch(
     if plan is None:
         plan = Plan.full(ModelId.of(model))
     else:  # the caller may go on with theirs
-        plan = copy.deepcopy(plan) if isinstance(plan, Plan) else Plan.load(plan)
+        plan = copy.deepcopy(plan) if isinstance(plan, Plan) else open_plan(plan)
     plan.validate()
     plan.check(model, allow)
     if plan.unproved:

@@ -81,8 +81,11 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    words = "profile verify recipes new import export show diff check explain doctor generate"
-    places = [done.stdout.index(f"│ {command} ") for command in f"{words} bench eval".split()]
+    words = (
+        "profile verify recipes plans new import export show diff check push explain doctor "
+        "generate bench eval"
+    )
+    places = [done.stdout.index(f"│ {command} ") for command in words.split()]
     assert places == sorted(places)
     assert done.stdout.endswith("[]\n")
     assert seconds < 1

@@ -33,7 +33,7 @@ def test_every_relative_link_and_anchor_of_a_page_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_names_is_there(page):
-    tops = "hfsparse|eval|tests|benchmarks|recipes|docs|examples"
+    tops = "hfsparse|eval|tests|benchmarks|recipes|plans|docs|examples"
     for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", prose(page)):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
