@@ -14,7 +14,7 @@ from transformers import cache_utils
 import hfsparse
 from hfsparse import bench
 from hfsparse.errors import UsageError
-from hfsparse.models.fingerprint import free_layers
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure import influence, proxies
@@ -43,14 +43,39 @@ DELTA = dict(
 )  # fmt: skip
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=64)
 LINEAR = ["linear_attention", "full_attention", "full_attention"]
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 FAMILIES = {  # name: prefix of its classes, and more of its config
     "qwen3_5": ("Qwen3_5", dict(DELTA, layer_types=LINEAR)),
-    "granitemoehybrid": ("GraniteMoeHybrid", dict(MAMBA, **EXPERTS, layer_types=LINEAR)),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        dict(MAMBA, layer_types=LINEAR, num_local_experts=4, shared_intermediate_size=64),
+    ),
     "lfm2": ("Lfm2", dict(layer_types=["conv", *LINEAR[1:]])),
     "bamba": ("Bamba", dict(MAMBA, attn_layer_indices=[1, 2])),
-    "jamba": ("Jamba", dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1,
-                            mamba_d_state=8, mamba_dt_rank=4)),
+    "jamba": (
+        "Jamba",
+        dict(
+            attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8,
+            mamba_dt_rank=4,
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        dict(
+            EXPERTS, layers_block_type=["moe", "attention", "mamba"], head_dim=16,
+            mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=1, chunk_size=64,
+            n_routed_experts=4, moe_shared_expert_intermediate_size=32,
+        ),
+    ),
+    "gemma4": (  # its windowed layers have other heads than the layers that a plan may change
+        "Gemma4",
+        dict(
+            layer_types=["sliding_attention", "full_attention", "full_attention"], head_dim=16,
+            global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
+            num_kv_shared_layers=0, vocab_size_per_layer_input=400, sliding_window=64,
+            hidden_size_per_layer_input=0,
+        ),
+    ),
 }  # fmt: skip
 SETTINGS = dict(
     lengths=(512,), samples=1, prefill_density=0.6, cache_share=0.7, decode_share=0.6, seed=3,
@@ -63,7 +88,9 @@ WIDE = dict(prefill_density=0.95, cache_share=0.95, decode_share=0.95)
 def build(family: str):
     torch.manual_seed(0)
     prefix, more = FAMILIES[family]
-    made = getattr(transformers, f"{prefix}ForCausalLM")
+    made = getattr(transformers, f"{prefix}ForCausalLM", None)
+    if made is None:
+        pytest.skip(f"this transformers has no {prefix}")
     return made(made.config_class(**SIZES, **more)).eval()
 
 
@@ -77,7 +104,7 @@ def check(model, plan: Plan) -> None:
     plan.check(model)
     words = [{*layer.prefill, *layer.cache, *layer.decode} for layer in plan.layers]
     assert words[0] == {"full"}
-    assert words[1] | words[2] != {"full"}
+    assert {"full"} != words[1] | words[2]
     length = min(plan.expected)
     expected = plan.expected[length]
     with hfsparse.patch(model, plan) as handle, torch.no_grad():
@@ -103,7 +130,7 @@ def test_a_plan_does_what_it_expects_within_its_budgets(family):
     assert 0.3 < plan.expected[512]["recall"] < 1
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "granitemoehybrid", "lfm2", "bamba", "jamba"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_equals_the_dense_model_under_its_mask(family):
     model = build(family)
     plan = hfsparse.profile(
@@ -154,7 +181,8 @@ def test_gradients_are_those_of_plain_autograd(model):
 
     short = one_pass.short_sighted_plan(model, minference.candidates(200))
     found = capture(model, ids, short, keep)
-    assert [int(each["layer"]) for each in found] == [1, 2] == free_layers(model)
+    assert [int(each["layer"]) for each in found] == [1, 2]
+    assert [shape.free for shape in layer_shapes(model)] == [False, True, True]
 
     plain, outs, gates = deepcopy(model).requires_grad_(), {}, {}
     plain.set_attn_implementation("eager")
