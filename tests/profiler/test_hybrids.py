@@ -76,6 +76,14 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
             hidden_size_per_layer_input=0,
         ),
     ),
+    "laguna": (
+        "Laguna",
+        dict(
+            EXPERTS, layer_types=["sliding_attention", "full_attention", "full_attention"],
+            num_attention_heads_per_layer=[6, 4, 4], sliding_window=64, head_dim=16, num_experts=4,
+            shared_expert_intermediate_size=32, mlp_layer_types=["dense", "sparse", "sparse"],
+        ),
+    ),
 }  # fmt: skip
 SETTINGS = dict(
     lengths=(512,), samples=1, prefill_density=0.6, cache_share=0.7, decode_share=0.6, seed=3,
