@@ -298,6 +298,17 @@ def test_a_hybrid_whose_attention_is_all_windowed_is_refused():
         hfsparse.profile(transformers.Lfm3ForCausalLM(config).eval(), tiny.tokenizer(), **SETTINGS)
 
 
+def test_stats_say_what_states_hold_beside_the_cache(model):
+    with hfsparse.patch(model) as handle, torch.no_grad():
+        assert handle.stats().state_bytes == 0
+        model(torch.arange(40)[None], use_cache=True)
+        stats = handle.stats()
+    columns, kernel, state = 2 * 2 * 16 + 2 * 16, model.config.linear_conv_kernel_dim, 2 * 16 * 16
+    assert [layer.state_bytes for layer in stats.layers] == [4 * (columns * kernel + state), 0, 0]
+    assert stats.kv_bytes_dense == 2 * 2 * 2 * 40 * 16 * 4
+    assert "states of linear layers 0.0 MiB" in str(stats)
+
+
 def test_bench_has_a_stand_in_for_a_hybrid(model):
     plan = bench.stand_in(model)
     plan.check(model)
