@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.kernels import Kernel
-from hfsparse.models.layers import text_config
+from hfsparse.models.layers import layer_shapes, text_config
 from hfsparse.patcher import patch
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
@@ -79,7 +79,10 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
 
 
 def stand_in(model: PreTrainedModel) -> Plan:
-    """A plan for random weights: half the kv heads are rings, the rest choose columns or blocks."""
+    """A plan for random weights: half the kv heads are rings, the rest choose columns or blocks.
+
+    Layers that may not be sparse stay full.
+    """
     this = ModelId.of(model)
     patterns = {
         "stream": PATTERNS["streaming"](sink=64, recent=1024),
@@ -97,7 +100,9 @@ def stand_in(model: PreTrainedModel) -> Plan:
         tuple("stream" if ring else "full" for ring in rings),
         tuple("ring" if ring else "quest" for ring in rings),
     )
-    return Plan(this, patterns, (words,) * this.layers, Below())
+    pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
+    layers = tuple(words if shape.free else full for shape, full in pairs)
+    return Plan(this, patterns, layers, Below())
 
 
 def bench(model: PreTrainedModel, plan: Plan, lengths: list[int], repeat: int = 3) -> Iterator[Row]:

@@ -31,7 +31,7 @@ class Work:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer; all is empty for a layer without attention."""
+    """One layer; for a layer without attention all is empty but its state."""
 
     pairs: Work = Work()  # per q head: query-key pairs of prompts
     blocks: Work = Work()  # per q head: key blocks computed for prompts
@@ -41,6 +41,7 @@ class LayerStats:
     cut: Sequence[int] = ()  # per q head: query blocks that a pattern's max_share cut short
     tiles: Work = Work()  # per q head: tiles of prompts skipped, of those that lists kept
     window: int | None = None  # the model's own sliding window, in tokens
+    state_bytes: int = 0  # of a linear layer's state, which no plan changes: in no share
 
     @property
     def pair_density(self) -> list[float]:
@@ -97,6 +98,10 @@ class Stats:
         return sum(sum(layer.cache.dense) for layer in self.layers)
 
     @property
+    def state_bytes(self) -> int:
+        return sum(layer.state_bytes for layer in self.layers)
+
+    @property
     def free(self) -> Stats:
         """The same of the layers without a window of their own, which a plan may change."""
         return Stats([layer for layer in self.layers if layer.window is None])
@@ -126,6 +131,8 @@ class Stats:
             f"{self._densities}, cache {held / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
+        if self.state_bytes:
+            head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):
             head += f", {_show(self.skipped)} of the kept tiles skipped"
         if free := self.parts.get("_free"):

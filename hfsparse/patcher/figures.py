@@ -56,8 +56,8 @@ def predict(
         works = {}
         if prompts is not None:
             grid = Grid.causal(1, tokens, default_block(tokens, device), window=own.window)
-            works["pairs"] = _work(prompts.pairs[own.index], grid.pairs())
-            works["blocks"] = _work(prompts.blocks[own.index], grid.blocks())
+            works["pairs"] = _work(_row(prompts.pairs, own), grid.pairs())
+            works["blocks"] = _work(_row(prompts.blocks, own), grid.blocks())
         layers[own.index] = _measure(own, layer, tokens, **works)
     return Stats(layers)
 
@@ -122,6 +122,12 @@ def _measure(own: LayerPlan, layer: CacheLayer, tokens: int, **works: Work) -> L
     held = layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
     return LayerStats(**works, kv_bytes=held.bytes(own.kv_heads), window=own.window)
+
+
+def _row(shares: np.ndarray, own: LayerPlan) -> np.ndarray:
+    """A layer's shares `[q heads]`; one that has other heads than the plan's is always full."""
+    row, heads = shares[own.index], len(own.prefill)
+    return row if len(row) == heads else np.ones(heads)
 
 
 def _work(shares: np.ndarray, dense: torch.Tensor) -> Work:

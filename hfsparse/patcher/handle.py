@@ -34,7 +34,10 @@ class Patched(Handle):
     def stats(self) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache."""
         state = self._own_state()
-        layers = [LayerStats() for _ in state.plan.layers]
+        states = [*state.states, *[0] * len(state.plan.layers)]
+        layers = [
+            LayerStats(state_bytes=n) for _, n in zip(state.plan.layers, states, strict=False)
+        ]
         for at, layer in enumerate(state.layers):
             held = state.held[at] if state.held else Held([], 0, None)
             pairs, blocks = layer.counts.work()
@@ -47,6 +50,7 @@ class Patched(Handle):
                 layer.counts.cut.tolist(),
                 Work(*layer.counts.skipped.T.tolist()),
                 layer.window,
+                states[layer.index],
             )
         return Stats(layers)
 

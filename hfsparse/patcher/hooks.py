@@ -18,6 +18,7 @@ from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
 from hfsparse.runtime.cache.layer import CacheLayer, Held
+from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
 
@@ -118,6 +119,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     for layer in layers:
         held[layer.index].append(layer.held())
     state.held = [Held.together(parts) for parts in held.values()]
+    state.states = [state_bytes(layer) for layer in cache.layers]
 
 
 def _check_width(given: dict, cache: Any) -> None:

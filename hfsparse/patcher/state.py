@@ -65,6 +65,7 @@ class State:
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
+    states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
 
 
 def is_patched(model: Any) -> bool:

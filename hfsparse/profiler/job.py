@@ -44,14 +44,21 @@ class Job:
 
     @property
     def free(self) -> np.ndarray:
-        """Which layers `[layers]` have no window of their own: their heads may be sparse."""
+        """Which layers `[layers]` may be sparse: with attention, and no window of their own."""
         return np.array([shape.free for shape in layer_shapes(self.model)])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """Values `[free layers, ...]` as `[layers, ...]`, 0 in those with a window of their own."""
+        """Values `[free layers, ...]` as `[layers, ...]`, 0 in the others."""
         every = np.zeros((len(self.free), *values.shape[1:]))
         every[self.free] = values
         return every
+
+    def fill(self, taken: Iterable[Layer]) -> Layers:
+        """The layers of a plan: those taken for the free ones, in order, and full in the others."""
+        rest, every = iter(taken), Plan.full(ModelId.of(self.model)).layers
+        return tuple(
+            next(rest) if free else full for free, full in zip(self.free, every, strict=True)
+        )
 
     @property
     def below(self) -> Below:

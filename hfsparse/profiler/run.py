@@ -69,16 +69,10 @@ def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window:
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
-    shapes = layer_shapes(model)
-    if not all(shape.attends for shape in shapes):
+    if not any(shape.free for shape in layer_shapes(model)):
         raise UsageError(
-            f"this {type(model).__name__} has layers without attention, which the profiler can't "
-            "measure yet: write a plan by hand, with full in those layers, and hfsparse.patch it"
-        )
-    if not any(shape.free for shape in shapes):
-        raise UsageError(
-            f"every layer of this {type(model).__name__} has a sliding window of its own: there is "
-            "nothing to make sparse. hfsparse.patch(model) runs it without a plan"
+            f"every attention layer of this {type(model).__name__} has a sliding window of its "
+            "own: there is nothing to make sparse. hfsparse.patch(model) runs it without a plan"
         )
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import hfsparse
 from hfsparse.errors import PatchError, UsageError
@@ -200,14 +200,6 @@ def gemma3(*kinds):
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     config = Gemma3TextConfig(**sizes, **heads, sliding_window=64, layer_types=list(kinds))
     return Gemma3ForCausalLM(config).eval()
-
-
-def test_a_hybrid_is_refused():
-    sizes = dict(hidden_size=64, intermediate_size=64, vocab_size=400, num_hidden_layers=2)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"]))
-    with pytest.raises(UsageError, match="layers without attention, which the profiler can't"):
-        hfsparse.profile(model.eval(), tiny.tokenizer(), **SETTINGS)
 
 
 def test_a_model_of_window_layers_only_is_refused():

@@ -1,8 +1,9 @@
-"""Run a prompt through a model and measure every layer's attention, one at a time.
+"""Run a prompt through a model and measure the attention of each free layer, one at a time.
 
 Two forward passes without gradients (apart, so that logits and graph never lie in memory together)
 find the prompt's key tokens: those that the model predicts well, and badly when every head is
 short-sighted (LongPPL, arXiv 2410.23771). Long attention matters there, and on few other tokens.
+Free are the layers that a plan may change: with attention, and no window of their own.
 The backward pass from their margin then visits each layer with its attention's output and gradient.
 Layers are recomputed one by one (reentrant checkpointing), so that memory is one layer's; hidden
 states between layers wait in the CPU's.
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
+from hfsparse.models.layers import layer_shapes
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
@@ -67,7 +69,10 @@ def capture(
     short_sighted: Plan,
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer on ids `[1, L]`; `short_sighted` finds key tokens."""
+    """What `measure` answers for each free layer on ids `[1, L]`, in their order.
+
+    `short_sighted` finds key tokens.
+    """
     _return_large_blocks()
     ids = _copy_ids(model, ids)
     decoder = model.get_decoder()
@@ -92,7 +97,7 @@ def backward(
     objective: Callable[[PreTrainedModel, Tensor, Tensor], Tensor],
     measure: Callable[[Seen], dict[str, np.ndarray]],
 ) -> list[dict[str, np.ndarray]]:
-    """What `measure` answers for each layer in the backward pass from an objective.
+    """What `measure` answers for each free layer, in order, in the backward pass from an objective.
 
     `objective` is given the model, its last hidden states `[1, n, hidden]` at rows `keys` [n] of
     ids `[1, L]`, and the tokens [n] that follow these rows.
@@ -112,6 +117,19 @@ def backward(
     return [found[layer] for layer in sorted(found)]
 
 
+def stack_layers(
+    model: PreTrainedModel, found: list[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What each free layer has answered, as arrays `[layers, ...]`, 0 in the other layers."""
+    free = [shape.free for shape in layer_shapes(model)]
+    stacked = {}
+    for name in found[0]:
+        rows = np.stack([each[name] for each in found])
+        stacked[name] = np.zeros((len(free), *rows.shape[1:]), rows.dtype)
+        stacked[name][free] = rows
+    return stacked
+
+
 def _make_observer(
     model: PreTrainedModel,
     keys: Tensor,
@@ -123,6 +141,8 @@ def _make_observer(
 
     def observe(module, q, k, v, logits):
         if not torch.is_grad_enabled():  # the forward pass
+            return None
+        if layer_plan_of(module).window is not None:
             return None
 
         # Detached: a hook that held its own tensor's graph would keep every layer alive.
@@ -215,11 +235,7 @@ def _return_large_blocks() -> None:
 def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
     """Gradients flow from the embeddings on, to no weights; each decoder layer is recomputed."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    layers = [
-        module
-        for module in model.get_decoder().modules()
-        if any(layer_plan_of(child) is not None for child in module.children())
-    ]
+    layers = _find_layers(model)
     hook = model.get_input_embeddings().register_forward_hook(_begin)
     try:
         for weight in weights:
@@ -230,6 +246,19 @@ def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
         for weight in weights:
             weight.requires_grad_(True)
+
+
+def _find_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder's layers: what holds attention, and what lies beside that in lists of layers."""
+    modules = list(model.get_decoder().modules())
+    attending = dict.fromkeys(
+        module
+        for module in modules
+        if any(layer_plan_of(child) is not None for child in module.children())
+    )
+    lists = [each for each in modules if isinstance(each, torch.nn.ModuleList)]
+    beside = [layer for each in lists if not attending.keys().isdisjoint(each) for layer in each]
+    return list(attending | dict.fromkeys(beside))
 
 
 def _begin(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:

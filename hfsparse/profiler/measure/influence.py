@@ -23,7 +23,7 @@ from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
-from hfsparse.profiler.measure.capture import Seen, backward
+from hfsparse.profiler.measure.capture import Seen, backward, stack_layers
 from hfsparse.profiler.measure.exact import attention
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens
@@ -56,15 +56,17 @@ def measure_influence(seen: Seen) -> Tensor:
 
 
 def measure_costs(model: PreTrainedModel, prompt: Prompt, dropped: np.ndarray) -> np.ndarray:
-    """Influence `[layers, Hq, rules]` that each rule loses; dropped `[rules, n, n]`: its shares."""
+    """Influence `[layers, Hq, rules]` that each rule loses, measured in layers that may be sparse.
+
+    dropped `[rules, n, n]`: the share of each block that a rule drops.
+    """
 
     def measure(seen: Seen) -> dict[str, np.ndarray]:
         share = torch.from_numpy(dropped).to(seen.q.device)
         return {"cost": (measure_influence(seen).flatten(1) @ share.flatten(1).T).cpu().numpy()}
 
     ids, keys = append_answer(model, prompt)
-    layers = backward(model, ids, keys, _cross_entropy, measure)
-    return np.stack([layer["cost"] for layer in layers])
+    return stack_layers(model, backward(model, ids, keys, _cross_entropy, measure))["cost"]
 
 
 @isolate_modes

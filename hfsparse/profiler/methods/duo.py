@@ -234,13 +234,12 @@ def _look_up_prompts(
 def plan_rings(job: Job, full: np.ndarray, ring: Streaming, made: dict) -> Found:
     """The plan in which kv heads stream but for those in `full`, bool [free layers, Hkv]."""
     this = ModelId.of(job.model)
-    group, rows, layers = this.q_heads // this.kv_heads, iter(full), []
-    for free in job.free:
-        kept = next(rows) if free else [True] * this.kv_heads
+    group, taken = this.q_heads // this.kv_heads, []
+    for kept in full:
         cache = tuple("full" if each else "stream" for each in kept)
         prefill = tuple(word for word in cache for _ in range(group))
-        layers.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
-    layers = tuple(layers)
+        taken.append(Layer(prefill, cache, tuple("full" if each else "ring" for each in kept)))
+    layers = job.fill(taken)
     costs = {n: price_ring(n, ring, job.model.device) for n in job.prompts}
     patterns = {"stream": ring}
     expect = Forecast(job, patterns, partial(_look_up_prompts, costs=costs))

@@ -145,16 +145,15 @@ def _choose_unseen_length(job: Job) -> int:
 
 def _make_plan(job: Job, each: list[Streaming | None], choice: np.ndarray) -> Plan:
     """The plan of rules `[free layers, q heads]`; a kv head keeps what its widest head reads."""
-    this, rows = ModelId.of(job.model), iter(choice)
-    every = np.full(this.q_heads, len(each) - 1)
-    taken = np.array([next(rows) if sparse else every for sparse in job.free])
-    widest = taken.reshape(this.layers, this.kv_heads, -1).max(2)  # rules of a layer are nested
+    this = ModelId.of(job.model)
+    widest = choice.reshape(len(choice), this.kv_heads, -1).max(2)  # rules of a layer are nested
     words = np.array([_name_rule(rule) for rule in each], dtype=object)
     reads = np.array(["ring" if rule else "full" for rule in each], dtype=object)
-    layers = tuple(
+    taken = (
         Layer(tuple(words[prefill]), tuple(words[kept]), tuple(reads[kept]))
-        for prefill, kept in zip(taken, widest, strict=True)
+        for prefill, kept in zip(choice, widest, strict=True)
     )
+    layers = job.fill(taken)
     patterns = patterns_in_use(dict(zip(words[:-1], each[:-1], strict=True)), layers)
     return Plan(this, patterns, layers, job.below)
 

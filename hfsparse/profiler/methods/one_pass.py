@@ -18,7 +18,7 @@ from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.job import Forecast, Found, Job
-from hfsparse.profiler.measure.capture import Seen, capture
+from hfsparse.profiler.measure.capture import Seen, capture, stack_layers
 from hfsparse.profiler.measure.effects import Candidates, measure_layer
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
@@ -75,9 +75,9 @@ def look_at_prompt(
     candidates: Candidates,
     look: Callable[[Seen], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """What `look` answers of each layer of one prompt, as arrays `[layers, ...]`."""
-    layers = capture(model, prompt.ids, short_sighted_plan(model, candidates), look)
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    """What `look` answers of each free layer of one prompt, as arrays `[layers, ...]`."""
+    plan = short_sighted_plan(model, candidates)
+    return stack_layers(model, capture(model, prompt.ids, plan, look))
 
 
 def measure_prompt(
@@ -88,15 +88,14 @@ def measure_prompt(
 
 
 def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
-    """A plan whose heads are the smallest ring, in layers that have no window of their own."""
+    """A plan whose heads are the smallest ring, in layers that may be sparse."""
     this = ModelId.of(model)
     rings = candidates.rings.items()
     name, ring = min(rings, key=lambda item: (item[1].recent_per_token, item[1].recent))
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
-    windows = [shape.window for shape in layer_shapes(model)]
-    pairs = zip(windows, Plan.full(this).layers, strict=True)
-    return Plan(this, {name: ring}, tuple(short if w is None else full for w, full in pairs))
+    pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
+    return Plan(this, {name: ring}, tuple(short if each.free else full for each, full in pairs))
 
 
 def average(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -117,7 +116,6 @@ def choose_plan(
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     this = ModelId.of(job.model)
     choices = options(free, candidates, price_candidates(candidates, max(means), this.head_dim))
-    full = Plan.full(this).layers[0]
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
 
     expect = Forecast(
@@ -128,8 +126,7 @@ def choose_plan(
     )
 
     def make_plan(taken: list[Layer]) -> Plan:
-        rest = iter(taken)
-        layers = tuple(next(rest) if sparse else full for sparse in job.free)
+        layers = job.fill(taken)
         used = patterns_in_use(known, layers)
         named = {each.data for each in used.values() if hasattr(each, "data")}
         data = {name: table for name, table in candidates.data.items() if name in named}

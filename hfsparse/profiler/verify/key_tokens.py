@@ -25,8 +25,8 @@ from hfsparse.profiler.measure.capture import SLICE
 from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.calibration import Prompt
-from hfsparse.profiler.verify import trials
 from hfsparse.profiler.verify.answers import SIGNIFICANCE, compare_to_limit
+from hfsparse.profiler.verify.reader import open_reader
 from hfsparse.profiler.verify.runs import Runs
 from hfsparse.runtime.decode import STEP
 
@@ -71,7 +71,7 @@ def measure_losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarr
     """`loss` of each token `[L - 1]` but the first, in nats. Patched or not."""
     ids = prompt.ids[0]
     tail = min(TAIL, len(ids) // 4)
-    read, found = trials.open_reader(model), []
+    read, found = open_reader(model), []
     start = 0
     for piece in chain([ids[: len(ids) - tail]], ids[len(ids) - tail :].split(STEP)):
         hidden = read(piece.tolist())

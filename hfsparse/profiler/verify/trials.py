@@ -16,15 +16,13 @@ from random import Random
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.chat import frames
-from hfsparse.models.loading import input_device
-from hfsparse.models.names import cache_name
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.puzzles import COMPLETIONS, OTHERS, PUZZLES, Ask
+from hfsparse.profiler.verify.reader import open_reader
 from hfsparse.runtime.decode import STEP
 
 TASKS = OTHERS | PUZZLES
@@ -98,19 +96,6 @@ def _join_turns(tokenizer, question: str, first: bool) -> str:
         return f"\n\n{question}{frames(tokenizer)[1]}"
     _, _, between, tail = frames(tokenizer, turns=3)
     return between + question + tail
-
-
-def open_reader(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
-    """A function that reads the next tokens of a conversation: hidden states `[1, n, hidden]`."""
-    decoder, cache = model.get_decoder(), DynamicCache()
-    named = cache_name(decoder)
-    device = input_device(model)
-
-    def read(tokens: list[int]) -> Tensor:
-        ids = torch.tensor([tokens], device=device)
-        return decoder(input_ids=ids, use_cache=True, **{named: cache}).last_hidden_state
-
-    return read
 
 
 @torch.no_grad()

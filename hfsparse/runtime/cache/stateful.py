@@ -12,6 +12,12 @@ except ImportError:  # transformers below 5: such models keep a cache of their o
     LinearAttentionLayer = object
 
 
+def state_bytes(layer: object) -> int:
+    """Bytes of the states that a cache's layer keeps beside keys and values."""
+    found = (getattr(layer, name, None) or {} for name in ("conv_states", "recurrent_states"))
+    return sum(t.nbytes for states in found for t in states.values() if t is not None)
+
+
 class StatefulCacheLayer(CacheLayer, LinearAttentionLayer):
     """Keys and values as in any layer of ours; the state as transformers keeps it."""
 
