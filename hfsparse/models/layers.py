@@ -38,6 +38,11 @@ class LayerShape:
     window: int | None = None  # its own sliding window, in tokens
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """Of q, and of k and v."""
+        return self.q_heads, self.kv_heads
+
+    @property
     def attends(self) -> bool:
         return self.kind not in (*LINEAR, *STATELESS)
 

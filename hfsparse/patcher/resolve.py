@@ -82,7 +82,7 @@ def _sources(plan: Plan, indices: Sequence[int]) -> dict[int, int]:
 def _words(words: Layer, shape: LayerShape) -> Layer:
     """A layer's words; all are full, and as many as it has heads, where it has others than a plan
     has words for (`Plan.check` sees to that)."""
-    if (len(words.prefill), len(words.cache)) == (shape.q_heads, shape.kv_heads):
+    if (len(words.prefill), len(words.cache)) == shape.heads:
         return words
     return Layer(("full",) * shape.q_heads, *[("full",) * shape.kv_heads] * 2)
 

@@ -36,6 +36,11 @@ class ModelId:
     head_dim: int = _up_to(1 << 16)
     fingerprint: str
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of q, and of k and v: a layer with others has no words."""
+        return self.q_heads, self.kv_heads
+
     @classmethod
     def of(cls, model_or_config: Any) -> ModelId:
         """Read a transformers model or config; of a multimodal one, its text decoder."""

@@ -187,7 +187,7 @@ class Plan:
                 continue
             if not shape.attends:
                 raise PlanError(f"layer {index} has no attention: write full for all its heads")
-            if (shape.q_heads, shape.kv_heads) != (self.model.q_heads, self.model.kv_heads):
+            if shape.heads != self.model.heads:
                 raise PlanError(
                     f"layer {index} has a window of its own, and {shape.q_heads} q and "
                     f"{shape.kv_heads} kv heads, which a plan has no words for: write full for all "

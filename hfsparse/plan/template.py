@@ -53,7 +53,7 @@ def template(config: Any) -> str:
         note = ""
         if not shape.attends:
             note = "  # no attention: all stays full"
-        elif (shape.q_heads, shape.kv_heads) != (model.q_heads, model.kv_heads):
+        elif shape.heads != model.heads:
             note = f"  # other heads, and a window of {shape.window} tokens: all stays full"
         elif shape.window is not None:
             note = f"  # a window of {shape.window} tokens of its own: cache and decode stay full"

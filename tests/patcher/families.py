@@ -83,8 +83,7 @@ def own_window(model) -> list[bool]:
 
 def heads(model) -> tuple[int, int]:
     """Of q and of k and v, in layers that a plan may change."""
-    own = ModelId.of(model)
-    return own.q_heads, own.kv_heads
+    return ModelId.of(model).heads
 
 
 SCALED = {
@@ -139,7 +138,7 @@ def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
     whole, layers = Plan.full(ModelId.of(model)), []
     for i, shape in enumerate(layer_shapes(model)):
-        open_to_words = shape.attends and (shape.q_heads, shape.kv_heads) == heads(model)
+        open_to_words = shape.attends and shape.heads == heads(model)
         own = Layer(*map(tuple, layer(i, shape.window is not None)))
         layers.append(own if open_to_words else whole.layers[i])
     plan = Plan(whole.model, words, tuple(layers), Below(*below))

@@ -22,6 +22,8 @@ from hfsparse.plan.importers.form import FORMS, describe_heads
 from tests import tiny
 from tests.patcher.oracle import oracle
 from tests.patcher.runs import both, close, far, forward, generate, same_generation
+from tests.support.models import exists
+from tests.support.models import tiny as supported
 
 VS, STREAM, BLOCKS = "vertical_and_slash", "stream_llm", "block_sparse"
 MINFERENCE = [  # layers x 4 q heads
@@ -609,3 +611,16 @@ def test_the_command_refuses_in_one_line_and_leaves_the_old_plan(
     assert message in line
     assert sorted(file.name for file in tmp_path.iterdir()) == ["moa.json", "plan.yaml"]
     assert (tmp_path / "plan.yaml").read_text() == "as it was"
+
+
+def test_layers_that_a_plan_has_no_words_for_stay_full_and_it_is_told(tmp_path):
+    """Gemma 4's first layer has other heads here than those that may be sparse."""
+    if not exists("gemma4"):
+        pytest.skip("not in this version")
+    model, file = supported("gemma4"), tmp_path / "searched.json"
+    row = {str(head): ["stream_llm", 64, 256, 1.0] for head in range(4)}
+    file.write_text(json.dumps([row] * 3))
+    plan, notes = import_plan("minference", file, model.config)
+    assert plan.layers[0] == Plan.full(plan.model).layers[0]
+    assert {*plan.layers[1].prefill} == {"stream64-256"}
+    assert note(notes, "stay full").endswith("layer 0 heads 0-3")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsparse.errors import PlanMismatch, UsageError
-from hfsparse.models.layers import layer_shapes
+from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patterns import Pattern
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -72,7 +72,7 @@ def import_plan(
             f"{path} has {_describe_shape(found)}; {model.class_name} has {model.layers} layers of "
             f"{theirs}: give the config of the model that it was made for"
         )
-    plan, notes = _build_plan(found, model, [shape.window for shape in layer_shapes(config)])
+    plan, notes = _build_plan(found, model, layer_shapes(config))
     plan.made = {"version": __version__, "method": form, "imported": path.name}
     if form == "duo":
         settings = {"share": float(settings.get("share", duo.SHARE))}
@@ -102,12 +102,12 @@ def _describe_shape(found: Found) -> str:
     return f"{layers} layers of {heads} {found.unit.replace('_', ' ')}"
 
 
-def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Plan, list[str]]:
+def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Plan, list[str]]:
     """Patterns by name and a Layer each; a ring where every q head of a group streams."""
     if not found.rows:
         return replace(Plan.full(model), skip=found.skip), []
     group, patterns, layers = model.q_heads // model.kv_heads, {}, []
-    windowed, wide, kept = {}, {}, {}  # layer -> kv heads, for the notes
+    windowed, wide, kept, left = {}, {}, {}, {}  # layer -> heads, for the notes
 
     def word(pattern: Pattern | None) -> str:
         if pattern is None:
@@ -115,11 +115,14 @@ def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Pl
         patterns[name := _name(pattern)] = pattern
         return name
 
-    for index, row in enumerate(found.rows):
+    for index, (row, shape) in enumerate(zip(found.rows, own, strict=True)):
+        if not (shape.attends and shape.heads == model.heads):  # a plan has no words for it
+            note_heads(left, index, [pattern is not None for pattern in row])
+            row = [None] * len(row)
         q_row = row if found.unit == "q_heads" else [p for p in row for _ in range(group)]
         groups = [q_row[first : first + group] for first in range(0, len(q_row), group)]
         rings = [_join_spans(each) if found.rings else None for each in groups]
-        if found.rings and own[index] is not None:
+        if found.rings and shape.window is not None:
             note_heads(windowed, index, [ring is not None for ring in rings])
             rings = [None] * len(rings)
         elif found.rings:
@@ -133,6 +136,7 @@ def _build_plan(found: Found, model: ModelId, own: list[int | None]) -> tuple[Pl
         f"{what}: {describe_heads(where)}"
         for what, where in (
             ("the model's own window bounds the cache, so these kv heads have no ring", windowed),
+            ("layers without attention, or with other heads than the rest, stay full", left),
             ("kv heads keep every key, and decode reads all: a q head of theirs is full", kept),
             ("kv heads keep, and decode reads, the longest span of their q heads", wide),
         )
