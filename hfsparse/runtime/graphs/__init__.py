@@ -3,9 +3,10 @@
 From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
-cache's buffers and the model's weights: another cache, weights that lie elsewhere, a growth of the
-buffers or the first row that passes `below.decode` is recorded anew, at about the price of three
-eager steps: none is answered by a graph until one replay gave what the same step gives eagerly.
+cache's buffers, the states of its linear layers among them, and the model's weights: another cache,
+weights that lie elsewhere, a growth of the buffers or the first row that passes `below.decode` is
+recorded anew, at about the price of three eager steps: none is answered by a graph until one replay
+gave what the same step gives eagerly.
 Each call of `generate` begins anew and sees adapters and hooks that changed (a loop of single
 tokens written by hand sees hooks at its next prompt); numbers that modules hold, as an adapter's
 scale, are looked at before each replay.
@@ -43,6 +44,7 @@ from hfsparse.runtime.graphs.recording import (
     run_live,
     snapshot_host,
 )
+from hfsparse.runtime.graphs.states import States
 from hfsparse.runtime.graphs.weights import Settings, Weights, ask_later
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.masks import row_starts
@@ -97,13 +99,15 @@ class Graphs:
             self.forget(first)
             self.why = f"the last call had {Q} new tokens: a graph takes one"
             return forward(**kwargs)
-        self.why = self.never or self.refused.get(first) or find_obstacle(decoder, kwargs, new)
+        states = States(cache)
+        self.why = self.never or self.refused.get(first) or states.why_not()
+        self.why = self.why or find_obstacle(decoder, kwargs, new)
         if self.why is None and not self.lock.acquire(blocking=False):
             self.why = "another thread runs a step of this model"
         if self.why is not None:
             return forward(**kwargs)
         try:
-            return self._step(forward, decoder, kwargs, layers)
+            return self._step(forward, decoder, kwargs, layers, states)
         finally:
             self.lock.release()
 
@@ -112,7 +116,7 @@ class Graphs:
         for table in (self.kept, self.warm, self.refused):
             table.pop(first, None)
 
-    def _step(self, forward, decoder, kwargs, layers) -> Any:
+    def _step(self, forward, decoder, kwargs, layers, states: States) -> Any:
         first, mask = layers[0], kwargs.get("attention_mask")
         graph = self.kept.get(first)
         if graph is not None and graph.stale():
@@ -120,7 +124,7 @@ class Graphs:
             graph = None
         given = complete_inputs(kwargs, first, type(decoder))
         asked, rows = describe_call(given), [n + 1 for n in first.rows]
-        if graph is not None and min(rows) > 1 and graph.fits(asked, rows):
+        if graph is not None and min(rows) > 1 and graph.fits(asked, rows, states):
             if mask is None:
                 first.lengths(None, 1)
             return self._replay(graph, given, layers, rows, mask)
@@ -133,7 +137,7 @@ class Graphs:
             for store in layer.stores:
                 store.room(past, rows)
             layer.places()  # written now: a recorded step can't
-        key = (asked, *describe_buffers(layers, rows))
+        key = (asked, *describe_buffers(layers, rows, states))
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
             self.forget(first)
@@ -143,20 +147,28 @@ class Graphs:
                 return forward(**kwargs)
             graph = None
         if graph is not None:
-            graph.holds(layers, rows)
+            graph.holds(layers, rows, states)
             return self._replay(graph, given, layers, rows)
         steps, chose = self.warm.get(first, (0, key[1]))
         steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
         self.warm[first] = steps, key[1]
         if steps < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
-        elif (why := self._lasting(decoder, first)) is not None:
+        elif (why := self._lasting(decoder, first, states)) is not None:
             self.why = self.refused[first] = why
         if self.why is not None:
             return forward(**kwargs)
-        call = self._fused(decoder) if self.fuse else forward
-        serving = self._serving(layers)
+        return self._first(forward, decoder, kwargs, given, layers, states, lengths, key, steps)
+
+    def _first(
+        self, forward, decoder, kwargs, given, layers, states, lengths, key, steps: int
+    ) -> Any:
+        """A step run as it will be recorded, or the one that is recorded."""
+        first, past, rows = layers[0], lengths.past, lengths.rows
+        serving, before = self._serving(layers), []
         try:
+            before += states.copies()
+            call = states.settled(self._fused(decoder, states) if self.fuse else forward)
             if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if self.fuse else NoWait():
@@ -166,9 +178,9 @@ class Graphs:
             graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
             if graph.weights.moved():
                 raise RuntimeError("its forward replaces weights or buffers")
-            graph.holds(layers, rows)
+            graph.holds(layers, rows, states)
             self.kept[first] = graph
-            output = self._checked(graph, forward, decoder, kwargs, given, layers, past, rows)
+            output = self._checked(graph, call, forward, kwargs, given, layers, states, past, rows)
             graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
@@ -180,10 +192,12 @@ class Graphs:
             else:
                 self.never = f"it can't be recorded, {told}"
             self.why = self.loose or self.never
+        states.restore(before)
         return forward(**kwargs)
 
-    def _fused(self, decoder: nn.Module) -> Callable:
+    def _fused(self, decoder: nn.Module, states: States) -> Callable:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
+        states.unguard()
         if self.compiled is None:
             self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
 
@@ -201,44 +215,56 @@ class Graphs:
         pairs = zip(self.layers, layers, strict=True)
         return {layer_plan.index: (layer_plan, layer) for layer_plan, layer in pairs}
 
-    def _checked(self, graph, forward, decoder, kwargs, given, layers, past, rows) -> Any:
+    def _checked(
+        self, graph, call, forward, kwargs, given, layers, states: States, past, rows
+    ) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
 
-        Equal bits are asked for, since no bound of a dtype's rounding would show one wrong page of
-        many; where the model itself says something else each time, as near as it is to itself.
+        Equal bits are asked for, of the output and of the states that linear layers are left with,
+        since no bound of a dtype's rounding would show one wrong page of many; where the model
+        itself says something else each time, as near as it is to itself.
         """
-        before = snapshot_host(layers)
+        before, were = snapshot_host(layers), states.copies()
         counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
             if not self.fuse:
                 return forward(**kwargs)
-            output = run_live(self._fused(decoder), given, past, rows, self._serving(layers))
+            output = run_live(call, given, past, rows, self._serving(layers))
             self._passed(layers, rows)
             return output
 
         def take_back() -> None:
             restore_host(layers, before)
+            states.restore(were)
             for held, was in read:
                 held.copy_(was)
             self.count(rows, -1)
 
-        wanted = run()
+        def left(output: Any) -> list[Tensor]:
+            return [output[0], *states.copies()]
+
+        wanted = left(run())
         take_back()
-        found = self._replay(graph, given, layers, rows)
-        if torch.equal(found[0], wanted[0]):
-            return found
+        output = self._replay(graph, given, layers, rows)
+        found = left(output)
+        if all(map(torch.equal, found, wanted)):
+            return output
         take_back()
-        again = run()  # the replay may have stored other keys
-        if measure_difference(found[0], again[0]) > NOISE * measure_difference(wanted[0], again[0]):
-            self.never = self.why = "replayed, this model gives something else than eagerly"
-            self.kept.clear()
-        return again
+        output = run()  # the replay may have stored other keys
+        for a, b, c in zip(found, wanted, left(output), strict=True):
+            if measure_difference(a, c) > NOISE * measure_difference(b, c):
+                self.never = self.why = "replayed, this model gives something else than eagerly"
+                self.kept.clear()
+        return output
 
     def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
         first, starts = layers[0], ask_later(mask)
+        if mask is not None and graph.states:
+            first.lengths(starts(), 1)  # before: what linear layers keep can't be taken back
+            mask = None
         current = torch.cuda.current_stream(graph.device)
         with lock_devices(graph.devices) as places:
             for place in places:
@@ -269,10 +295,10 @@ class Graphs:
         for n in rows:
             self.layers[0].steps[n, 1] += times
 
-    def _lasting(self, decoder, first: CacheLayer) -> str | None:
+    def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
-        if self.linear:
-            return "it has linear layers, whose states are not hfsparse's"
+        if self.linear and not states:
+            return "its linear layers keep their states outside of the cache"
         lies = {t.device.type for t in (*decoder.parameters(), *decoder.buffers())}
         if apart := sorted(lies - {first.device.type}):
             return f"parts of it lie on {', '.join(apart)}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,10 +40,13 @@ def _by_mask(indices) -> bool:
 
 
 class Through(Cache):
-    """Stands for the cache in a recorded step: attention knows the layers that it serves."""
+    """Stands for the cache in a recorded step: attention knows the layers that it serves.
 
-    def __init__(self):
-        super().__init__(layers=[])
+    `layers` are those of a hybrid's cache, where its linear layers find their states.
+    """
+
+    def __init__(self, layers: Sequence[Any] = ()):
+        super().__init__(layers=[*layers])
 
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states

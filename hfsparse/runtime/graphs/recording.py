@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hfsparse.models.names import parameters
+from hfsparse.models.names import find_cache, parameters
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step, chooses, decode
 from hfsparse.runtime.graphs.obstacles import Through
 from hfsparse.runtime.graphs.pool import find_place, join_recording, lock_devices
+from hfsparse.runtime.graphs.states import States
 from hfsparse.runtime.graphs.weights import Settings
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 from hfsparse.runtime.rows import device_guard
@@ -36,6 +37,7 @@ class Graph:
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
         self.device = next(iter(self.inputs.values())).device
         lies = dict.fromkeys(layer.device for _, layer in serving.values())
+        lies.update(dict.fromkeys(States(find_cache(given)).devices))
         self.others = [device for device in lies if device != self.device]
         self.devices = self.device, *self.others
         self.length = torch.tensor(rows, device=self.device)
@@ -85,21 +87,23 @@ class Graph:
         """Whether it would read weights where they were, or numbers as they were."""
         return self.weights.moved() or not self.settings.hold()
 
-    def holds(self, layers: list[CacheLayer], rows: list[int]) -> None:
+    def holds(self, layers: list[CacheLayer], rows: list[int], states: States) -> None:
         """Note up to which lengths of rows the key stays as it is, now that it is right."""
+        self.states = states
         self.places = [(store, store.k) for layer in layers for store in layer.stores]
         self.least, self.most = min(rows), min(store.until(rows) for store, _ in self.places)
         for store, _ in self.places:
             if max(rows) < store.below:
                 self.most = min(self.most, store.below - 1)
 
-    def fits(self, asked: tuple, rows: list[int]) -> bool:
+    def fits(self, asked: tuple, rows: list[int], states: States) -> bool:
         """Whether it surely serves such a call; else its key tells."""
         return (
             self.least <= min(rows)
             and max(rows) <= self.most
             and self.key[0] == asked
             and all(store.k is k for store, k in self.places)
+            and self.states == states
         )
 
     def launch(self) -> None:
@@ -163,7 +167,10 @@ def record_step(step: Step, serving: dict[int, tuple[LayerPlan, CacheLayer]], cu
 
 
 def hide_cache(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: Through() if isinstance(x, Cache) else x for name, x in given.items()}
+    """The call of a recorded step: only a hybrid's cache shows its layers, for their states."""
+    cache = find_cache(given)
+    layers = cache.layers if States(cache) else ()
+    return {name: Through(layers) if isinstance(x, Cache) else x for name, x in given.items()}
 
 
 def show_cache(output: Any, given: dict[str, Any]) -> Any:
@@ -193,11 +200,13 @@ def describe_call(given: dict[str, Any]) -> tuple:
     )
 
 
-def describe_buffers(layers: list[CacheLayer], rows: list[int]) -> tuple[tuple, tuple]:
-    """What else is frozen in a graph: which selectors choose, and where keys lie."""
+def describe_buffers(
+    layers: list[CacheLayer], rows: list[int], states: States
+) -> tuple[tuple, tuple]:
+    """What else is frozen in a graph: which selectors choose, and where keys and states lie."""
     stores = [store for layer in layers for store in layer.stores]
     places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
-    return tuple(chooses(store, rows) for store in stores), places
+    return tuple(chooses(store, rows) for store in stores), (*places, states.places())
 
 
 def measure_difference(a: Tensor, b: Tensor) -> float:
