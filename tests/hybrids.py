@@ -36,23 +36,20 @@ GATED = dict(
     linear_value_head_dim=16, layer_types=KINDS,
 )  # fmt: skip
 MAMBA = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_chunk_size=16)
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 CONV = ["conv", "full_attention", "conv"]
 HYBRIDS = {  # name: prefix of the classes, more than SIZES and heads
     "qwen3_5": ("Qwen3_5", GATED),
-    "qwen3_next": ("Qwen3Next", dict(GATED, **EXPERTS, shared_expert_intermediate_size=32)),
-    "granite": (
-        "GraniteMoeHybrid",
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
         dict(
-            **MAMBA, layer_types=KINDS, num_local_experts=4, num_experts_per_tok=2,
-            shared_intermediate_size=32,
+            **GATED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
         ),
     ),
+    "qwen3_next": ("Qwen3Next", dict(GATED, num_experts=0)),
+    "granite": ("GraniteMoeHybrid", dict(MAMBA, layer_types=KINDS, num_local_experts=0)),
     "bamba": ("Bamba", dict(MAMBA, attn_layer_indices=[1])),
-    "jamba": (
-        "Jamba",
-        dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1),
-    ),
+    "jamba": ("Jamba", dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1)),
     "lfm2": ("Lfm2", dict(layer_types=CONV)),
     "lfm3": ("Lfm3", dict(layer_types=CONV)),
     "olmo_hybrid": ("OlmoHybrid", GATED),
@@ -64,22 +61,29 @@ HYBRIDS = {  # name: prefix of the classes, more than SIZES and heads
 
 
 def known(family: str) -> bool:
-    """Whether this transformers has the family, and keeps linear layers' states in its cache."""
+    """Whether this transformers has the family, says which of its layers are linear, and has a
+    place in its cache for their states."""
     in_cache = hasattr(transformers.cache_utils, "LinearAttentionLayer")
-    return in_cache and hasattr(transformers, f"{HYBRIDS[family][0]}ForCausalLM")
+    there = in_cache and hasattr(transformers, f"{HYBRIDS[family][0]}ForCausalLM")
+    return there and bool(linear_layers(_config(family)))
 
 
 def hybrid(family: str, kv_heads: int = 2):
     """A family's tiny model, with the weights of one seed."""
     torch.manual_seed(0)
-    prefix, more = HYBRIDS[family]
-    kind = getattr(transformers, f"{prefix}ForCausalLM")
-    heads = dict(num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
-    model = kind(kind.config_class(**{**families.SIZES, **heads, **more})).eval()
+    kind = getattr(transformers, f"{HYBRIDS[family][0]}ForCausalLM")
+    model = kind(_config(family, kv_heads)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def _config(family: str, kv_heads: int = 2):
+    prefix, more = HYBRIDS[family]
+    heads = dict(num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
+    kind = getattr(transformers, f"{prefix}ForCausalLM").config_class
+    return kind(**{**families.SIZES, **heads, **more})
 
 
 def rings_and_pages(model) -> Plan:
@@ -162,12 +166,26 @@ class Forgetful(Traced):
         return output
 
 
+class Kept(frozen.Frozen):
+    """Its Python is what is replayed, over the tensors that it was recorded with."""
+
+    def __init__(self, call, given, past, rows, key, serving, weights):
+        super().__init__(call, given, past, rows, key, serving, weights)
+        self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+
+    def replay(self, given, rows):
+        for name, held in self.inputs.items():
+            held.copy_(given[name])
+        return super().replay({**given, **self.inputs}, rows)
+
+
 @contextmanager
 def patched(model, plan, kind: type | None, fuse: bool = False):
     """The graphs of a patched model: of a kind, or None where no step is replayed."""
     with ExitStack() as stack:
         stack.enter_context(frozen.plain_prompts())
         stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
         if kind is not None:
             stack.enter_context(frozen.frozen())
             stack.enter_context(patch.object(graphs, "Graph", kind))
@@ -187,7 +205,7 @@ class Talk:
         """Steps of so many tokens each."""
         for at in range(steps):
             self.mask = runs.continue_with(self.ids, self.mask, tokens)
-            new = self.ids[:, -1 - at :][:, :1].expand(-1, tokens)
+            new = self.ids[:, -1 - at :][:, :1].repeat(1, tokens)
             self.logits.append(runs.forward(self.model, new, self.mask, self.cache).logits)
 
     def left(self) -> Tensor:
@@ -201,8 +219,9 @@ class Talk:
 
 def compare(family: str, scene, kind: type = Traced, fuse: bool = False) -> SimpleNamespace:
     """A scene, eager and replayed: whether it gave the same, and what the replaying graphs say."""
-    model, found = hybrid(family, kv_heads=1), []
+    found = []
     for each in (None, kind):
+        model = hybrid(family, kv_heads=1)
         with patched(model, families.full, each, fuse) as held:
             found.append(torch.cat([talk.left() for talk in scene(model, each is not None)]))
             said = str(held)
@@ -254,8 +273,8 @@ def waiting(model, replayed: bool) -> list[Talk]:
         def forward(self, x):
             return super().forward(x) * float((x.sum() * 0).item() + 1)
 
-    with patch.object(norm, "__class__", Waiting):
-        return alone(model, replayed, 5)
+    norm.__class__ = Waiting
+    return alone(model, replayed, 5)
 
 
 def holed(model, replayed: bool) -> list[Talk]:

@@ -41,6 +41,7 @@ from hfsparse.runtime.graphs.recording import (
     describe_call,
     measure_difference,
     restore_host,
+    restride,
     run_live,
     snapshot_host,
 )
@@ -168,6 +169,7 @@ class Graphs:
         serving, before = self._serving(layers), []
         try:
             before += states.copies()
+            given = restride(given) if self.fuse else given
             call = states.settled(self._fused(decoder, states) if self.fuse else forward)
             if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"

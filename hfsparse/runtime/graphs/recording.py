@@ -190,6 +190,12 @@ def complete_inputs(kwargs: dict, first: CacheLayer, decoder: type) -> dict[str,
     return given
 
 
+def restride(given: dict[str, Any]) -> dict[str, Any]:
+    """Tensors anew: torch.compile compiles for each stride, as one has that is cut from a mask."""
+    fresh = {"memory_format": torch.contiguous_format}
+    return {n: x.clone(**fresh) if isinstance(x, Tensor) else x for n, x in given.items()}
+
+
 def describe_call(given: dict[str, Any]) -> tuple:
     """What a call asks for: all of its arguments but tensors' contents."""
     return torch.is_inference_mode_enabled(), *(
