@@ -27,7 +27,8 @@ import hfsparse
 from benchmarks.common.clock import SKIP, continued
 from benchmarks.common.journal import end_in_order, failure
 from benchmarks.common.shapes import describe, plan_of
-from hfsparse.models.fingerprint import linear_layers
+from hfsparse.lists.lengths import Lengths
+from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import is_patched, state_of
@@ -68,9 +69,9 @@ def hybrid_plan(model: PreTrainedModel, name: str) -> Plan | None:
     plan = plan_of(model, name)
     if plan is None:
         return None
-    whole, linear = Plan.full(plan.model), linear_layers(model)
-    layers = (whole.layers[i] if i in linear else words for i, words in enumerate(plan.layers))
-    return replace(plan, layers=tuple(layers))
+    whole = Plan.full(plan.model).layers
+    three = zip(layer_shapes(model), plan.layers, whole, strict=True)
+    return replace(plan, layers=tuple(own if it.free else full for it, own, full in three))
 
 
 @torch.no_grad()
@@ -85,8 +86,9 @@ def filled(model: PreTrainedModel, batch: int, length: int, room: int) -> Dynami
     made = torch.Generator(model.device).manual_seed(length)
     more = dict(device=model.device, dtype=model.dtype, generator=made)
     shape = batch, config.num_key_value_heads, length - PROMPT, config.head_dim
-    for index, layer in enumerate(cache.layers):
-        if index in linear_layers(model):
+    lengths = Lengths.of(None, PROMPT, length - PROMPT, batch)
+    for it, layer in zip(layer_shapes(model), cache.layers, strict=True):
+        if not it.attends:
             continue
         k, v = (torch.randn(shape, **more) for _ in "kv")
         if not isinstance(layer, CacheLayer):
@@ -94,8 +96,8 @@ def filled(model: PreTrainedModel, batch: int, length: int, room: int) -> Dynami
             continue
         for store in layer.stores:
             at = list(store.group.heads)
-            store.append(k[:, at], v[:, at], [PROMPT] * batch, [length - PROMPT] * batch)
-        layer.rows, layer.seen, layer.stored = [length] * batch, length, length
+            store.append(k[:, at], v[:, at], lengths)
+        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
     return cache
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hfsparse
-from hfsparse.models.fingerprint import linear_layers
+from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import find_cache
 from hfsparse.plan import Plan
 from hfsparse.runtime import graphs
@@ -53,6 +53,7 @@ HYBRIDS = {  # name: prefix of the classes, more than SIZES and heads
     "lfm2": ("Lfm2", dict(layer_types=CONV)),
     "lfm3": ("Lfm3", dict(layer_types=CONV)),
     "olmo_hybrid": ("OlmoHybrid", GATED),
+    "falcon_h1": ("FalconH1", MAMBA),
     "recurrent_gemma": (
         "RecurrentGemma",
         dict(block_types=["recurrent", "attention"], attention_window_size=8, lru_width=64),
@@ -65,7 +66,7 @@ def known(family: str) -> bool:
     place in its cache for their states."""
     in_cache = hasattr(transformers.cache_utils, "LinearAttentionLayer")
     there = in_cache and hasattr(transformers, f"{HYBRIDS[family][0]}ForCausalLM")
-    return there and bool(linear_layers(_config(family)))
+    return there and any(layer.has_state for layer in layer_shapes(_config(family)))
 
 
 def hybrid(family: str, kv_heads: int = 2):
@@ -88,11 +89,11 @@ def _config(family: str, kv_heads: int = 2):
 
 def rings_and_pages(model) -> Plan:
     """In each layer that attends to all, the last kv head is a ring and the others choose pages."""
-    (Hq, Hkv), linear = families.heads(model), linear_layers(model)
+    (Hq, Hkv), shapes = families.heads(model), layer_shapes(model)
     ring, group = Hkv - 1, Hq // Hkv
 
     def layer(index, windowed):
-        if windowed or index in linear:
+        if not shapes[index].free:
             return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
         cache = ["full"] * ring + ["s"]
         return ["full"] * (Hq - group) + ["s"] * group, cache, ["quest"] * ring + ["ring"]

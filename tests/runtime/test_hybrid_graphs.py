@@ -14,6 +14,7 @@ import torch
 
 from hfsparse.runtime.graphs.states import States
 from tests import hybrids
+from tests.kernels.interpreter import hasten
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def interpreted():
     pytest.importorskip("triton", minversion="3.8")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(int).result()  # starts it
+            pool.submit(hasten).result()  # starts it
 
         def compare(family, *args, **more):
             if not hybrids.known(family):
@@ -32,7 +33,7 @@ def interpreted():
         yield compare
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2", "falcon_h1"])
 def test_a_replay_carries_the_states_on_bit_for_bit(interpreted, family):
     """Left padding, too: only prompts hold some."""
     found = interpreted(family, hybrids.alone)
