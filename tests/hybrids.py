@@ -53,7 +53,7 @@ HYBRIDS = {  # name: prefix of the classes, more than SIZES and heads
     "lfm2": ("Lfm2", dict(layer_types=CONV)),
     "lfm3": ("Lfm3", dict(layer_types=CONV)),
     "olmo_hybrid": ("OlmoHybrid", GATED),
-    "falcon_h1": ("FalconH1", MAMBA),
+    "falcon_h1": ("FalconH1", dict(MAMBA, mamba_d_ssm=128)),
     "recurrent_gemma": (
         "RecurrentGemma",
         dict(block_types=["recurrent", "attention"], attention_window_size=8, lru_width=64),
