@@ -149,8 +149,10 @@ def test_two_live_caches_in_turn(family):
         caches, seen = [DynamicCache(), DynamicCache()], []
         last = [model(p, **{CACHE: c}).logits[:, -1:] for p, c in zip(prompts, caches, strict=True)]
         for _ in range(25):
-            for i in (0, 1):
-                last[i] = model(last[i].argmax(-1), **{CACHE: caches[i]}).logits
+            for i in (0, 1):  # positions are given: Bamba numbers each call from 0 without
+                at = torch.tensor([[caches[i].get_seq_length()]], device=DEVICE)
+                given = {CACHE: caches[i], "position_ids": at}
+                last[i] = model(last[i].argmax(-1), **given).logits
                 seen.append(last[i])
         return torch.cat(seen), States(caches[0]).copies()
 
