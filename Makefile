@@ -1,6 +1,8 @@
 # make test          lint, format check, every test      make demo   the main job on a real model
 # make test-oldest   families and ways on the oldest transformers that is supported
 # make test-matrix   the same on each tested version; writes docs/support.md (K=phi3: of one family)
+# make census        every family of transformers, half an hour; goes on where it was stopped, and
+#                    writes docs/families.md (K=phi3: of one family)
 # make test-gpu      kernels and patched models on a CUDA device, with the packages of PYTHON
 # make plans         plans/ anew from what other projects publish, in the folder SOURCES
 # make docs          docs/ as a site in build/docs; a broken link or anchor is an error
@@ -24,7 +26,7 @@ WITH_5.17.0 := huggingface_hub==1.33.0 $(HTTP)
 SIDE   := .cache/transformers-
 MATRIX := $(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(K),-k "$(K)") tests/support
 
-.PHONY: test test-oldest test-matrix test-gpu lint plans docs demo venv model clean
+.PHONY: test test-oldest test-matrix census test-gpu lint plans docs demo venv model clean
 
 test: lint $(MODEL)/config.json
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -35,6 +37,9 @@ test-oldest: $(DEV) $(SIDE)4.57.6
 test-matrix: $(DEV) $(addprefix $(SIDE),$(OLDER))
 	for v in $(OLDER); do PYTHONPATH=$(SIDE)$$v $(MATRIX) tests/patcher --write-support || exit; done
 	$(MATRIX) tests/patcher --write-support
+
+census: $(DEV)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(K),-k "$(K)") tests/census --census all --write-census
 
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf "%s" "-n 8")

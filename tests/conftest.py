@@ -71,27 +71,43 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_addoption(parser):
     parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
+    parser.addoption("--write-census", action="store_true", help="write docs/families.json anew")
+    parser.addoption("--census", metavar="TURN", help="a tenth of the families, 0 to 9, or all")
 
 
 def pytest_configure(config):
-    if config.getoption("--write-support") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(SupportCells())
+    writers = {"support": write_support, "census": write_census}
+    for name, write in writers.items():
+        if config.getoption(f"--write-{name}") and not hasattr(config, "workerinput"):
+            config.pluginmanager.register(Gathered(name, write))
 
 
-class SupportCells:
-    """The cells of tests/support, gathered over all worker processes."""
+class Gathered:
+    """What tests noted under a name, gathered over all worker processes and written at the end."""
 
-    def __init__(self):
-        self.cells = []
+    def __init__(self, name, write):
+        self.name, self.write, self.cells = name, write, []
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
-            self.cells += [cell for name, cell in report.user_properties if name == "cell"]
+            self.cells += [cell for name, cell in report.user_properties if name == self.name]
 
     def pytest_sessionfinish(self, exitstatus):
         import transformers
 
-        from tests.support.table import write
+        self.write(transformers.__version__, self.cells, exitstatus)
 
-        if exitstatus == 0:
-            write(transformers.__version__, self.cells)
+
+def write_support(version, cells, exitstatus):
+    from tests.support.table import write
+
+    if exitstatus == 0:
+        write(version, cells)
+
+
+def write_census(version, cells, exitstatus):
+    from tests.census.questions import Answer
+    from tests.census.record import write
+
+    changed = write(version, {name: Answer(**said) for name, said in cells})
+    print(f"\ndocs/families.json: {len(cells)} asked, {len(changed)} changed", *changed, sep="\n  ")

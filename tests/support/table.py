@@ -90,7 +90,8 @@ def render() -> str:
         "",
         "✓ patched equals the dense model under the plan's boolean mask (same tokens, logits "
         "within 1e-5), or what the way is for holds; R refused before anything changes; "
-        "– transformers itself, unpatched, can't; blank: not run.",
+        "– transformers itself, unpatched, can't; blank: not run. "
+        "[Every family of transformers](families.md) is asked fewer questions.",
         "",
         "| way | " + " | ".join(supported) + " |",
         "| --- |" + " :-: |" * len(supported),

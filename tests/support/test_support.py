@@ -36,7 +36,7 @@ def cell(request):
     def note(outcome: str, reason: str = "") -> None:
         at = [request.node.callspec.params.get(name, "patch") for name in ("family", "way")]
         reason = re.sub(r"\s+", " ", reason)[:160]
-        request.node.user_properties.append(("cell", (*at, outcome, reason)))
+        request.node.user_properties.append(("support", (*at, outcome, reason)))
         if not request.config.getoption("--write-support"):
             was = known(transformers.__version__, *at)
             renew = f"pytest tests/support -k {at[0]} --write-support writes it anew"
