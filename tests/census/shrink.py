@@ -20,51 +20,48 @@ LAYERS = range(4, 8)  # as many as show every kind of layer
 BLOCKS = "layer_types", "layers_block_type", "block_types"
 
 BY_VALUE = {  # a field's new value: the fields' names
-    64: """hidden_size d_model n_embd embed_dim dim emb_dim embedding_size embedding_dim
-        intermediate_size ffn_dim d_ff n_inner dff d_inner dim_ff encoder_ffn_dim decoder_ffn_dim
-        ffn_hidden_size out_hidden_size output_dim projection_dim
+    64: """hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim
+        intermediate_size ffn_dim d_ff n_inner dff d_inner dim_ff encoder_ffn_dim
+        decoder_ffn_dim ffn_hidden_size out_hidden_size output_dim projection_dim
         word_embed_proj_dim text_hidden_size encoder_hidden_size decoder_hidden_size
         projector_hidden_size projection_hidden_size projection_hidden_dim projector_input_dim
         projector_output_dim vision_output_dim vision_hidden_size image_text_hidden_size
         hidden_size_global mlp_dim projection_intermediate_size alignment_intermediate_size
-        intermediate_size_mlp dense_intermediate_size moe_hidden_size merged_hidden_size
-        adapter_out_dim adapter_input_size adapter_in_dim downsample_hidden_size
-        backbone_hidden_size input_size lru_width pooler_output_size feed_forward_size
-        ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels
-        image_token_embed_dim vector_quantization_hidden_dimension router_hidden_size
-        input_embedding_size output_embedding_size prompt_mid_dim patch_embed_hidden_size
-        cross_attention_hidden_size posemb_grid_size output_channels dim_model_base
-        decoder_intermediate_size conv_output_size pronunciation_embed_dim shape_embed_dim
-        encoder_cross_output_size local_attention_window_len""",
+        intermediate_size_mlp dense_intermediate_size moe_hidden_size adapter_out_dim
+        adapter_input_size adapter_in_dim downsample_hidden_size backbone_hidden_size input_size
+        lru_width pooler_output_size feed_forward_size ext_pw_out_channel
+        depthwise_separable_out_channel nemo_conv_channels image_token_embed_dim
+        vector_quantization_hidden_dimension router_hidden_size input_embedding_size
+        output_embedding_size prompt_mid_dim patch_embed_hidden_size cross_attention_hidden_size
+        posemb_grid_size output_channels dim_model_base decoder_intermediate_size
+        pronunciation_embed_dim shape_embed_dim local_attention_window_len""",
     32: """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
-        shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size
-        share_expert_dim prefix_dense_intermediate_size codebook_dim codebook_size num_embeddings
-        base_channels mamba_chunk_size d_conv_size num_filters image_size resolution
+        shared_experts_intermediate_size moe_shared_expert_intermediate_size
+        expert_ffn_hidden_size share_expert_dim prefix_dense_intermediate_size codebook_dim
+        num_embeddings base_channels mamba_chunk_size num_filters image_size resolution
         max_image_size index_head_dim""",
     16: """head_dim kv_channels d_kv d_head dim_head q_lora_rank kv_lora_rank qk_nope_head_dim
-        qk_rope_head_dim v_head_dim swa_head_dim linear_key_head_dim
-        linear_value_head_dim linear_head_dim mamba_d_state ssm_state_size state_size mamba_d_head
-        mamba_head_dim mamba_headdim mamba_dt_rank time_step_rank hidden_size_per_layer_input
-        laurel_rank adapter_rank gated_norm_rank loop_gate_rank hc_lowrank o_lora_rank
-        num_patches num_query_tokens image_seq_length num_image_tokens resampler_n_latents
-        resampler_head_dim resampler_dim_head rotary_dim ple_embed_dim attention_head_size
-        num_centroids heads_per_ngram codebook_size d_state attention_head_dim""",
-    8: """mamba_n_heads mamba_num_heads n_mamba_heads index_topk latent_query_num mamba_heads
-        patch_size state_heads num_pos_feats index_block_size linear_num_heads""",
+        qk_rope_head_dim v_head_dim swa_head_dim linear_key_head_dim linear_value_head_dim
+        linear_head_dim mamba_d_state ssm_state_size state_size mamba_d_head mamba_head_dim
+        mamba_dt_rank time_step_rank hidden_size_per_layer_input laurel_rank adapter_rank
+        gated_norm_rank loop_gate_rank hc_lowrank o_lora_rank num_patches num_query_tokens
+        image_seq_length num_image_tokens resampler_n_latents resampler_head_dim
+        resampler_dim_head rotary_dim ple_embed_dim attention_head_size num_centroids
+        heads_per_ngram codebook_size attention_head_dim""",
+    8: """mamba_n_heads mamba_num_heads n_mamba_heads index_topk latent_query_num patch_size
+        num_pos_feats index_block_size linear_num_heads""",
     4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads attention_heads
         decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads
         swa_num_attention_heads conf_num_attention_heads linear_num_value_heads num_experts
         n_routed_experts num_local_experts moe_num_experts resampler_n_heads resampler_heads
         num_sliding_attention_heads zero_expert_num hc_mult resampler_depth encoder_layers
         num_encoder_layers index_kpool""",
-    2: """num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups
-        linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
-        moe_top_k index_n_heads encoder_num_layers depth
+    2: """num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads
+        num_experts_per_tok moe_topk moe_k top_k_experts moe_top_k index_n_heads depth
         conf_num_hidden_layers num_blocks num_global_layers decoder_num_layers num_codebooks
-        num_quantizers n_groups mamba_n_groups mamba_ngroups index_topk_blocks num_hash_functions
-        o_groups num_lstm_layers n_shared_experts moe_num_shared_experts""",
-    1: """n_group topk_group num_expert_group first_k_dense_replace num_dense_layers
-        num_nextn_predict_layers linear_n_groups""",
+        num_quantizers n_groups mamba_n_groups mamba_ngroups index_topk_blocks o_groups
+        num_lstm_layers n_shared_experts moe_num_shared_experts""",
+    1: """n_group topk_group first_k_dense_replace num_dense_layers num_nextn_predict_layers""",
     WINDOW: "sliding_window sliding_window_size attention_window_size local_attention",
     1024: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions",
     VOCAB: """vocab_size vocab_size_per_layer_input audio_vocab_size decoder_vocab_size

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import transformers
 from transformers import CONFIG_MAPPING
 
 import hfsparse
@@ -17,6 +18,9 @@ from tests.census.shrink import FIRST_MARK, shrink
 from tests.patcher.families import VOCAB
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.skipif(
+    record.load()[0] != transformers.__version__, reason="the record is of another transformers"
+)
 LLAMA = next(entry for entry in entries() if entry.model_type == "llama")
 REFUSAL = "LlamaForCausalLM can't be patched: {}. Supported: decoders of transformers"
 
