@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
     heads: tuple[int, ...]
     k: Tensor  # [B, H, N, D]
-    v: Tensor  # [B, H, N, Dv]
+    v: Tensor  # [B, H, N, Dv]; of latents the first dims of k, where they lie
     band: Band = FULL
     size: int = 0  # slots of a ring, behind the band's sink; 0: each key lies at its position
     below: int = 0  # rows of fewer tokens read all that is held
@@ -67,6 +67,11 @@ class Places(NamedTuple):
     @property
     def v(self) -> Tensor:
         return self.parts[0].v
+
+    @property
+    def value_step(self) -> int:
+        """Elements from one slot's value to the next's: of latents it is a key wide."""
+        return self.v.stride(2)
 
     @property
     def rings(self) -> bool:
@@ -102,13 +107,13 @@ class Table:
         return Places(parts, self.cells, self.unit, self.at)
 
     def _write(self, parts: Sequence[Place]) -> None:
-        if not all(t.is_contiguous() for part in parts for t in part.buffers):
+        if not all(map(_dense, (t for part in parts for t in part.buffers))):
             raise ValueError("the cache's buffers must be contiguous")
         rows = [[0] * WIDTH for part in parts for _ in part.heads]
         first, listed = parts[0], 0
         for part in parts:
             starts = [_behind(part.k, first.k), _behind(part.v, first.v), 0, 0]
-            steps, pages = [part.k[0, 0].numel(), part.v[0, 0].numel(), 0, 0], 0
+            steps, pages = [part.k.stride(1), part.v.stride(1), 0, 0], 0
             if part.low is not None:
                 starts[2:] = _behind(part.low, first.k), _behind(part.high, first.k)
                 steps[2:], pages = [part.low[0, 0].numel()] * 2, part.low.shape[2]
@@ -131,6 +136,13 @@ class Table:
 
 def _spot(t: Tensor) -> tuple[int, torch.Size]:
     return t.data_ptr(), t.shape
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether rows, heads and slots follow one another; slots may be wider than what is read."""
+    step = t.stride(2)
+    heads = t.shape[2] * step
+    return t.is_contiguous() or t.stride() == (t.shape[1] * heads, heads, step, 1)
 
 
 def _behind(t: Tensor, first: Tensor) -> int:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from hfsparse.errors import ShapeError
-from hfsparse.models.layers import LayerShape, layer_shapes, one_value, shape
+from hfsparse.models.layers import LATENT, LayerShape, layer_shapes, one_value, shape
 
 
 def fingerprint(config: Any) -> str:
@@ -40,6 +40,7 @@ def _attention_values(config: Any) -> dict:
         "rope": {kind: rope_of(config, kind) for kind in sorted(set(kinds))},
         "without_rope": [layer for layer, rope in enumerate(rotated) if not rope],
         **_other_heads(sizes, shapes),
+        **_latents(config),
     }
 
 
@@ -50,6 +51,12 @@ def _other_heads(sizes: dict[str, int], shapes: list[LayerShape]) -> dict[str, d
     usual = [sizes[name] for name in names]
     other = {str(i): own for i, own in given.items() if shapes[i].attends and own != usual}
     return {"other_heads": other} if other else {}
+
+
+def _latents(config: Any) -> dict[str, dict]:
+    """What keys and values are made of, where they are made of latents."""
+    sizes = {name: one_value(config, name) for name in LATENT}
+    return {"latents": sizes} if sizes["kv_lora_rank"] else {}
 
 
 def rope_of(config: Any, kind: str) -> dict:

@@ -5,7 +5,7 @@ may_drop_keys = [shape.free for shape in layer_shapes(config)]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hfsparse.errors import ShapeError
@@ -21,6 +21,9 @@ UNITS = {
     "kv_heads": "kv heads",
     "head_dim": "dims a head",
 }
+# Of latents (MLA) their rank and the dims of what is rotated beside them; a cache keeps both as one
+# key that serves all q heads. What is made of them for each head: dims of a key, and of a value.
+LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 # What configs call a layer's q and kv heads, dims of a key and of a value, and of all heads.
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "hidden_size")
 TWICE = ("mimo_v2_flash",)  # in code alone: windowed layers have twice the config's kv heads
@@ -36,6 +39,7 @@ class LayerShape:
     head_dim: int
     value_dim: int
     window: int | None = None  # its own sliding window, in tokens
+    rank: int = 0  # of latents (MLA): the dims of a key that are its value, too
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -125,7 +129,12 @@ def _layer_shapes(config: Any) -> list[LayerShape]:
     for kind, window, *sizes in zip(kinds, windows, *heads, strict=True):
         window = window if kind == "sliding_attention" else None
         found.append(LayerShape(kind, *_heads(config, window, *sizes), window))
-    return found
+    rank, rope, *_ = (one_value(config, name) for name in LATENT)
+    if not rank:
+        return found
+    return [
+        replace(each, kv_heads=1, head_dim=rank + rope, value_dim=rank, rank=rank) for each in found
+    ]
 
 
 def _heads(config, window, q_heads, kv_heads, head_dim, value_dim, hidden) -> list[int]:

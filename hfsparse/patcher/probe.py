@@ -110,7 +110,7 @@ def look(
     layer_plan = layer_plan_of(module)
     if attention_mask is not None and attention_mask.ndim != 1:
         raise Unlike(f"it builds attention masks of its own, of {attention_mask.ndim} dimensions")
-    says = layer_plan.counts.q_heads, layer_plan.kv_heads
+    says = layer_plan.counts.q_heads, layer_plan.key_heads
     if (query.shape[1], key.shape[1]) != says:
         raise Unlike(
             f"layer {layer_plan.index} attends with {query.shape[1]} q and {key.shape[1]} kv "

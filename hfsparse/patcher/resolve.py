@@ -40,8 +40,9 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
     for index in indices:
         shape, source = shapes[index], made.get(sources.get(index))
         words, ratio = _words(plan.layers[index], shape), shape.q_heads // shape.kv_heads
-        groups = _groups(plan, index, words, shape.window, source)
+        groups = _groups(plan, index, words, shape, source)
         patterns = tuple(plan.patterns.get(word) for word in words.prefill)
+        alone = shape.rank > 0  # each q head reads keys of its own, made of latents
         rings = {head for head, word in enumerate(words.cache) if word != "full"}
         made[index] = LayerPlan(
             owner,
@@ -49,8 +50,8 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             shape.kv_heads,
             patterns,
             groups,
-            routes_by_case(patterns, range(shape.q_heads), rings, ratio),
-            tuple(_store_cases(patterns, group, rings, ratio) for group in groups),
+            routes_by_case(patterns, range(shape.q_heads), rings, ratio, alone),
+            tuple(_store_cases(patterns, group, rings, ratio, alone) for group in groups),
             below,
             plan.skip,
             shape.window,
@@ -88,14 +89,15 @@ def _words(words: Layer, shape: LayerShape) -> Layer:
 
 
 def _groups(
-    plan: Plan, index: int, words: Layer, window: int | None, source: LayerPlan | None
+    plan: Plan, index: int, words: Layer, shape: LayerShape, source: LayerPlan | None
 ) -> tuple[Group, ...]:
     """A layer's kv heads by how their cache is kept and read."""
     groups: dict[Group, list[int]] = {}
     for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
         band = FULL if cache == "full" else plan.patterns[cache].band
-        band = Band(0, window) if window is not None else band
-        groups.setdefault(Group((), band, _selector(plan, decode)), []).append(head)
+        band = Band(0, shape.window) if shape.window is not None else band
+        kind = Group((), band, _selector(plan, decode), rank=shape.rank)
+        groups.setdefault(kind, []).append(head)
     return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())
 
 
@@ -112,18 +114,23 @@ def _group(
     if not isinstance(kind.selector, Reuse):
         table = plan.table_of(kind.selector)
         try:
-            return Group(heads, kind.band, kind.selector.bind(layer, heads, table))
+            return replace(kind, heads=heads, selector=kind.selector.bind(layer, heads, table))
         except ValueError as error:
             raise PlanError(f"layer {layer}: {error}") from error
     chooses = next(g.heads for g in source.groups if g.selector is not None)
-    return Group(heads, kind.band, reuses=tuple(chooses.index(head) for head in heads))
+    places = tuple(chooses.index(head) for head in heads)
+    return replace(kind, heads=heads, selector=None, reuses=places)
 
 
 def _store_cases(
-    patterns: Sequence[Pattern | None], group: Group, rings: Collection[int], ratio: int
+    patterns: Sequence[Pattern | None],
+    group: Group,
+    rings: Collection[int],
+    ratio: int,
+    alone: bool,
 ) -> Cases:
     """Routes of a store's heads; no pattern ranks the keys of a ring, since its slots are no place
     for that (of a layer with a window of its own)."""
     if group.band != FULL:
         patterns = [p if hasattr(p, "band") else None for p in patterns]
-    return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio)
+    return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio, alone)

@@ -14,6 +14,7 @@ from hfsparse.models.layers import KINDS, LayerShape, by_layer, layer_shapes, te
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
+from hfsparse.runtime.latent import why_not as why_not_latents
 
 ROPES = ("default", "linear", "llama3", "yarn")  # these turn by the position, not a call's length
 MISTAKEN = (
@@ -72,7 +73,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
         yield why
     for m in modules:  # code that the probe can't run
         ratio, shape = getattr(m, "num_key_value_groups", None), shapes[m.layer_idx]
-        if ratio is not None and ratio * shape.kv_heads != shape.q_heads:
+        if not (ratio is None or shape.rank) and ratio * shape.kv_heads != shape.q_heads:
             yield (
                 f"layer {m.layer_idx} has q and kv heads as {ratio} to 1, where its config says "
                 f"{shape.q_heads} to {shape.kv_heads}"
@@ -82,7 +83,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
 def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
     if any(by_layer(config, "kv_lora_rank")):
-        yield "its cache holds latents (MLA), not keys per head"
+        yield from filter(None, map(why_not_latents, modules))
     if any(by_layer(config, "num_kv_shared_layers")):
         yield "layers share keys and values"
     if any(getattr(m, "indexer", None) is not None for m in modules):

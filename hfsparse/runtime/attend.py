@@ -18,6 +18,7 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
 from hfsparse.runtime.decode import decode, is_step, make_step
 from hfsparse.runtime.image_blocks import read_blocks, split_mask
+from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
@@ -70,14 +71,17 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
     if call.recorded is not None:
-        return call.recorded(layer_plan.index, query, key, value, logits), None
-    layer = call.take_layer()
+        return recorded_step(call, module, layer_plan, query, key, value, logits), None
+    layer, latents = call.take_layer(), None
     if layer is not None:  # perhaps it was filled under autocast, or before
         k, v = layer.tensors()
         query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
+        if layer.rank:
+            latents = Latents(module, *(t.to(k.dtype) for t in call.given))
     observe = layer_plan.mode.observe
     watch = observe and observe(module, query, key, value, logits)
-    layer_call = LayerCall(call, layer_plan, layer, attention_mask, query, key, value, logits)
+    given = attention_mask, query, key, value, logits, latents
+    layer_call = LayerCall(call, layer_plan, layer, *given)
     few = layer is not None and is_step(layer, query.shape[2], layer.seen)
     with device_guard(query):
         out = decode_step(layer_call) if few else prefill(layer_call)
@@ -95,13 +99,25 @@ def attend(
 def decode_step(layer_call: LayerCall) -> Tensor:
     """A few new tokens behind a past; `[B, Hq, Q, Dv]`."""
     layer_plan, lengths, logits = layer_call.layer_plan, layer_call.lengths, layer_call.logits
-    q, k, v = layer_call.q, layer_call.k, layer_call.v
-    need, call = Need.of(q, k, v, logits.s_aux, lists=True, block=PAGE), layer_call.call
+    q, (k, v), latents = layer_call.q, layer_call.kept, layer_call.latents
+    q = q if latents is None else latents.absorb(q)
+    call, asked = layer_call.call, {"lists": True, "block": PAGE, "latents": latents is not None}
+    need = Need.of(q, k, v, logits.s_aux, **asked)
     whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
     step = call.once(make_step, lengths, whole).on(q.device)
     if layer_plan.leads:
         layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
-    return decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)
+    out = decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)
+    return out if latents is None else latents.values(out)
+
+
+def recorded_step(call, module, layer_plan, q, k, v, logits) -> Tensor:
+    """A layer's attention in a step that is recorded; `[B, Q, Hq, Dv]`."""
+    if not layer_plan.rank:
+        return call.recorded(layer_plan.index, q, k, v, logits)
+    latents = Latents(module, *call.given)
+    read = call.recorded(layer_plan.index, latents.absorb(q), *latents.kept, logits)
+    return latents.values(read.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def _recorded_step(

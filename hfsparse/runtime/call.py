@@ -27,6 +27,7 @@ class Call:
         self.owner, self.outer = owner, outer
         self.tables = TABLES if outer is None else outer.tables  # that kernels are picked from
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
+        self.given: tuple[Tensor, Tensor] | None = None  # what it was updated with
         self.updates = 0  # of the cache's layers
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None

@@ -81,6 +81,7 @@ def decode(
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
+    asked["latents"] = layer.rank > 0
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     return pick(tables.decode, need).run(q, places, step, lists, **logits.of())
 

@@ -58,6 +58,16 @@ class LayerPlan:
     at: HeadIndex
     mode: Mode
 
+    @property
+    def rank(self) -> int:
+        """Of the latents that its cache holds (MLA); 0: it holds keys and values."""
+        return self.groups[0].rank
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of the keys that attention is given: latents are expanded for each q head."""
+        return self.counts.q_heads if self.rank else self.kv_heads
+
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at

@@ -126,7 +126,7 @@ def refuse_other(
     """PatchError where a layer is asked for another attention than the plan's."""
     if mask is not None and mask.ndim != 1:
         raise PatchError(_wrong_mask(mask))
-    heads = layer_plan.counts.q_heads, layer_plan.kv_heads
+    heads = layer_plan.counts.q_heads, layer_plan.key_heads
     index = layer_plan.index
     if (query.shape[1], key.shape[1]) != heads:
         raise PatchError(

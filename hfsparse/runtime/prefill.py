@@ -31,7 +31,7 @@ def prefill(layer_call: LayerCall) -> Tensor:
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None else layer.stores:
         at = layer_plan.at(store.group.heads, k.device)
-        store.append(k[:, at], v[:, at], lengths)
+        store.append(*(t[:, at] for t in layer_call.kept), lengths)
     return out
 
 
@@ -43,7 +43,7 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     grow, those before it have it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
-    k, v = layer_call.k, layer_call.v
+    k, v = layer_call.kept
     heads = [layer_plan.at(store.group.heads, k.device) for store in layer.stores]
     chunks = [(k[:, at], v[:, at], lengths) for at in heads]
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
@@ -51,12 +51,13 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     for store, cases, chunk in stores:
         if isinstance(store, Ring):
             k, v, lies = store.with_chunk(*chunk, layout.grid)
-            out = read(layer_call, layout, cases, k, v, lies, out)
+            out = read(layer_call, layout, cases, *layer_call.expand(k, v), lies, out)
     for store, _, chunk in stores:
         store.append(*chunk)
     for store, cases, _ in stores:
         if not isinstance(store, Ring):
-            out = read(layer_call, layout, cases, *store.view(lengths.longest), None, out)
+            held = layer_call.expand(*store.view(lengths.longest))
+            out = read(layer_call, layout, cases, *held, None, out)
     return out
 
 

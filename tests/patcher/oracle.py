@@ -120,7 +120,8 @@ def _attend(
             continue
         past = columns > Q
         decode = past and Q <= DECODE and columns > truth.prompt
-        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode)
+        latents = _as_latents(module, q, k, v) if hasattr(module, "expand_kv") else None
+        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode, latents)
         if blocks is not None:  # tokens that see later ones see all that the model lets them
             own = blocks[b, pads:, start:]
             later = (own & torch.ones_like(own).triu(1)).any(1)
@@ -138,9 +139,26 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(truth, layer, q, k, scale, window, past, decode) -> torch.Tensor:
+def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+    """MLA: queries as the one head of latents `[1, total, rank + rope]` takes them, and that head.
+
+    The latents are solved for: those of which the module makes these keys and values.
+    """
+    q, k, v, weight = (t.double() for t in (q, k, v, module.kv_b_proj.weight))
+    nope, heads = module.qk_nope_head_dim, len(k)
+    made = torch.cat([k[..., :nope], v], -1).transpose(0, 1).flatten(1)  # [total, heads * ...]
+    latent = torch.linalg.lstsq(weight, made.T).solution.T
+    up = q[..., :nope] @ weight.view(heads, -1, latent.shape[1])[:, :nope]
+    one = torch.cat([latent, k[0, :, nope:]], -1)
+    return torch.cat([up, q[..., nope:]], -1).float(), one[None].float()
+
+
+def _mask(truth, layer, q, k, scale, window, past, decode, latents=None) -> torch.Tensor:
     """bool [Hq, n, total]: what a row's new queries q `[Hq, n, D]` read of k `[Hkv, total, D]`."""
-    (Hq, n, _), (Hkv, total, _) = q.shape, k.shape
+    (Hq, n, _), total = q.shape, k.shape[1]
+    Hkv, by_head = truth.plan.model.kv_heads, k.repeat_interleave(Hq // len(k), 0)
+    if decode and latents is not None:
+        q, k = latents
     at, key = torch.arange(total - n, total)[:, None], torch.arange(total)
     seen = key <= at
     if window is not None:
@@ -156,7 +174,7 @@ def _mask(truth, layer, q, k, scale, window, past, decode) -> torch.Tensor:
         elif past and window is not None and not _streams(truth.plan, layer, head):
             kept = torch.ones(n, total, dtype=torch.bool)  # the window's ring is read whole
         else:
-            kept = _prompt(truth.plan, layer, head, group, q[head], k[group], scale, window)
+            kept = _prompt(truth.plan, layer, head, group, q[head], by_head[head], scale, window)
         masks.append(seen & kept)
         if decode and head % (Hq // Hkv) == 0:
             truth.reads[layer, group] += int(masks[-1][-1].sum())

@@ -66,6 +66,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
         *(H, Q),
         D=D,
         DV=Dv,
+        STEP=into.value_step,
         WIDE=WIDE,
         ROWS=triton.next_power_of_2(Q),
         PAGE=PAGE,
@@ -79,7 +80,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
 def _append(
     K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
     k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
-    D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
@@ -88,7 +89,7 @@ def _append(
     sink, size = look_up(TABLE, h, SINK).to(tl.int32), look_up(TABLE, h, SIZE).to(tl.int32)
     slots, begin = look_up(TABLE, h, SLOTS), b * look_up(TABLE, h, ROW)
     keys = INTO_K + look_up(TABLE, h, K_AT) * UNIT + begin * D
-    values = INTO_V + look_up(TABLE, h, V_AT) * UNIT + begin * DV
+    values = INTO_V + look_up(TABLE, h, V_AT) * UNIT + begin * STEP
     last = tl.max(at, 0)
     new = at >= 0
     slot = tl.where(at < sink, at, sink + (at - sink) % size)
@@ -124,4 +125,4 @@ def _append(
 
     place = slot.to(tl.int64)[:, None]
     tl.store(keys + place * D + d[None, :], k, mask=stored[:, None] & whole[None, :])
-    tl.store(values + place * DV + d[None, :], v, mask=stored[:, None] & some[None, :])
+    tl.store(values + place * STEP + d[None, :], v, mask=stored[:, None] & some[None, :])

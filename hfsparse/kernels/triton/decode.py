@@ -1,7 +1,8 @@
 """A few new queries over a cache in Triton, on any CUDA GPU: the fast form of `reference.decode`.
 
 One launch serves all heads of a layer, full ones with listed pages or without and rings of any
-size: a table says where each has its keys (`places.py`). A program serves one kv head's queries,
+size: a table says where each has its keys (`places.py`). Latents (MLA), whose values are the first
+dims of their keys, are read once for both. A program serves one kv head's queries,
 the q heads of its group as rows of one tile, over a share of the pages that the head reads
 (split-KV, as in Flash-Decoding); a second kernel merges the shares, if there are several. Bound by
 memory: each key and value is read once where one tile holds the queries (not yet measured). How the
@@ -35,7 +36,7 @@ from hfsparse.kernels.triton.limits import (
     SLOTS,
     V_AT,
     WIDEST,
-    add_keys,
+    add_logits,
     load_rows,
     look_up,
     shared_memory,
@@ -48,7 +49,14 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 ROWS = (16, 32, 64)  # queries of a tile: q heads of a group times new tokens
+# Of latents rows, stages and warps, the best first: none spills on sm_90. Of 64 rows, for wgmma,
+# shared memory holds as many pages as there are stages, else one less.
+LATENT_TILES = ((64, 2, 8), (32, 3, 8), (32, 2, 8), (16, 3, 4), (16, 2, 8))
+SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registers
+WIDEST_LATENT = 1024  # of a key
 SPLITS = 64  # at most so many shares of a head's pages
+LATENT_SPLITS = 128  # of latents, which are one head
+MERGED = 128  # dims of a program that merges shares
 UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 
@@ -56,12 +64,11 @@ def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
-    if max(need.head_dim, need.value_dim) > WIDEST:
-        return (
-            f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
-        )
-    width = max(16, triton.next_power_of_2(max(need.head_dim, need.value_dim)))
-    if tile_of(1, width, need.dtype.itemsize, str(need.device)) is None:
+    most = WIDEST_LATENT if need.latents else WIDEST
+    if max(need.head_dim, need.value_dim) > most:
+        return f"head dim {need.head_dim}, value dim {need.value_dim}: at most {most} is supported"
+    *_, width = padded(need.head_dim, need.value_dim, need.latents)
+    if tile_of(1, width, need.dtype.itemsize, str(need.device), need.latents) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -91,10 +98,12 @@ def decode(
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = Hq // Hkv
-    DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
-    rows, stages, warps = tile_of(group * Q, max(DP, DVP), q.element_size(), str(q.device))
+    latents = places.value_step > Dv
+    DP, DVP, wide = padded(D, Dv, latents)
+    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), str(q.device), latents)
     tiles = triton.cdiv(group * Q, rows)
-    splits = splits_of(B * places.long * tiles, str(q.device))
+    most = LATENT_SPLITS if latents else SPLITS
+    splits = splits_of(B * places.long * tiles, str(q.device), most)
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
     if pages is not None:
         listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
@@ -116,6 +125,8 @@ def decode(
         DV=Dv,
         DP=DP,
         DVP=DVP,
+        STEP=places.value_step,
+        LATENTS=latents,
         ROWS=rows,
         PAGE=PAGE,
         UNIT=places.unit,
@@ -128,20 +139,32 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        _merge[(B * Hkv, group * Q)](
+        part_of = min(DVP, MERGED)
+        _merge[(B * Hkv, group * Q, DVP // part_of)](
             *(part, weight, out, splits, group * Q),
             DV=Dv,
-            DVP=DVP,
-            SPLITS=SPLITS,
+            WIDE=part_of,
+            SPLITS=most,
             num_warps=4,
         )
     return out
 
 
+def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
+    """Dims of keys and values in tiles, and how wide these are; of latents' keys those dims that
+    are no value's."""
+    DP, DVP = (max(16, triton.next_power_of_2(d)) for d in (D - Dv * latents, Dv))
+    return DP, DVP, DP + DVP if latents else max(DP, DVP)
+
+
 @lru_cache
-def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, int, int] | None:
+def tile_of(
+    queries: int, width: int, itemsize: int, device: str, latents: bool = False
+) -> tuple[int, int, int] | None:
     """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
+    if latents:
+        return _latent_tile(most, width, itemsize, room)
     most = 16 if itemsize == 4 else most  # float32 takes many registers
     wide = width * itemsize >= 1024  # float32 heads of 256: registers are what is short
     for stages in (1,) if wide else (3, 2, 1):
@@ -153,13 +176,23 @@ def tile_of(queries: int, width: int, itemsize: int, device: str) -> tuple[int, 
     return None
 
 
+def _latent_tile(most: int, width: int, itemsize: int, room: int) -> tuple[int, int, int] | None:
+    """As `tile_of`, of at most so many rows."""
+    for rows, stages, warps in LATENT_TILES if itemsize == 2 else [SINGLE_TILE]:
+        pages = stages if rows == 64 else max(1, stages - 1)
+        shared = itemsize * (width * (rows + pages * PAGE) + rows * PAGE)
+        if rows <= most and shared <= room:
+            return rows, stages, warps
+    return None
+
+
 @lru_cache
-def splits_of(programs: int, device: str) -> int:
+def splits_of(programs: int, device: str, most: int = SPLITS) -> int:
     """Shares of a head's pages, so that `programs` of them fill the device about twice."""
     units = UNITS
     if torch.device(device).type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(SPLITS, 2 * units // programs))
+    return max(1, min(most, 2 * units // programs))
 
 
 @triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows".split())
@@ -168,11 +201,14 @@ def _decode(
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
     Hkv, Q, rows, unit, inner,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
+    LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, LISTED: tl.constexpr,
     RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Rows: q head of the group * Q + new token. Pages: this program's share of those of its head.
+    # Of latents the first DV dims of a key are read as its value, and only the others as a key.
+    FROM: tl.constexpr = DV if LATENTS else 0
     head = tl.program_id(0)
     b, kv = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -196,19 +232,17 @@ def _decode(
 
     group = rows // Q
     at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
+    queries = Q_ + b * q_b + (kv * group + row // Q) * q_h + (row % Q) * q_s
     d = tl.arange(0, DP)
-    q = tl.load(
-        Q_
-        + b * q_b
-        + (kv * group + row // Q)[:, None] * q_h
-        + (row % Q)[:, None] * q_s
-        + d[None, :],
-        mask=alive[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
+    inside = alive[:, None] & (d < D - FROM)[None, :]
+    q = tl.load(queries[:, None] + FROM + d[None, :], mask=inside, other=0.0)
+    if LATENTS:
+        d = tl.arange(0, DVP)
+        inside = alive[:, None] & (d < DV)[None, :]
+        q_latent = tl.load(queries[:, None] + d[None, :], mask=inside, other=0.0)
     begin = b * look_up(TABLE, kv, ROW)
     keys = K + look_up(TABLE, kv, K_AT) * UNIT + begin * D
-    values = V + look_up(TABLE, kv, V_AT) * UNIT + begin * DV
+    values = V + look_up(TABLE, kv, V_AT) * UNIT + begin * STEP
     if RINGS:
         # Beyond the sink a ring's slot holds its place in the newest turn; past the newest key, in
         # the turn before. Without a ring this is turn 0, and the window begins before every key.
@@ -233,15 +267,18 @@ def _decode(
             page = tl.load(lists + j, mask=chosen, other=page)
         key = page.to(tl.int32) * PAGE + lane
         held = key < live
-        k = load_rows(keys + page * PAGE * D, D, lane, held, D, DP, True)
-        v = load_rows(values + page * PAGE * DV, DV, lane, held, DV, DVP, True)
+        k = load_rows(keys + page * PAGE * D + FROM, D, lane, held, D - FROM, DP, True)
+        v = load_rows(values + page * PAGE * STEP, STEP, lane, held, DV, DVP, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if LATENTS:
+            s = tl.dot(q_latent, tl.trans(v), s, input_precision=PRECISION)
         if RINGS:
             key += tl.where(key < sink, 0, tl.where(key > newest, turn - size, turn))
         kept = held[None, :] & (key[None, :] <= at[:, None])
         if RINGS:
             kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
-        acc, total, top, _ = add_keys(
-            *(acc, total, top, 0, q, k, v, kept, alive, unit, inner, 0.0),
+        acc, total, top, _ = add_logits(
+            *(acc, total, top, 0, s, v, kept, alive, unit, inner, 0.0),
             *(True, SOFTCAP, False, PRECISION),
         )
 
@@ -256,10 +293,10 @@ def _decode(
 
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
-    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr
+    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr
 ):
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, DVP)
+    split, d = tl.arange(0, SPLITS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     place = (head * splits + split) * rows + row
     weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
     top = tl.max(weight, 0)

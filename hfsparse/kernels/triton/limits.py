@@ -83,6 +83,18 @@ def add_keys(
 ):  # fmt: skip
     """Attend to one tile: k, v `[KEYS, D]`, kept bool `[QUERIES, KEYS]`, alive `[QUERIES]`."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return add_logits(
+        *(acc, total, top, lost, s, v, kept, alive, unit, inner, skip),
+        *(MASKED, SOFTCAP, SKIP, PRECISION),
+    )
+
+
+@triton.jit
+def add_logits(
+    acc, total, top, lost, s, v, kept, alive, unit, inner, skip,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `add_keys`, of products of queries and keys s `[QUERIES, KEYS]`."""
     if SOFTCAP:
         s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
     if MASKED:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SIZES = tuple(1 << n for n in range(10, 16))  # pages
 MOST = SIZES[-1] - 1  # pages; two counts of them fit into an int32
+WIDEST_KEY = 1024  # dims; latents (MLA) are 576 wide
 EARLY = tl.constexpr(1 << 13)  # pages up to which four rows of bounds fit into registers
 TILE = 64  # pages whose bounds one program computes
 FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
@@ -40,8 +41,8 @@ def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a selector's pages; None: they can."""
     if need.chooser is not Quest:
         return f"{need.chooser.kind} is not fused"
-    if need.head_dim > 256:
-        return f"head dim {need.head_dim}: at most 256 is supported"
+    if need.head_dim > WIDEST_KEY:
+        return f"head dim {need.head_dim}: at most {WIDEST_KEY} is supported"
     if need.dtype not in DTYPES or need.index_dtype not in (None, need.dtype):
         return f"queries of {need.dtype} and a cache of {need.index_dtype or need.dtype}"
     if (pages := need.tokens // PAGE) > MOST:

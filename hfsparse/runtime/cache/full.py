@@ -11,20 +11,21 @@ from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.store import Store
 
 
-class Full:
+class Full(Store):
     """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
 
     def __init__(self, group: Group, reserve: int, below: int = 0):
-        self.group, self.reserve, self.below = group, reserve, below
-        self.k = self.v = None
+        super().__init__(group)
+        self.reserve, self.below = reserve, below
         self.index: dict[str, Tensor] = {}  # what the selector keeps of each page, [B, H, P, ...]
         self.choice: Choice | None = None  # the last one, where steps read it again
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), 0)
-        self.k, self.v = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
+        self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
         if (selector := self.group.selector) is None:
             return
         # Pages of no row tell the shapes, and cost the device nothing.
@@ -36,7 +37,7 @@ class Full:
 
     def tensors(self) -> list[Tensor]:
         last = () if self.choice is None else self.choice.tensors()
-        return [t for t in (self.k, self.v, *self.index.values(), *last) if t is not None]
+        return [*self.held(), *self.index.values(), *last]
 
     @property
     def capacity(self) -> int:
@@ -53,7 +54,7 @@ class Full:
         """Any prefix of a full row is held."""
 
     def select(self, picked: list[int]) -> None:
-        self.k, self.v = self.k[picked], self.v[picked]
+        self.change(lambda t: t[picked])
         self.index = {name: t[picked] for name, t in self.index.items()}
         if self.choice is not None:
             wanted = len(picked), *self.choice.pages.shape[1:]
@@ -78,8 +79,8 @@ class Full:
         """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
         self.room(lengths.past, lengths.rows)
         for rows, p, n in runs_of_rows(lengths):
-            self.k[rows, :, p : p + n] = k[rows, :, :n]
-            self.v[rows, :, p : p + n] = v[rows, :, :n]
+            for held, new in self.beside(k, v):
+                held[rows, :, p : p + n] = new[rows, :, :n]
             if self.index and n:
                 first, last = p // PAGE, -(-(p + n) // PAGE)
                 keys = self.k[rows, :, first * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
@@ -111,7 +112,7 @@ class Full:
 
     def _grow(self, tokens: int) -> None:
         capacity = -(-tokens // PAGE) * PAGE
-        self.k, self.v = lengthen(self.k, capacity), lengthen(self.v, capacity)
+        self.change(lambda t: lengthen(t, capacity))
         self.index = {name: lengthen(t, capacity // PAGE) for name, t in self.index.items()}
         if self.choice is not None:
             width = self.group.selector.budget.width(capacity // PAGE, PAGE)

@@ -16,6 +16,7 @@ class Group:
     band: Band = FULL  # FULL: every key is kept
     selector: Selector | None = None  # bound; chooses pages for decode, its store keeps its index
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
+    rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
 
     @property
     def chosen(self) -> bool:

@@ -88,6 +88,7 @@ class CacheLayer(CacheLayerMixin):
         self.stores = [
             Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
         ]
+        self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many the attention function has put away
@@ -119,14 +120,15 @@ class CacheLayer(CacheLayerMixin):
                 "prompt with a new cache"
             )
         if not self.is_initialized:
-            self.lazy_initialization(*autocast(key_states, value_states))
+            given = autocast(key_states, value_states)
+            self.lazy_initialization(*(join_latents(*given) if self.rank else given))
         if len(key_states) != len(self.rows):
             raise CacheError(
                 f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
                 "pass a batch of the same size, or a new cache"
             )
         self.seen += key_states.shape[-2]
-        call.layer = self
+        call.layer, call.given = self, (key_states, value_states)
         call.updates += 1
         return key_states, value_states
 
@@ -146,13 +148,13 @@ class CacheLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """As in the stock cache, `[B, Hkv, S, D]`; CacheError unless every key is held."""
-        return self._history("k")
+        return self._history(lambda store: store.v if self.rank else store.k)
 
     @property
     def values(self) -> Tensor | None:
-        return self._history("v")
+        return self._history(lambda store: store.k[..., self.rank :] if self.rank else store.v)
 
-    def _history(self, name: str) -> Tensor | None:
+    def _history(self, part: Callable[[Full | Ring], Tensor]) -> Tensor | None:
         if not self.is_initialized:
             return None
         if any(isinstance(store, Ring) for store in self.stores) or {*self.rows} != {self.seen}:
@@ -162,7 +164,7 @@ class CacheLayer(CacheLayerMixin):
                 "with it as it is (copy.deepcopy copies it), or read the prompt again after "
                 "handle.undo()"
             )
-        parts = [getattr(store, name)[:, :, : self.seen] for store in self.stores]
+        parts = [part(store)[:, :, : self.seen] for store in self.stores]
         if len(parts) == 1:
             return parts[0]
         heads = [head for store in self.stores for head in store.group.heads]
@@ -247,8 +249,8 @@ class CacheLayer(CacheLayerMixin):
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
         heads = sum(len(store.group.heads) for store in self.stores)
-        k, v = self.tensors()
-        return len(self.rows) * heads * (k.shape[3] + v.shape[3]) * k.element_size()
+        dims = sum(t.shape[3] for t in self.stores[0].held())
+        return len(self.rows) * heads * dims * self.stores[0].k.element_size()
 
     def dense_bytes(self) -> int:
         """Bytes of the stock cache: every column, or the model's window, of every row and head."""
@@ -275,6 +277,12 @@ class CacheLayer(CacheLayerMixin):
             f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
             f"hold {past}: pass the mask of the whole conversation, earlier padding included"
         )
+
+
+def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+    """A key `[B, 1, S, rank + rope]` and the value `[B, 1, S, rank]` that is part of it."""
+    k = torch.cat([latent, rotated.to(latent.dtype)], -1)
+    return k, k[..., : latent.shape[-1]]
 
 
 def _cropped(seen: int, length: int) -> int:

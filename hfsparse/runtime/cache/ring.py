@@ -16,6 +16,7 @@ from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
 from hfsparse.runtime.cache.buffers import runs_of_rows
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.store import Store
 
 SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can be taken back
 
@@ -26,7 +27,7 @@ def ring_size(band: Band, tokens: int, slack: int = SLACK) -> int:
     return -(-size // PAGE) * PAGE if band.rate else size
 
 
-class Ring:
+class Ring(Store):
     """The first `sink` keys of its heads and the recent ones, in buffers `[B, H, sink + size, D]`.
 
     Position p beyond the sink lies in slot `sink + (p - sink) % size`, so a slot's position follows
@@ -36,26 +37,26 @@ class Ring:
     choice = capacity = None
 
     def __init__(self, group: Group, below: int):
-        self.group, self.band, self.below = group, group.band, below
-        self.k = self.v = None
+        super().__init__(group)
+        self.band, self.below = group.band, below
         self.size, self.slack = 0, SLACK
         # First position beyond the sink that each row still held when `room` was last asked.
         self.low: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), self.band.sink)
-        self.k, self.v = k.new_zeros(*shape, k.shape[-1]), v.new_zeros(*shape, v.shape[-1])
+        self.hold(*(t.new_zeros(*shape, t.shape[-1]) for t in (k, v)))
         self.low = [self.band.sink] * len(k)
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.k, self.v) if t is not None]
+        return self.held()
 
     def place(self) -> Place:
         own = self.band, self.size, self.below
         return Place(self.group.heads, self.k, self.v, *own, append=self.append)
 
     def select(self, picked: list[int]) -> None:
-        self.k, self.v = self.k[picked], self.v[picked]
+        self.change(lambda t: t[picked])
         self.low = [self.low[i] for i in picked]
 
     def snapshot(self) -> list[int]:
@@ -111,10 +112,8 @@ class Ring:
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
             kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])
             slot = self.slots(kept)
-            self.k[rows, :, slot], self.v[rows, :, slot] = (
-                k[rows, :, kept - p],
-                v[rows, :, kept - p],
-            )
+            for held, new_ones in self.beside(k, v):
+                held[rows, :, slot] = new_ones[rows, :, kept - p]
 
     def until(self, rows: list[int]) -> int:
         """Tokens up to which rows may grow and no buffer moves, as far as it looks."""
@@ -147,20 +146,19 @@ class Ring:
         size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
         size = size if short else min(size, most)
         held = self.positions(past) if any(past) else None
-        old_k, old_v = self.k, self.v
+        old = self.held()
         self._forget(past)
         self.size = size
         self._forget(past)
-        shape = (*old_k.shape[:2], self.band.sink + size)
-        self.k, self.v = (
-            buffers.new_buffer(t, *shape, t.shape[-1]).zero_() for t in (old_k, old_v)
-        )
+        shape = (*self.k.shape[:2], self.band.sink + size)
+        self.change(lambda t: buffers.new_buffer(t, *shape, t.shape[-1]).zero_())
         for b, low in enumerate(self.low):
             if not past[b]:
                 continue
             source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
             slot = self.slots(held[b, source])
-            self.k[b, :, slot], self.v[b, :, slot] = old_k[b, :, source], old_v[b, :, source]
+            for now, before in zip(self.held(), old, strict=True):
+                now[b, :, slot] = before[b, :, source]
 
     def with_chunk(
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
@@ -187,4 +185,5 @@ class Ring:
             both = torch.cat([held, chunk], 2)
             return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
 
-        return gather(self.k, k), gather(self.v, v), grid
+        made = [gather(held, chunk) for held, chunk in self.beside(k, v)]
+        return made[0], made[0][..., : self.group.rank] if self.group.rank else made[1], grid

@@ -60,7 +60,8 @@ class Graphs:
     """The graphs of one patched model, each of one cache."""
 
     def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
-        self.layers, self.linear, self.fuse = layers, linear, fuse
+        latents = any(layer.rank for layer in layers)
+        self.layers, self.linear, self.fuse = layers, linear, fuse and not latents
         self.kept: WeakKeyDictionary[CacheLayer, Graph] = (
             WeakKeyDictionary()
         )  # by a cache's first layer
@@ -74,7 +75,8 @@ class Graphs:
         )  # why a cache has none
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
-        self.loose: str | None = None  # why nothing is fused, though it was asked for
+        # Why nothing is fused, though it was asked for.
+        self.loose: str | None = "not fused, its cache holds latents" if fuse and latents else None
         self.held: Callable[[], CacheLayer | None] = lambda: (
             None
         )  # the cache that `stats` looked at
@@ -316,6 +318,7 @@ class Graphs:
             if name and "forward" in module.__dict__ and not only_moves_inputs(module):
                 return f"another forward on {name}"
         store = first.stores[0]
-        need = kernels.Need.of(store.k, store.k, store.v, block=PAGE, lists=True)
+        asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
+        need = kernels.Need.of(store.k, store.k, store.v, **asked)
         kernel = kernels.pick(running().tables.decode, need)
         return None if kernel.device_lengths else f"its keys are read by {kernel.name}"

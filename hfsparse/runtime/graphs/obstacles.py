@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
+from hfsparse.runtime.call import running
+
 OWN_HOOKS = ("transformers.", "hfsparse.patcher")  # of modules whose steps can be recorded
 
 
@@ -49,6 +51,8 @@ class Through(Cache):
         super().__init__(layers=[*layers])
 
     def update(self, key_states, value_states, *args, **kwargs):
+        if not torch.compiler.is_dynamo_compiling():  # latents are never fused
+            running().given = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self, *args, **kwargs) -> int:

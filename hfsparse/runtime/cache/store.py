@@ -1,0 +1,41 @@
+"""What every store of the cache has: the keys and values of a group of kv heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from hfsparse.runtime.cache.group import Group
+
+
+class Store:
+    """Keys `[B, H, N, D]` and values `[B, H, N, Dv]`.
+
+    Values that are the first dims of their keys (latents, `group.rank`) lie there alone.
+    """
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def v(self) -> Tensor | None:
+        return self.k[..., : self.group.rank] if self.group.rank else self._v
+
+    def held(self) -> list[Tensor]:
+        """Its keys and values, each buffer once."""
+        return [t for t in (self.k, self._v) if t is not None]
+
+    def hold(self, k: Tensor, v: Tensor | None = None) -> None:
+        """From now on these; v of latents is no more than a view of k, if it is given."""
+        self.k, self._v = k, None if self.group.rank else v
+
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
+        """Hold what `make` makes of each buffer."""
+        self.hold(*map(make, self.held()))
+
+    def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each buffer and what is to be written into it."""
+        return zip(self.held(), (k, v), strict=False)
