@@ -10,7 +10,6 @@ latents' mean, which the matrix of values then expands.
 from __future__ import annotations
 
 from functools import cached_property
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +75,7 @@ def matrix_of(projection: nn.Module, rank: int, like: Tensor) -> Tensor:
 
 def why_not(module: nn.Module) -> str | None:
     """Why the latents of this module can't be read as one head; None: they can."""
-    expand = getattr(type(module), "expand_kv", None)
-    if expand is None:
+    if not hasattr(module, "expand_kv"):
         return (
             "this transformers caches the keys of each head that it makes of latents (MLA): 5.17 "
             "and later cache the latents"
@@ -90,10 +88,13 @@ def why_not(module: nn.Module) -> str | None:
     numbers = torch.arange(rank * wide + rank + rope, device="cpu", dtype=torch.float32).sin()
     projection.weight.data.copy_(numbers[: rank * wide].view(wide, rank))
     latent, rotated = numbers[rank * wide :].view(1, 1, 1, -1).split([rank, rope], -1)
-    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    alone = SimpleNamespace(kv_b_proj=projection, **{name: getattr(module, name) for name in names})
+    alone = type(module).__new__(type(module))
+    nn.Module.__init__(alone)
+    alone.kv_b_proj = projection
+    for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        setattr(alone, name, getattr(module, name))
     try:
-        found = expand(alone, latent, rotated)
+        found = alone.expand_kv(latent, rotated)
     except AttributeError:  # it takes more than the projection
         found = ()
     ours = Latents(alone, latent, rotated)
