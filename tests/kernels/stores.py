@@ -15,18 +15,23 @@ def one(k: Tensor, v: Tensor, *args, **more):
 def decode(
     q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, pages: PageLists | None = None, **more
 ) -> Tensor:
-    """`triton.decode.decode`; more: band, size and below of a ring, and the kernel's own."""
+    """`triton.decode.decode`; more: band, size and below of a ring, and the kernel's own.
+
+    rank: of latents, whose values are the first dims of k.
+    """
     from hfsparse.kernels.triton import decode as triton_decode
 
     ring = {name: more.pop(name) for name in ("band", "size", "below") if name in more}
-    k, v = k.contiguous(), v.contiguous()
+    k, rank = k.contiguous(), more.pop("rank", 0)
+    v = k[..., :rank] if rank else v.contiguous()
     ring["listed"] = pages is not None
     return triton_decode.decode(q, one(k, v, **ring), query_pos, pages, **more)
 
 
-def append(*, k, v, into_k, into_v, query_pos, sink=0, size=0, low=None, high=None) -> None:
-    """`triton.append.append`."""
+def append(*, k, v, into_k, query_pos, into_v=None, sink=0, size=0, low=None, high=None) -> None:
+    """`triton.append.append`; without `into_v` values are the first dims of keys."""
     from hfsparse.kernels.triton import append as triton_append
 
+    into_v = into_k[..., : v.shape[3]] if into_v is None else into_v
     into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)
     triton_append.append(k, v, into, query_pos)

@@ -45,7 +45,7 @@ def test_pages_equal_the_selectors(choose, quest, queries, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dim", [64, 80, 256])
+@pytest.mark.parametrize("dim", [64, 80, 256, 576])
 def test_pages_equal_the_selectors_at_every_head_dim(choose, dim, dtype):
     made = torch.Generator().manual_seed(0)
     q = torch.randn(2, 6, 1, dim, generator=made).to(dtype)
