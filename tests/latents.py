@@ -11,7 +11,7 @@ from tests.patcher.families import SIZES
 
 DIMS = dict(
     q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
-    head_dim=8, num_attention_heads=4, num_key_value_heads=4,
+    head_dim=8,
 )  # fmt: skip
 MOE = dict(
     n_routed_experts=4, num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
@@ -21,6 +21,7 @@ LINEAR = dict(
     layer_types=["linear_attention", "full_attention", "full_attention"],
     linear_head_dim=16, linear_num_heads=4, head_dim=16, q_lora_rank=None,
 )  # fmt: skip
+HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
 FAMILIES = {  # name: prefix of its class, more
     "deepseek_v3": ("DeepseekV3", {}),
     "deepseek_v2": ("DeepseekV2", dict(q_lora_rank=None)),
@@ -55,7 +56,7 @@ def fresh(family: str = "deepseek_v3", **more):
     prefix, own = FAMILIES[family]
     model = getattr(transformers, f"{prefix}ForCausalLM")
     torch.manual_seed(0)
-    built = model(model.config_class(**{**SIZES, **DIMS, **MOE, **own, **more})).eval()
+    built = model(model.config_class(**{**SIZES, **HEADS, **DIMS, **MOE, **own, **more})).eval()
     for name, parameter in built.named_parameters():
         if "norm" in name and parameter.ndim == 1:
             parameter.data.normal_(1, 0.1)

@@ -82,12 +82,12 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
 
 def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
-    if any(by_layer(config, "kv_lora_rank")):
-        yield from filter(None, map(why_not_latents, modules))
     if any(by_layer(config, "num_kv_shared_layers")):
         yield "layers share keys and values"
     if any(getattr(m, "indexer", None) is not None for m in modules):
         yield "an indexer of its own chooses the keys that it reads"
+    if any(by_layer(config, "kv_lora_rank")):
+        yield from filter(None, map(why_not_latents, modules))
     if config.model_type == "diffllama":
         yield "it calls attention twice a layer"
 

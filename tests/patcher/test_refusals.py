@@ -45,7 +45,7 @@ ZAMBA = dict(
 )  # fmt: skip
 SMALL = dict(d_model=32, decoder_layers=2, decoder_attention_heads=2, vocab_size=100)
 CASES = {  # name: class, config, what patch says
-    "dots3_note": ("Dots3NoteForCausalLM", dict(num_hidden_layers=5), r"latents \(MLA\)"),
+    "dots3_note": ("Dots3NoteForCausalLM", dict(num_hidden_layers=5), "an indexer of its own"),
     "jetmoe": (
         "JetMoeForCausalLM",
         {**PLAIN, **EXPERTS, "kv_channels": 16},

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 import transformers
 
+from tests import latents
 from tests.patcher.families import FAMILIES as DEEP
 from tests.patcher.families import SIZES, WINDOW, fresh
 
@@ -38,6 +39,9 @@ BESIDE = dict(  # Falcon-H1: each layer has attention and a state
 VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 IMAGE = 98  # the token that stands for a piece of an image
 
+LATENT = {**latents.DIMS, **latents.MOE}
+INDEXED = dict(LATENT, index_n_heads=2, index_head_dim=16, index_topk=8)
+
 TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "qwen3_moe": ("Qwen3Moe", 4, 2, MOE),
     "gemma2": ("Gemma2", 4, 2, dict(WINDOWED, query_pre_attn_scalar=16)),
@@ -54,6 +58,7 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "gemma4": ("Gemma4", 4, 2, GLOBAL),
     "nemotron_h": ("NemotronH", 4, 2, STATES),
     "falcon_h1": ("FalconH1", 4, 2, BESIDE),
+    "deepseek_v3": ("DeepseekV3", 4, 4, LATENT),
 }
 VISUAL = ("llava", "qwen2_5_vl", "gemma3_vl")
 FAMILIES = (*DEEP, *TEXT, *VISUAL)
@@ -150,17 +155,10 @@ class Refused:
     more: dict
 
 
-LATENT = dict(
-    q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
-    n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
-    first_k_dense_replace=1, n_shared_experts=1,
-)  # fmt: skip
-INDEXED = dict(LATENT, index_n_heads=2, index_head_dim=16, index_topk=8)
 SMALL = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
 REFUSED = {
-    "deepseek_v3": Refused("DeepseekV3ForCausalLM", "MLA", LATENT),
-    "deepseek_v32": Refused("DeepseekV32ForCausalLM", "MLA", INDEXED),
-    "glm_moe_dsa": Refused("GlmMoeDsaForCausalLM", "MLA", INDEXED),
+    "deepseek_v32": Refused("DeepseekV32ForCausalLM", "an indexer of its own", INDEXED),
+    "glm_moe_dsa": Refused("GlmMoeDsaForCausalLM", "an indexer of its own", INDEXED),
     "minimax_m3": Refused(
         "MiniMaxM3VLForCausalLM",
         "an indexer of its own",
