@@ -39,7 +39,8 @@ class LayerShape:
     head_dim: int
     value_dim: int
     window: int | None = None  # its own sliding window, in tokens
-    rank: int = 0  # of latents (MLA): the dims of a key that are its value, too
+    # Of latents (MLA): dims of the key and of the value that are made of them for each q head.
+    expanded: tuple[int, int] | None = None
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -54,6 +55,16 @@ class LayerShape:
     def has_state(self) -> bool:
         """Whether it keeps a state, which no plan changes."""
         return self.kind in (*LINEAR, BOTH)
+
+    @property
+    def rank(self) -> int:
+        """Of latents: the dims of a key that are its value, too; 0: it has keys and values."""
+        return self.value_dim if self.expanded else 0
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """Dims of keys and values as prompts read them."""
+        return self.expanded or (self.head_dim, self.value_dim)
 
     @property
     def free(self) -> bool:
@@ -129,12 +140,11 @@ def _layer_shapes(config: Any) -> list[LayerShape]:
     for kind, window, *sizes in zip(kinds, windows, *heads, strict=True):
         window = window if kind == "sliding_attention" else None
         found.append(LayerShape(kind, *_heads(config, window, *sizes), window))
-    rank, rope, *_ = (one_value(config, name) for name in LATENT)
+    rank, rope, nope, value = (one_value(config, name) for name in LATENT)
     if not rank:
         return found
-    return [
-        replace(each, kv_heads=1, head_dim=rank + rope, value_dim=rank, rank=rank) for each in found
-    ]
+    one = {"kv_heads": 1, "head_dim": rank + rope, "value_dim": rank}
+    return [replace(each, **one, expanded=(nope + rope, value)) for each in found]
 
 
 def _heads(config, window, q_heads, kv_heads, head_dim, value_dim, hidden) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
 from hfsparse.patterns import PATTERNS
@@ -27,8 +28,7 @@ def explain(model: PreTrainedModel) -> str:
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
-    head_dim = plan.model.head_dim
-    need = Need(model.device, model.dtype, head_dim, head_dim)
+    need, step = _needs(model)
     listed = need._replace(lists=True)
     lines.append(
         f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
@@ -38,20 +38,20 @@ def explain(model: PreTrainedModel) -> str:
     patterned = listed._replace(skip=skip)
     lines.append(f"full heads, prompt: {_describe(prefill, patterned if skip else need)}")
     lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
-    rings = need._replace(bands=True)
-    if pick(decode, rings) is pick(decode, need):
-        lines.append(f"full and ring heads, new tokens: {_describe(decode, need)}")
+    rings = step._replace(bands=True)
+    if pick(decode, rings) is pick(decode, step):
+        lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
-        lines.append(f"full heads, new tokens: {_describe(decode, need)}")
+        lines.append(f"full heads, new tokens: {_describe(decode, step)}")
         lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
-    lines.append(f"selected pages, new tokens: {_describe(decode, listed)}")
+    lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
     plain = pick(prefill, patterned._replace(logits=True)).name
     past = "behind a past, " if pick(prefill, listed).fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
-    lines += _by_pattern(plan, tables, need)
-    lines.append(f"new tokens: stored by {_describe(tables.append, need)}")
+    lines += _by_pattern(plan, tables, need, step)
+    lines.append(f"new tokens: stored by {_describe(tables.append, step)}")
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
-    lines += _by_layer(state, tables, need)
+    lines += _by_layer(state, tables, need, step)
     why = why_in_one_call(model.config)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
@@ -65,6 +65,14 @@ def explain(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
+def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
+    """What prompts ask of kernels, and what steps do: latents are expanded for prompts alone."""
+    shapes = layer_shapes(model)
+    shape = next((each for each in shapes if each.free), shapes[0])
+    held, where = (shape.head_dim, shape.value_dim), (model.device, model.dtype)
+    return Need(*where, *shape.read), Need(*where, *held, latents=shape.rank > 0)
+
+
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:
     """The kernel that serves a need, and why those before it in the table can't."""
     chosen = pick(table, need)
@@ -73,7 +81,7 @@ def _describe(table: tuple[Kernel, ...], need: Need) -> str:
     return chosen.name + "".join(why)
 
 
-def _by_pattern(plan: Plan, tables: Tables, need: Need) -> Iterator[str]:
+def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each of the plan's patterns: who chooses what heads of it read."""
     for name, pattern in plan.patterns.items():
         asked = need._replace(chooser=type(pattern))
@@ -81,13 +89,13 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need) -> Iterator[str]:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif hasattr(pattern, "pages"):
-            by = _describe(tables.select, asked)
+            by = _describe(tables.select, step._replace(chooser=type(pattern)))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
         else:
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"
 
 
-def _by_layer(state: State, tables: Tables, need: Need) -> Iterator[str]:
+def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each run of layers alike: how many heads of which kind, and the kernel that serves them.
 
     Prompts above every `below` and every kernel's own threshold.
@@ -100,9 +108,9 @@ def _by_layer(state: State, tables: Tables, need: Need) -> Iterator[str]:
         asked = need._replace(lists=skip or layer.window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
-            "selected": pick(decode, need._replace(lists=True)).name,
-            "ring": pick(decode, need._replace(bands=True)).name,
-            "full": pick(decode, need).name,
+            "selected": pick(decode, step._replace(lists=True)).name,
+            "ring": pick(decode, step._replace(bands=True)).name,
+            "full": pick(decode, step).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
         kinds = Counter(

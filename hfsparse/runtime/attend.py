@@ -71,7 +71,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
     if call.recorded is not None:
-        return recorded_step(call, module, layer_plan, query, key, value, logits), None
+        return attend_recorded(call, module, layer_plan, query, key, value, logits), None
     layer, latents = call.take_layer(), None
     if layer is not None:  # perhaps it was filled under autocast, or before
         k, v = layer.tensors()
@@ -111,7 +111,7 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     return out if latents is None else latents.values(out)
 
 
-def recorded_step(call, module, layer_plan, q, k, v, logits) -> Tensor:
+def attend_recorded(call, module, layer_plan, q, k, v, logits) -> Tensor:
     """A layer's attention in a step that is recorded; `[B, Q, Hq, Dv]`."""
     if not layer_plan.rank:
         return call.recorded(layer_plan.index, q, k, v, logits)

@@ -343,3 +343,13 @@ def test_models_with_an_indexer_stay_refused():
 def test_steps_of_latents_are_not_fused_and_it_is_said():
     with hfsparse.patch(fresh(), fuse=True) as handle:
         assert "latents" in handle._patch.graphs.loose
+
+
+def test_explain_asks_for_kernels_of_both_widths():
+    """Of expanded keys in prompts, of latents in steps."""
+    model = tiny()
+    with hfsparse.patch(model, mixed(model)) as handle:
+        said = handle.explain()
+    assert "prompt 1 full" in said
+    assert "new tokens 1 selected by" in said
+    assert "new tokens 1 ring by" in said
