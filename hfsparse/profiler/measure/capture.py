@@ -30,8 +30,10 @@ from hfsparse.models.layers import layer_shapes
 from hfsparse.models.loading import input_device
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
+from hfsparse.profiler.measure.latents import absorb_out, solve_latents
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens, wrap_forwards
+from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of, observed
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
@@ -157,10 +159,8 @@ def _make_observer(
                 if grad is None:
                     raise _explain_no_gradient(model)
                 with torch.no_grad():
-                    at, proj = keys.to(grad.device), find_projection(module, held[-1])
-                    found[module.layer_idx] = measure(
-                        Seen(*held, grad, logits, at, module.layer_idx, proj)
-                    )
+                    at = keys.to(grad.device)
+                    found[module.layer_idx] = measure(_look(module, *held, grad, logits, at))
                 held.clear()  # autograd keeps this hook until it is through with the layer
 
             out.register_hook(visit)
@@ -168,6 +168,14 @@ def _make_observer(
         return watch
 
     return observe
+
+
+def _look(module, q, k, v, out, grad, logits, keys) -> Seen:
+    latents = solve_latents(module, k, v)
+    proj = find_projection(module, out, latents)
+    if latents is not None:
+        q, (k, v), (out, grad) = latents.absorb(q), latents.kept, absorb_out(latents, out, grad)
+    return Seen(q, k, v, out, grad, logits, keys, module.layer_idx, proj)
 
 
 def check_gradients(model: PreTrainedModel) -> None:
@@ -207,18 +215,23 @@ def _measure_margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> T
     return scores.gather(1, wanted[:, None])[:, 0] - others
 
 
-def find_projection(module: torch.nn.Module, out: Tensor) -> Tensor | None:
+def find_projection(
+    module: torch.nn.Module, out: Tensor, latents: Latents | None = None
+) -> Tensor | None:
     """What each head's output `[1, Hq, L, Dv]` adds to the layer's, as `[Hq, Dv, hidden]`.
 
-    Asked of the module, whatever holds its weights (quantised, adapted).
+    Asked of the module, whatever holds its weights (quantised, adapted). latents: heads' outputs
+    are of these, Dv is their rank.
     """
     project = next((getattr(module, n) for n in PROJECTIONS if hasattr(module, n)), None)
     if project is None:
         return None
-    heads, size = out.shape[1], out.shape[3]
+    values = None if latents is None else latents.weight[:, latents.nope :]  # [Hq, v, rank]
+    heads, size = out.shape[1], out.shape[3] if values is None else values.shape[1]
     ones = torch.eye(heads * size, dtype=out.dtype, device=out.device)
     answers = project(ones) - project(torch.zeros_like(ones[:1]))
-    return answers.view(heads, size, -1)
+    proj = answers.view(heads, size, -1)
+    return proj if values is None else torch.einsum("hvo,hvr->hro", proj, values)
 
 
 def _return_large_blocks() -> None:

@@ -21,6 +21,7 @@ from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import PROJECTIONS, find_projection
 from hfsparse.profiler.measure.exact import attend
+from hfsparse.profiler.measure.latents import solve_latents
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.profiler.prompts.passkeys import Passkeys
@@ -43,7 +44,11 @@ def measure_proxies(
         if layer_plan_of(module).window is not None:
             return
         at, source = rows.to(q.device), sources.to(q.device)
-        found.append(_layer(module, q[0, :, at], k[0], v[0], logits, at, source, stream))
+        q, latents = q[:, :, at], solve_latents(module, k, v)
+        if latents is not None:
+            q, (k, v) = latents.absorb(q), latents.kept
+        given = q[0], k[0], v[0], logits, at, source, stream
+        found.append(_layer(module, latents, *given))
 
     ids = keys.ids.to(input_device(model))
     with patch(model), slice_tokens(model), observed(model, observe), torch.no_grad():
@@ -51,7 +56,7 @@ def measure_proxies(
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
 
 
-def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
+def _layer(module, latents, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
     """Each proxy [Hkv]; q `[Hq, R, D]` at `rows` [R], k, v `[Hkv, L, D]`."""
     group, each = len(q) // len(k), torch.arange(len(rows), device=rows.device)
     keys = torch.arange(k.shape[1], device=rows.device)
@@ -69,7 +74,7 @@ def _layer(module, q, k, v, logits, rows, sources, stream) -> dict[str, Tensor]:
         values = v[g].float()
         exact.append(mass @ values)
         change.append(kept @ values / share.clamp(min=1e-9)[..., None] - exact[-1])
-    proj = find_projection(module, torch.cat(exact)[None].to(v.dtype))
+    proj = find_projection(module, torch.cat(exact)[None].to(v.dtype), latents)
     if proj is None:
         raise UsageError(
             f"{type(module).__name__} has no output projection called {', '.join(PROJECTIONS)}: "
