@@ -34,7 +34,7 @@ def write(version: str, cells: list) -> None:
     from tests.support.models import FAMILIES, REFUSED, exists, tiny
     from tests.support.ways import WAYS
 
-    families, ways = [*FAMILIES, *REFUSED], [*WAYS, "patch"]
+    families = [*FAMILIES, *REFUSED]
     table = load()
     found = table.get(version, {})
     for family, way, outcome, reason in cells:
@@ -42,8 +42,9 @@ def write(version: str, cells: list) -> None:
     table[version] = {
         family: {
             way: found[family][way]
-            for way in ways
-            if found[family].get(way, [UNTESTED])[0] != UNTESTED
+            for way in (*WAYS, "patch")
+            if (way != "patch" or family in REFUSED)
+            and found[family].get(way, [UNTESTED])[0] != UNTESTED
         }
         for family in families
         if family in found
