@@ -2,14 +2,14 @@
 
 One launch serves all heads of a layer, full ones with listed pages or without and rings of any
 size: a table says where each has its keys (`places.py`). Latents (MLA), whose values are the first
-dims of their keys, are read once for both. A program serves one kv head's queries,
-the q heads of its group as rows of one tile, over a share of the pages that the head reads
-(split-KV, as in Flash-Decoding); a second kernel merges the shares, if there are several. Bound by
-memory: each key and value is read once where one tile holds the queries (not yet measured). How the
-pages are split depends on the batch, the plan and the device, never on the cache's length or
-capacity, and lengths are read on the device: a step of the same pages gives the same bits however
-much room the cache has, a new length compiles nothing, and a CUDA graph of a step serves every
-later one that the cache has room for.
+dims of their keys, are read once for both. A program serves one kv head's queries, the q heads of
+its group as rows of one tile, over a share of the pages that the head reads (split-KV, as in
+Flash-Decoding); a second kernel merges the shares, if there are several. Bound by memory: each key
+and value is read once where one tile holds the queries (not yet measured). How the pages are split
+depends on the batch, the plan and the device, never on the cache's length or capacity, and lengths
+are read on the device: a step of the same pages gives the same bits however much room the cache
+has, a new length compiles nothing, and a CUDA graph of a step serves every later one that the cache
+has room for.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 ROWS = (16, 32, 64)  # queries of a tile: q heads of a group times new tokens
-# Of latents rows, stages and warps, the best first: none spills on sm_90. Of 64 rows, for wgmma,
-# shared memory holds as many pages as there are stages, else one less.
+# Of latents rows, stages and warps, the best first: on sm_90 32 rows spill 44 bytes, others none. Of
+# 64 rows, for wgmma, shared memory holds as many pages as there are stages, else one less.
 LATENT_TILES = ((64, 2, 8), (32, 3, 8), (32, 2, 8), (16, 3, 4), (16, 2, 8))
 SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registers
 WIDEST_LATENT = 1024  # of a key
