@@ -82,25 +82,34 @@ def why_not(module: nn.Module) -> str | None:
         )
     if getattr(module.kv_b_proj, "bias", None) is not None:
         return "it adds a bias to what it makes of latents (MLA)"
+    with torch.autocast("cpu", enabled=False):
+        alone, given = _sample(module)
+        ours = Latents(alone, *given)
+        try:
+            found = alone.expand_kv(*given)
+        except AttributeError:  # it takes more than the projection
+            found = ()
+        if len(found) == 2 and all(map(_same, found, ours.expand(ours.kept[0]))):
+            return None
+    return "it makes keys and values of latents (MLA) in a way that hfsparse doesn't know"
+
+
+def _sample(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A small module of this class that expands latents, on the CPU, and a latent for it."""
     rank, rope, heads = 4, module.qk_rope_head_dim, 2
     wide = heads * (module.qk_nope_head_dim + module.v_head_dim)
-    projection = nn.utils.skip_init(nn.Linear, rank, wide, bias=False, device="cpu")
-    numbers = torch.arange(rank * wide + rank + rope, device="cpu", dtype=torch.float32).sin()
-    projection.weight.data.copy_(numbers[: rank * wide].view(wide, rank))
-    latent, rotated = numbers[rank * wide :].view(1, 1, 1, -1).split([rank, rope], -1)
+    where = {"device": "cpu", "dtype": torch.float32}
     alone = type(module).__new__(type(module))
     nn.Module.__init__(alone)
-    alone.kv_b_proj = projection
     for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         setattr(alone, name, getattr(module, name))
-    try:
-        found = alone.expand_kv(latent, rotated)
-    except AttributeError:  # it takes more than the projection
-        found = ()
-    ours = Latents(alone, latent, rotated)
-    if len(found) == 2 and all(map(_same, found, ours.expand(ours.kept[0]))):
-        return None
-    return "it makes keys and values of latents (MLA) in a way that hfsparse doesn't know"
+    alone.kv_b_proj = nn.utils.skip_init(nn.Linear, rank, wide, bias=False, **where)
+    weight, latent, rotated = (
+        torch.arange(rows * columns, **where).sin().view(rows, columns)
+        for rows, columns in ((wide, rank), (1, rank), (1, rope))
+    )
+    alone.kv_b_proj.weight.data.copy_(weight)
+    return alone, (latent[None, None], rotated[None, None])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

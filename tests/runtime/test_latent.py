@@ -304,6 +304,17 @@ def test_absorbed_products_are_those_of_expanded_keys():
         assert torch.allclose(held.values(weights @ held.kept[1]), weights @ v, atol=1e-5)
 
 
+def test_under_autocast_latents_are_cached_in_its_type():
+    model, ids = fresh(), tokens(2, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = generate(model, ids, new=4)
+        with hfsparse.patch(model):
+            got = generate(model, ids, new=4, prefill_chunk_size=65)
+    assert {layer.stores[0].k.dtype for layer in got.past_key_values.layers} == {torch.bfloat16}
+    for ours, own in zip(got.logits, want.logits, strict=True):
+        assert (ours - own).norm() < 0.02 * own.norm()
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 

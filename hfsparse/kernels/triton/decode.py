@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 ROWS = (16, 32, 64)  # queries of a tile: q heads of a group times new tokens
-# Of latents rows, stages and warps, the best first: on sm_90 32 rows spill 44 bytes, others none. Of
-# 64 rows, for wgmma, shared memory holds as many pages as there are stages, else one less.
+# Of latents rows, stages and warps, the best first: on sm_90 32 rows spill 44 bytes, others none.
+# Of 64 rows, for wgmma, shared memory holds as many pages as there are stages, else one less.
 LATENT_TILES = ((64, 2, 8), (32, 3, 8), (32, 2, 8), (16, 3, 4), (16, 2, 8))
 SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registers
 WIDEST_LATENT = 1024  # of a key
@@ -139,15 +139,17 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        part_of = min(DVP, MERGED)
-        _merge[(B * Hkv, group * Q, DVP // part_of)](
-            *(part, weight, out, splits, group * Q),
-            DV=Dv,
-            WIDE=part_of,
-            SPLITS=most,
-            num_warps=4,
-        )
+        _merge_shares(part, weight, out, most)
     return out
+
+
+def _merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int) -> None:
+    """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
+    heads, splits, rows, Dv = part.shape
+    width = max(16, triton.next_power_of_2(Dv))
+    wide = min(width, MERGED)
+    given = part, weight, out, splits, rows
+    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, num_warps=4)
 
 
 def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
