@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from hfsparse.runtime.graphs.obstacles import NoWait
 from hfsparse.runtime.graphs.weights import Weights
-from tests import frozen
+from tests import frozen, latents
 from tests.kernels.interpreter import hasten
 
 
@@ -52,6 +52,23 @@ def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, p
     assert "no CUDA graphs on cpu" in eager["graphs"]
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     wanted = {*frozen.LAUNCHES} if plan in ("mixed", "choosing") else {*frozen.LAUNCHES[:2]}
+    assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
+    same(eager, replayed)
+
+
+@pytest.mark.skipif(not latents.exists("deepseek_v3"), reason="it caches expanded keys")
+@pytest.mark.parametrize(
+    ("plan", "length", "pads", "fuse"),
+    [("mixed", 200, (0,), False), ("streaming", 60, (9, 0), True)],
+)
+def test_replayed_steps_over_latents_are_eager_steps_bit_for_bit(
+    interpreted, plan, length, pads, fuse
+):
+    more = dict(length=length, pads=pads, new=5, fuse=fuse)
+    eager, replayed = interpreted("deepseek_v3", plan, **more)
+    said = "yes (not fused, its cache holds latents)" if fuse else "yes"
+    assert (replayed["graphs"], replayed["recorded"]) == (said, 1)
+    wanted = {*frozen.LAUNCHES} if plan == "mixed" else {*frozen.LAUNCHES[:2]}
     assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
     same(eager, replayed)
 
