@@ -51,7 +51,9 @@ SHAPES = {
 STOCK, GRAPH = "stock", "stock, as a graph"
 ARMS = {"no plan": None, "quest 100 %": 1.0, "quest 25 %": 0.25, "quest 6 %": 0.06}
 CHECKED = ("no plan", "quest 100 %")  # they read every key: what they say is the stock model's
-NEAR = {torch.bfloat16: 0.1, torch.float32: 1e-4}  # of logits, ‖a − b‖ / ‖b‖
+# Of logits, ‖a − b‖ / ‖b‖: what rounding may make, and how often what it makes of the stock model's
+# own two ways to attend (experts that are chosen otherwise part them).
+NEAR, OFTEN = {torch.bfloat16: 0.02, torch.float32: 1e-4}, 3
 
 
 def build(shape: str) -> PreTrainedModel:
@@ -122,13 +124,23 @@ def next_logits(model: PreTrainedModel, length: int) -> Tensor:
 
 def check(model: PreTrainedModel, length: int) -> dict[str, float]:
     """How far the arms that read every key lie from the stock model; raises where that is far."""
-    want, found = next_logits(model, length), {}
+    want = next_logits(model, length)
+
+    def apart() -> float:
+        return float((next_logits(model, length) - want).norm() / want.norm())
+
+    model.set_attn_implementation("eager")
+    found = {"stock, eager attention": apart()}
+    model.set_attn_implementation("sdpa")
+    most = max(NEAR[model.dtype], OFTEN * found["stock, eager attention"])
     for arm in CHECKED:
         with hfsparse.patch(model, plan_of(model, ARMS[arm])):
-            got = next_logits(model, length)
-        found[arm] = float((got - want).norm() / want.norm())
-        if not found[arm] <= NEAR[model.dtype]:
-            raise SystemExit(f"{arm}, {length:,} tokens: {found[arm]:.1e} from the stock model")
+            found[arm] = apart()
+        if not found[arm] <= most:
+            raise SystemExit(
+                f"{length:,} tokens: {found[arm]:.1e} ({arm}) from the stock model, where {most:.1e} "
+                "is rounding"
+            )
     return found
 
 
