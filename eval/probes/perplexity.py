@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
+from hfsparse.models.logits import read_logits
 from hfsparse_eval.arms import Arm
 from hfsparse_eval.run.runner import by_case
 from hfsparse_eval.run.world import Session
@@ -71,7 +72,6 @@ def windows(
 def run(session: Session, windows: Sequence[Window]) -> None:
     """Fill the results with what they lack; each window is read densely, then under each arm."""
     model = session.model
-    check(model)
 
     def look(window: Window, arms: Sequence[Arm]):
         dense = hidden(model, window.ids)
@@ -119,20 +119,4 @@ def compare(model, ids: Sequence[int], dense: Tensor, found: Tensor, first: int)
 
 def log_probabilities(model, rows: Tensor) -> Tensor:
     """Of the next token after each of `rows` `[n, hidden]`, float32."""
-    head = model.get_output_embeddings()
-    logits = head(rows.to(head.weight.device)).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return (cap * (logits / cap).tanh() if cap else logits).log_softmax(-1)
-
-
-@torch.inference_mode()
-def check(model) -> None:
-    """UsageError where the logits of a model are not its output embedding of the hidden states."""
-    ids = torch.arange(8, device=input_device(model))[None]
-    want = model(ids).logits[0].float().log_softmax(-1)
-    got = log_probabilities(model, hidden(model, ids[0].tolist()))
-    if not torch.allclose(got, want.to(got.device), atol=0.05):
-        raise UsageError(
-            f"{type(model).__name__} scales its logits in a way that ppl does not know: "
-            "judge it by the other commands"
-        )
+    return read_logits(model, rows[None])[0].float().log_softmax(-1)

@@ -13,6 +13,7 @@ from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse_eval.cli import app
 from hfsparse_eval.probes import perplexity as ppl
 from tests.eval.running import goes_on
+from tests.support.models import causal
 
 TEXT = " ".join(f"The {n} seas are {n * 7 % 31} miles deep." for n in range(400))
 
@@ -62,12 +63,13 @@ def test_windows_slide_and_score_each_token_once(tokenizer):
         ppl.windows(tokenizer, "abc", 300, 2)
 
 
-def test_a_model_that_scales_its_logits_otherwise_is_refused(model, monkeypatch):
-    ppl.check(model)
-    plain = ppl.log_probabilities
-    monkeypatch.setattr(ppl, "log_probabilities", lambda m, rows: plain(m, 9 * rows))
-    with pytest.raises(UsageError, match="LlamaForCausalLM scales its logits"):
-        ppl.check(model)
+@torch.no_grad()
+def test_a_model_that_scales_its_logits_is_read_as_it_scales_them():
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0)
+    granite, ids = causal("Granite", **sizes).eval(), torch.arange(2, 32)
+    found = ppl.log_probabilities(granite, ppl.hidden(granite, ids.tolist()))
+    torch.testing.assert_close(found, granite(ids[None]).logits[0].log_softmax(-1))
 
 
 def test_the_command_reports_by_position_and_goes_on(folder, model, tmp_path):

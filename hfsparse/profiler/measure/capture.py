@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.loading import input_device
+from hfsparse.models.logits import read_logits
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.latents import absorb_out, solve_latents
@@ -209,7 +210,7 @@ def _measure_margins(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Ten
 
 def _measure_margin(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
     """Log-odds of the tokens wanted [n] against all others; hidden `[1, n, hidden]`."""
-    scores = model.get_output_embeddings()(hidden)[0].float()
+    scores = read_logits(model, hidden)[0].float()
     wanted = wanted.to(scores.device)
     others = scores.scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
     return scores.gather(1, wanted[:, None])[:, 0] - others

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
+from hfsparse.models.logits import read_logits
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import Seen, backward, stack_layers
@@ -100,5 +101,5 @@ def measure_losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) ->
 
 
 def _cross_entropy(model: PreTrainedModel, hidden: Tensor, wanted: Tensor) -> Tensor:
-    scores = model.get_output_embeddings()(hidden)[0].float()
+    scores = read_logits(model, hidden)[0].float()
     return cross_entropy(scores, wanted.to(scores.device))

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from hfsparse.interval import chance, interval
+from hfsparse.models.logits import read_logits
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import SLICE
 from hfsparse.profiler.methods import minference, one_pass
@@ -76,8 +77,8 @@ def measure_losses(model: PreTrainedModel, prompt: Prompt) -> dict[str, np.ndarr
     for piece in chain([ids[: len(ids) - tail]], ids[len(ids) - tail :].split(STEP)):
         hidden = read(piece.tolist())
         wanted = ids[start + 1 : start + 1 + len(piece)]
-        for part, next_ones in zip(hidden[0].split(SLICE), wanted.split(SLICE), strict=False):
-            scores = model.get_output_embeddings()(part[: len(next_ones)]).float()
+        for part, next_ones in zip(hidden.split(SLICE, 1), wanted.split(SLICE), strict=False):
+            scores = read_logits(model, part[:, : len(next_ones)])[0].float()
             found.append(cross_entropy(scores, next_ones.to(scores.device), reduction="none"))
         start += len(piece)
     return {"loss": torch.cat([each.cpu() for each in found]).numpy()}

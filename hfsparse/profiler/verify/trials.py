@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.chat import frames
+from hfsparse.models.logits import read_logits
 from hfsparse.profiler.prompts import calibration as prompts
 from hfsparse.profiler.prompts.puzzles import COMPLETIONS, OTHERS, PUZZLES, Ask
 from hfsparse.profiler.verify.reader import open_reader
@@ -107,7 +108,7 @@ def run_trial(model: PreTrainedModel, trial: Trial) -> dict[str, np.ndarray]:
         last = read(given)[:, -1:] if given else last
         steps = (value[at : at + STEP] for at in range(0, len(value), STEP))  # decode, not prompt
         hidden = torch.cat([last, *map(read, steps)], 1)
-        scores = model.get_output_embeddings()(hidden[:, :-1])[0].float().log_softmax(-1)
+        scores = read_logits(model, hidden[:, :-1])[0].float().log_softmax(-1)
         wanted = torch.tensor(value, device=scores.device)
         said.append(bool((scores.argmax(-1) == wanted).all()))
         loss.append(-float(scores.gather(1, wanted[:, None]).mean()))
