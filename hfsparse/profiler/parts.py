@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile
@@ -50,10 +51,17 @@ class Parts:
     """Arrays made so far, in a folder beside the plan until it is written.
 
     `run` identifies them (`identify_run`): those of another run are removed. Without a plan file
-    (`out` None) nothing is kept.
+    (`out` None) nothing is kept. Each part is computed within `alone()`, so that it is the same
+    whatever was computed before.
     """
 
-    def __init__(self, out: str | Path | None, run: str):
+    def __init__(
+        self,
+        out: str | Path | None,
+        run: str,
+        alone: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.alone = alone
         self.folder = None if out is None else local(f"{out}.parts")
         if self.folder is None:
             return
@@ -69,14 +77,18 @@ class Parts:
     ) -> dict[str, np.ndarray]:
         """What an earlier run computed under this key (a file name), or what `compute` answers."""
         if self.folder is None:
-            return compute()
+            return self._compute(compute)
         file = self.folder / f"{key}.npz"
         if not self._is_readable(file):
             draft = file.with_suffix(".draft.npz")
-            np.savez(draft, **compute())
+            np.savez(draft, **self._compute(compute))
             draft.replace(file)
         with np.load(file) as saved:
             return dict(saved)
+
+    def _compute(self, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        with self.alone():
+            return compute()
 
     def _is_readable(self, file: Path) -> bool:
         """Whether an earlier run wrote this file and it can be read."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.rope import forget_lengths
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
 from hfsparse.patcher import supported
 from hfsparse.plan import ModelId, Plan
@@ -90,7 +91,8 @@ def prepare(model: PreTrainedModel, tokenizer, settings: Settings, lengths: tupl
     budget = Budget(
         settings.prefill_density, settings.cache_share, settings.decode_share, settings.loss
     )
-    parts = Parts(settings.out, identify_run(model, settings, prompts))
+    alone = partial(forget_lengths, model)
+    parts = Parts(settings.out, identify_run(model, settings, prompts), alone)
     shown = partial(bar, Clock()) if settings.progress else silent
     return Job(model, tokenizer, prompts, budget, parts, shown, settings, held)
 
