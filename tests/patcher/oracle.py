@@ -11,7 +11,6 @@ head, the mask of what the plan says that the call reads, and takes a plain floa
 from __future__ import annotations
 
 import inspect
-import math
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -229,8 +228,8 @@ def _pages(selector, table, layer, group, q, k, scale) -> list[int]:
 @lru_cache(256)
 def _stream(pattern, n: int, total: int) -> torch.Tensor:
     """Written out: the first `sink` keys and the last recent + floor(position * rate)."""
-    rows = []
+    rate, rows = round(pattern.recent_per_token * 65536), []  # rates are held in 1/65536
     for p in range(total - n, total):
-        span = pattern.recent + math.floor(p * pattern.recent_per_token)
+        span = pattern.recent + p * rate // 65536
         rows.append([k < pattern.sink or p - k < span for k in range(total)])
     return torch.tensor(rows)
