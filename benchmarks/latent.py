@@ -137,10 +137,8 @@ def check(model: PreTrainedModel, length: int) -> dict[str, float]:
         with hfsparse.patch(model, plan_of(model, ARMS[arm])):
             found[arm] = apart()
         if not found[arm] <= most:
-            raise SystemExit(
-                f"{length:,} tokens: {found[arm]:.1e} ({arm}) from the stock model, where {most:.1e} "
-                "is rounding"
-            )
+            apart_by = f"{found[arm]:.1e} from the stock model, where {most:.1e} is rounding"
+            raise SystemExit(f"{arm}, {length:,} tokens: {apart_by}")
     return found
 
 
