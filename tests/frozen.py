@@ -25,6 +25,7 @@ from hfsparse.runtime.decode import Step
 from hfsparse.runtime.graphs import recording
 from tests import latents
 from tests.patcher import families, runs
+from tests.support import models
 
 
 class Frozen(recording.Graph):
@@ -131,7 +132,7 @@ def compare(
     if family in latents.FAMILIES:  # experts that are chosen in a loop would make the host wait
         model = latents.fresh(family, first_k_dense_replace=3)
     else:
-        model = families.fresh(family)
+        model = models.fresh(family)
     made = (plan if callable(plan) else getattr(families, plan))(model)
     if below is not None:
         made = replace(made, below=Below(*below))

@@ -34,7 +34,10 @@ INSIDE = {
     "hfsparse.kernels.triton.prefill": {"ValueError": "`why_not` asks before"},
     "hfsparse.runtime.graphs": {"RuntimeError": "such a step is not recorded"},
     "hfsparse.runtime.graphs.obstacles": {"RuntimeError": "such a step is not recorded"},
-    "hfsparse.runtime.graphs.recording": {"TypeError": "such a step is not recorded"},
+    "hfsparse.runtime.graphs.recording": {
+        "RuntimeError": "such a step is not recorded",
+        "TypeError": "such a step is not recorded",
+    },
     "hfsparse_eval.tasks": {"ValueError": "tasks are named in this tree alone"},
     "hfsparse_eval.tasks.own_questions": {"ValueError": "`read` names file and line"},
     "hfsparse_eval.arms.modelopt": {"ValueError": "a result line says it, and the run goes on"},

@@ -41,6 +41,7 @@ def _attention_values(config: Any) -> dict:
         "without_rope": [layer for layer, rope in enumerate(rotated) if not rope],
         **_other_heads(sizes, shapes),
         **_latents(config),
+        **_producers(shapes),
     }
 
 
@@ -57,6 +58,12 @@ def _latents(config: Any) -> dict[str, dict]:
     """What keys and values are made of, where they are made of latents."""
     sizes = {name: one_value(config, name) for name in LATENT}
     return {"latents": sizes} if sizes["kv_lora_rank"] else {}
+
+
+def _producers(shapes: list[LayerShape]) -> dict[str, dict]:
+    """The layers that read another's keys, and whose."""
+    read = {str(i): each.producer for i, each in enumerate(shapes) if each.producer is not None}
+    return {"producers": read} if read else {}
 
 
 def rope_of(config: Any, kind: str) -> dict:

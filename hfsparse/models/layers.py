@@ -39,6 +39,7 @@ class LayerShape:
     head_dim: int
     value_dim: int
     window: int | None = None  # its own sliding window, in tokens
+    producer: int | None = None  # the layer whose keys it reads; None: it makes its own
     # Of latents (MLA): dims of the key and of the value that are made of them for each q head.
     expanded: tuple[int, int] | None = None
 
@@ -136,15 +137,31 @@ def _layer_shapes(config: Any) -> list[LayerShape]:
         windows = [None] * layers
     every = ["sliding_attention" if window else "full_attention" for window in windows]
     kinds = [OLD_NAMES.get(kind, kind) for kind in one_value(config, "layer_types") or every]
-    found = []
-    for kind, window, *sizes in zip(kinds, windows, *heads, strict=True):
+    producers, found = _producers(config, kinds), []
+    for kind, window, producer, *sizes in zip(kinds, windows, producers, *heads, strict=True):
         window = window if kind == "sliding_attention" else None
-        found.append(LayerShape(kind, *_heads(config, window, *sizes), window))
+        found.append(LayerShape(kind, *_heads(config, window, *sizes), window, producer))
     rank, rope, nope, value = (one_value(config, name) for name in LATENT)
     if not rank:
         return found
     one = {"kv_heads": 1, "head_dim": rank + rope, "value_dim": rank}
     return [replace(each, **one, expanded=(nope + rope, value)) for each in found]
+
+
+def _producers(config: Any, kinds: list[str]) -> list[int | None]:
+    """The layer whose keys each layer reads: the last of its kind before it that makes its own."""
+    if (modes := getattr(config, "kv_sharing_modes", None)) is None:  # before 5.24
+        first = len(kinds) - (one_value(config, "num_kv_shared_layers") or 0)
+        modes = [None if index < first else "reuse" for index in range(len(kinds))]
+    last, found = {}, []
+    for index, (kind, mode) in enumerate(zip(kinds, modes, strict=True)):
+        reads = mode not in (None, "store")
+        if reads and kind not in last:
+            raise ShapeError(f"layer {index} reads keys that no layer before it makes")
+        found.append(last[kind] if reads else None)
+        if not reads:
+            last[kind] = index
+    return found
 
 
 def _heads(config, window, q_heads, kv_heads, head_dim, value_dim, hidden) -> list[int]:

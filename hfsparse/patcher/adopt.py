@@ -38,9 +38,10 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
         return
     _check_empty(cache)
     layers: list[Any] = [None] * len(state.plan.layers)
-    if len(state.layers) < len(layers):  # linear layers keep transformers' own
+    keeping = [layer for layer in state.layers if layer.producer is None]
+    if len(keeping) < len(layers):  # linear layers keep transformers' own, others perhaps none
         layers = cache.layers or DynamicCache(config=decoder.config).layers
-    for layer in state.layers:
+    for layer in keeping:
         layers[layer.index] = layer.new_cache(reserve, expected)
     cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
     cache.layer_class_to_replicate = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from transformers import PreTrainedModel
@@ -62,6 +62,9 @@ def explain(model: PreTrainedModel) -> str:
             f"layers {windowed} keep the model's own sliding window, as a ring; behind a past, "
             "heads that choose by content read all of it"
         )
+    if read := {each.index: each.producer.index for each in state.layers if each.producer}:
+        readers, producers = (_listed(found) for found in (read, dict.fromkeys(read.values())))
+        lines.append(f"layers {readers} read the keys of layers {producers}, and keep none")
     return "\n".join(lines)
 
 
@@ -71,6 +74,11 @@ def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
     shape = next((each for each in shapes if each.free), shapes[0])
     held, where = (shape.head_dim, shape.value_dim), (model.device, model.dtype)
     return Need(*where, *shape.read), Need(*where, *held, latents=shape.rank > 0)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:

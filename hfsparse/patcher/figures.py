@@ -24,7 +24,7 @@ from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
-from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.layer import NOTHING, CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.stats import LayerStats, Stats, Work
 
@@ -86,10 +86,11 @@ def one_head(
 
 def fill_caches(
     config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4
-) -> Iterator[tuple[LayerPlan, CacheLayer]]:
+) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
     """Each layer that has attention, and its cache after prompts of `tokens`, without data.
 
-    Keys and values take `itemsize` bytes a number, and two where weights are smaller.
+    None where it reads another's. Keys and values take `itemsize` bytes a number, and two where
+    weights are smaller.
     """
     return _fill(plan, layer_shapes(config), tokens, batch, itemsize)
 
@@ -100,9 +101,12 @@ def _fill(
     tokens: int,
     batch: int = 1,
     itemsize: int = 4,
-) -> Iterator[tuple[LayerPlan, CacheLayer]]:
+) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
     dtype = WIDE.get(itemsize, torch.bfloat16)
     for own in resolve_layers(plan, shapes, plan.below):
+        if own.producer is not None:
+            yield own, None
+            continue
         shape, rows = shapes[own.index], (batch, own.kv_heads, tokens)
         k, v = (
             torch.empty(*rows, dim, dtype=dtype, device="meta")
@@ -117,9 +121,9 @@ def _fill(
         yield own, layer
 
 
-def _measure(own: LayerPlan, layer: CacheLayer, tokens: int, **works: Work) -> LayerStats:
+def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Work) -> LayerStats:
     own.steps[tokens, 1] = 1
-    held = layer.held()
+    held = NOTHING if layer is None else layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
     return LayerStats(**works, kv_bytes=held.bytes(own.kv_heads), window=own.window)
 

@@ -17,7 +17,7 @@ from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import CacheLayer, Held
+from hfsparse.runtime.cache.layer import NOTHING, CacheLayer, Held
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
@@ -81,6 +81,12 @@ def before_forward(decoder, args, kwargs):
     if cache is None and use_cache and not decoder.training:  # in training the model decides
         cache = DynamicCache()
         kwargs[cache_name(decoder)] = cache
+    if kwargs.get("return_shared_kv_states") or kwargs.get("shared_kv_states") is not None:
+        raise PatchError(
+            "this call hands keys from one model to another (shared_kv_states), and under a plan "
+            "a model keeps no more than its new ones: generate without that assistant, or run it "
+            "on the unpatched model (handle.undo())"
+        )
     _check_width(kwargs, cache)
     if cache is not None:
         adopt(cache, decoder)
@@ -109,7 +115,8 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if cache is None:
         return
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayer)]
-    if len(layers) < len(state.layers) or not all(layer.is_initialized for layer in layers):
+    keeping = sum(layer.producer is None for layer in state.layers)
+    if len(layers) < keeping or not all(layer.is_initialized for layer in layers):
         return  # the first layers drafted, or gradient checkpointing dropped the cache
     state.seen = layers[0].seen
     if state.graphs.why is None and state.graphs.held() is layers[0]:
@@ -118,7 +125,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
     for layer in layers:
         held[layer.index].append(layer.held())
-    state.held = [Held.together(parts) for parts in held.values()]
+    state.held = [Held.together(parts) if parts else NOTHING for parts in held.values()]
     state.states = [state_bytes(layer) for layer in cache.layers]
 
 

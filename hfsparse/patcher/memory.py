@@ -69,8 +69,9 @@ def cache_bytes(
     """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`."""
     ours = stock = 0
     for _, layer in fill_caches(config, plan, tokens, batch, itemsize):
-        ours += layer.bytes()
-        stock += layer.dense_bytes()
+        if layer is not None:
+            ours += layer.bytes()
+            stock += layer.dense_bytes()
     return ours, stock
 
 

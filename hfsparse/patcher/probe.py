@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hfsparse.errors import CacheError, Error
 from hfsparse.models.names import cache_name
 from hfsparse.runtime.call import enter, leave, running
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plan_of, put_layer_plan
+from hfsparse.runtime.masks import is_start
 
 NAME = "hfsparse-probe"
 found: dict[tuple[type, str], str | None] = {}  # what `why_not` answers, by class and config
@@ -75,7 +77,7 @@ def _learn(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
 
 def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
     """Two tokens through a new decoder; raises Unlike or CacheError for what we can't follow."""
-    AttentionInterface.register(NAME, look)
+    AttentionInterface.register(NAME, partial(look, {}))
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing is padded
     config._attn_implementation_internal = "eager"
     twin = decoder(config).eval()
@@ -84,7 +86,8 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
         module.config._attn_implementation_internal = NAME
     cache = DynamicCache(config=config)
     layers = cache.layers or [None] * config.num_hidden_layers
-    for layer_plan in plans:
+    keeping = [layer_plan for layer_plan in plans if layer_plan.producer is None]
+    for layer_plan in keeping:
         layers[layer_plan.index] = layer_plan.new_cache()
     cache.layers, cache.layer_class_to_replicate = layers, None
     enter(plans[0].owner)
@@ -93,11 +96,12 @@ def _run(decoder: type, config: Any, plans: Sequence[LayerPlan]) -> None:
             twin(torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{cache_name(twin): cache})
     finally:
         leave(plans[0].owner)
-    if any(layers[layer_plan.index].stored < layers[layer_plan.index].seen for layer_plan in plans):
+    if any(layers[each.index].stored < layers[each.index].seen for each in keeping):
         raise CacheError("a layer's attention was not called")
 
 
 def look(
+    made: dict[int, tuple[Tensor, Tensor]],
     module,
     query: Tensor,
     key: Tensor,
@@ -106,9 +110,12 @@ def look(
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Stands for attention: raises Unlike where query and key are not what the config says."""
+    """Stands for attention: raises Unlike where query and key are not what the config says.
+
+    made: each layer's keys and values, for those that read another's.
+    """
     layer_plan = layer_plan_of(module)
-    if attention_mask is not None and attention_mask.ndim != 1:
+    if attention_mask is not None and not is_start(attention_mask):
         raise Unlike(f"it builds attention masks of its own, of {attention_mask.ndim} dimensions")
     says = layer_plan.counts.q_heads, layer_plan.key_heads
     if (query.shape[1], key.shape[1]) != says:
@@ -124,8 +131,17 @@ def look(
         raise Unlike(
             f"layer {layer_plan.index} attends to {words[0]}, where its config says {words[1]}"
         )
-    if (layer := running().take_layer()) is not None:
+    if layer_plan.producer is not None:
+        producer = layer_plan.producer.index
+        theirs = made.get(producer, (None, None))
+        if key is not theirs[0] or value is not theirs[1]:
+            raise Unlike(
+                f"layer {layer_plan.index} doesn't read the keys of layer {producer}, which its "
+                "config says"
+            )
+    elif (layer := running().take_layer()) is not None:
         layer.stored = layer.seen
+    made[layer_plan.index] = key, value
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 
 

@@ -34,13 +34,18 @@ def resolve_below(plan: Plan, device: torch.device) -> Below:
 
 def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> list[LayerPlan]:
     """Of the layers that have attention; shapes: of all layers of the plan's model."""
-    owner, steps, at, mode = uuid.uuid4().hex, Counter(), HeadIndex(), Mode()
+    owner, at, mode = uuid.uuid4().hex, HeadIndex(), Mode()
+    steps, steps_of_readers = Counter(), Counter()
     indices = [index for index, shape in enumerate(shapes) if shape.attends]
     sources, made = _sources(plan, indices), {}
     for index in indices:
         shape, source = shapes[index], made.get(sources.get(index))
         words, ratio = _words(plan.layers[index], shape), shape.q_heads // shape.kv_heads
-        groups = _groups(plan, index, words, shape, source)
+        if (producer := made.get(shape.producer)) is None:
+            groups, own_steps = _groups(plan, index, words, shape, source), steps
+        else:
+            groups = _groups_of_reader(plan, words, producer, source)
+            own_steps = steps_of_readers
         patterns = tuple(plan.patterns.get(word) for word in words.prefill)
         alone = shape.rank > 0  # each q head reads keys of its own, made of latents
         rings = {head for head, word in enumerate(words.cache) if word != "full"}
@@ -57,10 +62,12 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             shape.window,
             shape.has_state,
             Counts(shape.q_heads),
-            leads=not made,
+            leads=not any(each.steps is own_steps for each in made.values()),
             source=source,
             shared=index in sources.values(),
-            steps=steps,
+            producer=producer,
+            last_reader=max((i for i in indices if shapes[i].producer == index), default=None),
+            steps=own_steps,
             at=at,
             mode=mode,
         )
@@ -99,6 +106,17 @@ def _groups(
         kind = Group((), band, _selector(plan, decode), rank=shape.rank)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())
+
+
+def _groups_of_reader(
+    plan: Plan, words: Layer, producer: LayerPlan, source: LayerPlan | None
+) -> tuple[Group, ...]:
+    """Of a layer that reads another's keys: that one's, whose stores it reads by its own words."""
+    found = []
+    for group in producer.groups:
+        kind = replace(group, selector=_selector(plan, words.decode[group.heads[0]]), reuses=())
+        found.append(_group(plan, producer.index, kind, group.heads, source))
+    return tuple(found)
 
 
 def _selector(plan: Plan, decode: str) -> Any:

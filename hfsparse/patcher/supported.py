@@ -63,6 +63,10 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
+    if any(shape.producer is not None for shape in shapes) and any(
+        by_layer(config, "kv_lora_rank")
+    ):
+        yield "its layers share latents (MLA)"
     yield from _layer_obstacles(model, shapes)
     yield from _module_obstacles(modules, [i for i, shape in enumerate(shapes) if shape.attends])
     if not model._can_set_attn_implementation():
@@ -82,8 +86,6 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
 
 def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
-    if any(by_layer(config, "num_kv_shared_layers")):
-        yield "layers share keys and values"
     if any(getattr(m, "indexer", None) is not None for m in modules):
         yield "an indexer of its own chooses the keys that it reads"
     if any(by_layer(config, "kv_lora_rank")):

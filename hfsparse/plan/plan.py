@@ -35,6 +35,7 @@ from hfsparse.plan.parts import (
 )
 from hfsparse.plan.reader import read
 from hfsparse.plan.rules import rules
+from hfsparse.plan.shared_keys import check_reader
 from hfsparse.plan.words import nearest, show
 from hfsparse.plan.writer import write
 from hfsparse.writing import write_whole
@@ -172,7 +173,8 @@ class Plan:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
         PlanError where the plan would drop keys in layers that have a window of their own, or none,
-        and where a selector's table has not one row for each layer and kv head.
+        where a layer that reads another's keys asks for other ones, and where a selector's table
+        has not one row for each layer and kv head.
         """
         self._check_tables()
         self._check_identity(model_or_config, allow)
@@ -183,6 +185,8 @@ class Plan:
                     f"layer {index} has the model's own window of {shape.window} tokens and keeps "
                     "no more than that: write full for its cache and decode"
                 )
+            if shape.producer is not None:
+                check_reader(self.layers, self.patterns, index, shape.producer)
             if {*words.prefill, *words.cache, *words.decode} == {"full"}:
                 continue
             if not shape.attends:

@@ -57,6 +57,8 @@ def template(config: Any) -> str:
             note = f"  # other heads, and a window of {shape.window} tokens: all stays full"
         elif shape.window is not None:
             note = f"  # a window of {shape.window} tokens of its own: cache and decode stay full"
+        elif shape.producer is not None:
+            note = f"  # reads layer {shape.producer}'s keys: cache and decode are as there"
         rows.append(f"  {index}: {words}{note}")
     return "\n".join(rows) + "\n"
 

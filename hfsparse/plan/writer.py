@@ -81,10 +81,11 @@ def _layer_rows(layers: tuple[Layer, ...]) -> dict[int | str, _Row]:
     for layer, run in groupby(range(len(layers)), key=layers.__getitem__):
         numbers = list(run)
         key = span(numbers) if len(numbers) > 1 else numbers[0]
-        rows[key] = _Row({part: _joined(getattr(layer, part)) for part in TAKES})
+        rows[key] = _Row({part: joined(getattr(layer, part)) for part in TAKES})
     return rows
 
 
-def _joined(words: tuple[str, ...]) -> str:
+def joined(words: tuple[str, ...]) -> str:
+    """A word a head, repeats collapsed."""
     runs = [(word, len(list(run))) for word, run in groupby(words)]
     return " ".join(f"{word}*{count}" if count > 1 else word for word, count in runs)

@@ -1,8 +1,9 @@
 """The attention that a patched model calls.
 
 `attention` is registered with transformers' AttentionInterface; `attend` does its work. It shifts
-left-padded rows to column 0, appends the new keys to the cache layer, and sends each head's queries
-to a pattern and a kernel (a prompt or a chunk) or to a selector and a kernel (a few new tokens).
+left-padded rows to column 0, appends the new keys to the cache layer (where a layer that reads
+another's finds them), and sends each head's queries to a pattern and a kernel (a prompt or a chunk)
+or to a selector and a kernel (a few new tokens).
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def attend(
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
     if call.recorded is not None:
         return attend_recorded(call, module, layer_plan, query, key, value, logits), None
-    layer, latents = call.take_layer(), None
+    producer, place, latents = layer_plan.producer, query.device, None
+    layer = call.take_layer() if producer is None else call.layer_of(producer.index)
+    if producer is not None and layer is not None:  # the producer may lie on another device
+        query, key, value = (t.to(layer.device) for t in (query, key, value))
     if layer is not None:  # perhaps it was filled under autocast, or before
         k, v = layer.tensors()
         query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
@@ -82,7 +86,7 @@ def attend(
     watch = observe and observe(module, query, key, value, logits)
     given = attention_mask, query, key, value, logits, latents
     layer_call = LayerCall(call, layer_plan, layer, *given)
-    few = layer is not None and is_step(layer, query.shape[2], layer.seen)
+    few = layer is not None and is_step(layer, key.shape[2], layer.seen)
     with device_guard(query):
         out = decode_step(layer_call) if few else prefill(layer_call)
     changed = watch and watch(out)
@@ -93,7 +97,7 @@ def attend(
         read_blocks(query, key, value, last, layer_plan.window, logits, out)
     if layer is not None:
         layer.stored = layer.seen
-    return out.transpose(1, 2).contiguous().to(dtype), None
+    return out.transpose(1, 2).contiguous().to(place, dtype), None
 
 
 def decode_step(layer_call: LayerCall) -> Tensor:
@@ -104,7 +108,10 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     call, asked = layer_call.call, {"lists": True, "block": PAGE, "latents": latents is not None}
     need = Need.of(q, k, v, logits.s_aux, **asked)
     whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
-    step = call.once(make_step, lengths, whole).on(q.device)
+    step = call.once(make_step, lengths, whole)
+    if layer_call.given is not lengths:  # pages were chosen for more queries
+        step.chosen = call.once(make_step, layer_call.given, whole).chosen
+    step = step.on(q.device)
     if layer_plan.leads:
         layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
     out = decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)

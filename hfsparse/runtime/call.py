@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hfsparse.errors import CacheError
 from hfsparse.kernels import TABLES, Tables
+from hfsparse.lists import Grid
 
 T = TypeVar("T")
 
@@ -29,9 +30,13 @@ class Call:
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.given: tuple[Tensor, Tensor] | None = None  # what it was updated with
         self.updates = 0  # of the cache's layers
+        # The cache's layers that were taken, by the decoder's layer, for others that read its keys;
+        # and what a chunk attends to in rings that have dropped it since: keys, values, their grid.
+        self.taken: dict[int, CacheLayerMixin] = {}
+        self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid]]] = {}
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
-        self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B]`, and what they hold
+        self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold
         self._made: dict[tuple, Any] = {}
 
     def take_layer(self) -> CacheLayerMixin | None:
@@ -41,6 +46,19 @@ class Call:
             raise CacheError(
                 "attention was called twice for one cache update: this model calls it in a way "
                 "that hfsparse can't follow. Call handle.undo() and run it as it is"
+            )
+        if layer is not None:
+            self.taken[layer.index] = layer
+        return layer
+
+    def layer_of(self, producer: int) -> CacheLayerMixin | None:
+        """The layer that another's keys went to in this call; None when there is no cache."""
+        layer = self.taken.get(producer)
+        if layer is None and self.updates:
+            raise CacheError(
+                f"a layer reads the keys of layer {producer}, which put none into the cache before "
+                "it in this call: this model calls attention in a way that hfsparse can't follow. "
+                "Call handle.undo() and run it as it is"
             )
         return layer
 
@@ -55,7 +73,7 @@ class Call:
     def starts_of(self, mask: Tensor) -> tuple[int, ...]:
         """The first real column of each row; the device is asked once a call."""
         if mask not in self.starts:
-            self.starts[mask] = tuple(mask.tolist())
+            self.starts[mask] = tuple(mask.flatten().tolist())
         return self.starts[mask]
 
 

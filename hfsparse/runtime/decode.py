@@ -74,10 +74,12 @@ def decode(
 ) -> Tensor:
     """A few new tokens behind a past: they are stored, selectors choose pages, a kernel reads them.
 
+    Where another layer's keys are read, that one has stored them.
     Returns `[B, Hq, Q, Dv]`.
     """
     places = layer.room(step.lengths.past, step.lengths.rows)
-    pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
+    if layer_plan.producer is None:
+        pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
@@ -95,8 +97,7 @@ def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists 
     """Each store's pages that a step reads; None: all. Rows under `below` have empty lists."""
     lists: list[PageLists | None] = [None] * len(layer.stores)
     own = []
-    for i, store in enumerate(layer.stores):
-        group = store.group
+    for i, (store, group) in enumerate(zip(layer.stores, layer_plan.groups, strict=True)):
         if not chooses(store, step.lengths.rows):
             continue
         if group.reuses:

@@ -1,8 +1,8 @@
 """Tokens that see later ones: those of an image see all of it (Gemma 3, Gemma 4).
 
-What tokens see is then a mask `[B, 1, Q, 1]` of whole numbers: the last column that each sees, its
-own where it stands in no block, -1 in padding. A prompt follows its plan; then its few rows that
-see later keys are read anew, densely.
+What tokens see is then a mask `[B, 1, Q, 2]` of whole numbers: the last column that each sees, its
+own where it stands in no block, -1 in padding; and the row's first real column. A prompt follows
+its plan; then its few rows that see later keys are read anew, densely.
 """
 
 from __future__ import annotations
@@ -36,35 +36,37 @@ def last_seen(mask_function: Callable, batch: int, columns: Tensor) -> Tensor | 
 
 def block_mask(last: Tensor, starts: list[int] | None) -> Tensor:
     """The mask of a prompt's tokens from the last column that each sees `[B, Q]`."""
-    if starts is not None:
-        pads = torch.arange(last.shape[1], device=last.device) < last.new_tensor(starts)[:, None]
-        last = last.masked_fill(pads, -1)
-    return last[:, None, :, None]
+    first = last.new_tensor([0] * len(last) if starts is None else starts)[:, None]
+    pads = torch.arange(last.shape[1], device=last.device) < first
+    return torch.stack([last.masked_fill(pads, -1), first.expand_as(last)], 2)[:, None]
 
 
 def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What tokens see `[B, Q]` where a mask says it, and rows' first real columns `[B]`."""
-    if mask is None or mask.ndim != 4 or mask.dtype != torch.int64:
+    """What tokens see `[B, Q, 2]`, where a mask says it, and rows' first columns `[B, 1, 1, 1]`."""
+    if mask is None or mask.ndim != 4 or mask.shape[3] != 2 or mask.dtype != torch.int64:
         return None, mask
-    last = mask[:, 0, :, 0]
-    return last, (last < 0).sum(1)
+    return mask[:, 0], mask[:, :, :1, 1:]
 
 
 def read_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    last: Tensor,
+    blocks: Tensor,
     window: int | None,
     logits: Logits,
     out: Tensor,
 ) -> None:
-    """Write the rows of `out` `[B, Hq, Q, Dv]` that see later keys, of a prompt without a past."""
-    column = torch.arange(q.shape[2], device=q.device)
-    for b, seen in enumerate(last):
-        for rows in (seen > column).nonzero()[:, 0].split(ROWS):
-            at = rows[:, None]
-            kept = (column <= seen[at]) & (column >= (seen < 0).sum())
+    """Write the rows of `out` `[B, Hq, Q, Dv]` that see later keys, of a prompt without a past.
+
+    The queries are its last ones; blocks `[B, Q, 2]`: what they see.
+    """
+    column = torch.arange(k.shape[2], device=q.device)
+    own = column[k.shape[2] - q.shape[2] :]
+    for b, (last, first) in enumerate(zip(*blocks.to(q.device).unbind(2), strict=True)):
+        for rows in (last > own).nonzero()[:, 0].split(ROWS):
+            at = own[rows][:, None]
+            kept = (column <= last[rows][:, None]) & (column >= first[rows][:, None])
             if window is not None:
                 kept &= column > at - window
             one = (t[b : b + 1] for t in (q[:, :, rows], k, v))

@@ -15,9 +15,10 @@ from hfsparse.runtime.masks import shift_rows
 class LayerCall:
     """What attention is given in one layer, rows moved to column 0; the cache's are longer by it.
 
-    layer: of the cache, None without one. mask: the first real column of each row `[B]`, None: all
-    0. q `[B, Hq, Q, D]`, k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]`: by columns. latents: of which k
-    and v were made, where the cache keeps those.
+    layer: of the cache, None without one. mask: the first real column of each row `[B, 1, 1, 1]`,
+    None: all 0. q `[B, Hq, Q, D]`, k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]`: by columns. S is Q but
+    where another layer's keys are read and, of its queries, only the last ones are of use. latents:
+    of which k and v were made, where the cache keeps those.
     """
 
     def __init__(
@@ -33,16 +34,22 @@ class LayerCall:
         latents: Latents | None = None,
     ):
         self.call, self.layer_plan, self.layer, self.logits = call, layer_plan, layer, logits
-        columns = q.shape[2]
+        (batch, _, columns, _), given = q.shape, k.shape[2]
         starts = None if mask is None else call.starts_of(mask)
-        before = 0 if layer is None else layer.seen - columns
-        self.lengths = call.once(Lengths.of, starts, before, columns, q.shape[0])
-        if layer is not None:
+        seen = given if layer is None else layer.seen
+        self.lengths = call.once(Lengths.of, starts, seen - columns, columns, batch)
+        self.given = self.lengths  # of the keys
+        if given != columns:
+            self.given = call.once(Lengths.of, starts, seen - given, given, batch)
+        if layer is not None and layer_plan.producer is None:
             layer.advance(self.lengths)
         self.pads: Tensor | None = None  # [B] columns that rows were moved by
         if self.lengths.padded:
             self.pads = call.once(self.lengths.pads, q.device)
-            q, k, v = (shift_rows(t, self.pads) for t in (q, k, v))
+            q = shift_rows(q, self.pads)
+        if self.given.padded:
+            pads = call.once(self.given.pads, q.device)
+            k, v = shift_rows(k, pads), shift_rows(v, pads)
         self.q, self.k, self.v, self.latents = q, k, v, latents
         self.kept = k, v  # what the cache takes
         if latents is not None:

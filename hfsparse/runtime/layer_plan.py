@@ -50,11 +50,15 @@ class LayerPlan:
     window: int | None  # the model's own sliding window
     has_state: bool  # beside its keys, as no plan changes it
     counts: Counts
-    leads: bool  # the first layer: counts the decode steps of all
+    leads: bool  # the first layer with these steps: counts them
     source: LayerPlan | None  # the layer whose choice of pages some heads read
     shared: bool  # whether others read what this one chooses
+    producer: LayerPlan | None  # the layer whose keys it reads; None: it makes and keeps its own
+    last_reader: int | None  # the last layer that reads its keys
+    # How often a row came to n tokens with m new ones; layers that read others' keys may get fewer
+    # queries, and have their own.
+    steps: Counter[tuple[int, int]]
     # One of each for all layers of a patch:
-    steps: Counter[tuple[int, int]]  # how often a row came to n tokens with m new ones
     at: HeadIndex
     mode: Mode
 

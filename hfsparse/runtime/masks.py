@@ -23,9 +23,10 @@ def mask_start(
     mask_function=None,
     **kwargs,
 ) -> Tensor | None:
-    """Registered mask function: each row's first real column `[B]`, or None; no L x L mask.
+    """Registered mask function: each row's first real column `[B, 1, 1, 1]`, or None.
 
-    Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`.
+    Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`. No
+    mask of length times length is built; as of one, models may cut off its first queries.
     """
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     last = None
@@ -40,17 +41,22 @@ def mask_start(
             )
     if last is not None and bool((last[:, :-1] > _columns(**kwargs)[:-1]).any()):
         return _block_mask(last, attention_mask, **kwargs)
-    if attention_mask is None or attention_mask.ndim == 1:
+    if attention_mask is None or is_start(attention_mask):
         return attention_mask
     if attention_mask.ndim != 2:
         raise PatchError(_wrong_mask(attention_mask))
     found = row_starts(attention_mask)
     if found is None:
         return None
-    starts = torch.tensor(found, device=attention_mask.device)
+    starts = torch.tensor(found, device=attention_mask.device)[:, None, None, None]
     if (call := running()) is not None:
         call.starts[starts] = tuple(found)
     return starts
+
+
+def is_start(mask: Tensor) -> bool:
+    """Whether a mask is what `mask_start` answers."""
+    return mask.ndim == 4 and mask.shape[1:].numel() == 1 and mask.dtype == torch.long
 
 
 def row_starts(mask: Tensor | None) -> list[int] | None:
@@ -124,7 +130,7 @@ def refuse_other(
     more: dict[str, Any],
 ) -> None:
     """PatchError where a layer is asked for another attention than the plan's."""
-    if mask is not None and mask.ndim != 1:
+    if mask is not None and not is_start(mask):
         raise PatchError(_wrong_mask(mask))
     heads = layer_plan.counts.q_heads, layer_plan.key_heads
     index = layer_plan.index
@@ -148,7 +154,8 @@ def refuse_other(
             f"layer {index} was called with a sliding window of {window}, its config says "
             f"{layer_plan.window}: please report this model to hfsparse"
         )
-    if key.shape[2] != query.shape[2]:
+    unread = key.shape[2] - query.shape[2]  # by layers that need their last queries alone
+    if unread < 0 or (unread and layer_plan.producer is None):
         raise PatchError(
             f"layer {index} got more keys than queries: this cache does not belong to hfsparse"
         )

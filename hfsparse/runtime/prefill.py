@@ -26,10 +26,13 @@ def prefill(layer_call: LayerCall) -> Tensor:
     limits = layer_plan.below.prefill, layer_plan.below.cache
     what = limits, layer_plan.skip, layer_plan.window, k.device
     layout = layer_call.call.once(lay_out, lengths, later, *what)
-    if lengths.behind:
-        return read_chunk(layer_call, layout)
+    reads = layer_plan.producer is not None
+    if layer_call.given.behind:
+        return read_again(layer_call, layout) if reads else read_chunk(layer_call, layout)
+    if lengths.behind:  # by the last queries of a prompt alone
+        k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
-    for store in () if layer is None else layer.stores:
+    for store in () if layer is None or reads else layer.stores:
         at = layer_plan.at(store.group.heads, k.device)
         store.append(*(t[:, at] for t in layer_call.kept), lengths)
     return out
@@ -51,6 +54,9 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     for store, cases, chunk in stores:
         if isinstance(store, Ring):
             k, v, lies = store.with_chunk(*chunk, layout.grid)
+            if layer_plan.last_reader is not None:
+                gathered = layer_call.call.gathered.setdefault(layer_plan.index, [])
+                gathered.append((k, v, lies))
             out = read(layer_call, layout, cases, *layer_call.expand(k, v), lies, out)
     for store, _, chunk in stores:
         store.append(*chunk)
@@ -58,6 +64,26 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
         if not isinstance(store, Ring):
             held = layer_call.expand(*store.view(lengths.longest))
             out = read(layer_call, layout, cases, *held, None, out)
+    return out
+
+
+def read_again(layer_call: LayerCall, layout: Layout) -> Tensor:
+    """A chunk behind a past, by a layer that reads another's keys; `[B, Hq, Q, Dv]`.
+
+    That one's stores have the chunk: what its rings dropped, the call has kept.
+    """
+    layer, layer_plan, call = layer_call.layer, layer_call.layer_plan, layer_call.call
+    producer, out = layer_plan.producer, None
+    rings = iter(call.gathered.get(producer.index, ()))
+    for store, cases in zip(layer.stores, layer_plan.store_cases, strict=True):
+        if isinstance(store, Ring):
+            k, v, at = next(rings)
+            at = replace(layout.grid, Sk=at.Sk, key_first=at.key_first, key_live=at.key_live)
+        else:
+            k, v, at = *store.view(layer_call.lengths.longest), None
+        out = read(layer_call, layout, cases, k, v, at, out)
+    if producer.last_reader == layer_plan.index:
+        call.gathered.pop(producer.index, None)
     return out
 
 

@@ -140,10 +140,21 @@ def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     for i, shape in enumerate(layer_shapes(model)):
         open_to_words = shape.attends and shape.heads == heads(model)
         own = Layer(*map(tuple, layer(i, shape.window is not None)))
+        own = own if shape.producer is None else reading(layers[shape.producer], own)
         layers.append(own if open_to_words else whole.layers[i])
     plan = Plan(whole.model, words, tuple(layers), Below(*below))
     plan.validate()
     return plan
+
+
+def reading(producer: Layer, own: Layer) -> Layer:
+    """A layer's words where it reads another's keys: of prompts its own, where no ring binds it."""
+    ratio = len(own.prefill) // len(own.cache)
+    prefill = [
+        word if producer.cache[head // ratio] == "full" else producer.prefill[head]
+        for head, word in enumerate(own.prefill)
+    ]
+    return Layer(tuple(prefill), producer.cache, producer.decode)
 
 
 def full(model) -> Plan:

@@ -39,6 +39,7 @@ class Truth:
         self.plan = plan
         self.prompt = prompt  # columns of a prompt that comes in chunks: none of them is decode
         self.calls = 0
+        self.new = 0  # columns of the call: its last layers may be given fewer queries
         self.pairs = defaultdict(int)  # (layer, q head) → pairs kept for prompts
         self.causal = defaultdict(int)  # (layer, q head) → pairs of dense attention
         self.reads = defaultdict(int)  # (layer, kv head) → keys read by each step's newest query
@@ -71,9 +72,10 @@ def whole_cache(model=None) -> dict:
 
 
 def _keep_mask(*args, attention_mask=None, mask_function=None, **kwargs):
-    """The mask of columns; where a token sees a later one, of pairs `[B, 1, Q, Q]`."""
+    """The mask of columns `[B, 1, 1, columns]`; of pairs `[B, 1, Q, Q]` where one sees a later."""
+    columns = attention_mask if attention_mask is None else attention_mask[:, None, None]
     if kwargs.get("allow_is_causal_skip", True) or mask_function is None:
-        return attention_mask
+        return columns
     at = kwargs.get("cache_position")
     at = torch.arange(kwargs["q_length"]) + kwargs["q_offset"] if at is None else at
     rows = torch.arange(kwargs["batch_size"])[:, None, None]
@@ -82,7 +84,7 @@ def _keep_mask(*args, attention_mask=None, mask_function=None, **kwargs):
     if attention_mask is not None:
         seen = seen & attention_mask[:, None].bool()
     later = torch.arange(seen.shape[2]) > at[:, None]
-    return seen[:, None] if bool((seen & later).any()) else attention_mask
+    return seen[:, None] if bool((seen & later).any()) else columns
 
 
 def _attend(
@@ -101,13 +103,16 @@ def _attend(
     truth.calls += 1
     B, Hq, Q, _ = query.shape
     columns = key.shape[2]
+    if not getattr(module, "is_kv_shared_layer", False):
+        truth.new = Q
     starts, blocks = [0] * B, None
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if attention_mask is not None and attention_mask.shape[2] > 1:
         blocks = attention_mask[:, 0]
         starts = [int(row[-1].byte().argmax()) for row in blocks]
         if sliding_window is not None:
             starts = [int((~row.any(1)).sum()) for row in blocks]
     elif attention_mask is not None:
+        attention_mask = attention_mask[:, 0, 0]
         if attention_mask.shape != (B, columns):
             raise ValueError(f"a mask of {list(attention_mask.shape)} for {columns} columns")
         starts = [int((~row.bool()).sum()) for row in attention_mask]
@@ -117,8 +122,8 @@ def _attend(
         q, k, v = query[b, :, pads:], key[b, :, start:], value[b, :, start:]
         if not q.shape[1]:
             continue
-        past = columns > Q
-        decode = past and Q <= DECODE and columns > truth.prompt
+        past = columns > truth.new
+        decode = past and truth.new <= DECODE and columns > truth.prompt
         latents = _as_latents(module, q, k, v) if hasattr(module, "expand_kv") else None
         kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode, latents)
         if blocks is not None:  # tokens that see later ones see all that the model lets them

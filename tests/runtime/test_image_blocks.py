@@ -30,8 +30,8 @@ def test_the_last_column_that_each_token_sees():
     assert found.tolist() == [[0, 3, 3, 3, 4, 6, 6, 7], [0, 1, 2, 3, 4, 5, 7, 7]]
     mask = block_mask(found, [2, 0])
     last, starts = split_mask(mask)
-    assert last.tolist()[0] == [-1, -1, 3, 3, 4, 6, 6, 7]
-    assert starts.tolist() == [2, 0]
+    assert last[0, :, 0].tolist() == [-1, -1, 3, 3, 4, 6, 6, 7]
+    assert starts.flatten().tolist() == [2, 0]
     assert split_mask(None) == (None, None)
     assert split_mask(starts)[1] is starts
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from tests import latents
+from tests.patcher import families
 from tests.patcher.families import FAMILIES as DEEP
-from tests.patcher.families import SIZES, WINDOW, fresh
+from tests.patcher.families import SIZES, WINDOW
 
 WINDOWED = dict(
     sliding_window=WINDOW,
@@ -25,6 +26,17 @@ GATED = dict(  # Qwen3-Next's linear layers
 GLOBAL = dict(  # Gemma 4: full layers have other heads than windowed ones
     WINDOWED, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
     num_kv_shared_layers=0, hidden_size_per_layer_input=0, vocab_size_per_layer_input=100,
+)  # fmt: skip
+SHARED = dict(  # Gemma 4 E2B: the last layers read the keys of layers 0 and 2
+    num_hidden_layers=5, sliding_window=WINDOW, num_kv_shared_layers=2, global_head_dim=32,
+    layer_types=["sliding_attention"] + ["full_attention"] * 2
+    + ["sliding_attention", "full_attention"],
+    hidden_size_per_layer_input=16, vocab_size_per_layer_input=100, use_double_wide_mlp=True,
+)  # fmt: skip
+ALTUP = dict(  # Gemma 3n, as E2B
+    num_hidden_layers=5, sliding_window=WINDOW, num_kv_shared_layers=2, intermediate_size=64,
+    layer_types=SHARED["layer_types"], hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=100, activation_sparsity_pattern=None,
 )  # fmt: skip
 STATES = dict(  # Nemotron-H: layers are attention, a state, or neither
     layers_block_type=["linear_attention", "full_attention", "moe", "full_attention"],
@@ -56,6 +68,8 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "qwen3_next": ("Qwen3Next", 4, 2, dict(MOE, **GATED)),
     "lfm2": ("Lfm2", 4, 2, dict(layer_types=["conv", "full_attention", "full_attention"])),
     "gemma4": ("Gemma4", 4, 2, GLOBAL),
+    "gemma4_shared": ("Gemma4", 4, 2, SHARED),
+    "gemma3n": ("Gemma3n", 4, 2, ALTUP),
     "nemotron_h": ("NemotronH", 4, 2, STATES),
     "falcon_h1": ("FalconH1", 4, 2, BESIDE),
     "deepseek_v3": ("DeepseekV3", 4, 4, LATENT),
@@ -67,7 +81,12 @@ FAMILIES = (*DEEP, *TEXT, *VISUAL)
 @cache
 def tiny(family: str):
     """A family's tiny model, eager where it is dense. Shared: leave it as you found it."""
-    built = fresh(family) if family in DEEP else random(shapeless(family))
+    return fresh(family)
+
+
+def fresh(family: str):
+    """A new one, with the weights of one seed."""
+    built = families.fresh(family) if family in DEEP else random(shapeless(family))
     built.set_attn_implementation("eager")  # sdpa forgets Gemma 2's softcap before 5.24
     return built
 
@@ -163,28 +182,6 @@ REFUSED = {
         "MiniMaxM3VLForCausalLM",
         "an indexer of its own",
         dict(layer_types=["full_attention", "full_attention", "minimax_m3_sparse"]),
-    ),
-    "gemma3n": Refused(
-        "Gemma3nForCausalLM",
-        "layers share keys and values",
-        dict(
-            num_kv_shared_layers=1,
-            layer_types=["full_attention"] * 3,
-            vocab_size_per_layer_input=100,
-            hidden_size_per_layer_input=16,
-            activation_sparsity_pattern=None,
-            intermediate_size=64,
-        ),
-    ),
-    "gemma4": Refused(
-        "Gemma4ForCausalLM",
-        "layers share keys and values",
-        dict(
-            num_kv_shared_layers=1,
-            vocab_size_per_layer_input=100,
-            hidden_size_per_layer_input=16,
-            layer_types=["sliding_attention", "full_attention", "full_attention"],
-        ),
     ),
     "llama4": Refused(
         "Llama4ForCausalLM",

@@ -63,6 +63,9 @@ class Held:
         return found
 
 
+NOTHING = Held([], 0, None)  # of a layer that reads another's, or before any is there
+
+
 class CacheLayer(CacheLayerMixin):
     """One decoder layer's cache: a store a group of kv heads, and how long each row is."""
 

@@ -62,6 +62,7 @@ class Graphs:
     def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
         latents = any(layer.rank for layer in layers)
         self.layers, self.linear, self.fuse = layers, linear, fuse and not latents
+        self.keeping = sum(layer_plan.producer is None for layer_plan in layers)  # keys
         self.kept: WeakKeyDictionary[CacheLayer, Graph] = (
             WeakKeyDictionary()
         )  # by a cache's first layer
@@ -95,7 +96,7 @@ class Graphs:
         """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
         layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
         new = new_tokens(kwargs)
-        if len(layers) != len(self.layers) or new is None or not layers[0].is_initialized:
+        if len(layers) != self.keeping or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
         first, Q = layers[0], new.shape[1]
         if Q != 1 or not is_step(first, Q, first.seen + Q):
@@ -216,8 +217,8 @@ class Graphs:
         return call
 
     def _serving(self, layers: list[CacheLayer]) -> dict[int, tuple[LayerPlan, CacheLayer]]:
-        pairs = zip(self.layers, layers, strict=True)
-        return {layer_plan.index: (layer_plan, layer) for layer_plan, layer in pairs}
+        own = {layer.index: layer for layer in layers}
+        return {each.index: (each, own[(each.producer or each).index]) for each in self.layers}
 
     def _checked(
         self, graph, call, forward, kwargs, given, layers, states: States, past, rows
@@ -296,8 +297,9 @@ class Graphs:
         self.count(rows)
 
     def count(self, rows: list[int], times: int = 1) -> None:
-        for n in rows:
-            self.layers[0].steps[n, 1] += times
+        for layer_plan in self.layers:
+            for n in rows if layer_plan.leads else ():
+                layer_plan.steps[n, 1] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""

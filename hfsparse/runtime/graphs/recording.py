@@ -154,6 +154,8 @@ def record_step(step: Step, serving: dict[int, tuple[LayerPlan, CacheLayer]], cu
         if cut is not None:
             cut(index)
         layer_plan, layer = serving[index]
+        if q.device != layer.device:
+            raise RuntimeError(f"layer {index} reads keys that lie on another device")
         with device_guard(q):
             out = decode(call.tables, layer_plan, layer, q, k, v, step.on(q.device), logits)
         return out.transpose(1, 2).contiguous()
