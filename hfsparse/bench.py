@@ -81,7 +81,7 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
 def stand_in(model: PreTrainedModel) -> Plan:
     """A plan for random weights: half the kv heads are rings, the rest choose columns or blocks.
 
-    Layers that may not be sparse stay full.
+    Layers that may not be sparse stay full, and those that share keys.
     """
     this = ModelId.of(model)
     patterns = {
@@ -101,7 +101,7 @@ def stand_in(model: PreTrainedModel) -> Plan:
         tuple("ring" if ring else "quest" for ring in rings),
     )
     pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
-    layers = tuple(words if shape.free else full for shape, full in pairs)
+    layers = tuple(words if shape.alone else full for shape, full in pairs)
     return Plan(this, patterns, layers, Below())
 
 

@@ -40,6 +40,7 @@ class LayerShape:
     value_dim: int
     window: int | None = None  # its own sliding window, in tokens
     producer: int | None = None  # the layer whose keys it reads; None: it makes its own
+    shared: bool = False  # whether other layers read its keys
     # Of latents (MLA): dims of the key and of the value that are made of them for each q head.
     expanded: tuple[int, int] | None = None
 
@@ -71,6 +72,11 @@ class LayerShape:
     def free(self) -> bool:
         """Whether a plan may change what it keeps and reads: a window drops keys by itself."""
         return self.attends and self.window is None
+
+    @property
+    def alone(self) -> bool:
+        """Whether what a plan changes of it binds no other layer, nor is bound."""
+        return self.free and self.producer is None and not self.shared
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -140,7 +146,8 @@ def _layer_shapes(config: Any) -> list[LayerShape]:
     producers, found = _producers(config, kinds), []
     for kind, window, producer, *sizes in zip(kinds, windows, producers, *heads, strict=True):
         window = window if kind == "sliding_attention" else None
-        found.append(LayerShape(kind, *_heads(config, window, *sizes), window, producer))
+        more = window, producer, len(found) in producers
+        found.append(LayerShape(kind, *_heads(config, window, *sizes), *more))
     rank, rope, nope, value = (one_value(config, name) for name in LATENT)
     if not rank:
         return found

@@ -44,8 +44,9 @@ class Job:
 
     @property
     def free(self) -> np.ndarray:
-        """Which layers `[layers]` may be sparse: with attention, and no window of their own."""
-        return np.array([shape.free for shape in layer_shapes(self.model)])
+        """Which layers `[layers]` may be sparse: with attention, keys of their own that no other
+        layer reads, and no window of their own."""
+        return np.array([shape.alone for shape in layer_shapes(self.model)])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Values `[free layers, ...]` as `[layers, ...]`, 0 in the others."""

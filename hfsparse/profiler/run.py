@@ -33,12 +33,6 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     supported.check_model(model)  # what no plan can be measured on, since none can be patched in
     lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
     check_model(model, lengths, settings.beyond_window)
-    if any(shape.producer is not None for shape in layer_shapes(model)):
-        raise UsageError(
-            f"this {type(model).__name__} has layers that read other layers' keys, whose words no "
-            "method can choose together yet: write a plan by hand (hfsparse new), and prove it by "
-            "hfsparse verify"
-        )
     start = time.time()
     job = prepare(model, tokenizer, settings, lengths)
     if settings.verify:
@@ -76,10 +70,11 @@ def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window:
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
-    if not any(shape.free for shape in layer_shapes(model)):
+    if not any(shape.alone for shape in layer_shapes(model)):
         raise UsageError(
             f"every attention layer of this {type(model).__name__} has a sliding window of its "
-            "own: there is nothing to make sparse. hfsparse.patch(model) runs it without a plan"
+            "own, or keys that layers share: there is nothing to make sparse. "
+            "hfsparse.patch(model) runs it without a plan"
         )
 
 

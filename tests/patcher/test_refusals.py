@@ -71,7 +71,7 @@ CASES = {  # name: class, config, what patch says
         {**GQA, **DORY, "recurrent_kv_cache_mode": "last_loop"},
         "doesn't call attention once for each update of its cache",
     ),
-    "zamba": ("ZambaForCausalLM", ZAMBA, "kind hybrid|belongs to no layer"),
+    "zamba": ("ZambaForCausalLM", ZAMBA, "belongs to no one layer"),
     "bart": ("BartForCausalLM", SMALL, r"attention to an encoder, too \(cross-attention\)"),
     "pegasus": ("PegasusForCausalLM", SMALL, r"attention to an encoder, too"),
     "bert": ("BertForMaskedLM", dict(num_hidden_layers=2), "tokens attend to later ones too"),

@@ -76,6 +76,16 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
             hidden_size_per_layer_input=0,
         ),
     ),
+    "gemma4 of shared keys": (  # layer 4 reads the keys of layer 2: both are left alone
+        "Gemma4",
+        dict(
+            layer_types=["sliding_attention", *["full_attention"] * 2, "sliding_attention",
+                         "full_attention"],
+            num_hidden_layers=5, head_dim=16, num_kv_shared_layers=2, sliding_window=64,
+            global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
+            vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
+        ),
+    ),
     "laguna": (
         "Laguna",
         dict(
@@ -99,7 +109,7 @@ def build(family: str):
     made = getattr(transformers, f"{prefix}ForCausalLM", None)
     if made is None:
         pytest.skip(f"this transformers has no {prefix}")
-    return made(made.config_class(**SIZES, **more)).eval()
+    return made(made.config_class(**{**SIZES, **more})).eval()
 
 
 @pytest.fixture(scope="module")

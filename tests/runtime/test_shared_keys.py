@@ -11,7 +11,7 @@ from transformers import DynamicCache, cache_utils
 
 import hfsparse
 from hfsparse import kernels
-from hfsparse.errors import PatchError, PlanError, UsageError
+from hfsparse.errors import PatchError, PlanError
 from hfsparse.kernels import dense, reference
 from hfsparse.kernels.per_store import by_store
 from hfsparse.models.layers import layer_shapes
@@ -36,7 +36,6 @@ from tests.patcher.families import (
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import both, close, continue_with, forward
 from tests.support.models import exists, tiny
-from tests.tiny import tokenizer
 
 WINDOWED, FULL = (0, 3), (2, 4)  # producer and reader of either kind
 LENGTH = 260
@@ -236,11 +235,6 @@ def test_a_reader_has_its_producers_words(gemma4):
     with pytest.raises(PlanError, match=f"{reads} cache holds one choice of q for steps"):
         selected(gemma4, refresh=4).check(gemma4)
     selected(gemma4, reader="again", refresh=4).check(gemma4)
-
-
-def test_a_profile_is_refused_in_a_sentence(gemma4):
-    with pytest.raises(UsageError, match="has layers that read other layers' keys, whose words no"):
-        hfsparse.profile(gemma4, tokenizer(), lengths=(384,))
 
 
 def test_keys_are_not_handed_to_another_model(gemma4):

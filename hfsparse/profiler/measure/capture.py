@@ -124,7 +124,7 @@ def stack_layers(
     model: PreTrainedModel, found: list[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """What each free layer has answered, as arrays `[layers, ...]`, 0 in the other layers."""
-    free = [shape.free for shape in layer_shapes(model)]
+    free = [shape.alone for shape in layer_shapes(model)]
     stacked = {}
     for name in found[0]:
         rows = np.stack([each[name] for each in found])

@@ -95,7 +95,7 @@ def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
     pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
-    return Plan(this, {name: ring}, tuple(short if each.free else full for each, full in pairs))
+    return Plan(this, {name: ring}, tuple(short if each.alone else full for each, full in pairs))
 
 
 def average(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
