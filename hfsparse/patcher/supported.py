@@ -55,6 +55,8 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     """Why this model's attention can't follow a plan."""
     if getattr(model.config, "is_encoder_decoder", False):
         yield "it is an encoder-decoder"
+    if not modules:
+        yield "it has no attention layers that hfsparse knows"
     try:
         config = text_config(model)
         yield from _config_obstacles(config, modules)
@@ -87,7 +89,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
 def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
     if any(getattr(m, "indexer", None) is not None for m in modules):
-        yield "an indexer of its own chooses the keys that it reads"
+        yield "it is sparse already: an indexer of its own chooses the keys that it reads"
     if any(by_layer(config, "kv_lora_rank")):
         yield from filter(None, map(why_not_latents, modules))
     if config.model_type == "diffllama":
@@ -96,7 +98,10 @@ def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
 
 def _layer_obstacles(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterator[str]:
     """Kinds of layers that we don't know, or whose state we can't keep."""
-    if other := sorted({shape.kind for shape in shapes} - {*KINDS}):
+    other = sorted({shape.kind for shape in shapes} - {*KINDS})
+    if sparse := [kind for kind in other if "sparse" in kind or "compressed" in kind]:
+        yield f"it is sparse already: its layers are of kind {', '.join(sparse)}"
+    if other:
         yield f"it has layers of kind {', '.join(other)}"
     if not any(shape.has_state for shape in shapes):
         return
@@ -109,8 +114,6 @@ def _layer_obstacles(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterat
 
 def _module_obstacles(modules: list[Any], attending: list[int]) -> Iterator[str]:
     """Attention modules that are not causal self-attention, one in each layer that attends."""
-    if not modules:
-        yield "it has no attention layers that hfsparse knows"
     found = [m.layer_idx for m in modules]
     if any(index is None or index < 0 for index in found):
         yield "some of its attention belongs to no one layer of the decoder"

@@ -75,7 +75,11 @@ CASES = {  # name: class, config, what patch says
     "bart": ("BartForCausalLM", SMALL, r"attention to an encoder, too \(cross-attention\)"),
     "pegasus": ("PegasusForCausalLM", SMALL, r"attention to an encoder, too"),
     "bert": ("BertForMaskedLM", dict(num_hidden_layers=2), "tokens attend to later ones too"),
-    "mamba": ("MambaForCausalLM", dict(num_hidden_layers=2), "MambaConfig has no number of q hea"),
+    "mamba": (
+        "MambaForCausalLM",
+        dict(num_hidden_layers=2),
+        "MambaConfig has no number of q hea|no attention layers that hfsparse knows",
+    ),
 }
 HYBRIDS = hasattr(transformers.cache_utils, "LinearAttentionLayer")  # of linear layers
 EARLIER = {  # what is true before that
