@@ -24,8 +24,11 @@ def model(request):
 
 @pytest.mark.parametrize("pads", [(0,), (0, 7, 13)])
 @pytest.mark.parametrize("plan", [full, streaming, mixed, straddled])
-def test_a_replay_is_the_eager_step_bit_for_bit(model, plan, pads):
-    ids, mask = inputs(250, pads)
+def test_a_replay_is_the_eager_step_bit_for_bit(plan, pads):
+    """Gemma 3n's forward copies numbers from the host: its steps are no graphs unless fused."""
+    if not exists("gemma4_shared"):
+        pytest.skip("not in this version")
+    model, (ids, mask) = fresh("gemma4_shared").to(DEVICE), inputs(250, pads)
     want = said(model, plan, ids, mask, replay=False, new=30)
     got = said(model, plan, ids, mask, new=30)
     assert got[0] == want[0]
@@ -33,8 +36,9 @@ def test_a_replay_is_the_eager_step_bit_for_bit(model, plan, pads):
 
 
 @pytest.mark.parametrize("keep", [0, 1])
-def test_prompts_and_chunks_give_what_they_give_on_the_cpu(model, keep):
+def test_prompts_and_chunks_give_what_they_give_on_the_cpu(model, keep, monkeypatch):
     """The last queries alone go through readers, where `keep` says so."""
+    monkeypatch.setattr("hfsparse.runtime.prefill.default_block", lambda tokens, device: 128)
     plan, found = mixed(model), []
     for place in (DEVICE, "cpu"):
         ids, mask = (t.to(place) for t in inputs(300, (0, 7)))
