@@ -39,6 +39,7 @@ from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import state_of
 from hfsparse.selectors import SELECTORS
@@ -83,7 +84,7 @@ def filled(model, kind: str, batch: int, length: int, room: int):
             cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
         return cache
     cache = DynamicCache()
-    adopt(cache, model.get_decoder(), reserve=length + room)
+    adopt(cache, text_decoder(model), reserve=length + room)
     lengths = Lengths.of(None, 0, length, batch)
     for layer in cache.layers:
         k, v = keys(model, batch, length), keys(model, batch, length)

@@ -29,7 +29,7 @@ from benchmarks.common.journal import end_in_order, failure
 from benchmarks.common.shapes import describe, plan_of
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.names import cache_name
+from hfsparse.models.names import cache_name, text_decoder
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import is_patched, state_of
 from hfsparse.plan import Plan
@@ -79,7 +79,7 @@ def filled(model: PreTrainedModel, batch: int, length: int, room: int) -> Dynami
     """A cache that has read PROMPT tokens, with random keys behind them up to `length`."""
     cache, config = DynamicCache(config=model.config), model.config
     if is_patched(model):
-        adopt(cache, model.get_decoder(), reserve=length + room)
+        adopt(cache, text_decoder(model), reserve=length + room)
     ids = torch.arange(batch * PROMPT, device=model.device).view(batch, -1) * 7919
     named = {cache_name(model): cache, "logits_to_keep": 1}
     model(ids % config.vocab_size, use_cache=True, **named)

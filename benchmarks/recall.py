@@ -22,6 +22,7 @@ from torch import Tensor
 import hfsparse
 from hfsparse.lists import Grid
 from hfsparse.models.loading import load
+from hfsparse.models.names import text_decoder
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
@@ -117,7 +118,7 @@ def main() -> None:
     prompts = make_prompts(tokenizer, given.length, given.prompts, 0, None)
     with hfsparse.patch(model), observed(model, observe), torch.inference_mode():
         for prompt in prompts:
-            model.get_decoder()(input_ids=prompt.ids.to(model.device), use_cache=False)
+            text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     text = report(given, totals)
     print(text)
     if given.write:

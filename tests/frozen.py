@@ -18,6 +18,7 @@ from transformers import DynamicCache
 import hfsparse
 from hfsparse import kernels
 from hfsparse.lists import PAGE
+from hfsparse.models.names import text_decoder
 from hfsparse.plan import Below
 from hfsparse.runtime import graphs
 from hfsparse.runtime.call import use_tables
@@ -177,7 +178,7 @@ def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]
                     except ValueError as error:
                         told = str(error)
                 logits.append(runs.forward(model, new, seen, cache).logits)
-            assert model.get_decoder()._hfsparse.graphs.why is None
+            assert text_decoder(model)._hfsparse.graphs.why is None
             found.append(torch.stack(logits))
     return told, bool(ran), torch.equal(*found)
 
@@ -251,7 +252,7 @@ def spoilt_later() -> tuple[list[str | None], bool]:
             for Frozen.wrong in ("", "page"):
                 ids = families.tokens(1, 200, seed=len(why) % 2)
                 found.append(by_steps(model, ids, 6))
-                why.append(model.get_decoder()._hfsparse.graphs.why)
+                why.append(text_decoder(model)._hfsparse.graphs.why)
     return why[2:], torch.equal(torch.stack(found[:2]), torch.stack(found[2:]))
 
 

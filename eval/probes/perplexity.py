@@ -16,6 +16,7 @@ from torch import Tensor
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
 from hfsparse.models.logits import read_logits
+from hfsparse.models.names import text_decoder
 from hfsparse_eval.arms import Arm
 from hfsparse_eval.run.runner import by_case
 from hfsparse_eval.run.world import Session
@@ -89,7 +90,7 @@ def run(session: Session, windows: Sequence[Window]) -> None:
 def hidden(model, ids: Sequence[int]) -> Tensor:
     """What the output embedding reads, `[S, hidden]`."""
     device = input_device(model)
-    return model.get_decoder()(torch.tensor([ids], device=device)).last_hidden_state[0]
+    return text_decoder(model)(torch.tensor([ids], device=device)).last_hidden_state[0]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.loading import input_device
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.effects import bind_selector, pages_read
@@ -88,7 +89,7 @@ def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
             ]
 
     with patch(model), observed(model, observe):
-        model.get_decoder()(input_ids=ids, use_cache=False)
+        text_decoder(model)(input_ids=ids, use_cache=False)
     return found
 
 

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
-from hfsparse.models.names import cache_name, find_cache
+from hfsparse.models.names import cache_name, find_cache, text_decoder
 from hfsparse_eval.run.prompter import Sample, Turn
 from hfsparse_eval.tasks.scores import METRICS, score
 
@@ -170,7 +170,7 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
             attention_mask=mask.to(ids.device),
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([watch]),
-            **({} if cache is None else {cache_name(model.get_decoder()): cache}),
+            **({} if cache is None else {cache_name(text_decoder(model)): cache}),
         )
     new = out.sequences[:, width:].tolist()
     used = find_cache(out)

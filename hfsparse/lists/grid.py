@@ -62,11 +62,15 @@ def default_block(tokens: int, device: torch.device | None = None) -> int:
 
 @dataclass(frozen=True)
 class Band:
-    """Keys a streaming head reads: the first `sink` and the last `recent + rate * position`."""
+    """Keys a streaming head reads: the first `sink` and the last `recent + rate * position`.
+
+    chunked: of a cache alone; the last ones are those from the newest multiple of `recent` on.
+    """
 
     sink: int = 0
     recent: int = ANY
     rate: int = 0  # in 1/65536 tokens of window per token of position
+    chunked: bool = False
 
     def start(self, position: Tensor) -> Tensor:
         """First key of the recent window of queries at `position`; never decreases."""
@@ -74,6 +78,12 @@ class Band:
 
     def span(self, position):
         """Length of the recent window, the query included. Takes ints and integer tensors."""
+        if self.chunked:
+            return position % self.recent + 1
+        return self.widest(position)
+
+    def widest(self, position):
+        """The longest window of queries up to `position`."""
         return self.recent + position * self.rate // RATE_ONE
 
 

@@ -22,6 +22,7 @@ COLUMNS = (
     *("page_row", "pages"),  # the same of minima and maxima; 0: none are kept
     *("sink", "size"),  # position p >= sink lies in slot sink + (p - sink) % size
     *("recent", "rate"),  # beyond the sink a query reads its last recent + rate * position keys,
+    "chunked",  # or, where this is set, those from the newest multiple of `recent` on;
     "below",  # in rows of fewer tokens all that is held
     "listed",  # which head of the page lists it is; -1: none, its pages are read in order
 )
@@ -119,7 +120,7 @@ class Table:
                 steps[2:], pages = [part.low[0, 0].numel()] * 2, part.low.shape[2]
             band, H, N = part.band, len(part.heads), part.k.shape[2]
             held = H * N, N, H * pages, pages, band.sink, part.size or NEVER
-            held = *held, band.recent, band.rate, part.below
+            held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
                 line = (*at, *held, listed if part.listed else -1)

@@ -12,8 +12,10 @@ from hfsparse.errors import ShapeError
 
 LINEAR = ("linear_attention", "conv")  # kinds of layers that keep a state, and no key per token
 STATELESS = ("moe", "mlp")  # kinds of layers that keep nothing
+CHUNKED = "chunked_attention"  # the kind whose tokens see no further back than their chunk's first
 BOTH = "hybrid"  # the kind of layers that have attention and keep a state, too
-KINDS = ("full_attention", "sliding_attention", *LINEAR, *STATELESS, BOTH)
+CHUNK_SIZE = "attention_chunk_size"  # what configs call it
+KINDS = ("full_attention", "sliding_attention", CHUNKED, *LINEAR, *STATELESS, BOTH)
 OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
 UNITS = {
     "layers": "layers",
@@ -38,7 +40,7 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     value_dim: int
-    window: int | None = None  # its own sliding window, in tokens
+    window: int | None = None  # its own sliding window, or its chunks, in tokens
     producer: int | None = None  # the layer whose keys it reads; None: it makes its own
     shared: bool = False  # whether other layers read its keys
     # Of latents (MLA): dims of the key and of the value that are made of them for each q head.
@@ -52,6 +54,11 @@ class LayerShape:
     @property
     def attends(self) -> bool:
         return self.kind not in (*LINEAR, *STATELESS)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether its tokens see those of their own chunk of `window` tokens alone."""
+        return self.kind == CHUNKED
 
     @property
     def has_state(self) -> bool:
@@ -143,9 +150,12 @@ def _layer_shapes(config: Any) -> list[LayerShape]:
         windows = [None] * layers
     every = ["sliding_attention" if window else "full_attention" for window in windows]
     kinds = [OLD_NAMES.get(kind, kind) for kind in one_value(config, "layer_types") or every]
-    producers, found = _producers(config, kinds), []
-    for kind, window, producer, *sizes in zip(kinds, windows, producers, *heads, strict=True):
-        window = window if kind == "sliding_attention" else None
+    chunks, producers, found = _each(config, CHUNK_SIZE, layers), _producers(config, kinds), []
+    each = zip(kinds, windows, chunks, producers, *heads, strict=True)
+    for kind, window, chunk, producer, *sizes in each:
+        window = {"sliding_attention": window, CHUNKED: chunk}.get(kind)
+        if kind == CHUNKED and type(chunk) is not int:
+            raise ShapeError(f"{CHUNK_SIZE} is {chunk!r}, not one whole number")
         more = window, producer, len(found) in producers
         found.append(LayerShape(kind, *_heads(config, window, *sizes), *more))
     rank, rope, nope, value = (one_value(config, name) for name in LATENT)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hfsparse.models.loading import input_device
+from hfsparse.models.names import text_decoder
 
 
 class _Answer(BaseModelOutput):
@@ -28,7 +29,7 @@ class _Answer(BaseModelOutput):
 
 def read_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's logits `[1, n, vocabulary]` of hidden states `[1, n, hidden]` of its decoder."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     before = decoder.__dict__.get("forward")
     decoder.forward = lambda *args, **kwargs: _Answer(last_hidden_state=hidden)
     try:

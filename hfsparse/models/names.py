@@ -1,4 +1,4 @@
-"""What each version of transformers calls the arguments of a decoder."""
+"""A model's text decoder, and what each version of transformers calls its arguments."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 from torch import Tensor
 
 CACHES = ("cache", "past_key_values")  # forward takes it by the first name from 5.24 on
+
+
+def text_decoder(model: Any) -> Any:
+    """A model's text decoder, which answers hidden states; `get_decoder` of Llama 4 names the model
+    that has a head on top of it."""
+    decoder = model.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") and hasattr(decoder, "model") else decoder
 
 
 def new_tokens(kwargs: dict) -> Tensor | None:

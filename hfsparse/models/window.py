@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfsparse.errors import UsageError
 from hfsparse.models.fingerprint import rope_of
-from hfsparse.models.layers import LINEAR, STATELESS
+from hfsparse.models.layers import CHUNKED, LINEAR, STATELESS
 from hfsparse.models.loading import input_device
+from hfsparse.models.names import text_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ def context_window(config: Any) -> int | None:
     if longest is None or getattr(config, "alibi", False):
         return None
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    near = {"sliding_attention", *LINEAR, *STATELESS}  # these look no further than a window
+    # These look no further than a window or a chunk.
+    near = {"sliding_attention", CHUNKED, *LINEAR, *STATELESS}
     far = kinds - near
     return min(_reach(rope_of(config, kind), longest) for kind in far or kinds)
 
@@ -51,7 +53,7 @@ def limit(model: PreTrainedModel, beyond: bool = False) -> int | None:
     window = context_window(model.config)
     if not beyond or window is None:
         return window
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     words = decoder.get_input_embeddings()
     tables = [
         m.weight for m in decoder.modules() if hasattr(m, "num_embeddings") and m is not words

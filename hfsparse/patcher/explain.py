@@ -56,7 +56,9 @@ def explain(model: PreTrainedModel) -> str:
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
-    windowed = [layer.index for layer in state.layers if layer.window is not None]
+    windowed = [layer.index for layer in state.layers if layer.sliding_window is not None]
+    if chunked := [layer.index for layer in state.layers if layer.chunked]:
+        lines.append(f"layers {chunked} attend in the model's own chunks, and keep one, as a ring")
     if windowed:
         lines.append(
             f"layers {windowed} keep the model's own sliding window, as a ring; behind a past, "
@@ -113,7 +115,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
     def describe(layer: LayerPlan) -> str:
         skip = layer.skip is not None
         listed = pick(prefill, need._replace(lists=True, skip=skip)).name
-        asked = need._replace(lists=skip or layer.window is not None, skip=skip)
+        asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, step._replace(lists=True)).name,

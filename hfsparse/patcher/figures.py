@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfsparse.lists import Grid, default_block
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patcher.resolve import resolve_layers
@@ -26,6 +25,7 @@ from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.runtime.cache.layer import NOTHING, CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.layout import lay_out, lay_out_chunks
 from hfsparse.stats import LayerStats, Stats, Work
 
 WIDE = {4: torch.float32, 8: torch.float64}  # types of keys and values, by bytes a number
@@ -55,9 +55,9 @@ def predict(
     for own, layer in fill_caches(config, plan, tokens):
         works = {}
         if prompts is not None:
-            grid = Grid.causal(1, tokens, default_block(tokens, device), window=own.window)
-            works["pairs"] = _work(_row(prompts.pairs, own), grid.pairs())
-            works["blocks"] = _work(_row(prompts.blocks, own), grid.blocks())
+            pairs, blocks = _dense_work(own, tokens, device or torch.device("cpu"))
+            works["pairs"] = _work(_row(prompts.pairs, own), pairs)
+            works["blocks"] = _work(_row(prompts.blocks, own), blocks)
         layers[own.index] = _measure(own, layer, tokens, **works)
     return Stats(layers)
 
@@ -134,6 +134,13 @@ def _row(shares: np.ndarray, own: LayerPlan) -> np.ndarray:
     return row if len(row) == heads else np.ones(heads)
 
 
-def _work(shares: np.ndarray, dense: torch.Tensor) -> Work:
+def _dense_work(own: LayerPlan, tokens: int, device: torch.device) -> tuple[int, int]:
+    """Pairs and blocks of a prompt in a layer whose heads are all full."""
+    what = Lengths.of(None, 0, tokens, 1), 0, (0, 0), None, own.window, device
+    groups = (lay_out_chunks if own.chunked else lay_out)(*what).groups
+    return sum(group.work[0] for group in groups), sum(group.work[1] for group in groups)
+
+
+def _work(shares: np.ndarray, dense: int) -> Work:
     """Shares `[heads]` of what dense attention does in each head, as amounts."""
-    return Work((shares * int(dense)).tolist(), [int(dense)] * len(shares))
+    return Work((shares * dense).tolist(), [dense] * len(shares))

@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.names import find_cache
+from hfsparse.models.names import find_cache, text_decoder
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -43,7 +43,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
             "attention_mask, or leave prefill_chunk_size out"
         )
     reserve = kwargs.get("max_cache_length", args[-1] if args else 0)
-    adopt(cache, self.get_decoder(), reserve, expected=width if chunk else 0)
+    adopt(cache, text_decoder(self), reserve, expected=width if chunk else 0)
     if generation_config.is_assistant:
         _keep(cache, SLACK + (generation_config.max_new_tokens or 0))
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
@@ -28,7 +29,7 @@ class Patched(Handle):
 
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing, nor touches a later patch."""
-        if self.model.get_decoder().__dict__.get("_hfsparse") is self._patch:
+        if text_decoder(self.model).__dict__.get("_hfsparse") is self._patch:
             unpatch(self.model)
 
     def stats(self) -> Stats:
@@ -66,7 +67,7 @@ class Patched(Handle):
         return explain(self.model)
 
     def _own_state(self) -> State:
-        if self.model.get_decoder().__dict__.get("_hfsparse") is not self._patch:
+        if text_decoder(self.model).__dict__.get("_hfsparse") is not self._patch:
             raise PatchError(
                 f"this handle's patch is no longer on the {type(self.model).__name__}: ask before "
                 "undo(), or ask the handle of the patch that is on it now"

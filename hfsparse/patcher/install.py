@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hfsparse.errors import PatchError
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher.generation import SHADOWS
 from hfsparse.patcher.hooks import after_forward, before_attention, before_forward, forward
 from hfsparse.patcher.state import State, state_of
@@ -37,7 +38,7 @@ def install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
 
 
 def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     for own in state.configs:
         for module in own.modules:
             module.config = own.copy
@@ -88,7 +89,7 @@ def restore(model: PreTrainedModel, state: State) -> None:
         hook.remove()
     for own in state.configs:
         own.give_back()
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     if getattr(decoder.forward, "func", None) is forward:
         del decoder.forward
     vars(decoder).pop("_hfsparse", None)

@@ -123,10 +123,10 @@ def look(
             f"layer {layer_plan.index} attends with {query.shape[1]} q and {key.shape[1]} kv "
             f"heads, where its config says {says[0]} and {says[1]}"
         )
-    if sliding_window != layer_plan.window:
+    if sliding_window != layer_plan.sliding_window:
         words = [
             "all tokens" if n is None else f"a window of {n}"
-            for n in (sliding_window, layer_plan.window)
+            for n in (sliding_window, layer_plan.sliding_window)
         ]
         raise Unlike(
             f"layer {layer_plan.index} attends to {words[0]}, where its config says {words[1]}"

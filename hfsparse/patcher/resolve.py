@@ -60,6 +60,7 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             below,
             plan.skip,
             shape.window,
+            shape.chunked,
             shape.has_state,
             Counts(shape.q_heads),
             leads=not any(each.steps is own_steps for each in made.values()),
@@ -102,7 +103,8 @@ def _groups(
     groups: dict[Group, list[int]] = {}
     for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
         band = FULL if cache == "full" else plan.patterns[cache].band
-        band = Band(0, shape.window) if shape.window is not None else band
+        if shape.window is not None:
+            band = Band(0, shape.window, chunked=shape.chunked)
         kind = Group((), band, _selector(plan, decode), rank=shape.rank)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())

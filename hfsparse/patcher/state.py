@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import Held
@@ -76,7 +77,7 @@ def is_patched(model: Any) -> bool:
 def state_of(model: PreTrainedModel) -> State:
     """What a patch left on this model; PatchError for one that is not patched."""
     check_model(model)
-    state = model.get_decoder().__dict__.get("_hfsparse") if is_patched(model) else None
+    state = text_decoder(model).__dict__.get("_hfsparse") if is_patched(model) else None
     if state is None:
         raise PatchError(
             f"this {type(model).__name__} is not patched: call hfsparse.patch(model) first"

@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel, cache_utils
 from hfsparse.errors import HandleError, PatchError, ShapeError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import KINDS, LayerShape, by_layer, layer_shapes, text_config
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
@@ -41,7 +42,7 @@ class Handle:
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
-    modules = probe.attention_modules(model.get_decoder())
+    modules = probe.attention_modules(text_decoder(model))
     why = next(_obstacles(model, modules), None)
     if why is not None:
         raise PatchError(
@@ -75,7 +76,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
         yield "its attention can't be exchanged"
     full = Plan.full(ModelId.of(model))
     layers = resolve_layers(full, shapes, full.below)
-    if why := probe.why_not(model.get_decoder(), layers):
+    if why := probe.why_not(text_decoder(model), layers):
         yield why
     for m in modules:  # code that the probe can't run
         ratio, shape = getattr(m, "num_key_value_groups", None), shapes[m.layer_idx]

@@ -173,14 +173,16 @@ class Plan:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
         PlanError where the plan would drop keys in layers that have a window of their own, or none,
-        where a layer that reads another's keys asks for other ones, and where a selector's table
-        has not one row for each layer and kv head.
+        where it has words for layers with chunks of their own, where a layer that reads another's
+        keys asks for other ones, and where a selector's table has not one row for each layer and kv
+        head.
         """
         self._check_tables()
         self._check_identity(model_or_config, allow)
         shapes = layer_shapes(model_or_config)
         for index, (words, shape) in enumerate(zip(self.layers, shapes, strict=True)):
-            if shape.window is not None and {*words.cache, *words.decode} != {"full"}:
+            windowed = shape.window is not None and not shape.chunked
+            if windowed and {*words.cache, *words.decode} != {"full"}:
                 raise PlanError(
                     f"layer {index} has the model's own window of {shape.window} tokens and keeps "
                     "no more than that: write full for its cache and decode"
@@ -189,6 +191,11 @@ class Plan:
                 check_reader(self.layers, self.patterns, index, shape.producer)
             if {*words.prefill, *words.cache, *words.decode} == {"full"}:
                 continue
+            if shape.chunked:
+                raise PlanError(
+                    f"layer {index} attends in chunks of {shape.window} tokens, as the model has "
+                    "them: write full for all its heads"
+                )
             if not shape.attends:
                 raise PlanError(f"layer {index} has no attention: write full for all its heads")
             if shape.heads != self.model.heads:

@@ -55,6 +55,8 @@ def template(config: Any) -> str:
             note = "  # no attention: all stays full"
         elif shape.heads != model.heads:
             note = f"  # other heads, and a window of {shape.window} tokens: all stays full"
+        elif shape.chunked:
+            note = f"  # chunks of {shape.window} tokens of its own: all stays full"
         elif shape.window is not None:
             note = f"  # a window of {shape.window} tokens of its own: cache and decode stay full"
         elif shape.producer is not None:

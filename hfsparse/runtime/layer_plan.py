@@ -47,7 +47,8 @@ class LayerPlan:
     store_cases: tuple[Cases, ...]  # chunks behind a past: of each group's heads
     below: Below
     skip: float | None  # prompts: how far below the running maximum a tile is left out
-    window: int | None  # the model's own sliding window
+    window: int | None  # the model's own sliding window, or the size of its chunks
+    chunked: bool  # tokens see no further back than their chunk's first
     has_state: bool  # beside its keys, as no plan changes it
     counts: Counts
     leads: bool  # the first layer with these steps: counts them
@@ -61,6 +62,11 @@ class LayerPlan:
     # One of each for all layers of a patch:
     at: HeadIndex
     mode: Mode
+
+    @property
+    def sliding_window(self) -> int | None:
+        """What the model's calls say of it: nothing of chunks."""
+        return None if self.chunked else self.window
 
     @property
     def rank(self) -> int:
@@ -81,7 +87,7 @@ class LayerPlan:
     def reads(self) -> Work:
         """Keys that decode steps read, by kv head; nan where only a run tells them, and none was.
 
-        Dense attention reads all, or those in the model's window.
+        Dense attention reads all, or those in the model's window or chunk.
         """
         keys = [0] * self.kv_heads
         if not self.steps:
@@ -90,6 +96,8 @@ class LayerPlan:
             np.array(x) for x in zip(*((*at, t) for at, t in self.steps.items()), strict=True)
         )
         total = np.minimum(length, self.window or FAR)
+        if self.chunked:
+            total = (length - 1) % self.window + 1
         for group in self.groups:
             limit = self.below.decode if group.band == FULL else self.below.cache
             if group.reuses:

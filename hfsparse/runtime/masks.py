@@ -31,7 +31,7 @@ def mask_start(
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     last = None
     if bidirectional or not allow_is_causal_skip:
-        last = None if bidirectional else _last_seen(mask_function, **kwargs)
+        last = None if bidirectional else _last_seen(mask_function, attention_mask, **kwargs)
         if last is None:
             raise PatchError(
                 "this call asks for more than causal attention (packed sequences, bidirectional). "
@@ -90,12 +90,23 @@ def _not_left(mask: list[list[int]]) -> str:
     )
 
 
-def _last_seen(mask_function, batch_size: int = 1, **kwargs) -> Tensor | None:
+def _last_seen(
+    mask_function, attention_mask, batch_size: int = 1, local_size=None, config=None, **kwargs
+) -> Tensor | None:
     """[B, Q] the last column that each new token sees; None: neither causal, nor by blocks.
 
     transformers 4.57 composes a mask for packed sequences also where nothing is packed.
     """
-    return last_seen(mask_function, batch_size, _columns(**kwargs))
+    columns = _columns(**kwargs)
+    if local_size is None or local_size != getattr(config, "attention_chunk_size", None):
+        return last_seen(mask_function, batch_size, columns)
+    starts = columns.new_tensor(row_starts(attention_mask) or [0] * batch_size)[:, None]
+    row = torch.arange(batch_size, device=columns.device)[:, None]
+    before, behind = columns[:-1], columns[1:]
+    together = (behind - starts) % local_size > 0  # in one chunk
+    wrong = mask_function(row, 0, behind, before) != together
+    wrong |= mask_function(row, 0, before, behind)
+    return None if bool(wrong.any()) else columns.expand(batch_size, -1)
 
 
 def _columns(
@@ -149,10 +160,10 @@ def refuse_other(
         raise PatchError(
             f"attention dropout is {dropout}: hfsparse has none, call model.eval() first"
         )
-    if window != layer_plan.window:
+    if window != layer_plan.sliding_window:
         raise PatchError(
             f"layer {index} was called with a sliding window of {window}, its config says "
-            f"{layer_plan.window}: please report this model to hfsparse"
+            f"{layer_plan.sliding_window}: please report this model to hfsparse"
         )
     unread = key.shape[2] - query.shape[2]  # by layers that need their last queries alone
     if unread < 0 or (unread and layer_plan.producer is None):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hfsparse.kernels import Need, pick
-from hfsparse.kernels.rows import group_rows, put_rows, take_rows
-from hfsparse.lists import BlockLists, Grid, default_block
-from hfsparse.lists.lengths import Lengths
+from hfsparse.lists import BlockLists, Grid
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_call import LayerCall
+from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes
 from hfsparse.runtime.rows import new_output
 
@@ -25,7 +23,8 @@ def prefill(layer_call: LayerCall) -> Tensor:
     later = 0 if layer is None else max(layer.expected - layer.seen, 0)
     limits = layer_plan.below.prefill, layer_plan.below.cache
     what = limits, layer_plan.skip, layer_plan.window, k.device
-    layout = layer_call.call.once(lay_out, lengths, later, *what)
+    chunked = layer_plan.chunked and lengths.longest > layer_plan.window
+    layout = layer_call.call.once(lay_out_chunks if chunked else lay_out, lengths, later, *what)
     reads = layer_plan.producer is not None
     if layer_call.given.behind:
         return read_again(layer_call, layout) if reads else read_chunk(layer_call, layout)
@@ -102,83 +101,14 @@ def read(
     """
     q, device = layer_call.q, layer_call.q.device
     for group in layout.groups:
-        routes, rows = cases[group.short, group.kept], group.rows
-        if rows is None and len(routes.heads) == q.shape[1]:
+        routes = cases[group.short, group.kept]
+        if group.whole and len(routes.heads) == q.shape[1]:
             return Part(layer_call, group, q, k, v, ring or group.grid).attend_routes(routes)
         at = layer_call.layer_plan.at(routes.heads, device)
-        grid = group.grid if ring is None else _take(ring, rows, group.block)
-        part = Part(layer_call, group, *take_rows(rows, q[:, at], k, v), grid)
+        part = Part(layer_call, group, *group.take(q[:, at], k, v), group.lies(ring))
         out = new_output(q, layer_call.v) if out is None else out
-        put_rows(out, rows, at, part.attend_routes(routes))
+        group.put(out, at, part.attend_routes(routes))
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class RowGroup:
-    """Rows of a call whose prompts are alike: what a row reads depends on its own length only."""
-
-    short: bool  # under below.prefill
-    kept: bool  # under below.cache
-    block: int
-    rows: Tensor | None  # None: all
-    grid: Grid
-    skip: float | None
-    work: tuple[int, int]  # pairs and blocks of dense attention
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """A call that reads prompts, the same for every layer of one window."""
-
-    grid: Grid
-    groups: list[RowGroup]
-
-
-def lay_out(
-    lengths: Lengths,
-    later: int,
-    limits: tuple[int, int],
-    skip: float | None,
-    window: int | None,
-    device: torch.device,
-) -> Layout:
-    """later: tokens of each prompt that are still to come; limits: below.prefill and below.cache;
-    skip, window: the plan's and the layer's own."""
-    whole = [n + later for n in lengths.rows]
-    window = window if window is not None and lengths.longest > window else None
-    grid = _grid(lengths, default_block(max(whole), device), window, device)
-    kinds = [(n < limits[0], n < limits[1], default_block(n, device)) for n in whole]
-    tokens, groups = [*zip(lengths.past, lengths.new, strict=True)], []
-    for (short, kept, block), rows, at in group_rows(kinds, device):
-        own = _take(grid, at, block)
-        some = tokens if at is None else [tokens[b] for b in rows]
-        work = dense_work(tuple(some), block, window)
-        groups.append(RowGroup(short, kept, block, at, own, None if short else skip, work))
-    return Layout(grid, groups)
-
-
-def _grid(lengths: Lengths, block: int, window: int | None, device: torch.device) -> Grid:
-    """Queries over all tokens of their rows; where nothing is behind, over themselves."""
-    q_len, k_len = (_on_device(t, device) for t in (lengths.new, lengths.rows))
-    keys = lengths.longest if lengths.behind else lengths.columns
-    known = {"padded": lengths.padded, "past": lengths.behind}
-    return Grid(q_len, k_len, lengths.columns, keys, block, window, **known)
-
-
-def _on_device(rows: list[int], device: torch.device) -> Tensor:
-    """Rows' lengths `[B]` on a device; the host waits for no copy."""
-    if len(set(rows)) == 1:
-        return torch.full((len(rows),), rows[0], device=device)
-    lengths = torch.tensor(rows, device="cpu")
-    lengths = lengths.pin_memory() if device.type == "cuda" else lengths
-    return lengths.to(device, non_blocking=True)
-
-
-def _take(grid: Grid, rows: Tensor | None, block: int) -> Grid:
-    """The grid of some rows (None: all), in blocks of this size; a ring's are as they lie."""
-    place = grid if rows is None else grid.take(rows)
-    same = grid.key_first is not None or grid.block == block
-    return place if same else replace(place, block=block)
 
 
 @dataclass(eq=False)
@@ -258,24 +188,3 @@ class Part:
         if grid.key_first is None:  # the same in every layer
             return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
         return BlockLists.of(grid, len(route.q), band=route.band)
-
-
-@lru_cache(64)
-def dense_work(
-    tokens: tuple[tuple[int, int], ...], block: int, window: int | None
-) -> tuple[int, int]:
-    """Pairs and blocks of dense attention, given each row's past and new tokens."""
-
-    def seen(tokens: int) -> int:
-        """Pairs of a row's first tokens."""
-        near = tokens if window is None else min(tokens, window)
-        return near * (near + 1) // 2 + (tokens - near) * near
-
-    pairs = blocks = 0
-    for past, new in tokens:
-        pairs += seen(past + new) - seen(past)
-        for first in range(past, past + new, block):
-            last = min(first + block, past + new) - 1
-            low = 0 if window is None else max(first - window + 1, 0)
-            blocks += last // block - low // block + 1
-    return pairs, blocks

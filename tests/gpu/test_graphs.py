@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.lists import PAGE
+from hfsparse.models.names import text_decoder
 from hfsparse.runtime.graphs.recording import Graph
 from tests import worlds
 from tests.frozen import Scaled, by_steps
@@ -31,7 +32,7 @@ from tests.patcher.runs import CACHE, continue_with, generate
 
 
 def graphs(model):
-    return model.get_decoder()._hfsparse.graphs
+    return text_decoder(model)._hfsparse.graphs
 
 
 def said(model, plan, ids, mask, replay: bool = True, fuse: bool = False, **more):

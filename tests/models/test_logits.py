@@ -6,6 +6,7 @@ import transformers
 
 import hfsparse
 from hfsparse.models.logits import read_logits
+from hfsparse.models.names import text_decoder
 from tests.support.models import FAMILIES, causal, exists, tiny
 
 HYBRIDS = ("qwen3_next", "lfm2", "nemotron_h", "falcon_h1")
@@ -13,7 +14,7 @@ HYBRIDS = ("qwen3_next", "lfm2", "nemotron_h", "falcon_h1")
 
 def of_text(model, ids):
     with torch.no_grad():
-        return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("family", FAMILIES)

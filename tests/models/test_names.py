@@ -3,8 +3,12 @@
 import ast
 import inspect
 
-from hfsparse.models.names import CACHES, cache_name, find_cache
+import pytest
+import torch
+
+from hfsparse.models.names import CACHES, cache_name, find_cache, text_decoder
 from tests import tiny
+from tests.support import models
 from tests.test_layers import TEXTS
 
 
@@ -35,3 +39,10 @@ def test_no_other_module_spells_these_names():
         if isinstance(node, ast.Constant) and node.value == CACHES[1]
     }
     assert spelled == {"hfsparse.models.names", "hfsparse_eval.arms.kvpress"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_vl", "llama4"])
+def test_a_text_decoder_answers_hidden_states(family):
+    decoder = text_decoder(models.tiny(family))
+    assert decoder(torch.tensor([[2, 3]])).last_hidden_state.shape == (1, 2, 64)
+    assert text_decoder(decoder) is decoder

@@ -138,7 +138,7 @@ def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
     whole, layers = Plan.full(ModelId.of(model)), []
     for i, shape in enumerate(layer_shapes(model)):
-        open_to_words = shape.attends and shape.heads == heads(model)
+        open_to_words = shape.attends and not shape.chunked and shape.heads == heads(model)
         own = Layer(*map(tuple, layer(i, shape.window is not None)))
         own = own if shape.producer is None else reading(layers[shape.producer], own)
         layers.append(own if open_to_words else whole.layers[i])

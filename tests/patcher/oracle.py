@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.names import text_decoder
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
@@ -49,10 +50,10 @@ class Truth:
 @contextmanager
 def oracle(model, plan, prompt=0):
     """Run the unpatched `model` under the plan's boolean mask."""
-    assert "_hfsparse" not in model.get_decoder().__dict__
+    assert "_hfsparse" not in text_decoder(model).__dict__
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _keep_mask)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(NAME)
     _now.append(Truth(plan, prompt))
@@ -124,8 +125,11 @@ def _attend(
             continue
         past = columns > truth.new
         decode = past and truth.new <= DECODE and columns > truth.prompt
-        latents = _as_latents(module, q, k, v) if hasattr(module, "expand_kv") else None
-        kept = _mask(truth, module.layer_idx, q, k, scaling, sliding_window, past, decode, latents)
+        chunk, latents = _chunk(module), None
+        if hasattr(module, "expand_kv"):
+            latents = _as_latents(module, q, k, v)
+        asked = sliding_window, chunk, past, decode, latents
+        kept = _mask(truth, module.layer_idx, q, k, scaling, *asked)
         if blocks is not None:  # tokens that see later ones see all that the model lets them
             own = blocks[b, pads:, start:]
             later = (own & torch.ones_like(own).triu(1)).any(1)
@@ -157,7 +161,14 @@ def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([up, q[..., nope:]], -1).float(), one[None].float()
 
 
-def _mask(truth, layer, q, k, scale, window, past, decode, latents=None) -> torch.Tensor:
+def _chunk(module) -> int | None:
+    """Tokens in a chunk, of a layer that sees no further back than its chunk's first."""
+    kinds = getattr(module.config, "layer_types", None) or ()
+    chunked = [*kinds[module.layer_idx :], ""][0] == "chunked_attention"
+    return module.config.attention_chunk_size if chunked else None
+
+
+def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents) -> torch.Tensor:
     """bool [Hq, n, total]: what a row's new queries q `[Hq, n, D]` read of k `[Hkv, total, D]`."""
     (Hq, n, _), total = q.shape, k.shape[1]
     Hkv, by_head = truth.plan.model.kv_heads, k.repeat_interleave(Hq // len(k), 0)
@@ -167,6 +178,8 @@ def _mask(truth, layer, q, k, scale, window, past, decode, latents=None) -> torc
     seen = key <= at
     if window is not None:
         seen = seen & (at - key < window)
+    if chunk is not None:
+        seen = seen & (at - at % chunk <= key)
     words, masks = truth.plan.layers[layer], []
     for head in range(Hq):
         group = head * Hkv // Hq

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import Llama4TextConfig, LlamaConfig, MistralConfig
 from typer.testing import CliRunner
 
 from hfsparse.cli import app
@@ -382,6 +382,17 @@ def test_layers_with_their_own_window_stream_and_have_no_ring(tmp_path, form):
     assert all({*layer.cache, *layer.decode} == {"full"} for layer in plan.layers)
     assert any(word.startswith("stream") for word in plan.layers[0].prefill)
     assert "layer 0 head" in note(notes, "own window")
+
+
+@pytest.mark.parametrize("form", ["minference", "duo", "moa"])
+def test_layers_with_chunks_of_their_own_stay_full(tmp_path, form):
+    sizes = {**config().to_dict(), "attention_chunk_size": 4096, "model_type": "llama4_text"}
+    kinds = ["chunked_attention"] + ["full_attention"] * (sizes["num_hidden_layers"] - 1)
+    plan, notes = read(tmp_path, form, given=Llama4TextConfig(**{**sizes, "layer_types": kinds}))
+    first, *others = plan.layers
+    assert {*first.prefill, *first.cache, *first.decode} == {"full"}
+    assert any({*layer.prefill} != {"full"} for layer in others)
+    assert "layer 0 head" in note(notes, "layers in chunks")
 
 
 def test_places_group_equal_layers_and_neighbouring_heads():

@@ -86,6 +86,14 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
             vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
         ),
     ),
+    "llama4": (  # its first layer attends in chunks
+        "Llama4",
+        dict(
+            layer_types=["chunked_attention", "full_attention", "full_attention"], head_dim=16,
+            attention_chunk_size=200, num_local_experts=2, intermediate_size_mlp=64,
+            no_rope_layers=[1, 0, 1],
+        ),
+    ),
     "laguna": (
         "Laguna",
         dict(

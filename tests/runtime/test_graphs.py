@@ -47,6 +47,7 @@ def same(eager: dict, replayed: dict) -> None:
         ("gemma3", "mixed", (0,)),
         ("qwen2", "choosing", (30, 0, 150)),
         ("gemma4_shared", "mixed", (30, 0, 150)),
+        ("llama4", "mixed", (30, 0, 150)),
     ],
 )
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):

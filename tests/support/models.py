@@ -44,6 +44,10 @@ STATES = dict(  # Nemotron-H: layers are attention, a state, or neither
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
     moe_shared_expert_intermediate_size=32,
 )  # fmt: skip
+CHUNKED = dict(  # Llama 4: most layers see the tokens of a chunk alone, and have rope
+    attention_chunk_size=WINDOW, no_rope_layers=[1, 1, 0], num_local_experts=2,
+    intermediate_size_mlp=64, layer_types=["chunked_attention"] * 2 + ["full_attention"],
+)  # fmt: skip
 BESIDE = dict(  # Falcon-H1: each layer has attention and a state
     mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
     mamba_chunk_size=16,
@@ -73,6 +77,7 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "nemotron_h": ("NemotronH", 4, 2, STATES),
     "falcon_h1": ("FalconH1", 4, 2, BESIDE),
     "deepseek_v3": ("DeepseekV3", 4, 4, LATENT),
+    "llama4": ("Llama4", 4, 2, CHUNKED),
 }
 VISUAL = ("llava", "qwen2_5_vl", "gemma3_vl")
 FAMILIES = (*DEEP, *TEXT, *VISUAL)
@@ -182,11 +187,6 @@ REFUSED = {
         "MiniMaxM3VLForCausalLM",
         "an indexer of its own",
         dict(layer_types=["full_attention", "full_attention", "minimax_m3_sparse"]),
-    ),
-    "llama4": Refused(
-        "Llama4ForCausalLM",
-        "layers of kind chunked_attention",
-        dict(num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=64),
     ),
     "mllama": Refused(
         "MllamaForCausalLM",

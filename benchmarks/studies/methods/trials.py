@@ -17,6 +17,7 @@ from random import Random
 import torch
 
 import hfsparse
+from hfsparse.models.names import text_decoder
 from hfsparse.plan import Plan
 from hfsparse.profiler.prompts.calibration import encode, fill
 from hfsparse.profiler.prompts.puzzles import OTHERS, PUZZLES, Ask, Puzzle
@@ -145,6 +146,6 @@ def _answers(model, text: Trial) -> dict:
             "loss": [round(float(x), 4) for x in found["loss"]],
         }
     ids = torch.tensor([text.text], device=model.device)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     scores = model.get_output_embeddings()(hidden[0, -WINDOW - 1 : -1]).float()
     return {"loss": float(torch.nn.functional.cross_entropy(scores, ids[0, -WINDOW:]))}

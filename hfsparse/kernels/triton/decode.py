@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hfsparse.kernels.triton.limits import (
     BELOW,
+    CHUNKED,
     DTYPES,
     K_AT,
     LOG2E,
@@ -251,7 +252,9 @@ def _decode(
         sink, size = look_up(TABLE, kv, SINK).to(tl.int32), look_up(TABLE, kv, SIZE).to(tl.int32)
         turn, newest = (length - 1 - sink) // size * size, sink + (length - 1 - sink) % size
         recent, rate = look_up(TABLE, kv, RECENT), look_up(TABLE, kv, RATE)
-        start = tl.maximum(at - (recent + (at * rate >> 16)) + 1, 0)  # as Band.start
+        span = recent + (at * rate >> 16)  # as Band.span
+        span = tl.where(look_up(TABLE, kv, CHUNKED) != 0, at % recent + 1, span)
+        start = tl.maximum(at - span + 1, 0)
         start = tl.where(whole, 0, start).to(tl.int32)
     at = at.to(tl.int32)
     acc = tl.zeros([ROWS, DVP], tl.float32)

@@ -31,6 +31,7 @@ WIDTH = tl.constexpr(places.WIDTH)
     SIZE,
     RECENT,
     RATE,
+    CHUNKED,
     BELOW,
     LISTED,
 ) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))

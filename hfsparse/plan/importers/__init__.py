@@ -116,7 +116,8 @@ def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Pl
         return name
 
     for index, (row, shape) in enumerate(zip(found.rows, own, strict=True)):
-        if not (shape.attends and shape.heads == model.heads):  # a plan has no words for it
+        told = shape.attends and not shape.chunked and shape.heads == model.heads
+        if not told:  # a plan has no words for it
             note_heads(left, index, [pattern is not None for pattern in row])
             row = [None] * len(row)
         q_row = row if found.unit == "q_heads" else [p for p in row for _ in range(group)]
@@ -136,7 +137,7 @@ def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Pl
         f"{what}: {describe_heads(where)}"
         for what, where in (
             ("the model's own window bounds the cache, so these kv heads have no ring", windowed),
-            ("layers without attention, or with other heads than the rest, stay full", left),
+            ("layers in chunks, without attention or with other heads stay full", left),
             ("kv heads keep every key, and decode reads all: a q head of theirs is full", kept),
             ("kv heads keep, and decode reads, the longest span of their q heads", wide),
         )

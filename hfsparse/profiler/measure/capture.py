@@ -29,6 +29,7 @@ from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.loading import input_device
 from hfsparse.models.logits import read_logits
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.latents import absorb_out, solve_latents
@@ -78,7 +79,7 @@ def capture(
     """
     _return_large_blocks()
     ids = _copy_ids(model, ids)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     margins = []
     for plan in (short_sighted, None):
         with patch(model, plan), slice_tokens(model), torch.no_grad():
@@ -108,7 +109,7 @@ def backward(
     _return_large_blocks()
     found: dict[int, dict[str, np.ndarray]] = {}
     ids = _copy_ids(model, ids)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     observe = _make_observer(model, keys, measure, found)
     with patch(model), checkpoint_layers(model), observed(model, observe), torch.enable_grad():
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -264,7 +265,7 @@ def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
 
 def _find_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The decoder's layers: what holds attention, and what lies beside that in lists of layers."""
-    modules = list(model.get_decoder().modules())
+    modules = list(text_decoder(model).modules())
     attending = dict.fromkeys(
         module
         for module in modules

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hfsparse import kernels
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.loading import input_device
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import checkpoint_layers
@@ -40,7 +41,7 @@ def distil(
     added to `gates.grad`. ids `[1, L]`.
     """
     ids = ids.to(input_device(model)).clone()
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
 
     def hidden() -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, rows]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from hfsparse.models.greedy import greedy
 from hfsparse.models.loading import input_device
 from hfsparse.models.logits import read_logits
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.capture import Seen, backward, stack_layers
@@ -91,7 +92,7 @@ def append_answer(model: PreTrainedModel, prompt: Prompt) -> tuple[Tensor, Tenso
 def measure_losses(model: PreTrainedModel, prompt: Prompt, plans: list[Plan]) -> np.ndarray:
     """Cross entropy [plans] of the dense model's own answer under each plan."""
     ids, keys = append_answer(model, prompt)
-    decoder, found = model.get_decoder(), []
+    decoder, found = text_decoder(model), []
     for plan in plans:
         with patch(model, plan), slice_tokens(model), torch.no_grad():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import input_device
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import PROJECTIONS, find_projection
@@ -52,7 +53,7 @@ def measure_proxies(
 
     ids = keys.ids.to(input_device(model))
     with patch(model), slice_tokens(model), observed(model, observe), torch.no_grad():
-        model.get_decoder()(input_ids=ids, use_cache=False)
+        text_decoder(model)(input_ids=ids, use_cache=False)
     return {name: torch.stack([each[name] for each in found]).numpy() for name in PROXIES}
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
+from hfsparse.models.names import text_decoder
+
 SLICE = 2048  # tokens
 
 
@@ -24,7 +26,7 @@ def slice_tokens(model: PreTrainedModel) -> Iterator[None]:
 
     Mixtures of experts stay as they are.
     """
-    named = model.get_decoder().named_modules()
+    named = text_decoder(model).named_modules()
     with wrap_forwards(
         [module for name, module in named if _acts_per_token(name, module)], _run_in_slices
     ):

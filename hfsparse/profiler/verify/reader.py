@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.loading import input_device
-from hfsparse.models.names import cache_name
+from hfsparse.models.names import cache_name, text_decoder
 
 PAST, PIECE = 12, 4  # tokens that a model is tried on
 # Hidden states are others where they differ by more than this part of their length, and by so many
@@ -27,7 +27,7 @@ class Reader:
     """
 
     def __init__(self, model: PreTrainedModel, alone: bool = False):
-        self.decoder, self.device = model.get_decoder(), input_device(model)
+        self.decoder, self.device = text_decoder(model), input_device(model)
         self.hybrid, self.alone = has_states(model), alone
         self.cache, self.seen = DynamicCache(), 0
 

@@ -23,7 +23,7 @@ SLACK = 32  # tokens a ring keeps beyond its window, at least: newest ones can b
 
 def ring_size(band: Band, tokens: int, slack: int = SLACK) -> int:
     """Slots that a ring has behind its sink for rows of so many tokens; it grows by pages."""
-    size = band.span(tokens) + slack
+    size = band.widest(tokens) + slack
     return -(-size // PAGE) * PAGE if band.rate else size
 
 
@@ -124,7 +124,7 @@ class Ring(Store):
     def _fits(self, rows: list[int]) -> tuple[bool, int, int, bool]:
         """Whether the buffers fit rows of these lengths; the size that they need and, once none
         is short, may have; whether one is short: a crop could lead back under `below`."""
-        spans = [self.band.span(n) + self.slack for n in rows]
+        spans = [self.band.widest(n) + self.slack for n in rows]
         lengths = [max(n - self.band.sink, 1) for n in rows]
         short = [n < self.below + self.slack for n in rows] if self.below else [False] * len(rows)
         need = max(

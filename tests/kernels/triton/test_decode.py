@@ -56,14 +56,16 @@ def test_every_key_matches_plain_attention(decode, queries, group, extras, dtype
 
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (3, 4), (16, 3)])
 @pytest.mark.parametrize("below", [0, 100])
-def test_a_ring_matches_plain_attention(decode, queries, group, below):
+@pytest.mark.parametrize("band", [Band(5, 40, 6554), Band(0, 40, chunked=True)], ids=repr)
+def test_a_ring_matches_plain_attention(decode, queries, group, below, band):
     """The window counts from each query's own position; a short row reads all that is held."""
     q, k, v, query, key, logits = step(queries, [190, 90], "plain", group)
-    band, size, length = Band(sink=5, recent=40, rate=6554), 77, used(key)
-    key = ring_positions(length, torch.full((2,), 5), 5, size)
-    k, v = (t.gather(2, key.clamp(min=0)[:, None, :, None].expand_as(t[:, :, :82])) for t in (k, v))
+    sink, size, length = band.sink, 77, used(key)
+    key, slots = ring_positions(length, torch.full((2,), sink), sink, size), sink + size
+    at = key.clamp(min=0)[:, None, :, None]
+    k, v = (t.gather(2, at.expand_as(t[:, :, :slots])) for t in (k, v))
     k, v = (t.masked_fill((key < 0)[:, None, :, None], torch.nan) for t in (k, v))
-    window = (key[:, None] < 5) | (key[:, None] >= band.start(query)[..., None])
+    window = (key[:, None] < sink) | (key[:, None] >= band.start(query)[..., None])
     kept = (window | (length < below)[:, None, None])[:, None]
     ring = {"band": band, "size": size, "below": below}
     out = decode(q, k, v, query, length=length, **ring, scale=logits["scale"])
