@@ -27,6 +27,7 @@ from benchmarks.common.clock import SKIP, continued
 from benchmarks.common.journal import end_in_order
 from benchmarks.common.shapes import cache_bytes, tidy
 from hfsparse.lists.lengths import Lengths
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import is_patched, state_of
 from hfsparse.plan import Layer, ModelId, Plan
@@ -102,7 +103,7 @@ def filled(model: PreTrainedModel, length: int, room: int) -> DynamicCache:
         for i in range(model.config.num_hidden_layers):
             cache.update(*latents(model, i, length), i)
         return cache
-    adopt(cache, model.get_decoder(), reserve=length + room)
+    adopt(cache, text_decoder(model), reserve=length + room)
     lengths = Lengths.of(None, 0, length, 1)
     for i, layer in enumerate(cache.layers):
         k = torch.cat(latents(model, i, length), -1)

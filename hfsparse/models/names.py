@@ -13,10 +13,15 @@ CACHES = ("cache", "past_key_values")  # forward takes it by the first name from
 
 
 def text_decoder(model: Any) -> Any:
-    """A model's text decoder, which answers hidden states; `get_decoder` of Llama 4 names the model
-    that has a head on top of it."""
+    """A model's text decoder, which answers hidden states.
+
+    `get_decoder` names the model that has a head on top of it for Llama 4, and in 4.57 for GPT-2.
+    """
     decoder = model.get_decoder()
-    return decoder.model if hasattr(decoder, "lm_head") and hasattr(decoder, "model") else decoder
+    if decoder.get_output_embeddings() is None:
+        return decoder
+    inner = decoder.base_model
+    return getattr(decoder, "model", decoder) if inner is decoder else inner
 
 
 def new_tokens(kwargs: dict) -> Tensor | None:

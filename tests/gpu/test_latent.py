@@ -178,7 +178,7 @@ def test_a_replay_is_the_eager_step_bit_for_bit(plan, pads, dtype):
 @pytest.mark.skipif(not latents.exists("deepseek_v3"), reason="expanded keys are cached")
 @pytest.mark.parametrize("plan", [full, streaming, mixed])
 def test_the_gpu_says_what_the_cpu_says(plan, monkeypatch):
-    monkeypatch.setattr("hfsparse.runtime.prefill.default_block", lambda tokens, device: 128)
+    monkeypatch.setattr("hfsparse.runtime.layout.default_block", lambda tokens, device: 128)
     model, (ids, mask) = latents.fresh("deepseek_v3"), left_padded(250, (0, 7))
     with hfsparse.patch(model, plan(model)):
         want = generate(model, ids, mask)

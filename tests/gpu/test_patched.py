@@ -48,7 +48,7 @@ def whole_float32():
 @pytest.mark.parametrize("plan", [full, streaming, growing, mixed, straddled])
 @pytest.mark.parametrize("chunk", [None, 300])
 def test_cuda_gives_the_cpus_answer(family, plan, chunk, monkeypatch, tmp_path):
-    monkeypatch.setattr("hfsparse.runtime.prefill.default_block", lambda tokens, device: 128)
+    monkeypatch.setattr("hfsparse.runtime.layout.default_block", lambda tokens, device: 128)
     model, (ids, mask) = fresh(family), left_padded(990)
     more = {} if chunk is None else {"prefill_chunk_size": chunk}
     results = []

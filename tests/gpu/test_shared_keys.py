@@ -38,7 +38,7 @@ def test_a_replay_is_the_eager_step_bit_for_bit(plan, pads):
 @pytest.mark.parametrize("keep", [0, 1])
 def test_prompts_and_chunks_give_what_they_give_on_the_cpu(model, keep, monkeypatch):
     """The last queries alone go through readers, where `keep` says so."""
-    monkeypatch.setattr("hfsparse.runtime.prefill.default_block", lambda tokens, device: 128)
+    monkeypatch.setattr("hfsparse.runtime.layout.default_block", lambda tokens, device: 128)
     plan, found = mixed(model), []
     for place in (DEVICE, "cpu"):
         ids, mask = (t.to(place) for t in inputs(300, (0, 7)))
