@@ -137,9 +137,11 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         return "prompt {}; new tokens {}".format(*parts)
 
     for words, alike in groupby(state.layers, describe):
-        first, *rest = [layer.index for layer in alike]
-        span = f"layers {first} to {rest[-1]}" if rest else f"layer {first}"
-        yield f"{span}: {words}"
+        found = [layer.index for layer in alike]
+        first, last = found[0], found[-1]
+        span = ", ".join(map(str, found))  # layers without attention lie between
+        span = f"{first} to {last}" if found == [*range(first, last + 1)] and found[1:] else span
+        yield f"layer{'s' if found[1:] else ''} {span}: {words}"
 
 
 def _weights_name(model: PreTrainedModel) -> str:

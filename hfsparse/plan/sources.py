@@ -21,6 +21,7 @@ from hfsparse.reading import local
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDER = next(each for each in (HERE / "plans", HERE.parent / "plans") if each.is_dir())
+WEB = re.compile(r"(hf|https?):/", re.IGNORECASE)
 NAME = re.compile(r"[a-z]{2,20}:[\w.-]{1,120}", re.ASCII | re.IGNORECASE)  # C:plan.yaml is a file
 
 
@@ -56,6 +57,8 @@ def _kind(source: str | os.PathLike) -> str:
         return "file"
     if hub.is_address(source):
         return "address"
+    if WEB.match(source) and not local(source).exists():
+        raise PlanError(f"{source} is no file: a plan on the hub is hf://ORG/REPO/plan.yaml")
     return "name" if NAME.fullmatch(source) and not local(source).exists() else "file"
 
 

@@ -80,7 +80,8 @@ def why_not(module: nn.Module) -> str | None:
             "this transformers caches the keys of each head that it makes of latents (MLA): 5.17 "
             "and later cache the latents"
         )
-    if getattr(module.kv_b_proj, "bias", None) is not None:
+    bias = getattr(module.kv_b_proj, "bias", None)
+    if (bias() if callable(bias) else bias) is not None:  # torch's quantised layers have a method
         return "it adds a bias to what it makes of latents (MLA)"
     with torch.autocast("cpu", enabled=False):
         alone, given = _sample(module)

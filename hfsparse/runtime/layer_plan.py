@@ -78,6 +78,11 @@ class LayerPlan:
         """Heads of the keys that attention is given: latents are expanded for each q head."""
         return self.counts.q_heads if self.rank else self.kv_heads
 
+    @property
+    def alone(self) -> bool:
+        """Whether it may be sparse, and binds no other layer, nor is bound."""
+        return self.window is None and self.producer is None and self.last_reader is None
+
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at

@@ -635,3 +635,17 @@ def test_layers_that_a_plan_has_no_words_for_stay_full_and_it_is_told(tmp_path):
     assert plan.layers[0] == Plan.full(plan.model).layers[0]
     assert {*plan.layers[1].prefill} == {"stream64-256"}
     assert note(notes, "stay full").endswith("layer 0 heads 0-3")
+
+
+def test_layers_that_share_keys_have_no_ring_and_it_is_told(tmp_path):
+    """Layer 4 reads the keys of layer 2 here, layer 3 those of layer 0."""
+    if not exists("gemma4_shared"):
+        pytest.skip("not in this version")
+    model, folder = supported("gemma4_shared"), tmp_path / "gates"
+    folder.mkdir()
+    (folder / "full_attention_heads.tsv").write_text("0\t1\n" * 5)
+    (folder / "config.json").write_text(json.dumps({"sink_size": 4, "recent_size": 16}))
+    plan, notes = import_plan("duo", folder, model.config)
+    rings = [index for index, layer in enumerate(plan.layers) if {*layer.cache} != {"full"}]
+    assert rings == [1]
+    assert "layers 2, 4 head 0" in note(notes, "share these kv heads' keys").replace("; layer", ",")

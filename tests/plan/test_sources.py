@@ -53,9 +53,15 @@ def test_a_file_is_a_file_whatever_its_name(mine, tmp_path, monkeypatch):
     assert open_plan(Path("plan.yaml")) == other
 
 
-@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c", "https://x/y"])
+@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c"])
 def test_what_is_no_name_is_looked_for_as_a_file(source):
     with pytest.raises(PlanError, match="can't read it: No such file"):
+        open_plan(source)
+
+
+@pytest.mark.parametrize("source", ["HF://a/b/plan.yaml", "hf:/a/b", "https://huggingface.co/a/b"])
+def test_an_address_of_another_form_is_told_ours(source):
+    with pytest.raises(PlanError, match="a plan on the hub is hf://"):
         open_plan(source)
 
 

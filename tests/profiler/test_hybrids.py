@@ -194,6 +194,19 @@ def test_every_method_plans_a_hybrid(model, monkeypatch, settings):
     check(model, hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **settings}))
 
 
+@pytest.mark.parametrize("method", ["balanced", "minference", "moa", "duo"])
+def test_every_method_plans_a_model_whose_layers_share_keys(monkeypatch, method):
+    monkeypatch.setattr(duo, "STEPS", 2)
+    monkeypatch.setattr(duo, "PIECE", 1)
+    monkeypatch.setattr(influence, "ANSWER", 4)
+    monkeypatch.setattr(moa, "STEPS", 2)
+    model = build("gemma4 of shared keys")
+    plan = hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **WIDE, "method": method})
+    check(model, plan)
+    full = Plan.full(plan.model).layers
+    assert [index for index in range(5) if plan.layers[index] != full[index]] == [1]
+
+
 # ---- measurements
 
 

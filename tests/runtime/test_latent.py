@@ -342,6 +342,16 @@ def test_other_ways_to_make_keys_of_latents_are_refused():
         hfsparse.patch(model)
 
 
+def test_a_quantised_projection_has_no_bias():
+    """`bias` of torch's own quantised layers is a method."""
+    from torch.ao.quantization import quantize_dynamic
+
+    model, ids = quantize_dynamic(fresh(), {nn.Linear}, dtype=torch.qint8), tokens(1, 70)
+    stock = forward(model, ids).logits
+    with hfsparse.patch(model):
+        close(forward(model, ids).logits, stock)
+
+
 def test_models_with_an_indexer_stay_refused():
     if not hasattr(transformers, "DeepseekV32ForCausalLM"):
         pytest.skip("this transformers has no DeepSeek V3.2")

@@ -107,7 +107,7 @@ def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Pl
     if not found.rows:
         return replace(Plan.full(model), skip=found.skip), []
     group, patterns, layers = model.q_heads // model.kv_heads, {}, []
-    windowed, wide, kept, left = {}, {}, {}, {}  # layer -> heads, for the notes
+    windowed, shared, wide, kept, left = {}, {}, {}, {}, {}  # layer -> heads, for the notes
 
     def word(pattern: Pattern | None) -> str:
         if pattern is None:
@@ -123,8 +123,9 @@ def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Pl
         q_row = row if found.unit == "q_heads" else [p for p in row for _ in range(group)]
         groups = [q_row[first : first + group] for first in range(0, len(q_row), group)]
         rings = [_join_spans(each) if found.rings else None for each in groups]
-        if found.rings and shape.window is not None:
-            note_heads(windowed, index, [ring is not None for ring in rings])
+        if found.rings and not shape.alone:
+            why = windowed if shape.window is not None else shared
+            note_heads(why, index, [ring is not None for ring in rings])
             rings = [None] * len(rings)
         elif found.rings:
             streams = [[p is not None for p in each] for each in groups]
@@ -137,6 +138,7 @@ def _build_plan(found: Found, model: ModelId, own: list[LayerShape]) -> tuple[Pl
         f"{what}: {describe_heads(where)}"
         for what, where in (
             ("the model's own window bounds the cache, so these kv heads have no ring", windowed),
+            ("layers share these kv heads' keys, so they have no ring", shared),
             ("layers in chunks, without attention or with other heads stay full", left),
             ("kv heads keep every key, and decode reads all: a q head of theirs is full", kept),
             ("kv heads keep, and decode reads, the longest span of their q heads", wide),

@@ -13,6 +13,7 @@ in place of the formula, log_a in place of a, or a fixed `threshold`.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def _at_length(path: Path, scale: float, length: int | None) -> float:
 
 
 def _number(path: Path, name: str, value: Any, above: float = -math.inf) -> float:
-    if type(value) not in (int, float) or not above < value < math.inf:  # NaN too
+    sound = type(value) in (int, float) and above < value and abs(value) <= sys.float_info.max
+    if not sound:  # NaN too
         wanted = "a number" if above < 0 else f"a number above {above}"
         raise no_plan(path, "modelopt", f"{name} is {describe(value)}, not {wanted}")
     return float(value)

@@ -124,7 +124,7 @@ def backward(
 def stack_layers(
     model: PreTrainedModel, found: list[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What each free layer has answered, as arrays `[layers, ...]`, 0 in the other layers."""
+    """What layers that may be sparse have answered, as arrays `[layers, ...]`, 0 in the others."""
     free = [shape.alone for shape in layer_shapes(model)]
     stacked = {}
     for name in found[0]:
@@ -146,7 +146,7 @@ def _make_observer(
     def observe(module, q, k, v, logits):
         if not torch.is_grad_enabled():  # the forward pass
             return None
-        if layer_plan_of(module).window is not None:
+        if not layer_plan_of(module).alone:
             return None
 
         # Detached: a hook that held its own tensor's graph would keep every layer alive.

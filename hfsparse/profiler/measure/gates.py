@@ -76,8 +76,8 @@ def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iter
 
 
 def find_sparse_layers(model: PreTrainedModel) -> list[LayerPlan]:
-    """The layers of a patched model that have no window of their own."""
-    return [layer for layer in layer_plans_of(model) if layer.window is None]
+    """The layers of a patched model that may be sparse."""
+    return [layer for layer in layer_plans_of(model) if layer.alone]
 
 
 def attend_streaming(q: Tensor, k: Tensor, v: Tensor, stream: Streaming, logits: Logits) -> Tensor:

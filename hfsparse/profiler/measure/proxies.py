@@ -36,13 +36,13 @@ ROWS = 64  # rows that are measured, spread over the answers
 def measure_proxies(
     model: PreTrainedModel, keys: Passkeys, stream: Streaming
 ) -> dict[str, np.ndarray]:
-    """Each proxy `[layers, Hkv]`, a row for each layer without a window of its own."""
+    """Each proxy `[layers, Hkv]`, a row for each layer that may be sparse."""
     some = np.linspace(0, len(keys.rows) - 1, min(ROWS, len(keys.rows))).astype(int)
     rows, sources = (torch.tensor(t, device="cpu")[some] for t in (keys.rows, keys.sources))
     found: list[dict[str, Tensor]] = []
 
     def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> None:
-        if layer_plan_of(module).window is not None:
+        if not layer_plan_of(module).alone:
             return
         at, source = rows.to(q.device), sources.to(q.device)
         q, latents = q[:, :, at], solve_latents(module, k, v)
