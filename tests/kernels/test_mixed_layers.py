@@ -80,8 +80,15 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
     plain = copy.deepcopy(layer)
     plain.stores.reverse()  # none depends on another
     ours, theirs = (
-        SimpleNamespace(counts=Counts(heads * ratio), shared=False, at=HeadIndex())
-        for _ in range(2)
+        SimpleNamespace(
+            groups=tuple(store.group for store in each.stores),
+            counts=Counts(heads * ratio),
+            shared=False,
+            producer=None,
+            last_reader=None,
+            at=HeadIndex(),
+        )
+        for each in (layer, plain)
     )
     sinks = torch.linspace(-2, 3, heads * ratio) if sinks else None
     logits, outs = Logits(dims[0] ** -0.5, softcap, sinks), []

@@ -154,7 +154,7 @@ def test_a_new_length_launches_the_same(quest_module, monkeypatch, pages):
 def test_what_is_not_fused_is_said(quest_module):
     need = Need(torch.device("cpu"), torch.float32, 64, 64, chooser=Quest)
     assert "reuse is not fused" in quest_module.why_not(need._replace(chooser=Reuse))
-    assert "head dim 512" in quest_module.why_not(need._replace(head_dim=512))
+    assert "head dim 2048" in quest_module.why_not(need._replace(head_dim=2048))
     need = need._replace(tokens=((1 << 15) - 1) * PAGE)
     assert "float64" in quest_module.why_not(need._replace(dtype=torch.float64))
     assert "float16" in quest_module.why_not(need._replace(index_dtype=torch.float16))
