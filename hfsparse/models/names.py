@@ -18,7 +18,8 @@ def text_decoder(model: Any) -> Any:
     `get_decoder` names the model that has a head on top of it for Llama 4, and in 4.57 for GPT-2.
     """
     decoder = model.get_decoder()
-    if decoder.get_output_embeddings() is None:
+    head = getattr(decoder, "get_output_embeddings", None)  # of a decoder that is a model
+    if head is None or head() is None:
         return decoder
     inner = decoder.base_model
     return getattr(decoder, "model", decoder) if inner is decoder else inner

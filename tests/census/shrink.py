@@ -8,6 +8,7 @@ What a config works out itself (a kind for each layer, rope) it works out again 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -80,7 +81,7 @@ TOWERS = "vision", "audio", "encoder", "vq", "qformer", "sam", "perceiver", "dac
 
 def shrink(cls: type[PreTrainedConfig], more: dict | None = None) -> PreTrainedConfig:
     """A tiny config of this class; `more` overrules the rules, nested as the config is."""
-    more = dict(more or {})
+    more = copy.deepcopy(more or {})  # configs change what they are given
     return _shrunk(cls(**more.pop("given", {})), more, {}, tower=False)
 
 
