@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import masking_utils
 
 import hfsparse
@@ -11,7 +12,8 @@ from hfsparse.errors import PatchError
 from hfsparse.runtime.image_blocks import block_mask, last_seen, read_blocks, split_mask
 from hfsparse.runtime.layer_plan import Logits
 from hfsparse.runtime.masks import mask_start
-from tests.patcher.families import left_padded, streaming
+from tests.census import entries as census
+from tests.patcher.families import STREAM, left_padded, plan_of, streaming
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import close
 from tests.support.models import IMAGE, tiny
@@ -118,6 +120,36 @@ def test_a_prompt_with_images_equals_the_model(where):
     real = given["attention_mask"].bool()
     assert (flat.logits - stock)[real].abs().max() > 1e-3, "the blocks don't show"
     assert (sparse - got)[real].abs().max() > 1e-3
+
+
+def test_gemma4_sees_images_in_windowed_layers_alone():
+    entry = next((each for each in census.entries() if each.name == "gemma-4-31b"), None)
+    if entry is None or not hasattr(transformers, "Gemma4ForConditionalGeneration"):
+        pytest.skip("not in this version")
+    model, (ids, mask) = census.build(entry), left_padded(130)
+    model.config.get_text_config().use_bidirectional_attention = "vision"
+    kinds = torch.zeros_like(ids)
+    kinds[:, 40:48] = kinds[:, 60:70] = 1
+    given = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
+
+    def ring(index, windowed):
+        return (["full"] * 4, ["full"], ["full"]) if windowed else (["s"] * 4, ["s"], ["ring"])
+
+    plan = plan_of(model, ring, s=STREAM)
+    with torch.no_grad():
+        stock = model(**given).logits
+        flat = model(**{**given, "mm_token_type_ids": torch.zeros_like(kinds)}).logits
+        with hfsparse.patch(model):
+            got = model(**given).logits
+        with oracle(model, plan):
+            want = model(**given, **whole_cache(model)).logits
+        with hfsparse.patch(model, plan):
+            sparse = model(**given).logits
+    real = mask.bool()
+    assert (got - stock)[real].abs().max() < 1e-4  # of logits up to 10
+    assert (sparse - want)[real].abs().max() < 1e-4
+    assert (flat - stock)[real].abs().max() > 1e-3, "the blocks don't show"
+    assert (want - stock)[real].abs().max() > 1e-3
 
 
 def test_an_image_behind_a_past_is_refused():
