@@ -104,9 +104,8 @@ def _layer_obstacles(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterat
         yield f"it is sparse already: its layers are of kind {', '.join(sparse)}"
     if other:
         yield f"it has layers of kind {', '.join(other)}"
-    if not any(shape.has_state for shape in shapes):
-        return
-    if not hasattr(cache_utils, "LinearAttentionLayer"):
+    stateful = any(shape.has_state for shape in shapes)
+    if stateful and not hasattr(cache_utils, "LinearAttentionLayer"):
         yield "this transformers keeps the state of linear layers in a cache of the model's own"
     has_default = GenerationMixin._supports_default_dynamic_cache.__func__  # of any class
     if not has_default(type(model)):

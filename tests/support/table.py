@@ -60,9 +60,9 @@ def write(version: str, cells: list) -> None:
     TABLE.write_text(f"{{\n{rows}\n}}\n")
     load.cache_clear()
     TABLE.with_suffix(".md").write_text(render())
-    own = [tiny(family).config for family in FAMILIES if exists(family)]
-    kinds = dict.fromkeys(config.model_type for config in own)
-    NAMES.write_text("".join(f"{kind}\n" for kind in kinds))
+    if all(map(exists, FAMILIES)):  # else another version names them
+        kinds = dict.fromkeys(tiny(family).config.model_type for family in FAMILIES)
+        NAMES.write_text("".join(f"{kind}\n" for kind in kinds))
 
 
 def render() -> str:

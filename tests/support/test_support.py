@@ -103,6 +103,7 @@ def copied(tmp_path, monkeypatch):
     table.load.cache_clear()
 
 
+@pytest.mark.skipif(not all(map(exists, FAMILIES)), reason="not every family is here")
 def test_what_was_not_run_stays_in_the_table(copied):
     before, names = copied.TABLE.read_text(), copied.NAMES.read_text()
     page = copied.TABLE.with_suffix(".md")
@@ -120,6 +121,7 @@ def test_what_was_not_run_stays_in_the_table(copied):
     assert f"refused: no beams (phi3, beams, {version})" in page.read_text()
 
 
+@pytest.mark.skipif(not all(map(exists, FAMILIES)), reason="not every family is here")
 def test_a_row_and_a_way_that_are_gone_leave_the_table(copied, monkeypatch):
     version = next(iter(copied.load()))
     monkeypatch.setattr(models, "FAMILIES", [name for name in FAMILIES if name != "phi3"])
