@@ -7,7 +7,14 @@ import json
 from typing import Any
 
 from hfsparse.errors import ShapeError
-from hfsparse.models.layers import LATENT, LayerShape, layer_shapes, one_value, shape
+from hfsparse.models.layers import (
+    LATENT,
+    LayerShape,
+    layer_shapes,
+    one_value,
+    reading_config,
+    shape,
+)
 
 
 def fingerprint(config: Any) -> str:
@@ -18,12 +25,8 @@ def fingerprint(config: Any) -> str:
 
 def attention_values(config: Any) -> dict:
     """Shape, layer kinds, window and rope of a text decoder's config; else a ShapeError."""
-    try:
+    with reading_config():
         return _attention_values(config)
-    except ShapeError:
-        raise
-    except Exception as error:  # a config is any code, and a hand-written one holds anything
-        raise ShapeError(str(error)) from error
 
 
 def _attention_values(config: Any) -> dict:

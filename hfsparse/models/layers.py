@@ -5,6 +5,8 @@ may_drop_keys = [shape.free for shape in layer_shapes(config)]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,9 +91,18 @@ class LayerShape:
 def text_config(model_or_config: Any) -> Any:
     """The config of a model's text decoder; ShapeError for what has none."""
     config = getattr(model_or_config, "config", model_or_config)
-    try:
+    with reading_config():  # of two decoders transformers knows no one
         return config.get_text_config(decoder=True)
-    except Exception as error:  # a config is any code: of two decoders transformers knows no one
+
+
+@contextmanager
+def reading_config() -> Iterator[None]:
+    """What a config raises is a ShapeError: it is any code, and one by hand holds anything."""
+    try:
+        yield
+    except ShapeError:
+        raise
+    except Exception as error:
         raise ShapeError(str(error)) from error
 
 
@@ -113,12 +124,8 @@ def one_value(config: Any, name: str, default: Any = None) -> Any:
 def layer_shapes(model_or_config: Any) -> list[LayerShape]:
     """Every layer of the text decoder of a model, or of its config; else a ShapeError."""
     config = text_config(model_or_config)
-    try:
+    with reading_config():
         return _layer_shapes(config)
-    except ShapeError:
-        raise
-    except Exception as error:  # a config is any code, and a hand-written one holds anything
-        raise ShapeError(str(error)) from error
 
 
 def shape(config: Any) -> dict[str, int]:

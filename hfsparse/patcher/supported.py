@@ -66,9 +66,7 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     except ShapeError as error:
         yield f"its config gives no one shape for all layers ({error})"
         return
-    if any(shape.producer is not None for shape in shapes) and any(
-        by_layer(config, "kv_lora_rank")
-    ):
+    if any(shape.producer is not None and shape.rank for shape in shapes):
         yield "its layers share latents (MLA)"
     yield from _layer_obstacles(model, shapes)
     yield from _module_obstacles(modules, [i for i, shape in enumerate(shapes) if shape.attends])
