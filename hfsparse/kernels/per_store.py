@@ -7,6 +7,7 @@ Lengths of rows come from the host, so that such a step can't be recorded as a C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -78,5 +79,6 @@ def _read_full(run, part: Place, rows, q, new: NewTokens, more, listed) -> Tenso
     q, k, v, query_pos, length = take_rows(rows, q, k, v, new.query_pos, new.length)
     if listed is None:
         return run(q, k, v, query_pos, None, length=length, **more)
-    listed = PageLists(*take_rows(rows, listed.pages, listed.count))
+    chosen, count = take_rows(rows, listed.pages, listed.count)
+    listed = replace(listed, pages=chosen, count=count)
     return run(q, k, v, query_pos, None, listed, length=length, **more)

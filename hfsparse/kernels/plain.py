@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid, PageLists
@@ -26,7 +28,7 @@ def select(
 ) -> PageLists:
     """`selector.pages` of some heads of q; a choice that is kept is renewed where it is due."""
     lists = selector.pages(q[:, heads], index, length, scale)
-    lists = PageLists(lists.pages, lists.count.masked_fill((length < below)[:, None], 0))
+    lists = replace(lists, count=lists.count.masked_fill((length < below)[:, None], 0))
     if choice is not None:
         lists = choice.renew(lists, length, selector.budget.refresh)
     if read is not None:

@@ -231,9 +231,10 @@ def decode(
     """
     B, Hq, Q, D = q.shape
     Hkv, S = k.shape[1:3]
+    unit = PAGE if pages is None else pages.unit
     short = -S % PAGE
-    k, v = (pad(t, (0, 0, 0, short)).unflatten(2, (-1, PAGE)).flatten(0, 1) for t in (k, v))
-    held = pad(positions(key_pos, length, S), (0, short), value=-1).view(B, -1, PAGE)
+    k, v = (pad(t, (0, 0, 0, short)).unflatten(2, (-1, unit)).flatten(0, 1) for t in (k, v))
+    held = pad(positions(key_pos, length, S), (0, short), value=-1).view(B, -1, unit)
     n, device = k.shape[1], q.device
     if pages is None:
         everything = torch.arange(n, device=device).expand(B, Hkv, -1)
@@ -246,12 +247,12 @@ def decode(
     if start is not None:
         start = start[:, None, None].expand(B, Hkv, group, Q).reshape(B * Hkv, -1, 1)
     listed, count = pages.pages.reshape(B * Hkv, -1), pages.count.reshape(B * Hkv, 1)
-    step = max(1, TILE // (B * Hkv * PAGE * max(D, v.shape[-1], group * Q)))
+    step = max(1, TILE // (B * Hkv * unit * max(D, v.shape[-1], group * Q)))
     for j in range(0, listed.shape[1], step):
         page = listed[:, j : j + step]
         key = held[row // Hkv, page].flatten(1)[:, None]
         used = torch.arange(j, j + page.shape[1], device=device) < count
-        kept = (key >= 0) & (key <= query) & used.repeat_interleave(PAGE, 1)[:, None]
+        kept = (key >= 0) & (key <= query) & used.repeat_interleave(unit, 1)[:, None]
         if start is not None:
             kept &= (key < sink) | (key >= start)
         values = v[row, page].flatten(1, 2).masked_fill_((key < 0).mT, 0)  # as in prefill

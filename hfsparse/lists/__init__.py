@@ -17,7 +17,7 @@ from hfsparse.lists.grid import (
     at_heads,
     default_block,
 )
-from hfsparse.lists.pages import PageLists
+from hfsparse.lists.pages import UNITS, PageLists
 
 __all__ = [
     "ANY",
@@ -26,6 +26,7 @@ __all__ = [
     "FULL",
     "PAGE",
     "RATE_ONE",
+    "UNITS",
     "Band",
     "BlockLists",
     "Grid",

@@ -7,12 +7,11 @@ since are read too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hfsparse.lists.grid import PAGE
 from hfsparse.lists.pages import PageLists
 
 
@@ -57,8 +56,8 @@ class Choice:
         pages.copy_(torch.where(young[..., None], pages, fresh.pages))
         self.count.copy_(torch.where(young, self.count, fresh.count))
         self.length.copy_(torch.where(young, self.length, length * (fresh.count > 0)))
-        total, then = -(-length // PAGE), -(-self.length // PAGE)
+        total, then = -(-length // fresh.unit), -(-self.length // fresh.unit)
         beyond = torch.arange(width, device=pages.device) - self.count[..., None]
         grown = torch.minimum(then[..., None] + beyond, (total[..., None] - 1).clamp(min=0))
         count = torch.where(self.length > 0, self.count + total - then, 0)
-        return PageLists(torch.where(beyond < 0, pages, grown), count)
+        return replace(fresh, pages=torch.where(beyond < 0, pages, grown), count=count)

@@ -1,9 +1,9 @@
-"""Which pages of a cache each kv head reads."""
+"""Which pages of a cache, or smaller units of them, each kv head reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,29 +12,45 @@ from torch.nn.functional import pad
 from hfsparse.lists.grid import PAGE, HeadIndex
 
 
+UNITS = (1, 8, 16, 32, PAGE)  # tokens that a list may name together: parts of pages, or pages
+
+
 @dataclass(frozen=True)
 class PageLists:
-    """Which pages of a kv head's cache a decode step reads; ties went to the lower page."""
+    """Which pages of a kv head's cache a decode step reads; ties went to the lower page.
+
+    Lists of smaller units than pages name unit u for the tokens from u * unit on.
+    """
 
     pages: Tensor  # [B, Hkv, width] int64, ascending
     count: Tensor  # [B, Hkv]
+    unit: int = PAGE  # tokens in each, one of UNITS
 
     @classmethod
     def cat(cls, parts: Sequence[PageLists]) -> PageLists:
         """Those of some heads, then those of others."""
         if len(parts) == 1:
             return parts[0]
+        unit = min(part.unit for part in parts)
+        parts = [part._split(unit) for part in parts]
         width = max(part.pages.shape[2] for part in parts)
         pages = [pad(part.pages, (0, width - part.pages.shape[2])) for part in parts]
-        return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1))
+        return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1), unit)
+
+    def _split(self, unit: int) -> PageLists:
+        """The same tokens in smaller units; beyond a row's end there may be some of no token."""
+        if (each := self.unit // unit) == 1:
+            return self
+        within = torch.arange(each, device=self.pages.device)
+        return PageLists((self.pages[..., None] * each + within).flatten(2), self.count * each, unit)
 
     def of(self, heads: Sequence[int], device: torch.device, index: HeadIndex) -> PageLists:
         """Those of some kv heads, on a device."""
         if len(heads) == self.pages.shape[1] and device == self.pages.device:
             return self
         at = index(heads, self.pages.device)
-        return PageLists(self.pages[:, at].to(device), self.count[:, at].to(device))
+        return replace(self, pages=self.pages[:, at].to(device), count=self.count[:, at].to(device))
 
     def keys(self, length: Tensor) -> Tensor:
         """[B, Hkv] keys in the pages, for rows of `length` [B] whose last page is read, if any."""
-        return (self.count * PAGE - (-length % PAGE)[:, None]).clamp(min=0)
+        return (self.count * self.unit - (-length % self.unit)[:, None]).clamp(min=0)

@@ -4,6 +4,9 @@ A page's bound for a query is the dot product with, channel by channel, the page
 largest key value, whichever is larger. The q heads of a group vote with the softmax of their
 bounds; the row's first and last pages are always read.
 
+Smaller units than pages are ranked better, since fewer keys share a bound. A unit with several
+bounds is worth its best one: pages of 64 with bounds over 16 are LServe's (arXiv 2502.14866).
+
 `top_p` reads fewer where few pages have most of the votes (Twilight, arXiv 2502.02770): the best
 ones, until they hold that share of all votes, which estimate the softmax's mass.
 """
@@ -17,17 +20,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hfsparse.lists import PageLists
+from hfsparse.lists import PAGE, UNITS, PageLists
 from hfsparse.precision import exact
+from hfsparse.registry import require
 from hfsparse.selectors.budget import Budget, votes
 from hfsparse.selectors.selector import register
+
+
+BOUNDS = tuple(unit for unit in UNITS if unit >= 8)
 
 
 @register("quest")
 @dataclass(frozen=True)
 class Quest:
-    """Share of a row's pages read by a decode step, never fewer than `min_pages`.
+    """Share of a row's units read by a decode step, never fewer than `min_pages` hold.
 
+    unit: tokens that are read together. bound: tokens that a bound is over, no more than a unit.
     refresh: a row's choice is read until it has grown by so many tokens; 0: each step chooses.
     top_p: pages are read until they hold this share of the votes, at most `share` of the pages; 0:
     always so many.
@@ -37,38 +45,51 @@ class Quest:
     min_pages: int = 16
     refresh: int = 0
     top_p: float = 0.0
+    unit: int = PAGE
+    bound: int = PAGE
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
+        for name in ("unit", "bound"):
+            given = getattr(self, name)
+            require(given in BOUNDS, f"{name} is {given}: give 8, 16, 32 or {PAGE} tokens")
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+
+    @property
+    def span(self) -> int:
+        """Tokens that a bound is over."""
+        return min(self.bound, self.unit)
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Quest:
         """The same for all heads of all layers."""
         return self
 
     def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """Each page's smallest and largest key value a channel, `low` and `high` `[B, H, n, D]`."""
-        empty = ~real
-        return {
-            "low": keys.masked_fill(empty, torch.inf).amin(3),
-            "high": keys.masked_fill(empty, -torch.inf).amax(3),
-        }
+        """Smallest and largest key value a channel, `low` and `high` `[B, H, n, D]` of a page, or
+        `[B, H, n, PAGE / span, D]` of smaller spans."""
+        shape = (-1, self.span) if self.span < PAGE else (PAGE,)
+        low = keys.masked_fill(~real, torch.inf).unflatten(3, shape)
+        high = keys.masked_fill(~real, -torch.inf).unflatten(3, shape)
+        return {"low": low.amin(-2), "high": high.amax(-2)}
 
     def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
-        """Pages read by new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
+        """Units read by new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
 
-        index: `low`, `high` `[B, Hkv, P, D]`.
+        index: `low`, `high`, as `summarise` has them, of P pages.
         """
-        bound = page_bounds(q, index["low"], index["high"]) * scale
-        vote = votes(bound, length, index["low"].shape[1])
+        low, high = (t if t.ndim == 4 else t.flatten(2, 3) for t in (index["low"], index["high"]))
+        beyond = torch.arange(low.shape[2], device=q.device) >= -(-length // self.span)[:, None]
+        bound = bounds(q, low, high).masked_fill(beyond[:, None, None], -torch.inf) * scale
+        best = bound.unflatten(3, (-1, self.unit // self.span)).amax(4)
+        vote = votes(best, length, low.shape[1], self.unit)
         return self.budget.best(vote, length, q.shape[2])
 
 
-def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Upper bounds of q · k over each page: q `[B, Hq, Q, D]` → `[B, Hq, Q, P]`."""
+def bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Upper bounds of q · k over each span: q `[B, Hq, Q, D]` → `[B, Hq, Q, n]`."""
     B, Hq, Q, D = q.shape
     q = exact(q).view(B, low.shape[1], -1, Q, D)
     up = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(min=0), exact(high))

@@ -44,7 +44,7 @@ class Selector(Protocol):
 
     @property
     def budget(self) -> Budget:
-        """How many pages a step reads, and how often it chooses, in numbers of the host."""
+        """How much a step reads, of what size, and how often it chooses, in numbers of the host."""
         ...
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Selector:
@@ -68,24 +68,26 @@ class Selector(Protocol):
         (`DeviceTensor`).
 
         The names `low` and `high`, both and no others, mean each page's smallest and largest key
-        by channel `[B, H, n, D]`, in the keys' dtype: kernels write these themselves.
+        by channel `[B, H, n, D]`, in the keys' dtype: kernels write these themselves. Other names
+        are free, and so are other shapes, such as values by token `[B, H, n, PAGE, ...]`.
         """
         ...
 
     def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
-        """Pages that are read by new queries q `[B, Hq, Q, D]`: the last Q tokens of their rows.
+        """Units that are read by new queries q `[B, Hq, Q, D]`: the last Q tokens of their rows.
 
         index: of the P pages that there is room for, `[B, H, P, ...]`; Hq is a multiple of H, the
         heads of a group lie side by side. length [B] int64: tokens of each row, new ones included;
-        0: an empty row, whose list is empty. Lists are int64, ascending, no page twice, with
-        `budget.width(P, Q)` places; those not counted name any page below P.
+        0: an empty row, whose list is empty. Lists are int64, ascending, no unit twice, of
+        `budget.unit` tokens each, with `budget.width(P, Q)` places; those not counted name any
+        unit of the P pages.
 
         What must hold:
         - The row's first page and those of the new queries are read (`Budget.best` sees to it).
         - What is chosen for a row depends on nothing else: not on the room that there is (a CUDA
           graph passes all of it, a step on the CPU no more than the longest row needs), nor on
           other rows. Beyond a row's last page the index may hold anything, NaN included.
-        - Equal scores go to the lower page.
+        - Equal scores go to the lower unit.
         - The host never waits for the device: no `.item()`, no `if` on a tensor's value.
         - The numbers are worked out as exactly whatever rounds the model's products
           (`precision.exact`); autocast is off.

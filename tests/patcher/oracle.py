@@ -24,7 +24,6 @@ from hfsparse.models.names import text_decoder
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
-PAGE = 64
 DECODE = 16  # a call with a past and at most so many new tokens is decode
 CACHE = (
     "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -233,7 +232,7 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
         return kept
     selector = plan.patterns[words.decode[group]]
     chosen = _pages(selector, plan.table_of(selector), layer, group, q, k, scale)
-    return kept & torch.isin(torch.arange(total) // PAGE, torch.tensor(chosen))
+    return kept & torch.isin(torch.arange(total) // selector.budget.unit, torch.tensor(chosen))
 
 
 def _pages(selector, table, layer, group, q, k, scale) -> list[int]:

@@ -196,10 +196,20 @@ def largest_share(scores: np.ndarray) -> np.ndarray:
 
 def quest(selector: Quest, q, k, scale: float, table, head: int) -> np.ndarray:
     bounds = []
-    for page in np.array_split(k, range(PAGE, len(k), PAGE)):
-        low, high = page.min(0), page.max(0)
-        bounds.append(np.maximum(q * low, q * high).sum(2) * scale)
+    for unit in split(k, selector.unit):
+        spans = [(span.min(0), span.max(0)) for span in split(unit, selector.bound)]
+        bounds.append(max_of(np.maximum(q * low, q * high).sum(2) * scale for low, high in spans))
     return largest_share(np.stack(bounds, 2))
+
+
+def split(k: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Keys `[n, D]` in parts of so many."""
+    return np.array_split(k, range(tokens, len(k), tokens))
+
+
+def max_of(arrays) -> np.ndarray:
+    """The largest, place by place."""
+    return np.stack([*arrays]).max(0)
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,8 @@ SELECTOR_ROWS = {
             "quest_few": Quest(share=0.01, min_pages=3),
             "quest_all": Quest(share=1.0, min_pages=2),
             "quest_top_p": Quest(share=0.7, min_pages=2, top_p=0.5),
+            "quest_16": Quest(share=0.3, min_pages=2, unit=16),
+            "quest_lserve": Quest(share=0.3, min_pages=2, bound=16),
         },
         quest,
     ),
@@ -230,15 +242,17 @@ SELECTOR_ROWS = {
 
 
 def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
-    """Pages that a step must read and those that it may, of one row and kv head, tensors in.
+    """Units that a step must read and those that it may, of one row and kv head, tensors in.
 
     They differ where votes are nearer to one another than `slack`, of which 0 is for none.
     """
     q, k = (t.to(torch.float64).numpy() for t in (q, k))
     vote = SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head)
-    total, budget = len(vote), setting.budget
-    forced = sorted({0, *range((len(k) - q.shape[1]) // PAGE, total)})
-    most = max(ceil(round(budget.share * total, 6)), budget.min_pages)
+    total, budget, each = len(vote), setting.budget, PAGE // setting.budget.unit
+    newest = (len(k) - q.shape[1]) // PAGE * each
+    forced = sorted({*range(min(each, total)), *range(newest, total)})
+    fewest = budget.min_pages * each
+    most = max(ceil(round(budget.share * total, 6)), fewest)
     counts = [most, most]
     if budget.top_p:
         others = np.sort(np.delete(vote, forced))[::-1]
@@ -246,7 +260,7 @@ def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1
         needed = vote.sum() * budget.top_p
         for i, more in enumerate((-slack, slack)):  # surely, perhaps
             wanted = len(forced) + (before < needed * (1 + more)).sum()
-            counts[i] = min(most, max(wanted, budget.min_pages))
+            counts[i] = min(most, max(wanted, fewest))
     if not slack:  # equal votes go to the lower page
         vote = vote.round(12) - np.arange(total) * 1e-15
     surely, perhaps = (best(vote, max(n, len(forced)), forced, slack) for n in counts)

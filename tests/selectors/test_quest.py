@@ -10,11 +10,11 @@ from torch.nn.functional import pad
 
 from hfsparse.kernels import reference
 from hfsparse.lists import PAGE
-from hfsparse.selectors.quest import Quest, page_bounds
+from hfsparse.selectors.quest import Quest, bounds
 from tests.helpers import close, truth
 from tests.patterns.matrix import SELECTOR_ROWS
 
-SETTINGS = SELECTOR_ROWS["quest"].settings
+SETTINGS = {n: s for n, s in SELECTOR_ROWS["quest"].settings.items() if s.span == PAGE}
 
 
 def rows(lengths: list[int], queries: int = 1, group: int = 3, seed: int = 0, spread: float = 1.0):
@@ -39,7 +39,7 @@ def chosen(pages, b: int, h: int) -> list[int]:
 @given(st.integers(0, 500), st.integers(1, 200), st.sampled_from([1, 2, 4]), st.floats(0.01, 100))
 def test_a_pages_bound_is_not_below_the_score_of_any_of_its_keys(seed, length, group, spread):
     q, k, _, index, _ = rows([length], 2, group, seed, spread)
-    bound = page_bounds(q, index["low"], index["high"])
+    bound = bounds(q, index["low"], index["high"])
     score = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(group, 1))[..., :length]
     for page in range(index["low"].shape[2]):
         best = score[..., page * PAGE : (page + 1) * PAGE].amax(-1)

@@ -78,7 +78,9 @@ def test_pages_equal_the_plain_definition(name, group, queries):
     P = k.shape[2] // PAGE + 3
     assert found.pages.shape == (len(LENGTHS), 2, setting.budget.width(P, queries))
     assert found.pages.dtype == found.count.dtype == torch.int64
-    assert bool(((found.pages >= 0) & (found.pages < P)).all())
+    unit = found.unit
+    assert unit == setting.budget.unit
+    assert bool(((found.pages >= 0) & (found.pages < P * PAGE // unit)).all())
     for (b, n), h in product(enumerate(LENGTHS), (0, 1)):
         read = listed(found, b, h)
         assert read == sorted({*read})
@@ -92,7 +94,8 @@ def test_pages_equal_the_plain_definition(name, group, queries):
         kept = np.isin(np.arange(len(surely)), read)
         assert (kept & surely == surely).all(), f"row {b} head {h}: a page is missing"
         assert (kept | perhaps == perhaps).all(), f"row {b} head {h}: a page too many"
-        assert {0, *range((n - new) // PAGE, -(-n // PAGE))} <= {*read}
+        tokens = {*range(min(n, PAGE)), *range((n - new) // PAGE * PAGE, n)}
+        assert {t // unit for t in tokens} <= {*read}
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16])

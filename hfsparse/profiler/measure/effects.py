@@ -195,8 +195,9 @@ def pages_read(selector: Selector, q: Tensor, k: Tensor, rows: Tensor, scale: fl
         t[each, :, last] = own[name][:, :, 0]
     chosen = selector.pages(steps, index, rows + 1, scale)
     used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
-    read = torch.zeros(len(rows), Hkv, P + 1, dtype=torch.bool, device=q.device)
-    read.scatter_(2, torch.where(used, chosen.pages, P), True)
-    read = read[..., :-1].repeat_interleave(PAGE, 2)[..., :L]
+    units = P * PAGE // chosen.unit
+    read = torch.zeros(len(rows), Hkv, units + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(2, torch.where(used, chosen.pages, units), True)
+    read = read[..., :-1].repeat_interleave(chosen.unit, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
     return read.transpose(0, 1).repeat_interleave(group, 0)
