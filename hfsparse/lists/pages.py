@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 from hfsparse.lists.grid import PAGE, HeadIndex
 
-
 UNITS = (1, 8, 16, 32, PAGE)  # tokens that a list may name together: parts of pages, or pages
 
 

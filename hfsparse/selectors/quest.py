@@ -26,7 +26,6 @@ from hfsparse.registry import require
 from hfsparse.selectors.budget import Budget, votes
 from hfsparse.selectors.selector import register
 
-
 BOUNDS = tuple(unit for unit in UNITS if unit >= 8)
 
 
