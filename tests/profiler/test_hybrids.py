@@ -59,6 +59,13 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
             mamba_dt_rank=4,
         ),
     ),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            layers_block_type=LINEAR[:1] + ["hybrid"] * 2, n_mamba_heads=4, mamba_d_state=16,
+            chunk_size=64,
+        ),
+    ),
     "nemotron_h": (
         "NemotronH",
         dict(
