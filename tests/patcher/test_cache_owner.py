@@ -15,6 +15,8 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from tests.patcher.families import choosing, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, forward, generate, same_generation
+from tests.support.models import exists
+from tests.support.models import tiny as supported
 
 GONE = "filled under an hfsparse patch that is no longer on the model.*new cache"
 
@@ -131,9 +133,12 @@ def stop(error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_forward_interrupted_half_way_breaks_its_cache(error, layer):
-    model = tiny("llama")
+@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("llama", 2), ("gemma4_shared", 3)])
+def test_a_forward_interrupted_half_way_breaks_its_cache(error, family, layer):
+    """Behind the last attention, too, and in a layer that reads another's keys: all are stored."""
+    if not exists(family):
+        pytest.skip("not in this transformers")
+    model = supported(family)
     with hfsparse.patch(model, streaming(model)):
         cache = filled(model)
         hook = model.model.layers[layer].mlp.register_forward_pre_hook(stop(error))
