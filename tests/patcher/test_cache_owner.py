@@ -149,29 +149,19 @@ def test_a_forward_interrupted_half_way_breaks_its_cache(error, family, layer):
         close(forward(model, tokens(1, 20)).logits, forward(model, tokens(1, 20)).logits)
 
 
-def test_an_attention_interrupted_in_the_last_layer_breaks_its_cache(monkeypatch):
-    """Every layer has counted the new tokens, but the last has not stored them."""
+@pytest.mark.parametrize(("new", "back"), [(1, 0), (20, 1)])
+def test_an_attention_interrupted_in_the_last_layer_breaks_its_cache(monkeypatch, new, back):
+    """Every layer has counted the new tokens, but the last stored none; no crop hides it."""
     model = tiny("llama")
     with hfsparse.patch(model, streaming(model)):
         cache = filled(model)
         for store in cache.layers[-1].stores:
             monkeypatch.setattr(store, "append", stop(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            forward(model, tokens(1, 1), cache=cache)
+            forward(model, tokens(1, new), cache=cache)
         monkeypatch.undo()
-        go_on_is_refused(model, cache, CacheError, "this cache is broken")
-
-
-def test_a_crop_does_not_hide_tokens_that_the_last_layer_never_stored(monkeypatch):
-    model = tiny("llama")
-    with hfsparse.patch(model, streaming(model)):
-        cache = filled(model)
-        for store in cache.layers[-1].stores:
-            monkeypatch.setattr(store, "append", stop(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            forward(model, tokens(1, 20), cache=cache)
-        monkeypatch.undo()
-        cache.crop(-1)
+        if back:
+            cache.crop(-back)
         go_on_is_refused(model, cache, CacheError, "this cache is broken")
 
 
