@@ -9,8 +9,8 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
-from hfsparse.models.fingerprint import fingerprint
-from hfsparse.models.layers import shape, text_config
+from hfsparse.models.fingerprint import attention_values, fingerprint
+from hfsparse.models.layers import UNITS, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 
@@ -49,8 +49,9 @@ class ModelId:
         if whole is model_or_config:
             name = (getattr(whole, "architectures", None) or [name])[0]
         try:
-            config = text_config(whole)
-            return cls(class_name=name, fingerprint=fingerprint(config), **shape(config))
+            values = attention_values(text_config(whole))
+            sizes = {size: values[size] for size in UNITS}
+            return cls(class_name=name, fingerprint=fingerprint(values), **sizes)
         except ShapeError as error:
             raise PlanError(
                 f"{name} is not a model that a plan can describe: {error}. "

@@ -26,7 +26,7 @@ def interpreted():
         yield compare
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2", "falcon_h1", "zamba2"])
 def test_a_replay_carries_the_states_on_bit_for_bit(interpreted, family):
     """Left padding, too: only prompts hold some."""
     found = interpreted(family, hybrids.alone)
