@@ -48,6 +48,7 @@ from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
@@ -64,6 +65,7 @@ PATTERNS = (
     Antidiagonal(tau=0.9, max_share=0.5),
     Energy(),
     Sparge(),
+    FlexPrefill(),
 )
 TESTS = ("tests/gpu/test_prefill.py", "tests/gpu/test_estimate.py")
 TOLERANCE = 6e-3  # relative, of bfloat16

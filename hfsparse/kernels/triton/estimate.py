@@ -13,25 +13,39 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hfsparse.kernels.triton import estimate_antidiagonal, estimate_means, estimate_probes, select
+from hfsparse.kernels.triton import (
+    estimate_antidiagonal,
+    estimate_flexprefill,
+    estimate_means,
+    estimate_probes,
+    select,
+)
 from hfsparse.kernels.triton.limits import BLOCKS
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-PARTS = (estimate_antidiagonal, estimate_means, estimate_probes, select)  # where the kernels are
+PARTS = (  # where the kernels are
+    estimate_antidiagonal,
+    estimate_flexprefill,
+    estimate_means,
+    estimate_probes,
+    select,
+)
 FUSED: dict[type, Callable] = {
     VerticalSlash: estimate_probes.vertical_slash,
     BlockTopK: estimate_means.block_topk,
     Antidiagonal: estimate_antidiagonal.antidiagonal,
     Energy: estimate_means.energy,
     Sparge: estimate_means.sparge,
+    FlexPrefill: estimate_flexprefill.flexprefill,
 }
 
 
@@ -47,7 +61,7 @@ def why_not(need: Need) -> str | None:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser is VerticalSlash and not estimate_probes.stages(
+    if need.chooser in (VerticalSlash, FlexPrefill) and not estimate_probes.stages(
         need.device, need.dtype, need.head_dim
     ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"

@@ -22,10 +22,10 @@ from hfsparse.patterns.sparge import Sparge
 def block_topk(pattern: BlockTopK, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """As BlockTopK.lists."""
     found = triton_select.empty(grid, q.shape[1], pattern.width(grid.nk))
-    queries = _means(q, grid.q_len, grid.nq, grid.block)
-    keys = _means(k, grid.k_len, grid.nk, grid.block)
+    queries = means(q, grid.q_len, grid.nq, grid.block)
+    keys = means(k, grid.k_len, grid.nk, grid.block)
     for first, scores in slices(found, 1):
-        _products(queries, keys, scores, first, grid)
+        products(queries, keys, scores, first, grid)
         triton_select.best_blocks(
             found, scores, first, share=pattern.share, least=pattern.min_blocks
         )
@@ -37,7 +37,7 @@ def energy(pattern: Energy, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
     (B, H), D, block = q.shape[:2], q.shape[-1], grid.block
     found = triton_select.empty(grid, H, pattern.width(grid.nk))
     found = replace(found, cut=torch.zeros(B, H, dtype=torch.int64, device=q.device))
-    keys = _means(k, grid.k_len, grid.nk, block)
+    keys = means(k, grid.k_len, grid.nk, block)
     for first, scores in slices(found, 1):
         _energy[(scores.shape[2], B * H)](
             *(q, keys, scores, grid.q_len, grid.k_len, *q.stride()[:3]),
@@ -66,7 +66,7 @@ def sparge(pattern: Sparge, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
     found = triton_select.empty(grid, H, grid.nk)
     if pattern.tau < 1:
         found = replace(found, cut=torch.zeros(B, H, dtype=torch.int64, device=q.device))
-    queries, keys = _means(q, grid.q_len, grid.nq, block), _means(k, grid.k_len, grid.nk, block)
+    queries, keys = means(q, grid.q_len, grid.nq, block), means(k, grid.k_len, grid.nk, block)
     centre = (keys * grid.live[:, None, :, None]).sum(2) / grid.live.sum(1)[:, None, None]
     zero = torch.zeros_like(queries[:, :, 0])
     whole = (
@@ -74,7 +74,7 @@ def sparge(pattern: Sparge, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
         _unlike(k, centre, grid.k_len, grid.nk, block, float(pattern.theta)),
     )
     for first, scores in slices(found, 1):
-        _products(queries, keys, scores, first, grid)
+        products(queries, keys, scores, first, grid)
         triton_select.best_blocks(
             *(found, scores, first),
             share=pattern.max_share,
@@ -85,7 +85,7 @@ def sparge(pattern: Sparge, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
     return found
 
 
-def _products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: Grid) -> None:
+def products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: Grid) -> None:
     """Write products of the mean queries from `first` on, and mean keys, into scores."""
     B, H, n, _, nk = scores.shape
     _pooled[(triton.cdiv(n, 32), triton.cdiv(nk, 64), B * H)](
@@ -97,7 +97,7 @@ def _products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: G
     )
 
 
-def _means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
+def means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
     """Mean of each block's real tokens: x `[B, H, S, D]` to float32 `[B, H, n, D]`."""
     B, H, _, D = x.shape
     out = torch.empty(B, H, n, D, dtype=torch.float32, device=x.device)

@@ -127,7 +127,7 @@ def slices(found: BlockLists, groups: int, step: int = 1) -> Iterator[tuple[int,
 
 
 @triton.jit
-def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """As Grid.reach, for key blocks j of query block i: some pair, every pair, always kept."""
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
@@ -142,7 +142,7 @@ def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 
 @triton.jit
-def _append(j, kept, index, count, width):
+def append(j, kept, index, count, width):
     """Write the kept ones of ascending j behind `count` others; the new count."""
     place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index + place, j, mask=kept & (place < width))
@@ -199,7 +199,7 @@ def _best(
     if MASS and WHOLE:
         for c in range(0, end, CHUNK):
             j = c + tl.arange(0, CHUNK)
-            some, _, _ = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+            some, _, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
             some &= ~_whole(j, out, WHOLE_Q, whole_k, end)
             x = tl.load(row + j, mask=j < end, other=float("-inf"))
             top = tl.maximum(top, tl.max(tl.where(some, x, float("-inf")), 0))
@@ -208,7 +208,7 @@ def _best(
     visible, own, total, held = tl.full([], 0, tl.int32), 0, 0.0, 0.0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, _, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, _, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
         always |= some & ((j < sinks) | (j > always_from))
         if GROUPS > 0:
             x = tl.zeros([CHUNK], tl.float32)
@@ -258,7 +258,7 @@ def _best(
     full_index, part_index = FULL_INDEX + out * full_width, PART_INDEX + out * part_width
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, every, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, every, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
         always |= some & ((j < sinks) | (j > always_from))
         if WHOLE:
             always |= some & _whole(j, out, WHOLE_Q, whole_k, end)
@@ -275,8 +275,8 @@ def _best(
             added += tl.sum(tl.where(tie, x, 0.0), 0)
         kept = tie | always | ((_ordered(x) > bound) & (x > float("-inf")))
         left += tl.sum((some & ~kept).to(tl.int32), 0)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     if MASS:
@@ -293,9 +293,9 @@ def _whole(j, out, WHOLE_Q, whole_k, end):
 
 
 @triton.jit
-def _slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Which of key blocks j hold a kept diagonal of query block i, and are read by every query."""
-    some, every, _ = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+    some, every, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
     k0 = j * BLOCK
@@ -323,9 +323,9 @@ def _slashes(
     full, part = 0, 0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        kept, every = _slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        kept, every = slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     for c in range(0, n_columns, CHUNK):
@@ -333,5 +333,5 @@ def _slashes(
         real = slot < n_columns
         column = tl.load(COLUMNS + head.to(tl.int64) * n_columns + slot, mask=real, other=0)
         home = tl.minimum(column // BLOCK, nk - 1).to(tl.int32)
-        kept, _ = _slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        kept, _ = slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
         tl.store(COVERED + out * n_columns + slot, kept.to(tl.uint8), mask=real)

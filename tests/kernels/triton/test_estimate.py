@@ -9,6 +9,7 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -62,6 +63,9 @@ def assert_same(found: BlockLists, plain: BlockLists) -> None:
         (Sparge(0.024, 0.7, 1.0), 190, 45, "left_padded", 1, 32, SINGLE),
         (Sparge(0.01, 0.95, 0.2), 129, 127, "empty_row", 2, 32, HALF),
         (Sparge(-0.1, 1.0, 0.4), 127, 0, "equal", 1, 16, SINGLE),
+        (FlexPrefill(0.3, 0.0, 1, 1.0), 190, 45, "left_padded", 1, 32, SINGLE),
+        (FlexPrefill(0.4, 0.2075, 16, 1.0), 129, 127, "empty_row", 3, 16, HALF),
+        (FlexPrefill(0.9, 1.0, 1, 0.3), 127, 0, "equal", 1, 16, SINGLE),
     ],
 )
 def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, group, block, dtype):
@@ -82,6 +86,7 @@ def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, g
         Antidiagonal(0.7),
         Energy(0.95, 1, 1),
         Sparge(0.02, 0.8),
+        FlexPrefill(0.3, 0.3, 32),
     ],
     ids=lambda p: p.kind,
 )
@@ -101,6 +106,7 @@ def test_wide_heads_are_read_whole(choose, dim):
         Antidiagonal(0.7),
         Energy(0.95, 1, 1),
         Sparge(0.02, 0.8),
+        FlexPrefill(0.3, 0.3, 32),
     ):
         found = choose(pattern, it.q, it.k, it.grid, it.scale)
         assert_same(found, pattern.lists(it.q, it.k, it.grid, it.scale))
@@ -112,6 +118,14 @@ def test_equal_scores_keep_the_earlier_blocks(choose):
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 8]
     found = choose(Antidiagonal(0.5), q, k, Grid.causal(1, 288), 1.0)
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 3, 8]
+    for pattern in (
+        Energy(1.0, 0, 0, 0, 0.4),
+        Sparge(0.5, 0.6, 0.4),
+        FlexPrefill(0.5, 1.0, 1, 0.4),
+        FlexPrefill(0.5, 1.0, 1, 1.0),
+    ):
+        grid = Grid.causal(1, 288)
+        assert_same(choose(pattern, q, k, grid, 1.0), pattern.lists(q, k, grid, 1.0))
 
 
 def test_scores_in_slices_choose_the_same():
@@ -133,7 +147,7 @@ def estimate():
 
 @pytest.mark.parametrize(
     "pattern",
-    [VerticalSlash(45, 130), BlockTopK(), Antidiagonal(), Energy(), Sparge()],
+    [VerticalSlash(45, 130), BlockTopK(), Antidiagonal(), Energy(), Sparge(), FlexPrefill()],
     ids=lambda p: p.kind,
 )
 def test_a_new_length_compiles_nothing(estimate, pattern, monkeypatch):
