@@ -218,8 +218,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     "energy",
     {
         "": dict(alpha=0.96, sink_blocks=1, recent_blocks=2, max_share=1.0),
-        "cut": dict(alpha=0.9, sink_blocks=2, recent_blocks=0, max_share=0.3),
-        "dense_end": dict(alpha=1.0, sink_blocks=0, recent_blocks=1, dense_blocks=1),
+        "cut": dict(alpha=0.9, sink_blocks=2, recent_blocks=0, dense_blocks=1, max_share=0.3),
     },
     everything={
         "": dict(alpha=1e-9, max_share=1.0),
@@ -253,8 +252,7 @@ def energy(pattern, q, k, block: int, scale: float) -> Masks:
 @row(
     "sparge",
     {
-        "": dict(theta=0.024, tau=0.7, max_share=1.0),
-        "cut": dict(theta=0.02, tau=0.9, max_share=0.2),
+        "": dict(theta=0.0072, tau=0.8, max_share=0.3),
         "share": dict(theta=-0.1, tau=1.0, max_share=0.4),
     },
     everything={"": dict(theta=1.0), "share": dict(theta=-1.0, tau=1.0, max_share=1.0)},
@@ -308,8 +306,7 @@ def pair_cosine(x: np.ndarray) -> float:
     "flexprefill",
     {
         "": dict(gamma=0.5, tau=0.0, min_budget=1, max_share=1.0),
-        "aware": dict(gamma=0.3, tau=1.0, min_budget=40, max_share=1.0),
-        "either": dict(gamma=0.6, tau=0.104, min_budget=1, max_share=0.2),
+        "aware": dict(gamma=0.3, tau=0.104, min_budget=40, max_share=0.2),
     },
     everything={
         "": dict(gamma=1.0, tau=0.0, max_share=1.0),
@@ -322,7 +319,7 @@ def flexprefill(pattern, q, k, block: int, scale: float) -> Masks:
     n, nq, nk = min(len(q), 128), -(-len(q) // block), -(-len(k) // block)
     weight = softmax(np.where(key <= query, q @ k.T * scale, -np.inf)[-n:]) / n
     distance = (query - key)[-n:]
-    by_distance = np.array([weight[distance == d].sum() for d in range(len(k))])
+    by_distance = np.bincount(np.maximum(distance, 0).ravel(), weight.ravel(), len(k))
     keys, true = pooled(k, block), np.add.reduceat(weight.sum(0), range(0, len(k), block))
     guess = softmax(keys @ q[-n:].mean(0) * scale)
     half = (true + guess) / 2
