@@ -52,16 +52,17 @@ def best_blocks(
     """Write the lists of the query blocks from `first` on, by scores `[B, H, n, groups, nk]`.
 
     Kept are the row's first block and those that hold its own queries, then the best: `share` of
-    the visible blocks and no fewer than `least`. `scores` is overwritten. Of these only some, and
-    `lists.cut` counts the query blocks that wanted more than there was room for:
+    the visible blocks and no fewer than `least`. `scores` is overwritten.
 
-    tau: until they hold that share of the scores' sum. totals `[B, H, n, groups]`: each group's
-        scores are divided by its total and added up.
-    margin: those that are at most so much below the largest, which is negative.
+    tau: the best only until they hold that share of the scores' sum.
+    totals `[B, H, n, groups]`: each group's scores are divided by its total and added up.
+    margin: of the best only those that are at least the largest score plus this.
+    whole: uint8 flags of query blocks `[B, H, nq]` and key blocks `[B, Hkv, nk]` that are read
+        whole: they are not ranked and take no room. The scores of others are then logits, in
+        `unit` to base 2, and `tau` is meant of their softmax.
+    always: how many sinks, recent blocks and last query blocks are kept first, as by Energy.
 
-    whole: query blocks `[B, H, nq]` and key blocks `[B, Hkv, nk]`, uint8, that are read whole and
-    take no part: the scores of the others are logits of `unit`, to base 2, of which tau is meant.
-    always: sinks, recent ones and last query blocks that are kept first, as of Energy.
+    With tau or margin `lists.cut` counts the query blocks that had no room for some of them.
     """
     grid = lists.grid
     B, H, n, groups, nk = scores.shape
@@ -107,6 +108,7 @@ def slashes(lists: BlockLists, below: Tensor, columns: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> int:
+    """The head dim of x as tiles have it: a power of two, and no less than a product takes."""
     return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
