@@ -19,8 +19,8 @@ KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
 SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
-# A kernel in two files.
-HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select")}
+# Kernels in more than one file.
+HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.{of}") for of in ("scores", "select")}
 
 
 def _modules() -> dict[str, Path]:

@@ -369,7 +369,7 @@ EVERYTHING = {name: p for each in PATTERN_ROWS.values() for name, p in each.ever
 # Kinds that stay what they are: choices of `balanced`, and chosen by Triton on a GPU. A new pattern
 # need be neither.
 CANDIDATES = ("streaming", "vertical_slash", "block_topk", "antidiagonal")
-FUSED = ("vertical_slash", "block_topk", "antidiagonal")
+FUSED = ("vertical_slash", "block_topk", "antidiagonal", "sample", "hip")
 
 
 def oracle_masks(name: str, q, k, block: int, scale: float) -> Masks:

@@ -1,8 +1,10 @@
 """The patterns that look at q and k, fused: `lists(pattern, ...)` is `pattern.lists(...)` on a GPU.
 
-No host synchronisation, and no map of scores larger than SCRATCH or the lists themselves: scores
-are made and turned into lists for some query blocks after others. `triton_select` does the second
-half. `antidiagonal` is bound by FLOPs, the others by reading q and k once or twice.
+No host synchronisation. Of the first three no map of scores is larger than SCRATCH or the lists
+themselves: scores are made and turned into lists for some query blocks after others, and
+`triton_select` does the second half. `sample` and `hip` choose as they do without a kernel, by
+scores of `triton_scores`. `antidiagonal` is bound by FLOPs, `block_topk` and `vertical_slash` by
+reading q and k once or twice; the last two are not measured yet.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfsparse.kernels.triton import scores as triton_scores
 from hfsparse.kernels.triton import select as triton_select
 from hfsparse.kernels.triton.limits import BLOCKS, shared_memory
 from hfsparse.lists import FAR, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import STRIDE, Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.vertical_slash import (
     FORCED_COLUMNS,
     FORCED_DIAGONALS,
@@ -48,7 +53,9 @@ def why_not(need: Need) -> str | None:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser is VerticalSlash and not _stages(need.device, need.dtype, need.head_dim):
+    if need.chooser in (VerticalSlash, Sample) and not _stages(
+        need.device, need.dtype, need.head_dim
+    ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"
     if need.dropped:
         return "a grid with dropped keys"
@@ -131,10 +138,23 @@ def vertical_slash(
     return replace(found, columns=columns, covered=covered)
 
 
+def sample(pattern: Sample, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
+    """As Sample.lists."""
+    stages = _stages(q.device, q.dtype, q.shape[-1])
+    return pattern.chosen(triton_scores.sampled(q, k, grid, scale, pattern.stride, stages), grid)
+
+
+def hip(pattern: HiP, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
+    """As HiP.lists."""
+    return pattern.chosen(triton_scores.halved(q, k, grid), grid)
+
+
 FUSED: dict[type, Callable] = {
     VerticalSlash: vertical_slash,
     BlockTopK: block_topk,
     Antidiagonal: antidiagonal,
+    Sample: sample,
+    HiP: hip,
 }
 
 

@@ -8,6 +8,8 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.helpers import batch
@@ -54,6 +56,12 @@ def assert_same(found: BlockLists, plain: BlockLists) -> None:
         (Antidiagonal(0.9, 0.2), 129, 127, "empty_row", 2, 32, HALF),
         (Antidiagonal(1.0, 1.0), 127, 0, "equal", 1, 64, SINGLE),
         (Antidiagonal(0.5, 0.6), 1, 400, "equal", 3, 128, SINGLE),
+        (Sample(0.7, 7, 0.1, 1.0), 190, 45, "left_padded", 1, 32, SINGLE),
+        (Sample(0.9, 1, 0.05, 0.1), 129, 127, "empty_row", 3, 16, HALF),
+        (Sample(0.5, 200, 0.1, 0.5), 127, 0, "equal", 1, 128, SINGLE),
+        (HiP(0.3, 40, 40), 190, 45, "left_padded", 1, 32, SINGLE),
+        (HiP(0.4, 0, 1), 129, 127, "empty_row", 3, 16, HALF),
+        (HiP(0.5, 0, 1), 1, 400, "equal", 2, 128, SINGLE),
     ],
 )
 def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, group, block, dtype):
@@ -67,7 +75,15 @@ def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, g
 
 
 @pytest.mark.parametrize(
-    "pattern", [VerticalSlash(40, 30), BlockTopK(0.3, 1), Antidiagonal(0.7)], ids=lambda p: p.kind
+    "pattern",
+    [
+        VerticalSlash(40, 30),
+        BlockTopK(0.3, 1),
+        Antidiagonal(0.7),
+        Sample(0.6, 3, 0.05, 1.0),
+        HiP(0.5, 0, 1),
+    ],
+    ids=lambda p: p.kind,
 )
 def test_the_models_own_window_is_respected(choose, pattern):
     it = batch(150, past=45, rows="equal", group=1, kv_heads=1, window=97)
@@ -79,7 +95,8 @@ def test_the_models_own_window_is_respected(choose, pattern):
 def test_wide_heads_are_read_whole(choose, dim):
     """One q head by each pattern, and head dims that are no power of two or come in pieces."""
     it = batch(100, past=60, group=1, kv_heads=1, dim=dim)
-    for pattern in (VerticalSlash(35, 110), BlockTopK(0.3, 1), Antidiagonal(0.7)):
+    patterns = [VerticalSlash(35, 110), BlockTopK(0.3, 1), Antidiagonal(0.7)]
+    for pattern in (*patterns, Sample(0.7, 7, 0.1, 1.0), HiP(0.5, 0, 1)):
         found = choose(pattern, it.q, it.k, it.grid, it.scale)
         assert_same(found, pattern.lists(it.q, it.k, it.grid, it.scale))
 
@@ -110,12 +127,15 @@ def estimate():
 
 
 @pytest.mark.parametrize(
-    "pattern", [VerticalSlash(45, 130), BlockTopK(), Antidiagonal()], ids=lambda p: p.kind
+    "pattern",
+    [VerticalSlash(45, 130), BlockTopK(), Antidiagonal(), Sample(), HiP()],
+    ids=lambda p: p.kind,
 )
 def test_a_new_length_compiles_nothing(estimate, pattern, monkeypatch):
     from hfsparse.kernels.triton import prefill as triton_prefill
 
-    seen = watch(monkeypatch, estimate, estimate.triton_select, triton_prefill)
+    parts = estimate, estimate.triton_scores, estimate.triton_select, triton_prefill
+    seen = watch(monkeypatch, *parts)
     found = []
     for length, past, rows in ((1, 0, "equal"), (129, 0, "equal"), (1000, 3, "left_padded")):
         it = batch(length, past=past, rows=rows, block=128, dim=64, group=3)
