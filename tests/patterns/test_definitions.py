@@ -90,6 +90,16 @@ def test_halving_finds_a_key_whose_neighbours_match_and_misses_one_that_stands_a
     assert kept[7].nonzero().flatten().tolist() == [0, 3, 7]
 
 
+def test_equal_scores_keep_the_earlier_blocks_and_columns():
+    q = k = torch.ones(1, 1, 12 * BLOCK, 4)
+    grid = Grid.causal(1, 12 * BLOCK, BLOCK)
+    kept = HiP(share=0.2, sink=0, recent=1).lists(q, k, grid, 1.0).kept_blocks()[0, 0]
+    assert kept[11].nonzero().flatten().tolist() == [0, 1, 2, 11]
+    last = Sample(alpha=0.5, stride=12 * BLOCK, window=0.01, max_share=0.1)  # one query is asked
+    columns = last.lists(q, k, grid, 1.0).columns[0, 0]
+    assert columns.tolist() == [*range(len(columns))]
+
+
 def test_strides_a_window_and_the_first_blocks():
     grid = Grid.causal(1, 10 * BLOCK, BLOCK)
     found = blocks_of(Strided(sink=17, recent=BLOCK + 1, stride=4, shift=2), grid)

@@ -105,6 +105,8 @@ def test_equal_scores_keep_the_earlier_blocks(choose):
     q = k = torch.ones(1, 1, 9 * 32, 16)
     found = choose(BlockTopK(0.01, 4), q, k, Grid.causal(1, 288), 1.0)
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 8]
+    found = choose(HiP(0.25, 0, 1), q, k, Grid.causal(1, 288), 1.0)
+    assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 8]
     found = choose(Antidiagonal(0.5), q, k, Grid.causal(1, 288), 1.0)
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 3, 8]
 
