@@ -21,7 +21,8 @@ KERNELS = "hfsparse.kernels"
 SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 # Kernels in more than one file, each knowing those before it.
-PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill estimate"
+PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"
+PARTS += " estimate_keys estimate"
 HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
 
 

@@ -10,12 +10,15 @@ from hfsparse.patterns import (
     block_topk,
     energy,
     flexprefill,
+    hip,
+    sample,
     sparge,
     streaming,
+    strided,
     vertical_slash,
 )
 from hfsparse.patterns.pattern import OWN, PATTERNS, Pattern, register
 
 __all__ = ["OWN", "PATTERNS", "Pattern", "register"]
-__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "sparge", "streaming"]
-__all__ += ["vertical_slash"]
+__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "hip", "sample"]
+__all__ += ["sparge", "streaming", "strided", "vertical_slash"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from hfsparse.kernels.triton import (
     estimate_antidiagonal,
     estimate_flexprefill,
+    estimate_keys,
     estimate_means,
     estimate_probes,
     select,
@@ -26,6 +27,8 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
 from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 PARTS = (  # where the kernels are
     estimate_antidiagonal,
     estimate_flexprefill,
+    estimate_keys,
     estimate_means,
     estimate_probes,
     select,
@@ -46,6 +50,8 @@ FUSED: dict[type, Callable] = {
     Energy: estimate_means.energy,
     Sparge: estimate_means.sparge,
     FlexPrefill: estimate_flexprefill.flexprefill,
+    Sample: estimate_keys.sample,
+    HiP: estimate_keys.hip,
 }
 
 
@@ -61,7 +67,7 @@ def why_not(need: Need) -> str | None:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser in (VerticalSlash, FlexPrefill) and not estimate_probes.stages(
+    if need.chooser in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
         need.device, need.dtype, need.head_dim
     ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"

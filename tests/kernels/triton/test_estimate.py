@@ -10,6 +10,8 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
 from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -66,6 +68,12 @@ def assert_same(found: BlockLists, plain: BlockLists) -> None:
         (FlexPrefill(0.3, 0.0, 1, 1.0), 190, 45, "left_padded", 1, 32, SINGLE),
         (FlexPrefill(0.4, 0.2075, 16, 1.0), 129, 127, "empty_row", 3, 16, HALF),
         (FlexPrefill(0.9, 1.0, 1, 0.3), 127, 0, "equal", 1, 16, SINGLE),
+        (Sample(0.7, 7, 0.1, 1.0), 190, 45, "left_padded", 1, 32, SINGLE),
+        (Sample(0.9, 1, 0.05, 0.1), 129, 127, "empty_row", 3, 16, HALF),
+        (Sample(0.5, 200, 0.1, 0.5), 127, 0, "equal", 1, 128, SINGLE),
+        (HiP(0.3, 40, 40), 190, 45, "left_padded", 1, 32, SINGLE),
+        (HiP(0.4, 0, 1), 129, 127, "empty_row", 3, 16, HALF),
+        (HiP(0.5, 0, 1), 1, 400, "equal", 2, 128, SINGLE),
     ],
 )
 def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, group, block, dtype):
@@ -87,6 +95,8 @@ def test_fused_lists_equal_the_plain_ones(choose, pattern, length, past, rows, g
         Energy(0.95, 1, 1),
         Sparge(0.02, 0.8),
         FlexPrefill(0.3, 0.3, 32),
+        Sample(0.6, 3, 0.05, 1.0),
+        HiP(0.5, 0, 1),
     ],
     ids=lambda p: p.kind,
 )
@@ -107,6 +117,8 @@ def test_wide_heads_are_read_whole(choose, dim):
         Energy(0.95, 1, 1),
         Sparge(0.02, 0.8),
         FlexPrefill(0.3, 0.3, 32),
+        Sample(0.7, 7, 0.1, 1.0),
+        HiP(0.5, 0, 1),
     ):
         found = choose(pattern, it.q, it.k, it.grid, it.scale)
         assert_same(found, pattern.lists(it.q, it.k, it.grid, it.scale))
@@ -115,6 +127,8 @@ def test_wide_heads_are_read_whole(choose, dim):
 def test_equal_scores_keep_the_earlier_blocks(choose):
     q = k = torch.ones(1, 1, 9 * 32, 16)
     found = choose(BlockTopK(0.01, 4), q, k, Grid.causal(1, 288), 1.0)
+    assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 8]
+    found = choose(HiP(0.25, 0, 1), q, k, Grid.causal(1, 288), 1.0)
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 8]
     found = choose(Antidiagonal(0.5), q, k, Grid.causal(1, 288), 1.0)
     assert found.kept_blocks()[0, 0, 8].nonzero().flatten().tolist() == [0, 1, 2, 3, 8]
@@ -147,7 +161,7 @@ def estimate():
 
 @pytest.mark.parametrize(
     "pattern",
-    [VerticalSlash(45, 130), BlockTopK(), Antidiagonal(), Energy(), Sparge(), FlexPrefill()],
+    [VerticalSlash(45, 130), *(PATTERNS[kind]() for kind in FUSED if kind != "vertical_slash")],
     ids=lambda p: p.kind,
 )
 def test_a_new_length_compiles_nothing(estimate, pattern, monkeypatch):
