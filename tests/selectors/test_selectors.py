@@ -14,26 +14,16 @@ from torch.utils._pytree import tree_leaves
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import EXTREMES
 from hfsparse.selectors import DeviceTensor
-from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages
-from tests.selectors import channels
+from tests.helpers import poison_of
+from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages, table_of
 
-ROWS = {**SELECTOR_ROWS, channels.KIND: channels.ROW}
-SETTINGS = {name: s for row in ROWS.values() for name, s in row.settings.items()}
+SETTINGS = {name: s for row in SELECTOR_ROWS.values() for name, s in row.settings.items()}
 LENGTHS = [64 * 21 + 5, 64 * 9, 300, 17, 0]
 SCALE = 0.7
 
 
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
-
-
-def bound(name: str, heads=(0, 1), **table):
-    setting = SETTINGS[name]
-    return setting.bind(
-        0, heads, {**ROWS[setting.kind].table, **table} if hasattr(setting, "data") else None
-    )
+def bound(name: str, heads=(0, 1)):
+    return SETTINGS[name].bind(0, heads, table_of(SETTINGS[name]))
 
 
 def drawn(lengths, queries: int = 1, group: int = 3, poison: float = torch.nan, seed: int = 0):
@@ -57,14 +47,6 @@ def index_of(selector, k, length, room: int = 0, poison: float = torch.nan):
         t = t.masked_fill(empty.view(len(t), 1, -1, *[1] * (t.ndim - 3)), value)
         found[name] = pad(t, (*[0] * 2 * (t.ndim - 3), 0, room), value=value)
     return found
-
-
-def poison_of(dtype: torch.dtype, poison: float) -> float:
-    """The nearest that a type of number can hold; for NaN the largest where there is none."""
-    limits = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype)
-    if dtype.is_floating_point and poison != poison:
-        return poison
-    return min(poison, limits.max) if poison == poison else limits.max
 
 
 def listed(found, b: int, h: int) -> list[int]:
@@ -98,8 +80,7 @@ def test_pages_equal_the_plain_definition(name, group, queries):
             continue
         new = min(queries, n)  # a row has no more queries than tokens
         own = q[b, h * group : (h + 1) * group]
-        table = ROWS[setting.kind].table
-        surely, perhaps = oracle_pages(setting, own, k[b, h, :n], SCALE, table, h)
+        surely, perhaps = oracle_pages(setting, own, k[b, h, :n], SCALE, table_of(setting), h)
         kept = np.isin(np.arange(len(surely)), read)
         assert (kept & surely == surely).all(), f"row {b} head {h}: a page is missing"
         assert (kept | perhaps == perhaps).all(), f"row {b} head {h}: a page too many"
