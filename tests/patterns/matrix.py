@@ -20,6 +20,11 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, BlockLists
 from hfsparse.patterns import PATTERNS
+from hfsparse.selectors.centroids import Centroids
+from hfsparse.selectors.channels import Channels
+from hfsparse.selectors.landmarks import Landmarks
+from hfsparse.selectors.lowrank import LowRank
+from hfsparse.selectors.lsh import Lsh, drawn_planes
 from hfsparse.selectors.quest import Quest
 from tests.helpers import Batch
 
@@ -489,6 +494,89 @@ def quest(selector: Quest, q, k, scale: float, table, head: int) -> np.ndarray:
     return largest_share(np.stack(bounds, 2))
 
 
+def lowrank(selector: LowRank, q, k, scale: float, table, head: int) -> np.ndarray:
+    keys, queries = (table[name][0, head].double().numpy() for name in ("keys", "queries"))
+    values, vectors = np.linalg.eigh(queries if selector.by == "scores" else np.eye(len(keys)))
+    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    best = np.linalg.eigh(root @ keys @ root)[1][:, ::-1][:, : selector.rank]
+    best *= np.sign(np.take_along_axis(best, np.abs(best).argmax(0)[None], 0))
+    at = np.arange(selector.rank)
+    turn = np.cos(np.pi / len(at) * (at + 0.5) * at[:, None]) * np.sqrt(2 / len(at))
+    turn[0] /= np.sqrt(2)
+    best = best @ turn
+    return by_tokens(selector, q @ inverse @ best, rounded(k @ root @ best, selector.bits), scale)
+
+
+def landmarks(selector: Landmarks, q, k, scale: float, table, head: int) -> np.ndarray:
+    chunks = split(k, 8)
+    means = np.stack([chunk.mean(0) for chunk in chunks])
+    cosines = [cosine(chunk, mean).min() for chunk, mean in zip(chunks, means, strict=True)]
+    score = q @ means.T * scale
+    first = np.argsort(np.float32(cosines), kind="stable")[
+        : ceil(round(selector.outliers * len(chunks), 6))
+    ]
+    score[..., first] = score.max(2, keepdims=True)
+    starts = range(0, len(chunks), selector.unit // 8)
+    return largest_share(np.maximum.reduceat(score, starts, 2))
+
+
+def lsh(selector: Lsh, q, k, scale: float, table, head: int) -> np.ndarray:
+    """By counting in which of the planes' bits a key and a query agree, as if one in a table."""
+    total = selector.bits * selector.tables
+    planes = drawn_planes(selector.seed, 0, head, k.shape[1], total).double().numpy()
+    mine, theirs = q @ planes > 0, (k - table["mean"][0, head].double().numpy()) @ planes > 0
+    agreeing = (mine[:, :, None] == theirs).sum(3)
+    one = (np.maximum(agreeing, 0.5) / total) ** selector.bits
+    none, L = 1 - one, selector.tables
+    candidate = 1 - none ** (L - 1) * (L * one + none)
+    parts = range(0, len(k), selector.unit)
+    return largest_share(np.log(np.maximum.reduceat(candidate, parts, 2)))
+
+
+def centroids(selector: Centroids, q, k, scale: float, table, head: int) -> np.ndarray:
+    parts = range(0, len(k), selector.unit)
+    means = np.concatenate([clustered(page, selector.clusters) for page in split(k, PAGE)])
+    return largest_share(np.maximum.reduceat(q @ means.T * scale, parts, 2))
+
+
+def clustered(k: np.ndarray, clusters: int) -> np.ndarray:
+    """Each key's centroid, by four rounds of k-means of a page's directions."""
+    ways = k / np.maximum(np.linalg.norm(k, axis=1, keepdims=True), 1e-12)
+    centres = {c: ways[at] for c in range(clusters) if (at := c * PAGE // clusters) < len(k)}
+    for turn in range(4):
+        apart = [((ways - centre) ** 2).sum(1) for centre in centres.values()]
+        near = np.argmin(apart, 0)
+        for c in {*near.tolist()}:
+            centres[c] = (k if turn == 3 else ways)[near == c].mean(0)
+    return np.stack([centres[c] for c in near.tolist()])
+
+
+def cosine(k: np.ndarray, to: np.ndarray) -> np.ndarray:
+    return k @ to / np.maximum(np.linalg.norm(k, axis=1) * np.linalg.norm(to), 1e-38)
+
+
+def channels(selector: Channels, q, k, scale: float, table, head: int) -> np.ndarray:
+    heavy = np.argsort(-table["weight"][0, head].double().numpy(), kind="stable")
+    heavy = heavy[: selector.channels]
+    return by_tokens(selector, q[..., heavy], rounded(k[:, heavy], selector.bits), scale)
+
+
+def rounded(label: np.ndarray, bits: int) -> np.ndarray:
+    """Labels `[n, rank]` in few bits: equal steps up to a token's largest."""
+    if bits == 16:
+        return label.astype(np.float16).astype(float)
+    most = 2 ** (bits - 1) - 1
+    step = np.maximum(np.abs(label).max(1, keepdims=True) / most, 2.0**-24)
+    step = step.astype(np.float16).astype(float)
+    return np.clip(np.rint(label / step), -most, most) * step
+
+
+def by_tokens(selector, q, labels, scale: float) -> np.ndarray:
+    """Votes for units that are worth what their best token is."""
+    units = split(labels, selector.budget.unit)
+    return largest_share(np.stack([(q @ unit.T).max(2) * scale for unit in units], 2))
+
+
 def split(k: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Keys `[n, D]` in parts of so many."""
     return np.array_split(k, range(tokens, len(k), tokens))
@@ -509,10 +597,41 @@ class SelectorRow:
 
     settings: dict[str, object]
     oracle: object = None
-    table: dict[str, Tensor] | None = None  # of 1 layer, 2 kv heads and a head dim of 8
+    table: Callable[[int, int, int], dict[str, Tensor]] | None = None  # of layers, heads, channels
+
+
+def weights(layers: int, heads: int, dim: int) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(5)
+    return {"weight": torch.rand(layers, heads, dim, generator=made)}
+
+
+def means(layers: int, heads: int, dim: int) -> dict[str, Tensor]:
+    return {"mean": weights(layers, heads, dim)["weight"] / 4}
+
+
+def moments(layers: int, heads: int, dim: int) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(5)
+    keys, queries = torch.randn(2, layers, heads, 5 * dim, dim, generator=made)
+    return {name: t.mT @ t / (5 * dim) for name, t in (("keys", keys), ("queries", queries))}
 
 
 SELECTOR_ROWS = {
+    "centroids": SelectorRow(
+        {
+            "centroids": Centroids(share=0.2, min_pages=2, clusters=5),
+            "centroids_16": Centroids(share=0.4, min_pages=2, unit=16, top_p=0.7, clusters=8),
+        },
+        centroids,
+    ),
+    "channels": SelectorRow(
+        {
+            "channels": Channels(0.2, 2, unit=64, channels=4, bits=4),
+            "channels_all": Channels(1.0, 2, channels=3),
+            "channels_top_p": Channels(0.7, 2, top_p=0.5, channels=4, bits=16),
+        },
+        channels,
+        weights,
+    ),
     "quest": SelectorRow(
         {
             "quest": Quest(share=0.2, min_pages=2),
@@ -524,8 +643,39 @@ SELECTOR_ROWS = {
         },
         quest,
     ),
+    "landmarks": SelectorRow(
+        {
+            "landmarks": Landmarks(share=0.2, min_pages=2, outliers=0.05),
+            "landmarks_16": Landmarks(share=0.4, min_pages=2, unit=16, top_p=0.6, outliers=0.0),
+            "landmarks_all": Landmarks(share=1.0, min_pages=2, unit=64),
+        },
+        landmarks,
+    ),
+    "lowrank": SelectorRow(
+        {
+            "lowrank": LowRank(share=0.2, min_pages=2, rank=3),
+            "lowrank_tokens": LowRank(share=0.1, min_pages=2, unit=1, rank=4, bits=8),
+            "lowrank_top_p": LowRank(share=0.7, min_pages=2, top_p=0.5, unit=8, rank=4, bits=16),
+        },
+        lowrank,
+        moments,
+    ),
+    "lsh": SelectorRow(
+        {
+            "lsh": Lsh(share=0.2, min_pages=2),
+            "lsh_tokens": Lsh(share=0.4, min_pages=2, unit=1, top_p=0.6, bits=4, tables=20, seed=3),
+        },
+        lsh,
+        means,
+    ),
     "reuse": SelectorRow({}),  # what another layer's selector chose
 }
+
+
+def table_of(selector, layers: int = 1, heads: int = 2, dim: int = 8):
+    """The table that a selector is bound to in tests; None where it needs none."""
+    made = SELECTOR_ROWS[selector.kind].table
+    return made and made(layers, heads, dim)
 
 
 def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
