@@ -12,6 +12,7 @@ from hfsparse.errors import PlanError, ShapeError
 from hfsparse.models.fingerprint import attention_values, fingerprint
 from hfsparse.models.layers import UNITS, text_config
 from hfsparse.patterns import PATTERNS
+from hfsparse.registry import LATER
 from hfsparse.selectors import SELECTORS
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 16
@@ -98,7 +99,9 @@ def hints(cls: type) -> dict[str, Any]:
 def parameters(pattern: Any) -> dict[str, Any]:
     """A pattern or selector as plain data, `kind` first; float fields are floats, given 1 too."""
     types = hints(type(pattern))
+    usual = {f.name: f.default for f in fields(pattern) if LATER in f.metadata}
     values = {name: getattr(pattern, name) for name in types}
+    values = {name: v for name, v in values.items() if name not in usual or v != usual[name]}
     floats = {name: float(value) for name, value in values.items() if types[name] is float}
     return {"kind": pattern.kind, **values, **floats}
 

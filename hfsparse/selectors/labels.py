@@ -1,8 +1,8 @@
 """Labels: a few numbers that stand for a key, kept in few bits, and what they tell of tokens.
 
 A label is the product of a key with a projection `[D, rank]`. Its product with that of a query and
-a projection of queries, which may be another, estimates q · k. A unit is worth what its best token is, and the q heads of a group vote with
-the softmax over units.
+a projection of queries, which may be another, estimates q · k. A unit is worth what its best token
+is, and the q heads of a group vote with the softmax over units.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class Labelled:
         label = index["label"].flatten(2, 3)  # [B, H, tokens, rank]
         if self.bits == 4:
             label = torch.cat([label << 4 >> 4, label >> 4], -1)
-        projection = exact(self._on(self.asked, q)).repeat_interleave(q.shape[1] // label.shape[1], 0)
+        group = q.shape[1] // label.shape[1]
+        projection = exact(self._on(self.asked, q)).repeat_interleave(group, 0)
         score = products(torch.einsum("bhqd,hdr->bhqr", exact(q), projection), label) * scale
         if self.bits < 16:
-            steps = index["scale"].flatten(2).repeat_interleave(q.shape[1] // label.shape[1], 1)
+            steps = index["scale"].flatten(2).repeat_interleave(group, 1)
             score = score * steps[:, :, None]
         return best_of(score, length, 1, self.unit)
 

@@ -2,8 +2,8 @@
 
 The keys of a head, after RoPE, lie near a space of few dimensions: the principal ones of their
 covariance, which the profiler measures. Both sides of q · k are projected onto those (`by: keys`);
-what is kept of keys and how it is scored, `labels` says. Loki ranks tokens for each q head and reads those
-alone; here the q heads of a group read alike, and the first and the newest page always.
+what is kept of keys and how it is scored, `labels` says. Loki ranks tokens for each q head and
+reads those alone; here the q heads of a group read alike, and the first and the newest page always.
 
 What tells keys best need not tell scores best. `by: scores` knows the queries, too: with second
 moments Cq of the group's queries and Ck of the keys, and Cq^½ Ck^½ = U S Vᵀ, keys are kept as

@@ -626,7 +626,7 @@ SELECTOR_ROWS = {
     "channels": SelectorRow(
         {
             "channels": Channels(0.2, 2, unit=64, channels=4, bits=4),
-            "channels_all": Channels(1.0, 2, channels=3),
+            "channels_all": Channels(1.0, 2, channels=3, bits=8),
             "channels_top_p": Channels(0.7, 2, top_p=0.5, channels=4, bits=16),
         },
         channels,
@@ -653,8 +653,8 @@ SELECTOR_ROWS = {
     ),
     "lowrank": SelectorRow(
         {
-            "lowrank": LowRank(share=0.2, min_pages=2, rank=3),
-            "lowrank_tokens": LowRank(share=0.1, min_pages=2, unit=1, rank=4, bits=8),
+            "lowrank": LowRank(share=0.2, min_pages=2, rank=3, bits=8, by="keys"),
+            "lowrank_tokens": LowRank(share=0.1, min_pages=2, unit=1, rank=4),
             "lowrank_top_p": LowRank(share=0.7, min_pages=2, top_p=0.5, unit=8, rank=4, bits=16),
         },
         lowrank,

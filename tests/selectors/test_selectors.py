@@ -180,7 +180,7 @@ def test_the_host_never_waits(name):
     pages = torch.zeros(2, 2, 9, PAGE, 8, device="meta")
     real = torch.ones(1, 1, 9, PAGE, 1, dtype=torch.bool, device="meta")
     q, length = torch.zeros(2, 6, 1, 8, device="meta"), torch.zeros(2, device="meta").long()
-    selector.summarise(pages, real)
+    selector.pages(q, selector.summarise(pages, real), length, SCALE)
     with OneDevice():
         index = selector.summarise(pages, real)
         assert selector.pages(q, index, length, SCALE).pages.is_meta
