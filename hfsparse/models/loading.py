@@ -91,11 +91,18 @@ def leave_busy_cores() -> None:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config, without weights: on torch's meta device; UsageError if not built."""
+    """The model of a config, without weights: on torch's meta device; UsageError if not built.
+
+    It is of the class that `load` gives.
+    """
     import torch
     import transformers
 
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    from hfsparse.models.classes import class_of, is_half
+
+    named = class_of(config)
+    if named is not None and is_half(named, config):
+        config = config.get_text_config(decoder=True)
     said = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
+from hfsparse.models.classes import class_of
 from hfsparse.models.fingerprint import fingerprint
 from hfsparse.models.layers import shape, text_config
 from hfsparse.patterns import PATTERNS
@@ -43,11 +44,13 @@ class ModelId:
 
     @classmethod
     def of(cls, model_or_config: Any) -> ModelId:
-        """Read a transformers model or config; of a multimodal one, its text decoder."""
+        """Read a transformers model or config; of a multimodal one, its text decoder.
+
+        A config is of the class that commands load for it (`class_of`).
+        """
         whole = getattr(model_or_config, "config", model_or_config)
-        name = type(model_or_config).__name__
-        if whole is model_or_config:
-            name = (getattr(whole, "architectures", None) or [name])[0]
+        is_config = whole is model_or_config
+        name = _class_name(whole) if is_config else type(model_or_config).__name__
         try:
             config = text_config(whole)
             return cls(class_name=name, fingerprint=fingerprint(config), **shape(config))
@@ -56,6 +59,13 @@ class ModelId:
                 f"{name} is not a model that a plan can describe: {error}. "
                 "Give a decoder of transformers whose layers have equal heads, or its config"
             ) from error
+
+
+def _class_name(config: Any) -> str:
+    """Of the class that commands load; where transformers has none, as the config calls it."""
+    if (loaded := class_of(config)) is not None:
+        return loaded.__name__
+    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
 
 
 @dataclass(frozen=True)
