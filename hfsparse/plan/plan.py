@@ -134,6 +134,12 @@ class Plan:
         return found if isinstance(found, dict) else {}
 
     @property
+    def without_attention(self) -> frozenset[int]:
+        """The layers that have no attention, as far as `made` names them (of hybrids)."""
+        found = self.made.get("no_attention")
+        return frozenset(n for n in found if type(n) is int) if type(found) is list else frozenset()
+
+    @property
     def unproved(self) -> str | None:
         """Why verification could say nothing of this plan, if it ran and couldn't."""
         said, _, why = str(self.verified.get("told")).partition(": ")
