@@ -274,6 +274,8 @@ def test_check_predicts_memory_and_what_fits(plan, model):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
         assert " = 0.0" in line
         assert "in 1GiB: 2 x " in line
+    assert "note: this model's window is 512 tokens" in told.stdout
+    assert "note" not in run("check", plan, model, "--length", "512").stdout
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr
@@ -683,6 +685,7 @@ def test_commands_and_python_agree_on_the_class_of_a_multimodal_folder(family, p
     ):
         result = run(*words)
         assert result.exit_code == 0, (result.output, result.stderr, result.exception)
+    assert f"note: the text half of this model is loaded, {prefix}ForCausalLM" in result.stderr
     Plan.full(ModelId.of(built)).save(plans[2])
     classes = [Plan.load(plan).model.class_name for plan in plans]
     assert classes == [f"{prefix}ForCausalLM"] * 2 + [f"{prefix}ForConditionalGeneration"]
