@@ -42,6 +42,13 @@ class ModelId:
         """Of q, and of k and v: a layer with others has no words."""
         return self.q_heads, self.kv_heads
 
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        kv = "kv head" if self.kv_heads == 1 else "kv heads"
+        heads = f"{self.q_heads} q heads and {self.kv_heads} {kv} of {self.head_dim}"
+        return f"{self.layers} layers, {heads}"
+
     @classmethod
     def of(cls, model_or_config: Any) -> ModelId:
         """Read a transformers model or config; of a multimodal one, its text decoder.
