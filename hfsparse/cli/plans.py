@@ -159,7 +159,6 @@ def check(
     typer.echo(f"{plan} fits {model}")
     if length is None:
         return
-    typer.echo(f"{batch} x {length:,} tokens, GiB: weights + KV cache + work = peak")
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     peak, longest = _print_memory(config, loaded, length, gpu, **more)
     _print_shares(config, loaded, length)
@@ -188,8 +187,13 @@ def _print_memory(
     most = 0
     for name, arm in (("dense", None), ("plan", plan)):
         need = memory.predict(config, arm, length, batch=batch, **more)
-        parts = (f"{n / 2**30:.2f}" for n in (need.weights, need.cache, need.work))
-        line = f"{name:<6}{' + '.join(parts)} = {need.peak / 2**30:.2f}"
+        parts = {"weights": need.weights, "KV cache": need.cache, "work": need.work}
+        if need.states:
+            parts["states"] = need.states
+        if arm is None:
+            typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
+        sizes = (f"{n / 2**30:.2f}" for n in parts.values())
+        line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
         if gpu is not None:
             most = memory.longest(config, arm, _bytes(gpu), batch=batch, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"

@@ -10,8 +10,8 @@ from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
 from hfsparse.models.classes import class_of
-from hfsparse.models.fingerprint import fingerprint
-from hfsparse.models.layers import shape, text_config
+from hfsparse.models.fingerprint import attention_values, fingerprint
+from hfsparse.models.layers import UNITS, text_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.selectors import SELECTORS
 
@@ -59,8 +59,9 @@ class ModelId:
         is_config = whole is model_or_config
         name = _class_name(whole) if is_config else type(model_or_config).__name__
         try:
-            config = text_config(whole)
-            return cls(class_name=name, fingerprint=fingerprint(config), **shape(config))
+            values = attention_values(text_config(whole))
+            sizes = {size: values[size] for size in UNITS}
+            return cls(class_name=name, fingerprint=fingerprint(values), **sizes)
         except ShapeError as error:
             raise PlanError(
                 f"{name} is not a model that a plan can describe: {error}. "

@@ -11,11 +11,10 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
-import hfsparse
 from hfsparse.writing import write_whole
+from tests import turns
 from tests.census.entries import Entry, entries
 from tests.census.questions import OUTCOMES, Answer
 
@@ -28,17 +27,9 @@ ACCEPTED = "right", "wrong", "useless", "uncompared"
 KINDS = {"hybrid": "hybrid", "windowed": "every layer windowed"}
 
 
-@cache
-def sources() -> str:
-    """A hash of all that an answer depends on: hfsparse's code and the census's."""
-    folders = Path(hfsparse.__file__).parent, Path(__file__).parent
-    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def turn() -> int:
     """Which tenth is asked where none is named: another one as the code changes."""
-    return int(sources(), 16) % TURNS
+    return turns.turn(TURNS, "census")
 
 
 def tenth(number: int) -> tuple[Entry, ...]:
@@ -57,7 +48,7 @@ def load() -> tuple[str, dict[str, Answer]]:
 
 def kept(version: str, entry: Entry) -> Path:
     """Where the answer lies that was found with these sources."""
-    return KEPT / f"{version}-{sources()}" / f"{entry.name.replace('/', '.')}.json"
+    return KEPT / f"{version}-{turns.sources('census')}" / f"{entry.name.replace('/', '.')}.json"
 
 
 def write(version: str, asked: dict[str, Answer]) -> list[str]:

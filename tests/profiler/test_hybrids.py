@@ -18,7 +18,7 @@ from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure import influence, proxies
-from hfsparse.profiler.measure.capture import Seen, capture
+from hfsparse.profiler.measure.capture import Seen, capture, checkpoint_layers
 from hfsparse.profiler.measure.gates import distil
 from hfsparse.profiler.methods import duo, minference, moa, one_pass
 from hfsparse.profiler.prompts.calibration import Prompt, make_prompts
@@ -59,6 +59,13 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
         dict(
             attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8,
             mamba_dt_rank=4,
+        ),
+    ),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            layers_block_type=LINEAR[:1] + ["hybrid"] * 2, n_mamba_heads=4, mamba_d_state=16,
+            chunk_size=64,
         ),
     ),
     "nemotron_h": (
@@ -321,6 +328,13 @@ def test_a_verified_run_that_was_killed_goes_on_and_gives_back_what_is_needed(
     assert plan.verified["drop"] == 0
     check(model, plan)
     assert list(tmp_path.iterdir()) == [settings["out"]]
+
+
+def test_every_layer_is_recomputed_where_gradients_flow():
+    """Zamba2's attention lies deeper than its layers, and not in all of them."""
+    model = build("zamba2")
+    with hfsparse.patch(model), checkpoint_layers(model):
+        assert all("forward" in vars(layer) for layer in model.model.layers)
 
 
 # ---- what has nothing to measure, and bench
