@@ -72,7 +72,9 @@ def _marks(plan: Plan) -> dict[str, str]:
     marks = {FULL: "#"}
     for word in plan.patterns:
         choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
-        marks[word] = next(c for c in choices if c not in ("o", "O", ".", *marks.values()) or c == "?")
+        marks[word] = next(
+            c for c in choices if c not in ("o", "O", ".", *marks.values()) or c == "?"
+        )
     if any(RING in layer.decode for layer in plan.layers):
         marks[RING] = "o"
     if any(NONE in layer.prefill for layer in plan.layers):
