@@ -115,19 +115,22 @@ def hints(cls: type) -> dict[str, Any]:
 
 def parameters(pattern: Any) -> dict[str, Any]:
     """A pattern or selector as plain data, `kind` first; float fields are floats, given 1 too."""
-    types = hints(type(pattern))
-    usual = {f.name: f.default for f in fields(pattern) if LATER in f.metadata}
-    values = {name: getattr(pattern, name) for name in types}
-    values = {name: v for name, v in values.items() if name not in usual or v != usual[name]}
+    types, every = hints(type(pattern)), written_fields(type(pattern))
+    values = {each.name: getattr(pattern, each.name) for each in every if _said(pattern, each)}
     floats = {name: float(value) for name, value in values.items() if types[name] is float}
     return {"kind": pattern.kind, **values, **floats}
+
+
+def _said(pattern: Any, each: Field) -> bool:
+    """Whether a parameter is written: one that came later is where it is not at its default."""
+    return LATER not in each.metadata or getattr(pattern, each.name) != each.default
 
 
 def describe(pattern: Any) -> str:
     """A pattern's or selector's parameters, less what is off by default."""
     every = written_fields(type(pattern))
-    shown = {each.name: getattr(pattern, each.name) for each in every}
-    off = [each.name for each in every if not shown[each.name] and not each.default]
+    shown = {each.name: getattr(pattern, each.name) for each in every if _said(pattern, each)}
+    off = [each.name for each in every if not shown.get(each.name) and not each.default]
     told = [f"{name} {_short(value)}" for name, value in shown.items() if name not in off]
     return ", ".join(told) or "pages chosen by the last layer before that chooses"
 

@@ -62,7 +62,7 @@ def test_a_choice_that_is_read_again_is_said():
     plan = replace(plan, patterns={**NAMED, **CHOOSING}, layers=layers)
     plan.validate()
     told = headmap.text(plan).plain
-    assert "quest: share 0.06, min_pages 16, refresh 8, top_p 0.9, unit 64, bound 64\n" in told
+    assert "quest: share 0.06, min_pages 16, refresh 8, top_p 0.9\n" in told
     assert "reuse: pages chosen by the last layer before that chooses\n" in told
 
 
@@ -110,7 +110,7 @@ layer  prefill   cache  decode
   G grow        11%    11%       -  streaming: sink 64, recent 128, recent_per_token 0.1
   V vs          22%      -       -  vertical_slash: columns 1000, diagonals 4096
   B blocks      22%      -       -  block_topk: share 0.1, min_blocks 16
-  Q quest         -      -     22%  quest: share 0.06, min_pages 16, unit 64, bound 64
+  Q quest         -      -     22%  quest: share 0.06, min_pages 16
   o ring          -      -     33%  the keys its ring cache holds
 
 full below: prefill 512 tokens
