@@ -56,7 +56,7 @@ def check_request(
     if most:
         from hfsparse_eval.report import decided
 
-        facts = decided.ask(facts, most)
+        facts = decided.add_until(facts, most)
     writable(output)
     return Request(kind, model, output, arms, seed, chat, facts, cap, batch, most)
 

@@ -15,7 +15,6 @@ those that are too high.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import logsumexp
 
 from hfsparse.interval import MISSED
 
@@ -43,15 +42,28 @@ def wealth(values: np.ndarray, mean: float) -> np.ndarray:
 
     values `[blocks, strata]`: from 0 to 1. The larger `mean` (above 0), the less.
     """
-    gains = np.log1p(SHARES * (values[..., None] / mean - 1)).sum(1).cumsum(0)
-    return logsumexp(gains, axis=1) - np.log(BETS)
+    return _gain(*_count(values), mean)
+
+
+def _count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values, and how many of each had come `[blocks, different]` after each block:
+    scores are few, so this is much less to work on."""
+    different, places = np.unique(values, return_inverse=True)
+    counts = np.zeros((len(values), len(different)))
+    np.add.at(counts, (np.arange(len(values))[:, None], places.reshape(values.shape)), 1)
+    return different, counts.cumsum(0)
+
+
+def _gain(different: np.ndarray, counts: np.ndarray, mean: float) -> np.ndarray:
+    gains = counts @ np.log1p(SHARES * (different[:, None] / mean - 1))
+    return np.logaddexp.reduce(gains, axis=1) - np.log(BETS)
 
 
 def _end(values: np.ndarray) -> float:
     """The largest mean that is too low, or 0."""
-    low, high = 0.0, 1.0
+    low, high, counted = 0.0, 1.0, _count(values)
     for _ in range(HALVINGS if values.size else 0):
         middle = (low + high) / 2
-        refused = wealth(values, middle).max() >= np.log(2 / MISSED)
+        refused = _gain(*counted, middle).max() >= np.log(2 / MISSED)
         low, high = (middle, high) if refused else (low, middle)
     return low

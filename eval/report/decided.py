@@ -26,8 +26,8 @@ from hfsparse_eval.report.statistics import Change
 from hfsparse_eval.report.verdict import judge, order
 
 
-def ask(arms: Sequence[Mapping], most: int) -> list[dict]:
-    """These arms, each with what is to be decided `until` it ends; UsageError if there is nothing.
+def add_until(arms: Sequence[Mapping], most: int) -> list[dict]:
+    """These arms, each with what is to be decided of it, `until`; UsageError if there is nothing.
 
     most: samples of each task at each length.
     """
@@ -40,7 +40,7 @@ def ask(arms: Sequence[Mapping], most: int) -> list[dict]:
                 f"--until decided: {told}, and there is nothing to compare with: give a plan that "
                 "states its limit (hfsparse verify --write writes it), or two plans or arms"
             )
-        against = {name: others[0][name] for name in ("arm", "plan", "title")}
+        against = {name: others[0][name] for name in ("arm", "plan")}
         asked.append({**arm, "until": {"samples": most, "against": against}})
     return asked
 
@@ -48,25 +48,24 @@ def ask(arms: Sequence[Mapping], most: int) -> list[dict]:
 def list_open(lines: Sequence[Mapping], arms: Sequence[Mapping]) -> list[Mapping]:
     """Those of these arms that more samples are needed of, to judge them or others by them."""
     found = list_outcomes(lines, arms)
-    by = {id(outcome.arm): outcome for outcome in found}
-    left = [arm for arm in arms if id(arm) not in by or not decided(by[id(arm)], found)]
+    done = [outcome.arm for outcome in found if decided(outcome, found)]
+    left = [arm for arm in arms if arm not in done]
     needed = [arm["until"]["against"] for arm in left]
     return [arm for arm in arms if arm in left or any(belongs(arm, other) for other in needed)]
 
 
 def decided(outcome: Outcome, outcomes: Sequence[Outcome]) -> bool:
     """Whether an arm keeps its promise, or differs from another arm, is certain."""
+    if belongs(DENSE, outcome.arm["until"]["against"]):
+        seen = look(outcome.whole)
+        return bool(seen and judge(seen, 100 * outcome.arm["promise"]["limit"]))
     other = find_other(outcome, outcomes)
-    seen = look(outcome.whole) if other is None else compare(outcome, other)
-    if seen is None:
-        return False
-    if other is None:
-        return bool(judge(seen, 100 * outcome.arm["promise"]["limit"]))
-    return bool(order(seen))
+    seen = compare(outcome, other) if other else None
+    return bool(seen and order(seen))
 
 
 def find_other(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The arm that this one is judged against; None: the dense model, or one without results."""
+    """The arm that this one is compared with; None where it has a limit, or that has no results."""
     against = outcome.arm["until"]["against"]
     return next((other for other in outcomes if belongs(other.arm, against)), None)
 
@@ -85,7 +84,7 @@ def compare(outcome: Outcome, other: Outcome) -> Change | None:
 def list_hopeless(lines: Sequence[Mapping]) -> set[tuple[str, int]]:
     """Tasks and lengths that the dense model is certain to score below what counts."""
     found = set()
-    for cell in cells(lines):
+    for cell in cells([line for line in lines if "failed" not in line]):
         scores = np.array([[line["score"]] for line in cell.dense])
         if not cell.counted and anytime(scores)[1] < MIN_SCORE:
             found.add((cell.task, int(cell.length)))

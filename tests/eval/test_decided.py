@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import hfsparse.patcher
 from hfsparse.anytime import anytime
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -149,6 +150,21 @@ def test_arms_without_a_limit_are_decided_by_who_scores_higher(call, plan):
     told = next(x for x in call.report.splitlines() if x.startswith("- ring24: "))
     assert "; -62.5 points [" in told
     assert "from ring16: below it, decided by 16 samples" in told
+
+
+def test_an_arm_that_fails_leaves_what_is_compared_with_it_undecided(call, plan, monkeypatch):
+    fine = hfsparse.patcher.patch
+
+    def failing(model, plan):
+        if plan.patterns["s"].recent == 24:
+            raise RuntimeError("no room")
+        return fine(model, plan)
+
+    monkeypatch.setattr("hfsparse.patcher.patch", failing)
+    result = call(*plan(24), *plan(16), *plan(8, 0.01), *UNTIL, "--samples", 16)
+    assert result.exit_code == 1
+    assert "(RuntimeError: no room): the command that asked" in result.stderr
+    assert call.asked == {None: 16, 16: 16, 8: 8}
 
 
 def test_dense_answers_are_kept_for_later_plans_and_more_samples(call, plan):
