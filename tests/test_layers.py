@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
-GROUND = "errors version precision registry reading writing progress shares interval stats".split()
+GROUND = """
+errors version precision registry reading writing progress shares interval anytime stats
+""".split()
 ROOMS = [
     *GROUND,
     *("lists", "patterns", "selectors", "models", "kernels", "plan", "runtime", "patcher"),
