@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,8 +20,10 @@ KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
 SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
-# A kernel in two files.
-HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select")}
+# Kernels in more than one file, each knowing those before it.
+PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"
+PARTS += " estimate_keys estimate"
+HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
 
 
 def _modules() -> dict[str, Path]:

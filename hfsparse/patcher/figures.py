@@ -28,8 +28,6 @@ from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.layout import lay_out, lay_out_chunks
 from hfsparse.stats import LayerStats, Stats, Work
 
-WIDE = {4: torch.float32, 8: torch.float64}  # types of keys and values, by bytes a number
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -96,6 +94,11 @@ def fill_caches(
     return _fill(plan, layer_shapes(config), tokens, batch, itemsize)
 
 
+def type_of(itemsize: int) -> torch.dtype:
+    """In which a model works whose weights take so many bytes a number."""
+    return {4: torch.float32, 8: torch.float64}.get(itemsize, torch.bfloat16)
+
+
 def _fill(
     plan: Plan,
     shapes: Sequence[LayerShape],
@@ -103,7 +106,7 @@ def _fill(
     batch: int = 1,
     itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
-    dtype = WIDE.get(itemsize, torch.bfloat16)
+    dtype = type_of(itemsize)
     for own in resolve_layers(plan, shapes, plan.below):
         if own.producer is not None:
             yield own, None

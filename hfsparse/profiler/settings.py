@@ -147,7 +147,7 @@ class Settings:
     )
     loss: float | None = setting(
         None,
-        "The smallest shares within these budgets that lose no more; see README.",
+        "The smallest shares within these budgets that lose no more: docs/profiling.md.",
         check=within(
             lambda x: 0 <= x <= 1,
             "loss is {}: give 0 to 1, a share of what rings alone would lose",

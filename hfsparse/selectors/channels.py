@@ -43,7 +43,8 @@ class Channels(Labelled):
         require(n <= D, f"channels is {n}: keys have {D}, give no more")
         best = weight.sort(dim=1, descending=True, stable=True).indices[:, :n].sort().values
         picked = torch.zeros(H, D, n, dtype=torch.float32).scatter_(1, best[:, None], 1)
-        return replace(self, projection=DeviceTensor(picked))  # a product with it picks them
+        picks = DeviceTensor(picked)  # a product with it picks them
+        return replace(self, kept=picks, asked=picks)
 
     def calibrate(self, seen: Any) -> dict[str, Tensor]:
         """The `weight` `[H, D]`: mean size of a token's own q times k, over tokens and group."""

@@ -1,8 +1,8 @@
 """Labels: a few numbers that stand for a key, kept in few bits, and what they tell of tokens.
 
-A label is the product of a key with a projection `[D, rank]`. The product of a label with that of a
-query estimates q · k. A unit is worth what its best token is, and the q heads of a group vote with
-the softmax over units.
+A label is the product of a key with a projection `[D, rank]`. Its product with that of a query and
+a projection of queries, which may be another, estimates q · k. A unit is worth what its best token
+is, and the q heads of a group vote with the softmax over units.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = (2.0**-24, 65504.0)  # the smallest and the largest that float16 has
 
 @dataclass(frozen=True)
 class Labelled:
-    """A selector that keeps labels: one has its projection by `bind`, from a table of the plan.
+    """A selector that keeps labels: one has its projections by `bind`, from a table of the plan.
 
     share, min_pages, refresh, top_p, unit: as in `Budget`. bits: 4, 8 or 16, of each number.
     """
@@ -35,8 +35,10 @@ class Labelled:
     refresh: int = 0
     top_p: float = 0.0
     unit: int = 16
-    bits: int = 8
-    projection: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [H, D, rank]
+    bits: int = 4
+    # The projections [H, D, rank] of keys, to be kept, and of queries, which ask.
+    kept: DeviceTensor | None = field(default=None, compare=False, repr=False)
+    asked: DeviceTensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
@@ -59,7 +61,7 @@ class Labelled:
         has number c in its low half and number c + rank / 2 in its high half, both signed; of 16
         bits float16, and that is all. `scale` `[B, H, n, PAGE]` float16: what they are times.
         """
-        projection = exact(self._projection(keys))
+        projection = exact(self._on(self.kept, keys))
         found = torch.einsum("bhptd,hdr->bhptr", exact(keys.masked_fill(~real, 0)), projection)
         if self.bits == 16:
             return {"label": found.to(torch.float16)}
@@ -76,10 +78,11 @@ class Labelled:
         label = index["label"].flatten(2, 3)  # [B, H, tokens, rank]
         if self.bits == 4:
             label = torch.cat([label << 4 >> 4, label >> 4], -1)
-        projection = exact(self._projection(q)).repeat_interleave(q.shape[1] // label.shape[1], 0)
+        group = q.shape[1] // label.shape[1]
+        projection = exact(self._on(self.asked, q)).repeat_interleave(group, 0)
         score = products(torch.einsum("bhqd,hdr->bhqr", exact(q), projection), label) * scale
         if self.bits < 16:
-            steps = index["scale"].flatten(2).repeat_interleave(q.shape[1] // label.shape[1], 1)
+            steps = index["scale"].flatten(2).repeat_interleave(group, 1)
             score = score * steps[:, :, None]
         return best_of(score, length, 1, self.unit)
 
@@ -88,6 +91,6 @@ class Labelled:
         scores = self.scores(q, index, length, scale)
         return self.budget.choose(scores, length, index["label"].shape[1])
 
-    def _projection(self, beside: Tensor) -> Tensor:
-        require(self.projection is not None, f"{self.kind} is bound to no table")
-        return self.projection.on(beside.device)
+    def _on(self, projection: DeviceTensor | None, beside: Tensor) -> Tensor:
+        require(projection is not None, f"{self.kind} is bound to no table")
+        return projection.on(beside.device)

@@ -1,11 +1,17 @@
 """Low rank: read the tokens whose keys score highest in few dimensions (Loki, arXiv 2406.02542).
 
 The keys of a head, after RoPE, lie near a space of few dimensions: the principal ones of their
-covariance, which the profiler measures. Both sides of q · k are projected onto those; what is kept
-of keys and how it is scored, `labels` says. Loki ranks tokens for each q head and reads those
-alone; here the q heads of a group read alike, and the first and the newest page always.
+covariance, which the profiler measures. Both sides of q · k are projected onto those (`by: keys`);
+what is kept of keys and how it is scored, `labels` says. Loki ranks tokens for each q head and
+reads those alone; here the q heads of a group read alike, and the first and the newest page always.
 
-The covariance has the mean key taken off: what the mean adds to scores is the same for all keys.
+What tells keys best need not tell scores best. `by: scores` knows the queries, too: with second
+moments Cq of the group's queries and Ck of the keys, and Cq^½ Ck^½ = U S Vᵀ, keys are kept as
+Uᵀ Cq^½ k and asked by Uᵀ Cq^-½ q, the nearest to q · k that rank numbers can be. In the end both
+are turned alike, which changes no product, so that all numbers of a label are of a size and few
+bits tell them.
+
+Keys have their mean taken off: what the mean adds to scores is the same for all keys.
 """
 
 from __future__ import annotations
@@ -28,36 +34,74 @@ from hfsparse.selectors.table import DeviceTensor, layer_of
 class LowRank(Labelled):
     """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
 
-    rank: dimensions that keys are projected onto. data: the plan's table, with `covariance`
-    `[layers, kv heads, D, D]` of the keys. The others: `Labelled`.
+    rank: numbers that are kept of a key. by: `scores`, those that tell the products with queries
+    best; `keys`, those that tell keys best, as Loki has it. data: the plan's table, with second
+    moments `[layers, kv heads, D, D]` of `keys` and `queries`. The others: `Labelled`.
     """
 
-    rank: int = 16
+    rank: int = 32
+    by: str = "scores"
     data: str = "lowrank"
 
     def __post_init__(self):
         super().__post_init__()
         self._check_size("rank")
+        require(self.by in WAYS, f"by is {self.by}: give {' or '.join(WAYS)}")
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> LowRank:
-        """With the principal dimensions of these heads' keys."""
-        covariance = layer_of(self.kind, data, "covariance", layer)[list(heads)]
-        dim = covariance.shape[-1]
+        """With the projections of these heads."""
+        keys, queries = (
+            layer_of(self.kind, data, name, layer)[list(heads)].double()
+            for name in ("keys", "queries")
+        )
+        dim = keys.shape[-1]
         require(self.rank <= dim, f"rank is {self.rank}: keys have {dim} channels, give no more")
-        return replace(self, projection=DeviceTensor(principal(covariance, self.rank)))
+        kept, asked = WAYS[self.by](keys, queries, self.rank)
+        turn = waves(self.rank)
+        made = (DeviceTensor((t @ turn).float().contiguous()) for t in (kept, asked))
+        return replace(self, **dict(zip(("kept", "asked"), made, strict=True)))
 
     def calibrate(self, seen: Any) -> dict[str, Tensor]:
-        """The `covariance` `[H, D, D]` of a prompt's keys."""
+        """Second moments `[H, D, D]` of a prompt's `keys`, less their mean, and of the `queries` of
+        each kv head's group."""
         keys = seen.k[0].float()
-        keys = keys - keys.mean(1, keepdim=True)
-        return {"covariance": keys.mT @ keys / keys.shape[1]}
+        queries = seen.q[0].float().unflatten(0, (len(keys), -1)).flatten(1, 2)
+        both = {"keys": keys - keys.mean(1, keepdim=True), "queries": queries}
+        return {name: t.mT @ t / t.shape[1] for name, t in both.items()}
 
 
-def principal(covariance: Tensor, rank: int) -> Tensor:
-    """The orthonormal dimensions of most variance, `[H, D, rank]` float32 of `[H, D, D]`.
+def by_keys(keys: Tensor, queries: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The principal dimensions of the keys `[H, D, rank]`, of moments `[H, D, D]`, for both."""
+    best = principal(keys, rank)
+    return best, best
+
+
+def by_scores(keys: Tensor, queries: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Projections of keys and of queries whose products are nearest to all q · k, in squares."""
+    values, vectors = torch.linalg.eigh(queries)
+    least = values.amax(-1, keepdim=True) * 1e-9
+    values = values.maximum(least).clamp(min=1e-12).sqrt()[:, None]
+    root, inverse = ((vectors * each) @ vectors.mT for each in (values, 1 / values))
+    best = principal(root @ keys @ root, rank)
+    return root @ best, inverse @ best
+
+
+WAYS = {"scores": by_scores, "keys": by_keys}
+
+
+def principal(moments: Tensor, rank: int) -> Tensor:
+    """The orthonormal dimensions of largest moment, `[H, D, rank]` of `[H, D, D]`.
 
     The largest entry of each is positive, so that they are the same wherever they are worked out.
     """
-    vectors = torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1)[..., :rank]
+    vectors = torch.linalg.eigh(moments).eigenvectors.flip(-1)[..., :rank]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return (vectors * largest.sign()).float().contiguous()
+    return vectors * largest.sign()
+
+
+def waves(n: int) -> Tensor:
+    """An orthonormal matrix `[n, n]` that spreads each number over all: the cosine transform's."""
+    at = torch.arange(n, dtype=torch.float64)
+    found = torch.cos(torch.pi / n * (at + 0.5) * at[:, None]) * (2 / n) ** 0.5
+    found[0] /= 2**0.5
+    return found

@@ -65,7 +65,7 @@ def test_a_table_is_found_beside_the_plan_and_bound(beside):
     assert plan.table_of(Quest()) is None
     bound = plan.patterns["few"].bind(0, (1,), table)
     best = table["weight"][0, 1].topk(2).indices.sort().values
-    assert torch.equal(bound.projection.tensor[0], torch.eye(8)[:, best])
+    assert torch.equal(bound.kept.tensor[0], torch.eye(8)[:, best])
 
 
 def test_text_and_file_say_the_same_plan(beside):
