@@ -69,9 +69,8 @@ class Lsh:
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Lsh:
         """With planes of these heads, and on which side of each a key at the mean lies."""
         mean = layer_of(self.kind, data, "mean", layer)[list(heads)].float()
-        planes = torch.stack(
-            [drawn_planes(self.seed, layer, head, mean.shape[1], self.total) for head in heads]
-        )
+        planes = [drawn_planes(self.seed, head, mean.shape[1], self.total) for head in heads]
+        planes = torch.stack(planes)
         worth = torch.tensor(log_probabilities(self.bits, self.tables), dtype=torch.float32)
         side = torch.einsum("hd,hdt->ht", mean, planes)
         made = (DeviceTensor(t) for t in (planes, side, worth))
@@ -98,7 +97,7 @@ class Lsh:
         planes, _, worth = self._bound(q)
         theirs = index["hash"].flatten(2, 3)  # [B, H, tokens, bytes]
         B, Hq, Q, D = q.shape
-        mine = exact(q).view(B, theirs.shape[1], -1, D)
+        mine = exact(q).reshape(B, theirs.shape[1], -1, D)
         mine = packed(torch.einsum("bhqd,hdr->bhqr", mine, exact(planes)) > 0)
         apart = ones_in(mine[:, :, :, None] ^ theirs[:, :, None])  # [B, H, group * Q, tokens]
         score = worth[self.total - apart].view(B, Hq, Q, -1)
@@ -114,9 +113,9 @@ class Lsh:
         return tuple(t.on(beside.device) for t in (self.planes, self.side, self.worth))
 
 
-def drawn_planes(seed: int, layer: int, head: int, dim: int, count: int) -> Tensor:
-    """Normals `[dim, count]` of planes of a head, the same wherever it is bound."""
-    made = torch.Generator().manual_seed((seed * 4096 + layer) * 4096 + head)
+def drawn_planes(seed: int, head: int, dim: int, count: int) -> Tensor:
+    """Normals `[dim, count]` of a kv head's planes, the same in all layers."""
+    made = torch.Generator().manual_seed(seed * 4096 + head)
     return torch.randn(dim, count, generator=made, dtype=torch.float32)
 
 

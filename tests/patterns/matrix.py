@@ -523,7 +523,7 @@ def landmarks(selector: Landmarks, q, k, scale: float, table, head: int) -> np.n
 def lsh(selector: Lsh, q, k, scale: float, table, head: int) -> np.ndarray:
     """By counting in which of the planes' bits a key and a query agree, as if one in a table."""
     total = selector.bits * selector.tables
-    planes = drawn_planes(selector.seed, 0, head, k.shape[1], total).double().numpy()
+    planes = drawn_planes(selector.seed, head, k.shape[1], total).double().numpy()
     mine, theirs = q @ planes > 0, (k - table["mean"][0, head].double().numpy()) @ planes > 0
     agreeing = (mine[:, :, None] == theirs).sum(3)
     one = (np.maximum(agreeing, 0.5) / total) ** selector.bits

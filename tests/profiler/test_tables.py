@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,14 @@ from tests.patterns.matrix import oracle_pages, weights
 L, HQ, HKV, D, SCALE = 300, 6, 2, 8, 0.25
 KEYS = torch.tensor([0, 63, 64, 70, 205, 299])
 TABLE = weights(3, HKV, D)
-SETTINGS = dict(lengths=(512,), samples=2, verify=False, prefill_density=1.0, decode_share=0.5)
+SETTINGS = dict(
+    lengths=(512,),
+    samples=2,
+    verify=False,
+    prefill_density=1.0,
+    decode_share=0.5,
+    selector="channels",
+)
 
 
 def seen(layer: int = 2) -> Seen:
@@ -84,30 +89,16 @@ def test_what_is_not_bound_is_never_measured():
         measure.pages_read(Channels(0.4, 2), it.q, it.k, KEYS, SCALE)
 
 
-def offered(longest: int):
-    """Labels in the place of quest."""
-    names = balanced_candidates(longest)
-    return replace(names, selectors={"few": Channels(0.3, 4), "more": Channels(0.6, 4)})
-
-
-balanced_candidates = balanced.candidates
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny.llama(window=1024)
 
 
-@pytest.fixture
-def offering(monkeypatch):
-    monkeypatch.setattr(balanced, "candidates", offered)
-
-
-def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offering):
+def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
     out, each = tmp_path / "my plan.yaml", []
     plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     words = {word for layer in plan.layers for word in layer.decode}
-    assert words & {"few", "more"}, "labels were not chosen: give another budget"
+    assert "channels50" in words, "labels were not chosen: give another budget"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "my plan.yaml",
         "my_plan.channels.safetensors",
@@ -121,7 +112,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offer
 
     prompts = make_prompts(tiny.tokenizer(), 512, 2, 0)
     for prompt in prompts:
-        capture(model, prompt.ids, search.short_sighted_plan(model, offered(512)), look)
+        capture(model, prompt.ids, search.short_sighted_plan(model, balanced.candidates(512)), look)
     weight = loaded.table_of(Channels())["weight"]
     for layer in (0, 1):
         mine = torch.stack([found for at, found in each if at == layer])
@@ -135,7 +126,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offer
         assert getattr(stats, name) == pytest.approx(plan.expected[512][name], rel=0.01)
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, offering, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeypatch):
     whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
     out, looked, look = tmp_path / "plan.yaml", [], search.look_at_prompt
 
