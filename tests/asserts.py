@@ -22,7 +22,7 @@ WATCHED = {  # functions by module of hfsparse.kernels: they read lists, or make
     "triton.decode": "decode",
     "triton.count": "pairs",
     "triton.estimate": "lists",
-    "triton.quest": "pages",
+    "triton.choose": "pages",
     "fa4": "prefill",
 }
 
