@@ -42,7 +42,7 @@ class Place(NamedTuple):
     size: int = 0  # slots of a ring, behind the band's sink; 0: each key lies at its position
     below: int = 0  # rows of fewer tokens read all that is held
     listed: bool = False  # whether a step's page lists say which pages are read
-    # Minima and maxima, where any are kept: of pages [B, H, P, D], of spans [B, H, P, PAGE/span, D].
+    # Minima and maxima, where any are kept: of pages [B, H, P, D], of spans [B, H, P, n, D].
     low: Tensor | None = None
     high: Tensor | None = None
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.

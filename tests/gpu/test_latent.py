@@ -7,8 +7,8 @@ import torch
 
 import hfsparse
 from hfsparse.kernels.triton import append as triton_append
-from hfsparse.kernels.triton import decode as triton_decode
 from hfsparse.kernels.triton import choose as triton_choose
+from hfsparse.kernels.triton import decode as triton_decode
 from hfsparse.lists import PAGE, Band
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table

@@ -12,10 +12,11 @@ from hfsparse.lists.choice import Choice
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, compiled, rounding, unwritten
 
+PLAIN = Quest()
 LENGTHS = (64 * 21 + 5, 64 * 9, 300, 17, 0)
 
 
-def summaries(lengths, queries=1, group=3, dim=64, dtype=SINGLE, kv_heads=2, room=0, quest=Quest()):
+def summaries(lengths, queries=1, group=3, dim=64, dtype=SINGLE, kv_heads=2, room=0, quest=PLAIN):
     """q, the index and lengths of random rows; NaN in the room for more pages."""
     made = torch.Generator(DEVICE).manual_seed(0)
     P = -(-max(lengths) // PAGE)

@@ -3,8 +3,8 @@
 The fast form of `Full.append` and `Ring.append` where the stores have room already. What changes
 from step to step, the positions, is read on the device: a step can be captured as a CUDA graph,
 and a new length compiles nothing. A program serves one kv head and a part of its channels. Bound
-by latency: of old keys it reads those of a page, or of a smaller span, that new ones join, to renew its
-minima and maxima, and nothing that the same launch writes. At most 16 new tokens a row; no
+by latency: of old keys it reads those of a page, or of a smaller span, that new ones join, to renew
+its minima and maxima, and nothing that the same launch writes. At most 16 new tokens a row; no
 gradients.
 """
 
