@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 from hfsparse.lists.grid import PAGE, HeadIndex
 
-
 UNITS = (1, 8, 16, 32, PAGE)  # tokens that a list may name together: parts of pages, or pages
 
 
@@ -42,7 +41,9 @@ class PageLists:
         if (each := self.unit // unit) == 1:
             return self
         within = torch.arange(each, device=self.pages.device)
-        return PageLists((self.pages[..., None] * each + within).flatten(2), self.count * each, unit)
+        return PageLists(
+            (self.pages[..., None] * each + within).flatten(2), self.count * each, unit
+        )
 
     def of(self, heads: Sequence[int], device: torch.device, index: HeadIndex) -> PageLists:
         """Those of some kv heads, on a device."""
