@@ -123,8 +123,11 @@ def _triton_decode(
 
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
+    labels = _module("triton.labels")
     for part in into.parts:
-        if part.follow is not None:
+        if isinstance(part.selector, labels.LABELLED):
+            labels.follow(part, k, into.at.tensor(part.heads, k.device), new.query_pos)
+        elif part.follow is not None:
             part.follow(new.query_pos)
 
 

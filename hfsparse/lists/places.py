@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Place(NamedTuple):
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
     follow: Callable[[Tensor], None] | None = None
     append: Callable[..., None] | None = None  # (k, v, lengths): stores new tokens in PyTorch
+    selector: Any = None  # whose index `follow` renews, and that index [B, H, P, ...] by name
+    index: dict[str, Tensor] | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton import quest, scores
+from hfsparse.kernels.triton import labels, quest, scores
 from hfsparse.kernels.triton.limits import DTYPES
 from hfsparse.kernels.triton.scores import Asked, is_young
 from hfsparse.lists import PageLists
@@ -42,7 +42,7 @@ FORCED = tl.constexpr(-(1 << 31))  # in the order of what is read in any case
 BEYOND = tl.constexpr(0x7FFFFFFF)  # the order of what is no unit of the row
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
-SCORED: dict[type, Callable] = {Quest: quest.score}
+SCORED: dict[type, Callable] = {Quest: quest.score} | dict.fromkeys(labels.LABELLED, labels.score)
 
 
 def why_not(need: Need) -> str | None:
@@ -51,8 +51,9 @@ def why_not(need: Need) -> str | None:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > WIDEST_KEY:
         return f"head dim {need.head_dim}: at most {WIDEST_KEY} is supported"
-    if need.dtype not in DTYPES or need.index_dtype not in (None, need.dtype):
-        return f"queries of {need.dtype} and a cache of {need.index_dtype or need.dtype}"
+    held = need.index_dtype or need.dtype
+    if need.dtype not in DTYPES or (need.chooser is Quest and held != need.dtype):
+        return f"queries of {need.dtype} and a cache of {held}"
     return _too_many(need)
 
 

@@ -47,7 +47,8 @@ class Full(Store):
     def place(self) -> Place:
         group, more = self.group, {"below": self.below, "append": self.append}
         if self.index:
-            more |= self.index if {*self.index} == EXTREMES else {"follow": self.follow}
+            own = {"follow": self.follow, "selector": group.selector, "index": self.index}
+            more |= self.index if {*self.index} == EXTREMES else own
         return Place(group.heads, self.k, self.v, listed=group.chosen, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:

@@ -1,0 +1,209 @@
+"""Labels of tokens in Triton: scored, the first half of a choice (`choose.py`), and written.
+
+What labels are, `hfsparse.selectors.labels` says. Queries are projected by each program, which
+costs less than a launch; their float32 numbers then meet labels, which float16 holds exactly, as
+two float16 that sum up to them. Bound by memory: each label is read once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hfsparse.kernels.triton.limits import LOG2E
+from hfsparse.kernels.triton.scores import Asked, units_of
+from hfsparse.lists import PAGE
+from hfsparse.lists.places import Place
+from hfsparse.selectors.lowrank import LowRank
+
+LABELLED = (LowRank,)  # selectors that keep labels
+TOKENS = 128  # whose labels are read at once
+REST = tl.constexpr(2048.0)  # float16 has 11 bits
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
+LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
+
+
+def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
+    """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
+    label, step, projection = _given(selector, index)
+    rows = max(16, triton.next_power_of_2(min(asked.queries, 64)))
+    _score[(asked.tiles, asked.programs, triton.cdiv(asked.queries, rows))](
+        *(asked.q, projection, label, step, *asked.tensors()),
+        *asked.q.stride()[:3],
+        *(*label.stride()[:2], *step.stride()[:2]),
+        *(*asked.numbers(), scale * LOG2E.value),
+        **_sizes(selector, projection),
+        ROWS=rows,
+        TOKENS=TOKENS,
+        **asked.settings(),
+        num_warps=4,
+    )
+
+
+def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
+    """Write the labels of new tokens k `[B, Hkv, Q, D]`, of those heads [H] that the part has.
+
+    query_pos [B, Q]: each token's position, -1 where there is none.
+    """
+    label, step, projection = _given(part.selector, part.index)
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    (B, _, Q, _), H, room = k.shape, len(heads), label.shape[2] * PAGE
+    _follow[(B * H,)](
+        *(k, projection, label, step, heads, query_pos.contiguous(), part.k),
+        *k.stride()[:3],
+        *(*label.stride()[:2], *step.stride()[:2]),
+        *(H, Q, room),
+        **_sizes(part.selector, projection),
+        ROWS=max(16, triton.next_power_of_2(Q)),
+        num_warps=4,
+    )
+
+
+def _given(selector, index: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, their scales, of 16 bits a stand-in that is not read, and the projection."""
+    label = index["label"]
+    step = index.get("scale", label[..., 0])
+    return label, step, selector.projection.on(label.device)
+
+
+def _sizes(selector, projection: Tensor) -> dict[str, int]:
+    """What kernels are compiled for: WIDE numbers, padded, lie in each of 1 or 2 halves."""
+    _, D, rank = projection.shape
+    wide = rank // 2 if selector.bits == 4 else rank
+    wide_padded = max(16, triton.next_power_of_2(wide))
+    depth = min(64, max(16, triton.next_power_of_2(D)))
+    return {"D": D, "DEPTH": depth, "WIDE": wide, "PADDED": wide_padded, "BITS": selector.bits}
+
+
+@triton.jit
+def _project(
+    at, PROJECTION, alive, first_column, RANK: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Rows `[ROWS, D]` that lie `at`, as KEPT holds them, times WIDE columns `[D, RANK]`."""
+    column = tl.arange(0, PADDED)
+    made = tl.zeros([ROWS, PADDED], tl.float32)
+    for begin in range(0, D, DEPTH):
+        d = begin + tl.arange(0, DEPTH)
+        x = tl.load(at[:, None] + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0)
+        inside = (d < D)[:, None] & (column < WIDE)[None, :]
+        p = PROJECTION + d[:, None] * RANK + first_column + column[None, :]
+        p = tl.load(p, mask=inside, other=0.0)
+        made = tl.dot(x.to(KEPT).to(tl.float32), p, made, input_precision="ieee")
+    return made
+
+
+@triton.jit
+def _product(x, label):
+    """x `[ROWS, PADDED]`, parts of 1, times labels `[TOKENS, PADDED]`, as float32 has it."""
+    label = tl.trans(label.to(tl.float16))
+    near = x.to(tl.float16)
+    rest = ((x - near.to(tl.float32)) * REST).to(tl.float16)
+    return tl.dot(near, label) + tl.dot(rest, label) / REST
+
+
+@triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
+def _score(
+    Q_, PROJECTION, LABEL, STEP, SCORES, TOTALS, LENGTH, MADE, HEADS,
+    q_b: tl.int64, q_h: tl.int64, q_s, label_b: tl.int64, label_h: tl.int64,
+    step_b: tl.int64, step_h: tl.int64,
+    Hkv, Q, queries, U, below: tl.int64, refresh, times,
+    D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
+    if tile * TILE >= total:
+        return
+    b, kv = head // Hkv, head % Hkv
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    alive = row < queries
+    q_head = kv * (queries // Q) + row // Q
+    if SOME:
+        q_head = tl.load(HEADS + q_head, mask=alive, other=0)
+    at = Q_ + b * q_b + q_head * q_h + (row % Q) * q_s
+    RANK: tl.constexpr = 2 * WIDE if BITS == 4 else WIDE
+    project = PROJECTION + kv * D * RANK
+    kept: tl.constexpr = Q_.dtype.element_ty
+    x = _project(at, project, alive, 0, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
+    most = tl.max(tl.abs(x), 1)
+    if BITS == 4:
+        z = _project(at, project, alive, WIDE, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
+        most = tl.maximum(most, tl.max(tl.abs(z), 1))
+    most = tl.where(most == 0, 1.0, most)
+    x = x / most[:, None]
+    if BITS == 4:
+        z = z / most[:, None]
+    labels, steps = LABEL + b * label_b + kv * label_h, STEP + b * step_b + kv * step_h
+    out = (head * queries + row) * tl.num_programs(0) + tile
+    column, EACH = tl.arange(0, PADDED), TOKENS // UNIT
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    tokens = tl.minimum(length - tile * TILE * UNIT, TILE * UNIT)
+    for part in range(tl.cdiv(tokens, TOKENS)):
+        token = (tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+        real = token < length
+        inside = real[:, None] & (column < WIDE)[None, :]
+        label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
+        if BITS == 4:
+            both = label.to(tl.int32)
+            s = _product(x, (both << 28) >> 28) + _product(z, both >> 4)
+        else:
+            s = _product(x, label)
+        if BITS < 16:
+            s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[None, :]
+        s = tl.where(real[None, :], s * (most * times)[:, None], float("-inf"))
+        if UNIT > 1:
+            s = tl.max(tl.reshape(s, [ROWS, TOKENS // UNIT, UNIT]), 2)
+        unit = part * EACH + tl.arange(0, TOKENS // UNIT)
+        tl.store(SCORES + out[:, None] * TILE + unit[None, :], s, mask=alive[:, None])
+        high = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(high == float("-inf"), 0.0, high)
+        mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = high
+    tl.store(TOTALS + out, top + tl.log2(mass), mask=alive)
+
+
+@triton.jit
+def _rounded(x, step, END: tl.constexpr):
+    """x `[ROWS, PADDED]` in whole steps, halves to even, between -END and END."""
+    x = tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape))
+    return tl.minimum(tl.maximum(x + ROUND - ROUND, -1.0 * END), 1.0 * END).to(tl.int32)
+
+
+@triton.jit(do_not_specialize="H Q room".split())
+def _follow(
+    K, PROJECTION, LABEL, STEP, HEADS, QUERY_POS, KEPT,
+    k_b: tl.int64, k_h: tl.int64, k_s, label_b: tl.int64, label_h: tl.int64,
+    step_b: tl.int64, step_h: tl.int64, H, Q, room,
+    D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    position = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1)
+    alive = (position >= 0) & (position < room)
+    at = K + b * k_b + tl.load(HEADS + h) * k_h + row * k_s
+    RANK: tl.constexpr = 2 * WIDE if BITS == 4 else WIDE
+    project = PROJECTION + h * D * RANK
+    kept: tl.constexpr = KEPT.dtype.element_ty
+    x = _project(at, project, alive, 0, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
+    place = LABEL + b * label_b + h * label_h + position[:, None] * WIDE + column[None, :]
+    inside = alive[:, None] & (column < WIDE)[None, :]
+    if BITS == 16:
+        tl.store(place, x.to(tl.float16), mask=inside)
+    else:
+        END: tl.constexpr = (1 << (BITS - 1)) - 1
+        most = tl.max(tl.abs(x), 1)
+        if BITS == 4:
+            z = _project(at, project, alive, WIDE, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
+            most = tl.maximum(most, tl.max(tl.abs(z), 1))
+        step = tl.div_rn(most, tl.full([ROWS], END, tl.float32))
+        step = tl.minimum(tl.maximum(step, LEAST), MOST).to(tl.float16)
+        label = _rounded(x, step.to(tl.float32), END)
+        if BITS == 4:
+            label = (_rounded(z, step.to(tl.float32), END) << 4) | (label & 15)
+        tl.store(place, label.to(tl.int8), mask=inside)
+        tl.store(STEP + b * step_b + h * step_h + position, step, mask=alive)
