@@ -54,7 +54,7 @@ def test_units_equal_the_selectors(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_new_tokens_get_the_labels_of_a_prompts(case, dtype):
     selector, q, k, real, length = drawn(*case, dtype)
-    (B, H, P, _, D), Q = k.shape, q.shape[2]
+    (_, H, P, _, D), Q = k.shape, q.shape[2]
     wanted = selector.summarise(k, real)
     position = length[:, None] - Q + torch.arange(Q, device=DEVICE)
     position = torch.where(position < 0, -1, position)
@@ -67,9 +67,8 @@ def test_new_tokens_get_the_labels_of_a_prompts(case, dtype):
     for name, t in index.items():
         ours, theirs = (x.flatten(2, 3).transpose(1, 2).float() for x in (t, wanted[name]))
         assert not ours[~written].any()
-        apart = (ours[written] - theirs[written]).abs()
-        assert (apart <= theirs[written].abs() * 1e-3 + (name == "label")).all()
-        assert (apart > 0).float().mean() < 0.01, "sums in another order round a few elsewhere"
+        apart = (ours[written] != theirs[written]).float().mean()
+        assert apart < 0.01, f"{name}: sums in another order round a few elsewhere"
 
 
 @pytest.mark.parametrize("lengths", [(131072 - 5,), (64 * 1500, 64 * 700 - 3)], ids=str)
