@@ -74,8 +74,7 @@ class Layer:
         index = self.store.index
         held = next(iter(index.values()))
         asked = {"tokens": held.shape[2] * PAGE, "index_dtype": held.dtype}
-        asked |= {"chooser": type(self.selector), "unit": self.selector.budget.unit}
-        need = kernels.Need(self.q.device, self.q.dtype, D, D, **asked)
+        need = kernels.Need(self.q.device, self.q.dtype, D, D, chooser=self.selector, **asked)
         return kernels.pick(kernels.SELECT, need)
 
     def choose(self) -> PageLists:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hfsparse.lists import PAGE
-
 
 class Need(NamedTuple):
     """What a kernel is asked for. Each table looks at what matters to it."""
@@ -29,8 +27,7 @@ class Need(NamedTuple):
     latents: bool = False  # values are the first dims of their keys, and lie there alone
     bands: bool = False  # rings, of which new tokens read a window
     dropped: bool = False  # a ring that has dropped keys is part of the grid
-    chooser: type | None = None  # the kind of pattern or selector that is to choose
-    unit: int = PAGE  # tokens in what a selector chooses: a page, or a part of one
+    chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q
 
     @classmethod

@@ -94,13 +94,12 @@ def _describe(table: tuple[Kernel, ...], need: Need) -> str:
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each of the plan's patterns: who chooses what heads of it read."""
     for name, pattern in plan.patterns.items():
-        asked = need._replace(chooser=type(pattern))
+        asked = need._replace(chooser=pattern)
         if pattern.kind in PATTERNS:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif hasattr(pattern, "pages"):
-            unit = pattern.budget.unit
-            by = _describe(tables.select, step._replace(chooser=type(pattern), unit=unit))
+            by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
         else:
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"

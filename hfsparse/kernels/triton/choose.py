@@ -47,12 +47,12 @@ SCORED: dict[type, Callable] = {Quest: quest.score} | dict.fromkeys(labels.LABEL
 
 def why_not(need: Need) -> str | None:
     """Why a selector's units can't be scored and chosen here; None: they can."""
-    if need.chooser not in SCORED:
+    if type(need.chooser) not in SCORED:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > WIDEST_KEY:
         return f"head dim {need.head_dim}: at most {WIDEST_KEY} is supported"
     held = need.index_dtype or need.dtype
-    if need.dtype not in DTYPES or (need.chooser is Quest and held != need.dtype):
+    if need.dtype not in DTYPES or (isinstance(need.chooser, Quest) and held != need.dtype):
         return f"queries of {need.dtype} and a cache of {held}"
     return _too_many(need)
 
@@ -65,8 +65,9 @@ def why_not_scored(need: Need) -> str | None:
 
 
 def _too_many(need: Need) -> str | None:
-    if (units := need.tokens // need.unit) > MOST:
-        return f"{units} units of {need.unit} tokens: at most {MOST} are supported"
+    unit = need.chooser.budget.unit
+    if (units := need.tokens // unit) > MOST:
+        return f"{units} units of {unit} tokens: at most {MOST} are supported"
     return None
 
 

@@ -44,11 +44,12 @@ def lists(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists
 
 def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a pattern's blocks; None: they can."""
-    if need.chooser not in FUSED:
+    if type(need.chooser) not in FUSED:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser is VerticalSlash and not _stages(need.device, need.dtype, need.head_dim):
+    slashes = isinstance(need.chooser, VerticalSlash)
+    if slashes and not _stages(need.device, need.dtype, need.head_dim):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"
     if need.dropped:
         return "a grid with dropped keys"

@@ -190,21 +190,21 @@ def test_a_new_length_launches_the_same(module, monkeypatch, pages, launches):
 
 
 def test_what_is_not_fused_is_said(module):
-    need = Need(torch.device("cpu"), torch.float32, 64, 64, chooser=Quest)
-    assert "reuse is not fused" in module.why_not(need._replace(chooser=Reuse))
+    need = Need(torch.device("cpu"), torch.float32, 64, 64, chooser=Quest())
+    assert "reuse is not fused" in module.why_not(need._replace(chooser=Reuse()))
     assert "head dim 2048" in module.why_not(need._replace(head_dim=2048))
     need = need._replace(tokens=((1 << 15) - 1) * PAGE)
     assert "float64" in module.why_not(need._replace(dtype=torch.float64))
     assert "float16" in module.why_not(need._replace(index_dtype=torch.float16))
     assert "32768 units of 64" in module.why_not(need._replace(tokens=(1 << 15) * PAGE))
-    assert "131068 units of 16" in module.why_not(need._replace(unit=16))
-    assert "reuse has no scores" in module.why_not_scored(need._replace(chooser=Reuse))
+    assert "131068 units of 16" in module.why_not(need._replace(chooser=Quest(unit=16)))
+    assert "reuse has no scores" in module.why_not_scored(need._replace(chooser=Reuse()))
     assert module.why_not(need) is None
 
 
 def test_the_selector_itself_serves_where_triton_cannot():
     q, _, _, index, length = rows([64 * 20], 1, 2)
-    select = pick(SELECT, Need.of(q, q, q, chooser=Quest)).run
+    select = pick(SELECT, Need.of(q, q, q, chooser=Quest())).run
     found = select(Quest(0.3, 2), q, index, length, 0.7)
     expected = Quest(0.3, 2).pages(q, index, length, 0.7)
     assert torch.equal(found.pages, expected.pages)
