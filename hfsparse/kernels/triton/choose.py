@@ -4,11 +4,11 @@ First a kernel of the selector's own, or PyTorch where there is none, writes the
 how much softmax weight each tile of units has in all (`scores.py`). The last kernel, a program a kv
 head, adds the tiles up, so that scores become votes, finds the vote at which enough units are kept
 by trying two float32 bit patterns at a time (ties go to the lower unit, as a stable sort has it)
-and writes them in ascending order. Of many units the votes are made before it, by many programs.
-Nothing is sorted, no host waits. Votes lie in registers, so the last kernel compiles once for each
-of six sizes of cache. Lengths are read on the device, and what is chosen does not depend on the
-room there is for more pages, so that a CUDA graph over a cache's whole room serves every step. A
-row whose last choice is young (`refresh`), or that is too short for one, leaves all early.
+and writes them in ascending order. Votes lie in registers, so it compiles once for each size of
+cache; of many units several programs choose (`many.py`). Nothing is sorted, no host waits. Lengths
+are read on the device, and what is chosen does not depend on the room there is for more pages, so
+that a CUDA graph over a cache's whole room serves every step. A row whose last choice is young
+(`refresh`), or that is too short for one, leaves all early.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton import labels, quest, scores
+from hfsparse.kernels.triton import labels, many, quest, scores
 from hfsparse.kernels.triton.limits import DTYPES
 from hfsparse.kernels.triton.scores import Asked, is_young
+from hfsparse.kernels.triton.votes import (
+    FIRST,
+    LAST,
+    budget_of,
+    keys_in,
+    newest_unit,
+    ranks,
+    weight,
+)
 from hfsparse.lists import PageLists
 from hfsparse.lists.choice import Choice
 from hfsparse.selectors.quest import Quest
@@ -32,15 +41,10 @@ from hfsparse.shares import ratio
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-SIZES = tuple(1 << n for n in range(10, 16))  # units
-MOST = SIZES[-1] - 1  # units; two counts of them fit into an int32
+FEWEST = 1 << 10  # units that the smallest form of the last kernel holds
+TOGETHER = 1 << 12  # units up to which one program chooses
+MOST = (1 << 15) - 1  # of which it can; two counts of them fit into an int32
 WIDEST_KEY = 1024  # dims; latents (MLA) are 576 wide
-TOGETHER = 1 << 12  # units up to which one program makes all votes of a kv head
-CHUNK = 1024  # units whose votes one program makes, of more
-FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
-FORCED = tl.constexpr(-(1 << 31))  # in the order of what is read in any case
-BEYOND = tl.constexpr(0x7FFFFFFF)  # the order of what is no unit of the row
-SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 SCORED: dict[type, Callable] = {Quest: quest.score} | dict.fromkeys(labels.LABELLED, labels.score)
 
@@ -65,9 +69,10 @@ def why_not_scored(need: Need) -> str | None:
 
 
 def _too_many(need: Need) -> str | None:
-    unit = need.chooser.budget.unit
-    if (units := need.tokens // unit) > MOST:
-        return f"{units} units of {unit} tokens: at most {MOST} are supported"
+    budget = need.chooser.budget
+    most = MOST if budget.top_p else many.MOST
+    if (units := need.tokens // budget.unit) > most:
+        return f"{units} units of {budget.unit} tokens: at most {most} are supported"
     return None
 
 
@@ -100,140 +105,29 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
     """The units whose votes are best, of scores that are written."""
     budget, q, choice, length = asked.budget, asked.q, asked.choice, asked.length
     B, Hkv, U, Q = len(q), asked.kv_heads, asked.units, q.shape[2]
-    width, size = budget.width(asked.pages, Q), next(size for size in SIZES if size >= U)
+    width, size = budget.width(asked.pages, Q), max(FEWEST, triton.next_power_of_2(U))
     if choice is None:
         chosen = torch.empty(B, Hkv, width, dtype=torch.int64, device=q.device)
     else:
         chosen = choice.pages[..., :width]
     count = torch.empty(B, Hkv, dtype=torch.int64, device=q.device)
-    order = length  # a stand-in that is not read
-    more = {"SIZE": size, **asked.settings()}
-    del more["SOME"]
-    given = asked.scores, asked.totals
-    if voted := size > TOGETHER:
-        order = asked.scores.new_empty(B * Hkv, U, dtype=torch.int32)
-        _vote[(triton.cdiv(U, CHUNK), B * Hkv)](
-            *(*given, order, length, asked.made, *asked.numbers(), asked.tiles),
-            EACH=budget.per_page,
-            CHUNK=CHUNK,
-            **more,
-            num_warps=4,
-        )
+    lists = PageLists(chosen, count, budget.unit)
+    if size > TOGETHER and not budget.top_p:
+        many.choose(asked, lists, read, size)
+        return lists
     _choose[(B * Hkv,)](
-        *(*given, order, chosen, count, length, asked.made),
+        *(asked.scores, asked.totals, chosen, count, length, asked.made),
         *(count if choice is None else choice.count, count if read is None else read),
         *(*asked.numbers(), asked.tiles, width, chosen.stride(1), budget.fewest),
         *(*ratio(budget.share), *ratio(budget.top_p)),
+        SIZE=size,
         EACH=budget.per_page,
-        VOTED=voted,
         MASS=budget.top_p > 0,
         COUNTS=read is not None,
-        **more,
+        **asked.settings(),
         num_warps=max(4, min(32, size // 512)),
     )
-    return PageLists(chosen, count, budget.unit)
-
-
-@triton.jit
-def _row(X, row, at, width):
-    return tl.load(X + row * width + at, at < width, 0.0)
-
-
-@triton.jit
-def _largest(a, b, c, d, e, f, g, h):
-    return tl.maximum(a, e), tl.maximum(b, f), tl.maximum(c, g), tl.maximum(d, h)
-
-
-@triton.jit
-def _sum(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def _keys(count, length, UNIT: tl.constexpr):
-    """Keys in units of which the last is the row's last."""
-    return count.to(tl.int64) * UNIT - (tl.cdiv(length, UNIT) * UNIT - length)
-
-
-@triton.jit
-def _weight(x, top):
-    return (tl.exp2(x - top) * SUM_ONE).to(tl.int64)
-
-
-@triton.jit
-def _total(top, mass):
-    return top + tl.log2(mass.to(tl.float32) / SUM_ONE)
-
-
-@triton.jit
-def _totals(a, b, c, d):
-    """log2 of the sum of 2^x, of four rows at a time: a reduction is mostly waiting."""
-    i, j, k, m = tl.reduce((a, b, c, d), 0, _largest)
-    # Summed as integers: whatever the order, hence the size, totals have the same bits.
-    weights = _weight(a, i), _weight(b, j), _weight(c, k), _weight(d, m)
-    e, f, g, h = tl.reduce(weights, 0, _sum)
-    return _total(i, e), _total(j, f), _total(k, g), _total(m, h)
-
-
-@triton.jit
-def _ranks(
-    SCORES, TOTALS, head, unit, total, queries, tiles, SIZE: tl.constexpr, TILE: tl.constexpr
-):
-    """1 and the costs of some units of a row.
-
-    A unit's cost is how often 1 is halved to give its vote, the largest of its shares of the
-    queries' softmax. Of a vote that float32 has as 0 it is 149.
-    """
-    tile = tl.arange(0, SIZE // TILE)
-    cost = tl.full(unit.shape, 149.0, tl.float32)
-    for first in range(0, queries, 4):
-        a = head * queries + first
-        b = head * queries + tl.minimum(first + 1, queries - 1)
-        c = head * queries + tl.minimum(first + 2, queries - 1)
-        d = head * queries + tl.minimum(first + 3, queries - 1)
-        score_a = _row(SCORES, a, unit, tiles * TILE)  # they come while totals are made
-        score_b = _row(SCORES, b, unit, tiles * TILE)
-        score_c = _row(SCORES, c, unit, tiles * TILE)
-        score_d = _row(SCORES, d, unit, tiles * TILE)
-        whole_a, whole_b, whole_c, whole_d = _totals(
-            tl.where(tile * TILE < total, _row(TOTALS, a, tile, tiles), float("-inf")),
-            tl.where(tile * TILE < total, _row(TOTALS, b, tile, tiles), float("-inf")),
-            tl.where(tile * TILE < total, _row(TOTALS, c, tile, tiles), float("-inf")),
-            tl.where(tile * TILE < total, _row(TOTALS, d, tile, tiles), float("-inf")),
-        )
-        cost = tl.minimum(cost, tl.minimum(whole_a - score_a, whole_b - score_b))
-        cost = tl.minimum(cost, tl.minimum(whole_c - score_c, whole_d - score_d))
-    return tl.maximum(cost, 0.0) + 1.0
-
-
-@triton.jit
-def _order(rank, unit, total, newest, EACH: tl.constexpr):
-    """Units by cost, as integers from FIRST to LAST; the forced ones are below 0."""
-    order = rank.to(tl.int32, bitcast=True)
-    order = tl.where((unit < EACH) | (unit >= newest), order | FORCED, order)
-    return tl.where(unit < total, order, BEYOND)
-
-
-@triton.jit
-def _newest(length, Q, PAGE: tl.constexpr, EACH: tl.constexpr):
-    """The first unit of the pages that hold the row's new queries."""
-    return tl.maximum(length - Q, 0) // PAGE * EACH
-
-
-@triton.jit(do_not_specialize="Hkv Q queries U below refresh tiles".split())
-def _vote(
-    SCORES, TOTALS, ORDER, LENGTH, MADE, Hkv, Q, queries, U, below: tl.int64, refresh, tiles,
-    SIZE: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
-    CHUNK: tl.constexpr, KEEPS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    length, total = scores.units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
-    if tl.program_id(0) * CHUNK >= total:
-        return
-    unit = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    rank = _ranks(SCORES, TOTALS, head, unit, total, queries, tiles, SIZE, TILE)
-    order = _order(rank, unit, total, _newest(length, Q, UNIT * EACH, EACH), EACH)
-    tl.store(ORDER + head * U + unit, order, mask=unit < U)
+    return lists
 
 
 NUMBERS = "Hkv Q queries U below refresh tiles width stride fewest part whole votes all_votes"
@@ -241,11 +135,11 @@ NUMBERS = "Hkv Q queries U below refresh tiles width stride fewest part whole vo
 
 @triton.jit(do_not_specialize=NUMBERS.split())
 def _choose(
-    SCORES, TOTALS, ORDER, CHOSEN, COUNT, LENGTH, MADE, KEPT, READ,
+    SCORES, TOTALS, CHOSEN, COUNT, LENGTH, MADE, KEPT, READ,
     Hkv, Q, queries, U, below: tl.int64, refresh, tiles, width, stride, fewest,
     part: tl.int64, whole: tl.int64, votes: tl.int64, all_votes: tl.int64,
     SIZE: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
-    VOTED: tl.constexpr, MASS: tl.constexpr, KEEPS: tl.constexpr, COUNTS: tl.constexpr,
+    SOME: tl.constexpr, MASS: tl.constexpr, KEEPS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
@@ -268,28 +162,26 @@ def _choose(
             count = tl.minimum(kept + total - then, width)
             tl.store(COUNT + head, count.to(tl.int64))
             if COUNTS:
-                tl.atomic_add(READ + head % Hkv, _keys(count, length, UNIT))
+                tl.atomic_add(READ + head % Hkv, keys_in(count, length, UNIT))
             return
 
-    newest = _newest(length, Q, UNIT * EACH, EACH)
-    if VOTED:
-        order = tl.load(ORDER + head * U + unit, mask=unit < total, other=BEYOND)
-    else:
-        rank = _ranks(SCORES, TOTALS, head, unit, total, queries, tiles, SIZE, TILE)
-        order = _order(rank, unit, total, newest, EACH)
-    forced = tl.minimum(total - newest + tl.minimum(newest, EACH), total)
-    budget = tl.cdiv(total * part, whole).to(tl.int32)
-    budget = tl.minimum(tl.maximum(tl.maximum(budget, fewest), forced), total)
+    # Units by cost, as integers from FIRST to LAST; the forced ones, which are those of the first
+    # page and of the new queries' pages, come before.
+    newest = newest_unit(length, Q, UNIT * EACH, EACH)
+    rank = ranks(SCORES, TOTALS, head, unit, total, queries, tiles, SIZE, TILE)
+    order = rank.to(tl.int32, bitcast=True)
+    order = tl.where((unit < EACH) | (unit >= newest), 0, order)
+    order = tl.where(unit < total, order, 0x7FFFFFFF)
+    budget, forced = budget_of(total, newest, part, whole, fewest, EACH)
 
     # Before `low` come `early` units, no more than the budget; up to `high` no fewer. Each pass
     # leaves about a third of what lies between, until as many as the budget come before `low`.
     low, high, early = tl.full([], FIRST, tl.int32), tl.full([], LAST, tl.int32), forced
     if MASS:
         # As many as hold enough of all votes: the cost at which, searched for as that below.
-        rank = (order & BEYOND).to(tl.float32, bitcast=True)
-        vote = tl.where(unit < total, _weight(1.0, rank), 0)
+        vote = tl.where(unit < total, weight(1.0, rank), 0)
         need = tl.cdiv(tl.sum(vote, 0) * votes, all_votes)
-        need -= tl.sum(tl.where(order < 0, vote, 0), 0)
+        need -= tl.sum(tl.where(order == 0, vote, 0), 0)
         while low < high:
             third = (high - low) // 3
             near, far = low + third, low + 2 * third
@@ -299,7 +191,7 @@ def _choose(
             high = tl.where(nearer >= need, near, tl.where(farther >= need, far, high))
         early += tl.sum(tl.where((order > 0) & (order < low), 1, 0), 0)
         need -= tl.sum(tl.where((order > 0) & (order < low), vote, 0), 0)
-        each = tl.maximum(_weight(1.0, low.to(tl.float32, bitcast=True)), 1)
+        each = tl.maximum(weight(1.0, low.to(tl.float32, bitcast=True)), 1)
         enough = early + (tl.maximum(need + each - 1, 0) // each).to(tl.int32)
         least = tl.minimum(tl.maximum(fewest, forced), total)
         if (enough < least) | (enough > budget):  # the cost for another number is searched for
@@ -329,4 +221,4 @@ def _choose(
         tl.store(KEPT + head, count.to(tl.int64))
         tl.store(MADE + head, length.to(tl.int64))
     if COUNTS:
-        tl.atomic_add(READ + head % Hkv, _keys(count, length, UNIT))
+        tl.atomic_add(READ + head % Hkv, keys_in(count, length, UNIT))
