@@ -30,6 +30,8 @@ from hfsparse.kernels.triton.limits import (
     SPAN_ROW,
     SPANS,
     V_AT,
+    await_previous,
+    chained,
     look_up,
 )
 from hfsparse.lists import PAGE
@@ -75,6 +77,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
         UNIT=into.unit,
         SUMMARIES=into.summaries,
         num_warps=4,
+        **chained(str(k.device)),
     )
 
 
@@ -83,8 +86,9 @@ def _append(
     K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
     k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
     D: tl.constexpr, DV: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
     at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.triton import labels, many, quest, scores
-from hfsparse.kernels.triton.limits import DTYPES
+from hfsparse.kernels.triton.limits import DTYPES, await_previous, chained
 from hfsparse.kernels.triton.scores import Asked, is_young
 from hfsparse.kernels.triton.votes import (
     FIRST,
@@ -126,6 +126,7 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
         COUNTS=read is not None,
         **asked.settings(),
         num_warps=max(4, min(32, size // 512)),
+        **chained(str(q.device)),
     )
     return lists
 
@@ -140,7 +141,9 @@ def _choose(
     part: tl.int64, whole: tl.int64, votes: tl.int64, all_votes: tl.int64,
     SIZE: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
     SOME: tl.constexpr, MASS: tl.constexpr, KEEPS: tl.constexpr, COUNTS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
     total = tl.minimum(tl.cdiv(length, UNIT), U)

@@ -38,6 +38,8 @@ from hfsparse.kernels.triton.limits import (
     V_AT,
     WIDEST,
     add_logits,
+    await_previous,
+    chained,
     load_rows,
     look_up,
     shared_memory,
@@ -138,6 +140,7 @@ def decode(
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
         num_warps=warps,
+        **chained(str(q.device)),
         num_stages=stages,
     )
     if splits > 1:
@@ -151,7 +154,8 @@ def _merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int) -> None:
     width = max(16, triton.next_power_of_2(Dv))
     wide = min(width, MERGED)
     given = part, weight, out, splits, rows
-    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, num_warps=4)
+    more = {"num_warps": 4, **chained(str(part.device))}
+    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, **more)
 
 
 def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
@@ -209,8 +213,9 @@ def _decode(
     LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
     LISTED: tl.constexpr, RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     # Rows: q head of the group * Q + new token. Tiles: this program's share of those of its head,
     # each a page, or PAGE / TOGETHER units of so many tokens that lists name.
     # Of latents the first DV dims of a key are read as its value, and only the others as a key.
@@ -311,8 +316,10 @@ def _decode(
 
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
-    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr
-):
+    PART, WEIGHT, OUT, splits, rows,
+    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    await_previous(CHAINED)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, d = tl.arange(0, SPLITS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     place = (head * splits + split) * rows + row

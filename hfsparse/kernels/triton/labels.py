@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import LOG2E
+from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
 from hfsparse.kernels.triton.scores import Asked, units_of
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import Place
@@ -38,6 +38,7 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
         TOKENS=TOKENS,
         **asked.settings(),
         num_warps=4,
+        **chained(str(label.device)),
     )
 
 
@@ -57,6 +58,7 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
         **_sizes(part.selector, projection),
         ROWS=max(16, triton.next_power_of_2(Q)),
         num_warps=4,
+        **chained(str(label.device)),
     )
 
 
@@ -112,7 +114,9 @@ def _score(
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
     BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
     if tile * TILE >= total:
@@ -179,8 +183,9 @@ def _follow(
     k_b: tl.int64, k_h: tl.int64, k_s, label_b: tl.int64, label_h: tl.int64,
     step_b: tl.int64, step_h: tl.int64, H, Q, room,
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
     position = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1)

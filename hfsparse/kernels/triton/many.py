@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfsparse.kernels.triton.limits import await_previous, chained
 from hfsparse.kernels.triton.scores import Asked, is_young, units_of
 from hfsparse.kernels.triton.votes import FIRST, budget_of, keys_in, newest_unit, ranks
 from hfsparse.lists import PageLists
@@ -45,6 +46,7 @@ def choose(asked: Asked, lists: PageLists, read: Tensor | None, size: int) -> No
     numbers = *asked.numbers(), budget.fewest, *ratio(budget.share)
     more = {"EACH": budget.per_page, "CHUNK": chunk, "CHUNKS": chunks, **asked.settings()}
     grid, warps = (triton.cdiv(U, chunk), heads), {"num_warps": 4 if chunk < 4096 else 8}
+    warps |= chained(str(length.device))
     given = keys, state, coarse, fine, last, less, length, asked.made
     _vote[grid](
         asked.scores, asked.totals, *given, *numbers, asked.tiles, SIZE=size, **more, **warps
@@ -70,7 +72,9 @@ def _vote(
     Hkv, Q, queries, U, below: tl.int64, refresh, fewest, part: tl.int64, whole: tl.int64, tiles,
     SIZE: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     # Keys and how many of them begin alike; bins of later counts are emptied.
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
@@ -110,7 +114,9 @@ def _narrow(
     Hkv, Q, queries, U, below: tl.int64, refresh, fewest, part: tl.int64, whole: tl.int64,
     TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     # The bin of the highest bits, and how many of its keys go on alike.
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
@@ -140,7 +146,9 @@ def _count(
     Hkv, Q, queries, U, below: tl.int64, refresh, fewest, part: tl.int64, whole: tl.int64,
     TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     # The bits after those, how many of a chunk's keys are less, and how those that agree end.
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
@@ -169,8 +177,9 @@ def _write(
     width, stride,
     TILE: tl.constexpr, UNIT: tl.constexpr, EACH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
-    COUNTS: tl.constexpr,
+    COUNTS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(LENGTH + head // Hkv).to(tl.int32)
     total = tl.minimum(tl.cdiv(length, UNIT), U)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import LOG2E
+from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
 from hfsparse.kernels.triton.scores import Asked, store_scores, units_of
 from hfsparse.selectors.quest import Quest
 
@@ -29,6 +29,7 @@ def score(quest: Quest, index: dict[str, Tensor], asked: Asked, scale: float) ->
         SPANS=quest.unit // quest.span,
         **asked.settings(),
         num_warps=4,
+        **chained(str(low.device)),
     )
 
 
@@ -40,7 +41,9 @@ def _bounds(
     Hkv, Q, queries, U, below: tl.int64, refresh, times,
     D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNIT: tl.constexpr, SPANS: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
     if tile * TILE >= total:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import LOG2E
+from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
 from hfsparse.lists.choice import Choice
 from hfsparse.precision import without_autocast
 from hfsparse.selectors.budget import Budget
@@ -102,6 +102,7 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
         ROWS=rows,
         **asked.settings(),
         num_warps=4,
+        **chained(str(q.device)),
     )
 
 
@@ -140,8 +141,9 @@ def _copy(
     FOUND, SCORES, TOTALS, LENGTH, MADE, HEADS,
     Hkv, Q, queries, U, below: tl.int64, refresh, times,
     ROWS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
-    SOME: tl.constexpr, KEEPS: tl.constexpr,
+    SOME: tl.constexpr, KEEPS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
     if tile * TILE >= total:
