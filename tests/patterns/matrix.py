@@ -188,6 +188,116 @@ def antidiagonal_mass(q, k, block: int, scale: float) -> np.ndarray:
     return mass
 
 
+@row(
+    "sample",
+    {
+        "": dict(alpha=0.7, stride=7, window=0.1, max_share=1.0),
+        "cut": dict(alpha=0.9, stride=50, window=0.01, max_share=0.05),
+    },
+    everything={
+        "": dict(alpha=1.0, window=0.01, max_share=1.0),
+        "window": dict(alpha=0.1, window=1.0, max_share=0.01),
+    },
+)
+def sample(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    logits = np.where(key <= query, q @ k.T * scale, -np.inf)[::-1][:: pattern.stride]
+    weight = np.exp(logits - logits.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    mass = weight.sum(0) / len(weight)
+    ranked = np.sort(mass)[::-1]
+    before = np.cumsum([0, *ranked])[:-1]
+    most, recent = (ceil(round(share * len(k), 6)) for share in (pattern.max_share, pattern.window))
+    near = np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        for j in range(0, len(k), block):
+            newest = min(j + block, len(k)) - 1
+            near[i : i + block, j : j + block] = j == 0 or newest > query[i, 0] - recent
+    sets = []
+    for slack in (-1e-5, 1e-5):  # surely, perhaps
+        target = (pattern.alpha if pattern.alpha < 1 else np.inf) * (1 + slack)
+        sets.append(best(mass, min((before < target).sum(), most), []))
+    return tuple((near | columns) & (key <= query) for columns in (sets[0][0], sets[1][1]))
+
+
+@row(
+    "hip",
+    {
+        "": dict(share=0.3, sink=40, recent=70),
+        "one": dict(share=0.01, sink=0, recent=1),
+    },
+    everything={
+        "": dict(share=1.0, sink=0, recent=1),
+        "recent": dict(share=0.01, sink=0, recent=2000),
+    },
+)
+def hip(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+
+    def score(i: int, first: int, size: int) -> float:
+        """Of the key that halving leaves of so many keys, for the queries from i on."""
+        if size == 1:
+            return (q[i : i + block : 4] @ k[first]).max()
+        half = size // 2
+        middles = [(q[i : i + block : 4] @ k[at + half // 2]).max() for at in (first, first + half)]
+        return score(i, first + half * (middles[1] > middles[0]), half)
+
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        begins = range(0, at[-1] + 1, block)
+        always = [
+            j == 0 or j < pattern.sink or min(j + block, len(k)) - 1 > at[0] - pattern.recent
+            for j in begins
+        ]
+        scores = [0 if a else score(i, j, block) for j, a in zip(begins, always, strict=True)]
+        share = ceil(round(pattern.share * (len(always) - sum(always)), 6))
+        kept = best(np.array(scores), sum(always) + share, np.flatnonzero(always))
+        for mask, blocks in zip(masks, kept, strict=True):
+            for j in np.flatnonzero(blocks):
+                mask[i : i + block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+@row(
+    "strided",
+    {
+        "": dict(sink=40, recent=50, stride=3, shift=1),
+        "random": dict(sink=0, recent=1, stride=0, random=3, seed=5),
+    },
+    everything={
+        "": dict(sink=0, recent=1, stride=1),
+        "random": dict(sink=0, recent=1, stride=0, random=2000),
+    },
+)
+def strided(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    kept = np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        for own in {at[0] // block, at[-1] // block}:
+            blocks = {j for j in range(own + 1) if j == 0 or j * block < pattern.sink}
+            blocks |= {
+                j for j in range(own + 1) if (j + 1) * block > own * block - pattern.recent + 1
+            }
+            if pattern.stride:
+                blocks |= {j for j in range(own) if (own - j) % pattern.stride == pattern.shift}
+            others = [j for j in range(own) if j not in blocks]
+            others.sort(key=lambda j: drawn(drawn(drawn(pattern.seed) + own) + j))
+            for j in blocks | {*others[: pattern.random]}:
+                kept[i : i + block, j * block : (j + 1) * block] = True
+    kept &= key <= query
+    return kept, kept
+
+
+def drawn(number: int) -> int:
+    """32 bits that look random."""
+    number &= 0xFFFFFFFF
+    for _ in range(2):
+        number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
+    return number ^ number >> 16
+
+
 def largest_share(scores: np.ndarray) -> np.ndarray:
     """Votes [P]: the largest softmax of scores `[group, Q, P]` over the pages."""
     weight = np.exp(scores - scores.max(2, keepdims=True))
