@@ -59,6 +59,15 @@ class Budget:
         most += (2 + -(-queries // PAGE)) * each + -(-self.refresh // self.unit)
         return min(pages * each, most)
 
+    def choose(self, scores: Tensor, length: Tensor, heads: int) -> PageLists:
+        """The units that are worth most to the last Q tokens of rows of `length` [B].
+
+        scores: `[B, Hq, Q, U]` in nats, whatever they are beyond a row; the q heads of each of
+        `heads` kv heads vote together.
+        """
+        vote = votes(scores, length, heads, self.unit)
+        return self.best(vote, length, scores.shape[2])
+
     def best(self, vote: Tensor, length: Tensor, queries: int) -> PageLists:
         """The units of the largest votes `[B, H, U]`, of rows of `length` [B], the last `queries`
         of them new.
@@ -113,3 +122,13 @@ def votes(scores: Tensor, length: Tensor, heads: int, unit: int = PAGE) -> Tenso
     beyond = torch.arange(U, device=scores.device) >= -(-length // unit)[:, None]
     vote = torch.softmax(scores.masked_fill(beyond[:, None, None], -torch.inf), -1)
     return vote.view(B, heads, -1, U).amax(2)
+
+
+def best_of(scores: Tensor, length: Tensor, span: int, unit: int) -> Tensor:
+    """Each unit's best score `[..., U]`, of scores `[B, Hq, Q, n]` of spans of so many tokens.
+
+    Spans that begin beyond a row of `length` [B] count for nothing, whatever their scores are.
+    """
+    beyond = torch.arange(scores.shape[3], device=scores.device) >= -(-length // span)[:, None]
+    scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
+    return scores.unflatten(3, (-1, unit // span)).amax(4)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, BlockLists
 from hfsparse.patterns import PATTERNS
+from hfsparse.selectors.lowrank import LowRank
 from hfsparse.selectors.quest import Quest
 from tests.helpers import Batch
 
@@ -312,6 +313,26 @@ def quest(selector: Quest, q, k, scale: float, table, head: int) -> np.ndarray:
     return largest_share(np.stack(bounds, 2))
 
 
+def lowrank(selector: LowRank, q, k, scale: float, table, head: int) -> np.ndarray:
+    dims = np.linalg.eigh(table["covariance"][0, head].double().numpy())[1][:, -selector.rank :]
+    return by_tokens(selector, q @ dims, rounded(k @ dims, selector.bits), scale)
+
+
+def rounded(label: np.ndarray, bits: int) -> np.ndarray:
+    """Labels `[n, rank]` in few bits: equal steps up to a token's largest."""
+    if bits == 16:
+        return label.astype(np.float16).astype(float)
+    most = 2 ** (bits - 1) - 1
+    step = (np.abs(label).max(1, keepdims=True) / most).astype(np.float16).astype(float)
+    return np.clip(np.rint(label / step), -most, most) * step
+
+
+def by_tokens(selector, q, labels, scale: float) -> np.ndarray:
+    """Votes for units that are worth what their best token is."""
+    units = split(labels, selector.budget.unit)
+    return largest_share(np.stack([(q @ unit.T).max(2) * scale for unit in units], 2))
+
+
 def split(k: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Keys `[n, D]` in parts of so many."""
     return np.array_split(k, range(tokens, len(k), tokens))
@@ -335,6 +356,12 @@ class SelectorRow:
     table: dict[str, Tensor] | None = None  # of 1 layer, 2 kv heads and a head dim of 8
 
 
+def covariance() -> Tensor:
+    """Of two heads whose keys have 8 channels."""
+    keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(5))
+    return keys.mT @ keys / 40
+
+
 SELECTOR_ROWS = {
     "quest": SelectorRow(
         {
@@ -346,6 +373,15 @@ SELECTOR_ROWS = {
             "quest_lserve": Quest(share=0.3, min_pages=2, bound=16),
         },
         quest,
+    ),
+    "lowrank": SelectorRow(
+        {
+            "lowrank": LowRank(share=0.2, min_pages=2, rank=3),
+            "lowrank_tokens": LowRank(share=0.1, min_pages=2, unit=1, rank=4, bits=4),
+            "lowrank_top_p": LowRank(share=0.7, min_pages=2, top_p=0.5, unit=8, rank=4, bits=16),
+        },
+        lowrank,
+        {"covariance": covariance()},
     ),
     "reuse": SelectorRow({}),  # what another layer's selector chose
 }

@@ -1,0 +1,96 @@
+"""Low rank: read the tokens whose keys score highest in few dimensions (Loki, arXiv 2406.02542).
+
+The keys of a head, after RoPE, lie near a space of few dimensions: the principal ones of their
+covariance, which the profiler measures. Both sides of q · k are projected onto those; keys are
+kept so in few bits (`labels`). A unit is worth what its best token is, and the q heads of a group
+vote with the softmax over units. Loki ranks for each q head by itself; here a group reads alike.
+
+The covariance has the mean key taken off: what the mean adds to scores is the same for all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfsparse.lists import PageLists
+from hfsparse.registry import require
+from hfsparse.selectors import labels
+from hfsparse.selectors.budget import Budget, best_of
+from hfsparse.selectors.selector import register
+from hfsparse.selectors.table import DeviceTensor, layer_of
+
+
+@register("lowrank")
+@dataclass(frozen=True)
+class LowRank:
+    """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
+
+    refresh, top_p, unit: as in `Budget`. rank: dimensions that keys are projected onto. bits: 4, 8
+    or 16, of each number that is kept. data: the plan's table, with `covariance`
+    `[layers, kv heads, D, D]` of the keys.
+    """
+
+    share: float = 0.06
+    min_pages: int = 16
+    refresh: int = 0
+    top_p: float = 0.0
+    unit: int = 16
+    rank: int = 16
+    bits: int = 8
+    data: str = "lowrank"
+    projection: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [H, D, rank]
+
+    def __post_init__(self):
+        _ = self.budget  # refuses numbers out of range
+        labels.check("rank", self.rank, self.bits)
+
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+
+    def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> LowRank:
+        """With the principal dimensions of these heads' keys."""
+        covariance = layer_of(self.kind, data, "covariance", layer)[list(heads)]
+        dim = covariance.shape[-1]
+        require(self.rank <= dim, f"rank is {self.rank}: keys have {dim} channels, give no more")
+        return replace(self, projection=DeviceTensor(principal(covariance, self.rank)))
+
+    def calibrate(self, seen: Any) -> dict[str, Tensor]:
+        """The `covariance` `[H, D, D]` of a prompt's keys."""
+        keys = seen.k[0].double()
+        keys = keys - keys.mean(1, keepdim=True)
+        return {"covariance": keys.mT @ keys / keys.shape[1]}
+
+    def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Labels, as `selectors.labels` describes them."""
+        return labels.labels(keys, real, self._projection(keys), self.bits)
+
+    def scores(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> Tensor:
+        """What each unit is worth to q `[B, Hq, Q, D]` in nats, `[B, Hq, Q, U]`: its best token."""
+        score = labels.token_scores(q, index, self._projection(q), self.bits) * scale
+        return best_of(score, length, 1, self.unit)
+
+    def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
+        """Units read by queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B]."""
+        scores = self.scores(q, index, length, scale)
+        return self.budget.choose(scores, length, index["label"].shape[1])
+
+    def _projection(self, beside: Tensor) -> Tensor:
+        require(self.projection is not None, f"{self.kind} is bound to no table")
+        return self.projection.on(beside.device)
+
+
+def principal(covariance: Tensor, rank: int) -> Tensor:
+    """The orthonormal dimensions of most variance, `[H, D, rank]` float32 of `[H, D, D]`.
+
+    The largest entry of each is positive, so that they are the same wherever they are worked out.
+    """
+    vectors = torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1)[..., :rank]
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return (vectors * largest.sign()).float().contiguous()
