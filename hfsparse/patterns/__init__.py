@@ -12,9 +12,15 @@ from hfsparse.patterns import (
     sample,
     streaming,
     strided,
+    energy,
+    flexprefill,
+    sparge,
+    streaming,
     vertical_slash,
 )
 from hfsparse.patterns.pattern import OWN, PATTERNS, Pattern, register
 
 __all__ = ["OWN", "PATTERNS", "Pattern", "register"]
 __all__ += ["antidiagonal", "block_topk", "hip", "sample", "streaming", "strided", "vertical_slash"]
+__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "sparge", "streaming"]
+__all__ += ["vertical_slash"]

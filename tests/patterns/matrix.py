@@ -297,6 +297,184 @@ def drawn(number: int) -> int:
     for _ in range(2):
         number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
     return number ^ number >> 16
+def sets_as_masks(blocks: list[Masks], q, k, block: int) -> Masks:
+    """The blocks of each query block, surely and perhaps, as masks of causal pairs."""
+    query, key = positions(q, k)
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i, sets in enumerate(blocks):
+        for mask, kept in zip(masks, sets, strict=True):
+            for j in np.flatnonzero(kept):
+                mask[i * block : (i + 1) * block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+def pieces(x, block: int) -> list[np.ndarray]:
+    """The tokens of each block."""
+    return [x[i : i + block] for i in range(0, len(x), block)]
+
+
+def pooled(x, block: int) -> np.ndarray:
+    """Mean of each block."""
+    return np.stack([piece.mean(0) for piece in pieces(x, block)])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+@row(
+    "energy",
+    {
+        "": dict(alpha=0.96, sink_blocks=1, recent_blocks=2, max_share=1.0),
+        "cut": dict(alpha=0.9, sink_blocks=2, recent_blocks=0, max_share=0.3),
+        "dense_end": dict(alpha=1.0, sink_blocks=0, recent_blocks=1, dense_blocks=1),
+    },
+    everything={
+        "": dict(alpha=1e-9, max_share=1.0),
+        "recent": dict(alpha=1.0, recent_blocks=2000),
+        "dense": dict(alpha=1.0, dense_blocks=2000),
+    },
+)
+def energy(pattern, q, k, block: int, scale: float) -> Masks:
+    query, _ = positions(q, k)
+    keys, blocks = pooled(k, block), []
+    for i, rows in enumerate(pieces(q, block)):
+        at = query[i * block : (i + 1) * block, 0]
+        visible, home = at[-1] // block + 1, at[0] // block
+        level = np.array(
+            [np.log(np.exp(rows[at >= j * block] @ keys[j] * scale).sum()) for j in range(visible)]
+        )
+        recent = range(max(home - pattern.recent_blocks + 1, 0), visible)
+        dense = range(visible) if i >= -(-len(q) // block) - pattern.dense_blocks else ()
+        forced = {0, *range(home, visible), *recent, *dense}
+        forced = sorted(forced | {*range(min(pattern.sink_blocks, visible))})
+        most = max(ceil(round(pattern.max_share * visible, 6)), len(forced))
+        sets = []
+        for slack in (1e-5, -1e-5):  # surely, perhaps
+            near = level >= level.max() + np.log(pattern.alpha) + slack
+            count = (near | np.isin(np.arange(visible), forced)).sum()
+            sets.append(best(level - level.min() + 1, min(count, most), forced))
+        blocks.append((sets[0][0], sets[1][1]))
+    return sets_as_masks(blocks, q, k, block)
+
+
+@row(
+    "sparge",
+    {
+        "": dict(theta=0.024, tau=0.7, max_share=1.0),
+        "cut": dict(theta=0.02, tau=0.9, max_share=0.2),
+        "share": dict(theta=-0.1, tau=1.0, max_share=0.4),
+    },
+    everything={"": dict(theta=1.0), "share": dict(theta=-1.0, tau=1.0, max_share=1.0)},
+)
+def sparge(pattern, q, k, block: int, scale: float) -> Masks:
+    query, _ = positions(q, k)
+    keys, means, blocks = pooled(k, block), pooled(q, block), []
+    alike_k = np.array([pair_cosine(piece) for piece in pieces(k - k.mean(0), block)])
+    alike_q = np.array([pair_cosine(piece) for piece in pieces(q, block)])
+    border = np.abs(np.concatenate([alike_k, alike_q]) - pattern.theta).min()
+    assert border > 1e-7, "a block is as alike as theta says: take another"
+    alike_k, alike_q = alike_k > pattern.theta, alike_q > pattern.theta
+    for i in range(len(means)):
+        at = query[i * block : (i + 1) * block, 0]
+        visible = at[-1] // block + 1
+        own = sorted({0, *range(at[0] // block, visible)})
+        ranked = np.flatnonzero(alike_k[:visible]) if alike_q[i] else np.array([], int)
+        whole = np.ones(visible, bool)
+        whole[ranked] = False
+        whole[own] = True
+        if len(ranked) == 0:
+            blocks.append((whole, whole))
+            continue
+        logits = keys[ranked] @ means[i] * scale
+        mass = softmax(logits)
+        forced = np.flatnonzero(np.isin(ranked, own))
+        others = np.sort(np.delete(mass, forced))[::-1]
+        before = mass[forced].sum() + np.cumsum([0, *others])[:-1]
+        most = max(ceil(round(pattern.max_share * visible, 6)), len(forced))
+        sets = []
+        for slack in (-1e-5, 1e-5):
+            wanted = len(ranked)
+            if pattern.tau < 1:
+                wanted = len(forced) + (before < pattern.tau * (1 + slack)).sum()
+            sets.append(best(logits - logits.min() + 1, min(wanted, most), forced))
+        both = whole.copy(), whole.copy()
+        both[0][ranked] |= sets[0][0]
+        both[1][ranked] |= sets[1][1]
+        blocks.append(both)
+    return sets_as_masks(blocks, q, k, block)
+
+
+def pair_cosine(x: np.ndarray) -> float:
+    """Mean cosine of all pairs of rows, a vector of no length being at right angles to all."""
+    long = np.linalg.norm(x, axis=1, keepdims=True)
+    units = np.divide(x, long, out=np.zeros_like(x), where=long > 1e-12)
+    return float((units @ units.T).mean())
+
+
+@row(
+    "flexprefill",
+    {
+        "": dict(gamma=0.5, tau=0.0, min_budget=1, max_share=1.0),
+        "aware": dict(gamma=0.3, tau=1.0, min_budget=40, max_share=1.0),
+        "either": dict(gamma=0.6, tau=0.104, min_budget=1, max_share=0.2),
+    },
+    everything={
+        "": dict(gamma=1.0, tau=0.0, max_share=1.0),
+        "aware": dict(gamma=1.0, tau=1.0, min_budget=1, max_share=1.0),
+        "budget": dict(gamma=0.1, min_budget=2000),
+    },
+)
+def flexprefill(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    n, nq, nk = min(len(q), 128), -(-len(q) // block), -(-len(k) // block)
+    weight = softmax(np.where(key <= query, q @ k.T * scale, -np.inf)[-n:]) / n
+    distance = (query - key)[-n:]
+    by_distance = np.array([weight[distance == d].sum() for d in range(len(k))])
+    keys, true = pooled(k, block), np.add.reduceat(weight.sum(0), range(0, len(k), block))
+    guess = softmax(keys @ q[-n:].mean(0) * scale)
+    half = (true + guess) / 2
+    apart = (true * np.log(true / half) + guess * np.log(guess / half)).sum() / 2
+    apart = np.sqrt(max(apart, 0))
+    assert pattern.tau == 0 or abs(apart - pattern.tau) > 1e-5, (
+        "a head is as far off as tau: take another"
+    )
+    aware, least = apart < pattern.tau, ceil(pattern.min_budget / block)
+    most = max(ceil(round(pattern.max_share * nk, 6)), least)
+    bands = []
+    for mass in (weight.sum(0), by_distance):
+        chosen, whole = [], np.add.reduceat(mass, range(0, len(k), block))
+        before = np.cumsum([0, *np.sort(mass)[::-1]])[:-1]
+        for slack in (-1e-6, 1e-6):
+            count = (before < pattern.gamma + slack).sum() // block + 1
+            count = nk if pattern.gamma == 1 else count
+            count = least if aware else max(count, least)
+            chosen.append(best(whole, min(count, most), [0]))
+        bands.append((chosen[0][0], chosen[1][1]))
+    places = [(query[i * block, 0], query[min((i + 1) * block, len(q)) - 1, 0]) for i in range(nq)]
+    maps = [np.zeros((nq, nk), bool), np.zeros((nq, nk), bool)]
+    for which, kept in enumerate(maps):
+        for i, (first, last) in enumerate(places):
+            for j in range(last // block + 1):
+                far = {first // block - j, last // block - j} - {-1}
+                kept[i, j] = bands[0][which][j] | any(bands[1][which][t] for t in far)
+                kept[i, j] |= j == 0 or j >= first // block
+    if aware:
+        inside = [(i, j) for i in range(nq) for j in range(places[i][1] // block + 1)]
+        rows = [
+            softmax(keys[: last // block + 1] @ mean * scale)
+            for (_, last), mean in zip(places, pooled(q, block), strict=True)
+        ]
+        mass = np.concatenate(rows)
+        before = np.cumsum([0, *np.sort(mass)[::-1]])[:-1]
+        most = ceil(round(pattern.max_share * len(mass), 6))
+        for which, slack in enumerate((-1e-6, 1e-6)):
+            count = (before < (pattern.gamma + slack) * nq).sum()
+            count = len(mass) if pattern.gamma == 1 else count
+            for place in np.flatnonzero(best(mass, min(count, most), [])[which]):
+                maps[which][inside[place]] = True
+    return sets_as_masks(list(zip(*maps, strict=True)), q, k, block)
 
 
 def largest_share(scores: np.ndarray) -> np.ndarray:
