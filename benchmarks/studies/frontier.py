@@ -81,12 +81,12 @@ PATTERN_ARMS = {
     "block_topk": [{"share": s, "min_blocks": 2} for s in (0.05, 0.1, 0.2, 0.35)],
     "antidiagonal": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
     "vertical_slash": [{"columns": c, "diagonals": c // 4} for c in (256, 512, 1024)],
-    "flexprefill": [{"gamma": g} for g in (0.8, 0.9, 0.95)],
-    "sparge": [{"share": s} for s in (0.05, 0.1, 0.2)],
-    "energy": [{"alpha": a} for a in (0.3, 0.1, 0.03)],
-    "sample": [{"alpha": a} for a in (0.8, 0.9, 0.95)],
-    "hip": [{"share": s} for s in (0.05, 0.1, 0.2)],
-    "strided": [{}],
+    "flexprefill": [{"gamma": g, "max_share": 1.0} for g in (0.7, 0.8, 0.9)],
+    "sparge": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
+    "energy": [{"alpha": a, "max_share": 1.0} for a in (0.3, 0.1, 0.03)],
+    "sample": [{"alpha": a, "max_share": 1.0} for a in (0.8, 0.9, 0.95)],
+    "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
+    "strided": [{"stride": s} for s in (8, 16)],
 }
 
 
