@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hfsparse.lists import PAGE
+
 
 class Need(NamedTuple):
     """What a kernel is asked for. Each table looks at what matters to it."""
@@ -28,6 +30,7 @@ class Need(NamedTuple):
     bands: bool = False  # rings, of which new tokens read a window
     dropped: bool = False  # a ring that has dropped keys is part of the grid
     chooser: type | None = None  # the kind of pattern or selector that is to choose
+    unit: int = PAGE  # tokens in what a selector chooses: a page, or a part of one
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q
 
     @classmethod

@@ -65,8 +65,8 @@ def no_triton(need: Need) -> str | None:
     return None
 
 
-def _triton(module: str) -> Callable[[Need], str | None]:
-    return lambda need: no_triton(need) or _module(f"triton.{module}").why_not(need)
+def _triton(module: str, check: str = "why_not") -> Callable[[Need], str | None]:
+    return lambda need: no_triton(need) or getattr(_module(f"triton.{module}"), check)(need)
 
 
 def _always(need: Need) -> None:
@@ -146,7 +146,12 @@ ESTIMATE = (
     Kernel("PyTorch", plain.estimate, _always),
 )
 SELECT = (
-    Kernel("Triton", _lazily("triton.quest", "pages"), _triton("quest")),
+    Kernel("Triton", _lazily("triton.choose", "pages"), _triton("choose")),
+    Kernel(
+        "PyTorch (scores) and Triton",
+        _lazily("triton.choose", "pages"),
+        _triton("choose", "why_not_scored"),
+    ),
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (

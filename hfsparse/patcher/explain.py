@@ -99,7 +99,8 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif hasattr(pattern, "pages"):
-            by = _describe(tables.select, step._replace(chooser=type(pattern)))
+            unit = pattern.budget.unit
+            by = _describe(tables.select, step._replace(chooser=type(pattern), unit=unit))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
         else:
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"

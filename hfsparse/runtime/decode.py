@@ -110,6 +110,7 @@ def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists 
         index = store.indexed(step.longest)
         held = next(iter(index.values()))  # [B, Hkv, pages, ...]
         asked = {"tokens": held.shape[2] * PAGE, "index_dtype": held.dtype}
+        asked["unit"] = selector.budget.unit
         dim = q.shape[-1]
         need = Need(q.device, q.dtype, dim, dim, chooser=type(selector), **asked)
         more = heads, store.below, store.choice, read

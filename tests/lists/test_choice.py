@@ -20,7 +20,7 @@ def ways():
     with interpreter() as run:
         yield {
             "torch": plain.select,
-            "triton": partial(run, "triton.quest.pages"),
+            "triton": partial(run, "triton.choose.pages"),
         }
 
 

@@ -25,8 +25,8 @@ WIDTH = tl.constexpr(places.WIDTH)
     HIGH_AT,
     ROW,
     SLOTS,
-    PAGE_ROW,
-    PAGES,
+    SPAN_ROW,
+    SPANS,
     SINK,
     SIZE,
     RECENT,
@@ -34,6 +34,7 @@ WIDTH = tl.constexpr(places.WIDTH)
     CHUNKED,
     BELOW,
     LISTED,
+    SPAN,
 ) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 
 
