@@ -56,7 +56,7 @@ SEED, FEWEST = 11, 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
 CHUNK = 8192  # tokens of a prompt that are read together, so that a batch fits
-CALIBRATE = (4, 4096)  # prompts, and their tokens
+CALIBRATE = (4, 8192)  # prompts, and their tokens
 
 # By arm: a kind, and its parameters beside the share.
 CHOOSERS = {
@@ -70,6 +70,9 @@ CHOOSERS = {
     "lowrank 16, tokens": ("lowrank", {"rank": 16, "unit": 1}),
     "lowrank 16 in 4 bits, units of 16": ("lowrank", {"rank": 16, "unit": 16, "bits": 4}),
     "lowrank 8, units of 16": ("lowrank", {"rank": 8, "unit": 16}),
+    "lowrank 8, units of 8": ("lowrank", {"rank": 8, "unit": 8}),
+    "lowrank 16 by keys (Loki), units of 16": ("lowrank", {"unit": 16, "by": "keys"}),
+    "lowrank 16 by keys (Loki), tokens": ("lowrank", {"unit": 1, "by": "keys"}),
     "channels 16, units of 16": ("channels", {"channels": 16, "unit": 16}),
     "channels 8, units of 16": ("channels", {"channels": 8, "unit": 16}),
     "landmarks": ("landmarks", {}),
