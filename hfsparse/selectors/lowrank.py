@@ -82,7 +82,7 @@ class LowRank:
         each kv head's group."""
         keys = seen.k[0].double()
         keys = keys - keys.mean(1, keepdim=True)
-        queries = seen.q[0].double().view(len(keys), -1, keys.shape[2])
+        queries = seen.q[0].double().reshape(len(keys), -1, keys.shape[2])
         pairs = {"keys": keys, "queries": queries}
         return {name: t.mT @ t / t.shape[1] for name, t in pairs.items()}
 
