@@ -8,7 +8,8 @@ vote with the softmax over units. Loki ranks for each q head by itself; here a g
 Loki takes the principal dimensions of the keys alone (`by: keys`). `by: scores` takes those in
 which the products with the head's queries vary most, which is the best approximation of the scores
 of that rank: of Cq^½ Ck^½ = U S Vᵀ, for second moments Cq of the queries and Ck of the keys, keys
-are kept as Uᵀ Cq^½ k and asked by Uᵀ Cq^-½ q.
+are kept as Uᵀ Cq^½ k and asked by Uᵀ Cq^-½ q. Both are rotated alike, which changes no product, so
+that all numbers of a label are of a size and few bits tell them.
 
 Keys have their mean taken off: what the mean adds to scores is the same for all keys.
 """
@@ -120,5 +121,13 @@ def of_scores(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]
     values, vectors = torch.linalg.eigh(queries)
     values = values.clamp(min=1e-12).maximum(values.amax(-1, keepdim=True) * 1e-9).sqrt()[:, None]
     root, inverse = ((vectors * t) @ vectors.mT for t in (values, 1 / values))
-    best = principal(root @ keys @ root, rank)  # U of the product's singular values
+    best = principal(root @ keys @ root, rank) @ cosines(rank)  # U of the singular values
     return (inverse @ best).float().contiguous(), (root @ best).float().contiguous()
+
+
+def cosines(n: int) -> Tensor:
+    """An orthonormal matrix `[n, n]` that spreads each entry over all: of the cosine transform."""
+    at = torch.arange(n, dtype=torch.float64)
+    waves = torch.cos(torch.pi / n * (at + 0.5) * at[:, None]) * (2 / n) ** 0.5
+    waves[0] /= 2**0.5
+    return waves

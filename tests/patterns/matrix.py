@@ -297,6 +297,8 @@ def drawn(number: int) -> int:
     for _ in range(2):
         number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
     return number ^ number >> 16
+
+
 def sets_as_masks(blocks: list[Masks], q, k, block: int) -> Masks:
     """The blocks of each query block, surely and perhaps, as masks of causal pairs."""
     query, key = positions(q, k)

@@ -131,6 +131,8 @@ def test_chunks_room_and_neighbours_change_no_strided_block(past):
     chunk = pattern.placed(grid, 1).mask()[0, 0, :, :TOKENS]
     assert not (whole[past:] & ~chunk).any()
     assert torch.equal(whole[past:], chunk) or past % BLOCK
+
+
 """Blocks that patterns keep of a few drawn vectors, against loops written from their papers.
 
 Each loop sees one head, q and k `[S, D]` as lists, and answers the sets of key blocks that
