@@ -42,11 +42,11 @@ def selectors(share: float) -> dict[str, object]:
     found = {f"quest {u} / {b}": quest(share=share, unit=u, bound=b) for u, b in sizes}
     if lowrank is None:
         return found
-    keys = torch.randn(1, HKV, 4 * D, D)
-    table = {"covariance": keys.mT @ keys}
-    for unit, bits in ((64, 8), (16, 8), (8, 8), (16, 4)):
-        chosen = lowrank(share=share, unit=unit, rank=16, bits=bits)
-        found[f"lowrank 16, {bits} bits / {unit}"] = chosen.bind(0, range(HKV), table)
+    seen = torch.randn(1, HKV, 4 * D, D)
+    table = dict.fromkeys(("keys", "queries"), seen.mT @ seen)
+    for unit, rank, bits in ((64, 32, 4), (16, 32, 4), (8, 32, 4), (1, 32, 4), (16, 16, 8)):
+        chosen = lowrank(share=share, unit=unit, rank=rank, bits=bits)
+        found[f"lowrank {rank}, {bits} bits / {unit}"] = chosen.bind(0, range(HKV), table)
     return found
 
 

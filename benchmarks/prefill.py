@@ -460,7 +460,7 @@ def first_calls(table: Table, L: int) -> None:
     grid, kv = Grid.causal(1, odd, 128, DEVICE), KV.to(DEVICE)
     jitted = [
         f
-        for module in (triton_prefill, triton_estimate, triton_estimate.triton_select)
+        for module in (triton_prefill, *triton_estimate.PARTS)
         for f in vars(module).values()
         if isinstance(f, triton.runtime.JITFunction)
     ]

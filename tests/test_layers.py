@@ -19,8 +19,11 @@ KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
 SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
-# A kernel in two files.
-HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select")}
+# Kernels in more than one file.
+FAMILIES = [f"{KERNELS}.triton.estimate_{name}" for name in ("antidiagonal", "means", "probes")]
+SELECT = f"{KERNELS}.triton.select"
+HALVES = {(f"{KERNELS}.triton.estimate", part) for part in (*FAMILIES, SELECT)}
+HALVES |= {(family, SELECT) for family in FAMILIES}
 
 
 def _modules() -> dict[str, Path]:

@@ -179,6 +179,8 @@ class Part:
     def _choose(self, route: Route, need: Need) -> BlockLists:
         """The blocks that a route's heads read."""
         grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
+        if placed := getattr(type(route.pattern), "placed", None):
+            return self.layer_call.call.once(placed, route.pattern, grid, len(route.q))
         if route.band is None:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None

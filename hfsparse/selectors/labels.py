@@ -43,7 +43,10 @@ def labels(keys: Tensor, real: Tensor, projection: Tensor, bits: int) -> dict[st
 
 
 def token_scores(q: Tensor, index: dict[str, Tensor], projection: Tensor, bits: int) -> Tensor:
-    """Estimates of q · k `[B, Hq, Q, tokens]` for q `[B, Hq, Q, D]` and all tokens of an index."""
+    """Estimates of q · k `[B, Hq, Q, tokens]` for q `[B, Hq, Q, D]` and all tokens of an index.
+
+    projection: of queries, `[H, D, rank]`.
+    """
     label = index["label"].flatten(2, 3)
     if bits == 4:
         label = torch.cat([label << 4 >> 4, label >> 4], -1)

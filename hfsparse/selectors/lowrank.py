@@ -5,7 +5,13 @@ covariance, which the profiler measures. Both sides of q · k are projected onto
 kept so in few bits (`labels`). A unit is worth what its best token is, and the q heads of a group
 vote with the softmax over units. Loki ranks for each q head by itself; here a group reads alike.
 
-The covariance has the mean key taken off: what the mean adds to scores is the same for all keys.
+Loki takes the principal dimensions of the keys alone (`by: keys`). `by: scores` takes those in
+which the products with the head's queries vary most, which is the best approximation of the scores
+of that rank: of Cq^½ Ck^½ = U S Vᵀ, for second moments Cq of the queries and Ck of the keys, keys
+are kept as Uᵀ Cq^½ k and asked by Uᵀ Cq^-½ q. Both are rotated alike, which changes no product, so
+that all numbers of a label are of a size and few bits tell them.
+
+Keys have their mean taken off: what the mean adds to scores is the same for all keys.
 """
 
 from __future__ import annotations
@@ -43,12 +49,16 @@ class LowRank:
     unit: int = 16
     rank: int = 16
     bits: int = 8
+    by: str = "scores"
     data: str = "lowrank"
-    projection: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [H, D, rank]
+    # Projections of queries and of keys, [H, D, rank]
+    asked: DeviceTensor | None = field(default=None, compare=False, repr=False)
+    kept: DeviceTensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
         labels.check("rank", self.rank, self.bits)
+        require(self.by in ("keys", "scores"), f"by is {self.by}: give keys or scores")
 
     @cached_property
     def budget(self) -> Budget:
@@ -56,24 +66,34 @@ class LowRank:
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> LowRank:
         """With the principal dimensions of these heads' keys."""
-        covariance = layer_of(self.kind, data, "covariance", layer)[list(heads)]
-        dim = covariance.shape[-1]
+        keys, queries = (
+            layer_of(self.kind, data, name, layer)[list(heads)].double()
+            for name in ("keys", "queries")
+        )
+        dim = keys.shape[-1]
         require(self.rank <= dim, f"rank is {self.rank}: keys have {dim} channels, give no more")
-        return replace(self, projection=DeviceTensor(principal(covariance, self.rank)))
+        if self.by == "keys":
+            both = DeviceTensor(principal(keys, self.rank).float().contiguous())
+            return replace(self, asked=both, kept=both)
+        asked, kept = of_scores(queries, keys, self.rank)
+        return replace(self, asked=DeviceTensor(asked), kept=DeviceTensor(kept))
 
     def calibrate(self, seen: Any) -> dict[str, Tensor]:
-        """The `covariance` `[H, D, D]` of a prompt's keys."""
+        """Second moments `[H, D, D]` of a prompt's `keys`, less their mean, and of the `queries` of
+        each kv head's group."""
         keys = seen.k[0].double()
         keys = keys - keys.mean(1, keepdim=True)
-        return {"covariance": keys.mT @ keys / keys.shape[1]}
+        queries = seen.q[0].double().reshape(len(keys), -1, keys.shape[2])
+        pairs = {"keys": keys, "queries": queries}
+        return {name: t.mT @ t / t.shape[1] for name, t in pairs.items()}
 
     def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Labels, as `selectors.labels` describes them."""
-        return labels.labels(keys, real, self._projection(keys), self.bits)
+        return labels.labels(keys, real, self._on(self.kept, keys), self.bits)
 
     def scores(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> Tensor:
         """What each unit is worth to q `[B, Hq, Q, D]` in nats, `[B, Hq, Q, U]`: its best token."""
-        score = labels.token_scores(q, index, self._projection(q), self.bits) * scale
+        score = labels.token_scores(q, index, self._on(self.asked, q), self.bits) * scale
         return best_of(score, length, 1, self.unit)
 
     def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
@@ -81,16 +101,33 @@ class LowRank:
         scores = self.scores(q, index, length, scale)
         return self.budget.choose(scores, length, index["label"].shape[1])
 
-    def _projection(self, beside: Tensor) -> Tensor:
-        require(self.projection is not None, f"{self.kind} is bound to no table")
-        return self.projection.on(beside.device)
+    def _on(self, projection: DeviceTensor | None, beside: Tensor) -> Tensor:
+        require(projection is not None, f"{self.kind} is bound to no table")
+        return projection.on(beside.device)
 
 
-def principal(covariance: Tensor, rank: int) -> Tensor:
-    """The orthonormal dimensions of most variance, `[H, D, rank]` float32 of `[H, D, D]`.
+def principal(moments: Tensor, rank: int) -> Tensor:
+    """The orthonormal dimensions of largest moment, `[H, D, rank]` of `[H, D, D]`.
 
     The largest entry of each is positive, so that they are the same wherever they are worked out.
     """
-    vectors = torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1)[..., :rank]
+    vectors = torch.linalg.eigh(moments).eigenvectors.flip(-1)[..., :rank]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return (vectors * largest.sign()).float().contiguous()
+    return vectors * largest.sign()
+
+
+def of_scores(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Projections of queries and keys `[H, D, rank]` float32, of moments `[H, D, D]`, float64."""
+    values, vectors = torch.linalg.eigh(queries)
+    values = values.clamp(min=1e-12).maximum(values.amax(-1, keepdim=True) * 1e-9).sqrt()[:, None]
+    root, inverse = ((vectors * t) @ vectors.mT for t in (values, 1 / values))
+    best = principal(root @ keys @ root, rank) @ cosines(rank)  # U of the singular values
+    return (inverse @ best).float().contiguous(), (root @ best).float().contiguous()
+
+
+def cosines(n: int) -> Tensor:
+    """An orthonormal matrix `[n, n]` that spreads each entry over all: of the cosine transform."""
+    at = torch.arange(n, dtype=torch.float64)
+    waves = torch.cos(torch.pi / n * (at + 0.5) * at[:, None]) * (2 / n) ** 0.5
+    waves[0] /= 2**0.5
+    return waves

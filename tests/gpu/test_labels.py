@@ -18,6 +18,7 @@ from tests.gpu.test_quest import same
 LENGTHS = (64 * 90 + 5, 64 * 41, 300, 17, 0)
 CASES = [  # bits, unit, rank, new tokens, q heads of a group, head dim
     *[(8, unit, 16, 1, 4, 128) for unit in (1, 8, 16, 32, 64)],
+    *[(4, unit, 32, 1, 4, 128) for unit in (1, 8, 16, 64)],
     *((4, 16, 16, 1, 4, 128), (4, 8, 6, 3, 7, 80), (4, 1, 64, 1, 8, 128)),
     *((16, 16, 16, 1, 4, 128), (16, 8, 5, 16, 1, 64), (8, 16, 128, 16, 8, 256)),
 ]
@@ -31,9 +32,10 @@ def drawn(bits, unit, rank, queries, group, dim, dtype, lengths=LENGTHS, **more)
     def random(*shape):
         return torch.randn(*shape, generator=made, device=DEVICE)
 
-    spread = random(1, 2, dim, dim)
+    spread = [random(1, 2, dim, dim) for _ in "kq"]
+    table = {name: (t.mT @ t).cpu() for name, t in zip(("keys", "queries"), spread, strict=True)}
     selector = LowRank(0.1, 2, unit=unit, rank=rank, bits=bits, **more)
-    selector = selector.bind(0, range(2), {"covariance": (spread.mT @ spread).cpu()})
+    selector = selector.bind(0, range(2), table)
     q = random(B, queries, 2 * group, dim).to(dtype).transpose(1, 2)
     k = random(B, 2, P, PAGE, dim).to(dtype)
     real = (torch.arange(P * PAGE, device=DEVICE) < length[:, None]).view(B, 1, P, PAGE, 1)
@@ -74,7 +76,7 @@ def test_new_tokens_get_the_labels_of_a_prompts(case, dtype):
 @pytest.mark.parametrize("lengths", [(131072 - 5,), (64 * 1500, 64 * 700 - 3)], ids=str)
 @pytest.mark.parametrize("unit", [8, 64])
 def test_long_rows_and_room_for_more_pages(unit, lengths):
-    selector, q, k, real, length = drawn(8, unit, 16, 1, 4, 128, BF16, lengths)
+    selector, q, k, real, length = drawn(4, unit, 32, 1, 4, 128, BF16, lengths)
     index = selector.summarise(k, real)
     found = triton_choose.pages(selector, q, index, length, 0.125)
     same(found, selector.pages(q, index, length, 0.125))

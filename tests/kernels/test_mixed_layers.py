@@ -33,7 +33,7 @@ ALL = [  # kv heads of each kind stand apart from one another
 ]
 RINGS = [Group((0, 2), Band(0, 40)), Group((1,), GROWING)]
 HALF_RING = [Group((1, 3), NEAR), Group((0, 2), selector=QUEST)]
-TABLE = {"covariance": torch.diag(torch.arange(64.0))[None, None]}
+TABLE = dict.fromkeys(("keys", "queries"), torch.diag(torch.arange(1.0, 65.0))[None, None])
 LOW_RANK = LowRank(0.3, 2, unit=8, rank=4).bind(0, [0], TABLE)
 CHOOSING = [  # a choice is read again, beside one that another layer made, by mass, and by labels
     Group((0, 3), selector=Quest(0.5, 2, refresh=3, unit=32, bound=16)),

@@ -189,6 +189,296 @@ def antidiagonal_mass(q, k, block: int, scale: float) -> np.ndarray:
     return mass
 
 
+@row(
+    "sample",
+    {
+        "": dict(alpha=0.7, stride=7, window=0.1, max_share=1.0),
+        "cut": dict(alpha=0.9, stride=50, window=0.01, max_share=0.05),
+    },
+    everything={
+        "": dict(alpha=1.0, window=0.01, max_share=1.0),
+        "window": dict(alpha=0.1, window=1.0, max_share=0.01),
+    },
+)
+def sample(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    logits = np.where(key <= query, q @ k.T * scale, -np.inf)[::-1][:: pattern.stride]
+    weight = np.exp(logits - logits.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    mass = weight.sum(0) / len(weight)
+    ranked = np.sort(mass)[::-1]
+    before = np.cumsum([0, *ranked])[:-1]
+    most, recent = (ceil(round(share * len(k), 6)) for share in (pattern.max_share, pattern.window))
+    near = np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        for j in range(0, len(k), block):
+            newest = min(j + block, len(k)) - 1
+            near[i : i + block, j : j + block] = j == 0 or newest > query[i, 0] - recent
+    sets = []
+    for slack in (-1e-5, 1e-5):  # surely, perhaps
+        target = (pattern.alpha if pattern.alpha < 1 else np.inf) * (1 + slack)
+        sets.append(best(mass, min((before < target).sum(), most), []))
+    return tuple((near | columns) & (key <= query) for columns in (sets[0][0], sets[1][1]))
+
+
+@row(
+    "hip",
+    {
+        "": dict(share=0.3, sink=40, recent=70),
+        "one": dict(share=0.01, sink=0, recent=1),
+    },
+    everything={
+        "": dict(share=1.0, sink=0, recent=1),
+        "recent": dict(share=0.01, sink=0, recent=2000),
+    },
+)
+def hip(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+
+    def score(i: int, first: int, size: int) -> float:
+        """Of the key that halving leaves of so many keys, for the queries from i on."""
+        if size == 1:
+            return (q[i : i + block : 4] @ k[first]).max()
+        half = size // 2
+        middles = [(q[i : i + block : 4] @ k[at + half // 2]).max() for at in (first, first + half)]
+        return score(i, first + half * (middles[1] > middles[0]), half)
+
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        begins = range(0, at[-1] + 1, block)
+        always = [
+            j == 0 or j < pattern.sink or min(j + block, len(k)) - 1 > at[0] - pattern.recent
+            for j in begins
+        ]
+        scores = [0 if a else score(i, j, block) for j, a in zip(begins, always, strict=True)]
+        share = ceil(round(pattern.share * (len(always) - sum(always)), 6))
+        kept = best(np.array(scores), sum(always) + share, np.flatnonzero(always))
+        for mask, blocks in zip(masks, kept, strict=True):
+            for j in np.flatnonzero(blocks):
+                mask[i : i + block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+@row(
+    "strided",
+    {
+        "": dict(sink=40, recent=50, stride=3, shift=1),
+        "random": dict(sink=0, recent=1, stride=0, random=3, seed=5),
+    },
+    everything={
+        "": dict(sink=0, recent=1, stride=1),
+        "random": dict(sink=0, recent=1, stride=0, random=2000),
+    },
+)
+def strided(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    kept = np.zeros((len(q), len(k)), bool)
+    for i in range(0, len(q), block):
+        at = query[i : i + block, 0]
+        for own in {at[0] // block, at[-1] // block}:
+            blocks = {j for j in range(own + 1) if j == 0 or j * block < pattern.sink}
+            blocks |= {
+                j for j in range(own + 1) if (j + 1) * block > own * block - pattern.recent + 1
+            }
+            if pattern.stride:
+                blocks |= {j for j in range(own) if (own - j) % pattern.stride == pattern.shift}
+            others = [j for j in range(own) if j not in blocks]
+            others.sort(key=lambda j: drawn(drawn(drawn(pattern.seed) + own) + j))
+            for j in blocks | {*others[: pattern.random]}:
+                kept[i : i + block, j * block : (j + 1) * block] = True
+    kept &= key <= query
+    return kept, kept
+
+
+def drawn(number: int) -> int:
+    """32 bits that look random."""
+    number &= 0xFFFFFFFF
+    for _ in range(2):
+        number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
+    return number ^ number >> 16
+
+
+def sets_as_masks(blocks: list[Masks], q, k, block: int) -> Masks:
+    """The blocks of each query block, surely and perhaps, as masks of causal pairs."""
+    query, key = positions(q, k)
+    masks = np.zeros((len(q), len(k)), bool), np.zeros((len(q), len(k)), bool)
+    for i, sets in enumerate(blocks):
+        for mask, kept in zip(masks, sets, strict=True):
+            for j in np.flatnonzero(kept):
+                mask[i * block : (i + 1) * block, j * block : (j + 1) * block] = True
+    return masks[0] & (key <= query), masks[1] & (key <= query)
+
+
+def pieces(x, block: int) -> list[np.ndarray]:
+    """The tokens of each block."""
+    return [x[i : i + block] for i in range(0, len(x), block)]
+
+
+def pooled(x, block: int) -> np.ndarray:
+    """Mean of each block."""
+    return np.stack([piece.mean(0) for piece in pieces(x, block)])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+@row(
+    "energy",
+    {
+        "": dict(alpha=0.96, sink_blocks=1, recent_blocks=2, max_share=1.0),
+        "cut": dict(alpha=0.9, sink_blocks=2, recent_blocks=0, max_share=0.3),
+        "dense_end": dict(alpha=1.0, sink_blocks=0, recent_blocks=1, dense_blocks=1),
+    },
+    everything={
+        "": dict(alpha=1e-9, max_share=1.0),
+        "recent": dict(alpha=1.0, recent_blocks=2000),
+        "dense": dict(alpha=1.0, dense_blocks=2000),
+    },
+)
+def energy(pattern, q, k, block: int, scale: float) -> Masks:
+    query, _ = positions(q, k)
+    keys, blocks = pooled(k, block), []
+    for i, rows in enumerate(pieces(q, block)):
+        at = query[i * block : (i + 1) * block, 0]
+        visible, home = at[-1] // block + 1, at[0] // block
+        level = np.array(
+            [np.log(np.exp(rows[at >= j * block] @ keys[j] * scale).sum()) for j in range(visible)]
+        )
+        recent = range(max(home - pattern.recent_blocks + 1, 0), visible)
+        dense = range(visible) if i >= -(-len(q) // block) - pattern.dense_blocks else ()
+        forced = {0, *range(home, visible), *recent, *dense}
+        forced = sorted(forced | {*range(min(pattern.sink_blocks, visible))})
+        most = max(ceil(round(pattern.max_share * visible, 6)), len(forced))
+        sets = []
+        for slack in (1e-5, -1e-5):  # surely, perhaps
+            near = level >= level.max() + np.log(pattern.alpha) + slack
+            count = (near | np.isin(np.arange(visible), forced)).sum()
+            sets.append(best(level - level.min() + 1, min(count, most), forced))
+        blocks.append((sets[0][0], sets[1][1]))
+    return sets_as_masks(blocks, q, k, block)
+
+
+@row(
+    "sparge",
+    {
+        "": dict(theta=0.024, tau=0.7, max_share=1.0),
+        "cut": dict(theta=0.02, tau=0.9, max_share=0.2),
+        "share": dict(theta=-0.1, tau=1.0, max_share=0.4),
+    },
+    everything={"": dict(theta=1.0), "share": dict(theta=-1.0, tau=1.0, max_share=1.0)},
+)
+def sparge(pattern, q, k, block: int, scale: float) -> Masks:
+    query, _ = positions(q, k)
+    keys, means, blocks = pooled(k, block), pooled(q, block), []
+    alike_k = np.array([pair_cosine(piece) for piece in pieces(k - k.mean(0), block)])
+    alike_q = np.array([pair_cosine(piece) for piece in pieces(q, block)])
+    border = np.abs(np.concatenate([alike_k, alike_q]) - pattern.theta).min()
+    assert border > 1e-7, "a block is as alike as theta says: take another"
+    alike_k, alike_q = alike_k > pattern.theta, alike_q > pattern.theta
+    for i in range(len(means)):
+        at = query[i * block : (i + 1) * block, 0]
+        visible = at[-1] // block + 1
+        own = sorted({0, *range(at[0] // block, visible)})
+        ranked = np.flatnonzero(alike_k[:visible]) if alike_q[i] else np.array([], int)
+        whole = np.ones(visible, bool)
+        whole[ranked] = False
+        whole[own] = True
+        if len(ranked) == 0:
+            blocks.append((whole, whole))
+            continue
+        logits = keys[ranked] @ means[i] * scale
+        mass = softmax(logits)
+        forced = np.flatnonzero(np.isin(ranked, own))
+        others = np.sort(np.delete(mass, forced))[::-1]
+        before = mass[forced].sum() + np.cumsum([0, *others])[:-1]
+        most = max(ceil(round(pattern.max_share * visible, 6)), len(forced))
+        sets = []
+        for slack in (-1e-5, 1e-5):
+            wanted = len(ranked)
+            if pattern.tau < 1:
+                wanted = len(forced) + (before < pattern.tau * (1 + slack)).sum()
+            sets.append(best(logits - logits.min() + 1, min(wanted, most), forced))
+        both = whole.copy(), whole.copy()
+        both[0][ranked] |= sets[0][0]
+        both[1][ranked] |= sets[1][1]
+        blocks.append(both)
+    return sets_as_masks(blocks, q, k, block)
+
+
+def pair_cosine(x: np.ndarray) -> float:
+    """Mean cosine of all pairs of rows, a vector of no length being at right angles to all."""
+    long = np.linalg.norm(x, axis=1, keepdims=True)
+    units = np.divide(x, long, out=np.zeros_like(x), where=long > 1e-12)
+    return float((units @ units.T).mean())
+
+
+@row(
+    "flexprefill",
+    {
+        "": dict(gamma=0.5, tau=0.0, min_budget=1, max_share=1.0),
+        "aware": dict(gamma=0.3, tau=1.0, min_budget=40, max_share=1.0),
+        "either": dict(gamma=0.6, tau=0.104, min_budget=1, max_share=0.2),
+    },
+    everything={
+        "": dict(gamma=1.0, tau=0.0, max_share=1.0),
+        "aware": dict(gamma=1.0, tau=1.0, min_budget=1, max_share=1.0),
+        "budget": dict(gamma=0.1, min_budget=2000),
+    },
+)
+def flexprefill(pattern, q, k, block: int, scale: float) -> Masks:
+    query, key = positions(q, k)
+    n, nq, nk = min(len(q), 128), -(-len(q) // block), -(-len(k) // block)
+    weight = softmax(np.where(key <= query, q @ k.T * scale, -np.inf)[-n:]) / n
+    distance = (query - key)[-n:]
+    by_distance = np.array([weight[distance == d].sum() for d in range(len(k))])
+    keys, true = pooled(k, block), np.add.reduceat(weight.sum(0), range(0, len(k), block))
+    guess = softmax(keys @ q[-n:].mean(0) * scale)
+    half = (true + guess) / 2
+    apart = (true * np.log(true / half) + guess * np.log(guess / half)).sum() / 2
+    apart = np.sqrt(max(apart, 0))
+    assert pattern.tau == 0 or abs(apart - pattern.tau) > 1e-5, (
+        "a head is as far off as tau: take another"
+    )
+    aware, least = apart < pattern.tau, ceil(pattern.min_budget / block)
+    most = max(ceil(round(pattern.max_share * nk, 6)), least)
+    bands = []
+    for mass in (weight.sum(0), by_distance):
+        chosen, whole = [], np.add.reduceat(mass, range(0, len(k), block))
+        before = np.cumsum([0, *np.sort(mass)[::-1]])[:-1]
+        for slack in (-1e-6, 1e-6):
+            count = (before < pattern.gamma + slack).sum() // block + 1
+            count = nk if pattern.gamma == 1 else count
+            count = least if aware else max(count, least)
+            chosen.append(best(whole, min(count, most), [0]))
+        bands.append((chosen[0][0], chosen[1][1]))
+    places = [(query[i * block, 0], query[min((i + 1) * block, len(q)) - 1, 0]) for i in range(nq)]
+    maps = [np.zeros((nq, nk), bool), np.zeros((nq, nk), bool)]
+    for which, kept in enumerate(maps):
+        for i, (first, last) in enumerate(places):
+            for j in range(last // block + 1):
+                far = {first // block - j, last // block - j} - {-1}
+                kept[i, j] = bands[0][which][j] | any(bands[1][which][t] for t in far)
+                kept[i, j] |= j == 0 or j >= first // block
+    if aware:
+        inside = [(i, j) for i in range(nq) for j in range(places[i][1] // block + 1)]
+        rows = [
+            softmax(keys[: last // block + 1] @ mean * scale)
+            for (_, last), mean in zip(places, pooled(q, block), strict=True)
+        ]
+        mass = np.concatenate(rows)
+        before = np.cumsum([0, *np.sort(mass)[::-1]])[:-1]
+        most = ceil(round(pattern.max_share * len(mass), 6))
+        for which, slack in enumerate((-1e-6, 1e-6)):
+            count = (before < (pattern.gamma + slack) * nq).sum()
+            count = len(mass) if pattern.gamma == 1 else count
+            for place in np.flatnonzero(best(mass, min(count, most), [])[which]):
+                maps[which][inside[place]] = True
+    return sets_as_masks(list(zip(*maps, strict=True)), q, k, block)
+
+
 def largest_share(scores: np.ndarray) -> np.ndarray:
     """Votes [P]: the largest softmax of scores `[group, Q, P]` over the pages."""
     weight = np.exp(scores - scores.max(2, keepdims=True))

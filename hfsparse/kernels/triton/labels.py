@@ -26,7 +26,7 @@ LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 
 def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
-    label, step, projection = _given(selector, index)
+    (label, step), projection = _held(index), selector.asked.on(asked.q.device)
     rows = max(16, triton.next_power_of_2(min(asked.queries, 64)))
     _score[(asked.tiles, asked.programs, triton.cdiv(asked.queries, rows))](
         *(asked.q, projection, label, step, *asked.tensors()),
@@ -47,7 +47,7 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
 
     query_pos [B, Q]: each token's position, -1 where there is none.
     """
-    label, step, projection = _given(part.selector, part.index)
+    (label, step), projection = _held(part.index), part.selector.kept.on(k.device)
     k = k if k.stride(-1) == 1 else k.contiguous()
     (B, _, Q, _), H, room = k.shape, len(heads), label.shape[2] * PAGE
     _follow[(B * H,)](
@@ -62,11 +62,9 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
     )
 
 
-def _given(selector, index: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, their scales, of 16 bits a stand-in that is not read, and the projection."""
-    label = index["label"]
-    step = index.get("scale", label[..., 0])
-    return label, step, selector.projection.on(label.device)
+def _held(index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Labels and their scales, of 16 bits a stand-in that is not read."""
+    return index["label"], index.get("scale", index["label"][..., 0])
 
 
 def _sizes(selector, projection: Tensor) -> dict[str, int]:

@@ -95,7 +95,7 @@ def test_equal_scores_keep_the_earlier_blocks(choose):
 def test_scores_in_slices_choose_the_same():
     """No room for the scores of more than a few query blocks at a time."""
     it = batch(400, group=1, kv_heads=1)
-    with interpreter(triton__estimate__SCRATCH=4 * 2 * 13 * 5) as run:
+    with interpreter(triton__select__SCRATCH=4 * 2 * 13 * 5) as run:
         for pattern in (BlockTopK(0.1, 1), Antidiagonal(0.5)):
             found = run("triton.estimate.lists", pattern, it.q, it.k, it.grid, it.scale)
             assert_same(found, pattern.lists(it.q, it.k, it.grid, it.scale))
@@ -115,7 +115,7 @@ def estimate():
 def test_a_new_length_compiles_nothing(estimate, pattern, monkeypatch):
     from hfsparse.kernels.triton import prefill as triton_prefill
 
-    seen = watch(monkeypatch, estimate, estimate.triton_select, triton_prefill)
+    seen = watch(monkeypatch, *estimate.PARTS, triton_prefill)
     found = []
     for length, past, rows in ((1, 0, "equal"), (129, 0, "equal"), (1000, 3, "left_padded")):
         it = batch(length, past=past, rows=rows, block=128, dim=64, group=3)
@@ -133,11 +133,13 @@ def test_the_patterns_known_to_be_fused_stay_so(estimate):
 
 
 def test_slices_cover_every_query_block_once_and_stay_small(estimate, monkeypatch):
-    monkeypatch.setattr(estimate, "SCRATCH", 100_000)
+    monkeypatch.setattr(estimate.select, "SCRATCH", 100_000)
     grid = Grid.causal(1, 4000)
-    found = estimate.triton_select.empty(grid, 2, 3)
+    found = estimate.select.empty(grid, 2, 3)
     for groups, step in ((1, 1), (2, 8)):
-        slices = [(first, scores.shape) for first, scores in estimate._slices(found, groups, step)]
+        slices = [
+            (first, scores.shape) for first, scores in estimate.select.slices(found, groups, step)
+        ]
         assert len(slices) > 1
         end = 0
         for first, (B, H, n, *rest) in slices:

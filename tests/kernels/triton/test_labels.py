@@ -15,6 +15,7 @@ from tests.kernels.triton.test_quest import assert_same
 SINGLE, HALF = torch.float32, torch.float16
 LENGTHS = [64 * 9 + 5, 130, 7, 0]
 CASES = [  # bits, unit, rank, new tokens, q heads of a group
+    (4, 16, 16, 1, 3, SINGLE),
     (8, 16, 16, 1, 3, SINGLE),
     (4, 8, 6, 1, 4, HALF),
     (16, 1, 5, 3, 2, SINGLE),
@@ -32,9 +33,10 @@ def run():
 def drawn(bits: int, unit: int, rank: int, queries: int, group: int, dtype, dim: int = 24, **more):
     """A bound selector, new queries, keys `[4, 2, 10, PAGE, dim]`, NaN beyond rows, and lengths."""
     made = torch.Generator().manual_seed(0)
-    keys, length = torch.randn(1, 2, 300, dim, generator=made), torch.tensor(LENGTHS)
+    seen, length = torch.randn(2, 1, 2, 300, dim, generator=made), torch.tensor(LENGTHS)
+    table = dict(zip(("keys", "queries"), seen.mT @ seen / 300, strict=True))
     selector = LowRank(0.2, 2, unit=unit, rank=rank, bits=bits, **more)
-    selector = selector.bind(0, range(2), {"covariance": keys.mT @ keys / 300})
+    selector = selector.bind(0, range(2), table)
     q = torch.randn(4, 2 * group, queries, dim, generator=made).to(dtype)
     k = torch.randn(4, 2, 10, PAGE, dim, generator=made).to(dtype)
     return selector, q, k.masked_fill(~real(length), torch.nan), length
