@@ -19,6 +19,8 @@ from hfsparse.selectors.lowrank import LowRank
 
 LABELLED = (LowRank,)  # selectors that keep labels
 TOKENS = 128  # whose labels are read at once
+RUN = 2048  # tokens that a program scores, where a tile has no more: it projects queries first
+LARGE = tl.constexpr(0x6400)  # bits of 1024, a float16 whose last bits are units
 REST = tl.constexpr(2048.0)  # float16 has 11 bits
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
@@ -28,12 +30,14 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
     (label, step), projection = _held(index), selector.asked.on(asked.q.device)
     rows = max(16, triton.next_power_of_2(min(asked.queries, 64)))
-    _score[(asked.tiles, asked.programs, triton.cdiv(asked.queries, rows))](
+    run = max(1, RUN // (asked.tile * asked.budget.unit))
+    _score[(triton.cdiv(asked.tiles, run), asked.programs, triton.cdiv(asked.queries, rows))](
         *(asked.q, projection, label, step, *asked.tensors()),
         *asked.q.stride()[:3],
         *(*label.stride()[:2], *step.stride()[:2]),
-        *(*asked.numbers(), scale * LOG2E.value),
+        *(*asked.numbers(), asked.tiles, scale * LOG2E.value),
         **_sizes(selector, projection),
+        RUN=run,
         ROWS=rows,
         TOKENS=TOKENS,
         **asked.settings(),
@@ -97,27 +101,38 @@ def _project(
 @triton.jit
 def _product(x, label):
     """x `[ROWS, PADDED]`, parts of 1, times labels `[TOKENS, PADDED]`, as float32 has it."""
-    label = tl.trans(label.to(tl.float16))
+    label = tl.trans(label)
     near = x.to(tl.float16)
     rest = ((x - near.to(tl.float32)) * REST).to(tl.float16)
     return tl.dot(near, label) + tl.dot(rest, label) / REST
 
 
-@triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
+@triton.jit
+def _float16(label, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """BITS of integers, from bit SHIFT on, signed, as float16: without a conversion, which is slow.
+
+    What is added to make them positive are the last bits of a large number, which is taken away.
+    """
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    bits = ((label >> SHIFT) & (2 * HALF - 1)) ^ HALF
+    return (bits | LARGE).to(tl.int16).to(tl.float16, bitcast=True) - (1024.0 + HALF)
+
+
+@triton.jit(do_not_specialize="Hkv Q queries U below refresh tiles".split())
 def _score(
     Q_, PROJECTION, LABEL, STEP, SCORES, TOTALS, LENGTH, MADE, HEADS,
     q_b: tl.int64, q_h: tl.int64, q_s, label_b: tl.int64, label_h: tl.int64,
     step_b: tl.int64, step_h: tl.int64,
-    Hkv, Q, queries, U, below: tl.int64, refresh, times,
+    Hkv, Q, queries, U, below: tl.int64, refresh, tiles, times,
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BITS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(0) * RUN, tl.program_id(1).to(tl.int64)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
-    if tile * TILE >= total:
+    if first * TILE >= total:
         return
     b, kv = head // Hkv, head % Hkv
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -139,33 +154,35 @@ def _score(
     if BITS == 4:
         z = z / most[:, None]
     labels, steps = LABEL + b * label_b + kv * label_h, STEP + b * step_b + kv * step_h
-    out = (head * queries + row) * tl.num_programs(0) + tile
     column, EACH = tl.arange(0, PADDED), TOKENS // UNIT
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    tokens = tl.minimum(length - tile * TILE * UNIT, TILE * UNIT)
-    for part in range(tl.cdiv(tokens, TOKENS)):
-        token = (tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-        real = token < length
-        inside = real[:, None] & (column < WIDE)[None, :]
-        label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
-        if BITS == 4:
-            both = label.to(tl.int32)
-            s = _product(x, (both << 28) >> 28) + _product(z, both >> 4)
-        else:
-            s = _product(x, label)
-        if BITS < 16:
-            s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[None, :]
-        s = tl.where(real[None, :], s * (most * times)[:, None], float("-inf"))
-        if UNIT > 1:
-            s = tl.max(tl.reshape(s, [ROWS, TOKENS // UNIT, UNIT]), 2)
-        unit = part * EACH + tl.arange(0, TOKENS // UNIT)
-        tl.store(SCORES + out[:, None] * TILE + unit[None, :], s, mask=alive[:, None])
-        high = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(high == float("-inf"), 0.0, high)
-        mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
-        top = high
-    tl.store(TOTALS + out, top + tl.log2(mass), mask=alive)
+    for tile in range(first, tl.minimum(first + RUN, tl.cdiv(total, TILE))):
+        out = (head * queries + row) * tiles + tile
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        for part in range(tl.cdiv(tl.minimum(length - tile * TILE * UNIT, TILE * UNIT), TOKENS)):
+            token = (tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+            real = token < length
+            inside = real[:, None] & (column < WIDE)[None, :]
+            label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
+            if BITS == 4:
+                label = label.to(tl.int16)
+                s = _product(x, _float16(label, 0, 4)) + _product(z, _float16(label, 4, 4))
+            elif BITS == 8:
+                s = _product(x, _float16(label.to(tl.int16), 0, 8))
+            else:
+                s = _product(x, label)
+            if BITS < 16:
+                s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[None, :]
+            s = tl.where(real[None, :], s * (most * times)[:, None], float("-inf"))
+            if UNIT > 1:
+                s = tl.max(tl.reshape(s, [ROWS, TOKENS // UNIT, UNIT]), 2)
+            unit = part * EACH + tl.arange(0, TOKENS // UNIT)
+            tl.store(SCORES + out[:, None] * TILE + unit[None, :], s, mask=alive[:, None])
+            high = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(high == float("-inf"), 0.0, high)
+            mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+            top = high
+        tl.store(TOTALS + out, top + tl.log2(mass), mask=alive)
 
 
 @triton.jit
