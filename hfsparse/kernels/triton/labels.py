@@ -7,6 +7,7 @@ two float16 that sum up to them. Bound by memory: each label is read once.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,10 +19,23 @@ from hfsparse.lists.places import Place
 from hfsparse.selectors.lowrank import LowRank
 
 LABELLED = (LowRank,)  # selectors that keep labels
-TOKENS = 128  # whose labels are read at once
+TOKENS = 256  # whose labels are read at once
 RUN = 2048  # tokens that a program scores, where a tile has no more: it projects queries first
 LARGE = tl.constexpr(0x6400)  # bits of 1024, a float16 whose last bits are units
-REST = tl.constexpr(2048.0)  # float16 has 11 bits
+# Four bytes t as two registers of two float16: 1024 and the bits, less what made them positive.
+_FOUR = """{
+.reg .b32 t, less;
+%s
+mov.b32 less, %s;
+prmt.b32 $0, t, 0x64646464, 0x4140;
+prmt.b32 $1, t, 0x64646464, 0x4342;
+sub.f16x2 $0, $0, less;
+sub.f16x2 $1, $1, less;
+}"""
+_HALF = "and.b32 t, t, 0x0f0f0f0f; xor.b32 t, t, 0x08080808;"
+BYTES = tl.constexpr(_FOUR % ("xor.b32 t, $2, 0x80808080;", "0x64806480"))
+LOW = tl.constexpr(_FOUR % (f"mov.b32 t, $2; {_HALF}", "0x64086408"))
+HIGH = tl.constexpr(_FOUR % (f"shr.b32 t, $2, 4; {_HALF}", "0x64086408"))
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 
@@ -29,7 +43,7 @@ LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
     (label, step), projection = _held(index), selector.asked.on(asked.q.device)
-    rows = max(16, triton.next_power_of_2(min(asked.queries, 64)))
+    rows = max(8, triton.next_power_of_2(min(asked.queries, 64)))
     run = max(1, RUN // (asked.tile * asked.budget.unit))
     _score[(triton.cdiv(asked.tiles, run), asked.programs, triton.cdiv(asked.queries, rows))](
         *(asked.q, projection, label, step, *asked.tensors()),
@@ -40,6 +54,7 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
         RUN=run,
         ROWS=rows,
         TOKENS=TOKENS,
+        FOUR=label.is_cuda and torch.version.hip is None,
         **asked.settings(),
         num_warps=4,
         **chained(str(label.device)),
@@ -99,22 +114,25 @@ def _project(
 
 
 @triton.jit
-def _product(x, label):
-    """x `[ROWS, PADDED]`, parts of 1, times labels `[TOKENS, PADDED]`, as float32 has it."""
-    label = tl.trans(label)
+def _halves(x):
+    """x `[ROWS, PADDED]`, numbers between -1 and 1, as two float16 `[PADDED, ROWS]`: their sum."""
+    x = tl.trans(x)
     near = x.to(tl.float16)
-    rest = ((x - near.to(tl.float32)) * REST).to(tl.float16)
-    return tl.dot(near, label) + tl.dot(rest, label) / REST
+    return near, (x - near.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def _float16(label, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """BITS of integers, from bit SHIFT on, signed, as float16: without a conversion, which is slow.
+def _float16(label, SHIFT: tl.constexpr, BITS: tl.constexpr, FOUR: tl.constexpr):
+    """BITS of bytes, from bit SHIFT on, signed, as float16: without a conversion, which is slow.
 
     What is added to make them positive are the last bits of a large number, which is taken away.
+    FOUR: at once, which only a GPU does.
     """
+    if FOUR:
+        asm: tl.constexpr = BYTES if BITS == 8 else (LOW if SHIFT == 0 else HIGH)
+        return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [label], tl.float16, True, 4)
     HALF: tl.constexpr = 1 << (BITS - 1)
-    bits = ((label >> SHIFT) & (2 * HALF - 1)) ^ HALF
+    bits = ((label.to(tl.int16) >> SHIFT) & (2 * HALF - 1)) ^ HALF
     return (bits | LARGE).to(tl.int16).to(tl.float16, bitcast=True) - (1024.0 + HALF)
 
 
@@ -126,6 +144,7 @@ def _score(
     Hkv, Q, queries, U, below: tl.int64, refresh, tiles, times,
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
     BITS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    FOUR: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -150,39 +169,45 @@ def _score(
         z = _project(at, project, alive, WIDE, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
         most = tl.maximum(most, tl.max(tl.abs(z), 1))
     most = tl.where(most == 0, 1.0, most)
-    x = x / most[:, None]
+    near, rest = _halves(x / most[:, None])
     if BITS == 4:
-        z = z / most[:, None]
+        near_z, rest_z = _halves(z / most[:, None])
+    times *= most
     labels, steps = LABEL + b * label_b + kv * label_h, STEP + b * step_b + kv * step_h
-    column, EACH = tl.arange(0, PADDED), TOKENS // UNIT
+    EACH: tl.constexpr = TOKENS // UNIT  # units of a part
+    column = tl.arange(0, PADDED)
     for tile in range(first, tl.minimum(first + RUN, tl.cdiv(total, TILE))):
         out = (head * queries + row) * tiles + tile
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
+        top = tl.full([EACH, ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([EACH, ROWS], tl.float32)
         for part in range(tl.cdiv(tl.minimum(length - tile * TILE * UNIT, TILE * UNIT), TOKENS)):
             token = (tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
             real = token < length
             inside = real[:, None] & (column < WIDE)[None, :]
             label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
-            if BITS == 4:
-                label = label.to(tl.int16)
-                s = _product(x, _float16(label, 0, 4)) + _product(z, _float16(label, 4, 4))
-            elif BITS == 8:
-                s = _product(x, _float16(label.to(tl.int16), 0, 8))
+            if BITS == 16:
+                s = tl.dot(label, rest, tl.dot(label, near))
             else:
-                s = _product(x, label)
-            if BITS < 16:
-                s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[None, :]
-            s = tl.where(real[None, :], s * (most * times)[:, None], float("-inf"))
+                low = _float16(label, 0, BITS, FOUR)
+                s = tl.dot(low, rest, tl.dot(low, near))
+                if BITS == 4:
+                    high = _float16(label, 4, BITS, FOUR)
+                    s = tl.dot(high, rest_z, tl.dot(high, near_z, s))
+                s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[:, None]
+            s = tl.where(real[:, None], s, float("-inf"))
             if UNIT > 1:
-                s = tl.max(tl.reshape(s, [ROWS, TOKENS // UNIT, UNIT]), 2)
-            unit = part * EACH + tl.arange(0, TOKENS // UNIT)
-            tl.store(SCORES + out[:, None] * TILE + unit[None, :], s, mask=alive[:, None])
-            high = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(high == float("-inf"), 0.0, high)
-            mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
-            top = high
-        tl.store(TOTALS + out, top + tl.log2(mass), mask=alive)
+                s = tl.max(tl.reshape(s, [EACH, UNIT, ROWS]), 1)
+            s *= times[None, :]
+            unit = part * EACH + tl.arange(0, EACH)
+            tl.store(SCORES + out[None, :] * TILE + unit[:, None], s, mask=alive[None, :])
+            new = tl.maximum(top, s)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            mass = mass * tl.exp2(top - base) + tl.exp2(s - base)
+            top = new
+        new = tl.max(top, 0)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        mass = tl.sum(mass * tl.exp2(top - base[None, :]), 0)
+        tl.store(TOTALS + out, base + tl.log2(mass), mask=alive)
 
 
 @triton.jit
