@@ -83,6 +83,10 @@ class Selector(Protocol):
         `budget.unit` tokens each, with `budget.width(P, Q)` places; those not counted name any
         unit of the P pages.
 
+        One that ranks units by votes may also have `scores(q, index, length, scale)`, what each
+        unit is worth in nats, `[B, Hq, Q, U]`: where its `pages` are `budget.choose` of these, and
+        no kernel is its own, kernels choose by them all the same.
+
         What must hold:
         - The row's first page and those of the new queries are read (`Budget.best` sees to it).
         - What is chosen for a row depends on nothing else: not on the room that there is (a CUDA
