@@ -86,9 +86,10 @@ def _listed(numbers: Iterable[int]) -> str:
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:
     """The kernel that serves a need, and why those before it in the table can't."""
     chosen = pick(table, need)
-    better = table[: table.index(chosen)]
-    why = [f" (not {kernel.name}: {kernel.why_not(need)})" for kernel in better]
-    return chosen.name + "".join(why)
+    better: dict[str | None, str] = {}  # by reason: what holds for several is said of the first
+    for kernel in table[: table.index(chosen)]:
+        better.setdefault(kernel.why_not(need), kernel.name)
+    return chosen.name + "".join(f" (not {name}: {why})" for why, name in better.items())
 
 
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

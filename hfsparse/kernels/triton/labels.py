@@ -181,8 +181,9 @@ def _score(
         top = tl.full([EACH, ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([EACH, ROWS], tl.float32)
         for part in range(tl.cdiv(tl.minimum(length - tile * TILE * UNIT, TILE * UNIT), TOKENS)):
-            token = (tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+            token = tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)
             real = token < length
+            token = token.to(tl.int64)
             inside = real[:, None] & (column < WIDE)[None, :]
             label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
             if BITS == 16:
