@@ -53,7 +53,7 @@ def selectors(share: float) -> dict[str, object]:
 class Layer:
     """A full store of random keys and values, and a step of one token at its end."""
 
-    def __init__(self, tokens: int, selector=None):
+    def __init__(self, tokens: int, selector):
         self.store = Full(Group(tuple(range(HKV)), selector=selector), tokens)
         k, v = (torch.randn(1, HKV, tokens - 1, D, **RANDOM) for _ in "kv")
         self.store.create(k, v)
@@ -62,7 +62,7 @@ class Layer:
         self.q, self.k, self.v = (torch.randn(1, n, 1, D, **RANDOM) for n in (HQ, HKV, HKV))
         length = torch.tensor([tokens], device="cuda")
         self.new = NewTokens(Lengths([tokens - 1], [1], 1), length, length[:, None] - 1)
-        self.places = Table().places([self.store.place()._replace(listed=True)])
+        self.places = Table().places([self.store.place()])
         self.selector = selector
 
     def append(self) -> None:
@@ -104,7 +104,7 @@ def near(found: Tensor, expected: Tensor) -> float:
 
 def check(tokens: int) -> None:
     """Raise SystemExit where a kernel isn't what its reference is."""
-    layer = Layer(tokens)
+    layer = Layer(tokens, SELECTORS["quest"]())
     k, v = layer.store.view(tokens)
     for unit in UNITS:
         lists = random_lists(tokens, 0.05, unit)
@@ -184,7 +184,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
     check(8192)
     shares = [float(share) for share in args.shares.split(",")]
-    caches = [Layer(args.tokens) for _ in range(CACHES)]
+    caches = [Layer(args.tokens, SELECTORS["quest"]()) for _ in range(CACHES)]
     print("| share | decode over units of | us | GB/s | of pages |\n| ---: |" + " ---: |" * 4)
     for share in shares:
         rates = {}

@@ -24,6 +24,11 @@ FAMILIES = [f"{KERNELS}.triton.estimate_{name}" for name in ("antidiagonal", "me
 SELECT = f"{KERNELS}.triton.select"
 HALVES = {(f"{KERNELS}.triton.estimate", part) for part in (*FAMILIES, SELECT)}
 HALVES |= {(family, SELECT) for family in FAMILIES}
+CHOOSE, SCORES, VOTES, *SCORED, MANY = (
+    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
+)
+HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
+HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 
 def _modules() -> dict[str, Path]:
