@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -114,18 +116,20 @@ def test_room_for_more_pages_changes_nothing(lengths):
             assert torch.equal(found.pages[b, :, :n], expected.pages[b, :, :n])
 
 
-def test_equal_votes_go_to_the_lower_pages():
-    q, index, length = summaries((64 * 3000,), group=1, dtype=BF16)
-    q, index = (
-        torch.sign(q),
-        {name: t.round() for name, t in index.items()},
-    )  # so bounds are whole numbers
+@pytest.mark.parametrize("unit", [64, 8])
+def test_equal_votes_go_to_the_lower_pages(unit):
+    """Bounds are whole numbers; of many units all may be alike."""
+    quest = Quest(unit=unit)
+    q, index, length = summaries((64 * 3000,), group=1, dtype=BF16, quest=quest)
+    whole = {name: t.round() for name, t in index.items()}
+    alike = {name: torch.ones_like(t) for name, t in index.items()}
     for share in (0.06, 0.3, 0.7):
-        found = triton_choose.pages(Quest(share), q, index, length, 0.125)
-        expected = Quest(share).pages(q, index, length, 0.125)
-        assert torch.equal(found.count, expected.count)
-        n = int(found.count[0, 0])
-        assert torch.equal(found.pages[..., :n], expected.pages[..., :n])
+        for index in (whole, alike):
+            found = triton_choose.pages(replace(quest, share=share), q.sign(), index, length, 0.125)
+            expected = replace(quest, share=share).pages(q.sign(), index, length, 0.125)
+            assert torch.equal(found.count, expected.count)
+            n = int(found.count[0, 0])
+            assert torch.equal(found.pages[..., :n], expected.pages[..., :n])
 
 
 @pytest.mark.parametrize("quest", CHOICES, ids=str)
