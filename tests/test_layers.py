@@ -26,6 +26,11 @@ TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"
 PARTS += " estimate_keys estimate"
 HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
+CHOOSE, SCORES, VOTES, *SCORED, MANY = (
+    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
+)
+HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
+HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 
 def _modules() -> dict[str, Path]:

@@ -24,6 +24,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ SEED, FEWEST = 11, 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
 CHUNK = 8192  # tokens of a prompt that are read together, so that a batch fits
-CALIBRATE = (4, 4096)  # prompts, and their tokens
+CALIBRATE = {4096: 2, 8192: 2, 24576: 2}  # tokens of prompts: how many
 
 # By arm: a kind, and its parameters beside the share.
 CHOOSERS = {
@@ -69,7 +70,14 @@ CHOOSERS = {
     "lowrank 16, units of 8": ("lowrank", {"rank": 16, "unit": 8}),
     "lowrank 16, tokens": ("lowrank", {"rank": 16, "unit": 1}),
     "lowrank 16 in 4 bits, units of 16": ("lowrank", {"rank": 16, "unit": 16, "bits": 4}),
+    "lowrank 32, units of 16": ("lowrank", {"rank": 32, "unit": 16}),
+    "lowrank 32 in 4 bits, units of 16": ("lowrank", {"rank": 32, "unit": 16, "bits": 4}),
+    "lowrank 32 in 4 bits, units of 8": ("lowrank", {"rank": 32, "unit": 8, "bits": 4}),
+    "lowrank 32 in 4 bits, tokens": ("lowrank", {"rank": 32, "unit": 1, "bits": 4}),
     "lowrank 8, units of 16": ("lowrank", {"rank": 8, "unit": 16}),
+    "lowrank 8, units of 8": ("lowrank", {"rank": 8, "unit": 8}),
+    "lowrank 16 by keys (Loki), units of 16": ("lowrank", {"unit": 16, "by": "keys"}),
+    "lowrank 16 by keys (Loki), tokens": ("lowrank", {"unit": 1, "by": "keys"}),
     "channels 16, units of 16": ("channels", {"channels": 16, "unit": 16}),
     "channels 8, units of 16": ("channels", {"channels": 8, "unit": 16}),
     "landmarks": ("landmarks", {}),
@@ -149,7 +157,6 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
     needed = {w.data: w for w in words if hasattr(w, "calibrate")}
     if not needed:
         return {}
-    prompts, tokens = CALIBRATE
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
 
     def observe(module, q, k, v, logits) -> None:
@@ -160,7 +167,8 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
 
     layers = ModelId.of(model).layers
     with hfsparse.patch(model), observed(model, observe):
-        for prompt in make_prompts(tokenizer, tokens, prompts, SEED, None):
+        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in CALIBRATE.items())
+        for prompt in chain.from_iterable(made):
             text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     means = {
         name: {
