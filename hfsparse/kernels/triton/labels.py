@@ -7,12 +7,11 @@ two float16 that sum up to them. Bound by memory: each label is read once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
+from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained, is_nvidia
 from hfsparse.kernels.triton.scores import Asked, units_of
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import Place
@@ -54,7 +53,7 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
         RUN=run,
         ROWS=rows,
         TOKENS=TOKENS,
-        FOUR=label.is_cuda and torch.version.hip is None,
+        FOUR=is_nvidia(str(label.device)),
         **asked.settings(),
         num_warps=4,
         **chained(str(label.device)),
