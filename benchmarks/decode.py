@@ -15,7 +15,6 @@ time goes; --shape tiny tries the table out on a CPU.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
@@ -30,8 +29,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import hfsparse
-from benchmarks.common.clock import SKIP, Clock, continued
-from benchmarks.common.journal import end_in_order, failure
+from benchmarks.common import options
+from benchmarks.common.clock import Clock, continued
+from benchmarks.common.journal import failure
 from benchmarks.common.shapes import cache_bytes, endless, plan_of
 from hfsparse import kernels
 from hfsparse.kernels.positions import NewTokens
@@ -359,44 +359,34 @@ def last_choice(quest, q: Tensor, low: Tensor, high: Tensor, held: Tensor, scale
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="8192,32768,131072")
+    parser = options.parser(__doc__, "8192,32768,131072", 96, "llama-3.1-8b")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--static", default="", help="lengths at which the static cache runs, too")
-    parser.add_argument("--shape", default="llama-3.1-8b")
+    static = "lengths at which the static cache runs, too"
+    parser.add_argument("--static", default="", type=options.numbers, help=static)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--no-table", action="store_true")
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda and (args.shape != "tiny" or args.steps or args.layer):
-        sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
-    lengths = [int(n) for n in args.lengths.split(",")]
-    if args.tokens < SKIP + 3:
-        sys.exit(f"--tokens {args.tokens}: the first {SKIP} are not timed, give {SKIP + 3} or more")
-    end_in_order()
-    print(
-        f"{torch.cuda.get_device_name() if cuda else 'CPU'}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
-        flush=True,
-    )
+    args = options.parse(parser)
+    if args.steps or args.layer:
+        options.need_cuda()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{where}; {versions}", flush=True)
     if args.layer:
         print("\n| batch | tokens | what | us a layer | share of choice and reading |")
         print("| ---: | ---: | --- | ---: | ---: |", flush=True)
-        for length in lengths:
+        for length in args.lengths:
             layer(length, args.batch)
     if args.no_table and not args.steps:
         return
     model = endless(args.shape)
     if args.steps:
-        steps(model, lengths[-1], args.tokens)
+        steps(model, args.lengths[-1], args.tokens)
     if not args.no_table:
-        static = [int(n) for n in args.static.split(",") if n]
         rows: Rows = {}
+        asked = args.lengths, args.batch, args.tokens, args.static, args.rounds
         try:
-            measure(rows, model, lengths, args.batch, args.tokens, static, args.rounds)
+            measure(rows, model, *asked)
         finally:
             print(table(model, rows, args.batch), flush=True)
 

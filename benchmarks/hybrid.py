@@ -12,7 +12,6 @@ arm that fails, and SIGTERM, leave the table of what was measured. --shape tiny 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from dataclasses import dataclass, replace
@@ -24,9 +23,10 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 import hfsparse
-from benchmarks.common.clock import SKIP, continued
-from benchmarks.common.journal import end_in_order, failure
-from benchmarks.common.shapes import describe, plan_of
+from benchmarks.common import options
+from benchmarks.common.clock import continued
+from benchmarks.common.journal import failure
+from benchmarks.common.shapes import describe, plan_of, random_model
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name, text_decoder
@@ -49,19 +49,8 @@ SHAPES = {  # beyond the defaults of Qwen3_5TextConfig, which are the 9B's
 
 
 def build(shape: str) -> PreTrainedModel:
-    """A model of this shape with random weights that never ends a text, on the GPU if any."""
-    cuda = torch.cuda.is_available()
     config = transformers.Qwen3_5TextConfig(**SHAPES[shape], max_position_embeddings=1 << 20)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
-    torch.manual_seed(0)
-    try:
-        with torch.device("cuda" if cuda else "cpu"):
-            model = transformers.Qwen3_5ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    model.generation_config.eos_token_id = None
-    return model
+    return random_model(transformers.Qwen3_5ForCausalLM, config)
 
 
 def hybrid_plan(model: PreTrainedModel, name: str) -> Plan | None:
@@ -196,23 +185,13 @@ def table(rows: Rows) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="32768")
+    parser = options.parser(__doc__, "32768", 64, "qwen3.5-9b", SHAPES)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--shape", default="qwen3.5-9b", choices=SHAPES)
-    args = parser.parse_args()
-    lengths = [int(n) for n in args.lengths.split(",")]
-    if not torch.cuda.is_available() and args.shape != "tiny":
-        sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
+    args = options.parse(parser)
     if not hasattr(transformers, "Qwen3_5ForCausalLM"):
         sys.exit(f"transformers {transformers.__version__} has no Qwen3.5: 5.17 has it")
-    if args.tokens < SKIP + 3:
-        sys.exit(f"--tokens {args.tokens}: the first {SKIP} are not timed, give {SKIP + 3} or more")
-    if min(lengths) <= PROMPT:
-        sys.exit(f"--lengths {args.lengths}: give more than {PROMPT} tokens")
-    end_in_order()
+    if min(args.lengths) <= PROMPT:
+        sys.exit(f"--lengths {min(args.lengths)}: give more than {PROMPT} tokens")
     model = build(args.shape)
     kernels = [name for name in ("fla", "causal_conv1d", "mamba_ssm") if find_spec(name)]
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
@@ -224,7 +203,7 @@ def main() -> None:
     )
     rows: Rows = {}
     try:
-        measure(rows, model, lengths, args.batch, args.tokens, args.rounds)
+        measure(rows, model, args.lengths, args.batch, args.tokens, args.rounds)
     finally:
         print(table(rows), flush=True)
 

@@ -14,7 +14,6 @@ graph by hand, without generate's Python: its kernels alone. --shape tiny tries 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
@@ -23,9 +22,9 @@ from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache, PreTrainedModel
 
 import hfsparse
-from benchmarks.common.clock import SKIP, continued
-from benchmarks.common.journal import end_in_order
-from benchmarks.common.shapes import cache_bytes, tidy
+from benchmarks.common import options
+from benchmarks.common.clock import continued
+from benchmarks.common.shapes import cache_bytes, random_model, tidy
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.adopt import adopt
@@ -59,19 +58,11 @@ NEAR, OFTEN = {torch.bfloat16: 0.02, torch.float32: 1e-4}, 3
 
 def build(shape: str) -> PreTrainedModel:
     """Random weights, on the GPU if any; experts by a kernel for which the host never waits."""
-    cuda, before = torch.cuda.is_available(), torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
-    try:
-        with torch.device("cuda" if cuda else "cpu"):
-            model = DeepseekV2ForCausalLM(DeepseekV2Config(**SHAPES[shape])).eval()
-    finally:
-        torch.set_default_dtype(before)
+    model = random_model(DeepseekV2ForCausalLM, DeepseekV2Config(**SHAPES[shape]))
     for layer in model.model.layers:  # sharp attention: a key that is read by mistake shows
         layer.self_attn.q_proj.weight.data.mul_(10)
-    if cuda:
+    if model.device.type == "cuda":
         model.set_experts_implementation("grouped_mm")
-    model.generation_config.eos_token_id = None
     return model
 
 
@@ -227,22 +218,12 @@ def table(found: dict[str, tuple], length: int, apart: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="8192,65536")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--shape", default="deepseek-v2-lite", choices=SHAPES)
-    args = parser.parse_args()
-    if not torch.cuda.is_available() and args.shape != "tiny":
-        sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
-    if args.tokens < SKIP + 3:
-        sys.exit(f"--tokens {args.tokens}: the first {SKIP} are not timed, give {SKIP + 3} or more")
-    end_in_order()
+    args = options.parse(options.parser(__doc__, "8192,65536", 48, "deepseek-v2-lite", SHAPES))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{where}; {versions}. Shape {args.shape}, random weights, batch 1.", flush=True)
     model = build(args.shape)
-    for length in map(int, args.lengths.split(",")):
+    for length in args.lengths:
         apart = check(model, length)
         print(table(measure(model, length, args.tokens, args.rounds), length, apart), flush=True)
 

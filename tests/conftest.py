@@ -44,34 +44,43 @@ def _poisoned(monkeypatch):
     """Full rows of a cache hold NaN where nothing was stored, not what the memory held before."""
     cache = sys.modules.get("hfsparse.runtime.cache.buffers")
     if cache is not None:
-        made = cache.new_buffer
+        from tests.helpers import poison_of
+
+        made, nan = cache.new_buffer, float("nan")
         monkeypatch.setattr(
-            cache, "new_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan"))
+            cache, "new_buffer", lambda t, *shape: made(t, *shape).fill_(poison_of(t.dtype, nan))
         )
 
 
-# Whole files for one worker each, before all other tests: what their tests share takes minutes.
-WHOLE = ("tests/test_real_model.py",)
+FIRST = "tests/test_real_model.py"  # takes minutes, whatever the other worker does meanwhile
+# Their tests share nothing that takes long to make: whichever worker is free takes the next. Other
+# files go to one worker each, so that their profiles, models and processes are made once.
+APART = ("tests/support/", "tests/census/", "tests/patcher/test_soak.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), item.nodeid.startswith(APART)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """`--dist loadgroup`: xdist 3.8 tells groups by a suffix of ids, which pytest 9.2 drops."""
-    if config.getvalue("dist") != "loadgroup":
+    """`--dist loadfile`, but for tests of APART; in the order above."""
+    if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class Scheduling(LoadScopeScheduling):  # the unit of most tests comes first
+    class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if file in WHOLE else nodeid
+            return nodeid if nodeid.startswith(APART) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
     parser.addoption("--write-census", action="store_true", help="write docs/families.json anew")
+    parser.addoption("--one-in", type=int, default=1, help="a part of the cells of tests/support")
     parser.addoption("--census", metavar="TURN", help="a tenth of the families, 0 to 9, or all")
 
 

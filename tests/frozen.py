@@ -214,18 +214,9 @@ def whole_model(model):
     model._apply(torch.clone)  # what model.cpu() and model.cuda() do
 
 
-def data_of_one(model):
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.data = weight.data * 2
-
-
 def new_parameter(model):
     layer = model.model.layers[2].mlp.down_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach() / 2)
-
-
-def new_buffer(model):
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
 
 
 def in_place(model):

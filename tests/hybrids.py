@@ -54,6 +54,13 @@ HYBRIDS = {  # name: prefix of the classes, more than SIZES and heads
     "lfm3": ("Lfm3", dict(layer_types=CONV)),
     "olmo_hybrid": ("OlmoHybrid", GATED),
     "falcon_h1": ("FalconH1", dict(MAMBA, mamba_d_ssm=128)),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            layers_block_type=["hybrid", "linear_attention", "hybrid"], n_mamba_heads=4,
+            mamba_d_state=16, chunk_size=16,
+        ),
+    ),
     "recurrent_gemma": (
         "RecurrentGemma",
         dict(block_types=["recurrent", "attention"], attention_window_size=8, lru_width=64),

@@ -7,7 +7,7 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from hfsparse import bench, kernels
 from hfsparse.patcher import generation
@@ -22,6 +22,20 @@ def endless(shape: str) -> PreTrainedModel:
     """A model of this shape with random weights that never ends a text, on the GPU if any."""
     made = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = bench.random_model(shape, torch.device(made[0]), made[1])
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def random_model(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """As `endless`, of a config of one's own."""
+    cuda, before = torch.cuda.is_available(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
+    try:
+        with torch.device("cuda" if cuda else "cpu"):
+            model = kind(config).eval()
+    finally:
+        torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model
 

@@ -65,25 +65,27 @@ def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
     eyes = [Kept(plan, first) for plan in plans]
 
     def observe(module, q, k, v, logits) -> None:
-        if layer_plan_of(module).window is not None:
+        layer_plan = layer_plan_of(module)
+        if layer_plan.window is not None:
             return  # the model's own window decides there
+        layer = layer_plan.index
         seen = SimpleNamespace(q=q, k=k, logits=logits)
         rows = torch.arange(first, first + len(right), device=q.device)
         at = torch.tensor(gold, device=q.device)
         mass = torch.stack([attention(seen, rows, h)[:, at] for h in range(q.shape[1])])
         whole = mass.sum(2).mean(1)  # [Hq], of a row
         for told, eye in zip(found, eyes, strict=True):
-            kept = (mass * eye.mask(module.layer_idx, q, k, rows, logits.scale)[..., at]).sum(2)
+            kept = (mass * eye.mask(layer, q, k, rows, logits.scale)[..., at]).sum(2)
             kept = kept.mean(1)
             told["mass"] += float(whole.sum())
             told["kept"] += float(kept.sum())
             told["lost"] += [
                 {
-                    "layer": module.layer_idx,
+                    "layer": layer,
                     "head": head,
                     "mass": round(float(whole[head]), 5),
                     "kept": round(float(kept[head]), 5),
-                    "words": words(eye.plan, module.layer_idx, head),
+                    "words": words(eye.plan, layer, head),
                 }
                 for head in (whole - kept > LOST).nonzero()[:, 0].tolist()
             ]

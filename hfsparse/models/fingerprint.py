@@ -17,9 +17,9 @@ from hfsparse.models.layers import (
 )
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(values: dict) -> str:
     """Hash of `attention_values`; weights are not in it."""
-    text = json.dumps(attention_values(config), sort_keys=True)
+    text = json.dumps(values, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -30,7 +30,8 @@ def attention_values(config: Any) -> dict:
 
 
 def _attention_values(config: Any) -> dict:
-    sizes, shapes = shape(config), layer_shapes(config)
+    shapes = layer_shapes(config)
+    sizes = shape(shapes)
     kinds = [each.kind for each in shapes]
     windows = {each.window for each in shapes if each.window is not None}
     if len(windows) > 1:

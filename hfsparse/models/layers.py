@@ -5,7 +5,7 @@ may_drop_keys = [shape.free for shape in layer_shapes(config)]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,12 +128,11 @@ def layer_shapes(model_or_config: Any) -> list[LayerShape]:
         return _layer_shapes(config)
 
 
-def shape(config: Any) -> dict[str, int]:
+def shape(shapes: Sequence[LayerShape]) -> dict[str, int]:
     """Layers, heads and head dim of the layers that a plan may change; ShapeError if they differ.
 
     Where it may change none, of those that have attention.
     """
-    shapes = layer_shapes(config)
     held = [(i, each) for i, each in enumerate(shapes) if each.free] or [
         (i, each) for i, each in enumerate(shapes) if each.attends
     ]

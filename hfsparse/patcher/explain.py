@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import groupby
 
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
+from hfsparse.plan.words import series
 from hfsparse.runtime import call
 from hfsparse.runtime.layer_plan import LayerPlan
 
@@ -30,9 +32,8 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     need, step = _needs(model)
     listed = need._replace(lists=True)
-    lines.append(
-        f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
-    )
+    below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
+    lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
     skip = plan.skip is not None
     prefill, decode = tables.prefill, tables.decode
     patterned = listed._replace(skip=skip)
@@ -65,7 +66,7 @@ def explain(model: PreTrainedModel) -> str:
             "heads that choose by content read all of it"
         )
     if read := {each.index: each.producer.index for each in state.layers if each.producer}:
-        readers, producers = (_listed(found) for found in (read, dict.fromkeys(read.values())))
+        readers, producers = (series(found) for found in (read, dict.fromkeys(read.values())))
         lines.append(f"layers {readers} read the keys of layers {producers}, and keep none")
     return "\n".join(lines)
 
@@ -76,11 +77,6 @@ def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
     shape = next((each for each in shapes if each.free), shapes[0])
     held, where = (shape.head_dim, shape.value_dim), (model.device, model.dtype)
     return Need(*where, *shape.read), Need(*where, *held, latents=shape.rank > 0)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:
@@ -120,12 +116,14 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, step._replace(lists=True)).name,
-            "ring": pick(decode, step._replace(bands=True)).name,
+            "ring": (bands := pick(decode, step._replace(bands=True)).name),
+            "windowed": bands,
             "full": pick(decode, step).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
+        dropping = "ring" if layer.window is None else "windowed"
         kinds = Counter(
-            "selected" if g.selector or g.reuses else "full" if g.band == FULL else "ring"
+            "selected" if g.selector or g.reuses else "full" if g.band == FULL else dropping
             for g in layer.groups
             for _ in g.heads
         )

@@ -28,8 +28,6 @@ from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.layout import lay_out, lay_out_chunks
 from hfsparse.stats import LayerStats, Stats, Work
 
-WIDE = {4: torch.float32, 8: torch.float64}  # types of keys and values, by bytes a number
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -71,7 +69,8 @@ def one_head(
     """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
 
     pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head. Of a
-    selector that reads a table it is the first head of the first layer, of `head_dim`.
+    selector that reads a table it is the first head of the first layer, of `head_dim`. Keys and
+    values take two bytes a number.
     """
     decode = "full" if pattern is None else "it"
     words = Layer(("full",), ("full",), (decode,))
@@ -80,7 +79,7 @@ def one_head(
     this = ModelId("one", 1, 1, 1, head_dim, "head")
     plan = Plan(this, {"it": pattern}, (words,), data=data or {})
     shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
-    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens)])
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, itemsize=2)])
     return stats.cache_share, stats.decode_share
 
 
@@ -95,6 +94,11 @@ def fill_caches(
     return _fill(plan, layer_shapes(config), tokens, batch, itemsize)
 
 
+def type_of(itemsize: int) -> torch.dtype:
+    """In which a model works whose weights take so many bytes a number."""
+    return {4: torch.float32, 8: torch.float64}.get(itemsize, torch.bfloat16)
+
+
 def _fill(
     plan: Plan,
     shapes: Sequence[LayerShape],
@@ -102,7 +106,7 @@ def _fill(
     batch: int = 1,
     itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
-    dtype = WIDE.get(itemsize, torch.bfloat16)
+    dtype = type_of(itemsize)
     for own in resolve_layers(plan, shapes, plan.below):
         if own.producer is not None:
             yield own, None

@@ -107,9 +107,10 @@ def before_attention(decoder, module, args, kwargs) -> None:
 def after_forward(decoder, args, kwargs, output) -> None:
     """Hook behind the text decoder, also when it raised: note what the cache holds."""
     state: State = decoder._hfsparse
-    leave(state.owner)
+    call = leave(state.owner)
     if output is None:
         return  # an error
+    call.finish()
     returned = output.values() if isinstance(output, dict) else output
     cache = next((x for x in (find_cache(kwargs), *returned) if isinstance(x, Cache)), None)
     if cache is None:

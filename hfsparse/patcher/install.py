@@ -20,7 +20,7 @@ from hfsparse.patcher.hooks import after_forward, before_attention, before_forwa
 from hfsparse.patcher.state import State, state_of
 from hfsparse.runtime.attend import attention
 from hfsparse.runtime.call import leave
-from hfsparse.runtime.layer_plan import drop_layer_plan, put_layer_plan
+from hfsparse.runtime.layer_plan import drop_layer_plan, layer_plan_of, put_layer_plan
 from hfsparse.runtime.masks import NAME, mask_start
 
 # Not in `install`: a pickled model that was patched may be loaded where none has been.
@@ -58,7 +58,7 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     for name, function in SHADOWS.items():
         if hasattr(type(model), name):
             setattr(model, name, _bind(function, model, like=getattr(model, name)))
-    wrong = [m.layer_idx for m in modules if m.config._attn_implementation != NAME]
+    wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
 

@@ -1,9 +1,10 @@
 """How much memory a prompt takes under a plan, from the model's configuration alone.
 
     need = predict(config, plan, tokens=131_072, chunk=8_192)
-    print(need.peak / 2**30)     # GiB: weights + KV cache + work
+    print(need.peak / 2**30)     # GiB: weights + KV cache + states + work
 
-The cache is no formula: the plan's own stores are filled (`figures.fill_caches`). Work is what
+The cache is no formula: the plan's own stores are filled (`figures.fill_caches`). Nor are states,
+which linear layers of hybrids keep beside it: a model without data makes them. Work is what
 lives while a layer's MLP runs on the tokens of one call: `WIDE` tensors of its intermediate size
 and `NARROW` of the hidden size; `hfsparse bench` on one H100 saw 0.5 % more than that at most.
 Mixtures of experts and kernels of a model's own may need more.
@@ -15,13 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hfsparse.errors import Error, ShapeError
-from hfsparse.models.layers import by_layer, one_value, text_config
+from hfsparse.models.layers import by_layer, layer_shapes, one_value, text_config
 from hfsparse.models.loading import skeleton
-from hfsparse.patcher.figures import fill_caches
+from hfsparse.models.names import cache_name, text_decoder
+from hfsparse.patcher.figures import fill_caches, type_of
 from hfsparse.patcher.generation import CHUNK
+from hfsparse.patcher.probe import DummyValues
 from hfsparse.plan import ModelId, Plan
+from hfsparse.runtime.cache.stateful import state_bytes
 
 WIDE, NARROW = 3, 4
 # What configs call the intermediate size; where none is set it is four hidden sizes (GPT-2, GPT-J).
@@ -40,10 +45,11 @@ class Memory:
     weights: int
     cache: int
     work: int
+    states: int = 0  # of linear layers
 
     @property
     def peak(self) -> int:
-        return self.weights + self.cache + self.work
+        return self.weights + self.cache + self.work + self.states
 
 
 def predict(
@@ -51,7 +57,8 @@ def predict(
 ) -> Memory:
     """Of a batch of prompts of `tokens`, in calls of `chunk` (0: one); None is the stock model."""
     beside = _cache_and_work(config, plan, tokens, batch, chunk, itemsize)
-    return Memory(itemsize * count_weights(config), *beside)
+    states = batch * count_states(config, itemsize)
+    return Memory(itemsize * count_weights(config), *beside, states)
 
 
 def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
@@ -80,6 +87,23 @@ def count_weights(config: Any) -> int:
     return sum(p.numel() for p in skeleton(config).parameters())
 
 
+def count_states(config: Any, itemsize: int = 2) -> int:
+    """Bytes that linear layers keep of one row, however long it is, as `stats` counts them.
+
+    0 where the model's code can't run without data.
+    """
+    if not any(shape.has_state for shape in layer_shapes(config)):
+        return 0
+    decoder = text_decoder(skeleton(config).to(type_of(itemsize)))
+    cache = DynamicCache(config=decoder.config)
+    try:
+        with DummyValues(), torch.no_grad(), torch.device("meta"):
+            decoder(torch.zeros(1, 2, dtype=torch.long), **{cache_name(decoder): cache})
+    except Exception:  # it wants data
+        return 0
+    return sum(map(state_bytes, cache.layers))
+
+
 def _widths(config: Any) -> tuple[int, int]:
     """Of the widest layer's MLP, and of hidden states."""
     text = text_config(config)
@@ -94,7 +118,7 @@ def longest(
     config: Any, plan: Plan | None, room: int, batch: int = 1, chunk: int = 0, itemsize: int = 2
 ) -> int:
     """The longest prompt whose peak fits in `room` bytes; 0: none does."""
-    beside = room - itemsize * count_weights(config)
+    beside = room - itemsize * count_weights(config) - batch * count_states(config, itemsize)
     return _longest_beside(config, plan, beside, batch, chunk, itemsize)
 
 

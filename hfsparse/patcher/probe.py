@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -40,14 +40,23 @@ class Unlike(Error):
     """Code that asks for another attention than ours."""
 
 
-def attention_modules(decoder: Any) -> list[Any]:
-    """A text decoder's attention modules in layer order, those that belong to no layer first."""
-    modules = [
-        m
-        for m in decoder.modules()
-        if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
-    ]
-    return sorted(modules, key=lambda m: -1 if m.layer_idx is None else m.layer_idx)
+def attention_modules(decoder: Any) -> dict[nn.Module, int]:
+    """A text decoder's attention modules and the layer of each, in layer order; -1: of no layer."""
+    found = {
+        module: _layer_of(name, module)
+        for name, module in decoder.named_modules()
+        if all(hasattr(module, each) for each in ("layer_idx", "is_causal", "config"))
+    }
+    return dict(sorted(found.items(), key=lambda each: each[1]))
+
+
+def _layer_of(name: str, module: nn.Module) -> int:
+    """The layer that a module numbers itself, else the one that it is part of (`layers.5.…`):
+    Zamba's modules are told their layer at each call."""
+    own, parts = module.layer_idx, name.split(".")
+    if own is not None and own >= 0:
+        return own
+    return next((int(part) for part in parts if part.isdigit()), -1)
 
 
 def why_not(decoder: Any, plans: Sequence[LayerPlan]) -> str | None:
@@ -140,6 +149,11 @@ def look(
                 "config says"
             )
     elif (layer := running().take_layer()) is not None:
+        if layer.index != layer_plan.index:
+            raise Unlike(
+                f"the attention of layer {layer_plan.index} keeps its keys in layer {layer.index} "
+                "of the cache"
+            )
         layer.stored = layer.seen
     made[layer_plan.index] = key, value
     return query.new_empty(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None

@@ -47,22 +47,24 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             groups = _groups_of_reader(plan, words, producer, source)
             own_steps = steps_of_readers
         patterns = tuple(plan.patterns.get(word) for word in words.prefill)
-        alone = shape.rank > 0  # each q head reads keys of its own, made of latents
+        expanded = shape.rank > 0
         rings = {head for head, word in enumerate(words.cache) if word != "full"}
         made[index] = LayerPlan(
-            owner,
-            index,
-            shape.kv_heads,
-            patterns,
-            groups,
-            routes_by_case(patterns, range(shape.q_heads), rings, ratio, alone),
-            tuple(_store_cases(patterns, group, rings, ratio, alone) for group in groups),
-            below,
-            plan.skip,
-            shape.window,
-            shape.chunked,
-            shape.has_state,
-            Counts(shape.q_heads),
+            owner=owner,
+            index=index,
+            kv_heads=shape.kv_heads,
+            prefill=patterns,
+            groups=groups,
+            cases=routes_by_case(patterns, range(shape.q_heads), rings, ratio, expanded),
+            store_cases=tuple(
+                _store_cases(patterns, group, rings, ratio, expanded) for group in groups
+            ),
+            below=below,
+            skip=plan.skip,
+            window=shape.window,
+            chunked=shape.chunked,
+            has_state=shape.has_state,
+            counts=Counts(shape.q_heads),
             leads=not any(each.steps is own_steps for each in made.values()),
             source=source,
             shared=index in sources.values(),
@@ -147,10 +149,10 @@ def _store_cases(
     group: Group,
     rings: Collection[int],
     ratio: int,
-    alone: bool,
+    expanded: bool,
 ) -> Cases:
     """Routes of a store's heads; no pattern ranks the keys of a ring, since its slots are no place
     for that (of a layer with a window of its own)."""
     if group.band != FULL:
         patterns = [p if hasattr(p, "band") else None for p in patterns]
-    return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio, alone)
+    return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio, expanded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Handle:
         raise HandleError(f"{MISTAKEN}, and use model.{name}")
 
 
-def attention_modules(model: PreTrainedModel) -> list[Any]:
+def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The text decoder's self-attention modules in layer order; PatchError if unsupported."""
     modules = probe.attention_modules(text_decoder(model))
     why = next(_obstacles(model, modules), None)
@@ -49,11 +49,11 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
             f"{type(model).__name__} can't be patched: {why}. Supported: decoders of transformers "
             "with full or sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
         )
-    return modules
+    return [*modules]
 
 
-def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
-    """Why this model's attention can't follow a plan."""
+def _obstacles(model: PreTrainedModel, modules: dict[torch.nn.Module, int]) -> Iterator[str]:
+    """Why this model's attention can't follow a plan; modules: with the layer of each."""
     if getattr(model.config, "is_encoder_decoder", False):
         yield "it is an encoder-decoder"
     if not modules:
@@ -76,16 +76,16 @@ def _obstacles(model: PreTrainedModel, modules: list[Any]) -> Iterator[str]:
     layers = resolve_layers(full, shapes, full.below)
     if why := probe.why_not(text_decoder(model), layers):
         yield why
-    for m in modules:  # code that the probe can't run
-        ratio, shape = getattr(m, "num_key_value_groups", None), shapes[m.layer_idx]
+    for m, layer in modules.items():  # code that the probe can't run
+        ratio, shape = getattr(m, "num_key_value_groups", None), shapes[layer]
         if not (ratio is None or shape.rank) and ratio * shape.kv_heads != shape.q_heads:
             yield (
-                f"layer {m.layer_idx} has q and kv heads as {ratio} to 1, where its config says "
+                f"layer {layer} has q and kv heads as {ratio} to 1, where its config says "
                 f"{shape.q_heads} to {shape.kv_heads}"
             )
 
 
-def _config_obstacles(config: Any, modules: list[Any]) -> Iterator[str]:
+def _config_obstacles(config: Any, modules: Iterable[torch.nn.Module]) -> Iterator[str]:
     """What a config says of attention that is not of a query over its layer's own keys."""
     if any(getattr(m, "indexer", None) is not None for m in modules):
         yield "it is sparse already: an indexer of its own chooses the keys that it reads"
@@ -110,12 +110,10 @@ def _layer_obstacles(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterat
         yield "it keeps the state of its linear layers in a cache of its own"
 
 
-def _module_obstacles(modules: list[Any], attending: list[int]) -> Iterator[str]:
+def _module_obstacles(modules: dict[torch.nn.Module, int], attending: list[int]) -> Iterator[str]:
     """Attention modules that are not causal self-attention, one in each layer that attends."""
-    found = [m.layer_idx for m in modules]
-    if any(index is None or index < 0 for index in found):
-        yield "some of its attention belongs to no one layer of the decoder"
-    causal = {m.layer_idx for m in modules if m.is_causal}
+    found = [*modules.values()]
+    causal = {layer for m, layer in modules.items() if m.is_causal}
     if not causal.issuperset(found):
         yield "its tokens attend to later ones too"
     if not all(m.is_causal for m in modules):

@@ -8,19 +8,17 @@ To add one: write its file, import it here, add its row to `tests/patterns/matri
 from hfsparse.patterns import (
     antidiagonal,
     block_topk,
-    hip,
-    sample,
-    streaming,
-    strided,
     energy,
     flexprefill,
+    hip,
+    sample,
     sparge,
     streaming,
+    strided,
     vertical_slash,
 )
 from hfsparse.patterns.pattern import OWN, PATTERNS, Pattern, register
 
 __all__ = ["OWN", "PATTERNS", "Pattern", "register"]
-__all__ += ["antidiagonal", "block_topk", "hip", "sample", "streaming", "strided", "vertical_slash"]
-__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "sparge", "streaming"]
-__all__ += ["vertical_slash"]
+__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "hip", "sample"]
+__all__ += ["sparge", "streaming", "strided", "vertical_slash"]

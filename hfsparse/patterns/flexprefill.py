@@ -60,29 +60,43 @@ class FlexPrefill:
         by_key, by_distance = scores(q, k, grid, scale, PROBES)
         queries, keys = means(q, grid.q_rows, grid.block), means(k, grid.live, grid.block)
         aware = divergence(q, keys, by_key, grid, scale) < self.tau  # [B, H]
-        verticals, cut_v = self._chosen(by_key, aware, grid)
-        distances, cut_s = self._chosen(by_distance, aware, grid)
-        best, cut_m = self._map(products(queries, keys) * scale, aware, grid)
+        verticals, distances, short = self.bands(by_key, by_distance, aware, grid)
+        best, short_map = self._map(products(queries, keys) * scale, grid)
         seen, own = (m[:, None] for m in visible(grid))
         t = torch.arange(grid.nk, device=q.device) * grid.block
         keep = slashes(torch.where(distances, t, grid.Sk), grid) | verticals[:, :, None]
         keep = seen & (keep | own | (best & aware[..., None, None]))
-        short = torch.where(aware, cut_m, cut_v | cut_s)
-        cut = torch.where(short, (grid.q_rows > 0).sum(-1, keepdim=True), 0)
+        cut = self.cut(short | (aware & short_map), grid)
         return replace(BlockLists.of(grid, q.shape[1], keep), cut=cut)
 
-    def _chosen(self, mass: Tensor, aware: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Blocks `[B, H, nk]` of the columns or distances with most of the mass `[B, H, Sk]`.
+    @property
+    def enough(self) -> int:
+        """The share `gamma` of a mass of 1, as it is counted; at 1 rounding must not decide."""
+        return share_of(WHOLE, *ratio(self.gamma)) if self.gamma < 1 else 2 * WHOLE
 
-        And whether there was no room for some `[B, H]`; not where a head is query-aware.
+    def bands(self, by_key: Tensor, by_distance: Tensor, aware: Tensor, grid: Grid) -> tuple:
+        """Verticals and slashes kept `[B, H, nk]`, and whether some had no room `[B, H]`.
+
+        by_key, by_distance: sums of the last queries' attention `[B, H, Sk]`. aware `[B, H]`.
+        """
+        verticals, short_v = self._chosen(by_key, aware, grid)
+        distances, short_d = self._chosen(by_distance, aware, grid)
+        return verticals, distances, short_v | short_d
+
+    def cut(self, short: Tensor, grid: Grid) -> Tensor:
+        """Query blocks cut short `[B, H]`: all of a head's, if something had no room there."""
+        return torch.where(short, (grid.q_rows > 0).sum(-1, keepdim=True), 0)
+
+    def _chosen(self, mass: Tensor, aware: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Blocks `[B, H, nk]` of the keys, or distances, with most of the mass `[B, H, Sk]`.
+
+        And whether there was no room for some `[B, H]`, which is not so where a head is aware.
         """
         probes = grid.q_len.clamp(1, PROBES)[:, None, None]
         blocks = (grid.live > 0).sum(-1, keepdim=True)
-        single = torch.sort(counted(mass / probes), dim=-1, descending=True).values
+        single = counted(torch.sort(mass / probes, dim=-1, descending=True).values)
         before = single.cumsum(-1) - single
-        count = (before < share_of(WHOLE, *ratio(self.gamma))).sum(-1) // grid.block + 1
-        if self.gamma == 1:  # rounding must not decide
-            count = blocks.expand_as(count)
+        count = (before < self.enough).sum(-1) // grid.block + 1
         least = -(-self.min_budget // grid.block)
         count = torch.where(aware, least, count.clamp(min=least))
         most = share_of(blocks, *ratio(self.max_share)).clamp(min=least)
@@ -92,7 +106,7 @@ class FlexPrefill:
         best = torch.sort(pooled, dim=-1, descending=True, stable=True).indices
         return leading(best, torch.minimum(count, most)), torch.minimum(count, blocks) > most
 
-    def _map(self, logits: Tensor, aware: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _map(self, logits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Pairs of blocks `[B, H, nq, nk]` with most of the estimated mass; what had no room."""
         seen = visible(grid)[0][:, None]
         mass = torch.softmax(logits.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, -1)
@@ -101,9 +115,7 @@ class FlexPrefill:
         before = ranked.cumsum(-1) - ranked
         pairs = seen.sum((2, 3))
         rows = (grid.q_rows > 0).sum(-1)[:, None, None]
-        count = torch.minimum((before < share_of(WHOLE, *ratio(self.gamma)) * rows).sum(-1), pairs)
-        if self.gamma == 1:
-            count = pairs.expand_as(count)
+        count = torch.minimum((before < self.enough * rows).sum(-1), pairs)
         most = share_of(pairs, *ratio(self.max_share))
         keep = leading(order, torch.minimum(count, most))
         return keep.view(mass.shape), count > most
@@ -116,10 +128,10 @@ def divergence(q: Tensor, keys: Tensor, by_key: Tensor, grid: Grid, scale: float
     their attention by key `[B, H, Sk]`.
     """
     probes = grid.q_len.clamp(max=PROBES)[:, None]
-    row = torch.arange(grid.Sq, device=q.device)
-    last = (row < grid.q_len[:, None]) & (row >= grid.q_len[:, None] - probes)
-    mean = q.float().masked_fill(~last[:, None, :, None], 0).sum(2, keepdim=True)
-    mean = mean / probes[..., None, None].clamp(min=1)
+    rows = grid.q_len[:, None] - PROBES + torch.arange(PROBES, device=q.device)
+    at = rows.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+    last = q.gather(2, at).float().masked_fill((rows < 0)[:, None, :, None], 0)
+    mean = last.sum(2, keepdim=True) / probes[..., None, None].clamp(min=1)
     seen = grid.live > 0
     if grid.window is not None:
         seen = seen & (grid.k_len[:, None] - probes - (grid.first + grid.live - 1) < grid.window)

@@ -38,17 +38,21 @@ class HiP:
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
+        return self.chosen(scores(q, k, grid), grid)
+
+    def chosen(self, score: Tensor, grid: Grid) -> BlockLists:
+        """What is kept, by the `scores` `[B, H, nq, nk]`."""
         seen, _ = grid.reach()
         first, newest = grid.first[:, None], (grid.first + grid.live - 1)[:, None]
         always = (first < self.sink) | (newest > grid.q_first[..., None] - self.recent)
         always[..., :1] = True
         between = (seen & ~always)[:, None]
-        score = scores(q, k, grid).masked_fill(~between, -torch.inf)
+        score = score.masked_fill(~between, -torch.inf)
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-        rank = torch.arange(grid.nk, device=q.device)
+        rank = torch.arange(grid.nk, device=score.device)
         best = rank < share_of(between.sum(-1, keepdim=True), *ratio(self.share))
         keep = torch.zeros_like(score, dtype=torch.bool).scatter_(3, order, best.expand_as(order))
-        return BlockLists.of(grid, q.shape[1], keep | always[:, None])
+        return BlockLists.of(grid, score.shape[1], keep | always[:, None])
 
 
 def scores(q: Tensor, k: Tensor, grid: Grid) -> Tensor:

@@ -42,20 +42,25 @@ class Sample:
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks and columns kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
-        mass = scores(q, k, grid, scale, self.stride)
+        return self.chosen(scores(q, k, grid, scale, self.stride), grid)
+
+    def chosen(self, mass: Tensor, grid: Grid) -> BlockLists:
+        """What is kept, by the mass `[B, H, Sk]` of `scores`."""
         ranked, order = torch.sort(mass, dim=-1, descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked  # mass of the columns that come first
         queries = (grid.q_len + self.stride - 1) // self.stride
         queries = queries.clamp(min=1)[:, None, None]
         needed = share_of(mass.sum(-1, keepdim=True) // queries, *ratio(self.alpha)) * queries
-        rank, tokens = torch.arange(grid.Sk, device=q.device), grid.k_len[:, None, None]
+        rank, tokens = torch.arange(grid.Sk, device=mass.device), grid.k_len[:, None, None]
         wanted = (rank < tokens) & ((before < needed) | (self.alpha == 1))
         most = share_of(tokens, *ratio(self.max_share))
         columns = torch.where(wanted & (rank < most), order, FAR)
         columns = columns[..., : share_of(grid.Sk, *ratio(self.max_share))].sort(-1).values
         short = (wanted & (rank >= most)).any(-1)
         cut = short * (grid.q_rows > 0).sum(-1, keepdim=True)
-        return replace(BlockLists.of(grid, q.shape[1], self._near(grid), columns=columns), cut=cut)
+        return replace(
+            BlockLists.of(grid, mass.shape[1], self._near(grid), columns=columns), cut=cut
+        )
 
     def _near(self, grid: Grid) -> Tensor:
         """Block map `[B, 1, nq, nk]` of the first block and those that hold a key of the window."""

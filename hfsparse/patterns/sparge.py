@@ -5,8 +5,8 @@ count from the mean key of the row (arXiv 2502.18137). A query block that is ali
 key blocks that are alike, by the softmax of the dot products of means; blocks that are not alike
 are kept by every query block, and keep every block themselves. So a `theta` below 0 ranks all
 blocks. The best blocks are those that hold the share `tau` of that softmax, or, with a `tau` of 1,
-a plain share of the visible blocks. Where the paper's code keeps the blocks before `tau` is
-reached, this keeps the one that reaches it, too.
+a plain share of the visible blocks. Where the authors' code keeps the blocks before `tau`
+is reached, this keeps the one that reaches it, too. Each q head chooses for itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from hfsparse.shares import counted, ratio, share_of
 class Sparge:
     """Share of the estimated attention kept, in at most the share `max_share` of the blocks.
 
-    Blocks that are kept because they are not alike come on top.
+    Blocks that are kept because they are not alike come on top. The defaults are `theta` and share
+    of the authors' form with a plain share, and `tau` of their other form, whose `theta` of 0.6
+    would have SmolLM2 read nearly every block whole.
     """
 
-    theta: float = 0.6
+    theta: float = -0.1
     tau: float = 0.98
     max_share: float = 0.5
 
@@ -46,10 +48,7 @@ class Sparge:
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         keys = means(k, grid.live, grid.block)
-        centre = (keys * grid.live[:, None, :, None]).sum(2) / grid.k_len[:, None, None].clamp(
-            min=1
-        )
-        alike_k = cosines(k, grid.live, grid.block, centre) > self.theta
+        alike_k = cosines(k, grid.live, grid.block, centre(keys, grid)) > self.theta
         alike_q = cosines(q, grid.q_rows, grid.block) > self.theta
         alike_k = alike_k.repeat_interleave(q.shape[1] // k.shape[1], 1, output_size=q.shape[1])
         seen, own = (m[:, None] for m in visible(grid))
@@ -70,14 +69,20 @@ class Sparge:
         return found if self.tau == 1 else replace(found, cut=(count > most).sum(-1))
 
 
-def cosines(x: Tensor, live: Tensor, block: int, centre: Tensor | None = None) -> Tensor:
+def centre(keys: Tensor, grid: Grid) -> Tensor:
+    """The row's mean key `[B, Hkv, D]` of its blocks' `[B, Hkv, nk, D]`."""
+    total = (keys * grid.live[:, None, :, None]).sum(2)
+    return total / grid.live.sum(1)[:, None, None].clamp(min=1)
+
+
+def cosines(x: Tensor, live: Tensor, block: int, origin: Tensor | None = None) -> Tensor:
     """Mean cosine of all pairs of a block's tokens, each with itself too: `[B, H, n]`.
 
-    x `[B, H, S, D]`, live `[B, n]`; vectors begin at `centre` `[B, H, D]`. Those of no length have
+    x `[B, H, S, D]`, live `[B, n]`; vectors begin at `origin` `[B, H, D]`. Those of no length have
     a cosine of 0 with all others.
     """
-    if centre is not None:
-        x = x.float() - centre[:, :, None]
+    if origin is not None:
+        x = x.float() - origin[:, :, None]
     x = tokens(x, live, block)
     units = x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return (units.sum(3).square().sum(-1) / live.clamp(min=1).square()[:, None]).clamp(max=1)

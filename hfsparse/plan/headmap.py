@@ -7,13 +7,13 @@ png(plan, "heads.png")        three panels: prefill, cache, decode
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, zip_longest
 
 from rich.text import Text
 
 from hfsparse.plan.colours import FULL, RING, hue_of
-from hfsparse.plan.parts import describe
+from hfsparse.plan.parts import Layer, describe
 from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
 from hfsparse.stats import FREE
@@ -22,25 +22,27 @@ __all__ = ["legend", "png", "text", "write_png"]
 
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
 GREYS = "bright_black", "white"  # of full and ring in the terminal
+NONE = "-"  # stands for the words of layers without attention; no pattern is called so
 
 
 def text(plan: Plan) -> Text:
     """Map, legend and expected numbers; the map fits 80 columns whatever the number of heads."""
-    marks, model = _marks(plan), plan.model
+    shown, model = _shown(plan), plan.model
+    marks = _marks(shown)
     styles = {mark: _colour(plan, word, *GREYS) for word, mark in marks.items()}
     out = Text()
     out.append(model.class_name, "bold")
-    out.append(f"  {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads")
-    out.append(f", head dim {model.head_dim}\n")
+    out.append(f"  {model.sizes}\n")
     out.append(f"plan hash {plan.hash()[:19]}, model fingerprint {model.fingerprint}\n")
     out.append(f"method {plan.made['method']}\n\n" if plan.made.get("method") else "\n")
     for parts in _arrange(plan):
-        out.append_text(_table(plan, parts, marks, styles)).append("\n")
+        out.append_text(_table(shown, parts, marks, styles)).append("\n")
     return out.append_text(legend(plan))
 
 
 def legend(plan: Plan) -> Text:
     """What each mark stands for and how often it's used, then the numbers that the plan states."""
+    plan = _shown(plan)
     marks = _marks(plan)
     longest = max(map(len, marks))
     out = Text(f"{'':{longest + 6}}{'  '.join(PARTS)}\n")
@@ -57,19 +59,31 @@ def legend(plan: Plan) -> Text:
 # ---- the map
 
 
+def _shown(plan: Plan) -> Plan:
+    """The plan with NONE for every word of layers that have no attention."""
+    layers = list(plan.layers)
+    for index in plan.without_attention.intersection(range(len(layers))):
+        layers[index] = Layer(*((NONE,) * len(getattr(layers[index], part)) for part in PARTS))
+    return replace(plan, layers=tuple(layers))
+
+
 def _marks(plan: Plan) -> dict[str, str]:
     """A mark a word: `#` full, `o` ring, else the first free letter of the pattern's name."""
     marks = {FULL: "#"}
     for word in plan.patterns:
         choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
-        marks[word] = next(c for c in choices if c not in ("o", "O", *marks.values()) or c == "?")
+        marks[word] = next(
+            c for c in choices if c not in ("o", "O", ".", *marks.values()) or c == "?"
+        )
     if any(RING in layer.decode for layer in plan.layers):
         marks[RING] = "o"
+    if any(NONE in layer.prefill for layer in plan.layers):
+        marks[NONE] = "."
     return marks
 
 
 def _colour(plan: Plan, word: str, full: str, ring: str) -> str:
-    fixed = {FULL: full, RING: ring}
+    fixed = {FULL: full, RING: ring, NONE: full}
     return fixed.get(word) or hue_of(plan.patterns[word].kind)
 
 
@@ -121,13 +135,14 @@ def _meaning(plan: Plan, word: str) -> str:
     """What a word stands for: every key, a ring's, or its pattern's kind and parameters."""
     if word in plan.patterns:
         return f"{plan.patterns[word].kind}: {describe(plan.patterns[word])}"
-    return {FULL: "every key", RING: "the keys its ring cache holds"}[word]
+    nothing = "no attention in these layers: shares are of the others"
+    return {FULL: "every key", RING: "the keys its ring cache holds", NONE: nothing}[word]
 
 
 def _share(plan: Plan, part: str, word: str) -> str:
-    """Percent of the heads that follow a word."""
-    heads = [head for layer in plan.layers for head in getattr(layer, part)]
-    percent = 100 * heads.count(word) / len(heads)
+    """Percent of the heads that follow a word, where there is attention."""
+    heads = [head for layer in plan.layers for head in getattr(layer, part) if head != NONE]
+    percent = 100 * heads.count(word) / max(1, len(heads))
     return "-" if not percent else "<1%" if percent < 0.5 else f"{percent:.0f}%"
 
 

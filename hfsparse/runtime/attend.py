@@ -95,8 +95,6 @@ def attend(
         out = shift_rows(out, -layer_call.pads)
     if last is not None:
         read_blocks(query, key, value, last, layer_plan.window, logits, out)
-    if layer is not None:
-        layer.stored = layer.seen
     return out.transpose(1, 2).contiguous().to(place, dtype), None
 
 

@@ -29,7 +29,7 @@ class Call:
         self.tables = TABLES if outer is None else outer.tables  # that kernels are picked from
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.given: tuple[Tensor, Tensor] | None = None  # what it was updated with
-        self.updates = 0  # of the cache's layers
+        self.updated: list[CacheLayerMixin] = []  # the cache's layers that took its tokens
         # The cache's layers that were taken, by the decoder's layer, for others that read its keys;
         # and what a chunk attends to in rings that have dropped it since: keys, values, their grid.
         self.taken: dict[int, CacheLayerMixin] = {}
@@ -42,7 +42,7 @@ class Call:
     def take_layer(self) -> CacheLayerMixin | None:
         """The layer that the last `update` went to, once; None when there is no cache."""
         layer, self.layer = self.layer, None
-        if layer is None and self.updates:
+        if layer is None and self.updated:
             raise CacheError(
                 "attention was called twice for one cache update: this model calls it in a way "
                 "that hfsparse can't follow. Call handle.undo() and run it as it is"
@@ -54,13 +54,20 @@ class Call:
     def layer_of(self, producer: int) -> CacheLayerMixin | None:
         """The layer that another's keys went to in this call; None when there is no cache."""
         layer = self.taken.get(producer)
-        if layer is None and self.updates:
+        if layer is None and self.updated:
             raise CacheError(
                 f"a layer reads the keys of layer {producer}, which put none into the cache before "
                 "it in this call: this model calls attention in a way that hfsparse can't follow. "
                 "Call handle.undo() and run it as it is"
             )
         return layer
+
+    def finish(self) -> None:
+        """Every layer ran: what the cache's layers took is stored. Where one raised it never is,
+        and the next call finds the cache broken."""
+        for layer in self.updated:
+            if layer is not self.layer:  # that one no attention of ours has read
+                layer.stored = layer.seen
 
     def once(self, make: Callable[..., T], *given) -> T:
         """`make(*given)`, made for the first layer that asks."""
@@ -115,11 +122,11 @@ def enter(owner: str) -> None:
     _running.set(Call(owner, _running.get()))
 
 
-def leave(owner: str) -> bool:
-    """End the innermost call of a patch, and what was interrupted inside it; False: none runs."""
+def leave(owner: str) -> Call | None:
+    """End the innermost call of a patch, and what was interrupted inside it; None: none runs."""
     call = _running.get()
     while call is not None and call.owner != owner:
         call = call.outer
     if call is not None:
         _running.set(call.outer)
-    return call is not None
+    return call

@@ -34,7 +34,7 @@ class Mode:
     fusing: bool = False  # the model is being compiled: one operator stands for attention
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LayerPlan:
     """What the attention function needs of a plan, for one layer."""
 

@@ -55,19 +55,19 @@ def routes_by_case(
     heads: Sequence[int],
     rings: Collection[int],
     ratio: int,
-    alone: bool = False,
+    expanded: bool = False,
 ) -> Cases:
     """Routes of q heads by what a row's length makes of them.
 
     patterns: of each q head of the layer; rings: kv heads that read every key of rows under
-    below.cache, the others of rows under below.prefill; ratio: q heads a kv head; alone: each q
-    head reads keys of its own, made of what its kv head keeps.
+    below.cache, the others of rows under below.prefill; ratio: q heads a kv head; expanded: each
+    q head reads keys of its own, made of the latent that its kv head keeps (MLA).
     """
     found = {}
     for short, kept in product((False, True), repeat=2):
         whole = [kept if head // ratio in rings else short for head in heads]
         own = (None if all_ else patterns[h] for h, all_ in zip(heads, whole, strict=True))
-        found[short, kept] = group_heads(tuple(own), tuple(heads), 1 if alone else ratio)
+        found[short, kept] = group_heads(tuple(own), tuple(heads), 1 if expanded else ratio)
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, UNITS, PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of
 from hfsparse.selectors.selector import register
 
@@ -44,8 +44,8 @@ class Quest:
     min_pages: int = 16
     refresh: int = 0
     top_p: float = 0.0
-    unit: int = PAGE
-    bound: int = PAGE
+    unit: int = later(PAGE)
+    bound: int = later(PAGE)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range

@@ -15,8 +15,8 @@ def layer_of(kind: str, data: dict[str, Tensor] | None, name: str, layer: int) -
     """
     made = f"hfsparse profile MODEL --selector {kind} makes one"
     require(bool(data) and name in data, f"{kind} needs a table with {name}: {made}")
-    layers = f"the table of {kind} has {len(data[name])} layers"
-    require(layer < len(data[name]), f"{layers}, not layer {layer}: it is another model's, {made}")
+    layers = len(data[name])
+    require(layer < layers, f"{kind} has a table of {layers} layers, not of layer {layer}: {made}")
     return data[name][layer]
 
 

@@ -22,6 +22,8 @@ from transformers.masking_utils import eager_mask
 import hfsparse
 from hfsparse.errors import first_line
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.names import text_decoder
+from hfsparse.patcher.probe import attention_modules
 from hfsparse.patcher.state import is_patched
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
@@ -173,9 +175,10 @@ def _second(words: Layer, at: int) -> Layer:
 @contextmanager
 def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """The stock model, eager, whose streaming heads see first and last keys alone."""
-    AttentionInterface.register(NAME, partial(_attend, plan))
-    AttentionMaskInterface.register(NAME, eager_mask)
     decoder = model.get_decoder()
+    layers = attention_modules(text_decoder(model))
+    AttentionInterface.register(NAME, partial(_attend, plan, layers))
+    AttentionMaskInterface.register(NAME, eager_mask)
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(NAME)
     try:
@@ -184,10 +187,10 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         decoder.set_attn_implementation(before)
 
 
-def _attend(plan: Plan, module, query, key, value, attention_mask, *args, **kwargs):
+def _attend(plan: Plan, layers: dict, module, query, key, value, attention_mask, *args, **kwargs):
     """The module's own eager attention; attention_mask `[B, 1, Q, K]` is of its own, too."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    streaming = torch.tensor([word != "full" for word in plan.layers[module.layer_idx].prefill])
+    streaming = torch.tensor([word != "full" for word in plan.layers[layers[module]].prefill])
     if streaming.any():
         Q, K = query.shape[2], key.shape[2]
         if attention_mask is None:

@@ -10,6 +10,7 @@ from hfsparse.kernels.triton import estimate as triton_estimate
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, causal, compiled, near, on_gpu, rounding
 from tests.patterns.matrix import SETTINGS
 
@@ -54,6 +55,7 @@ ENDED = [  # a pattern, and key blocks of which the last query, alone in its blo
     (BlockTopK(0.36, 2), 350),
     (BlockTopK(0.3, 2), 410),
     (Antidiagonal(1.0, max_share=0.6), 205),
+    (Energy(1e-30, 0, 0, 0, max_share=0.6), 205),
 ]
 
 

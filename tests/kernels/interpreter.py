@@ -9,6 +9,7 @@ import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from unittest.mock import patch
@@ -18,22 +19,42 @@ import pytest
 import torch
 
 
+@cache
+def _pool() -> ProcessPoolExecutor:
+    """One process for all tests that this one runs: it takes seconds to start."""
+    pool = ProcessPoolExecutor(1, get_context("spawn"))
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool.submit(_start).result()
+    return pool
+
+
+@contextmanager
+def process(bounded: bool = False, **settings):
+    """`run(function, *args, **more)`, there. Settings: module__NAME=value, until the end.
+
+    bounded: kernels that read or write outside of the tensors they are given raise.
+    """
+    # Before 3.8 Triton's interpreter fails with numpy 2.4.
+    pytest.importorskip("triton", minversion="3.8")
+    pool = _pool()
+    before = pool.submit(_set, bounded, settings).result()
+    try:
+        yield lambda function, *args, **more: pool.submit(function, *args, **more).result()
+    finally:
+        pool.submit(_set, *before).result()
+
+
 @contextmanager
 def interpreter(**settings):
     """A function `run(name, *args, **more)` that calls `hfsparse.kernels.<name>` or `tests.<name>`.
 
-    What the call changes in the tensors among `more` is copied back. Settings: module__NAME=value.
+    What the call changes in the tensors among `more` is copied back. Settings: as of `process`.
     """
-    # Before 3.8 Triton's interpreter fails with numpy 2.4.
-    pytest.importorskip("triton", minversion="3.8")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(_set, settings).result()  # starts it
+    with process(bounded=True, **settings) as there:
 
         def run(name: str, *args, **more):
             # As bytes: torch would share the memory of tensors sent as they are.
-            done = pool.submit(_call, pickle.dumps((name, args, more))).result()
-            result, changed = pickle.loads(done)
+            result, changed = pickle.loads(there(_call, pickle.dumps((name, args, more))))
             for key, value in changed.items():
                 for own, part in zip(_tensors(more[key]), _tensors(value), strict=True):
                     own.copy_(part)
@@ -48,16 +69,32 @@ def _tensors(value) -> tuple[torch.Tensor, ...]:
     return value.tensors() if hasattr(value, "tensors") else ()
 
 
-def _set(settings: dict) -> None:
+def _start() -> None:
     from tests import asserts  # imports kernels, which ask whether they are interpreted
 
     asserts.install()
     _bound()
-    hasten(**settings)
+    _hasten()
 
 
-def hasten(**settings) -> None:
-    """Spare the interpreter what it does again and again; settings as of `interpreter`.
+def _set(bounded: bool, settings: dict) -> tuple[bool, dict]:
+    """What was set before."""
+    from triton.runtime import interpreter as triton
+
+    before, memory = {}, triton._interpreter
+    for path, value in settings.items():
+        *module, name = path.split("__")
+        module = import_module(".".join(("hfsparse.kernels", *module)))
+        before[path] = getattr(module, name)
+        setattr(module, name, value)
+        for each in vars(module).values():  # what was worked out from it
+            getattr(each, "cache_clear", bool)()
+    was, memory.bounded = memory.bounded, bounded
+    return was, before
+
+
+def _hasten() -> None:
+    """Spare the interpreter what it does again and again.
 
     It looks through all of `triton.language`, to patch it, at each call of a device function:
     half of the time goes into that. Once a launch is enough.
@@ -74,16 +111,13 @@ def hasten(**settings) -> None:
         return triton._LangPatchScope()  # of a device function: nothing is left to patch
 
     triton._patch_lang = patch_once
-    for name, value in settings.items():
-        *module, name = name.split("__")
-        setattr(import_module(".".join(("hfsparse.kernels", *module))), name, value)
 
 
 class _Memory:
     """The interpreter's memory: a kernel may touch no more of it than the tensors it is given."""
 
     def __init__(self, memory):
-        self.memory, self.given = memory, []
+        self.memory, self.given, self.bounded = memory, [], True
 
     def __getattr__(self, name: str):
         return getattr(self.memory, name)
@@ -102,7 +136,7 @@ class _Memory:
 
     def check(self, at: np.ndarray, mask: np.ndarray, size: int) -> None:
         at = at[mask.astype(bool)]
-        if at.size:
+        if at.size and self.bounded:
             first, end = int(at.min()), int(at.max()) + size
             if not any(a <= first and end <= b for a, b in self.given):
                 raise IndexError(f"addresses {first} to {end} lie in no tensor of the kernel's")

@@ -17,6 +17,8 @@ from hfsparse.kernels import reference
 from hfsparse.lists import PAGE, BlockLists, Grid, PageLists
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.sparge import Sparge
 from hfsparse.selectors.quest import Quest
 from hfsparse.shares import ratio, share_of
 from tests import asserts
@@ -60,6 +62,10 @@ def test_no_budget_is_above_the_width_of_its_lists(share, blocks, visible, least
     assert budget <= visible
     assert max(budget, least) <= BlockTopK(share, least).width(blocks)
     assert budget <= Antidiagonal(max_share=share).width(blocks)
+    always = min(least, 5)  # sinks, and recent blocks
+    assert max(budget, min(visible, 2 * always + 1)) <= Energy(
+        1.0, always, always, max_share=share
+    ).width(blocks)
     width = Quest(share, max(least, 2)).budget.width(blocks, 1)
     assert min(visible, max(budget, least)) <= width
 
@@ -93,7 +99,8 @@ def test_patterns_and_kernel_keep_as_many_blocks_at_every_length(run, share):
     k = torch.randn(len(blocks), 1, grid.Sk, 4, generator=made)
     exact = Fraction(share).limit_denominator(10**6)
     expected = [min(n, max(ceil(exact * n), 1 + (n > 1))) for n in blocks]
-    for pattern in (BlockTopK(share, 1), Antidiagonal(1.0, share)):
+    all_of_them = Energy(1e-30, 0, 0, 0, share), Sparge(-1, 1.0, share)
+    for pattern in (BlockTopK(share, 1), Antidiagonal(1.0, share), *all_of_them):
         lists = pattern.lists(q, k, grid, 0.5)
         asserts.block_lists(lists)
         assert counted(lists).tolist() == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -43,6 +45,17 @@ def test_where_triton_runs_it_is_taken(name, monkeypatch):
     monkeypatch.setattr(table, "no_triton", lambda need: None)
     chosen = kernels.pick.__wrapped__(getattr(kernels.TABLES, name), need(name, lists=True))
     assert chosen.name == "Triton"
+
+
+@pytest.mark.parametrize("latents", [True, False])
+def test_triton_serves_steps_over_latents_wider_than_any_head(latents, monkeypatch):
+    """DeepSeek's 512 dims and 64 rotated ones, in 227 KiB of shared memory (H100)."""
+    pytest.importorskip("triton")
+    room = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    asked = Need(torch.device("cuda", 99), torch.bfloat16, 576, 512, lists=True, latents=latents)
+    why = next(row for row in kernels.DECODE if row.name == "Triton").why_not(asked)
+    assert why == (None if latents else "head dim 576, value dim 512: at most 256 is supported")
 
 
 @pytest.mark.parametrize("row", ["Triton", "reference (PyTorch)"])

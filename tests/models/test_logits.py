@@ -9,7 +9,7 @@ from hfsparse.models.logits import read_logits
 from hfsparse.models.names import text_decoder
 from tests.support.models import FAMILIES, causal, exists, tiny
 
-HYBRIDS = ("qwen3_next", "lfm2", "nemotron_h", "falcon_h1")
+HYBRIDS = ("qwen3_next", "lfm2", "nemotron_h", "falcon_h1", "zamba2")
 
 
 def of_text(model, ids):

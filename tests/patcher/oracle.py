@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
+from hfsparse.patcher.probe import attention_modules
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
@@ -35,8 +36,9 @@ _now: list[Truth] = []
 class Truth:
     """The plan that the oracle follows, and what it lets heads read."""
 
-    def __init__(self, plan, prompt=0):
+    def __init__(self, plan, layers, prompt=0):
         self.plan = plan
+        self.layers = layers  # of attention modules
         self.prompt = prompt  # columns of a prompt that comes in chunks: none of them is decode
         self.calls = 0
         self.new = 0  # columns of the call: its last layers may be given fewer queries
@@ -55,7 +57,7 @@ def oracle(model, plan, prompt=0):
     decoder = text_decoder(model)
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(NAME)
-    _now.append(Truth(plan, prompt))
+    _now.append(Truth(plan, attention_modules(decoder), prompt))
     try:
         yield _now[-1]
         assert _now[-1].calls, "the oracle's attention was never called"
@@ -101,6 +103,7 @@ def _attend(
 ):
     truth = _now[-1]
     truth.calls += 1
+    layer = truth.layers[module]
     B, Hq, Q, _ = query.shape
     columns = key.shape[2]
     if not getattr(module, "is_kv_shared_layer", False):
@@ -124,11 +127,11 @@ def _attend(
             continue
         past = columns > truth.new
         decode = past and truth.new <= DECODE and columns > truth.prompt
-        chunk, latents = _chunk(module), None
+        chunk, latents = _chunk(module.config, layer), None
         if hasattr(module, "expand_kv"):
             latents = _as_latents(module, q, k, v)
         asked = sliding_window, chunk, past, decode, latents
-        kept = _mask(truth, module.layer_idx, q, k, scaling, *asked)
+        kept = _mask(truth, layer, q, k, scaling, *asked)
         if blocks is not None:  # tokens that see later ones see all that the model lets them
             own = blocks[b, pads:, start:]
             later = (own & torch.ones_like(own).triu(1)).any(1)
@@ -160,11 +163,11 @@ def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([up, q[..., nope:]], -1).float(), one[None].float()
 
 
-def _chunk(module) -> int | None:
+def _chunk(config, layer) -> int | None:
     """Tokens in a chunk, of a layer that sees no further back than its chunk's first."""
-    kinds = getattr(module.config, "layer_types", None) or ()
-    chunked = [*kinds[module.layer_idx :], ""][0] == "chunked_attention"
-    return module.config.attention_chunk_size if chunked else None
+    kinds = getattr(config, "layer_types", None) or ()
+    chunked = [*kinds[layer:], ""][0] == "chunked_attention"
+    return config.attention_chunk_size if chunked else None
 
 
 def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents) -> torch.Tensor:

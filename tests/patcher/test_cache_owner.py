@@ -15,6 +15,8 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from tests.patcher.families import choosing, full, left_padded, mixed, streaming, tiny, tokens
 from tests.patcher.oracle import CACHE, oracle, whole_cache
 from tests.patcher.runs import close, continue_with, forward, generate, same_generation
+from tests.support.models import exists
+from tests.support.models import tiny as supported
 
 GONE = "filled under an hfsparse patch that is no longer on the model.*new cache"
 
@@ -131,9 +133,12 @@ def stop(error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_forward_interrupted_half_way_breaks_its_cache(error, layer):
-    model = tiny("llama")
+@pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("llama", 2), ("gemma4_shared", 3)])
+def test_a_forward_interrupted_half_way_breaks_its_cache(error, family, layer):
+    """Behind the last attention, too, and in a layer that reads another's keys: all are stored."""
+    if not exists(family):
+        pytest.skip("not in this transformers")
+    model = supported(family)
     with hfsparse.patch(model, streaming(model)):
         cache = filled(model)
         hook = model.model.layers[layer].mlp.register_forward_pre_hook(stop(error))
@@ -144,29 +149,19 @@ def test_a_forward_interrupted_half_way_breaks_its_cache(error, layer):
         close(forward(model, tokens(1, 20)).logits, forward(model, tokens(1, 20)).logits)
 
 
-def test_an_attention_interrupted_in_the_last_layer_breaks_its_cache(monkeypatch):
-    """Every layer has counted the new tokens, but the last has not stored them."""
+@pytest.mark.parametrize(("new", "back"), [(1, 0), (20, 1)])
+def test_an_attention_interrupted_in_the_last_layer_breaks_its_cache(monkeypatch, new, back):
+    """Every layer has counted the new tokens, but the last stored none; no crop hides it."""
     model = tiny("llama")
     with hfsparse.patch(model, streaming(model)):
         cache = filled(model)
         for store in cache.layers[-1].stores:
             monkeypatch.setattr(store, "append", stop(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            forward(model, tokens(1, 1), cache=cache)
+            forward(model, tokens(1, new), cache=cache)
         monkeypatch.undo()
-        go_on_is_refused(model, cache, CacheError, "this cache is broken")
-
-
-def test_a_crop_does_not_hide_tokens_that_the_last_layer_never_stored(monkeypatch):
-    model = tiny("llama")
-    with hfsparse.patch(model, streaming(model)):
-        cache = filled(model)
-        for store in cache.layers[-1].stores:
-            monkeypatch.setattr(store, "append", stop(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            forward(model, tokens(1, 20), cache=cache)
-        monkeypatch.undo()
-        cache.crop(-1)
+        if back:
+            cache.crop(-back)
         go_on_is_refused(model, cache, CacheError, "this cache is broken")
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse import cli
 from hfsparse.errors import UsageError
-from hfsparse.patcher import figures
+from hfsparse.patcher import figures, memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan, headmap
 from hfsparse.profiler.prompts.calibration import make_prompts
@@ -179,7 +179,7 @@ def test_the_stock_cache_counts_as_what_transformers_holds(family, length):
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "lfm2"])
 @pytest.mark.parametrize("length", [300, 1100])
 def test_check_predicts_what_stats_tells(family, length, tmp_path):
-    """Hybrids, too: their linear layers' states count nowhere."""
+    """Hybrids, too: their linear layers' states are in no share, and counted beside the cache."""
     hybrid = family not in FAMILIES
     if hybrid and not hasattr(cache_utils, "LinearAttentionLayer"):
         pytest.skip("hybrids are followed from transformers 5.17 on")
@@ -192,6 +192,8 @@ def test_check_predicts_what_stats_tells(family, length, tmp_path):
     command = ["check", str(tmp_path / "plan.yaml"), str(tmp_path), "--length", str(length)]
     told = CliRunner().invoke(cli.app, command)
     assert told.exit_code == 0, told.output
+    assert ("work + states = peak" in told.output) == hybrid
+    assert memory.predict(model.config, plan, length, itemsize=4).states == stats.state_bytes
     lines = re.findall(r"shares .*: cache share ([\d.]+), decode share ([\d.]+)", told.output)
     parts = {"": stats} if hybrid or family == "plain" else {"": stats, "_free": stats.free}
     assert len(lines) == len(parts)

@@ -71,7 +71,6 @@ CASES = {  # name: class, config, what patch says
         {**GQA, **DORY, "recurrent_kv_cache_mode": "last_loop"},
         "doesn't call attention once for each update of its cache",
     ),
-    "zamba": ("ZambaForCausalLM", ZAMBA, "belongs to no one layer"),
     "bart": ("BartForCausalLM", SMALL, r"attention to an encoder, too \(cross-attention\)"),
     "pegasus": ("PegasusForCausalLM", SMALL, r"attention to an encoder, too"),
     "bert": ("BertForMaskedLM", dict(num_hidden_layers=2), "tokens attend to later ones too"),
@@ -152,7 +151,7 @@ def test_what_is_accepted_runs(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_runs_supported_families_to_their_end(family):
     """Experts, linear layers and image classes too: code that stopped it would tell nothing."""
-    if family in ("qwen3_next", "lfm2") and not HYBRIDS:
+    if family in ("qwen3_next", "lfm2", "zamba2") and not HYBRIDS:
         pytest.skip("refused before it is probed")
     model = supported(family)
     decoder = model.get_decoder()
@@ -257,6 +256,28 @@ def test_a_layer_without_our_attention_is_noticed():
     model = LlamaForCausalLM(LlamaConfig(**GQA))
     model.model = Own(model.config)
     with pytest.raises(PatchError, match="doesn't call attention once for each update"):
+        hfsparse.patch(model)
+
+
+def test_a_module_that_several_layers_call_is_refused():
+    model = build("ZambaForCausalLM", ZAMBA)
+    layers = model.model.layers
+    layers[2].shared_transf = layers[1].shared_transf
+    with pytest.raises(PatchError, match=r"attention layers are \[1\], its config says \[1, 2\]"):
+        hfsparse.patch(model)
+
+
+def test_a_module_that_is_told_another_layer_than_its_place_is_refused(monkeypatch):
+    model = build("ZambaForCausalLM", ZAMBA)
+    attention = type(model.model.layers[1].shared_transf.self_attn)
+    forward = attention.forward
+
+    def turned(self, hidden_states, layer_idx, **kwargs):
+        return forward(self, hidden_states, 3 - layer_idx, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", turned)
+    monkeypatch.setattr(probe, "found", {})
+    with pytest.raises(PatchError, match="of layer 1 keeps its keys in layer 2 of the cache"):
         hfsparse.patch(model)
 
 

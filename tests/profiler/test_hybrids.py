@@ -18,11 +18,13 @@ from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure import influence, proxies
-from hfsparse.profiler.measure.capture import Seen, capture
+from hfsparse.profiler.measure.capture import Seen, capture, checkpoint_layers
 from hfsparse.profiler.measure.gates import distil
 from hfsparse.profiler.methods import duo, minference, moa, one_pass
 from hfsparse.profiler.prompts.calibration import Prompt, make_prompts
 from hfsparse.profiler.prompts.passkeys import Passkeys
+from hfsparse.profiler.report import describe_budgets
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.verify import key_tokens, reader, trials
 from tests import tiny
 from tests.patcher.oracle import oracle, whole_cache
@@ -57,6 +59,13 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
         dict(
             attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8,
             mamba_dt_rank=4,
+        ),
+    ),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            layers_block_type=LINEAR[:1] + ["hybrid"] * 2, n_mamba_heads=4, mamba_d_state=16,
+            chunk_size=64,
         ),
     ),
     "nemotron_h": (
@@ -154,6 +163,7 @@ def test_a_plan_does_what_it_expects_within_its_budgets(family):
     assert plan.expected[512]["cache_share"] <= 0.7 + 1e-3
     assert plan.expected[512]["decode_share"] <= 0.6 + 1e-3
     assert 0.3 < plan.expected[512]["recall"] < 1
+    assert plan.without_attention == {0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,6 +215,9 @@ def test_every_method_plans_a_model_whose_layers_share_keys(monkeypatch, method)
     check(model, plan)
     full = Plan.full(plan.model).layers
     assert [index for index in range(5) if plan.layers[index] != full[index]] == [1]
+    said = describe_budgets(plan, Settings(prefill_density=0.1), model)
+    assert "0.10 not met" in said
+    assert said.endswith(": layers 2 and 4 share keys and stay full, the others keep the budgets")
 
 
 # ---- measurements
@@ -315,6 +328,13 @@ def test_a_verified_run_that_was_killed_goes_on_and_gives_back_what_is_needed(
     assert plan.verified["drop"] == 0
     check(model, plan)
     assert list(tmp_path.iterdir()) == [settings["out"]]
+
+
+def test_every_layer_is_recomputed_where_gradients_flow():
+    """Zamba2's attention lies deeper than its layers, and not in all of them."""
+    model = build("zamba2")
+    with hfsparse.patch(model), checkpoint_layers(model):
+        assert all("forward" in vars(layer) for layer in model.model.layers)
 
 
 # ---- what has nothing to measure, and bench

@@ -81,7 +81,7 @@ def test_a_layer_that_runs_by_itself_has_a_call_of_its_own():
     try:
         assert call_of("a") is running()
         assert call_of("b") is not running()
-        assert call_of("b").updates == 0
+        assert not call_of("b").updated
     finally:
         leave("a")
     assert running() is None

@@ -3,37 +3,30 @@ real graphs of each family."""
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from hfsparse.runtime.graphs.states import States
 from tests import hybrids
-from tests.kernels.interpreter import hasten
+from tests.kernels.interpreter import process
 
 
 @pytest.fixture(scope="module")
 def interpreted():
     """`hybrids.compare` in a process in which Triton is interpreted."""
-    pytest.importorskip("triton", minversion="3.8")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(hasten).result()  # starts it
+    with process() as there:
 
         def compare(family, *args, **more):
             if not hybrids.known(family):
                 pytest.skip("this transformers keeps its states elsewhere")
-            return pool.submit(hybrids.compare, family, *args, **more).result()
+            return there(hybrids.compare, family, *args, **more)
 
         yield compare
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize("family", ["qwen3_5", "granite", "jamba", "lfm2", "falcon_h1", "zamba2"])
 def test_a_replay_carries_the_states_on_bit_for_bit(interpreted, family):
     """Left padding, too: only prompts hold some."""
     found = interpreted(family, hybrids.alone)

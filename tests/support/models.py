@@ -52,6 +52,11 @@ BESIDE = dict(  # Falcon-H1: each layer has attention and a state
     mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
     mamba_chunk_size=16,
 )  # fmt: skip
+TIED = dict(  # Zamba2: layers share their weights, not what a small adapter adds to them
+    layers_block_type=["hybrid", "mamba", "hybrid"], use_mem_rope=True, num_mem_blocks=1,
+    use_shared_attention_adapter=True, adapter_rank=8, head_dim=32, mamba_d_state=16,
+    n_mamba_heads=4, chunk_size=16, initializer_range=0.09,  # of twice the hidden size: as sharp
+)  # fmt: skip
 VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 IMAGE = 98  # the token that stands for a piece of an image
 
@@ -76,6 +81,7 @@ TEXT = {  # name: prefix of the classes, q heads, kv heads, more
     "gemma3n": ("Gemma3n", 4, 2, ALTUP),
     "nemotron_h": ("NemotronH", 4, 2, STATES),
     "falcon_h1": ("FalconH1", 4, 2, BESIDE),
+    "zamba2": ("Zamba2", 4, 4, TIED),
     "deepseek_v3": ("DeepseekV3", 4, 4, LATENT),
     "llama4": ("Llama4", 4, 2, CHUNKED),
 }

@@ -86,7 +86,8 @@ def render() -> str:
         "# What was tested",
         "",
         "Written by the tests (`make test-matrix`); tiny models of random weights, float32, CPU, "
-        f"each cell for a plan that drops nothing and for one that drops much. transformers "
+        "each cell for a plan that drops much, and for one that drops nothing where a cache is "
+        "filled, copied, cropped or reordered, or gradients flow. transformers "
         f"{', '.join(versions)}, in this order where a cell has a sign for each.",
         "",
         "✓ patched equals the dense model under the plan's boolean mask (same tokens, logits "

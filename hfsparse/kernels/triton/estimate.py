@@ -13,25 +13,45 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hfsparse.kernels.triton import estimate_antidiagonal, estimate_means, estimate_probes, select
+from hfsparse.kernels.triton import (
+    estimate_antidiagonal,
+    estimate_flexprefill,
+    estimate_keys,
+    estimate_means,
+    estimate_probes,
+    select,
+)
 from hfsparse.kernels.triton.limits import BLOCKS
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-PARTS = (estimate_antidiagonal, estimate_means, estimate_probes, select)  # where the kernels are
+PARTS = (  # where the kernels are
+    estimate_antidiagonal,
+    estimate_flexprefill,
+    estimate_keys,
+    estimate_means,
+    estimate_probes,
+    select,
+)
 FUSED: dict[type, Callable] = {
     VerticalSlash: estimate_probes.vertical_slash,
     BlockTopK: estimate_means.block_topk,
     Antidiagonal: estimate_antidiagonal.antidiagonal,
     Energy: estimate_means.energy,
     Sparge: estimate_means.sparge,
+    FlexPrefill: estimate_flexprefill.flexprefill,
+    Sample: estimate_keys.sample,
+    HiP: estimate_keys.hip,
 }
 
 
@@ -43,12 +63,14 @@ def lists(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists
 
 def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a pattern's blocks; None: they can."""
-    if type(need.chooser) not in FUSED:
+    kind = type(need.chooser)
+    if kind not in FUSED:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    slashes = isinstance(need.chooser, VerticalSlash)
-    if slashes and not estimate_probes.stages(need.device, need.dtype, need.head_dim):
+    if kind in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
+        need.device, need.dtype, need.head_dim
+    ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"
     if need.dropped:
         return "a grid with dropped keys"

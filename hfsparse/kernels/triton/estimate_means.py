@@ -16,16 +16,16 @@ from hfsparse.kernels.triton.select import slices, wide
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
-from hfsparse.patterns.sparge import Sparge
+from hfsparse.patterns.sparge import Sparge, centre
 
 
 def block_topk(pattern: BlockTopK, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """As BlockTopK.lists."""
     found = triton_select.empty(grid, q.shape[1], pattern.width(grid.nk))
-    queries = _means(q, grid.q_len, grid.nq, grid.block)
-    keys = _means(k, grid.k_len, grid.nk, grid.block)
+    queries = means(q, grid.q_len, grid.nq, grid.block)
+    keys = means(k, grid.k_len, grid.nk, grid.block)
     for first, scores in slices(found, 1):
-        _products(queries, keys, scores, first, grid)
+        products(queries, keys, scores, first, grid)
         triton_select.best_blocks(
             found, scores, first, share=pattern.share, least=pattern.min_blocks
         )
@@ -37,18 +37,18 @@ def energy(pattern: Energy, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
     (B, H), D, block = q.shape[:2], q.shape[-1], grid.block
     found = triton_select.empty(grid, H, pattern.width(grid.nk))
     found = replace(found, cut=torch.zeros(B, H, dtype=torch.int64, device=q.device))
-    keys = _means(k, grid.k_len, grid.nk, block)
+    keys, short = means(k, grid.k_len, grid.nk, block), q.element_size() == 2
     for first, scores in slices(found, 1):
         _energy[(scores.shape[2], B * H)](
             *(q, keys, scores, grid.q_len, grid.k_len, *q.stride()[:3]),
             *(H, H // k.shape[1], scores.shape[2], first, grid.nk, grid.window or 0),
             scale * LOG2E.value,
             D=D,
-            DEPTH=min(64, wide(q)),
+            DEPTH=min(64 if short else 32, wide(q)),
             BLOCK=block,
             KEYS=64,
             WINDOW=grid.window is not None,
-            PRECISION="tf32" if q.element_size() == 2 else "tf32x3",
+            PRECISION="tf32" if short else "tf32x3",
             num_warps=8 if block == 128 else 4,
         )
         triton_select.best_blocks(
@@ -62,18 +62,18 @@ def energy(pattern: Energy, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
 
 def sparge(pattern: Sparge, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """As Sparge.lists."""
-    (B, H), n = q.shape[:2], (grid.nq, grid.nk)
+    B, H, block = *q.shape[:2], grid.block
     found = triton_select.empty(grid, H, grid.nk)
     if pattern.tau < 1:
         found = replace(found, cut=torch.zeros(B, H, dtype=torch.int64, device=q.device))
-    queries, keys = _means(q, grid.q_len, n[0], grid.block), _means(k, grid.k_len, n[1], grid.block)
-    centre = (keys * grid.live[:, None, :, None]).sum(2) / grid.live.sum(1)[:, None, None]
+    queries, keys = means(q, grid.q_len, grid.nq, block), means(k, grid.k_len, grid.nk, block)
+    zero = torch.zeros_like(queries[:, :, 0])
     whole = (
-        _unlike(q, grid.q_len, n[0], grid.block, pattern.theta, torch.zeros_like(queries[:, :, 0])),
-        _unlike(k, grid.k_len, n[1], grid.block, pattern.theta, centre),
+        _unlike(q, zero, grid.q_len, grid.nq, block, float(pattern.theta)),
+        _unlike(k, centre(keys, grid), grid.k_len, grid.nk, block, float(pattern.theta)),
     )
     for first, scores in slices(found, 1):
-        _products(queries, keys, scores, first, grid)
+        products(queries, keys, scores, first, grid)
         triton_select.best_blocks(
             *(found, scores, first),
             share=pattern.max_share,
@@ -84,7 +84,7 @@ def sparge(pattern: Sparge, q: Tensor, k: Tensor, grid: Grid, scale: float) -> B
     return found
 
 
-def _products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: Grid) -> None:
+def products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: Grid) -> None:
     """Write products of the mean queries from `first` on, and mean keys, into scores."""
     B, H, n, _, nk = scores.shape
     _pooled[(triton.cdiv(n, 32), triton.cdiv(nk, 64), B * H)](
@@ -96,7 +96,7 @@ def _products(queries: Tensor, keys: Tensor, scores: Tensor, first: int, grid: G
     )
 
 
-def _means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
+def means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
     """Mean of each block's real tokens: x `[B, H, S, D]` to float32 `[B, H, n, D]`."""
     B, H, _, D = x.shape
     out = torch.empty(B, H, n, D, dtype=torch.float32, device=x.device)
@@ -106,12 +106,15 @@ def _means(x: Tensor, length: Tensor, n: int, block: int) -> Tensor:
     return out
 
 
-def _unlike(x: Tensor, length: Tensor, n: int, block: int, theta: float, centre: Tensor) -> Tensor:
-    """Blocks whose mean cosine is not above theta: x `[B, H, S, D]` to uint8 `[B, H, n]`."""
+def _unlike(x: Tensor, origin: Tensor, length: Tensor, n: int, block: int, theta: float) -> Tensor:
+    """Blocks whose mean cosine is not above theta: x `[B, H, S, D]` to uint8 `[B, H, n]`.
+
+    Vectors begin at `origin` `[B, H, D]`.
+    """
     B, H, _, D = x.shape
     out = torch.empty(B, H, n, dtype=torch.uint8, device=x.device)
     _cosines[(n, B * H)](
-        *(x, centre, out, length, *x.stride()[:3], H, n, theta),
+        *(x, origin, out, length, *x.stride()[:3], H, n, theta),
         D=D,
         DP=wide(x),
         BLOCK=block,
@@ -159,9 +162,9 @@ def _pooled(
         tl.store(SCORES + rows[:, None] * nk + j[None, :], s, mask=mask)
 
 
-@triton.jit(do_not_specialize="H n theta".split())
+@triton.jit(do_not_specialize=("H", "n"))
 def _cosines(
-    X, CENTRE, OUT, LENGTH, x_b: tl.int64, x_h: tl.int64, x_s, H, n, theta,
+    X, ORIGIN, OUT, LENGTH, x_b: tl.int64, x_h: tl.int64, x_s, H, n, theta,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Whether the squared length of the block's mean unit vector is not above theta."""
@@ -171,8 +174,8 @@ def _cosines(
     at = X + (head // H) * x_b + (head % H) * x_h + i.to(tl.int64) * BLOCK * x_s
     mask = (lane < live)[:, None] & (d < D)[None, :]
     x = tl.load(at + lane[:, None] * x_s + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    centre = tl.load(CENTRE + head.to(tl.int64) * D + d, mask=d < D, other=0.0)
-    x = tl.where(mask, x - centre[None, :], 0.0)
+    origin = tl.load(ORIGIN + head.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    x = tl.where(mask, x - origin[None, :], 0.0)
     long = tl.sqrt(tl.sum(x * x, 1))
     mean = tl.sum(x / tl.where(long > 0, long, 1.0)[:, None], 0) / tl.maximum(live, 1)
     alike = tl.minimum(tl.sum(mean * mean, 0), 1.0) > theta

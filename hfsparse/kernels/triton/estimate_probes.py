@@ -40,14 +40,19 @@ def vertical_slash(
     return replace(found, columns=columns, covered=covered)
 
 
-def probe(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of each row's last queries, summed by key and by distance: two `[B, H, Sk]`."""
-    (B, H), D = q.shape[:2], q.shape[-1]
+def probe(
+    q: Tensor, k: Tensor, grid: Grid, scale: float, count: int = PROBES
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row's last `count` queries, by key and by distance: two `[B, H, Sk]`.
+
+    count: a multiple of PROBES. So many at a time are served by a program.
+    """
+    (B, H), D, parts = q.shape[:2], q.shape[-1], count // PROBES
     single = {"dtype": torch.float32, "device": q.device}
-    by_column, by_diagonal = (torch.zeros(B, H, grid.Sk, **single) for _ in range(2))
-    top, total = (torch.empty(B, H, SPLITS, PROBES, **single) for _ in range(2))
+    by_column, by_diagonal = (torch.zeros(parts, B, H, grid.Sk, **single) for _ in range(2))
+    top, total = (torch.empty(parts, B, H, SPLITS, PROBES, **single) for _ in range(2))
     for sums in (False, True):
-        _probe[(SPLITS, B * H)](
+        _probe[(SPLITS, B * H, parts)](
             *(q, k, top, total, by_column, by_diagonal, grid.q_len, grid.k_len),
             *(*q.stride()[:3], *k.stride()[:3]),
             *(H, H // k.shape[1], grid.Sk, grid.window or 0, scale * LOG2E.value),
@@ -60,7 +65,7 @@ def probe(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tenso
             PRECISION="tf32" if q.element_size() == 2 else "tf32x3",
             num_stages=stages(q.device, q.dtype, D),
         )
-    return by_column, by_diagonal
+    return by_column.sum(0), by_diagonal.sum(0)
 
 
 def _top(score: Tensor, forced: int, count: int, ends: Tensor) -> Tensor:
@@ -93,17 +98,18 @@ def _probe(
     Keys come in tiles as wide as there are probes, so a diagonal crosses at most two: adding it up
     by atomics gives the same in any order.
     """
-    split, head = tl.program_id(0), tl.program_id(1)
+    split, head, back = tl.program_id(0), tl.program_id(1), tl.program_id(2) * PROBES
     b, h = (head // H).to(tl.int64), head % H
+    slot = (tl.program_id(2) * tl.num_programs(1) + head).to(tl.int64)  # of statistics and sums
     q_len, k_len = tl.load(Q_LEN + b).to(tl.int32), tl.load(K_LEN + b).to(tl.int32)
     lane, d = tl.arange(0, PROBES), tl.arange(0, DP)
-    row = q_len - PROBES + lane
+    row = q_len - PROBES - back + lane
     at = k_len - q_len + row
     real = (row >= 0)[:, None] & (d < D)[None, :]
     q = Q + b * q_b + h * q_h + row.to(tl.int64)[:, None] * q_s + d[None, :]
     q = tl.load(q, mask=real, other=0.0)
     keys = K + b * k_b + (h // group) * k_h
-    stats = head.to(tl.int64) * SPLITS * PROBES + lane
+    stats = slot * SPLITS * PROBES + lane
     if SUMS:
         every = stats[None, :] + tl.arange(0, SPLITS)[:, None] * PROBES
         parts = tl.load(TOP + every)
@@ -127,7 +133,7 @@ def _probe(
         s = tl.where(seen, s, float("-inf"))
         if SUMS:
             p = tl.exp2(s - top[:, None]) / total[:, None]
-            column = COLUMN + head.to(tl.int64) * Sk + key
+            column = COLUMN + slot * Sk + key
             tl.store(column, tl.sum(p, 0), mask=key < k_len)
             # diagonal e of the tile holds key PROBES - 1 + r - e of probe r
             e = tl.arange(0, 2 * PROBES)
@@ -135,8 +141,8 @@ def _probe(
             inside = (place >= 0) & (place < PROBES)
             p = tl.gather(p, tl.where(inside, place, 0), 1)
             mass = tl.sum(tl.where(inside, p, 0.0), 0)
-            far = k_len - PROBES - n0 - (PROBES - 1) + e
-            diagonal = DIAGONAL + head.to(tl.int64) * Sk + far
+            far = k_len - PROBES - back - n0 - (PROBES - 1) + e
+            diagonal = DIAGONAL + slot * Sk + far
             tl.atomic_add(diagonal, mass, mask=(far >= 0) & (far < k_len), sem="relaxed")
         else:
             new = tl.maximum(top, tl.max(s, 1))

@@ -52,16 +52,17 @@ def best_blocks(
     """Write the lists of the query blocks from `first` on, by scores `[B, H, n, groups, nk]`.
 
     Kept are the row's first block and those that hold its own queries, then the best: `share` of
-    the visible blocks and no fewer than `least`. `scores` is overwritten. Of these only some, and
-    `lists.cut` counts the query blocks that wanted more than there was room for:
+    the visible blocks and no fewer than `least`. `scores` is overwritten.
 
-    tau: until they hold that share of the scores' sum. totals `[B, H, n, groups]`: each group's
-        scores are divided by its total and added up.
-    margin: those that are at most so much below the largest, which is negative.
+    tau: the best only until they hold that share of the scores' sum.
+    totals `[B, H, n, groups]`: each group's scores are divided by its total and added up.
+    margin: of the best only those that are at least the largest score plus this.
+    whole: uint8 flags of query blocks `[B, H, nq]` and key blocks `[B, Hkv, nk]` that are read
+        whole: they are not ranked and take no room. The scores of others are then logits, in
+        `unit` to base 2, and `tau` is meant of their softmax.
+    always: how many sinks, recent blocks and last query blocks are kept first, as by Energy.
 
-    whole: query blocks `[B, H, nq]` and key blocks `[B, Hkv, nk]`, uint8, that are read whole and
-    take no part: the scores of the others are logits of `unit`, to base 2, of which tau is meant.
-    always: sinks, recent ones and last query blocks that are kept first, as of Energy.
+    With tau or margin `lists.cut` counts the query blocks that had no room for some of them.
     """
     grid = lists.grid
     B, H, n, groups, nk = scores.shape
@@ -107,6 +108,7 @@ def slashes(lists: BlockLists, below: Tensor, columns: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> int:
+    """The head dim of x as tiles have it: a power of two, and no less than a product takes."""
     return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
@@ -127,7 +129,7 @@ def slices(found: BlockLists, groups: int, step: int = 1) -> Iterator[tuple[int,
 
 
 @triton.jit
-def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """As Grid.reach, for key blocks j of query block i: some pair, every pair, always kept."""
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
@@ -142,7 +144,7 @@ def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 
 @triton.jit
-def _append(j, kept, index, count, width):
+def append(j, kept, index, count, width):
     """Write the kept ones of ascending j behind `count` others; the new count."""
     place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index + place, j, mask=kept & (place < width))
@@ -199,16 +201,16 @@ def _best(
     if MASS and WHOLE:
         for c in range(0, end, CHUNK):
             j = c + tl.arange(0, CHUNK)
-            some, _, _ = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+            some, _, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
             some &= ~_whole(j, out, WHOLE_Q, whole_k, end)
-            x = tl.load(row + j, mask=some & (j < end), other=float("-inf"))
-            top = tl.maximum(top, tl.max(x, 0))
+            x = tl.load(row + j, mask=j < end, other=float("-inf"))
+            top = tl.maximum(top, tl.max(tl.where(some, x, float("-inf")), 0))
 
     # Scores of groups become one score a block; what is not to be ranked becomes -inf.
     visible, own, total, held = tl.full([], 0, tl.int32), 0, 0.0, 0.0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, _, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, _, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
         always |= some & ((j < sinks) | (j > always_from))
         if GROUPS > 0:
             x = tl.zeros([CHUNK], tl.float32)
@@ -217,7 +219,7 @@ def _best(
                 part = tl.load(row + g * nk + j, mask=some & (j < end), other=0.0)
                 x += part / tl.where(weight > 0, weight, 1.0)  # empty groups have no mass
         else:
-            x = tl.load(row + j, mask=some & (j < end), other=0.0)
+            x = tl.load(row + j, mask=j < end, other=0.0)
         visible += tl.sum(some.to(tl.int32), 0)
         if NEAR:
             top = tl.maximum(top, tl.max(tl.where(some, x, float("-inf")), 0))
@@ -258,7 +260,7 @@ def _best(
     full_index, part_index = FULL_INDEX + out * full_width, PART_INDEX + out * part_width
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, every, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, every, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
         always |= some & ((j < sinks) | (j > always_from))
         if WHOLE:
             always |= some & _whole(j, out, WHOLE_Q, whole_k, end)
@@ -275,8 +277,8 @@ def _best(
             added += tl.sum(tl.where(tie, x, 0.0), 0)
         kept = tie | always | ((_ordered(x) > bound) & (x > float("-inf")))
         left += tl.sum((some & ~kept).to(tl.int32), 0)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     if MASS:
@@ -293,9 +295,9 @@ def _whole(j, out, WHOLE_Q, whole_k, end):
 
 
 @triton.jit
-def _slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Which of key blocks j hold a kept diagonal of query block i, and are read by every query."""
-    some, every, _ = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+    some, every, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
     k0 = j * BLOCK
@@ -323,9 +325,9 @@ def _slashes(
     full, part = 0, 0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        kept, every = _slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        kept, every = slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     for c in range(0, n_columns, CHUNK):
@@ -333,5 +335,5 @@ def _slashes(
         real = slot < n_columns
         column = tl.load(COLUMNS + head.to(tl.int64) * n_columns + slot, mask=real, other=0)
         home = tl.minimum(column // BLOCK, nk - 1).to(tl.int32)
-        kept, _ = _slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        kept, _ = slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
         tl.store(COVERED + out * n_columns + slot, kept.to(tl.uint8), mask=real)

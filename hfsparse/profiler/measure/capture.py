@@ -36,7 +36,7 @@ from hfsparse.profiler.measure.latents import absorb_out, solve_latents
 from hfsparse.profiler.measure.modes import isolate_modes
 from hfsparse.profiler.measure.slices import slice_tokens, wrap_forwards
 from hfsparse.runtime.latent import Latents
-from hfsparse.runtime.layer_plan import Logits, layer_plan_of, observed
+from hfsparse.runtime.layer_plan import Logits, layer_plan_of, layer_plans_of, observed
 
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # a layer's output, as models name it
 KEYS = 48  # key tokens a prompt
@@ -162,7 +162,9 @@ def _make_observer(
                     raise _explain_no_gradient(model)
                 with torch.no_grad():
                     at = keys.to(grad.device)
-                    found[module.layer_idx] = measure(_look(module, *held, grad, logits, at))
+                    found[layer_plan_of(module).index] = measure(
+                        _look(module, *held, grad, logits, at)
+                    )
                 held.clear()  # autograd keeps this hook until it is through with the layer
 
             out.register_hook(visit)
@@ -177,7 +179,7 @@ def _look(module, q, k, v, out, grad, logits, keys) -> Seen:
     proj = find_projection(module, out, latents)
     if latents is not None:
         q, (k, v), (out, grad) = latents.absorb(q), latents.kept, absorb_out(latents, out, grad)
-    return Seen(q, k, v, out, grad, logits, keys, module.layer_idx, proj)
+    return Seen(q, k, v, out, grad, logits, keys, layer_plan_of(module).index, proj)
 
 
 def check_gradients(model: PreTrainedModel) -> None:
@@ -264,16 +266,11 @@ def checkpoint_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _find_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder's layers: what holds attention, and what lies beside that in lists of layers."""
-    modules = list(text_decoder(model).modules())
-    attending = dict.fromkeys(
-        module
-        for module in modules
-        if any(layer_plan_of(child) is not None for child in module.children())
-    )
-    lists = [each for each in modules if isinstance(each, torch.nn.ModuleList)]
-    beside = [layer for each in lists if not attending.keys().isdisjoint(each) for layer in each]
-    return list(attending | dict.fromkeys(beside))
+    """The decoder's layers: all in a list of which some hold attention, the outermost such list."""
+    modules = text_decoder(model).modules()
+    lists = [m for m in modules if isinstance(m, torch.nn.ModuleList) and layer_plans_of(m)]
+    inside = {each for layers in lists for layer in layers for each in layer.modules()}
+    return [layer for layers in lists if layers not in inside for layer in layers]
 
 
 def _begin(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class CacheLayer(CacheLayerMixin):
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
-        self.stored = 0  # of these, how many the attention function has put away
+        self.stored = 0  # of these, how many came in calls that ran to their end
         self.rows: list[int] = []  # tokens in each row
         self.device: torch.device | None = None
         self.is_initialized = False
@@ -132,7 +132,7 @@ class CacheLayer(CacheLayerMixin):
             )
         self.seen += key_states.shape[-2]
         call.layer, call.given = self, (key_states, value_states)
-        call.updates += 1
+        call.updated.append(self)
         return key_states, value_states
 
     def get_seq_length(self, *args) -> int:
