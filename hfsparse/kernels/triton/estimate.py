@@ -63,11 +63,12 @@ def lists(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists
 
 def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a pattern's blocks; None: they can."""
-    if need.chooser not in FUSED:
+    kind = type(need.chooser)
+    if kind not in FUSED:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
+    if kind in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
         need.device, need.dtype, need.head_dim
     ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"
