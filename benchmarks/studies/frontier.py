@@ -39,7 +39,7 @@ from transformers import DynamicCache
 import hfsparse
 from benchmarks.common.journal import Journal
 from benchmarks.common.journal import read as read_journal
-from benchmarks.studies.methods.trials import PLAYED
+from benchmarks.common.puzzles import PLAYED
 from hfsparse.interval import interval
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.loading import device_name, load

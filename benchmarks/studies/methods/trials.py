@@ -17,16 +17,15 @@ from random import Random
 import torch
 
 import hfsparse
+from benchmarks.common.puzzles import PLAYED
 from hfsparse.models.names import text_decoder
 from hfsparse.plan import Plan
 from hfsparse.profiler.prompts.calibration import encode, fill
-from hfsparse.profiler.prompts.puzzles import OTHERS, PUZZLES, Ask, Puzzle
 from hfsparse.profiler.verify import trials
 from hfsparse.profiler.verify.trials import Trial
 from hfsparse_eval.run.prompter import Prompter, Sample
 from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS, of_suite
-from hfsparse_eval.tasks.haystack import KEYS, key
 
 MIN_SCORE = 0.7  # a task counts if the dense model says so large a share of its values
 TURNS, WINDOW, SEED = 5, 512, 7
@@ -42,30 +41,6 @@ class Kind:
     dense: str = ""  # another kind of the same texts: what the dense model answered there counts
 
 
-def needles(rng: Random, facts: int) -> Puzzle:
-    """RULER's needles, several of them asked for one after another."""
-    keys = [key(n) for n in rng.sample(KEYS, facts)]
-    values = [str(n) for n in rng.sample(range(10**6, 10**7), facts)]
-    rows = list(zip(keys, values, strict=True))
-    said = "special magic number for {} mentioned in the provided text"
-    return Puzzle(
-        task="Some special magic numbers are hidden within the following text.",
-        facts=tuple(f"One of the special magic numbers for {k} is: {v}." for k, v in rows),
-        question="",
-        answer="",
-        asks=tuple(
-            Ask(f"What is the {said.format(k)}?", f" The {said.format(k)} is", f" {v}")
-            for k, v in rows
-        ),
-    )
-
-
-PLAYED = {
-    **OTHERS,
-    ("needles", "prose"): needles,
-    ("needles", "code"): needles,
-    **PUZZLES,
-}
 SEEN = tuple(n for n, task in of_suite("ruler").items() if task.ruler and n not in NEVER)
 TALKS = tuple(f"{kind}-{ground}" for kind, ground in PLAYED)
 KINDS = (
