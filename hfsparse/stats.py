@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 FIGURES = ("pair_density", "block_density", "cache_share", "decode_share")
+AGNOSTIC = "before later questions were asked: those can't get back what is gone"
 FREE = "of the layers without a window of their own"  # those that a plan may change
 
 
@@ -41,6 +42,7 @@ class LayerStats:
     cut: Sequence[int] = ()  # per q head: query blocks that a pattern's max_share cut short
     tiles: Work = Work()  # per q head: tiles of prompts skipped, of those that lists kept
     window: int | None = None  # the model's own sliding window, in tokens
+    evicting: int = 0  # kv heads that keep what an eviction chose
     state_bytes: int = 0  # of a linear layer's state, which no plan changes: in no share
 
     @property
@@ -131,6 +133,8 @@ class Stats:
             f"{self._densities}, cache {held / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
+        if evicting := sum(layer.evicting for layer in self.layers):
+            head += f", {evicting} kv heads keep what was attended to {AGNOSTIC}"
         if self.state_bytes:
             head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):

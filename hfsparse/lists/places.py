@@ -25,6 +25,7 @@ COLUMNS = (
     "chunked",  # or, where this is set, those from the newest multiple of `recent` on;
     "below",  # in rows of fewer tokens all that is held
     "listed",  # which head of the page lists it is; -1: none, its pages are read in order
+    "dropped",  # where the device has what each row lacks, [B] int64; 0: no row lacks any
 )
 EXTREMES = {"low", "high"}  # the index that kernels write: each page's minima and maxima
 WIDTH = 16  # cells of a head
@@ -46,6 +47,9 @@ class Place(NamedTuple):
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
     follow: Callable[[Tensor], None] | None = None
     append: Callable[..., None] | None = None  # (k, v, lengths): stores new tokens in PyTorch
+    # [B] int64: how many keys each row has lost. It reads as a row that is so much shorter, whose
+    # keys lie one after another.
+    dropped: Tensor | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -83,6 +87,10 @@ class Places(NamedTuple):
         return any(part.low is not None for part in self.parts)
 
     @property
+    def drops(self) -> bool:
+        return any(part.dropped is not None for part in self.parts)
+
+    @property
     def long(self) -> int:
         """Heads that may read many pages: those without a ring, if there are any."""
         full = sum(len(part.heads) for part in self.parts if not part.size)
@@ -101,7 +109,10 @@ class Table:
         self.at = HeadIndex() if at is None else at
 
     def places(self, parts: Sequence[Place]) -> Places:
-        now = [(*part[:1], *part[3:7], *map(_spot, part.buffers)) for part in parts]
+        now = [
+            (*part[:1], *part[3:7], _address(part.dropped), *map(_spot, part.buffers))
+            for part in parts
+        ]
         if now != self.written:
             self._write(parts)
             self.written = now
@@ -123,7 +134,7 @@ class Table:
             held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
-                line = (*at, *held, listed if part.listed else -1)
+                line = (*at, *held, listed if part.listed else -1, _address(part.dropped))
                 listed += part.listed
                 rows[head][: len(line)] = line
         self.unit = gcd(16, *(n for row in rows for n in row[:4]))
@@ -137,6 +148,10 @@ class Table:
 
 def _spot(t: Tensor) -> tuple[int, torch.Size]:
     return t.data_ptr(), t.shape
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _dense(t: Tensor) -> bool:

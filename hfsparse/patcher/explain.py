@@ -9,6 +9,7 @@ from itertools import groupby
 
 from transformers import PreTrainedModel
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.models.layers import layer_shapes
@@ -17,6 +18,7 @@ from hfsparse.patcher.state import State, state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
 from hfsparse.runtime import call
+from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.layer_plan import LayerPlan
 
 
@@ -52,7 +54,7 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"new tokens: stored by {_describe(tables.append, step)}")
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(state, tables, need, step)
-    why = why_in_one_call(model.config)
+    why = why_in_one_call(model.config, plan)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
@@ -98,6 +100,8 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         if pattern.kind in PATTERNS:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
+        elif pattern.kind in EVICTIONS:
+            yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
         elif hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=type(pattern)))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
@@ -120,14 +124,11 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         reads = {
             "selected": pick(decode, step._replace(lists=True)).name,
             "ring": pick(decode, step._replace(bands=True)).name,
+            "kept": pick(decode, step).name,
             "full": pick(decode, step).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
-        kinds = Counter(
-            "selected" if g.selector or g.reuses else "full" if g.band == FULL else "ring"
-            for g in layer.groups
-            for _ in g.heads
-        )
+        kinds = Counter(_kind(g) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
         tokens = [(n, kind, reads[kind]) for kind, n in kinds.items()]
         parts = (
@@ -142,6 +143,15 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         span = ", ".join(map(str, found))  # layers without attention lie between
         span = f"{first} to {last}" if found == [*range(first, last + 1)] and found[1:] else span
         yield f"layer{'s' if found[1:] else ''} {span}: {words}"
+
+
+def _kind(group: Group) -> str:
+    """How steps read a group's keys, in a word."""
+    if group.eviction is not None:
+        return "kept"
+    if group.chosen:
+        return "selected"
+    return "full" if group.band == FULL else "ring"
 
 
 def _weights_name(model: PreTrainedModel) -> str:

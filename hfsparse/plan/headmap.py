@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 
 from rich.text import Text
 
-from hfsparse.plan.colours import FULL, RING, hue_of
+from hfsparse.plan.colours import FULL, KEPT, RING, hue_of
 from hfsparse.plan.parts import describe
 from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
@@ -21,7 +21,8 @@ from hfsparse.stats import FREE
 __all__ = ["legend", "png", "text", "write_png"]
 
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
-GREYS = "bright_black", "white"  # of full and ring in the terminal
+GREYS = "bright_black", "white"  # of full, and of ring and kept, in the terminal
+DROPPED = {RING: "o", KEPT: "+"}  # marks of what steps read where the cache drops keys
 
 
 def text(plan: Plan) -> Text:
@@ -58,18 +59,17 @@ def legend(plan: Plan) -> Text:
 
 
 def _marks(plan: Plan) -> dict[str, str]:
-    """A mark a word: `#` full, `o` ring, else the first free letter of the pattern's name."""
-    marks = {FULL: "#"}
+    """A mark a word: `#` full, `o` ring, `+` kept, else the first free letter of its name."""
+    marks, taken = {FULL: "#"}, ["O", *DROPPED.values()]
     for word in plan.patterns:
         choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
-        marks[word] = next(c for c in choices if c not in ("o", "O", *marks.values()) or c == "?")
-    if any(RING in layer.decode for layer in plan.layers):
-        marks[RING] = "o"
-    return marks
+        marks[word] = next(c for c in choices if c not in (*taken, *marks.values()) or c == "?")
+    read = {word for layer in plan.layers for word in layer.decode}
+    return marks | {word: mark for word, mark in DROPPED.items() if word in read}
 
 
-def _colour(plan: Plan, word: str, full: str, ring: str) -> str:
-    fixed = {FULL: full, RING: ring}
+def _colour(plan: Plan, word: str, full: str, dropped: str) -> str:
+    fixed = {FULL: full, **dict.fromkeys(DROPPED, dropped)}
     return fixed.get(word) or hue_of(plan.patterns[word].kind)
 
 
@@ -118,10 +118,14 @@ def _table(plan: Plan, parts: list[str], marks: dict[str, str], styles: dict[str
 
 
 def _meaning(plan: Plan, word: str) -> str:
-    """What a word stands for: every key, a ring's, or its pattern's kind and parameters."""
+    """What a word stands for: every key, those that are held, or its kind and parameters."""
     if word in plan.patterns:
         return f"{plan.patterns[word].kind}: {describe(plan.patterns[word])}"
-    return {FULL: "every key", RING: "the keys its ring cache holds"}[word]
+    return {
+        FULL: "every key",
+        RING: "the keys its ring cache holds",
+        KEPT: "the keys its cache kept",
+    }[word]
 
 
 def _share(plan: Plan, part: str, word: str) -> str:

@@ -40,6 +40,7 @@ from hfsparse.kernels.triton.limits import (
     add_logits,
     load_rows,
     look_up,
+    lost_by,
     shared_memory,
 )
 from hfsparse.kernels.triton.limits import LISTED as LISTED_AT
@@ -133,6 +134,7 @@ def decode(
         UNIT=places.unit,
         LISTED=pages is not None,
         RINGS=places.rings,
+        DROPS=places.drops,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
@@ -207,7 +209,8 @@ def _decode(
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
     LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, LISTED: tl.constexpr,
-    RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    RINGS: tl.constexpr, DROPS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Rows: q head of the group * Q + new token. Pages: this program's share of those of its head.
     # Of latents the first DV dims of a key are read as its value, and only the others as a key.
@@ -217,6 +220,10 @@ def _decode(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
     length = tl.load(LENGTH + b).to(tl.int32)
+    lost = 0
+    if DROPS:
+        lost = lost_by(TABLE, kv, b)
+        length -= lost
     live = tl.minimum(length, look_up(TABLE, kv, SLOTS).to(tl.int32))  # slots that hold a key
     whole = length < look_up(TABLE, kv, BELOW)
     count = tl.cdiv(live, PAGE)
@@ -235,6 +242,8 @@ def _decode(
 
     group = rows // Q
     at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
+    if DROPS:
+        at = tl.where(at < 0, at, at - lost)
     queries = Q_ + b * q_b + (kv * group + row // Q) * q_h + (row % Q) * q_s
     d = tl.arange(0, DP)
     inside = alive[:, None] & (d < D - FROM)[None, :]

@@ -34,6 +34,7 @@ WIDTH = tl.constexpr(places.WIDTH)
     CHUNKED,
     BELOW,
     LISTED,
+    DROPPED,
 ) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 
 
@@ -110,6 +111,13 @@ def add_logits(
     else:
         acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
     return acc, total, top, lost
+
+
+@triton.jit
+def lost_by(TABLE, head, b):
+    """How many keys row b of a head lacks."""
+    at = look_up(TABLE, head, DROPPED)
+    return tl.load(at.to(tl.pointer_type(tl.int64)) + b, mask=at != 0, other=0).to(tl.int32)
 
 
 @triton.jit
