@@ -44,7 +44,7 @@ class Evicting(Full):
             self.score = k.new_empty(*self.k.shape[:3], dtype=torch.float32)
 
     def tensors(self) -> list[Tensor]:
-        return [*self._parts(), self.gone]
+        return [*self._parts(), *(() if self.gone is None else (self.gone,))]
 
     @property
     def lacks(self) -> int:
