@@ -136,7 +136,8 @@ def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Wor
     own.steps[tokens, 1] = 1
     for store in () if layer is None else layer.stores:
         if store.group.eviction is not None:
-            own.counts.read_by(store.group.heads, torch.device("cpu"))[:] = tokens - store.lacks
+            read = tokens - max(store.lacks - 1, 0)  # what evicts last has seen no step yet
+            own.counts.read_by(store.group.heads, torch.device("cpu"))[:] = read
     held = NOTHING if layer is None else layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
     return LayerStats(

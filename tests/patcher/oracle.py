@@ -47,8 +47,10 @@ class Truth:
         self.causal = defaultdict(int)  # (layer, q head) → pairs of dense attention
         self.reads = defaultdict(int)  # (layer, kv head) → keys read by each step's newest query
         self.total = defaultdict(int)  # (layer, kv head) → keys it could see
-        # (layer, row, kv head) → which keys an eviction left, and what they are worth
+        # (layer, row, kv head) → which keys an eviction left, and what they are worth; and which
+        # there were for the last call, new ones included
         self.left: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.read: dict[tuple, torch.Tensor] = {}
 
 
 @contextmanager
@@ -134,16 +136,20 @@ def _attend(
         if hasattr(module, "expand_kv"):
             latents = _as_latents(module, q, k, v)
         asked = sliding_window, chunk, past, decode, latents
-        evicting = _evicting(truth.plan, layer, len(k))
-        left = {
-            head: _held(truth, (layer, b, head), *q.shape[1:2], k.shape[1]) for head in evicting
-        }
+        evicting = _evicting(truth.plan, layer, len(k) if latents is None else 1)
+        producer = layer_shapes(module.config)[layer].producer
+        if producer is None:
+            for head in evicting:
+                _hold(truth, (layer, b, head), q.shape[1], k.shape[1])
+        held_by = layer if producer is None else producer
+        left = {head: truth.read[held_by, b, head] for head in evicting}
         kept = _mask(truth, layer, q, k, scaling, *asked, left)
         for head, eviction in evicting.items():
-            if not decode or eviction.kind == "h2o":
-                where = slice(head * Hq // len(k), (head + 1) * Hq // len(k))
+            if producer is None and (not decode or eviction.kind == "h2o"):
+                own_q, own_k = (q, k) if latents is None else latents
+                where = slice(head * Hq // len(own_k), (head + 1) * Hq // len(own_k))
                 bare = s_aux if s_aux is None else s_aux[where]
-                shown = q[where], k[head], scaling, softcap, bare
+                shown = own_q[where], own_k[head], scaling, softcap, bare
                 _evict(truth, eviction, (layer, b, head), *shown)
         if blocks is not None:  # tokens that see later ones see all that the model lets them
             own = blocks[b, pads:, start:]
@@ -191,14 +197,14 @@ def _evicting(plan, layer, kv_heads) -> dict:
     return {head: each for head, each in kept.items() if each and each.kind in EVICTIONS}
 
 
-def _held(truth, where, n, total) -> torch.Tensor:
-    """bool [total]: which keys of a row a head still has, the n new ones among them."""
+def _hold(truth, where, n, total) -> None:
+    """A head has the n new keys of a row, too, which then has `total`."""
     if n == total:
         truth.left[where] = torch.zeros(0).bool(), torch.zeros(0).double()
     held, worth = truth.left[where]
     held, worth = held[: total - n], worth[: total - n]  # fewer after a crop
     truth.left[where] = torch.cat([held, torch.ones(n).bool()]), torch.cat([worth, torch.zeros(n)])
-    return truth.left[where][0]
+    truth.read[where] = truth.left[where][0]
 
 
 def _evict(truth, eviction, where, q, k, scale, softcap, s_aux) -> None:

@@ -188,7 +188,8 @@ class Evicting(Full):
         device, made = k.device, [k] if self.group.rank else [k, v]
         held, past = (on_device(t, device) for t in (inner.rows, inner.past))
         watched = on_device([min(n, q.shape[2]) for n in inner.new], device)
-        score = self.eviction.scores(q, k, Grid(watched, held, q.shape[2], k.shape[2]), **logits)
+        grid = Grid(watched, held, q.shape[2], k.shape[2])
+        score = self.eviction.scores(q.detach(), k.detach(), grid, **logits)
         if self.score is not None:
             n = min(k.shape[2], self.capacity)
             before = torch.arange(n, device=device) < past[:, None, None]

@@ -199,8 +199,15 @@ class CacheLayer(CacheLayerMixin):
         self._forget_choices()
 
     def keep(self, tokens: int) -> None:
-        """From now on at least so many of the newest tokens can be taken back."""
+        """From now on at least so many of the newest tokens can be taken back; CacheError where
+        none can: drafts would choose what is kept."""
         for store in self.stores:
+            if store.group.eviction is not None:
+                raise CacheError(
+                    f"drafts are taken back, and what {store.group.eviction.kind} evicted when it "
+                    "saw them can't be: generate without an assistant and without prompt lookup, "
+                    "or use a plan whose cache is full"
+                )
             if isinstance(store, Ring):
                 store.slack = max(store.slack, tokens)
 
