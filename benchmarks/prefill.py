@@ -47,6 +47,9 @@ from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
 H, HKV, D = 32, 8, 128
@@ -60,6 +63,9 @@ PATTERNS = (
     VerticalSlash(columns=1000, diagonals=200),
     BlockTopK(share=0.1, min_blocks=16),
     Antidiagonal(tau=0.9, max_share=0.5),
+    Energy(),
+    Sparge(),
+    FlexPrefill(),
 )
 TESTS = ("tests/gpu/test_prefill.py", "tests/gpu/test_estimate.py")
 TOLERANCE = 6e-3  # relative, of bfloat16
@@ -460,7 +466,7 @@ def first_calls(table: Table, L: int) -> None:
     grid, kv = Grid.causal(1, odd, 128, DEVICE), KV.to(DEVICE)
     jitted = [
         f
-        for module in (triton_prefill, triton_estimate, triton_estimate.triton_select)
+        for module in (triton_prefill, *triton_estimate.PARTS)
         for f in vars(module).values()
         if isinstance(f, triton.runtime.JITFunction)
     ]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
+from typing import Any
 
 from hfsparse.errors import UsageError
 from hfsparse.precision import without_autocast
+
+LATER = "later"
 
 
 class Registry(dict[str, type]):
@@ -25,6 +29,14 @@ class Registry(dict[str, type]):
             return cls
 
         return add
+
+
+def later(default: Any) -> Any:
+    """A parameter that plans knew nothing of when its kind was new.
+
+    At its default it is not written, so that those plans keep their text and their hash.
+    """
+    return field(default=default, metadata={LATER: True})
 
 
 def require(ok: bool, message: str) -> None:

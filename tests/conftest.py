@@ -44,9 +44,11 @@ def _poisoned(monkeypatch):
     """Full rows of a cache hold NaN where nothing was stored, not what the memory held before."""
     cache = sys.modules.get("hfsparse.runtime.cache.buffers")
     if cache is not None:
-        made = cache.new_buffer
+        from tests.helpers import poison_of
+
+        made, nan = cache.new_buffer, float("nan")
         monkeypatch.setattr(
-            cache, "new_buffer", lambda t, *shape: made(t, *shape).fill_(float("nan"))
+            cache, "new_buffer", lambda t, *shape: made(t, *shape).fill_(poison_of(t.dtype, nan))
         )
 
 

@@ -145,3 +145,10 @@ def read_pairs(
                             part.fill_(-torch.inf)  # in `logits`
                             lost += 1
     return (logits > -torch.inf)[:, :, : grid.Sq, : grid.Sk], lost, seen
+
+
+def poison_of(dtype: torch.dtype, poison: float) -> float:
+    """The nearest to `poison` that a type of number has: the largest in the place of NaN."""
+    if dtype.is_floating_point:
+        return poison if poison != poison else min(poison, torch.finfo(dtype).max)
+    return int(min(poison, torch.iinfo(dtype).max)) if poison == poison else torch.iinfo(dtype).max

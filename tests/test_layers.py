@@ -2,12 +2,15 @@
 
 import ast
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
-GROUND = "errors version precision registry reading writing progress shares interval stats".split()
+GROUND = """
+errors version precision registry reading writing progress shares interval anytime stats
+""".split()
 ROOMS = [
     *GROUND,
     *(
@@ -29,8 +32,15 @@ KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
 SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
-# A kernel in two files.
-HALVES = {(f"{KERNELS}.triton.estimate", f"{KERNELS}.triton.select")}
+# Kernels in more than one file, each knowing those before it.
+PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"
+PARTS += " estimate_keys estimate"
+HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
+CHOOSE, SCORES, VOTES, *SCORED, MANY = (
+    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
+)
+HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
+HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 
 def _modules() -> dict[str, Path]:

@@ -24,6 +24,7 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ SEED, FEWEST = 11, 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
 CHUNK = 8192  # tokens of a prompt that are read together, so that a batch fits
-CALIBRATE = (4, 4096)  # prompts, and their tokens
+CALIBRATE = {4096: 2, 8192: 2, 24576: 2}  # tokens of prompts: how many
 
 # By arm: a kind, and its parameters beside the share.
 CHOOSERS = {
@@ -64,17 +65,19 @@ CHOOSERS = {
     "quest, pages by bounds over 16": ("quest", {"bound": 16}),
     "quest, units of 16": ("quest", {"unit": 16}),
     "quest, units of 8": ("quest", {"unit": 8}),
-    "lowrank 16, pages": ("lowrank", {"rank": 16, "unit": 64}),
-    "lowrank 16, units of 16": ("lowrank", {"rank": 16, "unit": 16}),
-    "lowrank 16, units of 8": ("lowrank", {"rank": 16, "unit": 8}),
-    "lowrank 16, tokens": ("lowrank", {"rank": 16, "unit": 1}),
-    "lowrank 16 in 4 bits, units of 16": ("lowrank", {"rank": 16, "unit": 16, "bits": 4}),
-    "lowrank 8, units of 16": ("lowrank", {"rank": 8, "unit": 16}),
-    "channels 16, units of 16": ("channels", {"channels": 16, "unit": 16}),
-    "channels 8, units of 16": ("channels", {"channels": 8, "unit": 16}),
+    "lowrank 32, pages": ("lowrank", {"unit": 64}),
+    "lowrank 32, units of 16": ("lowrank", {"unit": 16}),
+    "lowrank 32, units of 8": ("lowrank", {"unit": 8}),
+    "lowrank 32, tokens": ("lowrank", {"unit": 1}),
+    "lowrank 32, units of 16, 8 bits": ("lowrank", {"unit": 16, "bits": 8}),
+    "lowrank 16, units of 16, 8 bits": ("lowrank", {"rank": 16, "unit": 16, "bits": 8}),
+    "lowrank 32 by keys (Loki), units of 16": ("lowrank", {"unit": 16, "by": "keys"}),
+    "lowrank 32 by keys (Loki), tokens": ("lowrank", {"unit": 1, "by": "keys"}),
+    "channels 16, units of 16": ("channels", {"unit": 16}),
+    "channels 16, tokens": ("channels", {"unit": 1}),
     "landmarks": ("landmarks", {}),
     "lsh, units of 16": ("lsh", {"unit": 16}),
-    "centroids": ("centroids", {}),
+    "centroids, tokens": ("centroids", {}),
 }
 PATTERN_ARMS = {
     "streaming": [{"sink": 64, "recent": 64, "recent_per_token": s} for s in (0.05, 0.1, 0.2)],
@@ -82,7 +85,7 @@ PATTERN_ARMS = {
     "antidiagonal": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
     "vertical_slash": [{"columns": c, "diagonals": c // 4} for c in (256, 512, 1024)],
     "flexprefill": [{"gamma": g, "max_share": 1.0} for g in (0.7, 0.8, 0.9)],
-    "sparge": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
+    "sparge": [{"tau": t, "max_share": 1.0} for t in (0.7, 0.8, 0.9)],
     "energy": [{"alpha": a, "max_share": 1.0} for a in (0.3, 0.1, 0.03)],
     "sample": [{"alpha": a, "max_share": 1.0} for a in (0.8, 0.9, 0.95)],
     "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
@@ -149,7 +152,6 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
     needed = {w.data: w for w in words if hasattr(w, "calibrate")}
     if not needed:
         return {}
-    prompts, tokens = CALIBRATE
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
 
     def observe(module, q, k, v, logits) -> None:
@@ -160,7 +162,8 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
 
     layers = ModelId.of(model).layers
     with hfsparse.patch(model), observed(model, observe):
-        for prompt in make_prompts(tokenizer, tokens, prompts, SEED, None):
+        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in CALIBRATE.items())
+        for prompt in chain.from_iterable(made):
             text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     means = {
         name: {
@@ -226,7 +229,7 @@ def batches(tokenizer, given, length: int):
     """Name, prompts `[B, length]` and values, of texts and of prose."""
     for kind, make, count in (
         ("text", make_text, given.texts),
-        ("prose", make_prose, given.texts // 4),
+        ("prose", make_prose, given.texts // 8),
     ):
         for first in range(0, count, given.batch):
             at = range(first, min(first + given.batch, count))

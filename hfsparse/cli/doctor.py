@@ -22,8 +22,19 @@ PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4")
 TESTED = ("4.57.6", "5.0.0", "5.17.0", "5.24.0")  # of transformers
 SUPPORTED = "4.57", "6"  # from, and below
 VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-# Model types of the tests, which write this file; docs/support.md says what each can do.
-FAMILIES = tuple(resources.files("hfsparse.cli").joinpath("families.txt").read_text().split())
+
+
+def _types(name: str) -> tuple[str, ...]:
+    return tuple(resources.files("hfsparse.cli").joinpath(name).read_text().split())
+
+
+# Model types of the tests, which write these files: docs/support.md and docs/families.md.
+FAMILIES, ASKED = _types("families.txt"), _types("census.txt")
+TESTED_HOW = {
+    "every way": " (tested in every way of use: docs/support.md)",
+    "census": " (asked by the census of families: docs/families.md)",
+    "no": " (not a tested family)",
+}
 NEEDS = {  # what a kernel may be asked for: (block or page lists, softcap or sink logits)
     "whole rows": (False, False),
     "lists": (True, False),
@@ -120,7 +131,7 @@ def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
         words: need._replace(lists=lists, logits=logits) for words, (lists, logits) in NEEDS.items()
     }
     choosers = {**PATTERNS, **SELECTORS}
-    chosen = {kind: need._replace(chooser=chooser) for kind, chooser in choosers.items()}
+    chosen = {kind: need._replace(chooser=chooser()) for kind, chooser in choosers.items()}
     asked = {
         "prefill": attention,
         "decode": attention,
@@ -147,18 +158,20 @@ def verdict(name: str) -> dict[str, Any]:
         from hfsparse.plan import ModelId
 
         config = load_config(name)
-        found["type"], found["tested"] = config.model_type, config.model_type in FAMILIES
+        found["type"], found["tested"] = config.model_type, _tested(config.model_type)
         model = skeleton(config)
         with patch(model):
             shape = ModelId.of(model)
     except Exception as problem:  # whatever a config can do to transformers
         ours = isinstance(problem, Error)
         return {**found, "why_not": first_line(problem) if ours else _say(problem)}
-    found["shape"] = (
-        f"{shape.class_name}, {shape.layers} layers, {shape.q_heads} q heads and {shape.kv_heads} "
-        f"kv heads of {shape.head_dim}, {shape.fingerprint}"
-    )
+    found["shape"] = f"{shape.class_name}, {shape.sizes}, {shape.fingerprint}"
     return {**found, "supported": True}
+
+
+def _tested(model_type: str) -> str:
+    """A key of TESTED_HOW."""
+    return "every way" if model_type in FAMILIES else "census" if model_type in ASKED else "no"
 
 
 def text(found: dict[str, Any]) -> str:
@@ -195,8 +208,7 @@ def _devices(found: dict[str, Any]) -> list[str]:
 def _judged(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
-    tested = {None: "", True: " (a tested family)", False: " (not a tested family)"}
-    name = found["name"] + tested[found.get("tested")]
+    name = found["name"] + TESTED_HOW.get(found.get("tested"), "")
     if found["supported"]:
         return [f"{name}: can be patched", found["shape"]]
     return [f"{name}: can't be patched", found["why_not"]]

@@ -149,6 +149,7 @@ def check(
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
     from hfsparse.models.loading import skeleton
+    from hfsparse.models.window import context_window
     from hfsparse.patcher import patch
     from hfsparse.plan.sources import open_plan
 
@@ -159,8 +160,14 @@ def check(
     if length is None:
         return
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
-    peak = _print_memory(config, loaded, length, gpu, **more)
+    peak, longest = _print_memory(config, loaded, length, gpu, **more)
     _print_shares(config, loaded, length)
+    window = context_window(config)
+    if window is not None and window < max(length, longest):
+        typer.echo(
+            f"note: this model's window is {window:,} tokens: commands read no more without "
+            "--beyond-window"
+        )
     if room is not None and peak > room:
         raise UsageError(
             f"this plan needs {peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
@@ -168,10 +175,16 @@ def check(
         )
 
 
-def _print_memory(config, plan, length: int, gpu: str | None, batch: int, **more) -> int:
-    """Print the memory of dense and of the plan, and what fits in `gpu`; the plan's peak, bytes."""
+def _print_memory(
+    config, plan, length: int, gpu: str | None, batch: int, **more
+) -> tuple[int, int]:
+    """Print the memory of dense and of the plan, and how many tokens fit in `gpu`.
+
+    Returns the plan's peak in bytes, and the tokens that fit; 0 without `gpu`.
+    """
     from hfsparse.patcher import memory
 
+    most = 0
     for name, arm in (("dense", None), ("plan", plan)):
         need = memory.predict(config, arm, length, batch=batch, **more)
         parts = {"weights": need.weights, "KV cache": need.cache, "work": need.work}
@@ -185,7 +198,7 @@ def _print_memory(config, plan, length: int, gpu: str | None, batch: int, **more
             most = memory.longest(config, arm, _bytes(gpu), batch=batch, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
         typer.echo(line)
-    return need.peak
+    return need.peak, most
 
 
 def _print_shares(config, plan, length: int) -> None:

@@ -114,7 +114,7 @@ def profile(
     plan = profiler.profile(loaded, tokenizer, **keywords)
     print_styled(headmap.legend(plan))
     if plan.expected:
-        typer.echo(f"\n{describe_budgets(plan, checked)}")
+        typer.echo(f"\n{describe_budgets(plan, checked, loaded)}")
     written = shlex.quote(str(output))
     drawn = "" if checked.curves is None else f" and {checked.curves}"
     typer.echo(f"\nwrote {output}{drawn}. Look at it, then run it:")

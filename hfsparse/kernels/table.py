@@ -65,8 +65,8 @@ def no_triton(need: Need) -> str | None:
     return None
 
 
-def _triton(module: str) -> Callable[[Need], str | None]:
-    return lambda need: no_triton(need) or _module(f"triton.{module}").why_not(need)
+def _triton(module: str, check: str = "why_not") -> Callable[[Need], str | None]:
+    return lambda need: no_triton(need) or getattr(_module(f"triton.{module}"), check)(need)
 
 
 def _always(need: Need) -> None:
@@ -123,8 +123,11 @@ def _triton_decode(
 
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
+    labels = _module("triton.labels")
     for part in into.parts:
-        if part.follow is not None:
+        if isinstance(part.selector, labels.LABELLED):
+            labels.follow(part, k, into.at.tensor(part.heads, k.device), new.query_pos)
+        elif part.follow is not None:
             part.follow(new.query_pos)
 
 
@@ -146,7 +149,12 @@ ESTIMATE = (
     Kernel("PyTorch", plain.estimate, _always),
 )
 SELECT = (
-    Kernel("Triton", _lazily("triton.quest", "pages"), _triton("quest")),
+    Kernel("Triton", _lazily("triton.choose", "pages"), _triton("choose")),
+    Kernel(
+        "PyTorch (scores) and Triton",
+        _lazily("triton.choose", "pages"),
+        _triton("choose", "why_not_scored"),
+    ),
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (

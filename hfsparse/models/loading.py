@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from hfsparse.errors import UsageError, first_line
+from hfsparse.models.classes import class_of, is_half
 from hfsparse.reading import local
 
 if TYPE_CHECKING:
@@ -42,11 +43,24 @@ def load(
     )
     loaded = {}
     for what, loader, extra in parts:
+        if loader is AutoModelForCausalLM:
+            _note_half(loaded["the configuration"])
         try:
             loaded[what] = loader.from_pretrained(place, local_files_only=here, **extra)
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
             raise not_loaded(what, model, here, problem) from problem
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def _note_half(config: PretrainedConfig) -> None:
+    """Say that a model's text half is loaded, before transformers reports the other's weights."""
+    kind = class_of(config)
+    if kind is not None and is_half(kind, config):
+        print(
+            f"note: the text half of this model is loaded, {kind.__name__}: transformers may "
+            "report the weights of the other half as unexpected, or not used",
+            file=sys.stderr,
+        )
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -91,11 +105,16 @@ def leave_busy_cores() -> None:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config, without weights: on torch's meta device; UsageError if not built."""
+    """The model of a config, without weights: on torch's meta device; UsageError if not built.
+
+    It is of the class that `load` gives.
+    """
     import torch
     import transformers
 
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    named = class_of(config)
+    if named is not None and is_half(named, config):
+        config = config.get_text_config(decoder=True)
     said = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

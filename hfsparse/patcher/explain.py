@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import groupby
 
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
+from hfsparse.plan.words import series
 from hfsparse.runtime import call
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.layer_plan import LayerPlan
@@ -32,9 +34,8 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     need, step = _needs(model)
     listed = need._replace(lists=True)
-    lines.append(
-        f"below {state.layers[0].below} tokens in the row a head is computed or kept in full"
-    )
+    below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
+    lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
     skip = plan.skip is not None
     prefill, decode = tables.prefill, tables.decode
     patterned = listed._replace(skip=skip)
@@ -67,7 +68,7 @@ def explain(model: PreTrainedModel) -> str:
             "heads that choose by content read all of it"
         )
     if read := {each.index: each.producer.index for each in state.layers if each.producer}:
-        readers, producers = (_listed(found) for found in (read, dict.fromkeys(read.values())))
+        readers, producers = (series(found) for found in (read, dict.fromkeys(read.values())))
         lines.append(f"layers {readers} read the keys of layers {producers}, and keep none")
     return "\n".join(lines)
 
@@ -80,30 +81,26 @@ def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
     return Need(*where, *shape.read), Need(*where, *held, latents=shape.rank > 0)
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:
     """The kernel that serves a need, and why those before it in the table can't."""
     chosen = pick(table, need)
-    better = table[: table.index(chosen)]
-    why = [f" (not {kernel.name}: {kernel.why_not(need)})" for kernel in better]
-    return chosen.name + "".join(why)
+    better: dict[str | None, str] = {}  # by reason: what holds for several is said of the first
+    for kernel in table[: table.index(chosen)]:
+        better.setdefault(kernel.why_not(need), kernel.name)
+    return chosen.name + "".join(f" (not {name}: {why})" for why, name in better.items())
 
 
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each of the plan's patterns: who chooses what heads of it read."""
     for name, pattern in plan.patterns.items():
-        asked = need._replace(chooser=type(pattern))
+        asked = need._replace(chooser=pattern)
         if pattern.kind in PATTERNS:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif pattern.kind in EVICTIONS:
             yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
         elif hasattr(pattern, "pages"):
-            by = _describe(tables.select, step._replace(chooser=type(pattern)))
+            by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
         else:
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"
@@ -123,12 +120,14 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, step._replace(lists=True)).name,
-            "ring": pick(decode, step._replace(bands=True)).name,
+            "ring": (bands := pick(decode, step._replace(bands=True)).name),
+            "windowed": bands,
             "kept": pick(decode, step).name,
             "full": pick(decode, step).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
-        kinds = Counter(_kind(g) for g in layer.groups for _ in g.heads)
+        dropping = "ring" if layer.window is None else "windowed"
+        kinds = Counter(_kind(g, dropping) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
         tokens = [(n, kind, reads[kind]) for kind, n in kinds.items()]
         parts = (
@@ -145,13 +144,13 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         yield f"layer{'s' if found[1:] else ''} {span}: {words}"
 
 
-def _kind(group: Group) -> str:
-    """How steps read a group's keys, in a word."""
+def _kind(group: Group, ring: str) -> str:
+    """How steps read a group's keys, in a word; `ring` where that is a band."""
     if group.eviction is not None:
         return "kept"
     if group.chosen:
         return "selected"
-    return "full" if group.band == FULL else "ring"
+    return "full" if group.band == FULL else ring
 
 
 def _weights_name(model: PreTrainedModel) -> str:

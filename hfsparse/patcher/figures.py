@@ -70,8 +70,8 @@ def one_head(
     """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
 
     pattern: a streaming one, for a ring; an eviction, for what it keeps; a selector, for chosen
-    pages; None, for a full head. Of a
-    selector that reads a table it is the first head of the first layer, of `head_dim`.
+    pages; None, for a full head. Of a selector that reads a table it is the first head of the first
+    layer, of `head_dim`. Keys and values take two bytes a number.
     """
     decode = "full" if pattern is None else "it"
     words = Layer(("full",), ("full",), (decode,))
@@ -82,7 +82,7 @@ def one_head(
     this = ModelId("one", 1, 1, 1, head_dim, "head")
     plan = Plan(this, {"it": pattern}, (words,), data=data or {})
     shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
-    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens)])
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, itemsize=2)])
     return stats.cache_share, stats.decode_share
 
 

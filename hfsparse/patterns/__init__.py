@@ -5,8 +5,20 @@ A pattern is a frozen dataclass of its parameters with one method,
 To add one: write its file, import it here, add its row to `tests/patterns/matrix.py`.
 """
 
-from hfsparse.patterns import antidiagonal, block_topk, streaming, vertical_slash
+from hfsparse.patterns import (
+    antidiagonal,
+    block_topk,
+    energy,
+    flexprefill,
+    hip,
+    sample,
+    sparge,
+    streaming,
+    strided,
+    vertical_slash,
+)
 from hfsparse.patterns.pattern import OWN, PATTERNS, Pattern, register
 
 __all__ = ["OWN", "PATTERNS", "Pattern", "register"]
-__all__ += ["antidiagonal", "block_topk", "streaming", "vertical_slash"]
+__all__ += ["antidiagonal", "block_topk", "energy", "flexprefill", "hip", "sample"]
+__all__ += ["sparge", "streaming", "strided", "vertical_slash"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.patterns.blocks import visible
 from hfsparse.patterns.pattern import OWN, register
 from hfsparse.precision import exact
 from hfsparse.registry import require
@@ -44,20 +45,17 @@ class Antidiagonal:
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         mass = scores(q, k, grid, scale)
-        seen, _ = grid.reach()
-        newest = (grid.first + grid.live - 1)[:, None]
-        forced = seen & (newest >= grid.q_first[..., None])  # its own queries
-        forced[..., 0] |= seen[..., 0]
+        seen, forced = visible(grid)
         score = mass.masked_fill(forced[:, None], torch.inf).masked_fill(~seen[:, None], -1)
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
         ranked = counted(mass.gather(3, order))
         before = ranked.cumsum(-1) - ranked  # mass of the blocks that come first
         rank = torch.arange(grid.nk, device=q.device)
-        visible, own = seen.sum(-1)[:, None, :, None], forced.sum(-1)[:, None, :, None]
+        blocks, own = (m.sum(-1)[:, None, :, None] for m in (seen, forced))
         enough = before >= share_of(ranked.sum(-1, keepdim=True), *ratio(self.tau))
         enough &= self.tau < 1  # at 1 rounding must not decide
-        wanted = (rank < visible) & (~enough | (rank < own))
-        most = torch.maximum(share_of(visible, *ratio(self.max_share)), own)
+        wanted = (rank < blocks) & (~enough | (rank < own))
+        most = torch.maximum(share_of(blocks, *ratio(self.max_share)), own)
         keep = torch.zeros_like(wanted).scatter_(3, order, wanted & (rank < most))
         cut = (wanted & (rank >= most)).any(-1).sum(-1)
         return replace(BlockLists.of(grid, q.shape[1], keep), cut=cut)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.patterns.blocks import means, products, visible
 from hfsparse.patterns.pattern import OWN, register
-from hfsparse.precision import exact
 from hfsparse.registry import require
 from hfsparse.shares import ratio, share_of
 
@@ -37,14 +37,10 @@ class BlockTopK:
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""
         score = scores(q, k, grid)
-        seen, _ = grid.reach()
-        newest = (grid.first + grid.live - 1)[:, None]
-        forced = seen & (newest >= grid.q_first[..., None])  # its own queries
-        forced[..., 0] |= seen[..., 0]
+        seen, forced = visible(grid)
         score = score.masked_fill(forced[:, None], torch.inf)
         score = score.masked_fill(~seen[:, None], -torch.inf)
-        visible = seen.sum(-1)[:, None]
-        budget = share_of(visible, *ratio(self.share)).clamp(min=self.min_blocks)
+        budget = share_of(seen.sum(-1)[:, None], *ratio(self.share)).clamp(min=self.min_blocks)
         width = min(grid.nk, self.width(grid.nk))
         best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :width]
         rank = torch.arange(width, device=q.device)
@@ -56,17 +52,5 @@ class BlockTopK:
 
 def scores(q: Tensor, k: Tensor, grid: Grid) -> Tensor:
     """Dot products of mean queries and mean keys by block, `[B, H, nq, nk]`; pads left out."""
-    B, H = q.shape[:2]
-    queries = _block_means(q, grid.q_rows, grid.block).view(B, k.shape[1], -1, grid.nq, q.shape[-1])
-    keys = _block_means(k, grid.live, grid.block)
-    products = torch.einsum("bkgqd,bknd->bkgqn", exact(queries), exact(keys))
-    return products.reshape(B, H, grid.nq, grid.nk).float()
-
-
-def _block_means(x: Tensor, live: Tensor, block: int) -> Tensor:
-    """Mean over the live tokens of each block: x `[B, H, S, D]`, live `[B, n]` → `[B, H, n, D]`."""
-    B, H, S, D = x.shape
-    x = torch.nn.functional.pad(x.float(), (0, 0, 0, live.shape[1] * block - S))
-    real = torch.arange(block, device=x.device) < live[..., None]  # [B, n, block]
-    x = x.view(B, H, -1, block, D).masked_fill(~real[:, None, ..., None], 0)
-    return x.sum(3) / live.clamp(min=1)[:, None, :, None]
+    queries = means(q, grid.q_rows, grid.block)
+    return products(queries, means(k, grid.live, grid.block))

@@ -22,7 +22,11 @@ register = PATTERNS.register
 
 
 class Pattern(Protocol):
-    """What the patcher and the profiler ask of a pattern."""
+    """What the patcher and the profiler ask of a pattern.
+
+    One whose blocks positions alone choose may say so by `placed(grid, heads) -> BlockLists`: the
+    layers of a call then share its lists.
+    """
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`: post-RoPE, row-relative."""

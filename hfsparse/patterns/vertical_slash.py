@@ -38,19 +38,19 @@ class VerticalSlash:
         ends = grid.k_len[:, None, None]
         columns = _best(by_column, FORCED_COLUMNS, self.columns, ends)
         diagonals = _best(by_diagonal, FORCED_DIAGONALS, self.diagonals, ends)
-        return BlockLists.of(grid, q.shape[1], _slashes(diagonals, grid), columns=columns)
+        return BlockLists.of(grid, q.shape[1], slashes(diagonals, grid), columns=columns)
 
 
-def scores(q: Tensor, k: Tensor, grid: Grid, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of each row's last queries, summed by key and by distance: two `[B, H, Sk]`."""
+def scores(
+    q: Tensor, k: Tensor, grid: Grid, scale: float, count: int = PROBES
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row's last `count` queries, by key and by distance: two `[B, H, Sk]`."""
     B, H, _, D = q.shape
-    probes = (grid.q_len[:, None] - PROBES + torch.arange(PROBES, device=q.device)).clamp(min=-1)
-    at = (
-        grid.offset[:, None] + probes
-    )  # [B, 64] positions; probes before the first query are unused
+    probes = (grid.q_len[:, None] - count + torch.arange(count, device=q.device)).clamp(min=-1)
+    at = grid.offset[:, None] + probes  # [B, count] positions; probes before the first are unused
     rows = probes.clamp(min=0)[:, None, :, None].expand(B, H, -1, D)
-    probe = exact(q.gather(2, rows)).view(B, k.shape[1], -1, PROBES, D)
-    logits = torch.einsum("bkgpd,bksd->bkgps", probe, exact(k)).reshape(B, H, PROBES, -1) * scale
+    probe = exact(q.gather(2, rows)).view(B, k.shape[1], -1, count, D)
+    logits = torch.einsum("bkgpd,bksd->bkgps", probe, exact(k)).reshape(B, H, count, -1) * scale
     far = at[:, None, :, None] - torch.arange(grid.Sk, device=q.device)  # distance query to key
     seen = (far >= 0) & (probes >= 0)[:, None, :, None]
     if grid.window is not None:
@@ -72,7 +72,7 @@ def _best(score: Tensor, forced: int, count: int, ends: Tensor) -> Tensor:
     return torch.where(best < ends, best, FAR).sort(-1).values
 
 
-def _slashes(diagonals: Tensor, grid: Grid) -> Tensor:
+def slashes(diagonals: Tensor, grid: Grid) -> Tensor:
     """Block map `[B, H, nq, nk]` of the blocks that hold a kept diagonal `[B, H, n]`."""
     size = grid.Sk + 1
     kept = torch.zeros(*diagonals.shape[:2], size, dtype=torch.int32, device=diagonals.device)

@@ -41,8 +41,7 @@ def page(plan: Plan, file: str, address: str) -> str:
         f"# A sparse attention plan for {made.get('model') or model.class_name}\n",
         f"![For each layer and head, what it reads of a prompt, keeps in the cache, and reads for "
         f"a new token]({PICTURE})\n",
-        f"For {model.class_name} with {model.layers} layers, {model.q_heads} q heads and "
-        f"{model.kv_heads} kv heads of {model.head_dim}, fingerprint `{model.fingerprint}`. "
+        f"For {model.class_name} with {model.sizes}, fingerprint `{model.fingerprint}`. "
         f"The plan is [{file}]({file}), its hash `{plan.hash()}`."
         + (f" It was converted from {origin}.\n" if origin else "\n"),
         f"## Proof\n\n{_proof(plan)}\n",

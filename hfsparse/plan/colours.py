@@ -34,6 +34,7 @@ MARKS = {  # matplotlib's; cells of the others are plain
     "reuse": "^",
 }
 OTHERS = [("#882255", "x"), ("#999933", "D"), ("#44AA99", "+"), ("#332288", "v"), ("#0072B2", "*")]
+OTHERS += [("#CC6677", "<"), ("#117733", "P"), ("#AA4499", "h")]
 FULLEST, DARKEST, LIGHTEST = 18, 34, 93  # L* of full; of words that keep nearly all, nearly none
 STEP = 7
 

@@ -7,13 +7,13 @@ png(plan, "heads.png")        three panels: prefill, cache, decode
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, zip_longest
 
 from rich.text import Text
 
 from hfsparse.plan.colours import FULL, KEPT, RING, hue_of
-from hfsparse.plan.parts import describe
+from hfsparse.plan.parts import Layer, describe
 from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
 from hfsparse.stats import FREE
@@ -22,26 +22,28 @@ __all__ = ["legend", "png", "text", "write_png"]
 
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
 GREYS = "bright_black", "white"  # of full, and of ring and kept, in the terminal
-DROPPED = {RING: "o", KEPT: "+"}  # marks of what steps read where the cache drops keys
+NONE = "-"  # stands for the words of layers without attention; no pattern is called so
+MARKS = {RING: "o", KEPT: "+", NONE: "."}  # of words that are no pattern's, where there are any
 
 
 def text(plan: Plan) -> Text:
     """Map, legend and expected numbers; the map fits 80 columns whatever the number of heads."""
-    marks, model = _marks(plan), plan.model
+    shown, model = _shown(plan), plan.model
+    marks = _marks(shown)
     styles = {mark: _colour(plan, word, *GREYS) for word, mark in marks.items()}
     out = Text()
     out.append(model.class_name, "bold")
-    out.append(f"  {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads")
-    out.append(f", head dim {model.head_dim}\n")
+    out.append(f"  {model.sizes}\n")
     out.append(f"plan hash {plan.hash()[:19]}, model fingerprint {model.fingerprint}\n")
     out.append(f"method {plan.made['method']}\n\n" if plan.made.get("method") else "\n")
     for parts in _arrange(plan):
-        out.append_text(_table(plan, parts, marks, styles)).append("\n")
+        out.append_text(_table(shown, parts, marks, styles)).append("\n")
     return out.append_text(legend(plan))
 
 
 def legend(plan: Plan) -> Text:
     """What each mark stands for and how often it's used, then the numbers that the plan states."""
+    plan = _shown(plan)
     marks = _marks(plan)
     longest = max(map(len, marks))
     out = Text(f"{'':{longest + 6}}{'  '.join(PARTS)}\n")
@@ -58,18 +60,26 @@ def legend(plan: Plan) -> Text:
 # ---- the map
 
 
+def _shown(plan: Plan) -> Plan:
+    """The plan with NONE for every word of layers that have no attention."""
+    layers = list(plan.layers)
+    for index in plan.without_attention.intersection(range(len(layers))):
+        layers[index] = Layer(*((NONE,) * len(getattr(layers[index], part)) for part in PARTS))
+    return replace(plan, layers=tuple(layers))
+
+
 def _marks(plan: Plan) -> dict[str, str]:
     """A mark a word: `#` full, `o` ring, `+` kept, else the first free letter of its name."""
-    marks, taken = {FULL: "#"}, ["O", *DROPPED.values()]
+    marks, taken = {FULL: "#"}, ["O", *MARKS.values()]
     for word in plan.patterns:
         choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
         marks[word] = next(c for c in choices if c not in (*taken, *marks.values()) or c == "?")
-    read = {word for layer in plan.layers for word in layer.decode}
-    return marks | {word: mark for word, mark in DROPPED.items() if word in read}
+    used = {word for layer in plan.layers for word in (*layer.prefill, *layer.decode)}
+    return marks | {word: mark for word, mark in MARKS.items() if word in used}
 
 
 def _colour(plan: Plan, word: str, full: str, dropped: str) -> str:
-    fixed = {FULL: full, **dict.fromkeys(DROPPED, dropped)}
+    fixed = {FULL: full, RING: dropped, KEPT: dropped, NONE: full}
     return fixed.get(word) or hue_of(plan.patterns[word].kind)
 
 
@@ -125,13 +135,14 @@ def _meaning(plan: Plan, word: str) -> str:
         FULL: "every key",
         RING: "the keys its ring cache holds",
         KEPT: "the keys its cache kept",
+        NONE: "no attention in these layers: shares are of the others",
     }[word]
 
 
 def _share(plan: Plan, part: str, word: str) -> str:
-    """Percent of the heads that follow a word."""
-    heads = [head for layer in plan.layers for head in getattr(layer, part)]
-    percent = 100 * heads.count(word) / len(heads)
+    """Percent of the heads that follow a word, where there is attention."""
+    heads = [head for layer in plan.layers for head in getattr(layer, part) if head != NONE]
+    percent = 100 * heads.count(word) / max(1, len(heads))
     return "-" if not percent else "<1%" if percent < 0.5 else f"{percent:.0f}%"
 
 

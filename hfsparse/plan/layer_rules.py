@@ -76,10 +76,10 @@ def _word_rules(
     heads = "q_heads" if part == "prefill" else "kv_heads"
     count = getattr(model, heads, BAD)
     if count not in (len(words), BAD):
-        one = f"one a head ({heads})"
-        if count == 1 and heads == "kv_heads":
-            one = "one kv head, or one latent (MLA), serves all q heads"
-        yield f"{part} has {len(words)} words: give {count}, {one}"
+        yield (
+            f"{part} has {len(words)} words: give {count}, one a head (the model line's {heads}, "
+            "in every layer)"
+        )
     takes = {
         "prefill": tuple(PATTERNS.values()),
         "cache": (Streaming, *EVICTIONS.values()),

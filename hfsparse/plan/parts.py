@@ -10,9 +10,11 @@ from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
 from hfsparse.evictions import EVICTIONS
+from hfsparse.models.classes import class_of
 from hfsparse.models.fingerprint import attention_values, fingerprint
 from hfsparse.models.layers import UNITS, text_config
 from hfsparse.patterns import PATTERNS
+from hfsparse.registry import LATER
 from hfsparse.selectors import SELECTORS
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 16
@@ -42,13 +44,22 @@ class ModelId:
         """Of q, and of k and v: a layer with others has no words."""
         return self.q_heads, self.kv_heads
 
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        kv = "kv head" if self.kv_heads == 1 else "kv heads"
+        heads = f"{self.q_heads} q heads and {self.kv_heads} {kv} of {self.head_dim}"
+        return f"{self.layers} layers, {heads}"
+
     @classmethod
     def of(cls, model_or_config: Any) -> ModelId:
-        """Read a transformers model or config; of a multimodal one, its text decoder."""
+        """Read a transformers model or config; of a multimodal one, its text decoder.
+
+        A config is of the class that commands load for it (`class_of`).
+        """
         whole = getattr(model_or_config, "config", model_or_config)
-        name = type(model_or_config).__name__
-        if whole is model_or_config:
-            name = (getattr(whole, "architectures", None) or [name])[0]
+        is_config = whole is model_or_config
+        name = _class_name(whole) if is_config else type(model_or_config).__name__
         try:
             values = attention_values(text_config(whole))
             sizes = {size: values[size] for size in UNITS}
@@ -58,6 +69,13 @@ class ModelId:
                 f"{name} is not a model that a plan can describe: {error}. "
                 "Give a decoder of transformers whose layers have equal heads, or its config"
             ) from error
+
+
+def _class_name(config: Any) -> str:
+    """Of the class that commands load; where transformers has none, as the config calls it."""
+    if (loaded := class_of(config)) is not None:
+        return loaded.__name__
+    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -98,17 +116,22 @@ def hints(cls: type) -> dict[str, Any]:
 
 def parameters(pattern: Any) -> dict[str, Any]:
     """A pattern or selector as plain data, `kind` first; float fields are floats, given 1 too."""
-    types = hints(type(pattern))
-    values = {name: getattr(pattern, name) for name in types}
+    types, every = hints(type(pattern)), written_fields(type(pattern))
+    values = {each.name: getattr(pattern, each.name) for each in every if _said(pattern, each)}
     floats = {name: float(value) for name, value in values.items() if types[name] is float}
     return {"kind": pattern.kind, **values, **floats}
+
+
+def _said(pattern: Any, each: Field) -> bool:
+    """Whether a parameter is written: one that came later is where it is not at its default."""
+    return LATER not in each.metadata or getattr(pattern, each.name) != each.default
 
 
 def describe(pattern: Any) -> str:
     """A pattern's or selector's parameters, less what is off by default."""
     every = written_fields(type(pattern))
-    shown = {each.name: getattr(pattern, each.name) for each in every}
-    off = [each.name for each in every if not shown[each.name] and not each.default]
+    shown = {each.name: getattr(pattern, each.name) for each in every if _said(pattern, each)}
+    off = [each.name for each in every if not shown.get(each.name) and not each.default]
     told = [f"{name} {_short(value)}" for name, value in shown.items() if name not in off]
     return ", ".join(told) or "pages chosen by the last layer before that chooses"
 

@@ -96,7 +96,11 @@ def _draw_part(axis: Axes, plan: Plan, part: str, looks: dict[str, Look]) -> Non
             ]
             for row, layer in zip(rows, plan.layers, strict=True)
         ]
-    colours = [[looks[word].colour for word in row] for row in rows]
+    blank = plan.without_attention
+    colours = [
+        [(1, 1, 1) if y in blank else looks[word].colour for word in row]
+        for y, row in enumerate(rows)
+    ]
     axis.imshow(colours, aspect="auto", interpolation="nearest")
     for word in dict.fromkeys(chain.from_iterable(rows)):
         y, x = zip(*_places(rows, word), strict=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
+from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, layer_shapes
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
@@ -133,6 +134,12 @@ class Plan:
         return found if isinstance(found, dict) else {}
 
     @property
+    def without_attention(self) -> frozenset[int]:
+        """The layers that have no attention, as far as `made` names them (of hybrids)."""
+        found = self.made.get("no_attention")
+        return frozenset(n for n in found if type(n) is int) if type(found) is list else frozenset()
+
+    @property
     def unproved(self) -> str | None:
         """Why verification could say nothing of this plan, if it ran and couldn't."""
         said, _, why = str(self.verified.get("told")).partition(": ")
@@ -172,6 +179,7 @@ class Plan:
     def check(self, model_or_config: Any, allow: Collection[str] = ()) -> None:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
+        A multimodal model and its text half are one model.
         PlanError where the plan would drop keys in layers that have a window of their own, or none,
         where it has words for layers with chunks of their own, where a layer that reads another's
         keys asks for other ones, and where a selector's table has not one row for each layer and kv
@@ -225,13 +233,16 @@ class Plan:
         ours, theirs = self.model, ModelId.of(model_or_config)
         renew = "Profile this model: hfsparse profile <model> -o plan.yaml"
         or_allow = ', or use the plan all the same: patch(..., allow={"fingerprint"})'
+        alike = same_decoder(ours.class_name, theirs.class_name)
         if differ := [key for key in UNITS if getattr(ours, key) != getattr(theirs, key)]:
             have = " with " + ", ".join(f"{getattr(ours, key)} {UNITS[key]}" for key in differ)
             found = " with " + ", ".join(str(getattr(theirs, key)) for key in differ)
-        elif "fingerprint" in names or ours == theirs:
+        elif "fingerprint" in names or (alike and ours.fingerprint == theirs.fingerprint):
             return
-        elif ours.class_name != theirs.class_name:
-            have, found, renew = "", "", renew + or_allow
+        elif not alike:
+            have, found = "", ""
+            renew += ", where commands load another class hfsparse.profile(model, tokenizer)"
+            renew += or_allow
         else:
             have = f" with fingerprint {ours.fingerprint}"
             found = f" with {theirs.fingerprint}: its rope, window or layer kinds differ"

@@ -17,6 +17,12 @@ def span(numbers: list[int]) -> str:
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
+def series(numbers: Iterable[int]) -> str:
+    """Any layers in a sentence: `3`, `3 and 7`, `3, 7 and 9`."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def dotted(path: tuple) -> str:
     return ".".join(str(key)[:64] for key in path)
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hfsparse.models.layers import layer_shapes
 from hfsparse.plan import Plan
+from hfsparse.plan.words import series
 from hfsparse.profiler.settings import Settings
 from hfsparse.version import __version__
 
@@ -27,6 +29,8 @@ def describe_run(model: PreTrainedModel, settings: Settings, seconds: float) -> 
         "peak_gib": round(peak_bytes(model) / 2**30, 2),
         **settings.provenance,
     }
+    if idle := [i for i, shape in enumerate(layer_shapes(model)) if not shape.attends]:
+        found["no_attention"] = idle
     return {name: found[name] for name in (*ORDER, *found) if name in found}
 
 
@@ -44,8 +48,10 @@ def peak_bytes(model: PreTrainedModel) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe_budgets(plan: Plan, settings: Settings) -> str:
-    """One line: which of the budgets a plan with `expected` meets at its longest length."""
+def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> str:
+    """One line: which of the budgets a plan with `expected` meets at its longest length, and why
+    it doesn't meet others.
+    """
     longest = max(plan.expected)
     expected = plan.expected[longest]
     rows = (
@@ -62,9 +68,13 @@ def describe_budgets(plan: Plan, settings: Settings) -> str:
         missed = missed or not met
         parts.append(f"{word} {share:.2f} of {budget:.2f} {'met' if met else 'not met'}")
     line = f"budgets at {longest} tokens: {'; '.join(parts)}"
-    if missed and (plan.verified.get("given_back") or plan.verified.get("budgets")):
-        line += ": more is kept so that the plan loses no more than its limits"
-    return line
+    why = []
+    shapes = enumerate(layer_shapes(model))
+    if bound := [index for index, shape in shapes if shape.free and not shape.alone]:
+        why.append(f"layers {series(bound)} share keys and stay full, the others keep the budgets")
+    if plan.verified.get("given_back") or plan.verified.get("budgets"):
+        why.append("more is kept so that the plan loses no more than its limits")
+    return f"{line}: {'; '.join(why)}" if missed and why else line
 
 
 def find_doubt(plan: Plan, given: bool = False) -> str | None:

@@ -102,6 +102,19 @@ def _refuse_curves(settings: Settings) -> str | None:
     )
 
 
+def _selectors() -> tuple[str, ...]:
+    from hfsparse.selectors import SELECTORS  # torch, only where one is given
+
+    return tuple(kind for kind, selector in SELECTORS.items() if hasattr(selector, "pages"))
+
+
+def _refuse_selector(settings: Settings) -> str | None:
+    selector, method = settings.selector, settings.method
+    if method == "balanced":
+        return None
+    return f"selector {selector} is offered by balanced, not by {method}: leave it out"
+
+
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
@@ -134,7 +147,7 @@ class Settings:
     )
     loss: float | None = setting(
         None,
-        "The smallest shares within these budgets that lose no more; see README.",
+        "The smallest shares within these budgets that lose no more: docs/profiling.md.",
         check=within(
             lambda x: 0 <= x <= 1,
             "loss is {}: give 0 to 1, a share of what rings alone would lose",
@@ -156,6 +169,14 @@ class Settings:
         None,
         "Another method for prompts, where --method keeps the cache full.",
         check=METHOD,
+        identity=True,
+        made=True,
+    )
+    selector: str | None = setting(
+        None,
+        "balanced: what chooses keys in decode, and has its table made; else quest.",
+        check=one_of(_selectors, "no selector {}: there is {}"),
+        suits=_refuse_selector,
         identity=True,
         made=True,
     )

@@ -123,8 +123,8 @@ def _block_mask(last: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor
     if int(_columns(**kwargs)[0]):
         raise PatchError(
             "this call brings an image behind a past: hfsparse reads images of the first call "
-            "with a cache. Give the whole conversation as one prompt with a new cache, or run it "
-            "on the unpatched model (handle.undo())."
+            "with a cache. Give the whole conversation as one prompt with a new cache, without "
+            "prefill_chunk_size, or run it on the unpatched model (handle.undo())."
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise PatchError(_wrong_mask(attention_mask))

@@ -192,10 +192,12 @@ class Part:
     def _choose(self, route: Route, need: Need) -> BlockLists:
         """The blocks that a route's heads read."""
         grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
+        if placed := getattr(type(route.pattern), "placed", None):
+            return self.layer_call.call.once(placed, route.pattern, grid, len(route.q))
         if route.band is None:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None
-            need = need._replace(chooser=type(route.pattern), dropped=dropped)
+            need = need._replace(chooser=route.pattern, dropped=dropped)
             estimate = pick(self.layer_call.call.tables.estimate, need).run
             return estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
         if grid.key_first is None:  # the same in every layer

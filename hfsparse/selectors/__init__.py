@@ -6,10 +6,10 @@ stands for what another layer's selector chose.
 To add one: write its file, import it here, add its row to `tests/patterns/matrix.py`.
 """
 
-from hfsparse.selectors import quest, reuse
+from hfsparse.selectors import centroids, channels, landmarks, lowrank, lsh, quest, reuse
 from hfsparse.selectors.budget import Budget
 from hfsparse.selectors.selector import SELECTORS, Calibrated, Selector, register
 from hfsparse.selectors.table import DeviceTensor
 
 __all__ = ["SELECTORS", "Budget", "Calibrated", "DeviceTensor", "Selector", "register"]
-__all__ += ["quest", "reuse"]
+__all__ += ["centroids", "channels", "landmarks", "lowrank", "lsh", "quest", "reuse"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE, UNITS, PageLists
+from hfsparse.precision import exact
 from hfsparse.registry import require
 from hfsparse.shares import counted, ratio, share_of
 
@@ -58,6 +59,15 @@ class Budget:
         most = max(self.fewest, share_of(pages * each, *ratio(self.share)))
         most += (2 + -(-queries // PAGE)) * each + -(-self.refresh // self.unit)
         return min(pages * each, most)
+
+    def choose(self, scores: Tensor, length: Tensor, heads: int) -> PageLists:
+        """The units that are worth most to the last Q tokens of rows of `length` [B].
+
+        scores: `[B, Hq, Q, U]` in nats, whatever they are beyond a row; the q heads of each of
+        `heads` kv heads vote together.
+        """
+        vote = votes(scores, length, heads, self.unit)
+        return self.best(vote, length, scores.shape[2])
 
     def best(self, vote: Tensor, length: Tensor, queries: int) -> PageLists:
         """The units of the largest votes `[B, H, U]`, of rows of `length` [B], the last `queries`
@@ -110,6 +120,28 @@ def votes(scores: Tensor, length: Tensor, heads: int, unit: int = PAGE) -> Tenso
     of a row of `length` [B]; 0 beyond them, whatever the scores are there.
     """
     B, _, _, U = scores.shape
-    beyond = torch.arange(U, device=scores.device) >= -(-length // unit)[:, None]
-    vote = torch.softmax(scores.masked_fill(beyond[:, None, None], -torch.inf), -1)
+    past = beyond(length, unit, U)[:, None, None]
+    vote = torch.softmax(scores.masked_fill(past, -torch.inf), -1)
     return vote.view(B, heads, -1, U).amax(2)
+
+
+def best_of(scores: Tensor, length: Tensor, span: int, unit: int) -> Tensor:
+    """Each unit's best score `[..., U]`, of scores `[B, Hq, Q, n]` of spans of so many tokens.
+
+    Spans that begin beyond a row of `length` [B] count for nothing, whatever their scores are.
+    """
+    past = beyond(length, span, scores.shape[3])[:, None, None]
+    scores = scores.masked_fill(past, -torch.inf)
+    return scores.unflatten(3, (-1, unit // span)).amax(4)
+
+
+def beyond(length: Tensor, span: int, spans: int) -> Tensor:
+    """bool `[B, spans]`: which spans of so many tokens begin beyond rows of `length` [B]."""
+    return torch.arange(spans, device=length.device) * span >= length[:, None]
+
+
+def products(q: Tensor, keys: Tensor) -> Tensor:
+    """q · k `[B, Hq, Q, n]` float32: q `[B, Hq, Q, D]`, what stands for keys `[B, H, n, D]`."""
+    B, Hq, Q, D = q.shape
+    q = exact(q).view(B, keys.shape[1], -1, Q, D)
+    return torch.einsum("bhgqd,bhnd->bhgqn", q, exact(keys)).reshape(B, Hq, Q, -1).float()

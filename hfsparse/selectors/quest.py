@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, UNITS, PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
-from hfsparse.selectors.budget import Budget, votes
+from hfsparse.registry import later, require
+from hfsparse.selectors.budget import Budget, best_of
 from hfsparse.selectors.selector import register
 
 BOUNDS = tuple(unit for unit in UNITS if unit >= 8)
@@ -44,8 +44,8 @@ class Quest:
     min_pages: int = 16
     refresh: int = 0
     top_p: float = 0.0
-    unit: int = PAGE
-    bound: int = PAGE
+    unit: int = later(PAGE)
+    bound: int = later(PAGE)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
@@ -74,17 +74,18 @@ class Quest:
         high = keys.masked_fill(~real, -torch.inf).unflatten(3, shape)
         return {"low": low.amin(-2), "high": high.amax(-2)}
 
+    def scores(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> Tensor:
+        """What each unit is worth to q `[B, Hq, Q, D]` in nats, `[B, Hq, Q, U]`: its best bound."""
+        low, high = (t if t.ndim == 4 else t.flatten(2, 3) for t in (index["low"], index["high"]))
+        return best_of(bounds(q, low, high) * scale, length, self.span, self.unit)
+
     def pages(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> PageLists:
         """Units read by new queries q `[B, Hq, Q, D]`, the last Q tokens of rows of `length` [B].
 
         index: `low`, `high`, as `summarise` has them, of P pages.
         """
-        low, high = (t if t.ndim == 4 else t.flatten(2, 3) for t in (index["low"], index["high"]))
-        beyond = torch.arange(low.shape[2], device=q.device) >= -(-length // self.span)[:, None]
-        bound = bounds(q, low, high).masked_fill(beyond[:, None, None], -torch.inf) * scale
-        best = bound.unflatten(3, (-1, self.unit // self.span)).amax(4)
-        vote = votes(best, length, low.shape[1], self.unit)
-        return self.budget.best(vote, length, q.shape[2])
+        scores = self.scores(q, index, length, scale)
+        return self.budget.choose(scores, length, index["low"].shape[1])
 
 
 def bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfsparse.registry import require
+
+
+def layer_of(kind: str, data: dict[str, Tensor] | None, name: str, layer: int) -> Tensor:
+    """A layer's part `[kv heads, ...]` of what a table holds under a name.
+
+    ValueError if it is missing: `kind` is the selector that needs it.
+    """
+    made = f"hfsparse profile MODEL --selector {kind} makes one"
+    require(bool(data) and name in data, f"{kind} needs a table with {name}: {made}")
+    layers = len(data[name])
+    require(layer < layers, f"{kind} has a table of {layers} layers, not of layer {layer}: {made}")
+    return data[name][layer]
+
 
 class DeviceTensor:
     """A tensor, and a copy of it on each device that has asked for one.

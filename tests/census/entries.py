@@ -140,6 +140,7 @@ GEMMA4_MOE = dict(enable_moe_block=True, **EXPERTS)
 GRANITE4_H = dict(layer_types=[LINEAR, LINEAR, FULL, LINEAR, FULL])
 NEMOTRON_H = [LINEAR, "mlp", FULL, "mlp", LINEAR, FULL]
 NEMOTRON_3 = [LINEAR, "moe", FULL, "moe", LINEAR, FULL]
+MINIMAX_M3 = dict(layer_types=[FULL, FULL, "minimax_m3_sparse", "minimax_m3_sparse"])
 MIXED = [FULL, SLIDING, SLIDING, SLIDING, FULL]
 BY_LAYER = dict(layer_types=MIXED, num_attention_heads_per_layer=[4, 6, 6, 6, 4])
 VARIANTS: dict[str, tuple[str, str, dict]] = {  # name: mapping, model type, more
@@ -168,6 +169,8 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {  # name: mapping, model type, mor
     "mimo-v2-flash": (
         CAUSAL, "mimo_v2_flash", dict(layer_types=MIXED, num_key_value_heads=1)
     ),
+    "minimax-m3": (IMAGE, "minimax_m3_vl", dict(text_config=MINIMAX_M3)),
+    "minimax-m3-text": (CAUSAL, "minimax_m3_vl_text", MINIMAX_M3),
     "minimax-m3-full": (CAUSAL, "minimax_m3_vl_text", dict(layer_types=[FULL] * 4)),
     "ministral-3-8b": (IMAGE, "mistral3", dict(text_config=dict(sliding_window=None))),
     "ministral-8b": (

@@ -1,4 +1,5 @@
-"""The census's record, docs/families.json, and the page that is made of it, docs/families.md.
+"""The census's record, docs/families.json, and what is made of it: the page docs/families.md, and
+the model types that `hfsparse doctor` knows.
 
 answers = load()["answers"]      # {entry's name: Answer}
 write(version, {name: Answer})   # those that were asked; all else stays as it was
@@ -20,7 +21,9 @@ from tests.census.questions import OUTCOMES, Answer
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "families.json"
 KEPT = ROOT / "build" / "census"  # what a census that was killed had found
+TYPES = ROOT / "hfsparse" / "cli" / "census.txt"  # what `hfsparse doctor` reads
 TURNS = 10
+ACCEPTED = "right", "wrong", "useless", "uncompared"
 KINDS = {"hybrid": "hybrid", "windowed": "every layer windowed"}
 
 
@@ -60,7 +63,7 @@ def write(version: str, asked: dict[str, Answer]) -> list[str]:
     text = f'{{\n"transformers": {json.dumps(version)},\n"answers": {{\n{rows}\n}}\n}}\n'
     write_whole(RECORD, text.encode())
     load.cache_clear()
-    write_whole(RECORD.with_suffix(".md"), render().encode())
+    _write_pages()
     return [
         f"{name}: {brief(before.get(name))} → {brief(said)}"
         for name, said in asked.items()
@@ -90,10 +93,10 @@ def render() -> str:
             "# Every family of transformers",
             "",
             f"Written by `make census` with transformers {version}: each pair of model type and "
-            "class of its causal and image-text mappings, and variants that mirror checkpoints "
-            "whose configs differ from the defaults. Tiny models of random weights (hidden 64, 4 "
-            "to 7 layers, 4 q and 2 kv heads, a window of 40), float32, CPU; 70 tokens and a "
-            "left-padded batch of two, 12 new tokens, no images. "
+            "class of its causal and image-text mappings, by its default config, and variants that "
+            "mirror checkpoints whose configs differ from that. Tiny models of random weights "
+            "(hidden 64, 4 to 7 layers, 4 q and 2 kv heads, a window of 40), float32, CPU; 70 "
+            "tokens and a left-padded batch of two, 12 new tokens, no images. "
             "[What was tested](support.md) has more ways of use of fewer families.",
             "",
             "Right: `patch(model)` gives the stock model's tokens and logits (within 1e-4); with "
@@ -131,18 +134,43 @@ def _table(title: str, rows: list[Entry], answers: dict[str, Answer]) -> list[st
     lines.append("| --- | --- | :-: | --- | --- |")
     for entry in sorted(rows, key=lambda entry: entry.name.lower()):
         said = answers[entry.name]
-        accepted = said.outcome in ("right", "wrong", "useless", "uncompared")
+        accepted = said.outcome in ACCEPTED
         patch = (
             "accepted"
             if accepted
             else {"unexplained": "refused", "unbuilt": "–"}.get(said.outcome, said.outcome)
         )
         why = said.reason or said.profile_reason or KINDS.get(said.kind, "")
+        why = "; ".join(filter(None, [why, _otherwise(entry, answers)]))
         right = {"right": "✓", "wrong": "**no**", "useless": "**no call**"}.get(said.outcome, "")
         cells = entry.name.replace("/", ", "), patch, right, said.profile, why.replace("|", "\\|")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-if __name__ == "__main__":
+def _otherwise(entry: Entry, answers: dict[str, Answer]) -> str:
+    """The variants that are accepted where their family isn't, or refused where it is."""
+    alike = [e for e in entries() if e.variant and e.name in answers]
+    alike = [e for e in alike if (e.mapping, e.model_type) == (entry.mapping, entry.model_type)]
+    accepted = answers[entry.name].outcome in ACCEPTED
+    others = [e.name for e in alike if (answers[e.name].outcome in ACCEPTED) != accepted]
+    if entry.variant or not others:
+        return ""
+    return f"{'refused' if accepted else 'accepted'} as [{', '.join(others)}](#variants)"
+
+
+def accepted_types() -> str:
+    """Model types of which a family or a variant is accepted and right, a line each."""
+    _, answers = load()
+    known = [e for e in entries() if e.name in answers]
+    right = {e.model_type for e in known if answers[e.name].outcome == "right"}
+    return "".join(f"{name}\n" for name in sorted(right))
+
+
+def _write_pages() -> None:
     write_whole(RECORD.with_suffix(".md"), render().encode())
+    write_whole(TYPES, accepted_types().encode())
+
+
+if __name__ == "__main__":
+    _write_pages()

@@ -65,7 +65,8 @@ def test_the_page_shows_the_record_and_the_record_has_every_entry(request):
         pytest.skip(f"docs/families.json is of transformers {version}")
     assert list(answers) == [entry.name for entry in entries()], "make census writes it anew"
     page = record.RECORD.with_suffix(".md").read_text()
-    assert page == record.render(), "run python -m tests.census.record"
+    same = page == record.render() and record.TYPES.read_text() == record.accepted_types()
+    assert same, "run python -m tests.census.record"
 
 
 def test_ten_turns_ask_every_entry_once():

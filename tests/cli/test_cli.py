@@ -278,6 +278,8 @@ def test_check_predicts_memory_and_what_fits(plan, model):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
         assert " = 0.0" in line
         assert "in 1GiB: 2 x " in line
+    assert "note: this model's window is 512 tokens" in told.stdout
+    assert "note" not in run("check", plan, model, "--length", "512").stdout
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr
@@ -640,6 +642,67 @@ def test_every_command_serves_heads_that_differ_by_layer(command, unlike, prompt
     named = dict(model=unlike, plan=plan, prompt=prompt, published=published, out=tmp_path / "out")
     result = run(*(word.format(**named) for word in SERVED[command].split()))
     assert result.exit_code == 0, (result.output, result.stderr, result.exception)
+
+
+TEXTS = dict(
+    vocab_size=400, hidden_size=64, intermediate_size=64, num_hidden_layers=3, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+VISION = dict(hidden_size=32, num_heads=2, num_attention_heads=2, intermediate_size=32, depth=1)
+MULTIMODAL = {  # what commands load is the text half of the class that the folder names
+    "qwen3_5": (
+        "Qwen3_5",
+        dict(
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+            linear_value_head_dim=16, layer_types=["linear_attention"] + ["full_attention"] * 2,
+        ),
+        dict(VISION, out_hidden_size=64),
+    ),
+    "llama4": (
+        "Llama4",
+        dict(
+            attention_chunk_size=64, no_rope_layers=[1, 0, 0], num_local_experts=2,
+            intermediate_size_mlp=64,
+            layer_types=["chunked_attention"] + ["full_attention"] * 2,
+        ),
+        dict(VISION, num_hidden_layers=1, image_size=28, patch_size=14, vision_output_dim=64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_commands_and_python_agree_on_the_class_of_a_multimodal_folder(family, prompt, tmp_path):
+    """Plans of commands that read a config, of those that load, and of the whole model fit all."""
+    transformers = pytest.importorskip("transformers")
+    prefix, more, vision = MULTIMODAL[family]
+    if not hasattr(transformers, f"{prefix}ForConditionalGeneration"):
+        pytest.skip(f"this transformers has no {prefix}")
+    whole = getattr(transformers, f"{prefix}ForConditionalGeneration")
+    config = whole.config_class(text_config=dict(TEXTS, **more), vision_config=vision)
+    built = whole(config).eval()
+    built.save_pretrained(folder := tmp_path / "model")
+    tiny.tokenizer(True).save_pretrained(folder)
+    plans = [tmp_path / f"{name}.yaml" for name in ("new", "profiled", "python")]
+    for words in (
+        ("new", folder, "-o", plans[0]),
+        ("profile", folder, "-o", plans[1], "--lengths", 512, "--samples", 1, "--no-verify"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 0, (result.output, result.stderr, result.exception)
+    assert f"note: the text half of this model is loaded, {prefix}ForCausalLM" in result.stderr
+    Plan.full(ModelId.of(built)).save(plans[2])
+    classes = [Plan.load(plan).model.class_name for plan in plans]
+    assert classes == [f"{prefix}ForCausalLM"] * 2 + [f"{prefix}ForConditionalGeneration"]
+    assert f"{prefix}ForCausalLM, 3 layers" in run("doctor", folder).stdout
+    for plan in plans:
+        Plan.load(plan).check(built)
+        for words in (
+            ("check", plan, folder),
+            ("explain", folder, "--plan", plan),
+            ("generate", folder, "--plan", plan, "--prompt-file", prompt, "--max-new-tokens", 2),
+        ):
+            result = run(*words)
+            assert result.exit_code == 0, (result.output, result.stderr, result.exception)
 
 
 def test_check_says_what_patch_would_say(tmp_path):

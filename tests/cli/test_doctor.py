@@ -192,9 +192,21 @@ def test_no_cuda_says_why(monkeypatch):
 def test_a_model_that_can_be_patched(tmp_path):
     code, printed = run(config_only(tmp_path, tiny.llama().config))
     assert code == 0
-    assert f"{tmp_path} (a tested family): can be patched" in line("model", printed)
+    assert f"{tmp_path} (tested in every way of use: docs/support.md)" in line("model", printed)
     shape = "LlamaForCausalLM, 2 layers, 4 q heads and 2 kv heads of 16, sha256:"
     assert shape in line("model", printed)
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("Gemma", "asked by the census of families: docs/families.md"),
+        ("T5", "not a tested family"),
+    ],
+)
+def test_how_well_a_family_is_known(family, says, tmp_path):
+    config = getattr(transformers, f"{family}Config")(num_hidden_layers=2)
+    assert f"{tmp_path} ({says}): can" in line("model", run(config_only(tmp_path, config))[1])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hfsparse.kernels.triton import estimate as triton_estimate
 from hfsparse.kernels.triton import prefill as triton_prefill
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, causal, compiled, near, on_gpu, rounding
 from tests.patterns.matrix import SETTINGS
 
@@ -32,7 +33,7 @@ CASES = {
 def test_fused_lists_are_the_plain_ones(case, pattern):
     """But for a few blocks whose scores tie up to rounding."""
     it = on_gpu(**CASES[case])
-    need = Need.of(it.q, it.k, it.v, block=it.grid.block, chooser=type(pattern))
+    need = Need.of(it.q, it.k, it.v, block=it.grid.block, chooser=pattern)
     assert triton_estimate.why_not(need) is None
     found = triton_estimate.lists(pattern, it.q, it.k, it.grid, it.scale).mask()
     expected = pattern.lists(it.q, it.k, it.grid, it.scale).mask()
@@ -46,7 +47,7 @@ def test_a_new_length_compiles_nothing():
         it = on_gpu(length, rows="equal")
         for pattern in PATTERNS:
             triton_estimate.lists(pattern, it.q, it.k, it.grid, it.scale)
-        found.append(sum(compiled(m) for m in (triton_estimate, triton_estimate.triton_select)))
+        found.append(sum(compiled(m) for m in triton_estimate.PARTS))
     assert found == [found[0]] * 4
 
 
@@ -54,6 +55,7 @@ ENDED = [  # a pattern, and key blocks of which the last query, alone in its blo
     (BlockTopK(0.36, 2), 350),
     (BlockTopK(0.3, 2), 410),
     (Antidiagonal(1.0, max_share=0.6), 205),
+    (Energy(1e-30, 0, 0, 0, max_share=0.6), 205),
 ]
 
 

@@ -14,14 +14,8 @@ from hfsparse.runtime.cache.group import Group
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, rounding
 from tests.gpu.test_graphs import test_a_replay_is_the_eager_step_bit_for_bit as replays
 from tests.gpu.test_quest import same
-from tests.selectors import channels
+from tests.selectors.plans import labelled, refreshed
 from tests.selectors.test_selectors import LENGTHS, SCALE, SETTINGS, bound, drawn, index_of
-
-
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
 
 
 @contextmanager
@@ -52,7 +46,7 @@ def test_pages_are_those_chosen_on_the_cpu(name, queries, group):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16])
-@pytest.mark.parametrize("name", ["channels", "quest"])
+@pytest.mark.parametrize("name", ["channels", "channels_all", "lowrank", "quest"])
 @pytest.mark.parametrize("Q", [1, 16])
 def test_an_index_follows_a_step_as_append_keeps_it(name, Q, dtype):
     made, lengths = torch.Generator(DEVICE).manual_seed(Q), [PAGE * 3 - 1, PAGE * 2, 5]
@@ -82,7 +76,7 @@ def test_an_index_follows_a_step_as_append_keeps_it(name, Q, dtype):
 
 
 @pytest.mark.parametrize("pads", [(0,), (0, 7, 13)])
-@pytest.mark.parametrize("plan", [channels.labelled, channels.refreshed])
+@pytest.mark.parametrize("plan", [labelled, refreshed])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_a_replay_is_the_eager_step_bit_for_bit(family, plan, pads):
     replays(family, plan, pads)

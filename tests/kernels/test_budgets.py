@@ -17,6 +17,8 @@ from hfsparse.kernels import reference
 from hfsparse.lists import PAGE, BlockLists, Grid, PageLists
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.sparge import Sparge
 from hfsparse.selectors.quest import Quest
 from hfsparse.shares import ratio, share_of
 from tests import asserts
@@ -60,6 +62,10 @@ def test_no_budget_is_above_the_width_of_its_lists(share, blocks, visible, least
     assert budget <= visible
     assert max(budget, least) <= BlockTopK(share, least).width(blocks)
     assert budget <= Antidiagonal(max_share=share).width(blocks)
+    always = min(least, 5)  # sinks, and recent blocks
+    assert max(budget, min(visible, 2 * always + 1)) <= Energy(
+        1.0, always, always, max_share=share
+    ).width(blocks)
     width = Quest(share, max(least, 2)).budget.width(blocks, 1)
     assert min(visible, max(budget, least)) <= width
 
@@ -93,7 +99,8 @@ def test_patterns_and_kernel_keep_as_many_blocks_at_every_length(run, share):
     k = torch.randn(len(blocks), 1, grid.Sk, 4, generator=made)
     exact = Fraction(share).limit_denominator(10**6)
     expected = [min(n, max(ceil(exact * n), 1 + (n > 1))) for n in blocks]
-    for pattern in (BlockTopK(share, 1), Antidiagonal(1.0, share)):
+    all_of_them = Energy(1e-30, 0, 0, 0, share), Sparge(-1, 1.0, share)
+    for pattern in (BlockTopK(share, 1), Antidiagonal(1.0, share), *all_of_them):
         lists = pattern.lists(q, k, grid, 0.5)
         asserts.block_lists(lists)
         assert counted(lists).tolist() == expected
@@ -116,7 +123,7 @@ def test_selector_and_kernel_read_as_many_pages_at_every_length(run, share):
     assert quest.budget.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
         n * PAGE for n in expected
     ]
-    fused = run("triton.quest.pages", quest, q, index, length, 0.5)
+    fused = run("triton.choose.pages", quest, q, index, length, 0.5)
     assert torch.equal(fused.count, plain.count)
 
 
@@ -175,7 +182,7 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
     index = {"low": low, "high": low}
     length = torch.tensor([40 * PAGE, 9])
     for _ in range(3):  # in memory that was used before, too
-        found = run("triton.quest.pages", Quest(0.3, 2), q, index, length, 1.0, slice(None), PAGE)
+        found = run("triton.choose.pages", Quest(0.3, 2), q, index, length, 1.0, slice(None), PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 

@@ -27,6 +27,7 @@ from tests.patcher.families import (
     left_padded,
     mixed,
     own_window,
+    plan_of,
     straddled,
     streaming,
     tiny,
@@ -178,6 +179,30 @@ def test_heads_that_choose_by_content_inside_a_window_equal_the_oracle():
     close(first, want_first, mask)
     close(second, want_second)
     assert stats.pair_density < 0.7
+
+
+def test_sampled_columns_halving_and_strides_equal_the_oracle():
+    """Beside a full head, in a padded batch, one shot and behind a past."""
+    model, more = tiny("llama"), tokens(3, 40, seed=1)
+    ids, mask = left_padded(400)
+    patterns = {
+        "c": ("sample", dict(alpha=0.5, window=0.05)),
+        "h": ("hip", dict(sink=0, recent=32)),
+        "s": ("strided", dict(stride=4, random=1)),
+    }
+    words = ["c", "full", "h", "s"], ["full"] * 2, ["full"] * 2
+
+    def turns(m, cache):
+        first = forward(m, ids, mask, **cache)
+        second = forward(m, more, continue_with(ids, mask, 40), cache=first.past_key_values)
+        return first.logits, second.logits
+
+    (first, second), (want_first, want_second), stats = both(
+        model, plan_of(model, lambda *at: words, **patterns), turns
+    )
+    close(first, want_first, mask)
+    close(second, want_second)
+    assert stats.pair_density < 0.9
 
 
 def test_a_rows_blocks_do_not_depend_on_its_neighbours():

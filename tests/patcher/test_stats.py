@@ -165,7 +165,8 @@ def test_explain_names_kernels_reasons_and_windows():
     assert "new tokens: torch sdpa" in text
     assert "layers [0] keep the model's own sliding window" in text
     plain = "reference (PyTorch)"
-    assert f"layer 0: prompt 2 full by {plain} + 2 patterned by {plain}; new tokens 1 ring" in text
+    assert f"layer 0: prompt 2 full by {plain} + 2 patterned by {plain}; new tokens 1 windo" in text
+    assert "in full: prefill 0, decode 0, cache 0" in text
     assert f"layer 1: prompt 1 full by torch sdpa + 3 patterned by {plain}; new tokens" in text
     assert "not verified on these weights" in text
     with pytest.raises(PatchError, match="is not patched"):

@@ -10,7 +10,13 @@ from hfsparse.kernels import reference
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.block_topk import BlockTopK
+from hfsparse.patterns.energy import Energy
+from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
+from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.patterns.strided import Strided
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.selectors import SELECTORS
 from tests.helpers import ROWS, batch, causal, close
@@ -168,6 +174,29 @@ def test_a_dropped_key_never_comes_back(rate):
         (lambda: BlockTopK(share=0), "share is 0"),
         (lambda: BlockTopK(share=1.5), "share is 1.5"),
         (lambda: BlockTopK(min_blocks=0), "min_blocks is 0"),
+        (lambda: Energy(alpha=0), "alpha is 0"),
+        (lambda: Energy(recent_blocks=-1), "recent_blocks is -1"),
+        (lambda: Energy(max_share=0), "max_share is 0"),
+        (lambda: Sparge(theta=1.1), "theta is 1.1"),
+        (lambda: Sparge(tau=0), "tau is 0"),
+        (lambda: Sparge(max_share=2), "max_share is 2"),
+        (lambda: FlexPrefill(gamma=0), "gamma is 0"),
+        (lambda: FlexPrefill(tau=1.5), "tau is 1.5"),
+        (lambda: FlexPrefill(min_budget=0), "min_budget is 0"),
+        (lambda: FlexPrefill(max_share=0), "max_share is 0"),
+        (lambda: Sample(alpha=0), "alpha is 0"),
+        (lambda: Sample(window=1.5), "window is 1.5"),
+        (lambda: Sample(max_share=0), "max_share is 0"),
+        (lambda: Sample(stride=0), "stride is 0"),
+        (lambda: HiP(share=0), "share is 0"),
+        (lambda: HiP(sink=-1), "sink is -1"),
+        (lambda: HiP(recent=0), "recent is 0"),
+        (lambda: Strided(sink=-1), "sink is -1"),
+        (lambda: Strided(recent=0), "recent is 0"),
+        (lambda: Strided(stride=-1), "stride is -1"),
+        (lambda: Strided(shift=8), "shift is 8"),
+        (lambda: Strided(random=-1), "random is -1"),
+        (lambda: Strided(seed=-1), "seed is -1"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

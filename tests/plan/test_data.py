@@ -17,15 +17,15 @@ from hfsparse.patcher.state import is_patched
 from hfsparse.plan import Layer, ModelId, Plan, PlanError
 from hfsparse.plan.diff import differences
 from hfsparse.plan.files import DataFile
+from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
-from tests.selectors import channels
-from tests.selectors.channels import Channels
+from tests.patterns.matrix import weights
 
 TEXT = """\
 hfsparse: 2
 model: {class: Llama, layers: 1, q_heads: 4, kv_heads: 2, head_dim: 8, fingerprint: 'sha256:00'}
 patterns:
-  few: {kind: channels, share: 0.1, min_pages: 3, count: 2, data: labels}
+  few: {kind: channels, share: 0.1, min_pages: 3, channels: 2, data: labels}
 data: {labels: {file: plan.labels.safetensors, sha256: SHA}}
 layers:
   0: {prefill: full*4, cache: full*2, decode: few*2}
@@ -34,17 +34,11 @@ layers:
 BEFORE = "sha256:3c07627e48d007e948d99c5d5b5b4a294a0e5a1403f062f5a1d212735bdb7d79"
 
 
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
-
-
 @pytest.fixture
 def beside(tmp_path):
     """The folder of a plan and its table."""
     file = tmp_path / "plan.labels.safetensors"
-    save_file(channels.table(), file)
+    save_file(weights(1, 2, 8), file)
     text = TEXT.replace("SHA", hashlib.sha256(file.read_bytes()).hexdigest())
     (tmp_path / "plan.yaml").write_text(text)
     return tmp_path
@@ -67,11 +61,11 @@ def refused(path) -> str:
 def test_a_table_is_found_beside_the_plan_and_bound(beside):
     plan = Plan.load(beside / "plan.yaml")
     table = plan.table_of(plan.patterns["few"])
-    assert torch.equal(table["weight"], channels.table()["weight"])
+    assert torch.equal(table["weight"], weights(1, 2, 8)["weight"])
     assert plan.table_of(Quest()) is None
     bound = plan.patterns["few"].bind(0, (1,), table)
-    best = table["weight"][0, [1]].topk(2).indices.sort().values
-    assert torch.equal(bound.labels.tensor, best)
+    best = table["weight"][0, 1].topk(2).indices.sort().values
+    assert torch.equal(bound.kept.tensor[0], torch.eye(8)[:, best])
 
 
 def test_text_and_file_say_the_same_plan(beside):
@@ -94,7 +88,7 @@ def test_a_plan_without_tables_is_of_version_1_and_keeps_its_hash(beside):
 
 def test_the_content_is_part_of_the_hash_and_the_files_name_is_not(beside):
     plan = Plan.load(beside / "plan.yaml")
-    table = {"weight": channels.table()["weight"] * 2}
+    table = {"weight": weights(1, 2, 8)["weight"] * 2}
     other = replace(plan, data={"labels": DataFile.of("plan.labels.safetensors", table)})
     renamed = replace(plan, data={"labels": replace(plan.data["labels"], file="x.safetensors")})
     assert len({plan.hash(), other.hash()}) == 2
@@ -185,7 +179,7 @@ def test_a_plan_saved_elsewhere_takes_its_tables_along(beside, tmp_path_factory)
 
 def test_no_other_plans_table_is_overwritten(beside):
     plan = Plan.load(beside / "plan.yaml")
-    table = {"weight": channels.table()["weight"] * 2}
+    table = {"weight": weights(1, 2, 8)["weight"] * 2}
     other = replace(plan, data={"labels": DataFile.of("plan.labels.safetensors", table)})
     for _ in range(2):
         other.save(beside / "other.yaml")
@@ -231,11 +225,11 @@ def test_a_model_is_left_alone_by_a_plan_whose_table_is_unknown_or_does_not_fit(
     model = llama()
     this, full = ModelId.of(model), ("full",) * 2
     layers = (Layer(("full",) * 4, full, ("few",) * 2),) * 2
-    good = channels.table(layers=2, dim=16)
+    good = weights(2, 2, 16)
     for table, says in (
-        (channels.table(layers=1, dim=16), "data.channels: weight has shape .*2 layers of 2 kv"),
-        (channels.table(2, heads=1, dim=16), r"weight has shape \[2, 1, 16\], the model has 2 lay"),
-        (channels.table(2, heads=4, dim=16), r"weight has shape \[2, 4, 16\]"),
+        (weights(1, 2, 16), "data.channels: weight has shape .*2 layers of 2 kv"),
+        (weights(2, 1, 16), r"weight has shape \[2, 1, 16\], the model has 2 lay"),
+        (weights(2, 4, 16), r"weight has shape \[2, 4, 16\]"),
         ({**good, "bias": torch.zeros(2)}, r"data.channels: bias has shape \[2\]"),
         ({"other": torch.zeros(2, 2)}, "layer 0: channels needs a table with weight"),
     ):

@@ -41,6 +41,18 @@ def plan_of(layers, q_heads, kv_heads, **more):
     return plan
 
 
+def test_layers_without_attention_are_marked_and_counted_nowhere(tmp_path):
+    plan = plan_of(3, 6, 3)
+    full = Plan.full(plan.model).layers[0]
+    plan = replace(plan, layers=(full, *plan.layers[1:]), made={"no_attention": [0, 99, "x"]})
+    told = headmap.text(plan).plain
+    assert "\n    0  .. .. ..  ...    ...\n    1  GG VB #V  G##    oQQ\n" in told
+    assert "# full        17%    67%     33%  every key\n" in told
+    assert ". -             -      -       -  no attention in these layers" in told
+    assert "no attention" not in headmap.text(replace(plan, made={})).plain
+    headmap.png(plan, tmp_path / "heads.png")
+
+
 def test_a_choice_that_is_read_again_is_said():
     plan = plan_of(2, 6, 3)
     layers = tuple(
@@ -80,7 +92,7 @@ def test_a_small_plan_reads_as_written_here():
     )
     plan.made["verified"] = {"told": "1.5 % of 64 answers lost"}
     first, identity, method, *rest = headmap.text(plan).plain.splitlines()
-    assert first == "LlamaForCausalLM  3 layers, 6 q heads, 3 kv heads, head dim 64"
+    assert first == "LlamaForCausalLM  3 layers, 6 q heads and 3 kv heads of 64"
     marks = plan.hash()[:19], plan.model.fingerprint
     assert identity == "plan hash {}, model fingerprint {}".format(*marks)
     assert method == "method minference"

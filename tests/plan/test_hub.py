@@ -19,9 +19,9 @@ from hfsparse.plan import Layer, ModelId, Plan, PlanError
 from hfsparse.plan.hub import parse, push
 from hfsparse.plan.sources import open_plan
 from tests import tiny
+from tests.patterns.matrix import weights
 from tests.plan.hub_stand_in import Hub, serve
 from tests.plan.test_data import TEXT
-from tests.selectors import channels
 
 REPO = "org/some.repo"
 
@@ -113,19 +113,18 @@ def test_a_hash_pins_the_plan(hub):
 
 
 def test_tables_come_with_their_plan_of_the_same_commit(hub, tmp_path):
-    with channels.known():
-        folder = tmp_path / "made"
-        folder.mkdir()
-        save_file(channels.table(), folder / "table")
-        table = (folder / "table").read_bytes()
-        text = TEXT.replace("SHA", hashlib.sha256(table).hexdigest()).encode()
-        beside = {"v1/plan.yaml": text, "v1/plan.labels.safetensors": table}
-        old = hub.commit(REPO, beside)
-        assert open_plan(f"hf://{REPO}/v1/plan.yaml").data["labels"].content == table
-        assert ("GET", f"/{REPO}/resolve/{old}/v1/plan.labels.safetensors") in hub.asked
-        hub.commit(REPO, {"v2/plan.yaml": text})
-        said = refused(f"hf://{REPO}/v2/plan.yaml")
-        assert f"{REPO} has no file v2/plan.labels.safetensors" in said
+    folder = tmp_path / "made"
+    folder.mkdir()
+    save_file(weights(1, 2, 8), folder / "table")
+    table = (folder / "table").read_bytes()
+    text = TEXT.replace("SHA", hashlib.sha256(table).hexdigest()).encode()
+    beside = {"v1/plan.yaml": text, "v1/plan.labels.safetensors": table}
+    old = hub.commit(REPO, beside)
+    assert open_plan(f"hf://{REPO}/v1/plan.yaml").data["labels"].content == table
+    assert ("GET", f"/{REPO}/resolve/{old}/v1/plan.labels.safetensors") in hub.asked
+    hub.commit(REPO, {"v2/plan.yaml": text})
+    said = refused(f"hf://{REPO}/v2/plan.yaml")
+    assert f"{REPO} has no file v2/plan.labels.safetensors" in said
 
 
 def test_what_was_fetched_is_there_offline(hub, offline):

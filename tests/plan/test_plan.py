@@ -953,7 +953,7 @@ def test_text_decoder_of_a_multimodal_config_is_what_counts():
     transformers = pytest.importorskip("transformers")
     whole = transformers.Gemma3Config(text_config=dict(SHAPE), architectures=["Gemma3ForX"])
     found = ModelId.of(whole)
-    assert found.class_name == "Gemma3ForX"
+    assert found.class_name == "Gemma3ForConditionalGeneration"  # as AutoModelForCausalLM has it
     assert found.fingerprint == FINGERPRINTS["gemma3"][2]
     assert (found.layers, found.q_heads, found.kv_heads, found.head_dim) == (6, 8, 2, 256)
 
@@ -1012,7 +1012,8 @@ def test_another_class_or_fingerprint_is_a_mismatch_unless_allowed():
     for change, says in [
         (
             {"class_name": "Qwen2ForCausalLM"},
-            f"made for Qwen2ForCausalLM; this model is LlamaForCausalLM. {RENEW}, or use",
+            f"made for Qwen2ForCausalLM; this model is LlamaForCausalLM. {RENEW}, where commands "
+            "load another class hfsparse.profile(model, tokenizer), or use",
         ),
         (
             {"fingerprint": "sha256:00"},

@@ -23,6 +23,8 @@ from hfsparse.profiler.measure.gates import distil
 from hfsparse.profiler.methods import duo, minference, moa, one_pass
 from hfsparse.profiler.prompts.calibration import Prompt, make_prompts
 from hfsparse.profiler.prompts.passkeys import Passkeys
+from hfsparse.profiler.report import describe_budgets
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.verify import key_tokens, reader, trials
 from tests import tiny
 from tests.patcher.oracle import oracle, whole_cache
@@ -161,6 +163,7 @@ def test_a_plan_does_what_it_expects_within_its_budgets(family):
     assert plan.expected[512]["cache_share"] <= 0.7 + 1e-3
     assert plan.expected[512]["decode_share"] <= 0.6 + 1e-3
     assert 0.3 < plan.expected[512]["recall"] < 1
+    assert plan.without_attention == {0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,6 +215,9 @@ def test_every_method_plans_a_model_whose_layers_share_keys(monkeypatch, method)
     check(model, plan)
     full = Plan.full(plan.model).layers
     assert [index for index in range(5) if plan.layers[index] != full[index]] == [1]
+    said = describe_budgets(plan, Settings(prefill_density=0.1), model)
+    assert "0.10 not met" in said
+    assert said.endswith(": layers 2 and 4 share keys and stay full, the others keep the budgets")
 
 
 # ---- measurements

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -19,22 +17,22 @@ from hfsparse.profiler.methods import balanced
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.runtime.layer_plan import Logits
+from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
 from tests import tiny
-from tests.patterns.matrix import oracle_pages
-from tests.selectors import channels
-from tests.selectors.channels import Channels
+from tests.patterns.matrix import oracle_pages, weights
 
 L, HQ, HKV, D, SCALE = 300, 6, 2, 8, 0.25
 KEYS = torch.tensor([0, 63, 64, 70, 205, 299])
-TABLE = channels.table(layers=3, heads=HKV, dim=D)
-SETTINGS = dict(lengths=(512,), samples=2, verify=False, prefill_density=1.0, decode_share=0.5)
-
-
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
+TABLE = weights(3, HKV, D)
+SETTINGS = dict(
+    lengths=(512,),
+    samples=2,
+    verify=False,
+    prefill_density=1.0,
+    decode_share=0.5,
+    selector="channels",
+)
 
 
 def seen(layer: int = 2) -> Seen:
@@ -45,7 +43,7 @@ def seen(layer: int = 2) -> Seen:
 
 
 def test_a_layers_own_part_of_the_table_says_which_keys_are_read():
-    it, setting = seen(), Channels(0.4, 2, count=2)
+    it, setting = seen(), Channels(0.4, 2, channels=2)
     data = {"channels": DataFile.of("it.safetensors", TABLE)}
     bound = measure.bind_selector(setting, it.layer, it.heads, data)
     read = measure.pages_read(bound, it.q, it.k, KEYS, SCALE)
@@ -55,14 +53,14 @@ def test_a_layers_own_part_of_the_table_says_which_keys_are_read():
         own = it.q[0, kv * group : (kv + 1) * group, row:n]
         surely, perhaps = oracle_pages(setting, own, it.k[0, kv, :n], SCALE, mine, kv)
         assert (surely == perhaps).all()
-        kept = np.repeat(surely, 64)[:n]
+        kept = np.repeat(surely, setting.unit)[:n]
         assert read[head, i].tolist() == [*kept.tolist(), *[False] * (L - n)]
 
 
 def test_a_step_does_not_know_the_keys_after_it_on_its_own_page():
     it, row = seen(), torch.tensor([70])
     data = {"channels": DataFile.of("it.safetensors", TABLE)}
-    bound = measure.bind_selector(Channels(0.4, 2), 0, it.heads, data)
+    bound = measure.bind_selector(Channels(0.4, 2, channels=2), 0, it.heads, data)
     later = it.k.clone()
     later[:, :, 71:] = 100.0
     now, then = (measure.pages_read(bound, it.q, k, row, SCALE) for k in (it.k, later))
@@ -71,7 +69,10 @@ def test_a_step_does_not_know_the_keys_after_it_on_its_own_page():
 
 def test_a_few_kv_heads_at_a_time_are_bound_to_their_own_part(monkeypatch):
     candidates = measure.Candidates(
-        {}, {}, {"a": Channels(0.4, 2, count=2)}, {"channels": DataFile.of("x.safetensors", TABLE)}
+        {},
+        {},
+        {"a": Channels(0.4, 2, channels=2)},
+        {"channels": DataFile.of("x.safetensors", TABLE)},
     )
     whole = measure.measure_layer(seen(), candidates)
     monkeypatch.setattr(measure, "AT_ONCE", HQ // HKV * L)
@@ -88,30 +89,16 @@ def test_what_is_not_bound_is_never_measured():
         measure.pages_read(Channels(0.4, 2), it.q, it.k, KEYS, SCALE)
 
 
-def offered(longest: int):
-    """Labels in the place of quest."""
-    names = balanced_candidates(longest)
-    return replace(names, selectors={"few": Channels(0.3, 4), "more": Channels(0.6, 4)})
-
-
-balanced_candidates = balanced.candidates
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny.llama(window=1024)
 
 
-@pytest.fixture
-def offering(monkeypatch):
-    monkeypatch.setattr(balanced, "candidates", offered)
-
-
-def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offering):
+def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
     out, each = tmp_path / "my plan.yaml", []
     plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     words = {word for layer in plan.layers for word in layer.decode}
-    assert words & {"few", "more"}, "labels were not chosen: give another budget"
+    assert "channels50" in words, "labels were not chosen: give another budget"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "my plan.yaml",
         "my_plan.channels.safetensors",
@@ -125,7 +112,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offer
 
     prompts = make_prompts(tiny.tokenizer(), 512, 2, 0)
     for prompt in prompts:
-        capture(model, prompt.ids, search.short_sighted_plan(model, offered(512)), look)
+        capture(model, prompt.ids, search.short_sighted_plan(model, balanced.candidates(512)), look)
     weight = loaded.table_of(Channels())["weight"]
     for layer in (0, 1):
         mine = torch.stack([found for at, found in each if at == layer])
@@ -139,7 +126,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, offer
         assert getattr(stats, name) == pytest.approx(plan.expected[512][name], rel=0.01)
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, offering, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeypatch):
     whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
     out, looked, look = tmp_path / "plan.yaml", [], search.look_at_prompt
 
@@ -159,10 +146,10 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, offerin
 
 
 def test_what_one_head_keeps_is_priced_with_its_index():
-    data = {"channels": DataFile.of("x.safetensors", channels.table(dim=16))}
-    full = 2 * 16
+    data = {"channels": DataFile.of("x.safetensors", weights(1, 2, 16))}
+    full = 2 * 16 * 2  # bytes of a token's key and value; of each label and its scale below
     for count in (2, 4):
-        kept, read = figures.one_head(6400, Channels(0.1, 4, count=count), 16, data)
-        assert kept == pytest.approx((full + count) / full)
+        kept, read = figures.one_head(6400, Channels(0.1, 4, channels=count), 16, data)
+        assert kept == pytest.approx((full + count + 2) / full)
         assert read == pytest.approx(0.1)
     assert figures.one_head(6400, Quest(0.1, 4), 16) == figures.one_head(6400, Quest(0.1, 4))

@@ -8,14 +8,16 @@ import torch
 from hfsparse.lists import FULL, PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Table
+from hfsparse.runtime.cache import full
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
-from tests.selectors import channels
-from tests.selectors.channels import Channels
+from tests.helpers import poison_of
+from tests.patterns.matrix import weights
 
 DIM, ROOM = 8, 7 * PAGE
-LABELS = Channels(0.3, 2, count=3).bind(0, (0, 1), channels.table())
+LABELS = Channels(0.3, 2, channels=3).bind(0, (0, 1), weights(1, 2, 8))
 SELECTORS = {"labels": LABELS, "quest": Quest(), "refreshed": Quest(refresh=4)}
 
 
@@ -34,7 +36,7 @@ def begun(selector, lengths: list[int], made, poison: float = torch.nan) -> Full
     for b, n in enumerate(lengths):
         store.k[b, :, n:] = poison
         for t in store.index.values():
-            t[b, :, -(-n // PAGE) :] = poison
+            t[b, :, -(-n // PAGE) :] = poison_of(t.dtype, poison)
     return store
 
 
@@ -45,7 +47,7 @@ def kept(store: Full) -> list[torch.Tensor]:
 def equal(ours, theirs) -> bool:
     """Bit by bit, NaN included."""
     pairs = zip(ours, theirs, strict=True)
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, 1e9])
@@ -70,6 +72,18 @@ def test_an_index_follows_a_step_as_append_keeps_it(name, Q, poison):
         assert equal(kept(store), expected)
         assert torch.equal(store.k.nan_to_num(), stored.nan_to_num())
         assert any(new) or equal(kept(store), before)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_long_prompt_is_summarised_a_few_pages_at_a_time(name, monkeypatch):
+    lengths = [300, 64, 7]
+    at_once, few = (begun(SELECTORS[name], lengths, torch.Generator().manual_seed(2)) for _ in "ab")
+    monkeypatch.setattr(full, "AT_ONCE", 2)
+    for t in few.index.values():
+        t.fill_(poison_of(t.dtype, torch.nan))
+    k = few.k[:, :, : max(lengths)].clone()
+    few.append(k, k, Lengths([0] * 3, lengths, max(lengths)))
+    assert equal(kept(few), kept(at_once))
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -22,10 +22,11 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
+from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
-from tests.selectors.channels import Channels, table
+from tests.patterns.matrix import weights
 
-LABELS = Channels(0.3, 2, count=2).bind(0, (1, 5), table(heads=6, dim=3))
+LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, 6, 3))
 FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 5), FULL, LABELS), Group((3,), FULL))
 SINKS = (  # however long their rows, these can go back to their first three tokens
     Group((0, 5), Band(3, 10)),

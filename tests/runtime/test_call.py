@@ -66,6 +66,16 @@ def test_layers_share_a_grid_lists_and_lengths(monkeypatch):
         assert (len(lists), len(grids)) == (rings, 1)  # of full heads none, of each ring its own
 
 
+def test_layers_share_the_blocks_that_positions_alone_choose(monkeypatch):
+    model = tiny("llama")
+    words = ["p", "p", "full", "p"], ["full"] * 2, ["full"] * 2
+    strided = ("strided", dict(stride=2, recent=1))
+    with hfsparse.patch(model, plan_of(model, lambda *at: words, p=strided)):
+        lists = counted(monkeypatch, BlockLists, "of")
+        forward(model, *left_padded(100))
+        assert len(lists) == 1
+
+
 def test_a_layer_that_runs_by_itself_has_a_call_of_its_own():
     enter("a")
     try:

@@ -17,22 +17,19 @@ from tests.patcher.families import fresh, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate, same_generation
 from tests.patterns.matrix import SELECTOR_ROWS
 from tests.runtime.test_graphs import interpreted, same  # noqa: F401
-from tests.selectors import channels
-from tests.selectors.channels import plan_of
+from tests.selectors.plans import labelled, plan_of, refreshed
 
-ROWS = {**SELECTOR_ROWS, channels.KIND: channels.ROW}
-SETTINGS = {name: s for row in ROWS.values() for name, s in row.settings.items()}
+# All of quest's; of the others the first, since what they choose `test_selectors` tries.
+SETTINGS = {
+    name: setting
+    for kind, row in SELECTOR_ROWS.items()
+    for name, setting in [*row.settings.items()][: None if kind == "quest" else 1]
+}
 CHOSEN = [name for name in SETTINGS if SETTINGS[name].budget.share < 1]
 PADS, LENGTH = (0, 7, 70), 460  # rows of 8, 8 and 7 pages
 
 every_setting = pytest.mark.parametrize("name", SETTINGS)
 every_choice = pytest.mark.parametrize("name", CHOSEN)
-
-
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
 
 
 @every_setting
@@ -204,11 +201,11 @@ def test_a_plan_saved_and_read_again_is_followed_alike(name, tmp_path):
     assert hfsparse.Plan.load(tmp_path / "plan.yaml").hash() == plan.hash()
 
 
-@pytest.mark.parametrize("plan", [channels.labelled, channels.refreshed])
+@pytest.mark.parametrize("plan", [labelled, refreshed])
 @pytest.mark.parametrize(("family", "pads"), [("llama", (0,)), ("qwen2", (30, 0, 150))])
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, plan, family, pads):  # noqa: F811
     """An index that no kernel writes follows on the device; pages are chosen in PyTorch there."""
-    more = dict(length=250, pads=pads, new=8, run=channels.compare)
+    more = dict(length=250, pads=pads, new=8)
     eager, replayed = interpreted(family, plan, **more)
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     assert (

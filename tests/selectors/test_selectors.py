@@ -14,26 +14,16 @@ from torch.utils._pytree import tree_leaves
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import EXTREMES
 from hfsparse.selectors import DeviceTensor
-from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages
-from tests.selectors import channels
+from tests.helpers import poison_of
+from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages, table_of
 
-ROWS = {**SELECTOR_ROWS, channels.KIND: channels.ROW}
-SETTINGS = {name: s for row in ROWS.values() for name, s in row.settings.items()}
+SETTINGS = {name: s for row in SELECTOR_ROWS.values() for name, s in row.settings.items()}
 LENGTHS = [64 * 21 + 5, 64 * 9, 300, 17, 0]
 SCALE = 0.7
 
 
-@pytest.fixture(autouse=True)
-def known():
-    with channels.known():
-        yield
-
-
-def bound(name: str, heads=(0, 1), **table):
-    setting = SETTINGS[name]
-    return setting.bind(
-        0, heads, {**ROWS[setting.kind].table, **table} if hasattr(setting, "data") else None
-    )
+def bound(name: str, heads=(0, 1)):
+    return SETTINGS[name].bind(0, heads, table_of(SETTINGS[name]))
 
 
 def drawn(lengths, queries: int = 1, group: int = 3, poison: float = torch.nan, seed: int = 0):
@@ -53,8 +43,9 @@ def index_of(selector, k, length, room: int = 0, poison: float = torch.nan):
     found = {}
     for name, t in selector.summarise(pages, at < length.view(-1, 1, 1, 1, 1)).items():
         empty = torch.arange(t.shape[2]) * PAGE >= length[:, None]
-        t = t.masked_fill(empty.view(len(t), 1, -1, *[1] * (t.ndim - 3)), poison)
-        found[name] = pad(t, (*[0] * 2 * (t.ndim - 3), 0, room), value=poison)
+        value = poison_of(t.dtype, poison)
+        t = t.masked_fill(empty.view(len(t), 1, -1, *[1] * (t.ndim - 3)), value)
+        found[name] = pad(t, (*[0] * 2 * (t.ndim - 3), 0, room), value=value)
     return found
 
 
@@ -89,8 +80,7 @@ def test_pages_equal_the_plain_definition(name, group, queries):
             continue
         new = min(queries, n)  # a row has no more queries than tokens
         own = q[b, h * group : (h + 1) * group]
-        table = ROWS[setting.kind].table
-        surely, perhaps = oracle_pages(setting, own, k[b, h, :n], SCALE, table, h)
+        surely, perhaps = oracle_pages(setting, own, k[b, h, :n], SCALE, table_of(setting), h)
         kept = np.isin(np.arange(len(surely)), read)
         assert (kept & surely == surely).all(), f"row {b} head {h}: a page is missing"
         assert (kept | perhaps == perhaps).all(), f"row {b} head {h}: a page too many"
@@ -123,10 +113,8 @@ def test_equal_scores_go_to_the_lower_page(name):
     k = torch.ones_like(k).masked_fill(k.isnan(), torch.nan)
     found = selector.pages(q, index_of(selector, k, length), length, SCALE)
     for b, h in product((0, 1), (0, 1)):
-        read, n = listed(found, b, h), int(length[b])
-        newest = [*range((n - 1) // PAGE * PAGE // found.unit, -(-n // found.unit))]
-        rest = read[: -len(newest)]
-        assert read == [*range(len(rest)), *newest]
+        read, total, each = listed(found, b, h), int(length[b]) // found.unit, PAGE // found.unit
+        assert read == [*range(len(read) - each), *range(total - each, total)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -192,7 +180,7 @@ def test_the_host_never_waits(name):
     pages = torch.zeros(2, 2, 9, PAGE, 8, device="meta")
     real = torch.ones(1, 1, 9, PAGE, 1, dtype=torch.bool, device="meta")
     q, length = torch.zeros(2, 6, 1, 8, device="meta"), torch.zeros(2, device="meta").long()
-    selector.summarise(pages, real)
+    selector.pages(q, selector.summarise(pages, real), length, SCALE)
     with OneDevice():
         index = selector.summarise(pages, real)
         assert selector.pages(q, index, length, SCALE).pages.is_meta

@@ -7,6 +7,8 @@ is kept by bisecting float32 bit patterns, so ties go to the lower block as a st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 from hfsparse.lists import EDGES, FULL, BlockLists, Grid
 from hfsparse.shares import ratio
 
+SCRATCH = 64 << 20  # bytes of scores at a time
 CHUNK = 1024  # key blocks, or columns, looked at together
 LOWEST = tl.constexpr(-2139095041)  # -inf, as an integer that orders as floats do
 
@@ -41,25 +44,41 @@ def best_blocks(
     share: float,
     least: int = 0,
     tau: float | None = None,
+    unit: float = 1.0,
+    whole: tuple[Tensor, Tensor] | None = None,
+    margin: float | None = None,
+    always: tuple[int, int, int] = (0, 0, 0),
 ) -> None:
     """Write the lists of the query blocks from `first` on, by scores `[B, H, n, groups, nk]`.
 
     Kept are the row's first block and those that hold its own queries, then the best: `share` of
-    the visible blocks and no fewer than `least`; given `tau`, only until they hold that share of
-    the scores' sum, and `lists.cut` counts those cut short. totals `[B, H, n, groups]`: each
-    group's scores are divided by its total and added up. `scores` is overwritten.
+    the visible blocks and no fewer than `least`. `scores` is overwritten.
+
+    tau: the best only until they hold that share of the scores' sum.
+    totals `[B, H, n, groups]`: each group's scores are divided by its total and added up.
+    margin: of the best only those that are at least the largest score plus this.
+    whole: uint8 flags of query blocks `[B, H, nq]` and key blocks `[B, Hkv, nk]` that are read
+        whole: they are not ranked and take no room. The scores of others are then logits, in
+        `unit` to base 2, and `tau` is meant of their softmax.
+    always: how many sinks, recent blocks and last query blocks are kept first, as by Energy.
+
+    With tau or margin `lists.cut` counts the query blocks that had no room for some of them.
     """
     grid = lists.grid
     B, H, n, groups, nk = scores.shape
     short = -1.0 if tau is None else tau if tau < 1 else torch.inf
+    whole_q, whole_k = (scores, scores) if whole is None else whole
     _best[(B * H * n,)](
-        *(scores, scores if totals is None else totals, grid.q_len, grid.k_len),
+        *(scores, scores if totals is None else totals, whole_q, whole_k, grid.q_len, grid.k_len),
         *(lists.full_count, lists.full_index, lists.part_count, lists.part_index),
         lists.full_count if lists.cut is None else lists.cut,
-        *(H, n, first, grid.nq, nk, lists.full_index.shape[-1], lists.part_index.shape[-1]),
-        *(grid.window or 0, least, *ratio(share), short),
+        *(H, 1 if whole is None else H // whole_k.shape[1], n, first, grid.nq, nk),
+        *(lists.full_index.shape[-1], lists.part_index.shape[-1], grid.window or 0),
+        *(*always, least, *ratio(share), short, unit, margin or 0.0),
         GROUPS=0 if totals is None else groups,
         MASS=tau is not None,
+        NEAR=margin is not None,
+        WHOLE=whole is not None,
         BLOCK=grid.block,
         WINDOW=grid.window is not None,
         CHUNK=CHUNK,
@@ -88,8 +107,29 @@ def slashes(lists: BlockLists, below: Tensor, columns: Tensor) -> Tensor:
     return covered.view(torch.bool)
 
 
+def wide(x: Tensor) -> int:
+    """The head dim of x as tiles have it: a power of two, and no less than a product takes."""
+    return max(16, triton.next_power_of_2(x.shape[-1]))
+
+
+def slices(found: BlockLists, groups: int, step: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """First query block and scores `[B, H, n, groups, nk]`, for n blocks after others.
+
+    n is a multiple of `step`, so large that the scores take SCRATCH bytes or what the lists take.
+    """
+    B, H, nq = found.full_count.shape
+    nk = found.grid.nk
+    most = max(SCRATCH, found.full_index.nbytes) // (4 * B * H * groups * nk)
+    n = min(max(most // step, 1) * step, nq)
+    size, device = B * H * n * groups * nk, found.full_count.device
+    room = torch.empty(size, dtype=torch.float32, device=device)
+    for first in range(0, nq, n):
+        shape = (B, H, min(n, nq - first), groups, nk)
+        yield first, room[: torch.Size(shape).numel()].view(shape)
+
+
 @triton.jit
-def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """As Grid.reach, for key blocks j of query block i: some pair, every pair, always kept."""
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
@@ -104,7 +144,7 @@ def _reach(j, i, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 
 
 @triton.jit
-def _append(j, kept, index, count, width):
+def append(j, kept, index, count, width):
     """Write the kept ones of ascending j behind `count` others; the new count."""
     place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index + place, j, mask=kept & (place < width))
@@ -131,16 +171,18 @@ def _above(row, n, bound, CHUNK: tl.constexpr):
     return count, mass
 
 
-NUMBERS = "H n first nq nk full_width part_width window least numerator denominator"
+NUMBERS = """H group n first nq nk full_width part_width window sinks recent dense least
+numerator denominator"""
 
 
 @triton.jit(do_not_specialize=NUMBERS.split())
 def _best(
-    SCORES, TOTALS, Q_LEN, K_LEN, FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, CUT,
-    H, n, first, nq, nk, full_width, part_width, window, least,
-    numerator: tl.int64, denominator: tl.int64, tau,
-    GROUPS: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SCORES, TOTALS, WHOLE_Q, WHOLE_K, Q_LEN, K_LEN,
+    FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, CUT,
+    H, group, n, first, nq, nk, full_width, part_width, window, sinks, recent, dense, least,
+    numerator: tl.int64, denominator: tl.int64, tau, unit, margin,
+    GROUPS: tl.constexpr, MASS: tl.constexpr, NEAR: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) // n  # b * H + h
     i = first + tl.program_id(0) % n
@@ -151,21 +193,41 @@ def _best(
     out = head.to(tl.int64) * nq + i
     end = tl.cdiv(k_len - q_len + tl.minimum((i + 1) * BLOCK, q_len), BLOCK)
     end = tl.where(q_len > i * BLOCK, end, 0)  # key blocks that are not past the queries
+    whole_k = WHOLE_K + (head // group).to(tl.int64) * nk
+    always_from = (k_len - q_len + i * BLOCK) // BLOCK - recent
+    always_from = tl.where(i >= tl.cdiv(q_len, BLOCK) - dense, -1, always_from)
+
+    top = tl.full([], float("-inf"), tl.float32)
+    if MASS and WHOLE:
+        for c in range(0, end, CHUNK):
+            j = c + tl.arange(0, CHUNK)
+            some, _, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+            some &= ~_whole(j, out, WHOLE_Q, whole_k, end)
+            x = tl.load(row + j, mask=j < end, other=float("-inf"))
+            top = tl.maximum(top, tl.max(tl.where(some, x, float("-inf")), 0))
 
     # Scores of groups become one score a block; what is not to be ranked becomes -inf.
     visible, own, total, held = tl.full([], 0, tl.int32), 0, 0.0, 0.0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, _, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, _, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        always |= some & ((j < sinks) | (j > always_from))
         if GROUPS > 0:
             x = tl.zeros([CHUNK], tl.float32)
             for g in tl.static_range(GROUPS):
-                whole = tl.load(TOTALS + tl.program_id(0).to(tl.int64) * GROUPS + g)
+                weight = tl.load(TOTALS + tl.program_id(0).to(tl.int64) * GROUPS + g)
                 part = tl.load(row + g * nk + j, mask=some & (j < end), other=0.0)
-                x += part / tl.where(whole > 0, whole, 1.0)  # empty groups have no mass
+                x += part / tl.where(weight > 0, weight, 1.0)  # empty groups have no mass
         else:
             x = tl.load(row + j, mask=j < end, other=0.0)
         visible += tl.sum(some.to(tl.int32), 0)
+        if NEAR:
+            top = tl.maximum(top, tl.max(tl.where(some, x, float("-inf")), 0))
+        if WHOLE:
+            some &= ~_whole(j, out, WHOLE_Q, whole_k, end)
+            always &= some
+            if MASS:
+                x = tl.exp2(tl.where(some, x - top, 0.0) * unit)
         own += tl.sum(always.to(tl.int32), 0)
         total += tl.sum(tl.where(some, x, 0.0), 0)
         held += tl.sum(tl.where(always, x, 0.0), 0)
@@ -177,7 +239,13 @@ def _best(
     room = tl.maximum(tl.maximum(budget, least), own) - own
     short = total * tau - held
     low, high = tl.full([], LOWEST, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64)
-    for _ in range(32):
+    steps = tl.full([], 32, tl.int32)
+    if NEAR:
+        low = tl.maximum(low, _ordered(top + margin).to(tl.int64) - 1)
+        count, _ = _above(row, end, low.to(tl.int32), CHUNK)
+        high = tl.where(count <= room, low, high)
+        steps = tl.where(count <= room, 0, steps)  # there is room for all that are near
+    for _ in range(steps):
         middle = (low + high) >> 1
         count, mass = _above(row, end, middle.to(tl.int32), CHUNK)
         few = count < room  # so the best of what lies at the bound is wanted
@@ -192,9 +260,15 @@ def _best(
     full_index, part_index = FULL_INDEX + out * full_width, PART_INDEX + out * part_width
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        some, every, always = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        some, every, always = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+        always |= some & ((j < sinks) | (j > always_from))
+        if WHOLE:
+            always |= some & _whole(j, out, WHOLE_Q, whole_k, end)
         x = tl.load(row + j, mask=j < end, other=float("-inf"))
         tie = (_ordered(x) == bound) & (x > float("-inf"))
+        if NEAR:
+            some &= x >= top + margin
+            tie &= some
         rank = ties + tl.cumsum(tie.to(tl.int32), 0) - 1
         ties += tl.sum(tie.to(tl.int32), 0)
         tie &= rank < room - count
@@ -203,18 +277,27 @@ def _best(
             added += tl.sum(tl.where(tie, x, 0.0), 0)
         kept = tie | always | ((_ordered(x) > bound) & (x > float("-inf")))
         left += tl.sum((some & ~kept).to(tl.int32), 0)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     if MASS:
-        tl.atomic_add(CUT + head, tl.where((left > 0) & (mass + added < short), 1, 0).to(tl.int64))
+        left = tl.where(mass + added < short, left, 0)
+    if MASS or NEAR:
+        tl.atomic_add(CUT + head, tl.where(left > 0, 1, 0).to(tl.int64))
 
 
 @triton.jit
-def _slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+def _whole(j, out, WHOLE_Q, whole_k, end):
+    """Whether the query block, or key blocks j, are read whole."""
+    key = tl.load(whole_k + j, mask=j < end, other=1)
+    return (key != 0) | (tl.load(WHOLE_Q + out) != 0)
+
+
+@triton.jit
+def slash(j, i, below, size, q_len, k_len, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Which of key blocks j hold a kept diagonal of query block i, and are read by every query."""
-    some, every, _ = _reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
+    some, every, _ = reach(j, i, q_len, k_len, window, BLOCK, WINDOW)
     q0 = k_len - q_len + i * BLOCK
     q1 = q0 + tl.minimum(q_len - i * BLOCK, BLOCK) - 1
     k0 = j * BLOCK
@@ -242,9 +325,9 @@ def _slashes(
     full, part = 0, 0
     for c in range(0, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        kept, every = _slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
-        full = _append(j, kept & every, full_index, full, full_width)
-        part = _append(j, kept & ~every, part_index, part, part_width)
+        kept, every = slash(j, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        full = append(j, kept & every, full_index, full, full_width)
+        part = append(j, kept & ~every, part_index, part, part_width)
     tl.store(FULL_COUNT + out, full)
     tl.store(PART_COUNT + out, part)
     for c in range(0, n_columns, CHUNK):
@@ -252,5 +335,5 @@ def _slashes(
         real = slot < n_columns
         column = tl.load(COLUMNS + head.to(tl.int64) * n_columns + slot, mask=real, other=0)
         home = tl.minimum(column // BLOCK, nk - 1).to(tl.int32)
-        kept, _ = _slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
+        kept, _ = slash(home, i, below, size, q_len, k_len, window, BLOCK, WINDOW)
         tl.store(COVERED + out * n_columns + slot, kept.to(tl.uint8), mask=real)

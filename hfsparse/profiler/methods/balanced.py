@@ -26,7 +26,7 @@ from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
 from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.solve.allocation import Options
-from hfsparse.selectors.quest import Quest
+from hfsparse.selectors import SELECTORS
 
 # Missed attention beside the effect: it decides between heads that no key token needs. At a weight
 # of 1 it took full heads from those that find answers (benchmarks/results/methods.md).
@@ -36,18 +36,19 @@ SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and d
 SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
 RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
-PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: quest
+PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: selectors
 FEWEST = 4  # blocks and pages that are always kept
 
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
-    names = one_pass.calibrate_tables(job, candidates(max(job.prompts)))
+    selector = SELECTORS[job.settings.selector or "quest"]
+    names = one_pass.calibrate_tables(job, candidates(max(job.prompts), selector))
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
 
-def candidates(longest: int) -> Candidates:
-    """What heads may choose from, for prompts of up to `longest` tokens."""
+def candidates(longest: int, selector: Any = SELECTORS["quest"]) -> Candidates:
+    """What heads may choose from, for prompts of up to `longest` tokens; `selector` is a class."""
     near, shares = min(32, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
     patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in shares}
     patterns |= {f"blocks{_percent(s)}": BlockTopK(s, FEWEST) for s in shares}
@@ -59,7 +60,8 @@ def candidates(longest: int) -> Candidates:
     rings |= {f"last{n}": Streaming(SINK, n) for n in minference.windows(longest)}
     seen = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # others read FEWEST pages
     pages = seen or PAGES[-1:]
-    return Candidates(patterns, rings, {f"quest{_percent(s)}": Quest(s, FEWEST) for s in pages})
+    selectors = {f"{selector.kind}{_percent(s)}": selector(s, FEWEST) for s in pages}
+    return Candidates(patterns, rings, selectors)
 
 
 def options(

@@ -13,6 +13,8 @@ from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 
+AT_ONCE = 1024  # pages of a prompt that are summarised at a time: selectors work in wide numbers
+
 
 class Full(Store):
     """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
@@ -47,8 +49,8 @@ class Full(Store):
     def place(self) -> Place:
         group, more = self.group, {"below": self.below, "append": self.append}
         if self.index:
-            by_page = {*self.index} == EXTREMES and self.index["low"].ndim == 4
-            more |= self.index if by_page else {"follow": self.follow}
+            own = {"follow": self.follow, "selector": group.selector, "index": self.index}
+            more |= self.index if {*self.index} == EXTREMES else own
         return Place(group.heads, self.k, self.v, listed=group.chosen, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:
@@ -87,12 +89,18 @@ class Full(Store):
             for held, new in self.beside(k, v):
                 held[rows, :, p : p + n] = new[rows, :, :n]
             if self.index and n:
-                first, last = p // PAGE, -(-(p + n) // PAGE)
-                keys = self.k[rows, :, first * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
-                at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
-                real = (at < p + n).view(1, 1, -1, PAGE, 1)
-                for name, found in self.group.selector.summarise(keys, real).items():
-                    self.index[name][rows, :, first:last] = found
+                pages = range(p // PAGE, -(-(p + n) // PAGE))
+                for part in (pages[i : i + AT_ONCE] for i in range(0, len(pages), AT_ONCE)):
+                    self._summarise(rows, part, p + n)
+
+    def _summarise(self, rows: slice, pages: range, length: int) -> None:
+        """Renew the index of a run of pages in rows of so many tokens."""
+        first, last = pages.start, pages.stop
+        keys = self.k[rows, :, first * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
+        at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
+        real = (at < length).view(1, 1, -1, PAGE, 1)
+        for name, found in self.group.selector.summarise(keys, real).items():
+            self.index[name][rows, :, first:last] = found
 
     def follow(self, position: Tensor) -> None:
         """Renew the index of the pages that hold a step's tokens, which a kernel has stored.
