@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 FIGURES = ("pair_density", "block_density", "cache_share", "decode_share")
-AGNOSTIC = "what they keep was chosen before any later question"
 FREE = "of the layers without a window of their own"  # those that a plan may change
 
 
@@ -134,7 +133,8 @@ class Stats:
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
         if evicting := sum(layer.evicting for layer in self.layers):
-            head += f", {evicting} kv heads evict: {AGNOSTIC}"
+            head += f", {evicting} kv heads evict: "
+            head += "what they keep was chosen before any later question"
         if self.state_bytes:
             head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):

@@ -93,13 +93,7 @@ class CacheLayer(CacheLayerMixin):
         self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
-        self.stores: list[Full | Ring] = []
-        for g in groups:
-            if g.eviction is not None:
-                self.stores.append(Evicting(g, reserve, below))
-            else:
-                full = g.band == FULL
-                self.stores.append(Full(g, reserve, read_below) if full else Ring(g, below))
+        self.stores = [_store_of(group, reserve, read_below, below) for group in groups]
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
@@ -305,6 +299,12 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     """A key `[B, 1, S, rank + rope]` and the value `[B, 1, S, rank]` that is part of it."""
     k = torch.cat([latent, rotated.to(latent.dtype)], -1)
     return k, k[..., : latent.shape[-1]]
+
+
+def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
+    if group.eviction is not None:
+        return Evicting(group, reserve, below)
+    return Full(group, reserve, read_below) if group.band == FULL else Ring(group, below)
 
 
 def _cropped(seen: int, length: int) -> int:
