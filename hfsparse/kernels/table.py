@@ -39,6 +39,7 @@ from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import FULL, BlockLists, Grid, PageLists
 from hfsparse.lists.places import Places
+from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
@@ -123,10 +124,11 @@ def _triton_decode(
 
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
-    labels = _module("triton.labels")
     for part in into.parts:
-        if isinstance(part.selector, labels.LABELLED):
-            labels.follow(part, k, into.at.tensor(part.heads, k.device), new.query_pos)
+        if isinstance(part.selector, Labelled):
+            _module("triton.labels").follow(
+                part, k, into.at.tensor(part.heads, k.device), new.query_pos
+            )
         elif part.follow is not None:
             part.follow(new.query_pos)
 

@@ -35,6 +35,7 @@ from hfsparse.kernels.triton.votes import (
 )
 from hfsparse.lists import PageLists
 from hfsparse.lists.choice import Choice
+from hfsparse.selectors.labels import Labelled
 from hfsparse.selectors.quest import Quest
 from hfsparse.shares import ratio
 
@@ -46,12 +47,10 @@ TOGETHER = 1 << 12  # units up to which one program chooses
 MOST = (1 << 15) - 1  # of which it can; two counts of them fit into an int32
 WIDEST_KEY = 1024  # dims; latents (MLA) are 576 wide
 
-SCORED: dict[type, Callable] = {Quest: quest.score} | dict.fromkeys(labels.LABELLED, labels.score)
-
 
 def why_not(need: Need) -> str | None:
     """Why a selector's units can't be scored and chosen here; None: they can."""
-    if type(need.chooser) not in SCORED:
+    if _scorer(need.chooser) is None:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > WIDEST_KEY:
         return f"head dim {need.head_dim}: at most {WIDEST_KEY} is supported"
@@ -66,6 +65,13 @@ def why_not_scored(need: Need) -> str | None:
     if not hasattr(need.chooser, "scores"):
         return f"{need.chooser.kind} has no scores"
     return _too_many(need)
+
+
+def _scorer(selector) -> Callable[..., None] | None:
+    """The kernel that scores a selector's units, if there is one."""
+    if isinstance(selector, Labelled):
+        return labels.score
+    return quest.score if type(selector) is Quest else None
 
 
 def _too_many(need: Need) -> str | None:
@@ -97,7 +103,8 @@ def pages(
     Hkv, P = next(iter(index.values())).shape[1:3]
     budget, length = selector.budget, length.contiguous()
     asked = Asked(budget, q, heads, length, Hkv, P, below, choice)
-    SCORED.get(type(selector), scores.score)(selector, index, asked, scale)
+    score = _scorer(selector) or scores.score
+    score(selector, index, asked, scale)
     return _chosen(asked, read)
 
 

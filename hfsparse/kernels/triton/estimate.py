@@ -2,8 +2,9 @@
 
 No host synchronisation, and no map of scores larger than SCRATCH or the lists themselves: scores
 are made and turned into lists for some query blocks after others. Each family of patterns makes its
-scores in a file of its own; `select` does the second half. `antidiagonal` and `energy` are bound by
-FLOPs, the others by reading q and k once or twice.
+scores in a file of its own; `select` does the second half, but of `sample` and `hip`, which choose
+by their own definitions, `hip` by a map of all blocks. `antidiagonal`, `energy` and `sample` are
+bound by FLOPs, the others by reading q and k once or twice, `hip` more often.
 """
 
 from __future__ import annotations

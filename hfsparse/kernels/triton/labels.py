@@ -7,18 +7,16 @@ two float16 that sum up to them. Bound by memory: each label is read once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
+from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained, is_nvidia
 from hfsparse.kernels.triton.scores import Asked, units_of
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import Place
-from hfsparse.selectors.lowrank import LowRank
+from hfsparse.selectors.labels import Labelled
 
-LABELLED = (LowRank,)  # selectors that keep labels
 TOKENS = 256  # whose labels are read at once
 RUN = 2048  # tokens that a program scores, where a tile has no more: it projects queries first
 LARGE = tl.constexpr(0x6400)  # bits of 1024, a float16 whose last bits are units
@@ -40,7 +38,7 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 
 
-def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
+def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
     (label, step), projection = _held(index), selector.asked.on(asked.q.device)
     rows = max(8, triton.next_power_of_2(min(asked.queries, 64)))
@@ -54,7 +52,7 @@ def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> Non
         RUN=run,
         ROWS=rows,
         TOKENS=TOKENS,
-        FOUR=label.is_cuda and torch.version.hip is None,
+        FOUR=is_nvidia(str(label.device)),
         **asked.settings(),
         num_warps=4,
         **chained(str(label.device)),
@@ -86,7 +84,7 @@ def _held(index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return index["label"], index.get("scale", index["label"][..., 0])
 
 
-def _sizes(selector, projection: Tensor) -> dict[str, int]:
+def _sizes(selector: Labelled, projection: Tensor) -> dict[str, int]:
     """What kernels are compiled for: WIDE numbers, padded, lie in each of 1 or 2 halves."""
     _, D, rank = projection.shape
     wide = rank // 2 if selector.bits == 4 else rank

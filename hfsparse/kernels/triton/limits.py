@@ -49,13 +49,19 @@ def shared_memory(device: str) -> int:
 
 
 @lru_cache
+def is_nvidia(device: str) -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU: neither for another, nor interpreted."""
+    if triton.knobs.runtime.interpret or torch.version.hip is not None:
+        return False
+    return torch.device(device).type == "cuda"
+
+
+@lru_cache
 def chained(device: str) -> dict[str, bool]:
     """Settings of a launch that may begin while the one before it ends, where devices can do that:
     programmatic dependent launch. Such a kernel begins with `await_previous`."""
-    if torch.device(device).type != "cuda" or torch.version.hip is not None:
-        return {"CHAINED": False}
-    able = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"CHAINED": able, "launch_pdl": able}
+    able = is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"CHAINED": able} | ({"launch_pdl": True} if able else {})
 
 
 @triton.jit

@@ -32,6 +32,7 @@ def keys_in(count, length, UNIT: tl.constexpr):
 
 @triton.jit
 def weight(x, top):
+    """2^x of 2^top, as an integer: the sum of these is the same in any order."""
     return (tl.exp2(x - top) * SUM_ONE).to(tl.int64)
 
 
