@@ -41,6 +41,7 @@ class LayerStats:
     cut: Sequence[int] = ()  # per q head: query blocks that a pattern's max_share cut short
     tiles: Work = Work()  # per q head: tiles of prompts skipped, of those that lists kept
     window: int | None = None  # the model's own sliding window, in tokens
+    evicting: int = 0  # kv heads that keep what an eviction chose
     state_bytes: int = 0  # of a linear layer's state, which no plan changes: in no share
 
     @property
@@ -131,6 +132,9 @@ class Stats:
             f"{self._densities}, cache {held / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )
+        if evicting := sum(layer.evicting for layer in self.layers):
+            head += f", {evicting} kv heads evict: "
+            head += "what they keep was chosen before any later question"
         if self.state_bytes:
             head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):

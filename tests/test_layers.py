@@ -13,7 +13,17 @@ errors version precision registry reading writing progress shares interval anyti
 """.split()
 ROOMS = [
     *GROUND,
-    *("lists", "patterns", "selectors", "models", "kernels", "plan", "runtime", "patcher"),
+    *(
+        "lists",
+        "patterns",
+        "selectors",
+        "evictions",
+        "models",
+        "kernels",
+        "plan",
+        "runtime",
+        "patcher",
+    ),
     *("profiler", "recipe", "bench", "cli", "hfsparse_eval"),
 ]
 CLIMBS = {("hfsparse.cli.run", "hfsparse_eval")}  # `hfsparse eval` is the command of eval/

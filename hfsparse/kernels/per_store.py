@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hfsparse.kernels.positions import NewTokens
@@ -74,9 +75,13 @@ def _read_ring(run, part: Place, rows, q, new: NewTokens, more, short: bool) -> 
 
 
 def _read_full(run, part: Place, rows, q, new: NewTokens, more, listed) -> Tensor:
-    """Attention over all keys, or over the pages that are listed."""
+    """Attention over all keys that are held, or over the pages that are listed."""
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
-    q, k, v, query_pos, length = take_rows(rows, q, k, v, new.query_pos, new.length)
+    query_pos, length = new.query_pos, new.length
+    if part.dropped is not None:
+        length = length - part.dropped
+        query_pos = torch.where(query_pos < 0, -1, query_pos - part.dropped[:, None])
+    q, k, v, query_pos, length = take_rows(rows, q, k, v, query_pos, length)
     if listed is None:
         return run(q, k, v, query_pos, None, length=length, **more)
     chosen, count = take_rows(rows, listed.pages, listed.count)

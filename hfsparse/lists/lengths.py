@@ -37,3 +37,12 @@ class Lengths:
     def pads(self, device: torch.device) -> Tensor:
         """[B] pad columns in front of each row's new tokens."""
         return torch.tensor([self.columns - n for n in self.new], device=device)
+
+
+def on_device(rows: list[int], device: torch.device) -> Tensor:
+    """Rows' lengths `[B]` on a device; the host waits for no copy."""
+    if len(set(rows)) == 1:
+        return torch.full((len(rows),), rows[0], device=device)
+    lengths = torch.tensor(rows, device="cpu")
+    lengths = lengths.pin_memory() if device.type == "cuda" else lengths
+    return lengths.to(device, non_blocking=True)

@@ -26,9 +26,10 @@ COLUMNS = (
     "below",  # in rows of fewer tokens all that is held
     "listed",  # which head of the page lists it is; -1: none, its pages are read in order
     "span",  # tokens that a minimum and maximum are over: a page, or a part of one
+    "dropped",  # where the device has what each row lacks, [B] int64; 0: no row lacks any
 )
 EXTREMES = {"low", "high"}  # the index that kernels write: minima and maxima of pages or spans
-WIDTH = 16  # cells of a head
+WIDTH = 32  # cells of a head
 NEVER = (1 << 31) - 1  # the size of no ring
 
 
@@ -50,6 +51,9 @@ class Place(NamedTuple):
     append: Callable[..., None] | None = None  # (k, v, lengths): stores new tokens in PyTorch
     selector: Any = None  # whose index `follow` renews, and that index [B, H, P, ...] by name
     index: dict[str, Tensor] | None = None
+    # [B] int64: how many keys each row has lost. It reads as a row that is so much shorter, whose
+    # keys lie one after another.
+    dropped: Tensor | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -87,6 +91,10 @@ class Places(NamedTuple):
         return any(part.low is not None for part in self.parts)
 
     @property
+    def drops(self) -> bool:
+        return any(part.dropped is not None for part in self.parts)
+
+    @property
     def long(self) -> int:
         """Heads that may read many pages: those without a ring, if there are any."""
         full = sum(len(part.heads) for part in self.parts if not part.size)
@@ -105,7 +113,10 @@ class Table:
         self.at = HeadIndex() if at is None else at
 
     def places(self, parts: Sequence[Place]) -> Places:
-        now = [(*part[:1], *part[3:7], *map(_spot, part.buffers)) for part in parts]
+        now = [
+            (*part[:1], *part[3:7], _address(part.dropped), *map(_spot, part.buffers))
+            for part in parts
+        ]
         if now != self.written:
             self._write(parts)
             self.written = now
@@ -129,7 +140,7 @@ class Table:
             held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
-                line = (*at, *held, listed if part.listed else -1, span)
+                line = (*at, *held, listed if part.listed else -1, span, _address(part.dropped))
                 listed += part.listed
                 rows[head][: len(line)] = line
         self.unit = gcd(16, *(n for row in rows for n in row[:4]))
@@ -143,6 +154,10 @@ class Table:
 
 def _spot(t: Tensor) -> tuple[int, torch.Size]:
     return t.data_ptr(), t.shape
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _dense(t: Tensor) -> bool:

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from transformers import PreTrainedModel
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.models.layers import layer_shapes
@@ -19,6 +20,7 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
 from hfsparse.plan.words import series
 from hfsparse.runtime import call
+from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.layer_plan import LayerPlan
 
 
@@ -53,7 +55,7 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"new tokens: stored by {_describe(tables.append, step)}")
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(state, tables, need, step)
-    why = why_in_one_call(model.config)
+    why = why_in_one_call(model.config, plan)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
@@ -95,6 +97,8 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         if pattern.kind in PATTERNS:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
+        elif pattern.kind in EVICTIONS:
+            yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
         elif hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
@@ -118,15 +122,12 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
             "selected": pick(decode, step._replace(lists=True)).name,
             "ring": (bands := pick(decode, step._replace(bands=True)).name),
             "windowed": bands,
+            "kept": pick(decode, step).name,
             "full": pick(decode, step).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
         dropping = "ring" if layer.window is None else "windowed"
-        kinds = Counter(
-            "selected" if g.selector or g.reuses else "full" if g.band == FULL else dropping
-            for g in layer.groups
-            for _ in g.heads
-        )
+        kinds = Counter(_kind(g, dropping) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
         tokens = [(n, kind, reads[kind]) for kind, n in kinds.items()]
         parts = (
@@ -141,6 +142,15 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         span = ", ".join(map(str, found))  # layers without attention lie between
         span = f"{first} to {last}" if found == [*range(first, last + 1)] and found[1:] else span
         yield f"layer{'s' if found[1:] else ''} {span}: {words}"
+
+
+def _kind(group: Group, ring: str) -> str:
+    """How steps read a group's keys, in a word; `ring` where that is a band."""
+    if group.eviction is not None:
+        return "kept"
+    if group.chosen:
+        return "selected"
+    return "full" if group.band == FULL else ring
 
 
 def _weights_name(model: PreTrainedModel) -> str:

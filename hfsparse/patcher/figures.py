@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patcher.resolve import resolve_layers
@@ -68,14 +69,16 @@ def one_head(
 ) -> tuple[float, float]:
     """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
 
-    pattern: a streaming one, for a ring; a selector, for chosen pages; None, for a full head. Of a
-    selector that reads a table it is the first head of the first layer, of `head_dim`. Keys and
-    values take two bytes a number.
+    pattern: a streaming one, for a ring; an eviction, for what it keeps; a selector, for chosen
+    pages; None, for a full head. Of a selector that reads a table it is the first head of the first
+    layer, of `head_dim`. Keys and values take two bytes a number.
     """
     decode = "full" if pattern is None else "it"
     words = Layer(("full",), ("full",), (decode,))
     if isinstance(pattern, Streaming):
         words = Layer(("it",), ("it",), ("ring",))
+    if type(pattern) in EVICTIONS.values():
+        words = Layer(("full",), ("it",), ("kept",))
     this = ModelId("one", 1, 1, 1, head_dim, "head")
     plan = Plan(this, {"it": pattern}, (words,), data=data or {})
     shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
@@ -121,15 +124,25 @@ def _fill(
         layer.seen = tokens
         for store in layer.stores:
             heads = len(store.group.heads)
-            store.append(k[:, :heads], v[:, :heads], Lengths.of(None, 0, tokens, batch))
+            given = k[:, :heads], v[:, :heads], Lengths.of(None, 0, tokens, batch)
+            if store.group.eviction is None:
+                store.append(*given)
+            else:  # how much is kept doesn't depend on queries
+                store.take(*given, given[0][:, :, -1:], scale=1.0)
         yield own, layer
 
 
 def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Work) -> LayerStats:
     own.steps[tokens, 1] = 1
+    for store in () if layer is None else layer.stores:
+        if store.group.eviction is not None:
+            read = tokens - max(store.lacks - 1, 0)  # what evicts last has seen no step yet
+            own.counts.read_by(store.group.heads, torch.device("cpu"))[:] = read
     held = NOTHING if layer is None else layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
-    return LayerStats(**works, kv_bytes=held.bytes(own.kv_heads), window=own.window)
+    return LayerStats(
+        **works, kv_bytes=held.bytes(own.kv_heads), window=own.window, evicting=own.evicting
+    )
 
 
 def _row(shares: np.ndarray, own: LayerPlan) -> np.ndarray:

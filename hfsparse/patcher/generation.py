@@ -12,6 +12,7 @@ from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import find_cache, text_decoder
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
+from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import SLACK
 
@@ -52,13 +53,16 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
 def _can_chunk(model, generation_config, model_kwargs: dict, cache: Any) -> bool:
     """Whether a prompt in chunks gives what one call gives."""
     fresh = model_kwargs.get("inputs_embeds") is None and not cache.get_seq_length()
+    plan = text_decoder(model)._hfsparse.plan
     whole = generation_config.output_hidden_states  # of chunks only the last one's come
-    alike = why_in_one_call(model.config) is None and _keeps_positions(model_kwargs)
+    alike = why_in_one_call(model.config, plan) is None and _keeps_positions(model_kwargs)
     return fresh and alike and not whole
 
 
-def why_in_one_call(config) -> str | None:
+def why_in_one_call(config: Any, plan: Plan) -> str | None:
     """Why prompts in chunks may be read otherwise than in one call; None: they are read alike."""
+    if any("kept" in layer.decode for layer in plan.layers):
+        return "each chunk evicts keys that the next ones would read"
     if hasattr(config, "vision_config"):
         return "it may hold images"
     if any(shape.has_state for shape in layer_shapes(config)):  # as Jamba's do in any version

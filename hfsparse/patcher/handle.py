@@ -51,6 +51,7 @@ class Patched(Handle):
                 layer.counts.cut.tolist(),
                 Work(*layer.counts.skipped.T.tolist()),
                 layer.window,
+                layer.evicting,
                 states[layer.index],
             )
         return Stats(layers)

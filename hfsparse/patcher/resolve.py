@@ -48,7 +48,8 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             own_steps = steps_of_readers
         patterns = tuple(plan.patterns.get(word) for word in words.prefill)
         expanded = shape.rank > 0
-        rings = {head for head, word in enumerate(words.cache) if word != "full"}
+        kept = (plan.patterns.get(word) for word in words.cache)
+        rings = {head for head, pattern in enumerate(kept) if hasattr(pattern, "band")}
         made[index] = LayerPlan(
             owner=owner,
             index=index,
@@ -104,10 +105,11 @@ def _groups(
     """A layer's kv heads by how their cache is kept and read."""
     groups: dict[Group, list[int]] = {}
     for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
-        band = FULL if cache == "full" else plan.patterns[cache].band
+        kept = plan.patterns.get(cache)
+        band, eviction = getattr(kept, "band", FULL), kept if decode == "kept" else None
         if shape.window is not None:
             band = Band(0, shape.window, chunked=shape.chunked)
-        kind = Group((), band, _selector(plan, decode), rank=shape.rank)
+        kind = Group((), band, _selector(plan, decode), eviction=eviction, rank=shape.rank)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())
 
@@ -124,7 +126,7 @@ def _groups_of_reader(
 
 
 def _selector(plan: Plan, decode: str) -> Any:
-    return None if decode in ("full", "ring") else plan.patterns[decode]
+    return None if decode in ("full", "ring", "kept") else plan.patterns[decode]
 
 
 def _group(
@@ -152,7 +154,9 @@ def _store_cases(
     expanded: bool,
 ) -> Cases:
     """Routes of a store's heads; no pattern ranks the keys of a ring, since its slots are no place
-    for that (of a layer with a window of its own)."""
-    if group.band != FULL:
+    for that (of a layer with a window of its own). Of an eviction's keys every one is read."""
+    if group.eviction is not None:
+        patterns = [None] * len(patterns)
+    elif group.band != FULL:
         patterns = [p if hasattr(p, "band") else None for p in patterns]
     return routes_by_case(patterns, q_heads_of(group.heads, ratio), rings, ratio, expanded)

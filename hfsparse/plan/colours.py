@@ -16,7 +16,7 @@ from hfsparse.lists import Grid
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan.parts import kinds
 
-FULL, RING = "full", "ring"
+FULL, RING, KEPT = "full", "ring", "kept"
 HUES = {
     FULL: "#808080",
     "streaming": "#56B4E9",

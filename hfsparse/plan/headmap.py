@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 
 from rich.text import Text
 
-from hfsparse.plan.colours import FULL, RING, hue_of
+from hfsparse.plan.colours import FULL, KEPT, RING, hue_of
 from hfsparse.plan.parts import Layer, describe
 from hfsparse.plan.picture import PARTS, png, write_png
 from hfsparse.plan.plan import Plan
@@ -21,8 +21,9 @@ from hfsparse.stats import FREE
 __all__ = ["legend", "png", "text", "write_png"]
 
 WIDTH, LABEL, GAP = 80, 7, 2  # columns: in all, of the layer number, between parts
-GREYS = "bright_black", "white"  # of full and ring in the terminal
+GREYS = "bright_black", "white"  # of full, and of ring and kept, in the terminal
 NONE = "-"  # stands for the words of layers without attention; no pattern is called so
+MARKS = {RING: "o", KEPT: "+", NONE: "."}  # of words that are no pattern's, where there are any
 
 
 def text(plan: Plan) -> Text:
@@ -68,22 +69,17 @@ def _shown(plan: Plan) -> Plan:
 
 
 def _marks(plan: Plan) -> dict[str, str]:
-    """A mark a word: `#` full, `o` ring, else the first free letter of the pattern's name."""
-    marks = {FULL: "#"}
+    """A mark a word: `#` full, `o` ring, `+` kept, else the first free letter of its name."""
+    marks, taken = {FULL: "#"}, ["O", *MARKS.values()]
     for word in plan.patterns:
         choices = [*(c for c in word.upper() if c.isalnum()), *map(chr, range(33, 127)), "?"]
-        marks[word] = next(
-            c for c in choices if c not in ("o", "O", ".", *marks.values()) or c == "?"
-        )
-    if any(RING in layer.decode for layer in plan.layers):
-        marks[RING] = "o"
-    if any(NONE in layer.prefill for layer in plan.layers):
-        marks[NONE] = "."
-    return marks
+        marks[word] = next(c for c in choices if c not in (*taken, *marks.values()) or c == "?")
+    used = {word for layer in plan.layers for word in (*layer.prefill, *layer.decode)}
+    return marks | {word: mark for word, mark in MARKS.items() if word in used}
 
 
-def _colour(plan: Plan, word: str, full: str, ring: str) -> str:
-    fixed = {FULL: full, RING: ring, NONE: full}
+def _colour(plan: Plan, word: str, full: str, dropped: str) -> str:
+    fixed = {FULL: full, RING: dropped, KEPT: dropped, NONE: full}
     return fixed.get(word) or hue_of(plan.patterns[word].kind)
 
 
@@ -132,11 +128,15 @@ def _table(plan: Plan, parts: list[str], marks: dict[str, str], styles: dict[str
 
 
 def _meaning(plan: Plan, word: str) -> str:
-    """What a word stands for: every key, a ring's, or its pattern's kind and parameters."""
+    """What a word stands for: every key, those that are held, or its kind and parameters."""
     if word in plan.patterns:
         return f"{plan.patterns[word].kind}: {describe(plan.patterns[word])}"
-    nothing = "no attention in these layers: shares are of the others"
-    return {FULL: "every key", RING: "the keys its ring cache holds", NONE: nothing}[word]
+    return {
+        FULL: "every key",
+        RING: "the keys its ring cache holds",
+        KEPT: "the keys its cache kept",
+        NONE: "no attention in these layers: shares are of the others",
+    }[word]
 
 
 def _share(plan: Plan, part: str, word: str) -> str:

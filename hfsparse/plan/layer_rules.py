@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.parts import BAD, Layer, ModelId, Placed
@@ -13,11 +14,12 @@ from hfsparse.plan.words import nearest, show, span
 from hfsparse.selectors import SELECTORS
 from hfsparse.selectors.reuse import Reuse
 
-BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", "ring")}
+DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops keys
+BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", *DROPPED)}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",
-    "cache": "full or the name of a streaming pattern",
-    "decode": "full, ring or the name of a selector",
+    "cache": "full or the name of a streaming pattern or an eviction",
+    "decode": "full, ring, kept or the name of a selector",
 }
 
 
@@ -80,7 +82,7 @@ def _word_rules(
         )
     takes = {
         "prefill": tuple(PATTERNS.values()),
-        "cache": (Streaming,),
+        "cache": (Streaming, *EVICTIONS.values()),
         "decode": tuple(SELECTORS.values()),
     }
     for word in dict.fromkeys(words):
@@ -99,15 +101,15 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
     """A ring drops keys for good, so no head that reads it may ask for more than it holds."""
     group = len(layer.prefill) // len(layer.cache)
     for head, (cache, decode) in enumerate(zip(layer.cache, layer.decode, strict=True)):
-        if (cache == "full") == (decode == "ring"):
-            text = "decode is ring where the cache is streaming, and only there"
+        kept = None if cache == "full" else patterns[cache]
+        if _reads(kept) not in (decode if decode in DROPPED else "full", BAD):
+            text = "decode is ring where the cache is streaming, kept where it evicts, nowhere else"
             yield ("decode",), f"kv head {head} has cache {cache} and decode {decode}: {text}"
-        ring = None if cache == "full" else patterns[cache]
-        if ring is None or ring is BAD:
+        if not isinstance(kept, Streaming):
             continue
         first = head * group
         readers = list(enumerate(layer.prefill))[first : first + group]
-        if loose := [f"{q} ({word})" for q, word in readers if not _fits(patterns.get(word), ring)]:
+        if loose := [f"{q} ({word})" for q, word in readers if not _fits(patterns.get(word), kept)]:
             yield (
                 ("cache",),
                 f"kv head {head} caches only {cache}, its q heads {', '.join(loose)} read more: "
@@ -152,6 +154,13 @@ def _find_selecting(layer: Any, patterns: dict) -> list[tuple[int, str]]:
 
 def _reuses(selector: Any) -> bool:
     return isinstance(selector, Reuse)
+
+
+def _reads(kept: Any) -> Any:
+    """The word by which a step reads a cache; of a full one it stands for selectors, too."""
+    if kept is None or kept is BAD:
+        return "full" if kept is None else BAD
+    return "ring" if isinstance(kept, Streaming) else "kept"
 
 
 def _fits(pattern: Any, ring: Streaming) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hfsparse.errors import PlanError, ShapeError
+from hfsparse.evictions import EVICTIONS
 from hfsparse.models.classes import class_of
 from hfsparse.models.fingerprint import attention_values, fingerprint
 from hfsparse.models.layers import UNITS, text_config
@@ -96,8 +97,8 @@ class Below:
 
 
 def kinds() -> dict[str, type]:
-    """Every pattern and selector that a plan may name."""
-    return {**PATTERNS, **SELECTORS}
+    """Every pattern, selector and eviction that a plan may name."""
+    return {**PATTERNS, **SELECTORS, **EVICTIONS}
 
 
 @functools.cache

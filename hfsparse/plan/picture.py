@@ -12,7 +12,7 @@ from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from hfsparse.plan.colours import FULL, RING, Look, looks, share_kept
+from hfsparse.plan.colours import FULL, KEPT, RING, Look, looks, share_kept
 from hfsparse.plan.parts import describe
 from hfsparse.plan.plan import Plan
 from hfsparse.reading import local
@@ -32,8 +32,8 @@ LENGTH = 4096  # tokens of the prompts by which a picture orders patterns, at mo
 def png(plan: Plan, file: str | os.PathLike) -> None:
     """Draw the map as a picture; `file` is written whole or not at all.
 
-    Hue and mark tell a word's kind, darkness the share that it keeps. In decode a ring looks as the
-    streaming pattern that its cache follows.
+    Hue and mark tell a word's kind, darkness the share that it keeps. In decode a cache that drops
+    keys looks as the pattern or eviction that it follows.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -78,7 +78,7 @@ def _kinds(plan: Plan) -> dict[str, list[str]]:
 
 
 def looks_of(plan: Plan) -> dict[str, Look]:
-    """The look of each word but `ring`."""
+    """The look of each word but `ring` and `kept`."""
     length = min(max(plan.expected, default=LENGTH), LENGTH)
     kept = {word: share_kept(pattern, length) for word, pattern in plan.patterns.items()}
     kinds = _kinds(plan).items()
@@ -90,7 +90,10 @@ def _draw_part(axis: Axes, plan: Plan, part: str, looks: dict[str, Look]) -> Non
     rows = [getattr(layer, part) for layer in plan.layers]
     if part == "decode":
         rows = [
-            [kept if word == RING else word for word, kept in zip(row, layer.cache, strict=True)]
+            [
+                kept if word in (RING, KEPT) else word
+                for word, kept in zip(row, layer.cache, strict=True)
+            ]
             for row, layer in zip(rows, plan.layers, strict=True)
         ]
     blank = plan.without_attention

@@ -64,7 +64,7 @@ def _pattern_rules(patterns: dict[str, Any]) -> Iterator[Placed]:
     for name, pattern in patterns.items():
         path = ("patterns", name)
         if type(name) is not str or not NAME.fullmatch(name) or name in BUILT_IN["decode"]:
-            rule = "a letter, then up to 63 letters, digits, _ . - (and not full or ring)"
+            rule = "a letter, then up to 63 letters, digits, _ . - (and not full, ring or kept)"
             yield path, f"pattern name {show(name)}: give {rule}"
         if type(pattern) in kinds().values():
             yield from _field_rules(pattern, type(pattern), path)

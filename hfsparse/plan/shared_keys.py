@@ -13,7 +13,8 @@ def check_reader(layers: tuple[Layer, ...], patterns: dict, index: int, producer
 
     Its cache words are the producer's, so the rules for rings bind it, too. So are its decode
     words, since a selector reads the index that the producer's keeps; or it reads the pages that an
-    earlier layer chose, at all heads where the producer's words choose any.
+    earlier layer chose, at all heads where the producer's words choose any. Nor may the producer's
+    steps evict keys, which it would do before this layer reads them.
     """
     own, kept = layers[index], layers[producer]
     if own.cache != kept.cache:
@@ -31,6 +32,12 @@ def check_reader(layers: tuple[Layer, ...], patterns: dict, index: int, producer
             f"{joined(kept.decode)}: write that for layer {index}, too, or a reuse at every head "
             "where that chooses pages"
         )
+    for word in dict.fromkeys(kept.cache):
+        if getattr(patterns.get(word), "adds_up", False):
+            raise PlanError(
+                f"layer {index} reads the keys of layer {producer}, whose steps evict some by "
+                f"{word}: give layer {producer} a cache that steps leave as it is, such as snapkv"
+            )
     for word in dict.fromkeys(asked.values()):
         if word in patterns and getattr(getattr(patterns[word], "budget", None), "refresh", 0):
             raise PlanError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan.parts import ModelId, written_fields
@@ -27,10 +28,14 @@ patterns:
 LAYERS_HEAD = """\
 # A word a head; full*3 is the word three times.
 #   prefill: full or the name of a prefill pattern, one a q head
-#   cache:   full or the name of a streaming pattern (a ring), one a kv head
-#   decode:  full, or ring where the cache is a ring, or the name of a selector, one a kv head
+#   cache:   full, or the name of a streaming pattern (a ring) or of an eviction, one a kv head
+#   decode:  full, or ring where the cache is a ring, or kept where it evicts, or the name of a
+#            selector, one a kv head
 layers:
 """
+
+
+KINDS = {"prefill": PATTERNS, "decode selectors": SELECTORS, "cache evictions": EVICTIONS}
 
 
 def template(config: Any) -> str:
@@ -41,7 +46,7 @@ def template(config: Any) -> str:
     model = ModelId.of(config)
     identity, _, _ = Plan.full(model).dumps().partition("layers:\n")
     rows = [HEAD + identity + PATTERNS_HEAD.rstrip("\n")]
-    for title, kinds in (("prefill", PATTERNS), ("decode selectors", SELECTORS)):
+    for title, kinds in KINDS.items():
         rows.append(f"  # {title}:")
         rows += [f"  # {kind}: {_flow(_defaults(cls))}" for kind, cls in kinds.items()]
     rows.append("# Tokens in the row under which a head is computed, or kept, in full.")

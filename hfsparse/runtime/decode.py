@@ -12,6 +12,7 @@ from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.lengths import Lengths
+from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import Ring
@@ -85,7 +86,22 @@ def decode(
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
     asked["latents"] = layer.rank > 0
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
-    return pick(tables.decode, need).run(q, places, step, lists, **logits.of())
+    out = pick(tables.decode, need).run(q, places, step, lists, **logits.of())
+    for store in layer.stores:
+        if store.group.eviction is not None:
+            _count_kept(layer_plan, store, step)
+            if layer_plan.producer is None and store.group.eviction.adds_up:
+                at = layer_plan.at(
+                    q_heads_of(store.group.heads, q.shape[1] // k.shape[1]), q.device
+                )
+                store.observe(q[:, at], step.lengths, **logits.of(at))
+    return out
+
+
+def _count_kept(layer_plan: LayerPlan, store: Evicting, step: Step) -> None:
+    """Note how many keys a step read: with what an eviction left, lengths don't tell."""
+    read = layer_plan.counts.read_by(store.group.heads, step.length.device)
+    read += (step.length - store.gone).sum()
 
 
 def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from hfsparse.lists.lengths import Lengths
+from hfsparse.kernels.rows import q_heads_of
+from hfsparse.lists.lengths import Lengths, on_device
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import Call
 from hfsparse.runtime.latent import Latents
@@ -56,6 +60,22 @@ class LayerCall:
             self.kept = latents.kept
             if self.pads is not None:
                 self.kept = tuple(shift_rows(t, self.pads) for t in latents.kept)
+
+    def newest_queries(
+        self, kv_heads: Sequence[int], count: int | None
+    ) -> tuple[Tensor, slice | Tensor]:
+        """Of each row the last `count` new queries, or all that it has, as the cache's keys take
+        them: `[B, heads, n, D]`, of those q heads that read some kv heads, and an index of these.
+        """
+        layer_plan, q, new = self.layer_plan, self.q, self.lengths.new
+        ratio = layer_plan.counts.q_heads // layer_plan.kv_heads
+        at = layer_plan.at(q_heads_of(kv_heads, ratio), q.device)
+        q, n = q[:, at], q.shape[2] if count is None else min(count, q.shape[2])
+        if n < q.shape[2]:
+            first = on_device([max(m - n, 0) for m in new], q.device)
+            rows = (first[:, None] + torch.arange(n, device=q.device))[:, None, :, None]
+            q = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))
+        return (q if self.latents is None else self.latents.absorb(q)), at
 
     def expand(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as prompts read them, of what the cache holds."""

@@ -83,6 +83,12 @@ class LayerPlan:
         """Whether it may be sparse, and binds no other layer, nor is bound."""
         return self.window is None and self.producer is None and self.last_reader is None
 
+    @property
+    def evicting(self) -> int:
+        """How many kv heads of its own keep what an eviction chooses."""
+        own = self.groups if self.producer is None else ()
+        return sum(len(group.heads) for group in own if group.eviction is not None)
+
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at
@@ -109,6 +115,10 @@ class LayerPlan:
                 chosen = self.source.reads().done
                 for head in group.heads:
                     keys[head] = chosen[head]
+                continue
+            if group.eviction is not None:
+                for head, read in zip(group.heads, self.counts.keys_read(group.heads), strict=True):
+                    keys[head] = int(read) or nan
                 continue
             if group.selector is not None and group.selector.budget.counted:
                 whole = (np.where(length < limit, length, 0) * times).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfsparse.kernels.rows import group_rows, put_rows, take_rows
 from hfsparse.lists import Grid, default_block
-from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.lengths import Lengths, on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,19 +125,10 @@ def pieces(past: int, new: int, chunk: int) -> Iterator[tuple[int, slice, slice]
 
 def _grid(lengths: Lengths, block: int, window: int | None, device: torch.device) -> Grid:
     """Queries over all tokens of their rows; where nothing is behind, over themselves."""
-    q_len, k_len = (_on_device(t, device) for t in (lengths.new, lengths.rows))
+    q_len, k_len = (on_device(t, device) for t in (lengths.new, lengths.rows))
     keys = lengths.longest if lengths.behind else lengths.columns
     known = {"padded": lengths.padded, "past": lengths.behind}
     return Grid(q_len, k_len, lengths.columns, keys, block, window, **known)
-
-
-def _on_device(rows: list[int], device: torch.device) -> Tensor:
-    """Rows' lengths `[B]` on a device; the host waits for no copy."""
-    if len(set(rows)) == 1:
-        return torch.full((len(rows),), rows[0], device=device)
-    lengths = torch.tensor(rows, device="cpu")
-    lengths = lengths.pin_memory() if device.type == "cuda" else lengths
-    return lengths.to(device, non_blocking=True)
 
 
 def _take(grid: Grid, rows: Tensor | None, block: int) -> Grid:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfsparse.kernels import Need, pick
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
@@ -33,16 +34,26 @@ def prefill(layer_call: LayerCall) -> Tensor:
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None or reads else layer.stores:
         at = layer_plan.at(store.group.heads, k.device)
-        store.append(*(t[:, at] for t in layer_call.kept), lengths)
+        _keep(layer_call, store, *(t[:, at] for t in layer_call.kept))
     return out
+
+
+def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> None:
+    """Store a prompt's or a chunk's keys and values, those of the store's heads."""
+    eviction = store.group.eviction
+    if eviction is None:
+        store.append(k, v, layer_call.lengths)
+    else:
+        q, at = layer_call.newest_queries(store.group.heads, eviction.watched)
+        store.take(k, v, layer_call.lengths, q, **layer_call.logits.of(at))
 
 
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
-    Rings are read before it is stored, since they drop what it passes, full stores behind that. So
-    when a kernel fails, every store has the chunk, or none has it; when a store finds no memory to
-    grow, those before it have it.
+    Stores that drop keys are read before it is stored, full stores behind that. So when a kernel
+    fails, every store has the chunk, or none has it; when a store finds no memory to grow, those
+    before it have it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
     k, v = layer_call.kept
@@ -51,16 +62,16 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
     out = None
     for store, cases, chunk in stores:
-        if isinstance(store, Ring):
+        if store.drops:
             k, v, lies = store.with_chunk(*chunk, layout.grid)
             if layer_plan.last_reader is not None:
                 gathered = layer_call.call.gathered.setdefault(layer_plan.index, [])
                 gathered.append((k, v, lies))
             out = read(layer_call, layout, cases, *layer_call.expand(k, v), lies, out)
     for store, _, chunk in stores:
-        store.append(*chunk)
+        _keep(layer_call, store, *chunk[:2])
     for store, cases, _ in stores:
-        if not isinstance(store, Ring):
+        if not store.drops:
             held = layer_call.expand(*store.view(lengths.longest))
             out = read(layer_call, layout, cases, *held, None, out)
     return out
@@ -69,14 +80,14 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
 def read_again(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, by a layer that reads another's keys; `[B, Hq, Q, Dv]`.
 
-    That one's stores have the chunk: what its rings dropped, the call has kept.
+    That one's stores have the chunk: what these dropped, the call has kept.
     """
     layer, layer_plan, call = layer_call.layer, layer_call.layer_plan, layer_call.call
     producer, out = layer_plan.producer, None
-    rings = iter(call.gathered.get(producer.index, ()))
+    dropped = iter(call.gathered.get(producer.index, ()))
     for store, cases in zip(layer.stores, layer_plan.store_cases, strict=True):
-        if isinstance(store, Ring):
-            k, v, at = next(rings)
+        if store.drops:
+            k, v, at = next(dropped)
             at = replace(layout.grid, Sk=at.Sk, key_first=at.key_first, key_live=at.key_live)
         else:
             k, v, at = *store.view(layer_call.lengths.longest), None
@@ -97,7 +108,7 @@ def read(
 ) -> Tensor:
     """`out` `[B, Hq, Q, Dv]` with the attention of some q heads over k and v.
 
-    ring: where a ring's keys lie, of all rows; None: they lie as the layout says.
+    ring: where keys lie, of all rows, in a store that drops some; None: as the layout says.
     """
     q, device = layer_call.q, layer_call.q.device
     for group in layout.groups:
@@ -134,7 +145,9 @@ class Part:
             skip=skips,
         )
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
-        easy = grid.window is None and not (logits.special or (grid.past and self._fused(need)))
+        # Nor does it count the pairs that are read where keys were dropped.
+        easy = grid.window is None and grid.key_first is None and not logits.special
+        easy = easy and not (grid.past and self._fused(need))
         if routes.dense is None or skips or not easy:
             return self._attend_listed(routes.every, need)
         if routes.listed is None:

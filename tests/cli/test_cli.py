@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse.cli import app
 from hfsparse.errors import UsageError
+from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
@@ -163,7 +164,7 @@ def test_each_kind_of_a_new_plan_is_there_to_uncomment(model, tmp_path):
     file = tmp_path / "plan.yaml"
     run("new", model, "-o", file)
     text = re.sub(r"^  # (\w+: {kind)", r"  \1", file.read_text(), flags=re.MULTILINE)
-    known = {**PATTERNS, **SELECTORS}
+    known = {**PATTERNS, **SELECTORS, **EVICTIONS}
     assert Plan.loads(text).patterns == {kind: cls() for kind, cls in known.items()}
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 import hfsparse
+from hfsparse.evictions import EVICTIONS
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler.methods import METHODS
@@ -18,7 +19,12 @@ PLANS, PROFILING, RUNNING = (DOCS / f"{name}.md" for name in ("plans", "profilin
 
 
 @pytest.mark.parametrize(
-    ("heading", "known"), [("Prefill patterns", PATTERNS), ("Decode selectors", SELECTORS)]
+    ("heading", "known"),
+    [
+        ("Prefill patterns", PATTERNS),
+        ("Decode selectors", SELECTORS),
+        ("Cache evictions", EVICTIONS),
+    ],
 )
 def test_every_kind_stands_in_its_table_with_each_parameter_and_its_default(heading, known):
     listed, kind = {}, None

@@ -167,7 +167,8 @@ def _bound() -> None:
 
     def noted_places(self, parts):
         made = places(self, parts)
-        tables[:] = [(made.cells, [t for part in parts for t in part.buffers])]
+        lost = [part.dropped for part in parts if part.dropped is not None]
+        tables[:] = [(made.cells, [*(t for part in parts for t in part.buffers), *lost])]
         return made
 
     triton.GridExecutor._init_args_hst, Table.places = noted, noted_places

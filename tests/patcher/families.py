@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hfsparse import Plan
+from hfsparse.evictions import EVICTIONS
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId
@@ -134,7 +135,7 @@ def by_content_in_windows(model) -> Plan:
 
 def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     """A plan from `layer(index, windowed) -> (prefill, cache, decode)` and `name=(kind, {…})`."""
-    known = {**PATTERNS, **SELECTORS}
+    known = {**PATTERNS, **SELECTORS, **EVICTIONS}
     words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
     whole, layers = Plan.full(ModelId.of(model)), []
     for i, shape in enumerate(layer_shapes(model)):
@@ -209,6 +210,29 @@ def mixed(model, below=(0, 0, 0)) -> Plan:
         return prefill, ["s" if r else "full" for r in rings], decode
 
     return plan_of(model, layer, below, s=STREAM, vs=VS, blocks=BLOCKS, quest=QUEST)
+
+
+def evicting(model, below=(0, 0, 0), size=20, kinds=("snap", "h2o", "full", "s")) -> Plan:
+    """kv heads that keep by attention, full ones and rings in turns; any pattern reads prompts."""
+    Hq, Hkv = heads(model)
+
+    def layer(index, windowed):
+        kept = [kinds[(g + index) % 4] for g in range(Hkv)]
+        prefill = [("full", "vs", "blocks", "s")[(h + index) % 4] for h in range(Hq)]
+        prefill = ["s" if kept[h * Hkv // Hq] == "s" else word for h, word in enumerate(prefill)]
+        if windowed:
+            return [("s", "full")[h % 2] for h in range(Hq)], ["full"] * Hkv, ["full"] * Hkv
+        read = {"full": "full", "s": "ring", "snap": "kept", "h2o": "kept"}
+        return prefill, kept, [read[word] for word in kept]
+
+    snap, h2o = dict(size=size, window=6, pool=3), dict(size=size, window=7)
+    named = dict(snap=("snapkv", snap), h2o=("h2o", h2o), s=STREAM, vs=VS, blocks=BLOCKS)
+    return plan_of(model, layer, below, **named)
+
+
+def snapkv(model) -> Plan:
+    """As `evicting`, with steps that evict nothing."""
+    return evicting(model, kinds=("snap", "full", "snap", "s"))
 
 
 def choosing(model, below=(0, 0, 0), **quest) -> Plan:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
@@ -46,6 +47,10 @@ class Truth:
         self.causal = defaultdict(int)  # (layer, q head) → pairs of dense attention
         self.reads = defaultdict(int)  # (layer, kv head) → keys read by each step's newest query
         self.total = defaultdict(int)  # (layer, kv head) → keys it could see
+        # (layer, row, kv head) → which keys an eviction left, and what they are worth; and which
+        # there were for the last call, new ones included
+        self.left: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.read: dict[tuple, torch.Tensor] = {}
 
 
 @contextmanager
@@ -131,7 +136,21 @@ def _attend(
         if hasattr(module, "expand_kv"):
             latents = _as_latents(module, q, k, v)
         asked = sliding_window, chunk, past, decode, latents
-        kept = _mask(truth, layer, q, k, scaling, *asked)
+        evicting = _evicting(truth.plan, layer, len(k) if latents is None else 1)
+        producer = layer_shapes(module.config)[layer].producer
+        if producer is None:
+            for head in evicting:
+                _hold(truth, (layer, b, head), q.shape[1], k.shape[1])
+        held_by = layer if producer is None else producer
+        left = {head: truth.read[held_by, b, head] for head in evicting}
+        kept = _mask(truth, layer, q, k, scaling, *asked, left)
+        for head, eviction in evicting.items():
+            if producer is None and (not decode or eviction.kind == "h2o"):
+                own_q, own_k = (q, k) if latents is None else latents
+                where = slice(head * Hq // len(own_k), (head + 1) * Hq // len(own_k))
+                bare = s_aux if s_aux is None else s_aux[where]
+                shown = own_q[where], own_k[head], scaling, softcap, bare
+                _evict(truth, eviction, (layer, b, head), *shown)
         if blocks is not None:  # tokens that see later ones see all that the model lets them
             own = blocks[b, pads:, start:]
             later = (own & torch.ones_like(own).triu(1)).any(1)
@@ -170,7 +189,57 @@ def _chunk(config, layer) -> int | None:
     return config.attention_chunk_size if chunked else None
 
 
-def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents) -> torch.Tensor:
+def _evicting(plan, layer, kv_heads) -> dict:
+    """The kv heads of a layer that evict, and how."""
+    words = plan.layers[layer]
+    fits = len(words.cache) == kv_heads
+    kept = {head: plan.patterns.get(word) for head, word in enumerate(words.cache) if fits}
+    return {head: each for head, each in kept.items() if each and each.kind in EVICTIONS}
+
+
+def _hold(truth, where, n, total) -> None:
+    """A head has the n new keys of a row, too, which then has `total`."""
+    if n == total:
+        truth.left[where] = torch.zeros(0).bool(), torch.zeros(0).double()
+    held, worth = truth.left[where]
+    held, worth = held[: total - n], worth[: total - n]  # fewer after a crop
+    truth.left[where] = torch.cat([held, torch.ones(n).bool()]), torch.cat([worth, torch.zeros(n)])
+    truth.read[where] = truth.left[where][0]
+
+
+def _evict(truth, eviction, where, q, k, scale, softcap, s_aux) -> None:
+    """Behind a call: new queries q `[heads, n, D]` of a group over its keys k `[total, D]`."""
+    (held, worth), total = truth.left[where], len(k)
+    asked = q.shape[1] if eviction.kind == "h2o" else min(eviction.window, q.shape[1])
+    logits = q[:, -asked:].double() @ k.double().T * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    at, key = torch.arange(total - asked, total)[:, None], torch.arange(total)
+    logits = logits.masked_fill(~((key <= at) & held), -torch.inf)
+    if s_aux is not None:
+        bare = s_aux.double()[:, None, None].expand(-1, asked, 1)
+        logits = torch.cat([logits, bare], 2)
+    got = torch.softmax(logits, -1)[..., :total].sum(1).mean(0)
+    newest = key >= total - eviction.window
+    if eviction.kind == "h2o":
+        worth = worth + got
+    else:
+        places = held.nonzero()[:, 0].tolist()
+        got, near = got.masked_fill(newest, 0), eviction.pool // 2
+        worth = torch.zeros(total).double()
+        for i, place in enumerate(places):
+            worth[place] = got[places[max(i - near, 0) : i + near + 1]].max()
+    truth.left[where] = held, worth
+    if total < truth.plan.below.cache or held.sum() <= eviction.size:
+        return
+    rank = worth.masked_fill(newest, torch.inf).masked_fill(~held, -torch.inf)
+    if eviction.window >= eviction.size:
+        rank = torch.where(held, key, -1)
+    best = torch.sort(rank, descending=True, stable=True).indices[: eviction.size]
+    truth.left[where] = torch.isin(key, best), worth
+
+
+def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents, left) -> torch.Tensor:
     """bool [Hq, n, total]: what a row's new queries q `[Hq, n, D]` read of k `[Hkv, total, D]`."""
     (Hq, n, _), total = q.shape, k.shape[1]
     Hkv, by_head = truth.plan.model.kv_heads, k.repeat_interleave(Hq // len(k), 0)
@@ -194,7 +263,9 @@ def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents) -> to
             kept = torch.ones(n, total, dtype=torch.bool)  # the window's ring is read whole
         else:
             kept = _prompt(truth.plan, layer, head, group, q[head], by_head[head], scale, window)
-        masks.append(seen & kept)
+            if past and group in left:  # all that is left is read
+                kept = torch.ones_like(kept)
+        masks.append(seen & kept & left.get(group, torch.tensor(True)))
         if decode and head % (Hq // Hkv) == 0:
             truth.reads[layer, group] += int(masks[-1][-1].sum())
             truth.total[layer, group] += int(seen[-1].sum())
@@ -212,7 +283,7 @@ def _streams(plan, layer, head) -> bool:
 def _prompt(plan, layer, head, group, q, k, scale, window) -> torch.Tensor:
     n, total = len(q), len(k)
     words = plan.layers[layer]
-    ring = words.cache[group] != "full"
+    ring = words.cache[group] != "full" and words.decode[group] == "ring"
     limit = plan.below.cache if ring else plan.below.prefill
     if words.prefill[head] == "full" or total < limit:
         return torch.ones(n, total, dtype=torch.bool)
@@ -228,6 +299,8 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
     n, total = q.shape[1], len(k)
     words = plan.layers[layer]
     kept = torch.ones(n, total, dtype=torch.bool)
+    if words.decode[group] == "kept":
+        return kept
     if words.cache[group] != "full":
         ring = plan.patterns[words.cache[group]]
         return kept if total < plan.below.cache else _stream(ring, n, total)

@@ -21,6 +21,7 @@ from tests.patcher.families import (
     FAMILIES,
     VS,
     by_content_in_windows,
+    evicting,
     full,
     growing,
     left_padded,
@@ -44,7 +45,9 @@ def under(model):
     return mixed(model, below=(9999, 9999, 9999))
 
 
-PLANS = {plan.__name__: plan for plan in (full, streaming, growing, mixed, straddled, under)}
+PLANS = {
+    plan.__name__: plan for plan in (full, streaming, growing, mixed, evicting, straddled, under)
+}
 DENSE = ("full", "under")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -58,7 +58,7 @@ def test_what_gets_lost_is_told():
     plan = replace(SKIPS, patterns={"s": Streaming(4, 64)}, layers=layers, below=Below(512, 0, 9))
     _, notes = export_plan(plan, "modelopt", 1000)
     assert note(notes, "follow a pattern in prompts").startswith("left out: 2 of 8 q heads")
-    assert note(notes, "keep a ring").startswith("left out: 1 of 4 kv heads")
+    assert note(notes, "drop keys").startswith("left out: 1 of 4 kv heads")
     assert note(notes, "read less in decode").startswith("left out: 1 of 4 kv heads")
     assert note(notes, "below 512 tokens the plan skips nothing")
     assert len(notes) == 6

@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan, headmap, picture
 from hfsparse.selectors import SELECTORS
@@ -64,6 +65,20 @@ def test_a_choice_that_is_read_again_is_said():
     told = headmap.text(plan).plain
     assert "quest: share 0.06, min_pages 16, refresh 8, top_p 0.9\n" in told
     assert "reuse: pages chosen by the last layer before that chooses\n" in told
+
+
+def test_a_cache_that_evicts_has_a_mark_of_its_own(tmp_path):
+    plan = plan_of(2, 4, 2)
+    evicts = replace(plan.layers[1], cache=("stream", "snap"), decode=("ring", "kept"))
+    evicts = replace(evicts, prefill=("stream", "stream", "vs", "full"))
+    plan = replace(plan, patterns={**NAMED, "snap": EVICTIONS["snapkv"]()})
+    plan = replace(plan, layers=(plan.layers[0], evicts))
+    plan.validate()
+    told = headmap.text(plan).plain
+    assert "    1  SS V#    SN     o+\n" in told
+    assert "N snap           -    25%       -  snapkv: size 1024, window 64, pool 7\n" in told
+    assert "+ kept           -      -     25%  the keys its cache kept" in told
+    headmap.png(plan, tmp_path / "heads.png")
 
 
 @dataclass(frozen=True)

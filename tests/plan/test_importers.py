@@ -571,7 +571,7 @@ def test_length_is_needed_by_modelopt_and_refused_for_others(tmp_path):
 
 def test_what_no_plan_can_say_is_refused_by_its_name(tmp_path):
     with pytest.raises(
-        UsageError, match=r"a plan can't say what lukv does: .* drops keys by score"
+        UsageError, match=r"a plan can't say what lukv does: .* dropped by expected attention"
     ):
         import_plan("lukv", tmp_path / "curve.npy", config())
 

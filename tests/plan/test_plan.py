@@ -225,7 +225,7 @@ ERRORS = {
     "key that is a list": ("seed: 0", "[1]: 0", "made", "give text"),
     "number as a name": ("  vs: {", "  123: {", "vs", "pattern name 123"),
     "boolean as a name": ("  vs: {", "  yes: {", "vs", "True"),
-    "full as a name": ("  vs: {", "  full: {", "vs", "not full or ring"),
+    "full as a name": ("  vs: {", "  full: {", "vs", "not full, ring or kept"),
     "star in a name": ("  vs: {", "  a*b: {", "vs", "pattern name 'a*b'"),
     "unknown kind": ("kind: quest", "kind: qeust", "quest", "did you mean quest?"),
     "missing kind": ("kind: quest, ", "", "quest", "patterns.quest.kind is missing"),

@@ -10,9 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.nn.functional import pad
 
 from hfsparse.errors import CacheError
+from hfsparse.evictions.h2o import H2O
+from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -31,6 +34,11 @@ SINKS = (  # however long their rows, these can go back to their first three tok
     Group((1, 3), FULL, Quest()),
     Group((2,), Streaming(5, 6, 0.25).band),
     Group((4,), FULL),
+)
+KEPT = (
+    Group((0, 4), eviction=SnapKV(20, 6, 3)),
+    Group((1,), eviction=H2O(33, 9)),
+    Group((2, 3, 5), eviction=SnapKV(1, 8)),
 )
 MIXED = (Group((0,), Band(3, 10)), *SINKS[1:], Group((5,), Band(0, 40)))
 HEADS, DIM = 6, 3
@@ -60,7 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
     """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value."""
 
     @initialize(
-        groups=st.sampled_from([FULLS, SINKS, MIXED]),
+        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT]),
         below=st.sampled_from([0, 60, 150]),
         reserve=st.sampled_from([0, 200]),
         expected=st.sampled_from([0, 100]),
@@ -75,10 +83,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.rows = [[] for _ in pads]
         self.seen = self.furthest = 0  # columns; the most there have been
         self.expected = expected
+        # Of each store that evicts, by row: what each head holds, and the row's length when it lost
+        # the last.
+        self.left = [[([[]] * len(g.heads), 0) for _ in pads] for g in groups if g.eviction]
 
     def stores(self, kind):
         """The layer's stores of a kind, once it has any."""
-        return [s for s in self.layer.stores if isinstance(s, kind) and self.layer.is_initialized]
+        return [s for s in self.layer.stores if type(s) is kind and self.layer.is_initialized]
 
     def content(self, row, positions, heads):
         """Keys and values `[2, heads, n, DIM]` of some positions of a row."""
@@ -122,9 +133,13 @@ class CacheMachine(RuleBasedStateMachine):
         k, v = (front(t, new) for t in (k, v))
         for store in self.layer.stores:
             heads = list(store.group.heads)
+            given = k[:, heads], v[:, heads], lengths
+            if isinstance(store, Evicting):
+                self.evict(store, *given)
+                continue
             if isinstance(store, Ring) and any(past):
-                self.check_chunk(store, k[:, heads], v[:, heads], lengths)
-            store.append(k[:, heads], v[:, heads], lengths)
+                self.check_chunk(store, *given)
+            store.append(*given)
         self.layer.stored = self.layer.seen
 
         for ring in self.stores(Ring):
@@ -132,6 +147,53 @@ class CacheMachine(RuleBasedStateMachine):
                 self.check_step(ring, past)
             self.check_size(ring)
         self.check_summaries(exact=True)
+
+    def evict(self, store, k, v, lengths):
+        """A chunk finds what is held, and itself; the newest and as many as may be stay."""
+        left, eviction, heads = self.left_in(store), store.group.eviction, list(store.group.heads)
+        q = torch.randn(len(k), 2 * len(heads), lengths.columns, DIM, generator=self.random)
+        q = front(q.transpose(1, 2).flatten(2).unflatten(2, (-1, DIM)).transpose(1, 2), lengths.new)
+        step = lengths.columns <= STEP and lengths.behind
+        found = [
+            [[*held, *self.rows[b][p:n]] for held in left[b][0]]
+            for b, (p, n) in enumerate(zip(lengths.past, lengths.rows, strict=True))
+        ]
+        if step:
+            store.append(k, v, lengths)
+            if eviction.adds_up:
+                store.observe(q, lengths, scale=1.0)
+        else:
+            plain = Grid(torch.tensor(lengths.new), torch.tensor(lengths.rows), k.shape[2], 0, 16)
+            *read, grid = store.with_chunk(k, v, lengths, plain)
+            for b, live in enumerate(grid.key_pos[:, : grid.Sk] >= 0):
+                ours = torch.stack([t[b, :, live] for t in read], 2)
+                wanted = [self.made[held][:, :, h] for h, held in zip(heads, found[b], strict=True)]
+                assert all(map(torch.equal, ours, wanted))
+            store.take(k, v, lengths, q, scale=1.0)
+        for b, n in enumerate(lengths.rows):
+            size = len(found[b][0])
+            evicts = n >= store.least and (not step or eviction.adds_up) and size > eviction.size
+            least = min(eviction.window, eviction.size) if evicts else size
+            now = self.held_by(store, b)
+            for held, could in zip(now, found[b], strict=True):
+                assert len(held) == (eviction.size if evicts else size)
+                assert held == [token for token in could if token in held]
+                assert held[-least:] == could[-least:]
+            left[b] = now, n if evicts or eviction.adds_up else left[b][1]
+
+    def left_in(self, store):
+        return self.left[self.stores(Evicting).index(store)]
+
+    def held_by(self, store, b):
+        """The tokens that each head of a row holds, by their keys and by their values."""
+        n, found = len(self.rows[b]) - store.dropped[b], []
+        for i, head in enumerate(store.group.heads):
+            ours = torch.stack([store.k[b, i, :n], store.v[b, i, :n]], 1)
+            row = torch.tensor(self.rows[b], dtype=torch.int64)
+            same = (ours[:, None] == self.made[row][:, :, head]).all(-1).all(-1)
+            assert (same.sum(1) == 1).all()
+            found.append(row[same.byte().argmax(1)].tolist() if n else [])
+        return found
 
     def check_chunk(self, ring, k, v, lengths):
         """A chunk finds each key of its windows once, in whichever block, and nothing else."""
@@ -201,18 +263,21 @@ class CacheMachine(RuleBasedStateMachine):
             for n, at in zip(self.lengths(), ring.positions(self.lengths()), strict=True):
                 if not needed(ring, max(n - drop, 0)) <= {*at.tolist()}:
                     return False
-        return True
+        ends = [at for store in self.stores(Evicting) for _, at in self.left_in(store)]
+        rows = self.lengths() * len(self.stores(Evicting))
+        return not any(0 < n - drop < at for n, at in zip(rows, ends, strict=True))
 
     def crop(self, drop):
         left = self.seen - drop
         can = self.can_drop(drop)
-        assert can or self.furthest - left > SLACK
+        assert can or self.furthest - left > SLACK or self.stores(Evicting)
         if not can:
             with pytest.raises(CacheError, match="Start again"):
                 self.layer.crop(-drop)
             return
         self.layer.crop(-drop)
         self.rows = [row[: max(len(row) - drop, 0)] for row in self.rows]
+        self.forget()
         self.seen, self.expected = left, min(self.expected, left)
         self.starts = [min(start, left) for start in self.starts]
 
@@ -237,6 +302,7 @@ class CacheMachine(RuleBasedStateMachine):
             for tensor in (t for store in old.stores for t in store.tensors()):
                 tensor.fill_(poison_of(tensor.dtype, torch.nan))
         self.rows = [list(self.rows[b]) for b in rows]
+        self.left = [[left[b] for b in rows] for left in self.left]
         self.starts = [self.starts[b] for b in rows]
 
     @precondition(lambda self: self.seen > 80)
@@ -244,7 +310,15 @@ class CacheMachine(RuleBasedStateMachine):
     def reset(self):
         self.layer.reset()
         self.rows = [[] for _ in self.rows]
+        self.forget()
         self.seen = self.furthest = self.expected = 0
+
+    def forget(self):
+        """Heads hold no token that their row has lost."""
+        for left in self.left:
+            for b, row in enumerate(self.rows):
+                held = [[token for token in own if token in row] for own in left[b][0]]
+                left[b] = held, left[b][1] if row else 0
 
     # -- what holds at any time ------------------------------------------------------------------
 
@@ -274,6 +348,14 @@ class CacheMachine(RuleBasedStateMachine):
                 assert needed(ring, n) <= {*held}
                 ours = torch.stack([ring.k[b], ring.v[b]])[:, :, at >= 0]
                 assert torch.equal(ours, self.content(b, held, ring.group.heads))
+
+    @invariant()
+    def evicting_stores_hold_what_they_kept_and_all_later_tokens(self):
+        for store in self.stores(Evicting):
+            for b, row in enumerate(self.rows):
+                if row:
+                    assert self.held_by(store, b) == self.left_in(store)[b][0]
+                    assert store.gone[b] == store.dropped[b]
 
     @invariant()
     def page_summaries_bound_their_keys(self):

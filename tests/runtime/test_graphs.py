@@ -40,6 +40,7 @@ def same(eager: dict, replayed: dict) -> None:
         ("qwen2", "choosing", (150, 0)),
         ("gemma4_shared", "mixed", (150, 0)),
         ("llama4", "mixed", (150, 0)),
+        ("llama", "snapkv", (150, 0)),
     ],
 )
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):
@@ -84,6 +85,7 @@ def test_thresholds_are_passed_by_one_row_before_the_other(interpreted):
         (dict(output_hidden_states=True), "output_hidden_states is asked for"),
         (dict(new=3), "the first steps of a cache"),
         (dict(below=(0, 23, 0), new=4, plan="mixed"), "the first steps of a cache"),
+        (dict(plan="evicting", new=6), "each step ranks the keys that are kept"),
     ],
 )
 def test_what_is_not_replayed_says_why(interpreted, more, why):

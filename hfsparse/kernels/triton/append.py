@@ -33,6 +33,7 @@ from hfsparse.kernels.triton.limits import (
     await_previous,
     chained,
     look_up,
+    lost_by,
 )
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import Places
@@ -76,6 +77,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
         PAGE=PAGE,
         UNIT=into.unit,
         SUMMARIES=into.summaries,
+        DROPS=into.drops,
         num_warps=4,
         **chained(str(k.device)),
     )
@@ -86,12 +88,15 @@ def _append(
     K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
     k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
     D: tl.constexpr, DV: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr, CHAINED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr, DROPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
     at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)
+    if DROPS:
+        at = tl.where(at < 0, at, at - lost_by(TABLE, h, b))
     sink, size = look_up(TABLE, h, SINK).to(tl.int32), look_up(TABLE, h, SIZE).to(tl.int32)
     slots, begin = look_up(TABLE, h, SLOTS), b * look_up(TABLE, h, ROW)
     keys = INTO_K + look_up(TABLE, h, K_AT) * UNIT + begin * D

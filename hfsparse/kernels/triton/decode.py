@@ -42,6 +42,7 @@ from hfsparse.kernels.triton.limits import (
     chained,
     load_rows,
     look_up,
+    lost_by,
     shared_memory,
 )
 from hfsparse.kernels.triton.limits import LISTED as LISTED_AT
@@ -136,6 +137,7 @@ def decode(
         TOGETHER=PAGE if pages is None else pages.unit,
         LISTED=pages is not None,
         RINGS=places.rings,
+        DROPS=places.drops,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
@@ -212,8 +214,8 @@ def _decode(
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
     LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
-    LISTED: tl.constexpr, RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    LISTED: tl.constexpr, RINGS: tl.constexpr, DROPS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     # Rows: q head of the group * Q + new token. Tiles: this program's share of those of its head,
@@ -225,6 +227,10 @@ def _decode(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
     length = tl.load(LENGTH + b).to(tl.int32)
+    lost = 0
+    if DROPS:
+        lost = lost_by(TABLE, kv, b)
+        length -= lost
     live = tl.minimum(length, look_up(TABLE, kv, SLOTS).to(tl.int32))  # slots that hold a key
     whole = length < look_up(TABLE, kv, BELOW)
     EACH: tl.constexpr = PAGE // TOGETHER  # units of a tile
@@ -245,6 +251,8 @@ def _decode(
 
     group = rows // Q
     at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
+    if DROPS:
+        at = tl.where(at < 0, at, at - lost)
     queries = Q_ + b * q_b + (kv * group + row // Q) * q_h + (row % Q) * q_s
     d = tl.arange(0, DP)
     inside = alive[:, None] & (d < D - FROM)[None, :]

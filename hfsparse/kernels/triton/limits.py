@@ -36,6 +36,7 @@ WIDTH = tl.constexpr(places.WIDTH)
     BELOW,
     LISTED,
     SPAN,
+    DROPPED,
 ) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 
 
@@ -136,6 +137,13 @@ def add_logits(
     else:
         acc, total, top = _fold(acc, total, top, s, high, v, unit, MASKED, PRECISION)
     return acc, total, top, lost
+
+
+@triton.jit
+def lost_by(TABLE, head, b):
+    """How many keys row b of a head lacks."""
+    at = look_up(TABLE, head, DROPPED)
+    return tl.load(at.to(tl.pointer_type(tl.int64)) + b, mask=at != 0, other=0).to(tl.int32)
 
 
 @triton.jit

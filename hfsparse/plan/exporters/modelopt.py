@@ -53,7 +53,7 @@ def _list_lost(plan: Plan, length: int, a: float) -> Iterator[str]:
     yield "target_sparsity sets nothing: b is 0, so the threshold is the same for every target"
     for what, part in (
         ("q heads follow a pattern in prompts: all read every tile that is not skipped", "prefill"),
-        ("kv heads keep a ring: all keep every key", "cache"),
+        ("kv heads drop keys: all keep every key", "cache"),
         ("kv heads read less in decode: all read every key", "decode"),
     ):
         heads = [word for layer in plan.layers for word in getattr(layer, part)]

@@ -37,7 +37,7 @@ READERS: dict[str, Callable[..., Found]] = {
 OWNERS = {"share": "duo", "length": "modelopt"}  # whose each setting is
 UNSAID = {  # forms that today's words of a plan can't say
     "lukv": "its curves say what share of its keys each kv head keeps, those of the highest scores "
-    "of a kvpress press, and a plan has no word for a cache that drops keys by score. Use it in "
+    "of a kvpress press, and a plan has no word for keys dropped by expected attention. Use it in "
     "kvpress, or profile this model: hfsparse profile",
 }
 

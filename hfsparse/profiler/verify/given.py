@@ -32,8 +32,8 @@ from hfsparse.profiler.verify.proof import Proof, check_lengths
 from hfsparse.profiler.verify.trials import open_reader
 from hfsparse.version import __version__
 
-# Words by which a part of a plan leaves nothing out; what `ring` leaves out is the cache's.
-PARTS = {"prefill": {"full"}, "cache": {"full"}, "decode": {"full", "ring"}}
+# Words by which a part of a plan leaves nothing out; the cache does, where it's `ring` or `kept`.
+PARTS = {"prefill": {"full"}, "cache": {"full"}, "decode": {"full", "ring", "kept"}}
 KEPT = ("budgets", "given_back")  # of a profile's proof: how the plan came to be
 
 

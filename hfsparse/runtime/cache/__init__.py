@@ -1,1 +1,1 @@
-"""The KV cache of a patched model: full stores and rings, row by row."""
+"""The KV cache of a patched model: full stores, rings and stores that evict, row by row."""

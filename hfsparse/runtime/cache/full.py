@@ -81,6 +81,10 @@ class Full(Store):
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
         self.room(lengths.past, lengths.rows)
+        self.write(k, v, lengths)
+
+    def write(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
+        """As `append`, where there is room."""
         for rows, p, n in runs_of_rows(lengths):
             for held, new in self.beside(k, v):
                 held[rows, :, p : p + n] = new[rows, :, :n]

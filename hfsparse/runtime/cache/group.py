@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hfsparse.evictions import Eviction
 from hfsparse.lists import FULL, Band
 from hfsparse.selectors import Selector
 
@@ -16,6 +17,7 @@ class Group:
     band: Band = FULL  # FULL: every key is kept
     selector: Selector | None = None  # bound; chooses pages for decode, its store keeps its index
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
+    eviction: Eviction | None = None  # says which keys are kept; None: the band does
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
 
     @property

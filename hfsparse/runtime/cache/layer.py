@@ -1,4 +1,5 @@
-"""The KV cache of a patched model: per-layer stores that keep whole rows or only sink + recent.
+"""The KV cache of a patched model: per-layer stores that keep whole rows, only sink + recent, or
+what was attended to most.
 
 `CacheLayer` is what transformers sees in `cache.layers`; `update` hands the new keys straight
 through and the attention function appends and reads the stores. Rows are stored row-relative, so
@@ -19,6 +20,7 @@ from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places, Table
 from hfsparse.runtime.cache.buffers import autocast
+from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.ring import Ring
@@ -31,8 +33,9 @@ class Held:
     """What a layer's cache takes, to be told later without it: no buffer moves until it is noted
     again, and rows grow into the room that there is."""
 
-    # kv heads, bytes, and tokens that there is room for (None: a ring, whose slots serve again)
-    stores: list[tuple[tuple[int, ...], int, int | None]]
+    # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), and
+    # how many every row lacks
+    stores: list[tuple[tuple[int, ...], int, int | None, int]]
     column: int  # bytes of one column of the stock cache, over all rows and heads
     window: int | None
 
@@ -44,22 +47,24 @@ class Held:
 
     def bytes(self, kv_heads: int) -> list[int]:
         """By kv head, as allocated."""
-        return self._each(kv_heads, lambda size, room: size)
+        return self._each(kv_heads, lambda size, room, lacks: size)
 
     def work(self, kv_heads: int, seen: int) -> Work:
         """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
         included; and of the stock cache, which keeps all, or as many as the model's window."""
-        pages = -(-seen // PAGE) * PAGE
-        used = self._each(
-            kv_heads, lambda size, room: size * min(pages, room) // room if room else size
-        )
+
+        def part(size: int, room: int | None, lacks: int) -> int:
+            pages = -(-max(seen - lacks, 0) // PAGE) * PAGE
+            return size * min(pages, room) // room if room else size
+
+        used = self._each(kv_heads, part)
         return Work(used, [self.column * min(seen, self.window or FAR) // kv_heads] * kv_heads)
 
-    def _each(self, kv_heads: int, part: Callable[[int, int | None], int]) -> list[int]:
+    def _each(self, kv_heads: int, part: Callable[[int, int | None, int], int]) -> list[int]:
         found = [0] * kv_heads
-        for heads, size, room in self.stores:
+        for heads, *held in self.stores:
             for head in heads:
-                found[head] += part(size, room) // len(heads)
+                found[head] += part(*held) // len(heads)
         return found
 
 
@@ -88,9 +93,7 @@ class CacheLayer(CacheLayerMixin):
         self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
-        self.stores = [
-            Full(g, reserve, read_below) if g.band == FULL else Ring(g, below) for g in groups
-        ]
+        self.stores = [_store_of(group, reserve, read_below, below) for group in groups]
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
@@ -160,10 +163,10 @@ class CacheLayer(CacheLayerMixin):
     def _history(self, part: Callable[[Full | Ring], Tensor]) -> Tensor | None:
         if not self.is_initialized:
             return None
-        if any(isinstance(store, Ring) for store in self.stores) or {*self.rows} != {self.seen}:
+        if any(store.drops for store in self.stores) or {*self.rows} != {self.seen}:
             raise CacheError(
                 "this cache can't be read or rebuilt as transformers' own: heads of this layer "
-                "keep only their newest keys, rows are padded, or a forward is under way. Go on "
+                "keep only some of their keys, rows are padded, or a forward is under way. Go on "
                 "with it as it is (copy.deepcopy copies it), or read the prompt again after "
                 "handle.undo()"
             )
@@ -190,8 +193,15 @@ class CacheLayer(CacheLayerMixin):
         self._forget_choices()
 
     def keep(self, tokens: int) -> None:
-        """From now on at least so many of the newest tokens can be taken back."""
+        """From now on at least so many of the newest tokens can be taken back; CacheError where
+        none can: drafts would choose what is kept."""
         for store in self.stores:
+            if store.group.eviction is not None:
+                raise CacheError(
+                    f"drafts are taken back, and what {store.group.eviction.kind} evicted when it "
+                    "saw them can't be: generate without an assistant and without prompt lookup, "
+                    "or use a plan whose cache is full"
+                )
             if isinstance(store, Ring):
                 store.slack = max(store.slack, tokens)
 
@@ -246,7 +256,10 @@ class CacheLayer(CacheLayerMixin):
 
     def held(self) -> Held:
         """What its buffers take."""
-        own = [(s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity) for s in self.stores]
+        own = [
+            (s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity, s.lacks)
+            for s in self.stores
+        ]
         return Held(own, self.column_bytes(), self.window)
 
     def column_bytes(self) -> int:
@@ -286,6 +299,12 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     """A key `[B, 1, S, rank + rope]` and the value `[B, 1, S, rank]` that is part of it."""
     k = torch.cat([latent, rotated.to(latent.dtype)], -1)
     return k, k[..., : latent.shape[-1]]
+
+
+def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
+    if group.eviction is not None:
+        return Evicting(group, reserve, below)
+    return Full(group, reserve, read_below) if group.band == FULL else Ring(group, below)
 
 
 def _cropped(seen: int, length: int) -> int:

@@ -34,6 +34,7 @@ class Ring(Store):
     from its row's length alone. Rows under `below` tokens drop nothing.
     """
 
+    drops = True
     choice = capacity = None
 
     def __init__(self, group: Group, below: int):

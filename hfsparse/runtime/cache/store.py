@@ -15,6 +15,9 @@ class Store:
     Values that are the first dims of their keys (latents, `group.rank`) lie there alone.
     """
 
+    drops = False  # whether it may drop keys: it is read, with what a chunk brings, before it does
+    lacks = 0  # keys that every row lacks, at least
+
     def __init__(self, group: Group):
         self.group = group
         self.k: Tensor | None = None

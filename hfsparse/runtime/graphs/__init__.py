@@ -319,6 +319,10 @@ class Graphs:
                 return f"a hook on {name}"
             if name and "forward" in module.__dict__ and not only_moves_inputs(module):
                 return f"another forward on {name}"
+        if any(
+            group.eviction and group.eviction.adds_up for x in self.layers for group in x.groups
+        ):
+            return "each step ranks the keys that are kept, and evicts some"
         store = first.stores[0]
         asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
         need = kernels.Need.of(store.k, store.k, store.v, **asked)
