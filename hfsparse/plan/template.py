@@ -41,14 +41,15 @@ KINDS = {"prefill": PATTERNS, "decode selectors": SELECTORS, "cache evictions": 
 def template(config: Any) -> str:
     """The full plan of a model's config, as commented YAML; PlanError if no plan can describe it.
 
-    It reads as `Plan.full`. Rows of `patterns` are valid once their # is gone and no `?` is left.
+    It reads as `Plan.full`. Rows of `patterns` are valid once their # is gone and no `?` is left; a
+    selector that reads a table wants it beside the plan, too.
     """
     model = ModelId.of(config)
     identity, _, _ = Plan.full(model).dumps().partition("layers:\n")
     rows = [HEAD + identity + PATTERNS_HEAD.rstrip("\n")]
     for title, kinds in KINDS.items():
         rows.append(f"  # {title}:")
-        rows += [f"  # {kind}: {_flow(_defaults(cls))}" for kind, cls in kinds.items()]
+        rows += [f"  # {kind}: {_flow(_defaults(cls))}{_table(cls)}" for kind, cls in kinds.items()]
     rows.append("# Tokens in the row under which a head is computed, or kept, in full.")
     rows.append("below: {prefill: 0, decode: 0, cache: 0}")
     rows.append(LAYERS_HEAD.rstrip("\n"))
@@ -68,6 +69,13 @@ def template(config: Any) -> str:
             note = f"  # reads layer {shape.producer}'s keys: cache and decode are as there"
         rows.append(f"  {index}: {words}{note}")
     return "\n".join(rows) + "\n"
+
+
+def _table(cls: type) -> str:
+    """Where the table that a kind reads is from."""
+    if not hasattr(cls, "calibrate"):
+        return ""
+    return f"  # and a table: hfsparse profile MODEL --selector {cls.kind}"
 
 
 def _defaults(cls: type) -> dict[str, Any]:
