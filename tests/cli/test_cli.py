@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import fields, replace
 
@@ -73,19 +72,13 @@ def test_a_command_prints_no_warnings_of_packages_that_it_does_not_use():
     assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
 
 
-def test_help_takes_under_a_second_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys\nsys.argv = ['hfsparse', '--help']\nfrom hfsparse.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
     )
-    seconds = []
-    for _ in range(2):  # packages may be compiled in the first
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     words = (
         "profile verify recipes plans new import export show diff check push explain doctor "
         "generate bench eval"
@@ -93,7 +86,6 @@ def test_help_takes_under_a_second_and_imports_nothing_heavy():
     places = [done.stdout.index(f"│ {command} ") for command in words.split()]
     assert places == sorted(places)
     assert done.stdout.endswith("[]\n")
-    assert min(seconds) < 1
 
 
 def test_the_version_is_that_of_the_package():
