@@ -30,7 +30,8 @@ SETTINGS = dict(
     samples=2,
     verify=False,
     prefill_density=1.0,
-    decode_share=0.5,
+    cache_share=1.0,
+    decode_share=0.7,
     selector="channels",
 )
 
@@ -98,7 +99,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
     out, each = tmp_path / "my plan.yaml", []
     plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     words = {word for layer in plan.layers for word in layer.decode}
-    assert "channels50" in words, "labels were not chosen: give another budget"
+    assert "channels25" in words, "labels were not chosen: give another budget"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "my plan.yaml",
         "my_plan.channels.safetensors",
@@ -128,7 +129,7 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeypatch):
     whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
-    out, looked, look = tmp_path / "plan.yaml", [], search.look_at_prompt
+    out, looked, look = tmp_path / "plan.yaml", [], search.stack_layers
 
     def killed(*args):
         looked.append(1)
@@ -136,7 +137,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeyp
             raise KeyboardInterrupt
         return look(*args)
 
-    monkeypatch.setattr(search, "look_at_prompt", killed)
+    monkeypatch.setattr(search, "stack_layers", killed)
     with pytest.raises(KeyboardInterrupt):
         hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml.parts"]
