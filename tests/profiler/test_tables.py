@@ -150,7 +150,7 @@ def test_what_one_head_keeps_is_priced_with_its_index():
     data = {"channels": DataFile.of("x.safetensors", weights(1, 2, 16))}
     full = 2 * 16 * 2  # bytes of a token's key and value; of each label and its scale below
     for count in (2, 4):
-        kept, read = figures.one_head(6400, Channels(0.1, 4, channels=count), 16, data)
+        kept, read = figures.one_head(6400, Channels(0.1, 4, bits=8, channels=count), 16, data)
         assert kept == pytest.approx((full + count + 2) / full)
         assert read == pytest.approx(0.1)
     assert figures.one_head(6400, Quest(0.1, 4), 16) == figures.one_head(6400, Quest(0.1, 4))

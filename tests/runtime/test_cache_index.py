@@ -17,7 +17,7 @@ from tests.helpers import poison_of
 from tests.patterns.matrix import weights
 
 DIM, ROOM = 8, 7 * PAGE
-LABELS = Channels(0.3, 2, channels=3).bind(0, (0, 1), weights(1, 2, 8))
+LABELS = Channels(0.3, 2, bits=8, channels=3).bind(0, (0, 1), weights(1, 2, 8))
 SELECTORS = {"labels": LABELS, "quest": Quest(), "refreshed": Quest(refresh=4)}
 
 

@@ -21,6 +21,7 @@ from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
+from tests.helpers import poison_of
 from tests.patterns.matrix import weights
 
 LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, 6, 3))
@@ -234,7 +235,7 @@ class CacheMachine(RuleBasedStateMachine):
         elif how == "copy":
             old, self.layer = self.layer, deepcopy(self.layer)
             for tensor in (t for store in old.stores for t in store.tensors()):
-                tensor.fill_(torch.nan)
+                tensor.fill_(poison_of(tensor.dtype, torch.nan))
         self.rows = [list(self.rows[b]) for b in rows]
         self.starts = [self.starts[b] for b in rows]
 

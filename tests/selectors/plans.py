@@ -28,9 +28,9 @@ def plan_of(model, selector: Any, below: int = 0) -> Plan:
 
 def labelled(model) -> Plan:
     """Three pages, of which one is chosen, by labels."""
-    return plan_of(model, Channels(0.06, 3, unit=64, channels=3))
+    return plan_of(model, Channels(0.06, 3, unit=64, bits=8, channels=3))
 
 
 def refreshed(model) -> Plan:
     """By labels, and read again by three more steps; top_p."""
-    return plan_of(model, Channels(0.9, 2, refresh=4, top_p=0.6, channels=3))
+    return plan_of(model, Channels(0.9, 2, refresh=4, top_p=0.6, bits=8, channels=3))
