@@ -5,6 +5,10 @@ the first-order effect on the prompt's key tokens, in units of its mean over rin
 the share of attention that is missed; `allocate` takes one choice a head, of least total loss under
 all budgets.
 
+In decode two selectors compete: quest, whose pages cost little to rank, and lowrank, which ranks
+single tokens and so finds what is needed in fewer keys, but reads more to rank them. Both are
+priced by all that a step reads.
+
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
 (`recent_per_token`). One length alone shows nothing of that.
@@ -41,7 +45,7 @@ MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
 RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
 SELECTED = ("quest", "lowrank")  # the kinds of selectors
 PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: selectors of whole pages
-UNITS = (0.02, 0.06, 0.12, 0.25)  # of the row: selectors of smaller units, which waste less
+UNITS = (0.02, 0.06, 0.12, 0.25)  # of the row: selectors of smaller units, which need fewer keys
 FEWEST = 4  # blocks and pages that are always kept
 
 
