@@ -43,7 +43,9 @@ def test_a_flag_goes_before_the_recipe_and_the_command_tells_which(tmp_path, mon
 
     def measure(loaded, tokenizer, **options):
         given.update(options)
-        return Plan.full(ModelId.of(loaded))
+        plan = Plan.full(ModelId.of(loaded))
+        plan.save(options["out"])
+        return plan
 
     monkeypatch.setattr("hfsparse.profiler.profile", measure)
     own = tmp_path / "own.yaml"

@@ -26,7 +26,10 @@ from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allo
 
 
 def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
-    """The candidates with the tables that their selectors read, means over all prompts."""
+    """The candidates with the tables that their selectors read.
+
+    Means over the longest prompts: after RoPE, short ones say little of long ones.
+    """
     needed = {s.data: s for s in candidates.selectors.values() if hasattr(s, "calibrate")}
     if not needed:
         return candidates
@@ -41,8 +44,9 @@ def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
     def visit(prompt: Prompt) -> dict[str, np.ndarray]:
         return stack_layers(job.model, forward(job.model, prompt.ids, look))
 
-    each = _visit_prompts(job, f"tables-{mark(needed)}", visit)
-    means = average([found for prompts in each.values() for found in prompts])
+    longest = max(job.prompts)
+    some = replace(job, prompts={longest: job.prompts[longest]})
+    means = average(_visit_prompts(some, f"tables-{mark(needed)}", visit)[longest])
     tables: dict[str, dict[str, Tensor]] = {name: {} for name in needed}
     for key, values in means.items():
         name, part = key.split("/", 1)

@@ -23,8 +23,9 @@ from hfsparse.plan import Layer
 class Budget:
     """Greatest shares of what the layers without a window of their own do without a plan.
 
-    A share of 1 is no limit: whole pages, and the indexes of selectors, take a little more than keys alone.
-    `loss`, where given, is a share of the sum of effects with the worst ring on every kv head.
+    A share of 1 is no limit: whole pages, and indexes of selectors, take a little more than keys
+    alone. `loss`, where given, is a share of the sum of effects with the worst ring on every kv
+    head.
     """
 
     pairs: float
