@@ -43,9 +43,7 @@ def test_a_flag_goes_before_the_recipe_and_the_command_tells_which(tmp_path, mon
 
     def measure(loaded, tokenizer, **options):
         given.update(options)
-        plan = Plan.full(ModelId.of(loaded))
-        plan.save(options["out"])
-        return plan
+        return Plan.full(ModelId.of(loaded))
 
     monkeypatch.setattr("hfsparse.profiler.profile", measure)
     own = tmp_path / "own.yaml"
