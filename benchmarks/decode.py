@@ -344,7 +344,7 @@ def layer(length: int, batch: int) -> None:
 
 def select(quest, q: Tensor, low: Tensor, high: Tensor, *args, **more):
     """Pages chosen by the kernel that serves this."""
-    asked = {"tokens": low.shape[2] * PAGE, "chooser": type(quest)}
+    asked = {"tokens": low.shape[2] * PAGE, "chooser": quest}
     kernel = kernels.pick(kernels.SELECT, kernels.Need.of(q, low, low, **asked))
     return kernel.run(quest, q, {"low": low, "high": high}, *args, **more)
 

@@ -31,6 +31,7 @@ from hfsparse_eval.options import (
     Size,
     Squad,
     SuiteOption,
+    UntilOption,
     check_positive,
     names_by_default,
     pick_tasks,
@@ -59,6 +60,7 @@ def ruler(
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,
+    until: UntilOption = None,
     tasks: Annotated[str | None, typer.Option(help="RULER names, by commas; or all 13.")] = None,
     squad: Squad = None,
     hotpotqa: HotpotQA = None,
@@ -77,9 +79,9 @@ def ruler(
     """
     books, marks = documents.read_books(squad, hotpotqa)
     chosen = pick_tasks(tasks, with_books(**books))
-    size = read_size(suite, lengths, samples)
+    size = read_size(suite, lengths, samples, until=until)
     request = check_request(
-        "ruler", model, output, plan, arm, seed, chat.value, max_new_tokens, batch
+        "ruler", model, output, plan, arm, seed, chat.value, max_new_tokens, batch, size.most
     )
     loaded = load_model(request, device, dtype, beyond_window)
     made = loaded.suite(chosen, size)
@@ -97,6 +99,7 @@ def needle(
     ] = None,
     depths: Annotated[str, typer.Option(help="Percent of the haystack.")] = "0,25,50,75,100",
     samples: Annotated[int | None, typer.Option(help="Samples of each cell (2).")] = None,
+    until: UntilOption = None,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(GRID)}.")] = "niah_single_2",
     needles: Annotated[
         int, typer.Option(help="Of a sample, all asked for: one at the depth, the rest after it.")
@@ -115,9 +118,9 @@ def needle(
 ) -> None:
     """Needles at each depth and length: table and heat map, dense beside sparse."""
     places = read_numbers("depths", depths, float, lambda depth: 0 <= depth <= 100, "0 to 100")
-    size = read_size(suite, lengths, samples, Size(2, (1024, 2048, 4096)))
+    size = read_size(suite, lengths, samples, Size(2, (1024, 2048, 4096)), until)
     request = check_request(
-        "needle", model, output, plan, arm, seed, chat.value, max_new_tokens, batch
+        "needle", model, output, plan, arm, seed, chat.value, max_new_tokens, batch, size.most
     )
     chosen = pick_tasks(task, GRID)
     if len(chosen) > 1:
@@ -136,6 +139,7 @@ def turns(
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,
+    until: UntilOption = None,
     tasks: Annotated[str, typer.Option(help="By commas.")] = names_by_default("turns"),
     answers: Annotated[
         Feed, typer.Option(help="What a turn leaves for the next: the own answer or the right one.")
@@ -156,9 +160,16 @@ def turns(
     The text is read before any question is known.
     """
     chosen = pick_tasks(tasks, of_suite("turns"))
-    size = read_size(suite, lengths, samples)
+    size = read_size(suite, lengths, samples, until=until)
     request = check_request(
-        "turns", model, output, plan, seed=seed, chat=chat.value, cap=max_new_tokens
+        "turns",
+        model,
+        output,
+        plan,
+        seed=seed,
+        chat=chat.value,
+        cap=max_new_tokens,
+        most=size.most,
     )
     rules = {"gold": answers is Feed.gold, "known": known}
     loaded = load_model(request, device, dtype, beyond_window)
@@ -213,6 +224,7 @@ def decode(
     suite: SuiteOption = None,
     lengths: Lengths = None,
     samples: Samples = None,
+    until: UntilOption = None,
     tasks: Annotated[str, typer.Option(help="By commas.")] = names_by_default("decode"),
     seed: Seed = 0,
     output: Output = Path("eval-decode"),
@@ -224,8 +236,10 @@ def decode(
 ) -> None:
     """Long answers: list, sort, add up, copy; the score, and agreement with dense by position."""
     chosen = pick_tasks(tasks, of_suite("decode"))
-    size = read_size(suite, lengths, samples)
-    request = check_request("decode", model, output, plan, arm, seed, chat.value, max_new_tokens)
+    size = read_size(suite, lengths, samples, until=until)
+    request = check_request(
+        "decode", model, output, plan, arm, seed, chat.value, max_new_tokens, most=size.most
+    )
     loaded = load_model(request, device, dtype, beyond_window)
     made = loaded.suite(chosen, size)
     ask(loaded, made)

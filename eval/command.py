@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hfsparse.errors import UsageError
 from hfsparse.reading import local
 from hfsparse.version import __version__
 from hfsparse_eval.arms import Arm, Sparse, peer
-from hfsparse_eval.options import Size, check_positive
+from hfsparse_eval.options import ROUND, Size, check_positive
 from hfsparse_eval.run.results import Results, Settings, writable
 from hfsparse_eval.run.world import Session, World, join
 
@@ -28,8 +28,10 @@ class Request:
     arms: Sequence[Arm]
     seed: int
     chat: str
+    facts: Sequence[dict]  # of the arms
     cap: int | None  # of new tokens of an answer
     batch: int
+    most: int | None  # samples of each task at each length, if a run may be decided by fewer
 
 
 def check_request(
@@ -42,6 +44,7 @@ def check_request(
     chat: str = "auto",
     cap: int | None = None,
     batch: int = 1,
+    most: int | None = None,
 ) -> Request:
     """The request; UsageError for what can be known to be wrong before a model is loaded."""
     output = local(output)
@@ -49,8 +52,13 @@ def check_request(
         check_positive("max-new-tokens", cap)
     check_positive("batch", batch)
     arms = _read_arms(plans or (), peers or ())
+    facts = [arm.facts() for arm in arms]
+    if most:
+        from hfsparse_eval.report import decided
+
+        facts = decided.add_until(facts, most)
     writable(output)
-    return Request(kind, model, output, arms, seed, chat, cap, batch)
+    return Request(kind, model, output, arms, seed, chat, facts, cap, batch, most)
 
 
 def _read_arms(plans: Iterable[str], peers: Iterable[str]) -> list[Arm]:
@@ -131,10 +139,9 @@ def begin(loaded: Loaded, **settings: str | int | None) -> Session:
         max_new_tokens=request.cap,
         **{"prose": prose_source(), **settings},
     )
-    facts = [arm.facts() for arm in request.arms]
     with world.first_process_first():
         machine = describe(model.device)
-        results = Results(request.output, shared, machine, facts, world.index)
+        results = Results(request.output, shared, machine, request.facts, world.index)
     return Session(model, loaded.tokenizer, results, request.arms, world)
 
 
@@ -146,10 +153,9 @@ def finish(session: Session, grid: str | None = None) -> None:
     from hfsparse_eval.report import heatmap, page
 
     results = session.results
-    session.world.wait()
+    session.gather()
     if session.world.index:
         return
-    results.merge()
     paths = page.save(results)
     if grid:
         paths += heatmap.save(results, grid)
@@ -164,9 +170,31 @@ def finish(session: Session, grid: str | None = None) -> None:
 
 
 def ask(loaded: Loaded, suite, grid: str | None = None, **settings: str | None) -> None:
-    """A whole session: every answer that the results lack, and the report."""
+    """A whole session: every answer that the results lack, or that decides, and the report."""
     from hfsparse_eval.run import runner
 
-    session = begin(loaded, **settings)
-    runner.run(session, suite, loaded.request.cap, loaded.request.batch)
+    request, session = loaded.request, begin(loaded, **settings)
+    rounds = _rounds(session, suite, request) if request.most else [(session, suite)]
+    for part, samples in rounds:
+        runner.run(part, samples, request.cap, request.batch)
     finish(session, grid)
+
+
+def _rounds(session: Session, suite, request: Request) -> Iterator[tuple]:
+    """Sessions of the arms that are undecided, and the samples that may decide; none in the end.
+
+    All processes look at all results, so each comes to the same rounds.
+    """
+    from hfsparse_eval.report.decided import list_hopeless, list_open
+
+    step = max(ROUND, request.batch)
+    arms, hopeless = session.arms, set()
+    for count in range(step, request.most + step, step):
+        yield replace(session, arms=arms), suite.first(count, hopeless)
+        session.gather()
+        undecided = list_open(session.results.lines, request.facts)
+        if not undecided:
+            return
+        pairs = zip(session.arms, request.facts, strict=True)
+        arms = [arm for arm, facts in pairs if facts in undecided]
+        hopeless = list_hopeless(session.results.lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,12 @@ from hfsparse_eval.tasks.documents import WITH_DATA, name_stand_in
 class Size:
     samples: int  # of each task at each length
     lengths: tuple[int, ...]
+    decided: bool = False  # whether fewer samples will do, if they decide
+
+    @property
+    def most(self) -> int | None:
+        """The samples of each task at each length of a run that may end before; else None."""
+        return self.samples if self.decided else None
 
 
 SUITES = {
@@ -31,6 +37,8 @@ SUITES = {
     "full": Size(500, (4096, 8192, 16384, 32768, 65536, 131072)),
 }
 USUAL = Size(8, (4096,))
+ROUND = 8  # samples of each task at each length between two looks at the verdicts, or --batch
+MOST = 500  # samples of a run that ends when it is decided, where neither suite nor flag say
 
 
 class Chat(str, Enum):
@@ -66,6 +74,14 @@ Lengths = Annotated[
     str | None, typer.Option(help="Tokens of prompt and answers, by commas (4096).")
 ]
 Samples = Annotated[int | None, typer.Option(help="Samples of each task at each length (8).")]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="decided",
+        help=f"Ask in rounds of {ROUND} samples of each task at each length, until each verdict is "
+        f"certain or --samples ({MOST}) are asked.",
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Samples of one task and length that run together.")]
 Seed = Annotated[int, typer.Option(help="Of every sample; the same seed gives the same prompts.")]
 Output = Annotated[
@@ -87,17 +103,35 @@ HotpotQA = Annotated[
 
 
 def read_size(
-    suite: str | None, lengths: str | None, samples: int | None, usual: Size = USUAL
+    suite: str | None,
+    lengths: str | None,
+    samples: int | None,
+    usual: Size = USUAL,
+    until: str | None = None,
 ) -> Size:
-    """What a suite's name stands for, or what is usual; a flag of its own goes before both."""
+    """What a suite's name stands for, or what is usual; a flag of its own goes before both.
+
+    UsageError where a run that goes on `until` it is decided may not ask a whole round.
+    """
+    if until not in (None, "decided"):
+        raise UsageError(f"unknown --until {until}: give decided, or leave it out")
+    if until:
+        usual = replace(usual, samples=MOST)
     if suite and suite not in SUITES:
         near = difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown suite {suite}: did you mean {near}? ({', '.join(SUITES)})")
     size = SUITES[suite] if suite else usual
     if lengths is not None:
         numbers = read_numbers("lengths", lengths, int, lambda length: length > 0, "above 0")
-        size = Size(size.samples, tuple(numbers))
-    return size if samples is None else Size(check_positive("samples", samples), size.lengths)
+        size = replace(size, lengths=tuple(numbers))
+    if samples is not None:
+        size = replace(size, samples=check_positive("samples", samples))
+    if until and size.samples < ROUND:
+        raise UsageError(
+            f"samples is {size.samples}: a round of --until decided asks {ROUND} of each task at "
+            f"each length, give {ROUND} or more"
+        )
+    return replace(size, decided=until is not None)
 
 
 def check_positive(name: str, number: int) -> int:

@@ -13,6 +13,8 @@ from scipy.stats import t as student
 
 from hfsparse.errors import UsageError
 
+MISSED = 0.05  # the share of intervals that may miss the truth
+
 
 def interval(
     sums: Sequence[float], counts: Sequence[float] | None = None, worst: float | None = None
@@ -62,5 +64,5 @@ def _ends(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     if len(sums) < 2:
         raise UsageError("one sample has no interval: give two or more")
     mean, error = _mean(sums, counts)
-    by = float(student.ppf(0.975, len(sums) - 1)) * error
+    by = float(student.ppf(1 - MISSED / 2, len(sums) - 1)) * error
     return mean - by, mean + by

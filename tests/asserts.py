@@ -22,7 +22,7 @@ WATCHED = {  # functions by module of hfsparse.kernels: they read lists, or make
     "triton.decode": "decode",
     "triton.count": "pairs",
     "triton.estimate": "lists",
-    "triton.quest": "pages",
+    "triton.choose": "pages",
     "fa4": "prefill",
 }
 
@@ -75,7 +75,7 @@ def block_lists(lists: BlockLists) -> None:
 
 def page_lists(lists: PageLists, pages: int) -> None:
     """As `block_lists`, of a cache with room for so many pages."""
-    _ascending("pages", lists.count, lists.pages, pages)
+    _ascending("pages", lists.count, lists.pages, pages * (PAGE // lists.unit))
 
 
 def _ascending(what: str, count: Tensor, index: Tensor, end: int) -> None:

@@ -91,7 +91,7 @@ def noisy(norm) -> type:
     return Noisy
 
 
-LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.quest.pages")
+LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.choose.pages")
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
-GROUND = "errors version precision registry reading writing progress shares interval stats".split()
+GROUND = """
+errors version precision registry reading writing progress shares interval anytime stats
+""".split()
 ROOMS = [
     *GROUND,
     *("lists", "patterns", "selectors", "models", "kernels", "plan", "runtime", "patcher"),
@@ -24,6 +26,11 @@ TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"
 PARTS += " estimate_keys estimate"
 HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
+CHOOSE, SCORES, VOTES, *SCORED, MANY = (
+    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
+)
+HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
+HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 
 def _modules() -> dict[str, Path]:

@@ -132,7 +132,7 @@ def patterns() -> list:
 
 
 def choose(pattern, q: Tensor, k: Tensor, grid, scale: float):
-    need = kernels.Need.of(q, k, k, block=grid.block, chooser=type(pattern))
+    need = kernels.Need.of(q, k, k, block=grid.block, chooser=pattern)
     return kernels.pick(kernels.ESTIMATE, need).run(pattern, q, k, grid, scale)
 
 
@@ -164,7 +164,7 @@ def run_selectors(made: tuple) -> list:
     index, length = {"low": k.amin(3), "high": k.amax(3)}, grid.k_len
     found = []
     for quest in (Quest(0.3, 2), Quest(0.9, 2, top_p=0.6)):
-        need = kernels.Need.of(q, q, q, chooser=Quest, tokens=q.shape[2])
+        need = kernels.Need.of(q, q, q, chooser=quest, tokens=q.shape[2])
         select = kernels.pick(kernels.SELECT, need).run
         lists = select(quest, q[:, :, -1:], index, length, scale)
         used = torch.arange(lists.pages.shape[2], device=q.device) < lists.count[..., None]

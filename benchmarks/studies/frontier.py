@@ -3,7 +3,7 @@
     python -m benchmarks.studies.frontier MODEL --out DIR --ask decode [--lengths 8192,24576]
         [--texts 96] [--batch 32] [--arms REGEX] [--shares 0.02,0.06,0.12,0.25] [--seconds 480]
     python -m benchmarks.studies.frontier MODEL --out DIR --ask prefill …
-    python -m benchmarks.studies.frontier --out DIR --tables
+    python -m benchmarks.studies.frontier --out DIR --tables --picture FILE
 
 All heads of all layers follow one arm. Texts hide facts, and one is asked for at their end (the
 puzzles of `studies/methods`); the right answer is read token by token, and counts as said if each
@@ -23,7 +23,8 @@ import argparse
 import re
 import time
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ SEED, FEWEST = 11, 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
 CHUNK = 8192  # tokens of a prompt that are read together, so that a batch fits
-CALIBRATE = (4, 4096)  # prompts, and their tokens
+CALIBRATE = {4096: 2, 8192: 2, 24576: 2}  # tokens of prompts: how many
 
 # By arm: a kind, and its parameters beside the share.
 CHOOSERS = {
@@ -64,17 +65,19 @@ CHOOSERS = {
     "quest, pages by bounds over 16": ("quest", {"bound": 16}),
     "quest, units of 16": ("quest", {"unit": 16}),
     "quest, units of 8": ("quest", {"unit": 8}),
-    "lowrank 16, pages": ("lowrank", {"rank": 16, "unit": 64}),
-    "lowrank 16, units of 16": ("lowrank", {"rank": 16, "unit": 16}),
-    "lowrank 16, units of 8": ("lowrank", {"rank": 16, "unit": 8}),
-    "lowrank 16, tokens": ("lowrank", {"rank": 16, "unit": 1}),
-    "lowrank 16 in 4 bits, units of 16": ("lowrank", {"rank": 16, "unit": 16, "bits": 4}),
-    "lowrank 8, units of 16": ("lowrank", {"rank": 8, "unit": 16}),
-    "channels 16, units of 16": ("channels", {"channels": 16, "unit": 16}),
-    "channels 8, units of 16": ("channels", {"channels": 8, "unit": 16}),
+    "lowrank 32, pages": ("lowrank", {"unit": 64}),
+    "lowrank 32, units of 16": ("lowrank", {"unit": 16}),
+    "lowrank 32, units of 8": ("lowrank", {"unit": 8}),
+    "lowrank 32, tokens": ("lowrank", {"unit": 1}),
+    "lowrank 32, units of 16, 8 bits": ("lowrank", {"unit": 16, "bits": 8}),
+    "lowrank 16, units of 16, 8 bits": ("lowrank", {"rank": 16, "unit": 16, "bits": 8}),
+    "lowrank 32 by keys (Loki), units of 16": ("lowrank", {"unit": 16, "by": "keys"}),
+    "lowrank 32 by keys (Loki), tokens": ("lowrank", {"unit": 1, "by": "keys"}),
+    "channels 16, units of 16": ("channels", {"unit": 16}),
+    "channels 16, tokens": ("channels", {"unit": 1}),
     "landmarks": ("landmarks", {}),
     "lsh, units of 16": ("lsh", {"unit": 16}),
-    "centroids": ("centroids", {}),
+    "centroids, tokens": ("centroids", {}),
 }
 PATTERN_ARMS = {
     "streaming": [{"sink": 64, "recent": 64, "recent_per_token": s} for s in (0.05, 0.1, 0.2)],
@@ -82,7 +85,7 @@ PATTERN_ARMS = {
     "antidiagonal": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
     "vertical_slash": [{"columns": c, "diagonals": c // 4} for c in (256, 512, 1024)],
     "flexprefill": [{"gamma": g, "max_share": 1.0} for g in (0.7, 0.8, 0.9)],
-    "sparge": [{"tau": t, "max_share": 1.0} for t in (0.8, 0.9, 0.95)],
+    "sparge": [{"tau": t, "max_share": 1.0} for t in (0.7, 0.8, 0.9)],
     "energy": [{"alpha": a, "max_share": 1.0} for a in (0.3, 0.1, 0.03)],
     "sample": [{"alpha": a, "max_share": 1.0} for a in (0.8, 0.9, 0.95)],
     "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
@@ -149,7 +152,6 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
     needed = {w.data: w for w in words if hasattr(w, "calibrate")}
     if not needed:
         return {}
-    prompts, tokens = CALIBRATE
     found: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
 
     def observe(module, q, k, v, logits) -> None:
@@ -160,7 +162,8 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
 
     layers = ModelId.of(model).layers
     with hfsparse.patch(model), observed(model, observe):
-        for prompt in make_prompts(tokenizer, tokens, prompts, SEED, None):
+        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in CALIBRATE.items())
+        for prompt in chain.from_iterable(made):
             text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     means = {
         name: {
@@ -226,7 +229,7 @@ def batches(tokenizer, given, length: int):
     """Name, prompts `[B, length]` and values, of texts and of prose."""
     for kind, make, count in (
         ("text", make_text, given.texts),
-        ("prose", make_prose, given.texts // 4),
+        ("prose", make_prose, given.texts // 8),
     ):
         for first in range(0, count, given.batch):
             at = range(first, min(first + given.batch, count))
@@ -319,51 +322,98 @@ def tables(given) -> None:
             print("\n".join(table(file)) + "\n")
 
 
+@dataclass
+class Asked:
+    """What a journal holds: texts by arm, kind and length, and what was read of them."""
+
+    texts: dict[tuple[str, str, str], dict[str, tuple[int, float]]]  # said, nats a token
+    costs: dict[tuple[str, str], list[tuple[float, float]]]  # shares and indexes by arm and length
+
+    @classmethod
+    def read(cls, file: Path) -> Asked:
+        texts, costs = defaultdict(dict), defaultdict(list)
+        for name, row in read_journal(file)[1].items():
+            arm = name.split("|")[0]
+            for text, said, loss in zip(row["texts"], row["said"], row["loss"], strict=True):
+                kind, _, length, _ = text.split("/")
+                texts[arm, kind, length][text] = said, loss
+            costs[arm, length].append((row["share"], row["index"]))
+        return cls(texts, costs)
+
+    @property
+    def arms(self) -> list[str]:
+        return [*dict.fromkeys(arm for arm, _, _ in self.texts)]
+
+    @property
+    def lengths(self) -> list[str]:
+        return sorted({length for _, _, length in self.texts}, key=int)
+
+    def cost(self, arm: str, length: str) -> tuple[float, float]:
+        """Means of the share and of the index; nan where it was not asked."""
+        share, index = np.mean(self.costs.get((arm, length), [(np.nan, np.nan)]), 0)
+        return float(share), float(index)
+
+    def changes(self, arm: str, kind: str, length: str) -> np.ndarray:
+        """By text: points that the dense model's answer lost, and nats a token, `[texts, 2]`."""
+        dense, mine = (self.texts.get((each, kind, length), {}) for each in (DENSE, arm))
+        both = [(dense[name], mine[name]) for name in mine if name in dense]
+        found = [(100.0 * (a[0] - b[0]), b[1] - a[1]) for a, b in both]
+        return np.array(found).reshape(-1, 2)
+
+
 def table(file: Path) -> list[str]:
     """A line an arm: by length what was read and lost, in points, nats a token and perplexity."""
-    _, rows = read_journal(file)
-    texts: dict[tuple[str, str, str], dict[str, tuple[int, float]]] = defaultdict(dict)
-    costs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for name, row in rows.items():
-        arm = name.split("|")[0]
-        for text, said, loss in zip(row["texts"], row["said"], row["loss"], strict=True):
-            kind, _, length, _ = text.split("/")
-            texts[arm, kind, length][text] = said, loss
-        costs[arm, length].append((row["share"], row["index"]))
-    lengths = sorted({length for _, _, length in texts}, key=int)
-    heads = [
-        f"{int(n):,}: {what}"
-        for n in lengths
-        for what in ("share", "lost, points", "nats", "prose")
-    ]
+    asked = Asked.read(file)
+    parts = "share", "lost, points", "nats", "prose"
+    heads = [f"{int(n):,}: {part}" for n in asked.lengths for part in parts]
     lines = [f"| arm | index | {' | '.join(heads)} |", f"|{' --- |' * (len(heads) + 2)}"]
-    for arm in dict.fromkeys(arm for arm, _, _ in texts):
+    for arm in asked.arms:
         cells, index = [], 0.0
-        for length in lengths:
-            share, index = np.mean(costs.get((arm, length), [(np.nan, np.nan)]), 0)
-            cells += [f"{share:.3f}", *told(texts, arm, length)]
+        for length in asked.lengths:
+            share, index = asked.cost(arm, length)
+            cells += [f"{share:.3f}", *told(asked, arm, length)]
         lines.append(f"| {arm} | {index:.3f} | {' | '.join(cells)} |")
     return lines
 
 
-def told(texts, arm: str, length: str) -> list[str]:
-    """Points that the dense model's right answers lost, nats a token, perplexity over dense."""
-    dense, mine = (texts[each, "text", length] for each in (DENSE, arm))
-    names = [name for name in mine if name in dense]
-    cells = ["", ""]
-    if names:
-        lost = np.array([100.0 * (dense[n][0] - mine[n][0]) for n in names])
-        low, high = interval(lost, worst=100.0)
-        nats = np.array([mine[n][1] - dense[n][1] for n in names])
-        error = 1.96 * nats.std(ddof=1) / len(nats) ** 0.5
-        cells = [
-            f"{lost.mean():.1f} [{low:.1f}, {high:.1f}], {len(names)}",
-            f"{nats.mean():.3f} ± {error:.3f}",
+def told(asked: Asked, arm: str, length: str) -> list[str]:
+    """Points lost, nats a token, and the perplexity of prose over the dense model's."""
+    cells = ["", "", ""]
+    if len(found := asked.changes(arm, "text", length)):
+        (lost, nats), (low, high) = found.mean(0), interval(found[:, 0], worst=100.0)
+        error = 1.96 * found[:, 1].std(ddof=1) / len(found) ** 0.5
+        cells[:2] = [
+            f"{lost:.1f} [{low:.1f}, {high:.1f}], {len(found)}",
+            f"{nats:.3f} ± {error:.3f}",
         ]
-    dense, mine = (texts[each, "prose", length] for each in (DENSE, arm))
-    names = [name for name in mine if name in dense]
-    prose = np.mean([mine[n][1] - dense[n][1] for n in names]) if names else np.nan
-    return [*cells, f"{np.exp(prose):.3f}" if names else ""]
+    if len(found := asked.changes(arm, "prose", length)):
+        cells[2] = f"{np.exp(found[:, 1].mean()):.3f}"
+    return cells
+
+
+def draw(file: Path, picture: Path) -> None:
+    """Nats lost at each share, a panel a length and a line for what differs in its share alone."""
+    from matplotlib.figure import Figure
+
+    asked = Asked.read(file)
+    figure = Figure(figsize=(5 * len(asked.lengths) + 3, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(asked.lengths), squeeze=False, sharey=True)[0]
+    lines: dict[str, list[str]] = defaultdict(list)
+    for arm in asked.arms:
+        if arm != DENSE:
+            lines[arm.split(" @")[0] if "@" in arm else arm.split()[0]].append(arm)
+    for axes, length in zip(panels, asked.lengths, strict=True):
+        for i, (name, arms) in enumerate(lines.items()):
+            found = [(arm, asked.changes(arm, "text", length)) for arm in arms]
+            at = [(asked.cost(arm, length)[0], t[:, 1].mean()) for arm, t in found if len(t)]
+            mark, colour = "os^vD*"[i // 10 % 6], f"C{i % 10}"
+            axes.plot(*zip(*sorted(at), strict=True), marker=mark, color=colour, label=name)
+        axes.set_yscale("symlog", linthresh=0.02)
+        axes.set(title=f"{int(length):,} tokens", xlabel="share that was read")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("nats a token of the answer lost")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    figure.savefig(picture, dpi=110)
 
 
 def main() -> None:
@@ -380,11 +430,14 @@ def main() -> None:
     parser.add_argument("--shares", type=numbers(float), default=[0.02, 0.06, 0.12, 0.25])
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--picture", type=Path, help="of decode, as a PNG")
     given = parser.parse_args()
     if given.ask:
         ask(given)
     if given.tables:
         tables(given)
+    if given.picture:
+        draw(given.out / "decode.jsonl", given.picture)
 
 
 def numbers(kind: type):

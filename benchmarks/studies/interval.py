@@ -2,8 +2,9 @@
 
     python -m benchmarks.studies.interval [--runs 400] [--seed 0]
 
-Three tables, behind docs/proof.md and docs/eval.md: the interval of a plan's proof, that of paired
-scores, and what the trials that chose a plan tell of it beside fresh ones. Runs a minute or two.
+Four tables, behind docs/proof.md and docs/eval.md: the interval of a plan's proof, that of paired
+scores, both kinds of interval looked at after every round of samples, and what the trials that
+chose a plan tell of it beside fresh ones. Runs a minute or two.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from statistics import mean
 
 import numpy as np
 
+from hfsparse.anytime import anytime
 from hfsparse.interval import chance, interval
+from hfsparse_eval.options import ROUND
 from hfsparse_eval.report.statistics import change
 
 Draw = Callable[[int, int, float], np.ndarray]  # trials, values of each, rate of loss: bool
@@ -22,6 +25,8 @@ Draw = Callable[[int, int, float], np.ndarray]  # trials, values of each, rate o
 LOSSES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 WON = 0.02  # rate of wins, in the cases that have some
 VALUES = (1, 2, 4, 8)  # of a trial
+CHANGED = 1 / 6  # rate of pairs whose scores differ
+TRUTH = -CHANGED / 3  # their mean change
 LIMIT, CHANCE = 0.01, 0.15  # `--drop`; the one-sided p below which a loss is no chance
 
 
@@ -64,18 +69,32 @@ def coverage(rng: np.random.Generator, trials: int, runs: int) -> list[float]:
     return found
 
 
-def paired(rng: np.random.Generator, n: int, runs: int) -> float:
-    """Share of runs whose interval of paired scores holds the truth.
+def draw_pairs(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Changes of paired scores: one in six is not 0, a third of these won and the others lost."""
+    luck = rng.random(n)
+    return np.where(luck < CHANGED / 3, 1.0, np.where(luck < CHANGED, -1.0, 0.0))
 
-    One pair in six changes: a third of these are won, the others lost.
-    """
-    won, changed, held = 1 / 18, 1 / 6, 0
+
+def paired(rng: np.random.Generator, n: int, runs: int) -> float:
+    """Share of runs whose interval of paired scores holds the truth."""
+    held = 0
     for _ in range(runs):
-        luck = rng.random(n)
-        changes = np.where(luck < won, 1.0, np.where(luck < changed, -1.0, 0.0))
-        seen = change([0.0] * n, changes.tolist())
-        held += seen.low <= 100 * (2 * won - changed) <= seen.high
+        seen = change([0.0] * n, draw_pairs(rng, n).tolist())
+        held += seen.low <= 100 * TRUTH <= seen.high
     return held / runs
+
+
+def looked_at(rng: np.random.Generator, n: int, runs: int) -> dict[str, float]:
+    """Share of runs in which an interval holds the truth after every round of 8 samples up to n."""
+    held = {"set beforehand": 0, "at any time": 0}
+    for _ in range(runs):
+        changes = draw_pairs(rng, n)
+        ends = range(ROUND, n + 1, ROUND)
+        usual = [change([0.0] * end, changes[:end].tolist()) for end in ends]
+        low, high = anytime(changes[:, None])  # of all looks together
+        held["set beforehand"] += all(x.low <= 100 * TRUTH <= x.high for x in usual)
+        held["at any time"] += low <= TRUTH <= high
+    return {name: count / runs for name, count in held.items()}
 
 
 def choose(rng: np.random.Generator, runs: int, trials: int = 24, values: int = 4) -> dict:
@@ -120,6 +139,11 @@ def main() -> None:
     print("\n| pairs | coverage |\n| --- | --- |")
     for n in (20, 50, 100):
         print(f"| {n} | {100 * paired(rng, n, 5 * args.runs):.1f} % |", flush=True)
+    print(
+        "\n| interval looked at after every round of 8, up to 400 pairs | coverage |\n| --- | --- |"
+    )
+    for name, share in looked_at(np.random.default_rng(args.seed), 400, args.runs).items():
+        print(f"| {name} | {100 * share:.1f} % |", flush=True)
     print("\n| of a plan's loss | % |\n| --- | --- |")
     for name, share in choose(rng, 5 * args.runs // 2).items():
         print(f"| {name} | {100 * share:.1f} |")

@@ -50,7 +50,7 @@ class Arm(Protocol):
         """Raise UsageError or PlanError where this arm can't run `model`."""
 
     def prepare(self, tokenizer, lengths: Collection[int]) -> None:
-        """Make ready for samples of these lengths; called once, before the first sample."""
+        """Make ready for samples of these lengths; called before each round of samples."""
 
     def on(self, model) -> AbstractContextManager[Meter]:
         """A context in which `model` runs under this arm, and is as before once it ends."""

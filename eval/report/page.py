@@ -8,11 +8,12 @@ from statistics import mean
 
 from hfsparse.writing import write_whole
 from hfsparse_eval.report import charts, render
+from hfsparse_eval.report.decided import compare, find_other, look
 from hfsparse_eval.report.facts import list_facts
 from hfsparse_eval.report.kinds import KINDS, Kind
-from hfsparse_eval.report.pairs import DENSE, Outcome, cells
+from hfsparse_eval.report.pairs import DENSE, Cell, Outcome, cells, list_outcomes
 from hfsparse_eval.report.render import Bullets, Heading, Part, Picture
-from hfsparse_eval.report.statistics import change
+from hfsparse_eval.report.statistics import Change, change
 from hfsparse_eval.report.tables import (
     SHARES,
     effective_lengths,
@@ -22,12 +23,16 @@ from hfsparse_eval.report.tables import (
     table_of_arms,
     table_of_measures,
 )
-from hfsparse_eval.report.verdict import beyond, verdict
+from hfsparse_eval.report.verdict import beyond, comparison, verdict
 from hfsparse_eval.run.results import Results, Settings
 
 NOTE = (
     " Whole: percent of samples with a score of 100, as McNemar's exact test compares them. "
     "Empty: outputs without a character. d/s: dense / this arm."
+)
+ROUNDS = (
+    " Samples were asked in rounds, until verdicts were certain: the intervals of these verdicts "
+    "hold after any round, those of tables and pictures after a number of samples set beforehand."
 )
 MIN_SAMPLES = 50  # samples from which on a 95 % interval is about that; of 20 it is 93 %
 
@@ -44,7 +49,7 @@ def save(results: Results) -> list[Path]:
 def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> list[Part]:
     """The report: of the dense lines, and of each of these arms beside them."""
     good = [line for line in lines if "failed" not in line]
-    outcomes = [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
+    outcomes = list_outcomes(good, arms)
     dense = Outcome(DENSE, cells(good))
     batches = sorted({line.get("batch", 1) for line in good})
     kind = KINDS[settings.kind]
@@ -53,12 +58,15 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     if kind.page:
         return [*every, *kind.page(good, arms), *list_missing(lines, arms)]
     if outcomes:
-        every += [Heading("Verdicts"), Bullets([_verdict(o, kind) for o in outcomes])]
+        every += [Heading("Verdicts"), Bullets([_verdict(o, outcomes, kind) for o in outcomes])]
         every += [table_of_arms(outcomes)] if any(o.counted for o in outcomes) else []
         every += _pictures(outcomes)
     few = min((len(cell.dense) for cell in dense.cells), default=MIN_SAMPLES) < MIN_SAMPLES
     every.append(
-        kind.scored + NOTE + f" Rows of fewer than {MIN_SAMPLES}: the true interval is wider." * few
+        kind.scored
+        + NOTE
+        + f" Rows of fewer than {MIN_SAMPLES}: the true interval is wider." * few
+        + ROUNDS * any("until" in outcome.arm for outcome in outcomes)
     )
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
@@ -72,14 +80,23 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     return every + list_missing(lines, arms)
 
 
-def _verdict(outcome: Outcome, kind: Kind) -> str:
+def _verdict(outcome: Outcome, outcomes: Sequence[Outcome], kind: Kind) -> str:
+    until = outcome.arm.get("until")
+
+    def see(cell: Cell) -> Change | None:
+        if until:
+            return look(cell)
+        return change(*cell.scores) if cell.dense else None
+
     whole = outcome.whole
-    seen = change(*whole.scores) if whole.dense else None
     lengths = [int(length) for length in outcome.lengths]
     promise = outcome.arm.get("promise", {})
-    told = verdict(seen, measured_shares(whole), promise, lengths)
-    each = {n: change(*outcome.at(n).scores) for n in outcome.lengths}
-    worse = [n for n, alone in each.items() if beyond(alone, promise)]
+    most = until["samples"] if until else 0
+    told = verdict(see(whole), measured_shares(whole), promise, lengths, most)
+    if until and (other := find_other(outcome, outcomes)):
+        told += f"; {comparison(compare(outcome, other), other.arm['title'], most)}"
+    each = {n: see(outcome.at(n)) for n in outcome.lengths}
+    worse = [n for n, alone in each.items() if alone and beyond(alone, promise)]
     if worse and len(each) > 1:
         told += f"; beyond it at {', '.join(worse)} tokens alone"
     if promise and not kind.promised:

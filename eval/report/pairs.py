@@ -68,6 +68,12 @@ def cells(lines: Sequence[dict], arm: Mapping | None = None) -> list[Cell]:
     ]
 
 
+def list_outcomes(lines: Sequence[dict], arms: Sequence[Mapping]) -> list[Outcome]:
+    """Those of these arms that have samples."""
+    good = [line for line in lines if "failed" not in line]
+    return [Outcome(arm, found) for arm in arms if (found := cells(good, arm))]
+
+
 def pairs(lines: Sequence[dict], arm: Mapping) -> list[tuple[dict, dict]]:
     """Dense lines and the arm's of the same samples, under one version of transformers."""
     dense, own = (

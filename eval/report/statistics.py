@@ -18,6 +18,8 @@ class Change:
     low: float
     high: float
     alike: bool  # whether every sample changed by the same
+    # Samples of each task, length and depth, if the interval holds at any number of them:
+    each: int | None = None
 
     def __str__(self) -> str:
         if not self.alike:

@@ -60,7 +60,7 @@ class Results:
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             write_whole(folder / "run.json", text.encode())
         else:
-            self._load()
+            self.load()
 
     @property
     def path(self) -> Path:
@@ -78,14 +78,15 @@ class Results:
 
     def merge(self) -> None:
         """Take over what other processes left; one that was cut off may have left some before."""
-        self._load()
+        self.load()
         for part in sorted(self.folder.glob("results-*.jsonl")):
             new = [line for line in _read(part) if key(line) not in self.done]
             _append(self.path, new)
             self._take(new)
             part.unlink()
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Read anew what is there."""
         self.lines: list[dict] = []
         self.done: set[Key] = set()
         self._take(_read(self.path))

@@ -7,7 +7,8 @@ token, plus the tokens reserved for the answer; of a conversation, all turns and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
@@ -128,6 +129,16 @@ class Suite:
                 self.cases += [
                     Case(task.name, length, depth, i) for depth in depths for i in range(count)
                 ]
+
+    def first(self, count: int, without: Collection[tuple[str, int]] = ()) -> Suite:
+        """The first `count` samples of each task, length and depth; `without`: tasks at lengths."""
+        fewer = copy(self)
+        fewer.cases = [
+            case
+            for case in self.cases
+            if case.index < count and (case.task, case.length) not in without
+        ]
+        return fewer
 
     def sample(self, case: Case) -> Sample:
         return self.makers[case.task, case.length].sample(case)

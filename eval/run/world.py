@@ -59,3 +59,12 @@ class Session:
     results: Results
     arms: Sequence[Arm] = ()  # beside the dense model
     world: World = World()
+
+    def gather(self) -> None:
+        """Once every process is here, each knows the results of all."""
+        self.world.wait()
+        if self.world.index == 0:
+            self.results.merge()
+        self.world.wait()
+        if self.world.index:
+            self.results.load()

@@ -131,7 +131,7 @@ def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
         words: need._replace(lists=lists, logits=logits) for words, (lists, logits) in NEEDS.items()
     }
     choosers = {**PATTERNS, **SELECTORS}
-    chosen = {kind: need._replace(chooser=chooser) for kind, chooser in choosers.items()}
+    chosen = {kind: need._replace(chooser=chooser()) for kind, chooser in choosers.items()}
     asked = {
         "prefill": attention,
         "decode": attention,

@@ -39,6 +39,7 @@ from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import FULL, BlockLists, Grid, PageLists
 from hfsparse.lists.places import Places
+from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
@@ -65,8 +66,8 @@ def no_triton(need: Need) -> str | None:
     return None
 
 
-def _triton(module: str) -> Callable[[Need], str | None]:
-    return lambda need: no_triton(need) or _module(f"triton.{module}").why_not(need)
+def _triton(module: str, check: str = "why_not") -> Callable[[Need], str | None]:
+    return lambda need: no_triton(need) or getattr(_module(f"triton.{module}"), check)(need)
 
 
 def _always(need: Need) -> None:
@@ -124,7 +125,11 @@ def _triton_decode(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
-        if part.follow is not None:
+        if isinstance(part.selector, Labelled):
+            _module("triton.labels").follow(
+                part, k, into.at.tensor(part.heads, k.device), new.query_pos
+            )
+        elif part.follow is not None:
             part.follow(new.query_pos)
 
 
@@ -146,7 +151,12 @@ ESTIMATE = (
     Kernel("PyTorch", plain.estimate, _always),
 )
 SELECT = (
-    Kernel("Triton", _lazily("triton.quest", "pages"), _triton("quest")),
+    Kernel("Triton", _lazily("triton.choose", "pages"), _triton("choose")),
+    Kernel(
+        "PyTorch (scores) and Triton",
+        _lazily("triton.choose", "pages"),
+        _triton("choose", "why_not_scored"),
+    ),
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hfsparse.lists.grid import FULL, Band, HeadIndex
+from hfsparse.lists.grid import FULL, PAGE, Band, HeadIndex
 
 COLUMNS = (
     *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
-    *("low", "high"),  # its pages' minima and maxima, in units behind the layer's first key
+    *("low", "high"),  # its spans' minima and maxima, in units behind the layer's first key
     *("row", "slots"),  # slots from a batch row to the next; slots of the head itself
-    *("page_row", "pages"),  # the same of minima and maxima; 0: none are kept
+    *("span_row", "spans"),  # the same of minima and maxima; 0: none are kept
     *("sink", "size"),  # position p >= sink lies in slot sink + (p - sink) % size
     *("recent", "rate"),  # beyond the sink a query reads its last recent + rate * position keys,
     "chunked",  # or, where this is set, those from the newest multiple of `recent` on;
     "below",  # in rows of fewer tokens all that is held
     "listed",  # which head of the page lists it is; -1: none, its pages are read in order
+    "span",  # tokens that a minimum and maximum are over: a page, or a part of one
 )
-EXTREMES = {"low", "high"}  # the index that kernels write: each page's minima and maxima
+EXTREMES = {"low", "high"}  # the index that kernels write: minima and maxima of pages or spans
 WIDTH = 16  # cells of a head
 NEVER = (1 << 31) - 1  # the size of no ring
 
@@ -41,11 +42,14 @@ class Place(NamedTuple):
     size: int = 0  # slots of a ring, behind the band's sink; 0: each key lies at its position
     below: int = 0  # rows of fewer tokens read all that is held
     listed: bool = False  # whether a step's page lists say which pages are read
-    low: Tensor | None = None  # [B, H, P, D] pages' minima and maxima, where any are kept
+    # Minima and maxima, where any are kept: of pages [B, H, P, D], of spans [B, H, P, n, D].
+    low: Tensor | None = None
     high: Tensor | None = None
     # Renews an index that no kernel writes, once the tokens at positions [B, Q] are stored.
     follow: Callable[[Tensor], None] | None = None
     append: Callable[..., None] | None = None  # (k, v, lengths): stores new tokens in PyTorch
+    selector: Any = None  # whose index `follow` renews, and that index [B, H, P, ...] by name
+    index: dict[str, Tensor] | None = None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -114,16 +118,18 @@ class Table:
         first, listed = parts[0], 0
         for part in parts:
             starts = [_behind(part.k, first.k), _behind(part.v, first.v), 0, 0]
-            steps, pages = [part.k.stride(1), part.v.stride(1), 0, 0], 0
+            steps, spans, span = [part.k.stride(1), part.v.stride(1), 0, 0], 0, PAGE
             if part.low is not None:
                 starts[2:] = _behind(part.low, first.k), _behind(part.high, first.k)
-                steps[2:], pages = [part.low[0, 0].numel()] * 2, part.low.shape[2]
+                steps[2:] = [part.low[0, 0].numel()] * 2
+                each = part.low.shape[3] if part.low.ndim == 5 else 1
+                spans, span = part.low.shape[2] * each, PAGE // each
             band, H, N = part.band, len(part.heads), part.k.shape[2]
-            held = H * N, N, H * pages, pages, band.sink, part.size or NEVER
+            held = H * N, N, H * spans, spans, band.sink, part.size or NEVER
             held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
-                line = (*at, *held, listed if part.listed else -1)
+                line = (*at, *held, listed if part.listed else -1, span)
                 listed += part.listed
                 rows[head][: len(line)] = line
         self.unit = gcd(16, *(n for row in rows for n in row[:4]))

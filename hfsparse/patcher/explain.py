@@ -82,20 +82,21 @@ def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
 def _describe(table: tuple[Kernel, ...], need: Need) -> str:
     """The kernel that serves a need, and why those before it in the table can't."""
     chosen = pick(table, need)
-    better = table[: table.index(chosen)]
-    why = [f" (not {kernel.name}: {kernel.why_not(need)})" for kernel in better]
-    return chosen.name + "".join(why)
+    better: dict[str | None, str] = {}  # by reason: what holds for several is said of the first
+    for kernel in table[: table.index(chosen)]:
+        better.setdefault(kernel.why_not(need), kernel.name)
+    return chosen.name + "".join(f" (not {name}: {why})" for why, name in better.items())
 
 
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each of the plan's patterns: who chooses what heads of it read."""
     for name, pattern in plan.patterns.items():
-        asked = need._replace(chooser=type(pattern))
+        asked = need._replace(chooser=pattern)
         if pattern.kind in PATTERNS:
             by = _describe(tables.estimate, asked)
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif hasattr(pattern, "pages"):
-            by = _describe(tables.select, step._replace(chooser=type(pattern)))
+            by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
         else:
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.patterns.blocks import leading, ordered, visible
 from hfsparse.patterns.pattern import register
 from hfsparse.precision import exact
 from hfsparse.registry import require
@@ -42,17 +43,14 @@ class HiP:
 
     def chosen(self, score: Tensor, grid: Grid) -> BlockLists:
         """What is kept, by the `scores` `[B, H, nq, nk]`."""
-        seen, _ = grid.reach()
+        seen, own = visible(grid)
         first, newest = grid.first[:, None], (grid.first + grid.live - 1)[:, None]
-        always = (first < self.sink) | (newest > grid.q_first[..., None] - self.recent)
-        always[..., :1] = True
-        between = (seen & ~always)[:, None]
-        score = score.masked_fill(~between, -torch.inf)
-        order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-        rank = torch.arange(grid.nk, device=score.device)
-        best = rank < share_of(between.sum(-1, keepdim=True), *ratio(self.share))
-        keep = torch.zeros_like(score, dtype=torch.bool).scatter_(3, order, best.expand_as(order))
-        return BlockLists.of(grid, score.shape[1], keep | always[:, None])
+        near = (first < self.sink) | (newest > grid.q_first[..., None] - self.recent)
+        always = (own | (seen & near))[:, None]
+        seen = seen[:, None]
+        count = always.sum(-1) + share_of((seen & ~always).sum(-1), *ratio(self.share))
+        keep = leading(ordered(score, seen, always), count)
+        return BlockLists.of(grid, score.shape[1], keep)
 
 
 def scores(q: Tensor, k: Tensor, grid: Grid) -> Tensor:

@@ -111,7 +111,7 @@ def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists 
         held = next(iter(index.values()))  # [B, Hkv, pages, ...]
         asked = {"tokens": held.shape[2] * PAGE, "index_dtype": held.dtype}
         dim = q.shape[-1]
-        need = Need(q.device, q.dtype, dim, dim, chooser=type(selector), **asked)
+        need = Need(q.device, q.dtype, dim, dim, chooser=selector, **asked)
         more = heads, store.below, store.choice, read
         lists[i] = pick(tables.select, need).run(selector, q, index, step.length, scale, *more)
         own.append(lists[i])

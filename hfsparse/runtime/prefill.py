@@ -184,7 +184,7 @@ class Part:
         if route.band is None:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None
-            need = need._replace(chooser=type(route.pattern), dropped=dropped)
+            need = need._replace(chooser=route.pattern, dropped=dropped)
             estimate = pick(self.layer_call.call.tables.estimate, need).run
             return estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
         if grid.key_first is None:  # the same in every layer

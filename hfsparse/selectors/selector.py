@@ -68,8 +68,9 @@ class Selector(Protocol):
         (`DeviceTensor`).
 
         The names `low` and `high`, both and no others, mean each page's smallest and largest key
-        by channel `[B, H, n, D]`, in the keys' dtype: kernels write these themselves. Other names
-        are free, and so are other shapes, such as values by token `[B, H, n, PAGE, ...]`.
+        by channel `[B, H, n, D]`, or those of its equal parts `[B, H, n, parts, D]`, in the keys'
+        dtype: kernels write these themselves. Other names are free, and so are other shapes, such
+        as values by token `[B, H, n, PAGE, ...]`.
         """
         ...
 
@@ -81,6 +82,10 @@ class Selector(Protocol):
         0: an empty row, whose list is empty. Lists are int64, ascending, no unit twice, of
         `budget.unit` tokens each, with `budget.width(P, Q)` places; those not counted name any
         unit of the P pages.
+
+        One that ranks units by votes may also have `scores(q, index, length, scale)`, what each
+        unit is worth in nats, `[B, Hq, Q, U]`: where its `pages` are `budget.choose` of these, and
+        no kernel is its own, kernels choose by them all the same.
 
         What must hold:
         - The row's first page and those of the new queries are read (`Budget.best` sees to it).

@@ -78,6 +78,7 @@ CASES = (
     "million --shape tiny --out OUT --tokens 2000 --new 12 --dense 600 --warm 300,200 --no-fused",
     "cpu_reference --lengths 256 --runs 1",
     "studies.interval --runs 2",
+    "studies.decided benchmarks/results/proof/smollm2.md --replays 1",
 )
 if latents.exists("deepseek_v2"):  # cached as latents: 4.57 expands them before
     CASES += ("latent --shape tiny --lengths 600 --tokens 12 --rounds 1",)

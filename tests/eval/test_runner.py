@@ -353,6 +353,18 @@ def test_processes_share_the_cases_and_the_first_merges_what_they_wrote(
     assert timeless(stored(tmp_path)) == whole
 
 
+def test_after_a_round_each_process_knows_the_results_of_all(tmp_path):
+    parts = [Results(tmp_path, SETTINGS, {"machine": "this"}, part=part) for part in (0, 1)]
+    sessions = [Session(None, None, here, world=World(part, 2)) for part, here in enumerate(parts)]
+    for turn in ("a", "b"):
+        for part, here in enumerate(parts):
+            here.append({"id": f"{turn}{part}", "arm": "dense", "plan": None, "model": "m"})
+        for session in sessions:
+            session.gather()
+        assert parts[0].lines == parts[1].lines == stored(tmp_path)
+    assert len(stored(tmp_path)) == 4
+
+
 def test_the_cap_only_shortens(model, tokenizer, suite):
     sample = replace(suite.sample(suite.cases[0]), new_tokens=6)
     assert generate.answer(model, tokenizer, sample, cap=3).new_tokens == 3

@@ -59,6 +59,7 @@ def step(
     value_dim: int | None = None,
     dtype: torch.dtype = BF16,
     kv_heads: int = 2,
+    unit: int = PAGE,
 ) -> Step:
     made = torch.Generator(DEVICE).manual_seed(0)
     kinds = [kind] * kv_heads
@@ -85,7 +86,7 @@ def step(
             continue
         dead = (key >= length[:, None])[:, None]
         if name == "pages":
-            lists, listed = some_pages(length, len(heads), S, made)
+            lists, listed = some_pages(length, len(heads), S, made, unit)
             kept[:, heads] &= listed[:, :, None]
             dead = dead | ~listed
         dead = dead[..., None]
@@ -106,19 +107,21 @@ def ring(k: Tensor, v: Tensor, length: Tensor, heads: list[int], band: Band, que
     return Place(tuple(heads), *(t.masked_fill(at < 0, torch.nan) for t in held), band, size)
 
 
-def some_pages(length: Tensor, kv_heads: int, slots: int, made) -> tuple[PageLists, Tensor]:
-    """Half of each row's pages, others in each kv head, and which slots [B, Hkv, S] they hold."""
-    width = -(-slots // PAGE)
-    page = torch.arange(width, device=DEVICE)
-    total = -(-length // PAGE)[:, None, None]
+def some_pages(
+    length: Tensor, kv_heads: int, slots: int, made, unit: int = PAGE
+) -> tuple[PageLists, Tensor]:
+    """Half of each row's units, others in each kv head, and which slots [B, Hkv, S] they hold."""
+    width = -(-slots // unit)
+    at = torch.arange(width, device=DEVICE)
+    total = -(-length // unit)[:, None, None]
     draw = torch.rand(len(length), kv_heads, width, generator=made, device=DEVICE)
     count = -(-total[..., 0] // 2).expand(-1, kv_heads)
     keep = torch.zeros(len(length), kv_heads, width, dtype=torch.bool, device=DEVICE)
     for b in range(len(length)):
         for h in range(kv_heads):
             keep[b, h, draw[b, h, : int(total[b])].argsort()[: int(count[b, h])]] = True
-    lists = torch.where(keep, page, width).sort(-1).values.clamp(max=width - 1)
-    return PageLists(lists, count), keep.repeat_interleave(PAGE, 2)[..., :slots]
+    lists = torch.where(keep, at, width).sort(-1).values.clamp(max=width - 1)
+    return PageLists(lists, count, unit), keep.repeat_interleave(unit, 2)[..., :slots]
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -136,6 +139,14 @@ def test_every_head_dim_and_dtype(kind, dim, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_group_and_number_of_new_tokens(kind, group, queries):
     step(kind, queries=queries, group=group).check()
+
+
+@pytest.mark.parametrize(("queries", "dtype"), [(1, BF16), (3, HALF)], ids=str)
+@pytest.mark.parametrize("unit", [1, 8, 16, 32])
+@pytest.mark.parametrize("kind", ["pages", "mixed"])
+def test_units_smaller_than_pages(kind, unit, queries, dtype):
+    step(kind, unit=unit, queries=queries, dtype=dtype).check()
+    step(kind, lengths=(20001, 77), unit=unit, queries=queries, dtype=dtype, kv_heads=8).check()
 
 
 @pytest.mark.parametrize("kind", ["ring", "pages", "mixed"])

@@ -7,8 +7,8 @@ import torch
 
 import hfsparse
 from hfsparse.kernels.triton import append as triton_append
+from hfsparse.kernels.triton import choose as triton_choose
 from hfsparse.kernels.triton import decode as triton_decode
-from hfsparse.kernels.triton import quest as triton_quest
 from hfsparse.lists import PAGE, Band
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table
@@ -141,7 +141,7 @@ def test_a_store_is_filled_and_chosen_from_as_in_pytorch(dtype):
                 pages = -(-n // PAGE)
                 assert torch.equal(ours[b, :, :pages], store.index[name][b, :, :pages])
         q = torch.randn(3, 16, 1, rank + rope, generator=made, device=DEVICE).to(dtype)
-        found = triton_quest.pages(quest, q, store.index, rows, 0.02)
+        found = triton_choose.pages(quest, q, store.index, rows, 0.02)
         wanted = quest.pages(q, store.index, rows, 0.02)
         assert torch.equal(found.count, wanted.count)
         for b in range(3):

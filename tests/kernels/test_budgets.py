@@ -123,7 +123,7 @@ def test_selector_and_kernel_read_as_many_pages_at_every_length(run, share):
     assert quest.budget.reads(length.numpy(), np.ones(len(pages), int)).tolist() == [
         n * PAGE for n in expected
     ]
-    fused = run("triton.quest.pages", quest, q, index, length, 0.5)
+    fused = run("triton.choose.pages", quest, q, index, length, 0.5)
     assert torch.equal(fused.count, plain.count)
 
 
@@ -182,7 +182,7 @@ def test_rows_too_short_for_a_choice_name_pages_all_the_same(run):
     index = {"low": low, "high": low}
     length = torch.tensor([40 * PAGE, 9])
     for _ in range(3):  # in memory that was used before, too
-        found = run("triton.quest.pages", Quest(0.3, 2), q, index, length, 1.0, slice(None), PAGE)
+        found = run("triton.choose.pages", Quest(0.3, 2), q, index, length, 1.0, slice(None), PAGE)
         assert found.count.tolist() == [[12], [0]]
         assert ((found.pages >= 0) & (found.pages < 40)).all()
 

@@ -17,6 +17,7 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.decode import Step, decode
 from hfsparse.runtime.layer_plan import Logits
+from hfsparse.selectors.lowrank import LowRank
 from hfsparse.selectors.quest import Quest
 from tests.helpers import close
 from tests.kernels.interpreter import interpreter
@@ -32,17 +33,20 @@ ALL = [  # kv heads of each kind stand apart from one another
 ]
 RINGS = [Group((0, 2), Band(0, 40)), Group((1,), GROWING)]
 HALF_RING = [Group((1, 3), NEAR), Group((0, 2), selector=QUEST)]
-CHOOSING = [  # a choice is read again, beside one that another layer made, and by mass
-    Group((0, 3), selector=Quest(0.5, 2, refresh=3)),
+TABLE = dict.fromkeys(("keys", "queries"), torch.diag(torch.arange(1.0, 65.0))[None, None])
+LOW_RANK = LowRank(0.3, 2, unit=8, rank=4).bind(0, [0], TABLE)
+CHOOSING = [  # a choice is read again, beside one that another layer made, by mass, and by labels
+    Group((0, 3), selector=Quest(0.5, 2, refresh=3, unit=32, bound=16)),
     Group((1,), NEAR),
     Group((2,), reuses=(1,)),
     Group((4,), GROWING),
     Group((5,), selector=Quest(0.9, 2, top_p=0.6)),
+    Group((6,), selector=LOW_RANK),
 ]
 
 
 # Without what Triton does: each table's other rows.
-PLAIN = kernels.Tables(*(tuple(x for x in t if x.name != "Triton") for t in kernels.TABLES))
+PLAIN = kernels.Tables(*(tuple(x for x in t if "Triton" not in x.name) for t in kernels.TABLES))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,8 @@ def layer_of(groups, past, k, v, below) -> CacheLayer:
         store.append(k[:, at], v[:, at], Lengths([0] * len(past), past, max(past)))
         for b, n in enumerate(past):
             store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
-            for t in summaries(store):
-                t[b, :, -(-n // PAGE) :] = torch.nan
+            for t in summaries(store).values():
+                t[b, :, -(-n // PAGE) :] = torch.nan if t.is_floating_point() else 99
     return layer
 
 
@@ -123,8 +127,8 @@ def ends(length: torch.Tensor) -> PageLists:
     return PageLists(pages[:, None].expand(-1, 2, -1), torch.tensor([[1, 2]] * len(length)))
 
 
-def summaries(store) -> tuple[torch.Tensor, ...]:
-    return tuple(store.index.values()) if isinstance(store, Full) else ()
+def summaries(store) -> dict[str, torch.Tensor]:
+    return store.index if isinstance(store, Full) else {}
 
 
 def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
@@ -134,7 +138,9 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
         found.append(torch.tensor(plan.counts.keys_read(store.group.heads)))
         for b, n in enumerate(rows):
             found += [t[b, :, :n] for t in (store.k, store.v)]
-            found += [t[b, :, : -(-n // PAGE)] for t in summaries(store)]
+            for name, t in summaries(store).items():
+                t = t.flatten(2, 3) if t.ndim > 4 or name == "scale" else t  # parts of pages
+                found.append(t[b, :, : -(-n // (store.capacity // t.shape[2]))])
         if (last := store.choice) is not None:
             used = torch.arange(last.pages.shape[2]) < last.count[..., None]
             found += [last.pages * used, last.count, last.length]

@@ -245,12 +245,12 @@ def test_decode_over_a_ring_matches_plain_attention(group, queries):
 
 
 def paged(pages: PageLists, slots: int, group: int) -> torch.Tensor:
-    """bool [B, H, 1, S]: slots in a listed page of the head's kv head."""
-    kept = torch.zeros(*pages.count.shape, -(-slots // PAGE) * PAGE, dtype=torch.bool)
+    """bool [B, H, 1, S]: slots in a listed page, or unit, of the head's kv head."""
+    kept, unit = torch.zeros(*pages.count.shape, slots, dtype=torch.bool), pages.unit
     for b, h in torch.cartesian_prod(*(torch.arange(n) for n in pages.count.shape)).tolist():
         for page in pages.pages[b, h, : pages.count[b, h]].tolist():
-            kept[b, h, page * PAGE : (page + 1) * PAGE] = True
-    return kept[..., :slots].repeat_interleave(group, 1)[:, :, None]
+            kept[b, h, page * unit : (page + 1) * unit] = True
+    return kept.repeat_interleave(group, 1)[:, :, None]
 
 
 @settings(max_examples=60)

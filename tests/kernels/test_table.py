@@ -15,7 +15,7 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.selectors.quest import Quest
 from tests.helpers import batch, close, truth
 
-NEEDS = {"estimate": PATTERNS["block_topk"], "select": Quest}  # who is to choose
+NEEDS = {"estimate": PATTERNS["block_topk"](), "select": Quest()}  # who is to choose
 
 
 def need(name: str, **more) -> Need:

@@ -17,14 +17,16 @@ from tests.selectors.test_quest import chosen, rows
 
 @pytest.fixture(scope="module")
 def ways():
-    with interpreter() as run:
+    more = {"triton__choose__TOGETHER": 1, "triton__many__CHUNK": 8, "triton__many__CHUNKS": 128}
+    with interpreter() as run, interpreter(**more) as other:
         yield {
             "torch": plain.select,
-            "triton": partial(run, "triton.quest.pages"),
+            "triton": partial(run, "triton.choose.pages"),
+            "triton, many programs": partial(other, "triton.choose.pages"),
         }
 
 
-@pytest.mark.parametrize("way", ["torch", "triton"])
+@pytest.mark.parametrize("way", ["torch", "triton", "triton, many programs"])
 @pytest.mark.parametrize(("group", "refresh"), [(1, 3), (3, 2), (4, 70), (8, 200)])
 def test_a_choice_is_read_until_the_row_has_grown_by_refresh(ways, way, group, refresh):
     """Steps of 1 to 3 tokens on ragged rows, one of them short at first; other rows are new in

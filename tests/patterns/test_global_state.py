@@ -174,7 +174,7 @@ def test_kernels_compute_the_same(run, state):
         assert torch.equal(run(state, *args, scale=0.25), run("", *args, scale=0.25))
         assert torch.equal(run(state, "triton.count.pairs", lists), lists.pairs())
     q, k, v, index, length = rows([64 * 5 + 5, 64 * 3])
-    args = "triton.quest.pages", QUEST["quest"], q, index, length, 0.7
+    args = "triton.choose.pages", QUEST["quest"], q, index, length, 0.7
     pages = run("", *args)
     assert all(map(torch.equal, tensors(run(state, *args)), tensors(pages)))
     args = "tests.kernels.stores.decode", q, k, v, length[:, None] - 1, pages

@@ -8,6 +8,7 @@ from typing import Any
 from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.selectors.channels import Channels
+from hfsparse.selectors.landmarks import Landmarks
 from tests.patcher.families import own_window
 from tests.patterns.matrix import table_of
 
@@ -27,10 +28,10 @@ def plan_of(model, selector: Any, below: int = 0) -> Plan:
 
 
 def labelled(model) -> Plan:
-    """Three pages, of which one is chosen, by labels."""
+    """Three pages, of which one is chosen, by labels: kernels keep and score them."""
     return plan_of(model, Channels(0.06, 3, unit=64, bits=8, channels=3))
 
 
 def refreshed(model) -> Plan:
-    """By labels, and read again by three more steps; top_p."""
-    return plan_of(model, Channels(0.9, 2, refresh=4, top_p=0.6, bits=8, channels=3))
+    """By landmarks, which no kernel keeps, and read again by three more steps; top_p."""
+    return plan_of(model, Landmarks(0.9, 2, refresh=4, top_p=0.6))

@@ -3,8 +3,9 @@
 The fast form of `Full.append` and `Ring.append` where the stores have room already. What changes
 from step to step, the positions, is read on the device: a step can be captured as a CUDA graph,
 and a new length compiles nothing. A program serves one kv head and a part of its channels. Bound
-by latency: it reads at most a page of old keys a head, to renew the page's minima and maxima, and
-nothing that the same launch writes. At most 16 new tokens a row; no gradients.
+by latency: of old keys it reads those of a page, or of a smaller span, that new ones join, to renew
+its minima and maxima, and nothing that the same launch writes. At most 16 new tokens a row; no
+gradients.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from hfsparse.kernels.triton.limits import (
     K_AT,
     LOW_AT,
     NEVER,
-    PAGE_ROW,
-    PAGES,
     ROW,
     SINK,
     SIZE,
     SLOTS,
+    SPAN,
+    SPAN_ROW,
+    SPANS,
     V_AT,
+    await_previous,
+    chained,
     look_up,
 )
 from hfsparse.lists import PAGE
@@ -52,7 +56,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
 
     query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
     where a row has none: it is not stored. Of tokens that share a ring's slot the newest is stored,
-    nothing beyond a store's last slot. Minima and maxima of the pages with new tokens are renewed,
+    nothing beyond a store's last slot. Minima and maxima of the spans with new tokens are renewed,
     over what the rows now hold.
     """
     B, H, Q, D = k.shape
@@ -73,6 +77,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
         UNIT=into.unit,
         SUMMARIES=into.summaries,
         num_warps=4,
+        **chained(str(k.device)),
     )
 
 
@@ -81,8 +86,9 @@ def _append(
     K, V, INTO_K, INTO_V, TABLE, QUERY_POS,
     k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
     D: tl.constexpr, DV: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
     at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)
@@ -102,24 +108,25 @@ def _append(
     v = tl.load(v, mask=new[:, None] & some[None, :], other=0.0).to(INTO_V.dtype.element_ty)
 
     if SUMMARIES:  # of old keys in the cache and new ones in k: what is stored below is not read
-        pages, begin = look_up(TABLE, h, PAGES).to(tl.int32), b * look_up(TABLE, h, PAGE_ROW)
+        spans, begin = look_up(TABLE, h, SPANS).to(tl.int32), b * look_up(TABLE, h, SPAN_ROW)
         low = INTO_K + look_up(TABLE, h, LOW_AT) * UNIT + begin * D
         high = INTO_K + look_up(TABLE, h, HIGH_AT) * UNIT + begin * D
+        width = look_up(TABLE, h, SPAN).to(tl.int32)
         first = tl.min(tl.where(new, at, NEVER), 0)
         fresh = k.to(tl.float32)
-        for page in range(first // PAGE, tl.minimum(last // PAGE + 1, pages)):
-            before = page * PAGE + lane < first
+        for span in range(first // width, tl.minimum(last // width + 1, spans)):
+            before = (lane < width) & (span * width + lane < first)
             old = tl.load(
-                keys + (page * PAGE + lane.to(tl.int64))[:, None] * D + d[None, :],
+                keys + (span * width + lane.to(tl.int64))[:, None] * D + d[None, :],
                 mask=before[:, None] & whole[None, :],
                 other=0.0,
             ).to(tl.float32)
-            here = (new & (at // PAGE == page))[:, None]
+            here = (new & (at // width == span))[:, None]
             least = tl.min(tl.where(before[:, None], old, float("inf")), 0)
             most = tl.max(tl.where(before[:, None], old, float("-inf")), 0)
             least = tl.minimum(least, tl.min(tl.where(here, fresh, float("inf")), 0))
             most = tl.maximum(most, tl.max(tl.where(here, fresh, float("-inf")), 0))
-            place = page * D + d
+            place = span * D + d
             tl.store(low + place, least.to(INTO_K.dtype.element_ty), mask=whole)
             tl.store(high + place, most.to(INTO_K.dtype.element_ty), mask=whole)
 

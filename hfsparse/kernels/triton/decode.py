@@ -38,6 +38,8 @@ from hfsparse.kernels.triton.limits import (
     V_AT,
     WIDEST,
     add_logits,
+    await_previous,
+    chained,
     load_rows,
     look_up,
     shared_memory,
@@ -89,8 +91,8 @@ def decode(
 
     query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
     row, the new ones included. A key is read if it is held, not after the query, in its head's band
-    (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page. pages:
-    those of the listed heads, in the places' order; None: they read every page.
+    (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page or unit of
+    it. pages: those of the listed heads, in the places' order; None: they read every page.
     """
     B, Hq, Q, D = q.shape
     Hkv, Dv = len(places.cells), places.v.shape[3]
@@ -131,12 +133,14 @@ def decode(
         ROWS=rows,
         PAGE=PAGE,
         UNIT=places.unit,
+        TOGETHER=PAGE if pages is None else pages.unit,
         LISTED=pages is not None,
         RINGS=places.rings,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
         num_warps=warps,
+        **chained(str(q.device)),
         num_stages=stages,
     )
     if splits > 1:
@@ -150,7 +154,8 @@ def _merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int) -> None:
     width = max(16, triton.next_power_of_2(Dv))
     wide = min(width, MERGED)
     given = part, weight, out, splits, rows
-    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, num_warps=4)
+    more = {"num_warps": 4, **chained(str(part.device))}
+    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, **more)
 
 
 def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
@@ -206,10 +211,13 @@ def _decode(
     Hkv, Q, rows, unit, inner,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
     LATENTS: tl.constexpr,
-    ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, LISTED: tl.constexpr,
-    RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
+    LISTED: tl.constexpr, RINGS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    # Rows: q head of the group * Q + new token. Pages: this program's share of those of its head.
+    await_previous(CHAINED)
+    # Rows: q head of the group * Q + new token. Tiles: this program's share of those of its head,
+    # each a page, or PAGE / TOGETHER units of so many tokens that lists name.
     # Of latents the first DV dims of a key are read as its value, and only the others as a key.
     FROM: tl.constexpr = DV if LATENTS else 0
     head = tl.program_id(0)
@@ -219,13 +227,15 @@ def _decode(
     length = tl.load(LENGTH + b).to(tl.int32)
     live = tl.minimum(length, look_up(TABLE, kv, SLOTS).to(tl.int32))  # slots that hold a key
     whole = length < look_up(TABLE, kv, BELOW)
-    count = tl.cdiv(live, PAGE)
+    EACH: tl.constexpr = PAGE // TOGETHER  # units of a tile
+    units = tl.cdiv(live, TOGETHER)
     if LISTED:
         mine = look_up(TABLE, kv, LISTED_AT)
         chosen = (mine >= 0) & (whole == 0)
         lists = PAGES + b * list_b + mine * list_h
         listed = tl.load(COUNT + b * count_b + mine * count_h, mask=chosen, other=0)
-        count = tl.where(chosen, listed.to(tl.int32), count)
+        units = tl.where(chosen, listed.to(tl.int32), units)
+    count = tl.cdiv(units, EACH)
     each = tl.cdiv(count, tl.num_programs(1))
     first = tl.program_id(1) * each
     place = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
@@ -267,13 +277,21 @@ def _decode(
 
     lane = tl.arange(0, PAGE)
     for j in range(first, tl.minimum(first + each, count)):
-        page = first.to(tl.int64) + (j - first)
-        if LISTED:
-            page = tl.load(lists + j, mask=chosen, other=page)
-        key = page.to(tl.int32) * PAGE + lane
-        held = key < live
-        k = load_rows(keys + page * PAGE * D + FROM, D, lane, held, D - FROM, DP, True)
-        v = load_rows(values + page * PAGE * STEP, STEP, lane, held, DV, DVP, True)
+        if TOGETHER == PAGE:
+            page = first.to(tl.int64) + (j - first)
+            if LISTED:
+                page = tl.load(lists + j, mask=chosen, other=page)
+            base, slot = page * PAGE, lane
+            key = page.to(tl.int32) * PAGE + lane
+            held = key < live
+        else:
+            nth = j * EACH + lane // TOGETHER
+            named = tl.load(lists + nth, mask=chosen & (nth < units), other=0).to(tl.int32)
+            key = tl.where(chosen, named, nth) * TOGETHER + lane % TOGETHER
+            base, slot = 0, key.to(tl.int64)
+            held = (nth < units) & (key < live)
+        k = load_rows(keys + base * D + FROM, D, slot, held, D - FROM, DP, True)
+        v = load_rows(values + base * STEP, STEP, slot, held, DV, DVP, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if LATENTS:
             s = tl.dot(q_latent, tl.trans(v), s, input_precision=PRECISION)
@@ -298,8 +316,10 @@ def _decode(
 
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
-    PART, WEIGHT, OUT, splits, rows, DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr
-):
+    PART, WEIGHT, OUT, splits, rows,
+    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    await_previous(CHAINED)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, d = tl.arange(0, SPLITS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     place = (head * splits + split) * rows + row

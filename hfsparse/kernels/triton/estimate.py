@@ -2,8 +2,9 @@
 
 No host synchronisation, and no map of scores larger than SCRATCH or the lists themselves: scores
 are made and turned into lists for some query blocks after others. Each family of patterns makes its
-scores in a file of its own; `select` does the second half. `antidiagonal` and `energy` are bound by
-FLOPs, the others by reading q and k once or twice.
+scores in a file of its own; `select` does the second half, but of `sample` and `hip`, which choose
+by their own definitions, `hip` by a map of all blocks. `antidiagonal`, `energy` and `sample` are
+bound by FLOPs, the others by reading q and k once or twice, `hip` more often.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ def lists(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists
 
 def why_not(need: Need) -> str | None:
     """Why these kernels can't choose a pattern's blocks; None: they can."""
-    if need.chooser not in FUSED:
+    kind = type(need.chooser)
+    if kind not in FUSED:
         return f"{need.chooser.kind} is not fused"
     if need.head_dim > 256:
         return f"head dim {need.head_dim}: at most 256 is supported"
-    if need.chooser in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
+    if kind in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
         need.device, need.dtype, need.head_dim
     ):
         return f"{need.dtype} heads of {need.head_dim}: too wide for this GPU's shared memory"

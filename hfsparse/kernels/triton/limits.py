@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hfsparse.lists import Band, places
 
@@ -25,8 +26,8 @@ WIDTH = tl.constexpr(places.WIDTH)
     HIGH_AT,
     ROW,
     SLOTS,
-    PAGE_ROW,
-    PAGES,
+    SPAN_ROW,
+    SPANS,
     SINK,
     SIZE,
     RECENT,
@@ -34,6 +35,7 @@ WIDTH = tl.constexpr(places.WIDTH)
     CHUNKED,
     BELOW,
     LISTED,
+    SPAN,
 ) = (tl.constexpr(i) for i in range(len(places.COLUMNS)))
 
 
@@ -43,6 +45,30 @@ def shared_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return 227 << 10
+
+
+@lru_cache
+def is_nvidia(device: str) -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU: neither for another, nor interpreted."""
+    if triton.knobs.runtime.interpret or torch.version.hip is not None:
+        return False
+    return torch.device(device).type == "cuda"
+
+
+@lru_cache
+def chained(device: str) -> dict[str, bool]:
+    """Settings of a launch that may begin while the one before it ends, where devices can do that:
+    programmatic dependent launch. Such a kernel begins with `await_previous`."""
+    able = is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"CHAINED": able} | ({"launch_pdl": True} if able else {})
+
+
+@triton.jit
+def await_previous(CHAINED: tl.constexpr):
+    """Wait until what earlier launches write is there; the next launch may get ready."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @lru_cache

@@ -49,8 +49,8 @@ class Full(Store):
     def place(self) -> Place:
         group, more = self.group, {"below": self.below, "append": self.append}
         if self.index:
-            by_page = {*self.index} == EXTREMES and self.index["low"].ndim == 4
-            more |= self.index if by_page else {"follow": self.follow}
+            own = {"follow": self.follow, "selector": group.selector, "index": self.index}
+            more |= self.index if {*self.index} == EXTREMES else own
         return Place(group.heads, self.k, self.v, listed=group.chosen, **more)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:

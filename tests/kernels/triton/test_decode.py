@@ -27,15 +27,15 @@ def decode():
         yield lambda *args, **more: run("tests.kernels.stores.decode", *args, **more)
 
 
-def some_pages(rows: int, kv_heads: int, slots: int) -> PageLists:
-    """Half of the pages, other ones in each row and kv head; the first of all has none."""
-    width = -(-slots // PAGE)
+def some_pages(rows: int, kv_heads: int, slots: int, unit: int = PAGE) -> PageLists:
+    """Half of the units, other ones in each row and kv head; the first of all has none."""
+    width = -(-slots // PAGE) * (PAGE // unit)
     made = torch.Generator().manual_seed(3)
     chosen = torch.rand(rows, kv_heads, width, generator=made).argsort(-1)
     count = 1 + (torch.arange(rows * kv_heads).view(rows, kv_heads) % ((width + 1) // 2))
     count[0, 0] = 0
     used = torch.arange(width) < count[..., None]
-    return PageLists(torch.where(used, chosen, width - 1).sort(-1).values, count)
+    return PageLists(torch.where(used, chosen, width - 1).sort(-1).values, count, unit)
 
 
 def mask_of(query, key, pages: PageLists | None):
@@ -73,10 +73,10 @@ def test_a_ring_matches_plain_attention(decode, queries, group, below, band):
 
 
 @pytest.mark.parametrize("extras", ["plain", "softcap", "sink_logits"])
-@pytest.mark.parametrize("queries", [1, 3])
-def test_listed_pages_match_plain_attention(decode, queries, extras):
+@pytest.mark.parametrize(("queries", "unit"), [(1, 64), (3, 64), (1, 1), (3, 8), (1, 32)])
+def test_listed_pages_match_plain_attention(decode, queries, unit, extras):
     q, k, v, query, key, logits = step(queries, [517, 70], extras)
-    pages = some_pages(2, 2, 517)
+    pages = some_pages(2, 2, 517, unit)
     mask = readable(query, key, 6) & paged(pages, 517, 3)
     out = decode(q, k, v, query, pages, length=used(key), **logits)
     assert close(out, truth(q, k, v, mask, **logits))
@@ -95,12 +95,12 @@ def test_every_head_dim_matches_plain_attention(decode, dim, value_dim):
     assert close(out, truth(q, k, v, readable(query, key, q.shape[1]), dim**-0.5))
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["all", "pages"])
+@pytest.mark.parametrize("listed", [0, PAGE, 16], ids=["all", "pages", "units"])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_room_for_more_changes_no_bit(decode, queries, listed):
     """A cache's capacity, and dead slots past the row's end, decide nothing."""
     q, k, v, query, key, logits = step(queries, [300, 200], "plain")
-    pages = some_pages(2, 2, 300) if listed else None
+    pages = some_pages(2, 2, 300, listed) if listed else None
     out = decode(q, k, v, query, pages, length=used(key), **logits)
     assert close(out, truth(q, k, v, mask_of(query, key, pages), **logits))
     for more in (1, 20, 500):
@@ -146,9 +146,10 @@ def test_a_new_length_compiles_nothing(monkeypatch):
         args = {"length": used(key), **logits}
         stores.decode(q, k, v, query, **args)
         stores.decode(q, k, v, query, band=Band(4, 9), size=k.shape[2] - 4, **args)
-        stores.decode(q, k, v, query, some_pages(2, 2, k.shape[2]), **args)
+        for unit in (PAGE, 8):
+            stores.decode(q, k, v, query, some_pages(2, 2, k.shape[2], unit), **args)
         found.append(set(seen))
-    assert len(found[0]) == 4  # over all, over a ring, over pages, and what merges each
+    assert len(found[0]) == 5  # over all, a ring, pages and units, and what merges each
     assert found[0] == found[1] == found[2]
 
 

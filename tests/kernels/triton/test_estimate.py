@@ -204,11 +204,11 @@ def test_slices_cover_every_query_block_once_and_stay_small(estimate, monkeypatc
 
 
 def test_what_is_not_fused_is_said(estimate):
-    need = Need(torch.device("cpu"), SINGLE, 64, 64, chooser=BlockTopK)
+    need = Need(torch.device("cpu"), SINGLE, 64, 64, chooser=BlockTopK())
     assert estimate.why_not(need) is None
-    assert "streaming is not fused" in estimate.why_not(need._replace(chooser=Streaming))
+    assert "streaming is not fused" in estimate.why_not(need._replace(chooser=Streaming()))
     assert "at most 256" in estimate.why_not(need._replace(head_dim=320))
-    wide = need._replace(head_dim=256, chooser=VerticalSlash)
+    wide = need._replace(head_dim=256, chooser=VerticalSlash())
     assert "shared memory" in estimate.why_not(wide)
     assert estimate.why_not(wide._replace(dtype=HALF)) is None
     assert "blocks of 48" in estimate.why_not(need._replace(block=48))
