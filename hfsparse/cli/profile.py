@@ -106,7 +106,7 @@ def profile(
 
     from hfsparse import profiler
     from hfsparse.models.loading import load
-    from hfsparse.plan import headmap
+    from hfsparse.plan import Plan, headmap
 
     loaded, tokenizer = load(model, device, dtype)
     if page:
@@ -117,7 +117,9 @@ def profile(
         typer.echo(f"\n{describe_budgets(plan, checked, loaded)}")
     written = shlex.quote(str(output))
     drawn = "" if checked.curves is None else f" and {checked.curves}"
-    typer.echo(f"\nwrote {output}{drawn}. Look at it, then run it:")
+    tables = Plan.load(output).data.values() if plan.data else ()  # under the names that they got
+    beside = "".join(f", beside it {each.file}" for each in tables)
+    typer.echo(f"\nwrote {output}{drawn}{beside}. Look at it, then run it:")
     typer.echo(f"  hfsparse show {written}")
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
     if warning := find_doubt(plan):

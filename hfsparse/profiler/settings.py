@@ -143,7 +143,9 @@ class Settings:
         0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=_refuse_share
     )
     decode_share: float = setting(
-        0.25, f"Share of the keys to read in decode{BUDGET}.", check=_refuse_share
+        0.25,
+        f"Share of keys and values to read in decode, indexes counted{BUDGET}.",
+        check=_refuse_share,
     )
     loss: float | None = setting(
         None,
@@ -174,7 +176,7 @@ class Settings:
     )
     selector: str | None = setting(
         None,
-        "balanced: what chooses keys in decode, and has its table made; else quest.",
+        "balanced: what chooses keys in decode, and has its table made; else quest and lowrank.",
         check=one_of(_selectors, "no selector {}: there is {}"),
         suits=_refuse_selector,
         identity=True,

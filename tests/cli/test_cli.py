@@ -10,6 +10,7 @@ import warnings
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.files import DataFile
 from hfsparse.profiler.settings import Settings
 from hfsparse.selectors import SELECTORS
 from tests import tiny
@@ -495,6 +497,21 @@ def test_profile_passes_every_option_on_and_names_the_next_command(model, tmp_pa
     }
     assert "recipe" not in result.stdout
     assert f"hfsparse generate {model} --plan '{out}' --prompt-file FILE" in result.stdout
+
+
+def test_profile_names_the_table_that_lies_beside_its_plan(model, tmp_path, monkeypatch):
+    def measure(loaded, tokenizer, **options):
+        table = DataFile.of("plan.lowrank.safetensors", {"keys": torch.eye(4)})
+        plan = replace(Plan.full(ModelId.of(loaded)), data={"lowrank": table})
+        plan.save(options["out"])
+        return plan
+
+    monkeypatch.setattr("hfsparse.profiler.profile", measure)
+    out, own = tmp_path / "plan.yaml", tmp_path / "plan.lowrank.safetensors"
+    own.write_bytes(b"what another plan reads")
+    result = run("profile", model, "-o", out)
+    (made,) = (file.name for file in tmp_path.glob("plan.lowrank-*.safetensors"))
+    assert f"wrote {out}, beside it {made}. Look at it" in result.stdout
 
 
 def test_profile_ends_with_the_budgets_met_and_a_warning_of_what_the_proof_cannot_say(

@@ -9,15 +9,19 @@ import torch
 import hfsparse
 from hfsparse.errors import UsageError
 from hfsparse.patcher import figures
-from hfsparse.plan import Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import Seen, capture
 from hfsparse.profiler.methods import balanced
 from hfsparse.profiler.methods import one_pass as search
 from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.solve.allocation import Budget, Options, allocate
+from hfsparse.profiler.verify.give_back import make_full
 from hfsparse.runtime.layer_plan import Logits
+from hfsparse.selectors import SELECTORS
 from hfsparse.selectors.channels import Channels
+from hfsparse.selectors.lowrank import LowRank
 from hfsparse.selectors.quest import Quest
 from tests import tiny
 from tests.patterns.matrix import oracle_pages, weights
@@ -25,14 +29,17 @@ from tests.patterns.matrix import oracle_pages, weights
 L, HQ, HKV, D, SCALE = 300, 6, 2, 8, 0.25
 KEYS = torch.tensor([0, 63, 64, 70, 205, 299])
 TABLE = weights(3, HKV, D)
+MOMENTS = ("keys", "queries")
 SETTINGS = dict(
     lengths=(512,),
     samples=2,
     verify=False,
     prefill_density=1.0,
-    decode_share=0.5,
-    selector="channels",
+    cache_share=1.0,
+    decode_share=0.7,
 )
+CHANNELS = SETTINGS | {"selector": "channels"}
+LENGTHS = SETTINGS | {"lengths": (384, 512)}  # tables are of the longest alone
 
 
 def seen(layer: int = 2) -> Seen:
@@ -94,30 +101,32 @@ def model():
     return tiny.llama(window=1024)
 
 
-def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
+@pytest.mark.parametrize("settings", [LENGTHS, CHANNELS], ids=["default", "channels"])
+def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path, settings):
     out, each = tmp_path / "my plan.yaml", []
-    plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    selector = SELECTORS[settings.get("selector", "lowrank")]()
+    plan = hfsparse.profile(model, tiny.tokenizer(), out=out, **settings)
     words = {word for layer in plan.layers for word in layer.decode}
-    assert "channels50" in words, "labels were not chosen: give another budget"
+    assert f"{selector.kind}25" in words, "labels were not chosen: give another budget"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "my plan.yaml",
-        "my_plan.channels.safetensors",
+        f"my_plan.{selector.kind}.safetensors",
     ]
     loaded = Plan.load(out)
     assert (loaded, loaded.hash()) == (plan, plan.hash())
 
     def look(it):
-        each.append((it.layer, Channels().calibrate(it)["weight"]))
+        each.append((it.layer, selector.calibrate(it)))
         return {"none": np.zeros(1)}
 
     prompts = make_prompts(tiny.tokenizer(), 512, 2, 0)
     for prompt in prompts:
         capture(model, prompt.ids, search.short_sighted_plan(model, balanced.candidates(512)), look)
-    weight = loaded.table_of(Channels())["weight"]
-    for layer in (0, 1):
-        mine = torch.stack([found for at, found in each if at == layer])
-        assert len(mine) == 2
-        torch.testing.assert_close(weight[layer], mine.mean(0))
+    for name, table in loaded.table_of(selector).items():
+        for layer in (0, 1):
+            mine = torch.stack([found[name] for at, found in each if at == layer])
+            assert len(mine) == 2
+            torch.testing.assert_close(table[layer], mine.mean(0))
     with hfsparse.patch(model, out) as handle, torch.no_grad():
         cache = model(prompts[0].ids[:, :-1]).past_key_values
         model(prompts[0].ids[:, -1:], past_key_values=cache)
@@ -127,8 +136,8 @@ def test_a_profile_calibrates_measures_chooses_and_writes(model, tmp_path):
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeypatch):
-    whole = hfsparse.profile(model, tiny.tokenizer(), **SETTINGS)
-    out, looked, look = tmp_path / "plan.yaml", [], search.look_at_prompt
+    whole = hfsparse.profile(model, tiny.tokenizer(), **CHANNELS)
+    out, looked, look = tmp_path / "plan.yaml", [], search.stack_layers
 
     def killed(*args):
         looked.append(1)
@@ -136,11 +145,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeyp
             raise KeyboardInterrupt
         return look(*args)
 
-    monkeypatch.setattr(search, "look_at_prompt", killed)
+    monkeypatch.setattr(search, "stack_layers", killed)
     with pytest.raises(KeyboardInterrupt):
-        hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+        hfsparse.profile(model, tiny.tokenizer(), out=out, **CHANNELS)
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml.parts"]
-    resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **SETTINGS)
+    resumed = hfsparse.profile(model, tiny.tokenizer(), out=out, **CHANNELS)
     assert len(looked) == 2 + 3  # the first of two tables was not made twice
     assert resumed.hash() == whole.hash() == Plan.load(out).hash()
 
@@ -153,3 +162,41 @@ def test_what_one_head_keeps_is_priced_with_its_index():
         assert kept == pytest.approx((full + count + 2) / full)
         assert read == pytest.approx(0.1)
     assert figures.one_head(6400, Quest(0.1, 4), 16) == figures.one_head(6400, Quest(0.1, 4))
+
+
+def test_a_step_reads_its_index_too_and_that_counts_in_the_budget_of_decode():
+    """Of keys of 16 channels in two bytes, a token has 64 bytes: so dense attention reads 64."""
+    data = {
+        "lowrank": DataFile.of("x.safetensors", {n: torch.eye(16)[None, None] for n in MOMENTS})
+    }
+    offered = {"pages": Quest(0.1, 4), "labels": LowRank(0.1, 4, rank=8)}
+    names = measure.Candidates({}, {}, offered, data)
+    costs = search.price_candidates(names, 6400, 16)
+    bounds, labels = 1 / 64, (8 * 4 / 8 + 2) / 64
+    assert costs["page_read"] == pytest.approx([0.1 + bounds, 0.1 + labels])
+    assert costs["page_kept"] == pytest.approx([1 + bounds, 1 + labels])
+    options = Options(
+        prefill=np.full((1, 1, 1), "pattern", dtype=object),
+        prefill_effect=np.zeros((1, 1, 1)),
+        prefill_cost=np.ones((1, 1, 1)),
+        rings=[],
+        ring_effect=np.zeros((1, 0, 1)),
+        ring_cost=np.zeros((1, 0, 1)),
+        selectors=list(offered),
+        page_effect=np.array([[[0.2], [0.1]]]),  # as many keys, better ones
+        **costs,
+    )
+    for budget, taken in ((0.1 + labels + 1e-6, "labels"), (0.1 + labels - 1e-3, "pages")):
+        (layer,) = allocate(options, Budget(1, 1, budget))
+        assert layer.decode == (taken,)
+
+
+def test_a_table_goes_with_the_last_head_that_reads_it():
+    plan = Plan(
+        ModelId("Some", 1, 1, 1, 16, "some"),
+        {"labels": LowRank(rank=8)},
+        (Layer(("full",), ("full",), ("labels",)),),
+        data={"lowrank": DataFile.of("x.safetensors", {"keys": torch.eye(16)[None, None]})},
+    )
+    assert make_full(plan, []).data == plan.data
+    assert make_full(plan, [(0, 0)]).data == {}

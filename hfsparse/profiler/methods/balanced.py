@@ -5,6 +5,10 @@ the first-order effect on the prompt's key tokens, in units of its mean over rin
 the share of attention that is missed; `allocate` takes one choice a head, of least total loss under
 all budgets.
 
+In decode two selectors compete: quest, whose pages cost little to rank, and lowrank, which ranks
+single tokens and so finds what is needed in fewer keys, but reads more to rank them. Both are
+priced by all that a step reads.
+
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
 (`recent_per_token`). One length alone shows nothing of that.
@@ -12,7 +16,8 @@ that loses more in longer rows gives way to a share of the row, or to a window t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +27,13 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import ModelId
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
 from hfsparse.profiler.methods import minference, one_pass
 from hfsparse.profiler.solve.allocation import Options
 from hfsparse.selectors import SELECTORS
+from hfsparse.selectors.quest import Quest
 
 # Missed attention beside the effect: it decides between heads that no key token needs. At a weight
 # of 1 it took full heads from those that find answers (benchmarks/results/methods.md).
@@ -36,19 +43,33 @@ SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and d
 SMALL = 0.05  # another, where the row is long enough to show it
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
 RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
-PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: selectors
+SELECTED = ("quest", "lowrank")  # the kinds of selectors
+PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: selectors of whole pages
+UNITS = (0.02, 0.06, 0.12, 0.25)  # of the row: selectors of smaller units, which need fewer keys
 FEWEST = 4  # blocks and pages that are always kept
 
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
-    selector = SELECTORS[job.settings.selector or "quest"]
-    names = one_pass.calibrate_tables(job, candidates(max(job.prompts), selector))
+    kinds = SELECTED if job.settings.selector is None else (job.settings.selector,)
+    head_dim = ModelId.of(job.model).head_dim
+    names = candidates(max(job.prompts), [offer(kind, head_dim) for kind in kinds])
+    names = one_pass.calibrate_tables(job, names)
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
 
-def candidates(longest: int, selector: Any = SELECTORS["quest"]) -> Candidates:
-    """What heads may choose from, for prompts of up to `longest` tokens; `selector` is a class."""
+def offer(kind: str, head_dim: int) -> Any:
+    """A selector of this kind, for keys of so many channels."""
+    selector = SELECTORS[kind]()
+    ranked = hasattr(selector, "rank")
+    return replace(selector, rank=min(selector.rank, head_dim)) if ranked else selector
+
+
+def candidates(longest: int, selectors: Sequence[Any] = (Quest(),)) -> Candidates:
+    """What heads may choose from, for prompts of up to `longest` tokens.
+
+    `selectors`: one of each kind, whose shares are set here.
+    """
     near, shares = min(32, longest // 16), (SMALL, *SHARES)[longest < 4096 :]
     patterns = {f"grow{_percent(s)}": Streaming(SINK, near, s) for s in shares}
     patterns |= {f"blocks{_percent(s)}": BlockTopK(s, FEWEST) for s in shares}
@@ -58,10 +79,14 @@ def candidates(longest: int, selector: Any = SELECTORS["quest"]) -> Candidates:
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
     rings |= {f"last{n}": Streaming(SINK, n) for n in minference.windows(longest)}
-    seen = [s for s in PAGES if s * longest > (FEWEST - 0.5) * PAGE]  # others read FEWEST pages
-    pages = seen or PAGES[-1:]
-    selectors = {f"{selector.kind}{_percent(s)}": selector(s, FEWEST) for s in pages}
-    return Candidates(patterns, rings, selectors)
+    chosen = {}
+    for each in selectors:
+        shares = PAGES if each.budget.unit == PAGE else UNITS
+        # Smaller ones read FEWEST pages, too.
+        some = [s for s in shares if s * longest > (FEWEST - 0.5) * PAGE] or shares[-1:]
+        for share in some:
+            chosen[f"{each.kind}{_percent(share)}"] = replace(each, share=share, min_pages=FEWEST)
+    return Candidates(patterns, rings, chosen)
 
 
 def options(

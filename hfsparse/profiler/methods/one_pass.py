@@ -18,7 +18,7 @@ from hfsparse.patcher.figures import Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.job import Forecast, Found, Job
-from hfsparse.profiler.measure.capture import Seen, capture, stack_layers
+from hfsparse.profiler.measure.capture import Given, capture, forward, stack_layers
 from hfsparse.profiler.measure.effects import Candidates, measure_layer
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
@@ -26,23 +26,27 @@ from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allo
 
 
 def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
-    """The candidates with the tables that their selectors read, means over all prompts."""
+    """The candidates with the tables that their selectors read.
+
+    Means over the longest prompts: after RoPE, short ones say little of long ones.
+    """
     needed = {s.data: s for s in candidates.selectors.values() if hasattr(s, "calibrate")}
     if not needed:
         return candidates
 
-    def look(seen: Seen) -> dict[str, np.ndarray]:
+    def look(given: Given) -> dict[str, np.ndarray]:
         return {
             f"{name}/{part}": t.float().cpu().numpy()
             for name, selector in needed.items()
-            for part, t in selector.calibrate(seen).items()
+            for part, t in selector.calibrate(given).items()
         }
 
     def visit(prompt: Prompt) -> dict[str, np.ndarray]:
-        return look_at_prompt(job.model, prompt, candidates, look)
+        return stack_layers(job.model, forward(job.model, prompt.ids, look))
 
-    each = _visit_prompts(job, f"tables-{mark(needed)}", visit)
-    means = average([found for prompts in each.values() for found in prompts])
+    longest = max(job.prompts)
+    some = replace(job, prompts={longest: job.prompts[longest]})
+    means = average(_visit_prompts(some, f"tables-{mark(needed)}", visit)[longest])
     tables: dict[str, dict[str, Tensor]] = {name: {} for name in needed}
     for key, values in means.items():
         name, part = key.split("/", 1)
@@ -69,22 +73,13 @@ def _visit_prompts(
     return found
 
 
-def look_at_prompt(
-    model: PreTrainedModel,
-    prompt: Prompt,
-    candidates: Candidates,
-    look: Callable[[Seen], dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """What `look` answers of each free layer of one prompt, as arrays `[layers, ...]`."""
-    plan = short_sighted_plan(model, candidates)
-    return stack_layers(model, capture(model, prompt.ids, plan, look))
-
-
 def measure_prompt(
     model: PreTrainedModel, prompt: Prompt, candidates: Candidates
 ) -> dict[str, np.ndarray]:
     """Arrays `[layers, candidates, heads]` of one prompt."""
-    return look_at_prompt(model, prompt, candidates, partial(measure_layer, candidates=candidates))
+    measure = partial(measure_layer, candidates=candidates)
+    plan = short_sighted_plan(model, candidates)
+    return stack_layers(model, capture(model, prompt.ids, plan, measure))
 
 
 def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
@@ -128,8 +123,7 @@ def choose_plan(
     def make_plan(taken: list[Layer]) -> Plan:
         layers = job.fill(taken)
         used = patterns_in_use(known, layers)
-        named = {each.data for each in used.values() if hasattr(each, "data")}
-        data = {name: table for name, table in candidates.data.items() if name in named}
+        data = tables_in_use(candidates.data, used)
         return Plan(this, used, layers, job.below, expect(layers), data=data)
 
     def choose(budget: Budget) -> Plan | None:
@@ -160,16 +154,27 @@ def patterns_in_use(patterns: dict[str, Any], layers: tuple[Layer, ...]) -> dict
     return {name: pattern for name, pattern in patterns.items() if name in words}
 
 
+def tables_in_use(data: dict[str, DataFile], patterns: dict[str, Any]) -> dict[str, DataFile]:
+    """Of these tables, those that a selector reads."""
+    named = {getattr(each, "data", None) for each in patterns.values()}
+    return {name: table for name, table in data.items() if name in named}
+
+
 def price_candidates(candidates: Candidates, length: int, head_dim: int = 1) -> dict[str, Any]:
-    """What choices keep of a row of `length` tokens and what a step reads, for Options."""
+    """What choices keep of a row of `length` tokens and what a step reads, for Options.
+
+    A step of a selector reads keys and values, and all that is kept beside them: its index.
+    """
     rings, pages = (
         [one_head(length, each, head_dim, candidates.data) for each in kinds.values()]
         for kinds in (candidates.rings, candidates.selectors)
     )
     named = {"ring": rings, "page": pages}
     found = {f"{name}_kept": [kept for kept, _ in each] for name, each in named.items()}
-    found |= {f"{name}_read": [read for _, read in each] for name, each in named.items()}
-    return found | {"full_kept": one_head(length)[0]}
+    full, _ = one_head(length)
+    found["ring_read"] = [read for _, read in rings]
+    found["page_read"] = [read + kept - full for kept, read in pages]
+    return found | {"full_kept": full}
 
 
 def look_up_prompts(

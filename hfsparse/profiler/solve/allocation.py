@@ -23,8 +23,9 @@ from hfsparse.plan import Layer
 class Budget:
     """Greatest shares of what the layers without a window of their own do without a plan.
 
-    A share of 1 is no limit: whole pages, and bounds of pages, take a little more than keys alone.
-    `loss`, where given, is a share of the sum of effects with the worst ring on every kv head.
+    A share of 1 is no limit: whole pages, and indexes of selectors, take a little more than keys
+    alone. `loss`, where given, is a share of the sum of effects with the worst ring on every kv
+    head.
     """
 
     pairs: float
@@ -60,7 +61,7 @@ class Options:
     ring_read: list[float]
     selectors: list[str]
     page_effect: np.ndarray  # [layers, selectors, kv heads], of the whole group
-    page_kept: list[float]  # as of rings: keys and the bounds of their pages
+    page_kept: list[float]  # as of rings: keys and the selector's index
     page_read: list[float]
     full_kept: float  # whole pages
 

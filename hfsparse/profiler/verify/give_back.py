@@ -19,7 +19,7 @@ import numpy as np
 
 from hfsparse.plan import Layer, Plan
 from hfsparse.profiler.job import Found, Job
-from hfsparse.profiler.methods.one_pass import patterns_in_use
+from hfsparse.profiler.methods.one_pass import patterns_in_use, tables_in_use
 from hfsparse.profiler.solve.allocation import Budget
 from hfsparse.selectors.reuse import Reuse
 
@@ -90,9 +90,8 @@ def make_full(plan: Plan, units: Sequence[Unit]) -> Plan:
         ):
             chooser = at
         layers.append(Layer(tuple(prefill), tuple(cache), tuple(decode)))
-    return replace(
-        plan, layers=tuple(layers), patterns=patterns_in_use(plan.patterns, tuple(layers))
-    )
+    used = patterns_in_use(plan.patterns, tuple(layers))
+    return replace(plan, layers=tuple(layers), patterns=used, data=tables_in_use(plan.data, used))
 
 
 def _give_back(found: Found, criteria: Sequence[Criterion]) -> list[Unit]:
