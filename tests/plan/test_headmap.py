@@ -76,8 +76,8 @@ def test_a_cache_that_evicts_has_a_mark_of_its_own(tmp_path):
     plan.validate()
     told = headmap.text(plan).plain
     assert "    1  SS V#    SN     o+\n" in told
-    assert "N snap           -    25%       -  snapkv: size 1024, window 64, pool 7\n" in told
-    assert "+ kept           -      -     25%  the keys its cache kept" in told
+    assert "N snap          -    25%       -  snapkv: size 1024, window 64, pool 7\n" in told
+    assert "+ kept          -      -     25%  the keys its cache kept" in told
     headmap.png(plan, tmp_path / "heads.png")
 
 
