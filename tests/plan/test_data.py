@@ -232,6 +232,12 @@ def test_a_model_is_left_alone_by_a_plan_whose_table_is_unknown_or_does_not_fit(
         (weights(2, 4, 16), r"weight has shape \[2, 4, 16\]"),
         ({**good, "bias": torch.zeros(2)}, r"data.channels: bias has shape \[2\]"),
         ({"other": torch.zeros(2, 2)}, "layer 0: channels needs a table with weight"),
+        (
+            {"weight": good["weight"][..., 0]},
+            r"weight of shape \[2, 2\], not \[layers, kv heads, D\]",
+        ),
+        ({"weight": good["weight"].log() / 0}, "weight that is not finite in layer 0"),
+        (weights(2, 2, 32), "layer 0: channels has a table that is not of keys of 16 channels"),
     ):
         data = {"channels": DataFile.of("it.safetensors", table)}
         plan = Plan(this, {"few": Channels(0.1, 3)}, layers, data=data)
