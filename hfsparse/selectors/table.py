@@ -22,8 +22,10 @@ def layer_of(
     require(layer < layers, f"{kind} has a table of {layers} layers, not of layer {layer}: {made}")
     shape, sizes = [*data[name].shape], ", ".join("D" * dims)
     fits = len(shape) == 2 + dims and len({*shape[2:]}) == 1
-    wanted = f"not [layers, kv heads, {sizes}]"
-    require(fits, f"{kind} has a table with {name} of shape {shape}, {wanted}: {made}")
+    require(
+        fits,
+        f"{kind} has a table with {name} of shape {shape}, not [layers, kv heads, {sizes}]: {made}",
+    )
     found = data[name][layer]
     finite = bool(found.isfinite().all())
     require(finite, f"{kind} has a table with {name} that is not finite in layer {layer}: {made}")
