@@ -12,7 +12,7 @@ import torch
 
 from hfsparse.errors import PlanError
 from hfsparse.kernels.rows import q_heads_of
-from hfsparse.lists import FULL, Band, HeadIndex
+from hfsparse.lists import FULL, PAGE, Band, HeadIndex
 from hfsparse.models.layers import LayerShape
 from hfsparse.models.loading import device_name
 from hfsparse.patterns.pattern import Pattern
@@ -136,14 +136,28 @@ def _group(
     if kind.selector is None:
         return replace(kind, heads=heads)
     if not isinstance(kind.selector, Reuse):
-        table = plan.table_of(kind.selector)
-        try:
-            return replace(kind, heads=heads, selector=kind.selector.bind(layer, heads, table))
-        except ValueError as error:
-            raise PlanError(f"layer {layer}: {error}") from error
+        return replace(kind, heads=heads, selector=_bound(plan, kind.selector, layer, heads))
     chooses = next(g.heads for g in source.groups if g.selector is not None)
     places = tuple(chooses.index(head) for head in heads)
     return replace(kind, heads=heads, selector=None, reuses=places)
+
+
+def _bound(plan: Plan, selector: Any, layer: int, heads: tuple[int, ...]) -> Any:
+    """A selector of these kv heads; PlanError for a table that does not fit them or their keys."""
+    table, channels = plan.table_of(selector), plan.model.head_dim
+    try:
+        bound = selector.bind(layer, heads, table)
+        if table is not None:
+            page = torch.empty(0, len(heads), 1, PAGE, channels, device="cpu")
+            bound.summarise(page, page[..., :1].bool())
+        return bound
+    except ValueError as error:
+        raise PlanError(f"layer {layer}: {error}") from error
+    except RuntimeError as error:
+        raise PlanError(
+            f"layer {layer}: {selector.kind} has a table that is not of keys of {channels} "
+            f"channels: hfsparse profile MODEL --selector {selector.kind} makes one"
+        ) from error
 
 
 def _store_cases(

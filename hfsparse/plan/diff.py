@@ -14,7 +14,7 @@ from itertools import chain, groupby
 from typing import Any
 
 from hfsparse.plan.layer_rules import TAKES
-from hfsparse.plan.parts import Layer, key_of, parameters
+from hfsparse.plan.parts import Layer, every_parameter, key_of
 from hfsparse.plan.plan import Plan
 from hfsparse.plan.words import span
 
@@ -70,7 +70,7 @@ def _show(value: Any) -> str:
 def _pattern_changes(old: Plan, new: Plan) -> Iterator[str]:
     for name in dict.fromkeys((*old.patterns, *new.patterns)):
         before, after = (
-            parameters(plan.patterns[name]) if name in plan.patterns else None
+            every_parameter(plan.patterns[name]) if name in plan.patterns else None
             for plan in (old, new)
         )
         if before and after:

@@ -115,9 +115,15 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def parameters(pattern: Any) -> dict[str, Any]:
-    """A pattern or selector as plain data, `kind` first; float fields are floats, given 1 too."""
-    types, every = hints(type(pattern)), written_fields(type(pattern))
-    values = {each.name: getattr(pattern, each.name) for each in every if _said(pattern, each)}
+    """A pattern or selector as plans write it, plain data."""
+    said = {each.name for each in written_fields(type(pattern)) if _said(pattern, each)}
+    return {key: value for key, value in every_parameter(pattern).items() if key in {"kind", *said}}
+
+
+def every_parameter(pattern: Any) -> dict[str, Any]:
+    """The same with what plans leave out, `kind` first; float fields are floats, given 1 too."""
+    types = hints(type(pattern))
+    values = {name: getattr(pattern, name) for name in types}
     floats = {name: float(value) for name, value in values.items() if types[name] is float}
     return {"kind": pattern.kind, **values, **floats}
 
@@ -137,7 +143,7 @@ def describe(pattern: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def key_of(name: str) -> str:

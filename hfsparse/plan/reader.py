@@ -160,13 +160,21 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
         return BAD
     cls = known[kind]
     values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
-    for name in [name for name, value in values.items() if value is not BAD]:
+    good = {name: value for name, value in values.items() if value is not BAD}
+    try:  # some numbers are right beside others alone
+        made, whole = cls(**good), None
+    except ValueError as error:
+        made, whole = BAD, error
+    alone = []
+    for name in good if whole else ():
         try:
-            cls(**{name: values[name]})
+            cls(**{name: good[name]})
         except ValueError as error:
+            alone.append(name)
             say((*path, name), f"{dotted(path)}: {error}")
-            values[name] = BAD
-    return BAD if any(value is BAD for value in values.values()) else cls(**values)
+    if whole and not alone:
+        say(path, f"{dotted(path)}: {whole}")
+    return made if len(good) == len(values) else BAD
 
 
 def _table(raw: Any, path: tuple, say: Say) -> Any:

@@ -51,7 +51,7 @@ class LowRank(Labelled):
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> LowRank:
         """With the projections of these heads."""
         keys, queries = (
-            layer_of(self.kind, data, name, layer)[list(heads)].double()
+            layer_of(self.kind, data, name, layer, 2)[list(heads)].double()
             for name in ("keys", "queries")
         )
         dim = keys.shape[-1]

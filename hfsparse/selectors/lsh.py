@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import comb, log
 from typing import Any
 
@@ -30,6 +30,8 @@ from hfsparse.registry import require
 from hfsparse.selectors.budget import Budget, best_of
 from hfsparse.selectors.selector import register
 from hfsparse.selectors.table import DeviceTensor, layer_of
+
+MOST_BITS, MOST_TABLES = 32, 256
 
 
 @register("lsh")
@@ -57,8 +59,9 @@ class Lsh:
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
-        require(self.bits >= 1, f"bits is {self.bits}: give 1 or more")
-        require(self.tables >= 2, f"tables is {self.tables}: give 2 or more")
+        require(1 <= self.bits <= MOST_BITS, f"bits is {self.bits}: give 1 to {MOST_BITS}")
+        most = f"give 2 to {MOST_TABLES}"
+        require(2 <= self.tables <= MOST_TABLES, f"tables is {self.tables}: {most}")
         total = self.bits * self.tables
         require(total % 8 == 0, f"bits times tables is {total}: give a multiple of 8")
 
@@ -119,7 +122,8 @@ def drawn_planes(seed: int, head: int, dim: int, count: int) -> Tensor:
     return torch.randn(dim, count, generator=made, dtype=torch.float32)
 
 
-def log_probabilities(bits: int, tables: int) -> list[float]:
+@cache
+def log_probabilities(bits: int, tables: int) -> tuple[float, ...]:
     """Of two vectors that agree in 0, 1, ... of all bits: the logarithm of the probability that
     they collide in two tables or more; where they can't, of the least that they could."""
     total = bits * tables
@@ -128,7 +132,7 @@ def log_probabilities(bits: int, tables: int) -> list[float]:
         one = (max(agreeing, 0.5) / total) ** bits
         each = (comb(tables, n) * one**n * (1 - one) ** (tables - n) for n in range(2, tables + 1))
         found.append(log(max(sum(each), 1e-300)))
-    return found
+    return tuple(found)
 
 
 def packed(bits: Tensor) -> Tensor:

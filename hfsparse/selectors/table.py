@@ -8,16 +8,28 @@ from torch import Tensor
 from hfsparse.registry import require
 
 
-def layer_of(kind: str, data: dict[str, Tensor] | None, name: str, layer: int) -> Tensor:
-    """A layer's part `[kv heads, ...]` of what a table holds under a name.
+def layer_of(
+    kind: str, data: dict[str, Tensor] | None, name: str, layer: int, dims: int = 1
+) -> Tensor:
+    """A layer's part `[kv heads, D]` of what a table holds under a name; of 2 `dims` `[..., D, D]`.
 
-    ValueError if it is missing: `kind` is the selector that needs it.
+    ValueError if it is missing, of another shape or not finite: `kind` is the selector that needs
+    it.
     """
     made = f"hfsparse profile MODEL --selector {kind} makes one"
     require(bool(data) and name in data, f"{kind} needs a table with {name}: {made}")
     layers = len(data[name])
     require(layer < layers, f"{kind} has a table of {layers} layers, not of layer {layer}: {made}")
-    return data[name][layer]
+    shape, sizes = [*data[name].shape], ", ".join("D" * dims)
+    fits = len(shape) == 2 + dims and len({*shape[2:]}) == 1
+    require(
+        fits,
+        f"{kind} has a table with {name} of shape {shape}, not [layers, kv heads, {sizes}]: {made}",
+    )
+    found = data[name][layer]
+    finite = bool(found.isfinite().all())
+    require(finite, f"{kind} has a table with {name} that is not finite in layer {layer}: {made}")
+    return found
 
 
 class DeviceTensor:

@@ -37,9 +37,10 @@ _now: list[Truth] = []
 class Truth:
     """The plan that the oracle follows, and what it lets heads read."""
 
-    def __init__(self, plan, layers, prompt=0):
+    def __init__(self, plan, layers, keeps=(), prompt=0):
         self.plan = plan
         self.layers = layers  # of attention modules
+        self.keeps = keeps  # whose keys, and so whose part of a table, each layer reads
         self.prompt = prompt  # columns of a prompt that comes in chunks: none of them is decode
         self.calls = 0
         self.new = 0  # columns of the call: its last layers may be given fewer queries
@@ -62,7 +63,9 @@ def oracle(model, plan, prompt=0):
     decoder = text_decoder(model)
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(NAME)
-    _now.append(Truth(plan, attention_modules(decoder), prompt))
+    shapes = enumerate(layer_shapes(model))
+    keeps = [i if shape.producer is None else shape.producer for i, shape in shapes]
+    _now.append(Truth(plan, attention_modules(decoder), keeps, prompt))
     try:
         yield _now[-1]
         assert _now[-1].calls, "the oracle's attention was never called"
@@ -258,7 +261,7 @@ def _mask(truth, layer, q, k, scale, window, chunk, past, decode, latents, left)
             kept = torch.ones(n, total, dtype=torch.bool)
         elif decode:
             own = q[group * Hq // Hkv : (group + 1) * Hq // Hkv]
-            kept = _decode(truth.plan, layer, group, own, k[group], scale)
+            kept = _decode(truth, layer, group, own, k[group], scale)
         elif past and window is not None and not _streams(truth.plan, layer, head):
             kept = torch.ones(n, total, dtype=torch.bool)  # the window's ring is read whole
         else:
@@ -295,8 +298,8 @@ def _prompt(plan, layer, head, group, q, k, scale, window) -> torch.Tensor:
     return pattern.lists(q[None, None], k[None, None], grid, scale).mask()[0, 0]
 
 
-def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
-    n, total = q.shape[1], len(k)
+def _decode(truth, layer, group, q, k, scale) -> torch.Tensor:
+    n, total, plan = q.shape[1], len(k), truth.plan
     words = plan.layers[layer]
     kept = torch.ones(n, total, dtype=torch.bool)
     if words.decode[group] == "kept":
@@ -307,7 +310,8 @@ def _decode(plan, layer, group, q, k, scale) -> torch.Tensor:
     if words.decode[group] == "full" or total < plan.below.decode:
         return kept
     selector = plan.patterns[words.decode[group]]
-    chosen = _pages(selector, plan.table_of(selector), layer, group, q, k, scale)
+    table = plan.table_of(selector)
+    chosen = _pages(selector, table, truth.keeps[layer], group, q, k, scale)
     return kept & torch.isin(torch.arange(total) // selector.budget.unit, torch.tensor(chosen))
 
 

@@ -124,6 +124,16 @@ def test_what_is_wrong_is_said_with_its_line(beside, old, new, line, says):
     assert says in told
 
 
+def test_numbers_that_are_right_together_are_read_and_wrong_ones_told():
+    """A default is no measure of another parameter: shift is under the stride that is given."""
+    head, kind = TEXT.split("patterns:")[0].replace(": 2\n", ": 1\n"), "kind: strided"
+    tail = "\nlayers:\n  0: {prefill: full*4, cache: full*2, decode: full*2}\n"
+    text = f"{head}patterns:\n  it: {{{kind}, stride: 16, shift: 10}}{tail}"
+    assert Plan.loads(text).patterns["it"].shift == 10
+    with pytest.raises(PlanError, match=r"line 4: patterns.it: bits times tables is 9"):
+        Plan.loads(text.replace(f"{kind}, stride: 16, shift: 10", "kind: lsh, bits: 3, tables: 3"))
+
+
 def test_tables_that_are_no_mapping_are_refused(beside):
     path = beside / "plan.yaml"
     rows = path.read_text().splitlines()
@@ -232,6 +242,12 @@ def test_a_model_is_left_alone_by_a_plan_whose_table_is_unknown_or_does_not_fit(
         (weights(2, 4, 16), r"weight has shape \[2, 4, 16\]"),
         ({**good, "bias": torch.zeros(2)}, r"data.channels: bias has shape \[2\]"),
         ({"other": torch.zeros(2, 2)}, "layer 0: channels needs a table with weight"),
+        (
+            {"weight": good["weight"][..., 0]},
+            r"weight of shape \[2, 2\], not \[layers, kv heads, D\]",
+        ),
+        ({"weight": good["weight"].log() / 0}, "weight that is not finite in layer 0"),
+        (weights(2, 2, 32), "layer 0: channels has a table that is not of keys of 16 channels"),
     ):
         data = {"channels": DataFile.of("it.safetensors", table)}
         plan = Plan(this, {"few": Channels(0.1, 3)}, layers, data=data)

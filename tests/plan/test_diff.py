@@ -11,6 +11,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.diff import differences, ranges
+from hfsparse.selectors.quest import Quest
 
 FULL = Layer(("full",) * 6, ("full",) * 2, ("full",) * 2)
 RING = Layer(("s",) * 3 + ("full",) * 3, ("s", "full"), ("ring", "full"))
@@ -68,6 +69,11 @@ def test_changed_numbers_of_a_pattern_are_said_once_and_not_for_each_head():
         "pattern s: recent 256 -> 512",
         "pattern s: recent_per_token 0.0 -> 0.25",
     ]
+
+
+def test_a_number_that_plans_leave_out_is_said():
+    old, new = (plan(patterns={"q": Quest(unit=unit)}) for unit in (64, 8))
+    assert both_ways(old, new) == ["pattern q: unit 64 -> 8"]
 
 
 def test_a_new_name_for_equal_numbers_is_no_change_of_heads():

@@ -17,9 +17,11 @@ from hfsparse.kernels.per_store import by_store
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher import figures, probe
 from hfsparse.plan import Layer
+from hfsparse.plan.files import DataFile
 from hfsparse.plan.template import template
 from hfsparse.runtime import prefill
 from hfsparse.runtime.call import use_tables
+from hfsparse.selectors.channels import Channels
 from tests.patcher.families import (
     QUEST,
     STREAM,
@@ -35,6 +37,7 @@ from tests.patcher.families import (
 )
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import both, close, continue_with, forward
+from tests.patterns.matrix import table_of
 from tests.support.models import exists, tiny
 
 WINDOWED, FULL = (0, 3), (2, 4)  # producer and reader of either kind
@@ -86,6 +89,15 @@ def selected(model, producer="q", reader="q", prefill="vs", **quest):
     return replace(plan, layers=(*plan.layers[: FULL[1]], own))
 
 
+def by_table(model):
+    """Units are chosen by labels, of other channels in each layer: readers take the producer's."""
+    plan, few = selected(model), Channels(0.06, 2, unit=16, channels=2, bits=8)
+    this = plan.model
+    table = table_of(few, this.layers, this.kv_heads, this.head_dim)
+    data = {few.data: DataFile.of("it.safetensors", table)}
+    return replace(plan, patterns={**plan.patterns, "q": few}, data=data)
+
+
 def test_configs_tell_whose_keys_are_read(model):
     assert [shape.producer for shape in layer_shapes(model)] == [None, None, None, 0, 2]
     lines = template(model.config).splitlines()[-2:]
@@ -99,6 +111,7 @@ def test_configs_tell_whose_keys_are_read(model):
         ("gemma3n", mixed, 0),
         ("gemma3n", selected, 1),
         *product(["gemma4_shared"], [growing, mixed, straddled, selected], [0, 1]),
+        ("gemma4_shared", by_table, 0),
         ("gemma4_shared", full, 20),
         ("gemma4_shared", selected, 20),
     ],

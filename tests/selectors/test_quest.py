@@ -151,22 +151,6 @@ def test_room_for_more_pages_changes_nothing(name, queries):
             assert chosen(found, b, h) == chosen(tight, b, h)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "says"),
-    [
-        ({"share": 0}, "share is 0"),
-        ({"share": 1.1}, "share is 1.1"),
-        ({"min_pages": 1}, "min_pages is 1"),
-        ({"refresh": -1}, "refresh is -1"),
-        ({"top_p": 1}, "top_p is 1"),
-    ],
-    ids=["no_share", "share_above_1", "too_few_pages", "refresh_below_0", "all_of_the_mass"],
-)
-def test_a_number_out_of_range_is_refused(numbers, says):
-    with pytest.raises(ValueError, match=says):
-        Quest(**numbers)
-
-
 @pytest.mark.parametrize(("share", "total", "count"), [(0.15, 340, 51), (0.09, 600, 54)])
 def test_rounding_reads_no_page_more(share, total, count):
     """0.15 of 340 is 51, though float32 sees a little more."""

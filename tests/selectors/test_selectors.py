@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import isfinite
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import EXTREMES
-from hfsparse.selectors import DeviceTensor
+from hfsparse.selectors import SELECTORS, DeviceTensor
+from hfsparse.selectors.lsh import MOST_TABLES, log_probabilities
 from tests.helpers import poison_of
 from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages, table_of
 
@@ -57,6 +59,37 @@ def same(found, expected) -> None:
     assert torch.equal(found.count, expected.count)
     for b, h in product(*map(range, found.count.shape)):
         assert listed(found, b, h) == listed(expected, b, h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        *product(
+            [kind for kind, row in SELECTOR_ROWS.items() if row.settings],
+            [*({"share": n} for n in (0, 1.1)), {"min_pages": 1}, {"refresh": -1}, {"top_p": 1}],
+        ),
+        *product(["quest", "lowrank", "landmarks", "lsh", "centroids"], [{"unit": 24}]),
+        *product(["quest", "landmarks"], [{"unit": 1}]),
+        ("quest", {"bound": 4}),
+        *product(["lowrank", "channels"], [{"bits": 3}]),
+        *(("lowrank", {"rank": n}) for n in (0, 31)),
+        *(("channels", {"channels": n}) for n in (0, 15)),
+        ("lowrank", {"by": "values"}),
+        *(("landmarks", {"outliers": n}) for n in (-0.1, 1.1)),
+        *(("lsh", {"bits": n}) for n in (0, 33)),
+        *(("lsh", {"tables": n}) for n in (1, 257)),
+        *(("centroids", {"clusters": n}) for n in (0, 65)),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused(kind, numbers):
+    [(name, value)] = numbers.items()
+    with pytest.raises(ValueError, match=f"^{name} is {value}: give "):
+        SELECTORS[kind](**numbers)
+
+
+def test_the_most_hash_tables_have_finite_probabilities():
+    assert all(map(isfinite, log_probabilities(4, MOST_TABLES)))
 
 
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 3), (1, 8), (3, 4), (16, 1), (16, 8)])
