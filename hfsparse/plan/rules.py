@@ -104,7 +104,8 @@ def _named_rules(patterns: dict, data: dict) -> Iterator[Placed]:
             continue
         if data is not BAD and type(pattern.data) is str and pattern.data not in known:
             path = ("patterns", name, "data")
-            hint = nearest(pattern.data, known) if known else "add it there, with file and sha256"
+            made = f"hfsparse profile MODEL --selector {pattern.kind} makes one"
+            hint = nearest(pattern.data, known) if known else f"add it there; {made}"
             yield path, f"{dotted(path)} is {show(pattern.data)}, which is not under data: {hint}"
 
 

@@ -61,8 +61,8 @@ def plan(job: Job) -> Found:
 def offer(kind: str, head_dim: int) -> Any:
     """A selector of this kind, for keys of so many channels."""
     selector = SELECTORS[kind]()
-    ranked = hasattr(selector, "rank")
-    return replace(selector, rank=min(selector.rank, head_dim)) if ranked else selector
+    sizes = [name for name in ("rank", "channels") if hasattr(selector, name)]
+    return replace(selector, **{name: min(getattr(selector, name), head_dim) for name in sizes})
 
 
 def candidates(longest: int, selectors: Sequence[Any] = (Quest(),)) -> Candidates:
