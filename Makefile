@@ -1,5 +1,5 @@
-# make test          lint, format check, every test; of families and ways half, the other half as
-#                    the code changes                    make demo   the main job on a real model
+# make test          lint, format check, every test; of families, ways and settings of methods half,
+#                    the other half as the code changes  make demo   the main job on a real model
 # make test-oldest   families and ways on the oldest transformers that is supported: a quarter of
 #                    them, another one as the code changes (K=phi3: all of one family)
 # make test-matrix   all of them on each tested version; writes docs/support.md (K=phi3: of one)

@@ -4,9 +4,12 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
+
+from tests.turns import turn
 
 # Before torch is imported: its threads and other processes slow each other down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,7 +61,21 @@ FIRST = "tests/test_real_model.py"  # takes minutes, whatever the other worker d
 APART = ("tests/support/", "tests/census/", "tests/patcher/test_soak.py")
 
 
-def pytest_collection_modifyitems(items):
+# Every kind in many settings under the same invariants: `--one-in` asks a part of these, too.
+SAMPLED = ("tests/selectors/test_patched.py", "tests/selectors/test_selectors.py")
+SAMPLED += ("tests/patterns/test_patterns.py",)
+
+
+def pytest_collection_modifyitems(config, items):
+    parts = config.getoption("--one-in")
+    mine = turn(parts, "selectors") if parts > 1 else 0
+    kept = [
+        item
+        for item in items
+        if not item.nodeid.startswith(SAMPLED) or crc32(item.nodeid.encode()) % parts == mine
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+    items[:] = kept
     items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), item.nodeid.startswith(APART)))
 
 
@@ -80,7 +97,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_addoption(parser):
     parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
     parser.addoption("--write-census", action="store_true", help="write docs/families.json anew")
-    parser.addoption("--one-in", type=int, default=1, help="a part of the cells of tests/support")
+    parser.addoption(
+        "--one-in", type=int, default=1, help="a part of tests/support, and of matrices"
+    )
     parser.addoption("--census", metavar="TURN", help="a tenth of the families, 0 to 9, or all")
 
 
