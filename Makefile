@@ -1,5 +1,5 @@
-# make test          lint, format check, every test; of families, ways and settings of methods half,
-#                    the other half as the code changes  make demo   the main job on a real model
+# make test          lint, format check, every test; of families, ways and methods in all settings a
+#                    quarter, another as the code changes  make demo  the main job on a real model
 # make test-oldest   families and ways on the oldest transformers that is supported: a quarter of
 #                    them, another one as the code changes (K=phi3: all of one family)
 # make test-matrix   all of them on each tested version; writes docs/support.md (K=phi3: of one)
@@ -32,7 +32,7 @@ MATRIX := $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(K),-k "$(K)") test
 .PHONY: test test-oldest test-matrix census test-gpu lint plans docs demo venv model oldest clean
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest -n 2 --dist loadfile --one-in 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --one-in 4
 
 test-oldest: $(DEV) $(SIDE)4.57.6
 	PYTHONPATH=$< $(MATRIX) $(if $(K),,--one-in 4)

@@ -103,8 +103,11 @@ def test_patterns_choose_the_same(same, state, name):
 @every_state
 @pytest.mark.parametrize("name", QUEST)
 def test_selectors_choose_the_same(same, state, name):
-    q, _, _, index, length = rows([64 * 21 + 5, 64 * 9, 17, 0], 3)
-    choice = Choice.none(4, 2, QUEST[name].budget.width(index["low"].shape[2], 3), q.device)
+    q, k, _, _, length = rows([64 * 21 + 5, 64 * 9, 17, 0], 3)
+    pages = k.unflatten(2, (-1, PAGE))
+    at = torch.arange(k.shape[2]).view(1, 1, -1, PAGE, 1)
+    index = QUEST[name].summarise(pages, at < length.view(-1, 1, 1, 1, 1))
+    choice = Choice.none(4, 2, QUEST[name].budget.width(pages.shape[2], 3), q.device)
 
     def work():
         for kept in choice.tensors():
