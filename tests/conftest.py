@@ -69,12 +69,11 @@ SAMPLED += ("tests/patterns/test_patterns.py",)
 def pytest_collection_modifyitems(config, items):
     parts = config.getoption("--one-in")
     mine = turn(parts, "selectors") if parts > 1 else 0
-    kept = [
-        item
-        for item in items
-        if not item.nodeid.startswith(SAMPLED) or crc32(item.nodeid.encode()) % parts == mine
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+    kept, left = [], []
+    for item in items:
+        asked = not item.nodeid.startswith(SAMPLED) or crc32(item.nodeid.encode()) % parts == mine
+        (kept if asked else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
     items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), item.nodeid.startswith(APART)))
 
