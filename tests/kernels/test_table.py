@@ -12,6 +12,7 @@ from hfsparse.errors import UsageError
 from hfsparse.kernels import Need, reference, table
 from hfsparse.lists import FULL, BlockLists
 from hfsparse.patterns import PATTERNS
+from hfsparse.selectors import SELECTORS
 from hfsparse.selectors.quest import Quest
 from tests.helpers import batch, close, truth
 
@@ -70,3 +71,22 @@ def test_a_kernel_of_lists_takes_whole_rows_too(row, monkeypatch):
     found = kernel.run(it.q, it.k, it.v, it.grid, scale=it.scale, **more)
     kept = BlockLists.of(it.grid, it.q.shape[1], band=FULL).mask()
     assert close(found, truth(it.q, it.k, it.v, kept, it.scale, **more))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("quest", "Triton"),
+        ("lowrank", "Triton"),
+        ("channels", "Triton"),
+        ("landmarks", "PyTorch (scores) and Triton"),
+        ("centroids", "PyTorch (scores) and Triton"),
+        ("lsh", "PyTorch (scores) and Triton"),
+    ],
+)
+def test_no_selector_falls_back_to_pytorch_on_a_gpu(kind, name):
+    """What serves bfloat16 heads of 128 at 131,072 tokens; to ask takes Triton, but no GPU."""
+    pytest.importorskip("triton")
+    asked = {"tokens": 131072, "index_dtype": torch.bfloat16, "chooser": SELECTORS[kind]()}
+    on_gpu = Need(torch.device("cuda"), torch.bfloat16, 128, 128, **asked)
+    assert kernels.pick(kernels.SELECT, on_gpu).name == name
