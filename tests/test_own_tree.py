@@ -21,7 +21,8 @@ def test_a_package_of_another_tree_ends_the_run_and_is_named(tmp_path):
 
 def test_a_copy_of_the_tests_refuses_the_installed_packages(tmp_path):
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    for name in "conftest.py", "turns.py":
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "test_one.py").write_text("def test_one(): pass\n")
     result = collect(tmp_path)

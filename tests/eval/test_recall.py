@@ -58,9 +58,10 @@ def test_what_is_kept_is_what_the_oracle_lets_heads_read(below, model):
                 if (layer, head // 2) == (1, 1)
                 else plan
             )
+            truth = oracle.Truth(asked, (), keeps=range(2))
             for i, row in enumerate(rows[1:].tolist(), 1):
                 want = oracle._decode(
-                    asked, layer, head // 2, own[:, row : row + 1], seen[: row + 1], 0.25
+                    truth, layer, head // 2, own[:, row : row + 1], seen[: row + 1], 0.25
                 )
                 assert torch.equal(kept[head, i, : row + 1], want[0]), (layer, head, row)
     assert bool((~kept).any())
