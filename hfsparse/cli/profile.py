@@ -93,7 +93,7 @@ def profile(
 
     from hfsparse import recipe as recipes
     from hfsparse.profiler.prompts.calibration import read_jsonl
-    from hfsparse.profiler.report import describe_budgets, find_doubt
+    from hfsparse.profiler.report import describe_budgets, find_doubt, find_unused
 
     page = {} if recipe is None else recipes.load(recipe)
     named = Settings.names("recipe")
@@ -122,7 +122,7 @@ def profile(
     typer.echo(f"\nwrote {output}{drawn}{beside}. Look at it, then run it:")
     typer.echo(f"  hfsparse show {written}")
     typer.echo(f"  hfsparse generate {shlex.quote(model)} --plan {written} --prompt-file FILE")
-    if warning := find_doubt(plan):
+    for warning in filter(None, (find_unused(plan, checked), find_doubt(plan))):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
 
 

@@ -77,6 +77,17 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
     return f"{line}: {'; '.join(why)}" if missed and why else line
 
 
+def find_unused(plan: Plan, settings: Settings) -> str | None:
+    """A warning about a plan in which no head reads by the selector that was asked for."""
+    kind = settings.selector
+    if kind is None or any(pattern.kind == kind for pattern in plan.patterns.values()):
+        return None
+    return (
+        f"no head of this plan reads by {kind}: full heads and rings keep the budgets and lose "
+        "less. Give a smaller --decode-share, or longer --lengths, where fewer reads save more"
+    )
+
+
 def find_doubt(plan: Plan, given: bool = False) -> str | None:
     """A warning about a plan whose verification showed nothing, or a loss beyond its limits.
 

@@ -110,9 +110,14 @@ def _selectors() -> tuple[str, ...]:
 
 def _refuse_selector(settings: Settings) -> str | None:
     selector, method = settings.selector, settings.method
-    if method == "balanced":
-        return None
-    return f"selector {selector} is offered by balanced, not by {method}: leave it out"
+    if method != "balanced":
+        return f"selector {selector} is offered by balanced, not by {method}: leave it out"
+    if settings.decode_share == 1 and settings.loss is None:
+        return (
+            f"selector {selector} saves nothing where decode_share is 1, no limit: give a smaller "
+            "decode_share, or leave the selector out"
+        )
+    return None
 
 
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")

@@ -567,6 +567,19 @@ def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
     assert said is None if warning is None else warning in said
 
 
+def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
+    from hfsparse.profiler.report import find_unused
+    from hfsparse.profiler.settings import Settings
+
+    plan = Plan.full(ModelId.of(tiny.llama()))
+    assert find_unused(plan, Settings()) is None
+    said = find_unused(plan, Settings(selector="landmarks"))
+    assert said.startswith("no head of this plan reads by landmarks: ")
+    assert "Give a smaller --decode-share, or longer --lengths" in said
+    plan.patterns = {"marks": SELECTORS["landmarks"]()}
+    assert find_unused(plan, Settings(selector="landmarks")) is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,6 +9,7 @@ from hfsparse.profiler.methods import balanced, one_pass
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget, allocate
 from tests import tiny
 from tests.patterns.matrix import CANDIDATES
@@ -74,6 +75,32 @@ def test_of_two_rings_of_equal_effect_the_one_that_misses_less_attention_is_take
     unit = (1 - found["ring_recall"]).mean()
     wanted = 0.5 / 0.5 + balanced.MISSED * 0.5 / unit / 2
     assert choices.prefill_effect[0, 0, 0] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("decode", "loss", "settings", "kinds"),
+    [
+        (0.5, None, {}, ("quest", "lowrank")),
+        (0.5, None, {"selector": "lsh"}, ("lsh",)),
+        (1.0, 0.1, {}, ("quest", "lowrank")),
+        (1.0, None, {"curves": "drawn.png"}, ("quest", "lowrank")),
+        (1.0, None, {}, ()),
+    ],
+)
+def test_selectors_compete_where_it_is_asked_what_fewer_reads_lose(decode, loss, settings, kinds):
+    job = Job(None, None, {}, Budget(0.5, 0.5, decode, loss), None, silent, Settings(**settings))
+    assert balanced.kinds_offered(job) == kinds
+
+
+def test_without_a_limit_on_reads_no_table_is_made(monkeypatch):
+    monkeypatch.setattr(one_pass, "forward", None)  # what tables take
+    model, tokenizer = tiny.llama(window=1024, num_hidden_layers=2), tiny.tokenizer()
+    prompts = {512: make_prompts(tokenizer, 512, 1, 0)}
+    found = balanced.plan(
+        Job(model, tokenizer, prompts, Budget(0.5, 0.5, 1), Parts(None, ""), silent)
+    )
+    assert found.plan.expected[512]["pair_density"] <= 0.5
+    assert {word for layer in found.plan.layers for word in layer.decode} <= {"full", "ring"}
 
 
 def test_it_chooses_anew_within_other_budgets_without_measuring():

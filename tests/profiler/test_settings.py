@@ -102,6 +102,10 @@ def test_an_unknown_keyword_is_named():
             "minference, minference-error alone",
         ),
         (dict(proxy="magic", method="duo"), "no proxy magic: there is copy, mass, error"),
+        (
+            dict(selector="quest", decode_share=1.0),
+            "selector quest saves nothing where decode_share is 1, no limit: give a smaller",
+        ),
         (dict(curves="a.png", method="moa"), "moa draws no curves: leave them out, or use "),
     ],
     ids=str,

@@ -51,11 +51,18 @@ FEWEST = 4  # blocks and pages that are always kept
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
-    kinds = SELECTED if job.settings.selector is None else (job.settings.selector,)
     head_dim = ModelId.of(job.model).head_dim
-    names = candidates(max(job.prompts), [offer(kind, head_dim) for kind in kinds])
+    names = candidates(max(job.prompts), [offer(kind, head_dim) for kind in kinds_offered(job)])
     names = one_pass.calibrate_tables(job, names)
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
+
+
+def kinds_offered(job: Job) -> tuple[str, ...]:
+    """The kinds of selectors that compete; none where nothing asks what fewer reads lose."""
+    budget, settings = job.budget, job.settings
+    if budget.decode == 1 and budget.loss is None and settings.curves is None:
+        return ()
+    return SELECTED if settings.selector is None else (settings.selector,)
 
 
 def offer(kind: str, head_dim: int) -> Any:
@@ -100,7 +107,8 @@ def options(
     """
     longest = means[max(means)]
     layers, _, q_heads = longest["pattern_pairs"].shape
-    group = q_heads // longest["ring_pairs"].shape[2]
+    kv_heads = longest["ring_pairs"].shape[2]
+    group = q_heads // kv_heads
 
     def missed(kind: str) -> np.ndarray:
         return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
@@ -122,7 +130,7 @@ def options(
         ring_effect=loss("ring"),
         ring_cost=longest["ring_pairs"],
         selectors=list(names.selectors),
-        page_effect=loss("page"),
+        page_effect=loss("page") if names.selectors else np.zeros((layers, 0, kv_heads)),
         **costs,
     )
 
