@@ -32,6 +32,19 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def on_host(function: Callable) -> Callable:
+    """The function, or method, whose new tensors lie on the CPU and are as exact as written there,
+    whatever the default device, autocast and inference mode are."""
+
+    @wraps(function)
+    def run(*args, **more):
+        off = torch.autocast("cpu", enabled=False)
+        with torch.device("cpu"), torch.inference_mode(False), off:
+            return function(*args, **more)
+
+    return run
+
+
 def exact(t: Tensor) -> Tensor:
     """t as a factor of products that round nothing: float32, or float64 where that would round."""
     backend = torch.backends.cuda if t.is_cuda else torch.backends.mkldnn

@@ -7,13 +7,14 @@ from dataclasses import field
 from typing import Any
 
 from hfsparse.errors import UsageError
-from hfsparse.precision import without_autocast
+from hfsparse.precision import on_host, without_autocast
 
 LATER = "later"
 
 
 class Registry(dict[str, type]):
-    """Classes by the kind that plans name; what their `method` chooses, no autocast changes."""
+    """Classes by the kind that plans name; what their `method` chooses, no autocast changes, and
+    what they `bind` lies on the CPU."""
 
     def __init__(self, method: str):
         self.method = method
@@ -25,6 +26,8 @@ class Registry(dict[str, type]):
             cls.kind = kind
             if hasattr(cls, self.method):
                 setattr(cls, self.method, without_autocast(getattr(cls, self.method)))
+            if hasattr(cls, "bind"):
+                cls.bind = on_host(cls.bind)
             self[kind] = cls
             return cls
 

@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from math import comb, log
+from math import comb
 from typing import Any
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,12 +74,10 @@ class Lsh:
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Lsh:
         """With planes of these heads, and on which side of each a key at the mean lies."""
         mean = layer_of(self.kind, data, "mean", layer)[list(heads)].float()
-        planes = [drawn_planes(self.seed, head, mean.shape[1], self.total) for head in heads]
-        planes = torch.stack(planes)
+        planes = shared_planes(self.seed, tuple(heads), mean.shape[1], self.total)
+        side = torch.einsum("hd,hdt->ht", mean, planes.tensor)
         worth = torch.tensor(log_probabilities(self.bits, self.tables), dtype=torch.float32)
-        side = torch.einsum("hd,hdt->ht", mean, planes)
-        made = (DeviceTensor(t) for t in (planes, side, worth))
-        return replace(self, **dict(zip(("planes", "side", "worth"), made, strict=True)))
+        return replace(self, planes=planes, side=DeviceTensor(side), worth=DeviceTensor(worth))
 
     @property
     def total(self) -> int:
@@ -116,6 +116,21 @@ class Lsh:
         return tuple(t.on(beside.device) for t in (self.planes, self.side, self.worth))
 
 
+# By seed, kv heads, channels and bits: layers draw alike, so they share one tensor, as long as one
+# of them is bound to it.
+_PLANES: WeakValueDictionary[tuple, DeviceTensor] = WeakValueDictionary()
+
+
+def shared_planes(seed: int, heads: tuple[int, ...], dim: int, count: int) -> DeviceTensor:
+    """Planes `[heads, dim, count]` of these kv heads."""
+    key = seed, heads, dim, count
+    found = _PLANES.get(key)
+    if found is None:
+        planes = torch.stack([drawn_planes(seed, head, dim, count) for head in heads])
+        found = _PLANES.setdefault(key, DeviceTensor(planes))
+    return found
+
+
 def drawn_planes(seed: int, head: int, dim: int, count: int) -> Tensor:
     """Normals `[dim, count]` of a kv head's planes, the same in all layers."""
     made = torch.Generator().manual_seed(seed * 4096 + head)
@@ -126,13 +141,11 @@ def drawn_planes(seed: int, head: int, dim: int, count: int) -> Tensor:
 def log_probabilities(bits: int, tables: int) -> tuple[float, ...]:
     """Of two vectors that agree in 0, 1, ... of all bits: the logarithm of the probability that
     they collide in two tables or more; where they can't, of the least that they could."""
-    total = bits * tables
-    found = []
-    for agreeing in range(total + 1):
-        one = (max(agreeing, 0.5) / total) ** bits
-        each = (comb(tables, n) * one**n * (1 - one) ** (tables - n) for n in range(2, tables + 1))
-        found.append(log(max(sum(each), 1e-300)))
-    return tuple(found)
+    total, number = bits * tables, np.arange(2, tables + 1)
+    ways = np.array([comb(tables, n) for n in number.tolist()], dtype=float)
+    one = (np.arange(total + 1).clip(min=0.5)[:, None] / total) ** bits  # of one table
+    each = ways * one**number * (1 - one) ** (tables - number)
+    return tuple(np.log(each.sum(1).clip(min=1e-300)).tolist())
 
 
 def packed(bits: Tensor) -> Tensor:

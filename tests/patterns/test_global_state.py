@@ -14,6 +14,7 @@ from hfsparse.kernels import dense, plain, reference
 from hfsparse.lists import PAGE, BlockLists, PageLists
 from hfsparse.lists.choice import Choice
 from hfsparse.precision import exact
+from hfsparse.selectors import DeviceTensor
 from tests.helpers import Batch, batch, close
 from tests.kernels.interpreter import interpreter
 from tests.kernels.stores import one
@@ -117,6 +118,20 @@ def test_selectors_choose_the_same(same, state, name):
         fresh = plain.select(QUEST[name], q, *more)
         return fresh, *choice.tensors(), read
 
+    same(state, work)
+
+
+@every_state
+@pytest.mark.parametrize("kind", [kind for kind, row in SELECTOR_ROWS.items() if row.table])
+def test_selectors_are_bound_to_the_same(same, state, kind):
+    setting, table = next(iter(SELECTOR_ROWS[kind].settings.values())), SELECTOR_ROWS[kind].table
+
+    def work():
+        held = vars(setting.bind(1, [0, 1], data)).values()
+        return [each.tensor for each in held if isinstance(each, DeviceTensor)]
+
+    data = table(2, 2, 8)
+    assert len(work()) > 1
     same(state, work)
 
 

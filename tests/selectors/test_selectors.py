@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import EXTREMES
 from hfsparse.selectors import SELECTORS, DeviceTensor
-from hfsparse.selectors.lsh import MOST_TABLES, log_probabilities
+from hfsparse.selectors.lsh import MOST_TABLES, Lsh, log_probabilities
 from tests.helpers import poison_of
 from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages, table_of
 
@@ -90,6 +90,16 @@ def test_a_number_out_of_range_is_refused(kind, numbers):
 
 def test_the_most_hash_tables_have_finite_probabilities():
     assert all(map(isfinite, log_probabilities(4, MOST_TABLES)))
+
+
+def test_layers_share_the_planes_of_hash_tables():
+    """They are drawn once, not by every layer."""
+    table = SELECTOR_ROWS["lsh"].table(2, 2, 8)
+    first, second, other = (
+        Lsh(seed=n).bind(at, [0, 1], table) for n, at in ((1, 0), (1, 1), (2, 0))
+    )
+    assert first.planes is second.planes
+    assert first.planes is not other.planes
 
 
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 3), (1, 8), (3, 4), (16, 1), (16, 8)])
