@@ -34,7 +34,8 @@ BOUNDS = tuple(unit for unit in UNITS if unit >= 8)
 class Quest:
     """Share of a row's units read by a decode step, never fewer than `min_pages` hold.
 
-    unit: tokens that are read together. bound: tokens that a bound is over, no more than a unit.
+    unit: tokens that are read together. bound: tokens that a bound is over; as many as a unit's or
+    more: one over each unit, and 64 is its name.
     refresh: a row's choice is read until it has grown by so many tokens; 0: each step chooses.
     top_p: pages are read until they hold this share of the votes, at most `share` of the pages; 0:
     always so many.
@@ -52,6 +53,8 @@ class Quest:
         for name in ("unit", "bound"):
             given = getattr(self, name)
             require(given in BOUNDS, f"{name} is {given}: give 8, 16, 32 or {PAGE} tokens")
+        if self.bound >= self.unit:  # plans that mean the same are equal, and so are their hashes
+            object.__setattr__(self, "bound", PAGE)
 
     @cached_property
     def budget(self) -> Budget:

@@ -817,8 +817,10 @@ def test_hash_ignores_how_the_plan_is_spelled():
     spelled = spelled.replace("sink: 64, recent: 256", "recent: 256")
     assert Plan.loads(spelled).hash() == Plan.loads(TEXT).hash()
     whole, real = Streaming(recent_per_token=0), Streaming(recent_per_token=0.0)
-    hashes = {dataclasses.replace(FULL, patterns={"a": p}).hash() for p in (whole, real)}
-    assert len(hashes) == 1
+    one_bound = [Quest(unit=16), *(Quest(unit=16, bound=n) for n in (16, 32, 64))]
+    for alike in ([whole, real], one_bound):
+        assert len({dataclasses.replace(FULL, patterns={"a": p}).hash() for p in alike}) == 1
+    assert Quest(unit=16, bound=8) != Quest(unit=16) != Quest(bound=16)
 
 
 @pytest.mark.parametrize(
