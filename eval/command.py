@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import typer
 from hfsparse.errors import UsageError
 from hfsparse.reading import local
 from hfsparse.version import __version__
-from hfsparse_eval.arms import Arm, Sparse, peer
+from hfsparse_eval.arms import Arm, Dense, Sparse, peer
 from hfsparse_eval.options import ROUND, Size, check_positive
 from hfsparse_eval.run.results import Results, Settings, writable
 from hfsparse_eval.run.world import Session, World, join
@@ -170,31 +170,51 @@ def finish(session: Session, grid: str | None = None) -> None:
 
 
 def ask(loaded: Loaded, suite, grid: str | None = None, **settings: str | None) -> None:
-    """A whole session: every answer that the results lack, or that decides, and the report."""
+    """A whole session: every answer that the results lack, or that decides, and the report.
+
+    UsageError where the dense model is certain to do too badly at all that could decide.
+    """
+    from hfsparse_eval.report.pairs import MIN_SCORE
     from hfsparse_eval.run import runner
 
     request, session = loaded.request, begin(loaded, **settings)
-    rounds = _rounds(session, suite, request) if request.most else [(session, suite)]
-    for part, samples in rounds:
-        runner.run(part, samples, request.cap, request.batch)
+    usual = [((Dense(), *session.arms), suite)]
+    for arms, samples in _rounds(session, suite, request) if request.most else usual:
+        runner.run(session, samples, request.cap, request.batch, arms)
     finish(session, grid)
+    if request.most and not _promising(session, suite).cases:
+        raise UsageError(
+            f"the dense model is certain to score below {100 * MIN_SCORE:.0f} % of every task at "
+            "every length: there is nothing to decide. Give tasks or lengths that it can do"
+        )
 
 
 def _rounds(session: Session, suite, request: Request) -> Iterator[tuple]:
-    """Sessions of the arms that are undecided, and the samples that may decide; none in the end.
+    """The arms that are undecided, and the samples that may decide; none in the end.
 
-    All processes look at all results, so each comes to the same rounds.
+    The dense model answers first: what it can't do no arm is asked. All processes look at all
+    results, so each comes to the same rounds.
     """
-    from hfsparse_eval.report.decided import list_hopeless, list_open
+    from hfsparse_eval.report.decided import list_open
 
-    step = max(ROUND, request.batch)
-    arms, hopeless = session.arms, set()
+    step, arms = max(ROUND, request.batch), session.arms
     for count in range(step, request.most + step, step):
-        yield replace(session, arms=arms), suite.first(count, hopeless)
+        yield (Dense(),), _promising(session, suite).first(count)
+        session.gather()
+        promising = _promising(session, suite).first(count)
+        if not promising.cases:
+            return
+        yield arms, promising
         session.gather()
         undecided = list_open(session.results.lines, request.facts)
         if not undecided:
             return
         pairs = zip(session.arms, request.facts, strict=True)
         arms = [arm for arm, facts in pairs if facts in undecided]
-        hopeless = list_hopeless(session.results.lines)
+
+
+def _promising(session: Session, suite):
+    """The samples of tasks and lengths that the dense model may do well enough."""
+    from hfsparse_eval.report.decided import list_hopeless
+
+    return suite.without({(x.task, int(x.length)) for x in list_hopeless(session.results.lines)})

@@ -81,14 +81,15 @@ def compare(outcome: Outcome, other: Outcome) -> Change | None:
     return _look((theirs[_key(x)], x) for x in outcome.whole.sparse if _key(x) in theirs)
 
 
-def list_hopeless(lines: Sequence[Mapping]) -> set[tuple[str, int]]:
+def list_hopeless(lines: Sequence[Mapping]) -> list[Cell]:
     """Tasks and lengths that the dense model is certain to score below what counts."""
-    found = set()
-    for cell in cells([line for line in lines if "failed" not in line]):
-        scores = np.array([[line["score"]] for line in cell.dense])
-        if not cell.counted and anytime(scores)[1] < MIN_SCORE:
-            found.add((cell.task, int(cell.length)))
-    return found
+    rows = cells([line for line in lines if "failed" not in line])
+    return [row for row in rows if not row.counted and _most(row.dense) < MIN_SCORE]
+
+
+def _most(lines: Sequence[Mapping]) -> float:
+    """The highest that their mean score may be."""
+    return anytime(np.array([[line["score"]] for line in lines]))[1]
 
 
 def _look(pairs: Iterable[tuple[Mapping, Mapping]]) -> Change | None:

@@ -8,10 +8,10 @@ from statistics import mean
 
 from hfsparse.writing import write_whole
 from hfsparse_eval.report import charts, render
-from hfsparse_eval.report.decided import compare, find_other, look
+from hfsparse_eval.report.decided import compare, find_other, list_hopeless, look
 from hfsparse_eval.report.facts import list_facts
 from hfsparse_eval.report.kinds import KINDS, Kind
-from hfsparse_eval.report.pairs import DENSE, Cell, Outcome, cells, list_outcomes
+from hfsparse_eval.report.pairs import DENSE, MIN_SCORE, Cell, Outcome, cells, list_outcomes
 from hfsparse_eval.report.render import Bullets, Heading, Part, Picture
 from hfsparse_eval.report.statistics import Change, change
 from hfsparse_eval.report.tables import (
@@ -66,7 +66,7 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
         kind.scored
         + NOTE
         + f" Rows of fewer than {MIN_SAMPLES}: the true interval is wider." * few
-        + ROUNDS * any("until" in outcome.arm for outcome in outcomes)
+        + (ROUNDS + _name_hopeless(good)) * any("until" in arm for arm in arms)
     )
     for outcome in outcomes or [dense]:
         title = outcome.arm["title"]
@@ -78,6 +78,17 @@ def parts(lines, settings: Settings, sessions, arms: Sequence[Mapping] = ()) -> 
     if settings.kind == "ruler":
         every += effective_lengths(dense, outcomes)
     return every + list_missing(lines, arms)
+
+
+def _name_hopeless(lines: Sequence[dict]) -> str:
+    """A sentence of what was asked no more, with the dense scores; empty where that is nothing."""
+    named = [f"{x.task} {x.length} ({100 * mean(x.scores[0]):.1f})" for x in list_hopeless(lines)]
+    if not named:
+        return ""
+    return (
+        f" The dense model is certain to score below {100 * MIN_SCORE:.0f} %, so that no more was "
+        f"asked, at {', '.join(named)}."
+    )
 
 
 def _verdict(outcome: Outcome, outcomes: Sequence[Outcome], kind: Kind) -> str:

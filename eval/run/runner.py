@@ -21,18 +21,25 @@ from hfsparse_eval.run.world import Session
 MEASURED = ("pair_density", "block_density", "decode_share", "cache_share")
 
 
-def run(session: Session, suite: Samples, cap: int | None = None, batch: int = 1) -> None:
-    """Fill the results with what they lack: a length at a time, dense first, then under each arm.
+def run(
+    session: Session,
+    suite: Samples,
+    cap: int | None = None,
+    batch: int = 1,
+    arms: Sequence[Arm] | None = None,
+) -> None:
+    """Fill the results with what they lack: a length at a time, under one arm after the other.
 
     cap: of new tokens of an answer, where its task allows more. batch: samples that run together,
-    of one task and length. An arm that fails at a length is noted as failed and left there; the
-    next goes on.
+    of one task and length. arms: else dense, then those of the session. An arm that fails at a
+    length is noted as failed and left there; the next goes on.
     """
+    arms = (Dense(), *session.arms) if arms is None else arms
     cases = session.world.share(suite.cases)
     rounds = [
         (arm, todo)
         for length in dict.fromkeys(case.length for case in cases)
-        for arm in (Dense(), *session.arms)
+        for arm in arms
         if (todo := [c for c in cases if c.length == length and not done(c, arm, session.results)])
     ]
     lengths = {case.length for case in suite.cases}  # alike in all processes

@@ -7,7 +7,7 @@ token, plus the tokens reserved for the answer; of a conversation, all turns and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from random import Random
@@ -130,14 +130,17 @@ class Suite:
                     Case(task.name, length, depth, i) for depth in depths for i in range(count)
                 ]
 
-    def first(self, count: int, without: Collection[tuple[str, int]] = ()) -> Suite:
-        """The first `count` samples of each task, length and depth; `without`: tasks at lengths."""
+    def first(self, count: int) -> Suite:
+        """The first `count` samples of each task, length and depth."""
+        return self._only(lambda case: case.index < count)
+
+    def without(self, given: Collection[tuple[str, int]]) -> Suite:
+        """All but these tasks at these lengths."""
+        return self._only(lambda case: (case.task, case.length) not in given)
+
+    def _only(self, wanted: Callable[[Case], bool]) -> Suite:
         fewer = copy(self)
-        fewer.cases = [
-            case
-            for case in self.cases
-            if case.index < count and (case.task, case.length) not in without
-        ]
+        fewer.cases = [*filter(wanted, self.cases)]
         return fewer
 
     def sample(self, case: Case) -> Sample:

@@ -180,8 +180,18 @@ def test_dense_answers_are_kept_for_later_plans_and_more_samples(call, plan):
 def test_tasks_that_the_dense_model_cannot_do_are_asked_no_more(call, plan):
     call.hopeless = ["niah_single_2"]
     call(*plan(16, 0.2), *UNTIL, tasks="niah_single_1,niah_single_2")
-    assert call.asked == {None: 32, 16: 32}  # 24 of one, 8 of the other
+    assert call.asked == {None: 32, 16: 24}  # no arm is asked the other
     assert "decided by 24 samples" in call.report
+    assert "below 70 %, so that no more was asked, at niah_single_2 600 (0.0)." in call.report
+
+
+def test_where_the_dense_model_can_do_nothing_no_arm_is_asked(call, plan):
+    call.hopeless = ["niah_single_1", "niah_single_2"]
+    result = call(*plan(16), *plan(8), *UNTIL, tasks="niah_single_1,niah_single_2")
+    assert result.exit_code == 1
+    assert sentence(result).startswith("the dense model is certain to score below 70 % of every")
+    assert call.asked == {None: 16}
+    assert "at niah_single_1 600 (0.0), niah_single_2 600 (0.0)." in call.report
 
 
 @pytest.mark.parametrize(
