@@ -46,3 +46,10 @@ def require(ok: bool, message: str) -> None:
     """Raise UsageError with `message` unless a parameter check holds."""
     if not ok:
         raise UsageError(message)
+
+
+def require_shares(given: Any, *names: str) -> None:
+    """Raise UsageError unless each of these parameters is more than 0 and at most 1."""
+    for name in names:
+        share = getattr(given, name)
+        require(0 < share <= 1, f"{name} is {share}: give more than 0 and at most 1")

@@ -17,7 +17,7 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import visible
 from hfsparse.patterns.pattern import OWN, register
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 STRIDE = 16  # tokens in a group
@@ -32,11 +32,7 @@ class Antidiagonal:
     max_share: float = 0.5
 
     def __post_init__(self):
-        require(0 < self.tau <= 1, f"tau is {self.tau}: give more than 0 and at most 1")
-        require(
-            0 < self.max_share <= 1,
-            f"max_share is {self.max_share}: give more than 0 and at most 1",
-        )
+        require_shares(self, "tau", "max_share")
 
     def width(self, blocks: int) -> int:
         """The most that a query block keeps of so many blocks, if there are that many."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import means, products, visible
 from hfsparse.patterns.pattern import OWN, register
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import ratio, share_of
 
 
@@ -27,7 +27,7 @@ class BlockTopK:
     min_blocks: int = 16
 
     def __post_init__(self):
-        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
+        require_shares(self, "share")
         require(self.min_blocks >= 1, f"min_blocks is {self.min_blocks}: give 1 or more")
 
     def width(self, blocks: int) -> int:

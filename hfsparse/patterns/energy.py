@@ -20,7 +20,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, means, ordered, products, visible
 from hfsparse.patterns.pattern import register
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import ratio, share_of
 
 
@@ -41,14 +41,10 @@ class Energy:
     max_share: float = 0.5
 
     def __post_init__(self):
-        require(0 < self.alpha <= 1, f"alpha is {self.alpha}: give more than 0 and at most 1")
+        require_shares(self, "alpha", "max_share")
         for name in ("sink_blocks", "recent_blocks", "dense_blocks"):
             count = getattr(self, name)
             require(count >= 0, f"{name} is {count}: give 0 or more blocks")
-        require(
-            0 < self.max_share <= 1,
-            f"max_share is {self.max_share}: give more than 0 and at most 1",
-        )
 
     def width(self, blocks: int) -> int:
         """The most that a query block keeps of so many blocks, if there are that many."""

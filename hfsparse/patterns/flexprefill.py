@@ -24,7 +24,7 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, means, products, visible
 from hfsparse.patterns.pattern import register
 from hfsparse.patterns.vertical_slash import scores, slashes
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 PROBES = 128  # last queries whose attention is computed
@@ -47,13 +47,9 @@ class FlexPrefill:
     max_share: float = 0.5
 
     def __post_init__(self):
-        require(0 < self.gamma <= 1, f"gamma is {self.gamma}: give more than 0 and at most 1")
+        require_shares(self, "gamma", "max_share")
         require(0 <= self.tau <= 1, f"tau is {self.tau}: give 0 to 1")
         require(self.min_budget >= 1, f"min_budget is {self.min_budget}: give 1 or more tokens")
-        require(
-            0 < self.max_share <= 1,
-            f"max_share is {self.max_share}: give more than 0 and at most 1",
-        )
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""

@@ -16,7 +16,7 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, ordered, visible
 from hfsparse.patterns.pattern import register
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import ratio, share_of
 
 EVERY = 4  # queries of a block, of which one is asked
@@ -33,7 +33,7 @@ class HiP:
     recent: int = 1024
 
     def __post_init__(self):
-        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
+        require_shares(self, "share")
         require(self.sink >= 0, f"sink is {self.sink}: give 0 or more tokens")
         require(self.recent >= 1, f"recent is {self.recent}: give 1 or more tokens")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hfsparse.lists import FAR, BlockLists, Grid
 from hfsparse.patterns.pattern import register
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 LOGITS = 1 << 25  # of sampled queries, at a time
@@ -35,9 +35,7 @@ class Sample:
     max_share: float = 0.1
 
     def __post_init__(self):
-        for name in ("alpha", "window", "max_share"):
-            share = getattr(self, name)
-            require(0 < share <= 1, f"{name} is {share}: give more than 0 and at most 1")
+        require_shares(self, "alpha", "window", "max_share")
         require(self.stride >= 1, f"stride is {self.stride}: give 1 or more queries")
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:

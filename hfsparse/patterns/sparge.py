@@ -19,7 +19,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, means, ordered, products, tokens, visible
 from hfsparse.patterns.pattern import register
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 
@@ -39,11 +39,7 @@ class Sparge:
 
     def __post_init__(self):
         require(-1 <= self.theta <= 1, f"theta is {self.theta}: give -1 to 1")
-        require(0 < self.tau <= 1, f"tau is {self.tau}: give more than 0 and at most 1")
-        require(
-            0 < self.max_share <= 1,
-            f"max_share is {self.max_share}: give more than 0 and at most 1",
-        )
+        require_shares(self, "tau", "max_share")
 
     def lists(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
         """Blocks kept for q `[B, H, Sq, D]` over k `[B, Hkv, Sk, D]`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE, UNITS, PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import require, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 
@@ -31,7 +31,7 @@ class Budget:
     unit: int = PAGE
 
     def __post_init__(self):
-        require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")
+        require_shares(self, "share")
         require(self.min_pages >= 2, f"min_pages is {self.min_pages}: give 2 or more")
         require(self.refresh >= 0, f"refresh is {self.refresh}: give tokens, 0 or more")
         require(0 <= self.top_p < 1, f"top_p is {self.top_p}: give less than 1; 0 is off")
