@@ -1,19 +1,23 @@
 """The tables of reference pages hold what the code takes: every name, parameter and default."""
 
 import inspect
+import re
 import runpy
 from dataclasses import fields
 
 import pytest
+import torch
 
 import hfsparse
 from hfsparse.evictions import EVICTIONS
+from hfsparse.lists import PAGE
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.profiler.methods import METHODS
 from hfsparse.recipe import names
 from hfsparse.selectors import SELECTORS
 from tests.docs.pages import DOCS, code, rows, text
+from tests.patterns.matrix import SELECTOR_ROWS
 
 PLANS, PROFILING, RUNNING = (DOCS / f"{name}.md" for name in ("plans", "profiling", "running"))
 
@@ -38,6 +42,24 @@ def test_every_kind_stands_in_its_table_with_each_parameter_and_its_default(head
         k: {f.name: str(f.default) for f in fields(cls) if f.compare} for k, cls in known.items()
     }
     assert listed == wanted
+
+
+def test_methods_say_what_share_of_keys_and_values_the_index_of_a_selector_is():
+    """Numbers in percent of a row's last cell, of these settings in their order."""
+    channels, told = 128, {}
+    keys = torch.zeros(1, 1, 1, PAGE, channels, dtype=torch.bfloat16, device="meta")
+    settings = {"quest": [{}, {"unit": 16}, {"unit": 8}], "reuse": []}
+    for first, *_, index in rows(DOCS / "methods.md", "Decode"):
+        (kind,) = code(first)
+        told[kind] = re.findall(r"([\d.]+) %", index), []
+        for given in settings.get(kind, [{}]):
+            table = SELECTOR_ROWS[kind].table
+            bound = SELECTORS[kind](**given).bind(0, [0], table and table(1, 1, channels))
+            kept = bound.summarise(keys, keys[..., :1] == 0).values()
+            told[kind][1].append(f"{100 * sum(t.nbytes for t in kept) / (2 * keys.nbytes):.1f}")
+    assert told.keys() == SELECTORS.keys()
+    for numbers, counted in told.values():
+        assert numbers == counted
 
 
 def test_every_key_of_a_plan_stands_in_its_table():
