@@ -309,6 +309,7 @@ def recall(
     chosen = pick_tasks(tasks, PLACED)
     size = read_size(suite, lengths, samples)
     request = check_request("recall", model, output, plan, seed=seed, chat=chat.value)
+    probe.check(request.arms)
     loaded = load_model(request, device, dtype, beyond_window)
     made = loaded.suite(chosen, size)
     session = begin(loaded)

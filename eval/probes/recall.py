@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from hfsparse.errors import UsageError
 from hfsparse.lists import Grid, default_block
 from hfsparse.models.loading import input_device
 from hfsparse.models.names import text_decoder
@@ -32,6 +33,16 @@ from hfsparse_eval.run.samples import Case, Suite
 from hfsparse_eval.run.world import Session
 
 LOST = 1e-3  # of a row's attention: heads that lose less are not named
+
+
+def check(arms: Sequence[Arm]) -> None:
+    """UsageError for plans with heads of which it can't tell what steps read."""
+    for arm in arms:
+        if any("kept" in layer.decode for layer in arm.plan.layers):
+            raise UsageError(
+                f"{arm.title} has kv heads that evict keys: recall can't tell which of them stay. "
+                "Give plans without evictions, or ask by hfsparse eval needle"
+            )
 
 
 def run(session: Session, suite: Suite) -> None:

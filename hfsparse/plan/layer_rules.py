@@ -123,7 +123,7 @@ def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:
     if not reused:
         return
     if before is None:
-        yield "decode reuses pages and no layer before it chooses any: give one a quest"
+        yield "decode reuses pages and no layer before it chooses any: give one a selector"
         return
     number, chooser = before
     chosen = {h: w for h, w in _find_selecting(chooser, patterns) if not _reuses(patterns[w])}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Below, Layer, ModelId, Plan
@@ -109,3 +110,8 @@ def test_the_command_names_the_heads_and_goes_on(folder, model, tmp_path):
     assert "| prefill s, cache s, decode ring |" in report
     refused = CliRunner().invoke(app, [*words, "2", "--tasks", "cwe"])
     assert refused.stderr.startswith("error: unknown task cwe: did you mean ")
+    evicting = Layer(("full",) * 4, ("e",) * 2, ("kept",) * 2)
+    evicting = replace(plan_of(model), patterns={"e": SnapKV()}, layers=(evicting,) * 2)
+    evicting.save(tmp_path / "plan.yaml")
+    refused = CliRunner().invoke(app, [*words, "2"])
+    assert refused.stderr.startswith("error: plan has kv heads that evict keys: recall can't ")
