@@ -13,6 +13,7 @@ import torch
 
 import hfsparse
 from hfsparse.errors import UsageError
+from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.profiler.job import Found, Job
@@ -308,14 +309,16 @@ def test_budgets_are_widened_where_that_uses_less_than_the_heads_given_back(
 
 
 def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
-    this = ModelId.of(model)
-    full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse()}
-    rows = [("q", "q"), ("again", "full"), ("q", "full"), ("again", "full")]
-    layers = tuple(Layer(full, ("full",) * KV, row) for row in rows)
+    this = replace(ModelId.of(model), layers=5)
+    full, words = ("full",) * this.q_heads, {"q": Quest(0.5), "again": Reuse(), "e": SnapKV()}
+    rows = [("q", "q"), ("full", "kept"), ("again", "full"), ("q", "full"), ("again", "full")]
+    caches = [("full", "e" if "kept" in row else "full") for row in rows]
+    layers = tuple(Layer(full, cache, row) for cache, row in zip(caches, rows, strict=True))
     plan = give_back.make_full(Plan(this, words, layers), [(0, 0)])
     plan.validate()
     assert [layer.decode for layer in plan.layers] == [
         ("full", "q"),
+        ("full", "kept"),
         ("full", "full"),
         ("q", "full"),
         ("again", "full"),

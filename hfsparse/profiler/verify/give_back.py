@@ -85,9 +85,7 @@ def make_full(plan: Plan, units: Sequence[Unit]) -> Plan:
                 cache[g] = decode[g] = "full"
             elif reused[g] and (chooser, g) in units:
                 decode[g] = "full"
-        if any(
-            w not in ("full", "ring") and not r for w, r in zip(layer.decode, reused, strict=True)
-        ):
+        if any(hasattr(plan.patterns.get(word), "pages") for word in layer.decode):
             chooser = at
         layers.append(Layer(tuple(prefill), tuple(cache), tuple(decode)))
     used = patterns_in_use(plan.patterns, tuple(layers))
