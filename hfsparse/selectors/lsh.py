@@ -150,8 +150,8 @@ def log_probabilities(bits: int, tables: int) -> tuple[float, ...]:
 
 def packed(bits: Tensor) -> Tensor:
     """bool `[..., n]` as uint8 `[..., n / 8]`, the lowest bit first."""
-    eight = torch.arange(8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)).long() << eight).sum(-1).to(torch.uint8)
+    worth = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unflatten(-1, (-1, 8)) * worth).sum(-1, dtype=torch.uint8)
 
 
 def ones_in(packs: Tensor) -> Tensor:
