@@ -1,6 +1,6 @@
 """Rules by which a model reads rows longer than those that it was trained on: a plan's `extend`.
 
-    extend: {kind: dca, trained: 32768}
+extend: {kind: dca, trained: 32768}
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class DualChunk:
             chunk - local >= STEP and (chunk - local) % STEP == 0,
             f"chunk is {chunk}, local {local}: give two that are a multiple of {STEP} apart",
         )
-        require(0 <= self.mscale <= 1, f"mscale is {self.mscale}: give 0 to 1 (0.05 is the paper's)")
+        require(
+            0 <= self.mscale <= 1, f"mscale is {self.mscale}: give 0 to 1 (0.05 is the paper's)"
+        )
         object.__setattr__(self, "chunk", chunk)
         object.__setattr__(self, "local", local)
 

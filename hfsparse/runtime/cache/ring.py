@@ -169,13 +169,14 @@ class Ring(Store):
         past, total = lengths.past, lengths.rows
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
         low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
-        longest = max(max(t - at, 0) for t, at in zip(total, low, strict=True))
+        longest = max(max(t - at // block * block, 0) for t, at in zip(total, low, strict=True))
         total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
         blocks = -(-longest // block)
         head = torch.arange(-(-sink // block), device=device) * block
-        tail = low + torch.arange(blocks, device=device) * block
-        first = torch.cat([head.expand(len(total), -1), tail], 1)
-        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), total.expand(-1, blocks)], 1)
+        tail = low // block * block + torch.arange(blocks, device=device) * block
+        first = torch.cat([head.expand(len(total), -1), torch.maximum(tail, low)], 1)
+        last = torch.minimum(tail + block, total)  # blocks begin at multiples: none lies in two
+        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), last], 1)
         live = (ends - first).clamp(0, block)
         grid = replace(grid, Sk=first.shape[1] * block, key_first=first, key_live=live)
         at = grid.key_pos
