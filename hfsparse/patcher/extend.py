@@ -33,6 +33,8 @@ def find_extensions(
     if plan.extend is None:
         return {}
     found, config = {}, text_config(model)
+    if hasattr(model.config, "vision_config"):
+        raise _refusal(model, "it may hold images, whose tokens have other places")
     for index, shape in enumerate(shapes):
         if not shape.attends or shape.window is not None:
             continue  # a window is shorter than what a model was trained on
@@ -55,8 +57,6 @@ def _obstacles(shape: LayerShape, rope: dict[str, Any], inv_freq: Any) -> Iterat
         yield "its cache holds latents (MLA)"
     if rope["rope_type"] not in ROPES:
         yield f"rope {rope['rope_type']} turns by a call's length"
-    if "mrope_section" in rope:
-        yield "images have positions of more than one dimension (mrope)"
     if not isinstance(inv_freq, Tensor):
         yield "its decoder has no rotary embedding that tells its frequencies"
     elif 2 * len(inv_freq) != shape.head_dim:
@@ -65,10 +65,13 @@ def _obstacles(shape: LayerShape, rope: dict[str, Any], inv_freq: Any) -> Iterat
 
 @torch.no_grad()
 def check_turns(model: PreTrainedModel, extensions: dict[int, Extension]) -> None:
-    """PatchError unless queries of the patched model turn as rope says: one token is read at two
-    positions, which differ in nothing else. Nothing is read of a model without weights."""
+    """PatchError unless queries of the patched model turn as rope says.
+
+    One token by itself is read at two positions, which differ in nothing else. A model without
+    weights is not looked at.
+    """
     decoder, device = text_decoder(model), input_device(model)
-    if not extensions or device.type == "meta":
+    if device.type == "meta":
         return
     pad = getattr(decoder.get_input_embeddings(), "padding_idx", None)  # whose vector may be zero
     ids = torch.tensor([[int(pad == 0)]], device=device)
