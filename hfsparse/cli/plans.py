@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -151,18 +152,20 @@ def check(
     from hfsparse.models.loading import skeleton
     from hfsparse.models.window import context_window
     from hfsparse.patcher import patch
+    from hfsparse.plan import Plan
     from hfsparse.plan.sources import open_plan
 
     config, loaded = load_config(model), open_plan(plan)
     loaded.check(config)
-    patch(skeleton(config)).undo()  # raises what patch would say of the model
+    every = replace(Plan.full(loaded.model), extend=loaded.extend)
+    patch(skeleton(config), every).undo()  # raises what patch would say of the model
     typer.echo(f"{plan} fits {model}")
     if length is None:
         return
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     peak, longest = _print_memory(config, loaded, length, gpu, **more)
     _print_shares(config, loaded, length)
-    window = context_window(config)
+    window = None if loaded.extend else context_window(config)
     if window is not None and window < max(length, longest):
         typer.echo(
             f"note: this model's window is {window:,} tokens: commands read no more without "

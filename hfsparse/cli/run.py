@@ -76,7 +76,8 @@ def generate(
     chosen = open_plan(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     tokens = prompt_tokens(tokenizer, prompt)
-    check_window(loaded, beyond_window, len(tokens) + max_new_tokens, "prompt and answer")
+    beyond = beyond_window or (chosen is not None and chosen.extend is not None)
+    check_window(loaded, beyond, len(tokens) + max_new_tokens, "prompt and answer")
     with patch(loaded, chosen) as handle:
         _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")

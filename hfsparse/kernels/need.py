@@ -24,6 +24,7 @@ class Need(NamedTuple):
     tokens: int = 1 << 20  # keys
     plain: bool = True  # no padding, no past
     skip: bool = False  # a threshold under which tiles are skipped
+    lse: bool = False  # the logarithm of each query's sum of exponentials, too
     latents: bool = False  # values are the first dims of their keys, and lie there alone
     bands: bool = False  # rings, of which new tokens read a window
     dropped: bool = False  # a ring that has dropped keys is part of the grid

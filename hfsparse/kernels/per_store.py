@@ -40,6 +40,8 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
         scale: float,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        span: tuple[int, int] | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor:
         ratio, plain, out = q.shape[1] // len(places.cells), softcap is None and s_aux is None, None
         for part, lists in zip(places.parts, pages, strict=True):
@@ -50,10 +52,15 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
                 more |= {"softcap": softcap, "s_aux": None if s_aux is None else s_aux[own]}
             for short, _, rows in group_rows([n < part.below for n in new.lengths.rows], q.device):
                 listed = None if short else lists
-                easy = plain and listed is None and (short or not part.size)
+                easy = plain and lse is None and listed is None and (short or not part.size)
                 run = whole if easy and whole is not None else one
-                what = run, part, rows, q[:, own], new, more
+                if lse is not None:
+                    batch = len(q) if rows is None else len(rows)
+                    more["lse"] = sums = lse.new_empty(batch, len(heads), q.shape[2])
+                what = run, part, rows, q[:, own], new, more, span
                 made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
+                if lse is not None:
+                    put_rows(lse, rows, own, sums)
                 if rows is None and len(heads) == q.shape[1]:
                     return made
                 out = q.new_empty(*q.shape[:3], places.v.shape[3]) if out is None else out
@@ -63,9 +70,11 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
     return decode
 
 
-def _read_ring(run, part: Place, rows, q, new: NewTokens, more, short: bool) -> Tensor:
+def _read_ring(run, part: Place, rows, q, new: NewTokens, more, span, short: bool) -> Tensor:
     """Attention over sink and window; short rows: over all that the ring holds."""
     held = new.ring(part.band.sink, part.size)
+    if span is not None:
+        held = torch.where((held >= span[0]) & (held < span[1]), held, -1)
     q, k, v, *at = take_rows(rows, q, part.k, part.v, new.query_pos, held, new.length)
     if not short:
         (start,) = take_rows(rows, new.start(part.band))
@@ -74,13 +83,17 @@ def _read_ring(run, part: Place, rows, q, new: NewTokens, more, short: bool) -> 
     return run(q, k, v, query_pos, held, length=length, **more)
 
 
-def _read_full(run, part: Place, rows, q, new: NewTokens, more, listed) -> Tensor:
+def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) -> Tensor:
     """Attention over all keys that are held, or over the pages that are listed."""
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
-    query_pos, length = new.query_pos, new.length
-    if part.dropped is not None:
-        length = length - part.dropped
-        query_pos = torch.where(query_pos < 0, -1, query_pos - part.dropped[:, None])
+    query_pos, length, dropped = new.query_pos, new.length, part.dropped
+    if span is not None:  # it reads as a row that lacks what comes before
+        low, high = span
+        k, v, dropped = k[:, :, low:high], v[:, :, low:high], torch.full_like(length, low)
+        listed = None if listed is None else listed.within(low, high)
+    if dropped is not None:
+        length = length - dropped
+        query_pos = torch.where(query_pos < 0, -1, query_pos - dropped[:, None])
     q, k, v, query_pos, length = take_rows(rows, q, k, v, query_pos, length)
     if listed is None:
         return run(q, k, v, query_pos, None, length=length, **more)

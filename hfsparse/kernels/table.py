@@ -3,11 +3,12 @@
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
 
-PREFILL(q, k, v, reads, kv_heads=None, *, scale, softcap, s_aux, skip, skipped) -> Tensor
+PREFILL(q, k, v, reads, kv_heads=None, *, scale, softcap, s_aux, skip, skipped, lse) -> Tensor
     As `reference.prefill`; `reads` is a Grid, without kv_heads, where whole rows are read.
-DECODE(q, places, new, pages, *, scale, softcap, s_aux) -> Tensor [B, Hq, Q, Dv]
+DECODE(q, places, new, pages, *, scale, softcap, s_aux, span, lse) -> Tensor [B, Hq, Q, Dv]
     All stores of a layer at once, as `per_store.by_store`; pages: a list for each part of the
-    places, None where it reads every page.
+    places, None where it reads every page. span: of all these keys those at positions from the
+    first on and before the second, multiples of a page.
 ESTIMATE(pattern, q, k, grid, scale) -> BlockLists
     As the pattern's `lists`.
 SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLists
@@ -42,6 +43,7 @@ from hfsparse.lists.places import Places
 from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
+NO_LSE = "gives no LSE, by which parts of a row are merged"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
 _installed = cache(lambda name: find_spec(name) is not None)
@@ -81,12 +83,16 @@ def _dense_only(need: Need) -> str | None:
         return NO_SKIP
     if need.bands:
         return "no windows of rings: those are read by the reference"
+    if need.lse:
+        return NO_LSE
     return "no softcap, no sink logits" if need.logits else None
 
 
 def _fa4(need: Need) -> str | None:
     if need.skip:
         return NO_SKIP
+    if need.lse:
+        return NO_LSE
     if why := _module("fa4").why_not(need):
         return why
     if need.tokens < FA4_PAYS:
@@ -114,12 +120,12 @@ def _by_lists(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _triton_decode(
-    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
+    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **more
 ) -> Tensor:
     listed = [part for part in pages if part is not None]
     lists = PageLists.cat(listed) if listed else None
     run = _module("triton.decode").decode
-    return run(q, places, new.query_pos, lists, length=new.length, **logits)
+    return run(q, places, new.query_pos, lists, length=new.length, **more)
 
 
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:

@@ -104,6 +104,29 @@ class BlockLists:
         held = {name: t if t is None else t[:, at] for name, t in held.items()}
         return replace(self, bands=tuple(self.bands[i] for i in order), **held)
 
+    def within(self, low: int, high: int) -> BlockLists:
+        """What these lists keep of the keys at positions from `low` on and before `high`.
+
+        No block holds keys of both sides of either.
+        """
+        grid, held = self.grid, {}
+        inside = ((grid.first >= low) & (grid.first < high))[:, None, None]
+        for name in ("full", "part"):
+            count, index = getattr(self, f"{name}_count"), getattr(self, f"{name}_index").long()
+            used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+            if grid.key_first is None:  # alike in all rows
+                kept = used & inside[0, 0, 0][index]
+            else:
+                index = index.expand(len(grid.first), -1, -1, -1)
+                kept = used & inside.expand(*index.shape[:3], -1).gather(3, index)
+            order = torch.sort(~kept, dim=-1, stable=True).indices
+            held[f"{name}_count"] = kept.sum(-1, dtype=torch.int32)
+            held[f"{name}_index"] = index.gather(3, order).int()
+        if self.columns is not None:
+            outside = (self.columns < low) | (self.columns >= high)
+            held["covered"] = self.covered | outside[:, :, None]
+        return replace(self, **held)
+
     def _without_columns(self) -> BlockLists:
         B, H, nq = self.full_count.shape
         none = torch.zeros(B, H, 0, dtype=torch.int64, device=self.full_count.device)

@@ -52,6 +52,15 @@ class PageLists:
         at = index(heads, self.pages.device)
         return replace(self, pages=self.pages[:, at].to(device), count=self.count[:, at].to(device))
 
+    def within(self, low: int, high: int) -> PageLists:
+        """Those of the pages that hold positions from `low` on and before `high`, counted from
+        there; both are multiples of a page."""
+        kept = torch.arange(self.pages.shape[2], device=self.pages.device) < self.count[..., None]
+        kept &= (self.pages * self.unit >= low) & (self.pages * self.unit < high)
+        order = torch.sort(~kept, dim=-1, stable=True).indices
+        pages = (self.pages - low // self.unit).masked_fill(~kept, 0).gather(2, order)
+        return replace(self, pages=pages, count=kept.sum(-1))
+
     def keys(self, length: Tensor) -> Tensor:
         """[B, Hkv] keys in the pages, for rows of `length` [B] whose last page is read, if any."""
         return (self.count * self.unit - (-length % self.unit)[:, None]).clamp(min=0)

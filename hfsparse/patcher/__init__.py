@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.explain import explain
+from hfsparse.patcher.extend import check_turns, find_extensions
 from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
 from hfsparse.patcher.resolve import resolve_below, resolve_layers
@@ -74,8 +75,17 @@ def patch(
         )
     below = resolve_below(plan, model.device)
     shapes = layer_shapes(model)
-    layers = resolve_layers(plan, shapes, below)
+    extensions = find_extensions(model, plan, shapes)
+    layers = resolve_layers(plan, shapes, below, extensions)
     graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
     install(model, modules, state)
-    return Patched(model, state)
+    handle = Patched(model, state)
+    if extensions:
+        try:
+            check_turns(model, extensions)
+        except BaseException:
+            handle.undo()
+            raise
+        handle.reset_stats()  # that token was nobody's
+    return handle

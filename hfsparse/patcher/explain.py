@@ -36,6 +36,7 @@ def explain(model: PreTrainedModel) -> str:
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
     lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
+    lines += _extended(plan, tables, need, step)
     skip = plan.skip is not None
     prefill, decode = tables.prefill, tables.decode
     patterned = listed._replace(skip=skip)
@@ -151,6 +152,20 @@ def _kind(group: Group, ring: str) -> str:
     if group.chosen:
         return "selected"
     return "full" if group.band == FULL else ring
+
+
+def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
+    """How rows are read that are too long for the model."""
+    if (rule := plan.extend) is None:
+        return
+    kernels = (
+        _describe(table, each._replace(lists=True, lse=True))
+        for table, each in ((tables.prefill, need), (tables.decode, step))
+    )
+    yield (
+        f"rows of more than {rule.reach + 1:,} tokens, {rule.trained:,} trained: {rule.kind}, "
+        f"{rule.size:,} keys at a time; prompt: {next(kernels)}; new tokens: {next(kernels)}"
+    )
 
 
 def _weights_name(model: PreTrainedModel) -> str:

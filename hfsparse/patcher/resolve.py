@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hfsparse.patterns.pattern import Pattern
 from hfsparse.plan import Below, Layer, Plan
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.counts import Counts
+from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_plan import LayerPlan, Mode
 from hfsparse.runtime.routes import Cases, routes_by_case
 from hfsparse.selectors.reuse import Reuse
@@ -32,7 +34,12 @@ def resolve_below(plan: Plan, device: torch.device) -> Below:
     return replace(plan.below, prefill=found) if isinstance(found, int) else plan.below
 
 
-def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> list[LayerPlan]:
+def resolve_layers(
+    plan: Plan,
+    shapes: Sequence[LayerShape],
+    below: Below,
+    extensions: Mapping[int, Extension] = MappingProxyType({}),
+) -> list[LayerPlan]:
     """Of the layers that have attention; shapes: of all layers of the plan's model."""
     owner, at, mode = uuid.uuid4().hex, HeadIndex(), Mode()
     steps, steps_of_readers = Counter(), Counter()
@@ -71,6 +78,7 @@ def resolve_layers(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> li
             shared=index in sources.values(),
             producer=producer,
             last_reader=max((i for i in indices if shapes[i].producer == index), default=None),
+            extension=extensions.get(index),
             steps=own_steps,
             at=at,
             mode=mode,

@@ -30,6 +30,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
         *_changes("data: ", _contents(old), _contents(new)),
         *_changes("below: ", asdict(old.below), asdict(new.below)),
         *_changes("", {"skip": old.skip}, {"skip": new.skip}),
+        *_changes("extend: ", _extension(old), _extension(new)),
         *_layer_changes(old, new),
         *chain.from_iterable(
             _changes(
@@ -54,6 +55,10 @@ def _rename_keys(model: dict[str, Any]) -> dict[str, Any]:
 
 def _contents(plan: Plan) -> dict[str, str]:
     return {name: f"sha256:{each.sha256[:12]}" for name, each in plan.data.items()}
+
+
+def _extension(plan: Plan) -> dict[str, Any]:
+    return {} if plan.extend is None else every_parameter(plan.extend)
 
 
 def _changes(what: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:

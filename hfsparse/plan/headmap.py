@@ -152,6 +152,8 @@ def _below(plan: Plan) -> Iterator[str]:
         yield f"\nfull below: {', '.join(limits)}"
     if plan.skip is not None:
         yield f"\nprompts: tiles {plan.skip:g} nats below the running maximum are skipped"
+    if plan.extend is not None:
+        yield f"\nextended by {plan.extend.kind}: {describe(plan.extend)}"
 
 
 def _expected(plan: Plan) -> Iterator[str]:

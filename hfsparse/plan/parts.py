@@ -154,6 +154,6 @@ def key_of(name: str) -> str:
 VERSION, NEWEST = 1, 2  # of a plan that uses nothing new, and the last that is known
 
 
-def version_of(data: dict[str, Any]) -> int:
-    """The lowest version that has all that a plan with these tables uses."""
-    return NEWEST if data else VERSION
+def version_of(*newer: Any) -> int:
+    """The lowest version that has all that a plan uses; newer: what it has of version 2, if any."""
+    return NEWEST if any(newer) else VERSION

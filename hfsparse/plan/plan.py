@@ -25,6 +25,7 @@ from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
 from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, layer_shapes
+from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
     MAX_BYTES,
@@ -53,6 +54,7 @@ class Plan:
     each of its rows the largest lies more than that below the row's largest so far (skip-softmax;
     BLASST, arXiv 2512.12087, whose threshold is e^-skip). None computes every tile that is kept.
     data: tables that selectors name by their parameter `data`, in files beside the plan.
+    extend: how rows longer than the model was trained on are read; None: as any other.
     """
 
     model: ModelId
@@ -64,6 +66,7 @@ class Plan:
     made: dict = field(default_factory=dict)
     skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
     data: dict[str, DataFile] = field(default_factory=dict)
+    extend: DualChunk | None = None
 
     @classmethod
     def full(cls, model: ModelId) -> Plan:
@@ -162,7 +165,7 @@ class Plan:
     def hash(self) -> str:
         """Identity of what is computed: `expected`, `measured` and `made` are left out."""
         identity = {
-            "version": version_of(self.data),
+            "version": version_of(self.data, self.extend),
             "model": dataclasses.asdict(self.model),
             "patterns": {name: parameters(pattern) for name, pattern in self.patterns.items()},
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
@@ -173,6 +176,8 @@ class Plan:
             identity["skip"] = float(self.skip) if whole else self.skip
         if self.data:
             identity["data"] = {name: each.sha256 for name, each in self.data.items()}
+        if self.extend is not None:
+            identity["extend"] = parameters(self.extend)
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

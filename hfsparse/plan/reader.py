@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsparse.errors import MAX_PROBLEMS, PlanError
+from hfsparse.plan.extend import RULES
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.layer_rules import TAKES
 from hfsparse.plan.nodes import Say, plain
@@ -39,7 +40,8 @@ from hfsparse.plan.words import dotted, nearest, show, span
 from hfsparse.version import __version__
 
 REQUIRED = "model", "layers"
-OPTIONAL = "patterns", "data", "below", "skip", "expected", "measured", "made"
+OPTIONAL = "patterns", "data", "below", "skip", "extend", "expected", "measured", "made"
+NEWER = "data", "extend"  # what version 1 had not
 WORD = re.compile(rf"({NAME.pattern})(?:\*([1-9]\d{{0,3}}))?")
 RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 LENGTH = re.compile(r"[1-9]\d{0,18}")
@@ -79,8 +81,9 @@ def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) ->
     if type(version) is not int or version < VERSION:
         given = "missing" if version is BAD else show(version)
         say(("hfsparse",), f"hfsparse is {given}: give the plan version, hfsparse: {VERSION}")
-    elif version < (needed := version_of(raw.get("data"))):
-        say(("hfsparse",), f"data needs plan version {needed}: write hfsparse: {needed}")
+    elif version < (needed := version_of(*map(raw.get, NEWER))):
+        newer = " and ".join(key for key in NEWER if raw.get(key))
+        say(("hfsparse",), f"{newer} needs plan version {needed}: write hfsparse: {needed}")
     parts = _parts(raw, lines, say)
     for problem in rules(parts, line_of):
         say(*problem)
@@ -109,6 +112,7 @@ def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
         "model": ModelId(**model),
         "below": Below(**below),
         "skip": float(skip) if type(skip) is int and abs(skip) < 2**63 else skip,
+        "extend": _extend(given.get("extend"), say),
         "patterns": patterns,
         "expected": _expected(sections["expected"], lines, say),
         "layers": _layers(sections["layers"], model["layers"], lines, say),
@@ -151,14 +155,9 @@ def _values(cls: type, raw: Any, path: tuple, say: Say) -> dict[str, Any]:
 
 def _pattern(raw: Any, path: tuple, say: Say) -> Any:
     """An instance of the kind that `raw` names; each number out of range is reported by itself."""
-    known = kinds()
-    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
-    if kind is BAD:
+    cls = _kind(raw, path, kinds(), say)
+    if cls is BAD:
         return BAD
-    if type(kind) is not str or kind not in known:
-        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(kind, known)}")
-        return BAD
-    cls = known[kind]
     values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
     good = {name: value for name, value in values.items() if value is not BAD}
     try:  # some numbers are right beside others alone
@@ -175,6 +174,29 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
     if whole and not alone:
         say(path, f"{dotted(path)}: {whole}")
     return made if len(good) == len(values) else BAD
+
+
+def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
+    """The class that `raw` names; BAD for none."""
+    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
+    if kind is not BAD and (type(kind) is not str or kind not in known):
+        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(kind, known)}")
+        return BAD
+    return BAD if kind is BAD else known[kind]
+
+
+def _extend(raw: Any, say: Say) -> Any:
+    path = ("extend",)
+    if raw is None or (cls := _kind(raw, path, RULES, say)) is BAD:
+        return raw and BAD
+    values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
+    if any(value is BAD for value in values.values()):
+        return BAD
+    try:
+        return cls(**values)
+    except ValueError as error:
+        say(path, f"extend: {error}")
+        return BAD
 
 
 def _table(raw: Any, path: tuple, say: Say) -> Any:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from hfsparse.errors import Problem
+from hfsparse.plan.extend import RULES
 from hfsparse.plan.files import DIGEST, FILE, DataFile
 from hfsparse.plan.layer_rules import BUILT_IN, layers_rules
 from hfsparse.plan.parts import (
@@ -40,6 +41,7 @@ def rules(
         _named_rules(patterns, parts["data"]),
         _field_rules(parts["below"], Below, ("below",)),
         _skip_rules(parts["skip"]),
+        _extend_rules(parts["extend"], patterns),
         layers_rules(parts["layers"], model, patterns, line_of),
         _expected_rules(parts["expected"]),
         _mapping_rules(parts["measured"], ("measured",)),
@@ -125,6 +127,23 @@ def _skip_rules(skip: float | None) -> Iterator[Placed]:
     if type(skip) not in (int, float) or not (_plain_scalar(skip) and skip > 0):
         rule = "give a number of nats above 0 (BLASST's threshold is e^-skip), or leave it out"
         yield ("skip",), f"skip is {show(skip)}: {rule}"
+
+
+def _extend_rules(extend: Any, patterns: dict) -> Iterator[Placed]:
+    if extend is None or extend is BAD:
+        return
+    if type(extend) not in RULES.values():
+        yield ("extend",), f"extend is {show(extend)}: give one of {', '.join(RULES)}"
+        return
+    yield from _field_rules(extend, type(extend), ("extend",))
+    for name, pattern in patterns.items():
+        by_place = hasattr(pattern, "band") or hasattr(pattern, "placed")
+        if type(pattern) in kinds().values() and not by_place:
+            yield (
+                ("patterns", name),
+                f"patterns.{name} is {pattern.kind}, which looks at scores, and extend changes "
+                "these from chunk to chunk: give heads full, streaming or strided beside it",
+            )
 
 
 def _expected_rules(expected: dict[int, dict[str, float]]) -> Iterator[Placed]:

@@ -45,12 +45,13 @@ _Dumper.add_representer(str, _text)
 def write(parts: dict[str, Any]) -> str:
     """A valid plan's parts as YAML: one line a pattern or a run of equal layers, nothing empty."""
     document = {
-        "hfsparse": version_of(parts["data"]),
+        "hfsparse": version_of(parts["data"], parts["extend"]),
         "model": _Row({key_of(name): getattr(parts["model"], name) for name in hints(ModelId)}),
         "patterns": {name: _pattern_row(each) for name, each in parts["patterns"].items()},
         "data": _Row({name: _table_row(each) for name, each in parts["data"].items()}),
         "below": _Row(vars(parts["below"]) if parts["below"] != Below() else {}),
         "skip": None if parts["skip"] is None else float(parts["skip"]),
+        "extend": None if parts["extend"] is None else _pattern_row(parts["extend"]),
         "layers": _layer_rows(parts["layers"]),
         "expected": _Row(parts["expected"]),
         "measured": _Row(parts["measured"]),

@@ -81,12 +81,22 @@ def decode(
     places = layer.room(step.lengths.past, step.lengths.rows)
     if layer_plan.producer is None:
         pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
+    extension = layer_plan.extends(step.lengths.longest)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
-    asked["latents"] = layer.rank > 0
+    asked["latents"], asked["lse"] = layer.rank > 0, extension is not None
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
-    out = pick(tables.decode, need).run(q, places, step, lists, **logits.of())
+    run = pick(tables.decode, need).run
+    if extension is None:
+        out = run(q, places, step, lists, **logits.of())
+    else:
+
+        def read(q: Tensor, low: int, high: int, lse: Tensor) -> Tensor:
+            given = {**logits.part(low).of(), "span": (low, high), "lse": lse}
+            return run(q, places, step, lists, **given)
+
+        out = extension.attend(q, step.query_pos, step.lengths.longest, read)
     for store in layer.stores:
         if store.group.eviction is not None:
             _count_kept(layer_plan, store, step)

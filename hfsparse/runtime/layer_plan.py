@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
@@ -18,6 +18,7 @@ from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.stateful import StatefulCacheLayer
 from hfsparse.runtime.counts import Counts
+from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.routes import Cases
 from hfsparse.stats import Work
 
@@ -56,6 +57,7 @@ class LayerPlan:
     shared: bool  # whether others read what this one chooses
     producer: LayerPlan | None  # the layer whose keys it reads; None: it makes and keeps its own
     last_reader: int | None  # the last layer that reads its keys
+    extension: Extension | None  # how rows are read that are too long for the model
     # How often a row came to n tokens with m new ones; layers that read others' keys may get fewer
     # queries, and have their own.
     steps: Counter[tuple[int, int]]
@@ -88,6 +90,11 @@ class LayerPlan:
         """How many kv heads of its own keep what an eviction chooses."""
         own = self.groups if self.producer is None else ()
         return sum(len(group.heads) for group in own if group.eviction is not None)
+
+    def extends(self, tokens: int) -> Extension | None:
+        """How a row of so many tokens is read, if it is too long for the model."""
+        extension = self.extension
+        return extension if extension is not None and extension.rule.changes(tokens) else None
 
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
@@ -184,6 +191,10 @@ class Logits:
             return {"scale": self.scale}
         sinks = self.s_aux if self.s_aux is None else self.s_aux[at]
         return {"scale": self.scale, "softcap": self.softcap, "s_aux": sinks}
+
+    def part(self, low: int) -> Logits:
+        """Of the keys from position `low` on, a part of a row: sink logits count once."""
+        return replace(self, s_aux=None) if low else self
 
     @property
     def special(self) -> bool:

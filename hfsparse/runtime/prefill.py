@@ -11,6 +11,7 @@ from hfsparse.kernels import Need, pick
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
+from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes
@@ -147,7 +148,7 @@ class Part:
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
         # Nor does it count the pairs that are read where keys were dropped.
         easy = grid.window is None and grid.key_first is None and not logits.special
-        easy = easy and not (grid.past and self._fused(need))
+        easy = easy and not (grid.past and self._fused(need)) and self._extension is None
         if routes.dense is None or skips or not easy:
             return self._attend_listed(routes.every, need)
         if routes.listed is None:
@@ -175,15 +176,30 @@ class Part:
         lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
         pairs = pick(tables.count, need).run(lists)
         counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
-        kernel = pick(tables.prefill, need._replace(lists=True, logits=logits.special))
-        q = self.q[:, at(listed.q, device)]
-        given = q, self.k, self.v, lists, at.tensor(listed.kv, device)
-        if self.group.skip is None:
-            return kernel.run(*given, **logits.of(own))
-        tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
-        made = kernel.run(*given, **logits.of(own), skip=self.group.skip, skipped=tiles)
-        counts.add_skipped(own, tiles)
+        extension, need = self._extension, need._replace(lists=True, logits=logits.special)
+        kernel = pick(tables.prefill, need._replace(lse=extension is not None))
+        q, kv, more = self.q[:, at(listed.q, device)], at.tensor(listed.kv, device), {}
+        if self.group.skip is not None:
+            tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
+            more = {"skip": self.group.skip, "skipped": tiles}
+        if extension is None:
+            made = kernel.run(q, self.k, self.v, lists, kv, **logits.of(own), **more)
+        else:
+
+            def read(q: Tensor, low: int, high: int, lse: Tensor) -> Tensor:
+                some, given = lists.within(low, high), {**logits.part(low).of(own), **more}
+                return kernel.run(q, self.k, self.v, some, kv, **given, lse=lse)
+
+            longest = self.layer_call.lengths.longest
+            made = extension.attend(q, self.grid.query_pos(), longest, read)
+        if more:
+            counts.add_skipped(own, tiles)
         return made
+
+    @property
+    def _extension(self) -> Extension | None:
+        """How the call's rows are read, if they are too long for the model."""
+        return self.layer_call.layer_plan.extends(self.layer_call.lengths.longest)
 
     def _fused(self, need: Need) -> bool:
         """Whether a kernel reads lists at no more cost than whole rows."""

@@ -21,6 +21,7 @@ from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.settings import Settings
 from hfsparse.selectors import SELECTORS
@@ -268,7 +269,7 @@ def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
     assert "3 layers" in error("check", tmp_path / "three.yaml", model)
 
 
-def test_check_predicts_memory_and_what_fits(plan, model):
+def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
     assert told.exit_code == 0
     assert "2 x 1,000 tokens" in told.stdout
@@ -278,6 +279,10 @@ def test_check_predicts_memory_and_what_fits(plan, model):
         assert "in 1GiB: 2 x " in line
     assert "note: this model's window is 512 tokens" in told.stdout
     assert "note" not in run("check", plan, model, "--length", "512").stdout
+    longer = tmp_path / "longer.yaml"
+    replace(Plan.load(plan), extend=DualChunk(512)).save(longer)
+    assert "extended by dca: trained 512, chunk 384, local 128" in run("show", longer).stdout
+    assert "note" not in run("check", longer, model, "--length", "1000").stdout
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr

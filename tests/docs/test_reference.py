@@ -13,6 +13,7 @@ from hfsparse.evictions import EVICTIONS
 from hfsparse.lists import PAGE
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan.extend import DualChunk
 from hfsparse.profiler.methods import METHODS
 from hfsparse.recipe import names
 from hfsparse.selectors import SELECTORS
@@ -69,6 +70,7 @@ def test_every_key_of_a_plan_stands_in_its_table():
     assert keys("Keys") == {"hfsparse", *(each.name for each in fields(Plan))}
     model = {each.name for each in fields(ModelId)} - {"class_name"} | {"class"}
     assert keys("model") == model
+    assert keys("extend") == {each.name for each in fields(DualChunk)}
     assert keys("below") == {each.name for each in fields(Below)}
     assert keys("layers") == {each.name for each in fields(Layer)}
 

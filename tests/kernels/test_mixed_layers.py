@@ -110,6 +110,7 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
             producer=None,
             last_reader=None,
             at=HeadIndex(),
+            extends=lambda tokens: None,
         )
         for each in (layer, plain)
     )

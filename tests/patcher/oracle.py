@@ -23,6 +23,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.probe import attention_modules
+from tests.patcher import dual_chunk
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
@@ -159,6 +160,10 @@ def _attend(
             later = (own & torch.ones_like(own).triu(1)).any(1)
             kept = torch.where(later[:, None], own, kept)
         k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
+        if (rule := truth.plan.extend) is not None and sliding_window is None:
+            given = q, k, v, kept, scaling, module.config, rule
+            out[b, :, pads:] = dual_chunk.attend(*given).to(out.dtype)
+            continue
         logits = q.float() @ k.transpose(1, 2) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

@@ -11,6 +11,7 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.diff import differences, ranges
+from hfsparse.plan.extend import DualChunk
 from hfsparse.selectors.quest import Quest
 
 FULL = Layer(("full",) * 6, ("full",) * 2, ("full",) * 2)
@@ -100,6 +101,16 @@ def test_a_pattern_of_another_kind_shows_both():
         ({"below": Below(prefill=6144)}, ["below: prefill 0 -> 6144"]),
         ({"skip": 8.0}, ["skip none -> 8.0"]),
         (
+            {"extend": DualChunk(4096)},
+            [
+                "extend: kind none -> dca",
+                "extend: trained none -> 4096",
+                "extend: chunk none -> 3072",
+                "extend: local none -> 512",
+                "extend: mscale none -> 0.0",
+            ],
+        ),
+        (
             {"expected": {4096: {"pair_density": 0.41}}},
             ["expected at 4096: pair_density none -> 0.41"],
         ),
@@ -111,7 +122,7 @@ def test_a_pattern_of_another_kind_shows_both():
             ],
         ),
     ],
-    ids=["below", "skip", "expected", "model"],
+    ids=["below", "skip", "extend", "expected", "model"],
 )
 def test_each_part_has_its_lines(parts, lines):
     assert both_ways(plan(), plan(**parts)) == lines

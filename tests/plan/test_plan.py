@@ -19,6 +19,7 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Below, Layer, ModelId, Plan, PlanError, PlanMismatch, nodes
+from hfsparse.plan.extend import DualChunk
 from hfsparse.selectors.quest import Quest
 
 TEXT = """\
@@ -469,6 +470,48 @@ def test_what_only_looks_like_a_number_is_text(word, loader):
 
 def test_a_skip_is_read_as_people_write_it(loader):
     assert Plan.loads(TEXT + "skip: 4e0\n").skip == 4.0
+
+
+def test_extend_is_read_as_it_is_written_and_raises_the_version(loader):
+    plan = dataclasses.replace(FULL, extend=DualChunk(32768, mscale=0.05))
+    text, rule = (
+        plan.dumps(),
+        "{kind: dca, trained: 32768, chunk: 24576, local: 4096, mscale: 0.05}",
+    )
+    assert text.startswith("hfsparse: 2\n")
+    assert f"extend: {rule}\n" in text
+    short = text.replace(rule, "{kind: dca, trained: 32768, mscale: 0.05}")
+    for each in (text, short):
+        assert Plan.loads(each) == plan
+        assert Plan.loads(each).hash() == plan.hash()
+    off = dataclasses.replace(FULL, extend=DualChunk(32768))
+    assert len({each.hash() for each in (plan, off, FULL)}) == 3
+    assert problems_of(text.replace("hfsparse: 2", "hfsparse: 1"))[0][1].startswith("extend needs")
+
+
+@pytest.mark.parametrize(
+    ("extend", "says"),
+    [
+        ("{kind: dca}", "extend.trained is missing"),
+        ("{kind: dac, trained: 4096}", "did you mean dca?"),
+        ("{kind: dca, trained: 100}", "extend.trained is 100"),
+        (
+            "{kind: dca, trained: 4096, chunk: 4096}",
+            "extend: chunk is 4096, trained 4096: give less",
+        ),
+        (
+            "{kind: dca, trained: 4096, local: 100}",
+            "extend: chunk is 3072, local 100: give two that",
+        ),
+        ("{kind: dca, trained: 4096, mscale: 2}", "extend: mscale is 2.0: give 0 to 1"),
+        ("[1]", "extend is a list"),
+    ],
+)
+def test_an_extend_that_can_t_be_is_one_problem_with_its_line(extend, says, loader):
+    text = FULL.dumps().replace("hfsparse: 1", "hfsparse: 2") + f"extend: {extend}\n"
+    ((line, sentence),) = problems_of(text)
+    assert says in sentence
+    assert line == len(text.splitlines())
 
 
 def test_a_tab_is_named(loader):

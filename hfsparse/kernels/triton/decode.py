@@ -87,13 +87,17 @@ def decode(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    span: tuple[int, int] | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, Hq, Q, Dv]` of q `[B, Hq, Q, D]` over all stores of a layer's cache.
 
     query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
     row, the new ones included. A key is read if it is held, not after the query, in its head's band
     (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page or unit of
-    it. pages: those of the listed heads, in the places' order; None: they read every page.
+    it. pages: those of the listed heads, in the places' order; None: they read every page. span:
+    of all these keys those at positions from the first on and before the second, multiples of a
+    page. lse `[B, Hq, Q]` float32: as `reference.decode`.
     """
     B, Hq, Q, D = q.shape
     Hkv, Dv = len(places.cells), places.v.shape[3]
@@ -124,7 +128,7 @@ def decode(
         *(query_pos.contiguous(), length.contiguous(), listed, count),
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *q.stride()[:3],
-        *(*width, Hkv, Q, group * Q, unit, inner),
+        *(*width, Hkv, Q, group * Q, unit, inner, *(span or (0, 0))),
         D=D,
         DV=Dv,
         DP=DP,
@@ -138,6 +142,7 @@ def decode(
         LISTED=pages is not None,
         RINGS=places.rings,
         DROPS=places.drops,
+        SPAN=span is not None,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
@@ -146,17 +151,21 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        _merge_shares(part, weight, out, most)
+        _merge_shares(part, weight, out, most, lse)
+    elif lse is not None:
+        torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
 
 
-def _merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int) -> None:
+def _merge_shares(
+    part: Tensor, weight: Tensor, out: Tensor, most: int, lse: Tensor | None = None
+) -> None:
     """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
     heads, splits, rows, Dv = part.shape
     width = max(16, triton.next_power_of_2(Dv))
     wide = min(width, MERGED)
-    given = part, weight, out, splits, rows
-    more = {"num_warps": 4, **chained(str(part.device))}
+    given = part, weight, out, weight if lse is None else lse, splits, rows
+    more = {"LSE": lse is not None, "num_warps": 4, **chained(str(part.device))}
     _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, **more)
 
 
@@ -205,16 +214,17 @@ def splits_of(programs: int, device: str, most: int = SPLITS) -> int:
     return max(1, min(most, 2 * units // programs))
 
 
-@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows".split())
+@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows low high".split())
 def _decode(
     Q_, K, V, TABLE, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, SINKS,
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
-    Hkv, Q, rows, unit, inner,
+    Hkv, Q, rows, unit, inner, low, high,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
     LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
-    LISTED: tl.constexpr, RINGS: tl.constexpr, DROPS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    LISTED: tl.constexpr, RINGS: tl.constexpr, DROPS: tl.constexpr, SPAN: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
@@ -235,6 +245,12 @@ def _decode(
     whole = length < look_up(TABLE, kv, BELOW)
     EACH: tl.constexpr = PAGE // TOGETHER  # units of a tile
     units = tl.cdiv(live, TOGETHER)
+    passed = 0  # units that are read in order and lie before the span
+    if SPAN:
+        ring = look_up(TABLE, kv, SIZE) < NEVER
+        passed = tl.where(ring, 0, low // TOGETHER)
+        units = tl.where(ring, units, tl.cdiv(tl.minimum(live, high), TOGETHER) - passed)
+        units = tl.maximum(units, 0)
     if LISTED:
         mine = look_up(TABLE, kv, LISTED_AT)
         chosen = (mine >= 0) & (whole == 0)
@@ -286,7 +302,7 @@ def _decode(
     lane = tl.arange(0, PAGE)
     for j in range(first, tl.minimum(first + each, count)):
         if TOGETHER == PAGE:
-            page = first.to(tl.int64) + (j - first)
+            page = first.to(tl.int64) + (j - first) + passed
             if LISTED:
                 page = tl.load(lists + j, mask=chosen, other=page)
             base, slot = page * PAGE, lane
@@ -295,7 +311,7 @@ def _decode(
         else:
             nth = j * EACH + lane // TOGETHER
             named = tl.load(lists + nth, mask=chosen & (nth < units), other=0).to(tl.int32)
-            key = tl.where(chosen, named, nth) * TOGETHER + lane % TOGETHER
+            key = tl.where(chosen, named, nth + passed) * TOGETHER + lane % TOGETHER
             base, slot = 0, key.to(tl.int64)
             held = (nth < units) & (key < live)
         k = load_rows(keys + base * D + FROM, D, slot, held, D - FROM, DP, True)
@@ -305,6 +321,8 @@ def _decode(
             s = tl.dot(q_latent, tl.trans(v), s, input_precision=PRECISION)
         if RINGS:
             key += tl.where(key < sink, 0, tl.where(key > newest, turn - size, turn))
+        if SPAN:
+            held &= (key >= low) & (key < high)
         kept = held[None, :] & (key[None, :] <= at[:, None])
         if RINGS:
             kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
@@ -324,8 +342,9 @@ def _decode(
 
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
-    PART, WEIGHT, OUT, splits, rows,
-    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, CHAINED: tl.constexpr,
+    PART, WEIGHT, OUT, SUMS, splits, rows,
+    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -341,3 +360,6 @@ def _merge(
     out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
     out_at = OUT + (head * rows + row) * DV + d
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=d < DV)
+    if LSE:
+        sums = tl.where(total > 0, (top + tl.log2(total)) / LOG2E, float("-inf"))
+        tl.store(SUMS + head * rows + row, sums)

@@ -69,6 +69,7 @@ def prefill(
     s_aux: Tensor | None = None,
     skip: float | None = None,
     skipped: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
@@ -103,6 +104,7 @@ def prefill(
         *(bands_on(lists.bands, str(q.device)), heads, blocks, *full, *part, columns, covered),
         full[0] if s_aux is None else s_aux.float().to(q.device).contiguous(),
         full[0] if skipped is None else skipped,
+        full[0] if lse is None else lse,
         *(s for t in (q, k, v, out) for s in t.stride()[:3]),
         *(grid.first.stride(0), grid.live.stride(0), blocks.stride(0)),
         *(s for t in (*full, *part) for s in t.stride()[:-1]),
@@ -123,6 +125,7 @@ def prefill(
         SOFTCAP=bool(softcap),
         SKIP=skip is not None,
         COUNT=skipped is not None,
+        LSE=lse is not None,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
         num_stages=STAGES,
@@ -162,7 +165,7 @@ def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:
 )
 def _prefill(
     Q, K, V, OUT, KV, Q_LEN, K_LEN, FIRST, LIVE, BANDS, HEADS, BLOCKS,
-    FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, COLUMNS, COVERED, SINKS, SKIPPED,
+    FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, COLUMNS, COVERED, SINKS, SKIPPED, SUMS,
     q_b: tl.int64, q_h: tl.int64, q_s, k_b: tl.int64, k_h: tl.int64, k_s,
     v_b: tl.int64, v_h: tl.int64, v_s, out_b: tl.int64, out_h: tl.int64, out_s,
     first_b: tl.int64, live_b: tl.int64, blocks_b: tl.int64,
@@ -174,7 +177,7 @@ def _prefill(
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr, HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Which head and block of queries this is, where its rows stand, its band.
     program = tl.program_id(0) // (BLOCK // QUERIES)
@@ -262,12 +265,16 @@ def _prefill(
         fade = tl.exp2(top - base)
         total = total * fade + tl.exp2(bare - base)
         acc = acc * fade[:, None]
+        top = base
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     acc = tl.where(alive[:, None], acc, 0.0)
     d = tl.arange(0, DVP)
     out = OUT + b * out_b + h * out_h + first_row * out_s
     out += lane_q[:, None] * out_s + d[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(rows < Sq)[:, None] & (d < DV)[None, :])
+    if LSE:
+        sums = tl.where(alive & (total > 0), (top + tl.log2(total)) / LOG2E, float("-inf"))
+        tl.store(SUMS + (b * H + h) * Sq + rows, sums, mask=rows < Sq)
     if COUNT:
         tl.atomic_add(SKIPPED + h * 2, lost)
         tl.atomic_add(SKIPPED + h * 2 + 1, n_part + n_full)

@@ -59,5 +59,7 @@ def _list_lost(plan: Plan, length: int, a: float) -> Iterator[str]:
         heads = [word for layer in plan.layers for word in getattr(layer, part)]
         if sparse := sum(word != "full" for word in heads):
             yield f"left out: {sparse} of {len(heads)} {what}"
+    if plan.extend is not None:
+        yield "left out: extend, by which rows longer than the model was trained on are read"
     if plan.below.prefill:
         yield f"left out: below {plan.below.prefill} tokens the plan skips nothing"

@@ -169,13 +169,19 @@ class Ring(Store):
         past, total = lengths.past, lengths.rows
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
         low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
-        longest = max(max(t - at, 0) for t, at in zip(total, low, strict=True))
-        total, low, past = (torch.tensor(t, device=device)[:, None] for t in (total, low, past))
+        # Beyond the sink blocks begin at multiples, so that `extend` cuts none in two; but those of
+        # the model's own chunks at the first key, since pieces of a layout follow one another.
+        edge = 1 if self.band.chunked else block
+        starts = [at // edge * edge for at in low]
+        longest = max(max(t - at, 0) for t, at in zip(total, starts, strict=True))
+        given = total, low, past, starts
+        total, low, past, starts = (torch.tensor(t, device=device)[:, None] for t in given)
         blocks = -(-longest // block)
         head = torch.arange(-(-sink // block), device=device) * block
-        tail = low + torch.arange(blocks, device=device) * block
-        first = torch.cat([head.expand(len(total), -1), tail], 1)
-        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), total.expand(-1, blocks)], 1)
+        tail = starts + torch.arange(blocks, device=device) * block
+        first = torch.cat([head.expand(len(total), -1), torch.maximum(tail, low)], 1)
+        last = torch.minimum(tail + block, total)
+        ends = torch.cat([total.clamp(max=sink).expand(-1, len(head)), last], 1)
         live = (ends - first).clamp(0, block)
         grid = replace(grid, Sk=first.shape[1] * block, key_first=first, key_live=live)
         at = grid.key_pos

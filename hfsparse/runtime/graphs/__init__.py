@@ -105,7 +105,7 @@ class Graphs:
             return forward(**kwargs)
         states = States(cache)
         self.why = self.never or self.refused.get(first) or states.why_not()
-        self.why = self.why or find_obstacle(decoder, kwargs, new)
+        self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first)
         if self.why is None and not self.lock.acquire(blocking=False):
             self.why = "another thread runs a step of this model"
         if self.why is not None:
@@ -114,6 +114,12 @@ class Graphs:
             return self._step(forward, decoder, kwargs, layers, states)
         finally:
             self.lock.release()
+
+    def _why_extended(self, first: CacheLayer) -> str | None:
+        """Why a step over rows too long for the model is none: its launches grow with them."""
+        longest = max(first.rows) + 1
+        extended = any(layer.extends(longest) for layer in self.layers)
+        return "rows longer than the model knows are read chunk by chunk" if extended else None
 
     def forget(self, first: CacheLayer) -> None:
         """Begin anew with a cache: weights, adapters or hooks may have changed."""

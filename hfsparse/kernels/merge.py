@@ -1,0 +1,31 @@
+"""Attention over parts of a row, joined into attention over all of it.
+
+    merged = Merged(out, lse)       # of some keys
+    merged.add(other, other_lse)    # of others
+    merged.out, merged.lse
+
+Each part counts by the exponential of its LSE, as in Flash-Decoding and Ring Attention
+(arXiv 2310.01889). Kernels fill LSE where they are given a tensor for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Merged:
+    """Attention `[..., Dv]` over keys that were added, in float32, and its LSE `[...]`.
+
+    A part in which a query reads nothing has an LSE of -inf, and changes no bit.
+    """
+
+    def __init__(self, out: Tensor, lse: Tensor):
+        self.out, self.lse = out.float(), lse
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        """Add attention over other keys."""
+        total = torch.logaddexp(self.lse, lse)
+        base = total.masked_fill(total == -torch.inf, 0)  # queries that have read nothing yet
+        old, new = (torch.exp(each - base)[..., None] for each in (self.lse, lse))
+        self.out, self.lse = self.out * old + out.float() * new, total
