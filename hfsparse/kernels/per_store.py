@@ -40,25 +40,32 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
         scale: float,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-    ) -> Tensor:
+        lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ratio, plain, out = q.shape[1] // len(places.cells), softcap is None and s_aux is None, None
+        weight = q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
         for part, lists in zip(places.parts, pages, strict=True):
             heads = q_heads_of(part.heads, ratio)
             own = places.at(heads, q.device)
             more = {"scale": scale}
+            if lse:
+                more["lse"] = True
             if not plain:
                 more |= {"softcap": softcap, "s_aux": None if s_aux is None else s_aux[own]}
             for short, _, rows in group_rows([n < part.below for n in new.lengths.rows], q.device):
                 listed = None if short else lists
-                easy = plain and listed is None and (short or not part.size)
+                easy = plain and listed is None and (short or not part.size) and not lse
                 run = whole if easy and whole is not None else one
                 what = run, part, rows, q[:, own], new, more
                 made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
                 if rows is None and len(heads) == q.shape[1]:
                     return made
+                if lse:
+                    made, own_weight = made
+                    put_rows(weight, rows, own, own_weight)
                 out = q.new_empty(*q.shape[:3], places.v.shape[3]) if out is None else out
                 put_rows(out, rows, own, made)
-        return out
+        return (out, weight) if lse else out
 
     return decode
 

@@ -54,6 +54,11 @@ class _Softmax:
             return self.out * torch.exp(self.top - base) / total
         return self.out / total.masked_fill(total == 0, 1)
 
+    def lse(self, sink: Tensor | None = None) -> Tensor:
+        """The logarithm of the sum of weights `[R, n]`, the bare logit's too; -inf of none."""
+        found = self.top + self.sum.log()
+        return (found if sink is None else torch.logaddexp(found, sink))[..., 0]
+
 
 class _Skip:
     """Which tiles of R query blocks are worth reading, and how many of each block's were."""
@@ -85,7 +90,8 @@ def prefill(
     skip: float | None = None,
     skipped: Tensor | None = None,
     tile: tuple[int, int] | None = None,
-) -> Tensor:
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
     kv_heads [H]: the kv head that each q head reads. s_aux [H]: sink logits (gpt-oss).
@@ -95,6 +101,8 @@ def prefill(
     largest so far (skip-softmax; BLASST, arXiv 2512.12087). Tiles are a block by a block, or `tile`
     queries and keys; a query block reads its partial blocks first, then its full ones, then its
     columns, which are never skipped. skipped [H, 2] int64: tiles skipped and looked at are added.
+
+    lse: the logarithms of the sums of weights come, too: `[B, H, Sq]` float32, -inf of none.
     """
     grid, block = lists.grid, lists.grid.block
     B, H, Sq, D = q.shape
@@ -105,6 +113,7 @@ def prefill(
     reader = _Reader(k, v, lists, kv_heads, tile or (block, block))
     sinks = None if s_aux is None else s_aux.float().to(q.device)
     out = q.new_zeros(B * H * nq, block, v.shape[-1])
+    weight = q.new_empty(B * H * nq, block) if lse else None
     done, per_block = 0, block * max(block, D, v.shape[-1])
     while done < len(order):
         heaviest = max(1, int(work[order[done]]))
@@ -117,13 +126,19 @@ def prefill(
         reader.add_blocks(state, rows, step, skipping)
         if lists.columns is not None:
             reader.add_columns(state, rows)
-        out[rows] = state.result(None if sinks is None else sinks[reader.h[rows], None, None])
+        bare = None if sinks is None else sinks[reader.h[rows], None, None]
+        out[rows] = state.result(bare)
+        if lse:
+            weight[rows] = state.lse(bare)
         if skipped is not None:
             seen = work[rows].long() * reader.pieces * (block // reader.queries)
             lost = torch.zeros_like(seen) if skip is None else seen - skipping.read
             skipped.index_add_(0, reader.h[rows], torch.stack([lost, seen], 1))
-    out = out.view(B, H, nq * block, -1)[:, :, :Sq]
-    return out.masked_fill(grid.query_pos()[:, None, :, None] < 0, 0).to(v.dtype)
+    out, dead = out.view(B, H, nq * block, -1)[:, :, :Sq], grid.query_pos()[:, None] < 0
+    out = out.masked_fill(dead[..., None], 0).to(v.dtype)
+    if not lse:
+        return out
+    return out, weight.view(B, H, -1)[..., :Sq].masked_fill(dead, -torch.inf)
 
 
 def _flat(lists: BlockLists, t: Tensor) -> Tensor:
@@ -221,13 +236,14 @@ def decode(
     sink: int = 0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-) -> Tensor:
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """A few new queries q `[B, Hq, Q, D]` over a cache k, v `[B, Hkv, S, D]`: `[B, Hq, Q, Dv]`.
 
     query_pos [B, Q] and key_pos [B, S]: positions in the row, -1 in dead slots. length [B]: slots
     at or beyond it hold nothing either; key_pos=None: the others are their own positions. A key is
     read if it is not after the query, lies in a listed page (pages=None: all), and is among the
-    first `sink` tokens or not before `start` [B, Q].
+    first `sink` tokens or not before `start` [B, Q]. lse: as in `prefill`, `[B, Hq, Q]`.
     """
     B, Hq, Q, D = q.shape
     Hkv, S = k.shape[1:3]
@@ -261,4 +277,5 @@ def decode(
     if s_aux is not None:
         bare = s_aux.float().to(device).view(1, Hkv, group, 1).expand(B, -1, -1, Q)
         bare = bare.reshape(B * Hkv, -1, 1)
-    return state.result(bare).view(B, Hq, Q, -1).to(v.dtype)
+    out = state.result(bare).view(B, Hq, Q, -1).to(v.dtype)
+    return (out, state.lse(bare).view(B, Hq, Q)) if lse else out

@@ -5,9 +5,10 @@ Kernels know nothing of plans, models or caches. A row's check answers None, or 
 
 PREFILL(q, k, v, reads, kv_heads=None, *, scale, softcap, s_aux, skip, skipped) -> Tensor
     As `reference.prefill`; `reads` is a Grid, without kv_heads, where whole rows are read.
+    With `lse`, where a need asks for it: (Tensor, the logarithms of the sums of weights).
 DECODE(q, places, new, pages, *, scale, softcap, s_aux) -> Tensor [B, Hq, Q, Dv]
     All stores of a layer at once, as `per_store.by_store`; pages: a list for each part of the
-    places, None where it reads every page.
+    places, None where it reads every page. lse: as above.
 ESTIMATE(pattern, q, k, grid, scale) -> BlockLists
     As the pattern's `lists`.
 SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLists
@@ -42,6 +43,7 @@ from hfsparse.lists.places import Places
 from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
+NO_LSE = "no weight of what it reads, which means of the rest need"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
 _installed = cache(lambda name: find_spec(name) is not None)
@@ -70,6 +72,11 @@ def _triton(module: str, check: str = "why_not") -> Callable[[Need], str | None]
     return lambda need: no_triton(need) or getattr(_module(f"triton.{module}"), check)(need)
 
 
+def _triton_attention(module: str) -> Callable[[Need], str | None]:
+    can = _triton(module)
+    return lambda need: can(need) or (NO_LSE if need.lse else None)
+
+
 def _always(need: Need) -> None:
     """It can."""
 
@@ -79,14 +86,16 @@ def _dense_only(need: Need) -> str | None:
         return "reads every key: no block or page lists"
     if need.skip:
         return NO_SKIP
+    if need.lse:
+        return NO_LSE
     if need.bands:
         return "no windows of rings: those are read by the reference"
     return "no softcap, no sink logits" if need.logits else None
 
 
 def _fa4(need: Need) -> str | None:
-    if need.skip:
-        return NO_SKIP
+    if need.skip or need.lse:
+        return NO_SKIP if need.skip else NO_LSE
     if why := _module("fa4").why_not(need):
         return why
     if need.tokens < FA4_PAYS:
@@ -125,7 +134,7 @@ def _triton_decode(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
-        if isinstance(part.selector, Labelled):
+        if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
             )
@@ -137,12 +146,15 @@ PREFILL = (
     Kernel("FA4", _fa4_prefill, _fa4, fused=True),
     Kernel("torch sdpa", dense.prefill, _dense_only),
     Kernel(
-        "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
+        "Triton",
+        _by_lists(_lazily("triton.prefill", "prefill")),
+        _triton_attention("prefill"),
+        fused=True,
     ),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
 )
 DECODE = (
-    Kernel("Triton", _triton_decode, _triton("decode"), device_lengths=True),
+    Kernel("Triton", _triton_decode, _triton_attention("decode"), device_lengths=True),
     Kernel("torch sdpa", per_store.by_store(dense.decode), _dense_only),
     Kernel("reference (PyTorch)", per_store.by_store(reference.decode, dense.decode), _always),
 )

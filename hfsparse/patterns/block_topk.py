@@ -14,7 +14,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import means, products, visible
 from hfsparse.patterns.pattern import OWN, register
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.shares import ratio, share_of
 
 
@@ -25,6 +25,7 @@ class BlockTopK:
 
     share: float = 0.1
     min_blocks: int = 16
+    means: bool = later(False)
 
     def __post_init__(self):
         require(0 < self.share <= 1, f"share is {self.share}: give more than 0 and at most 1")

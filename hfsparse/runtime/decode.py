@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hfsparse.kernels import Need, Tables, pick
+from hfsparse.kernels import Need, Tables, means, pick
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
@@ -85,8 +85,20 @@ def decode(
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
     asked["latents"] = layer.rank > 0
+    corrected = [
+        (store, part)
+        for store, group, part in zip(layer.stores, layer_plan.groups, lists, strict=True)
+        if part is not None and group.means
+    ]
+    asked["lse"] = bool(corrected)
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
-    out = pick(tables.decode, need).run(q, places, step, lists, **logits.of())
+    run = pick(tables.decode, need).run
+    if corrected:
+        out, lse = run(q, places, step, lists, **logits.of(), lse=True)
+        for store, part in corrected:
+            out = _with_means(layer_plan, store, part, q, out, lse, step, logits)
+    else:
+        out = run(q, places, step, lists, **logits.of())
     for store in layer.stores:
         if store.group.eviction is not None:
             _count_kept(layer_plan, store, step)
@@ -96,6 +108,23 @@ def decode(
                 )
                 store.observe(q[:, at], step.lengths, **logits.of(at))
     return out
+
+
+def _with_means(
+    layer_plan: LayerPlan,
+    store: Full,
+    lists: PageLists,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    step: Step,
+    logits: Logits,
+) -> Tensor:
+    """`out` `[B, Hq, Q, Dv]`, of weights `lse`, and what a store's heads leave out."""
+    heads = q_heads_of(store.group.heads, q.shape[1] // layer_plan.kv_heads)
+    at, more = layer_plan.at(heads, q.device), {"scale": logits.scale, "softcap": logits.softcap}
+    given = store.indexed(step.longest), lists, step.query_pos, step.length >= store.below
+    return means.merge(out, lse, at, *means.decode(q[:, at], *given, **more))
 
 
 def _count_kept(layer_plan: LayerPlan, store: Evicting, step: Step) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hfsparse.kernels import Need, pick
+from hfsparse.kernels import Need, means, pick
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
@@ -175,15 +175,29 @@ class Part:
         lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
         pairs = pick(tables.count, need).run(lists)
         counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
-        kernel = pick(tables.prefill, need._replace(lists=True, logits=logits.special))
-        q = self.q[:, at(listed.q, device)]
+        asked = {"logits": logits.special, "lse": bool(listed.means)}
+        kernel = pick(tables.prefill, need._replace(lists=True, **asked))
+        q, more = self.q[:, at(listed.q, device)], logits.of(own)
         given = q, self.k, self.v, lists, at.tensor(listed.kv, device)
-        if self.group.skip is None:
-            return kernel.run(*given, **logits.of(own))
-        tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
-        made = kernel.run(*given, **logits.of(own), skip=self.group.skip, skipped=tiles)
-        counts.add_skipped(own, tiles)
+        if self.group.skip is not None:
+            tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
+            more |= {"skip": self.group.skip, "skipped": tiles}
+        if not listed.means:
+            made = kernel.run(*given, **more)
+        else:
+            made, lse = kernel.run(*given, **more, lse=True)
+            made = self._with_means(listed, made, lse, *given)
+        if self.group.skip is not None:
+            counts.add_skipped(own, tiles)
         return made
+
+    def _with_means(self, listed: Listed, made, lse, q, k, v, lists: BlockLists, kv) -> Tensor:
+        """`made` `[B, H, Q, Dv]`, of weights `lse`, and what heads leave out by their lists."""
+        logits, index = self.layer_call.logits, self.layer_call.layer_plan.at
+        at = index(listed.means, q.device)
+        given = q[:, at], k, v, lists.in_order(listed.means, index), kv[at]
+        more = means.prefill(*given, scale=logits.scale, softcap=logits.softcap)
+        return means.merge(made, lse, at, *more)
 
     def _fused(self, need: Need) -> bool:
         """Whether a kernel reads lists at no more cost than whole rows."""

@@ -159,16 +159,47 @@ def _attend(
             later = (own & torch.ones_like(own).triu(1)).any(1)
             kept = torch.where(later[:, None], own, kept)
         k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
+        sizes = _corrected(truth.plan, layer, Hq, decode, k.shape[1])
+        k, v, kept, weight = _with_means(k, v, kept, sizes, sliding_window)
         logits = q.float() @ k.transpose(1, 2) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~kept, -torch.inf)
+        logits = (logits + weight).masked_fill(~kept, -torch.inf)
         if s_aux is not None:  # one more logit, of a key without a value
             bare = s_aux.float()[:, None, None].expand(Hq, len(logits[0]), 1)
             logits = torch.cat([logits, bare], -1)
         weights = torch.softmax(logits, -1)[..., : k.shape[1]]
         out[b, :, pads:] = (weights @ v).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _corrected(plan, layer, Hq, decode, total) -> list[int]:
+    """By q head: tokens of the units that enter by their means where none is read; 0: none do."""
+    words = plan.layers[layer].decode if decode else plan.layers[layer].prefill
+    sizes = []
+    for head in range(Hq):
+        pattern = plan.patterns.get(words[head * len(words) // Hq])
+        size = pattern.budget.unit if hasattr(pattern, "budget") else default_block(total)
+        sizes.append(size if getattr(pattern, "means", False) else 0)
+    return sizes
+
+
+def _with_means(k, v, kept, sizes, window):
+    """k, v `[Hq, total, D]` and kept `[Hq, n, total]`, and behind them a key for each unit of a
+    head that a query sees whole and reads nothing of; with what is added to each key's logit."""
+    Hq, n, total = kept.shape
+    at, added = torch.arange(total - n, total)[:, None], []
+    weight = torch.zeros(Hq, 1, total)
+    for first, head in ((f, h) for h, s in enumerate(sizes) if s for f in range(0, total, s)):
+        unit = torch.arange(first, min(first + sizes[head], total))
+        seen = (unit <= at) & (at - unit < (total if window is None else window))
+        mine = torch.arange(Hq) == head
+        whole = seen.all(1) & ~kept[head][:, unit].any(1)
+        means = (t[:, unit].mean(1, keepdim=True) for t in (k, v))
+        logs = torch.full((Hq, 1, 1), len(unit)).log()
+        added.append((*means, (mine[:, None] & whole)[..., None], logs))
+    parts = zip((k, v, kept, weight), *added, strict=True)
+    return [torch.cat(each, dim) for each, dim in zip(parts, (1, 1, 2, 2), strict=True)]
 
 
 def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
