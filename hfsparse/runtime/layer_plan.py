@@ -89,6 +89,11 @@ class LayerPlan:
         own = self.groups if self.producer is None else ()
         return sum(len(group.heads) for group in own if group.eviction is not None)
 
+    @property
+    def means(self) -> bool:
+        """Whether steps read what some heads leave out by its means."""
+        return any(group.means for group in self.groups)
+
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at

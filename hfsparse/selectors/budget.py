@@ -41,7 +41,7 @@ class Budget:
         require(self.unit in UNITS, f"unit is {self.unit}: give {given} tokens")
         require(
             self.unit > 1 or not self.means,
-            f"means is {self.means} and unit is 1: give units of 8 tokens or more, or false",
+            f"means is {self.means}: give false, or a unit of 8 tokens or more",
         )
 
     @property

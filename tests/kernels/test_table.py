@@ -48,6 +48,17 @@ def test_where_triton_runs_it_is_taken(name, monkeypatch):
     assert chosen.name == "Triton"
 
 
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_where_means_join_only_the_reference_says_what_weight_the_rest_has(name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(table, "no_triton", lambda need: None)
+    for lists in (True, False):
+        asked = need(name, lists=lists, lse=True)
+        *others, last = getattr(kernels.TABLES, name)
+        assert kernels.pick.__wrapped__((*others, last), asked) is last
+        assert table.NO_LSE in [row.why_not(asked) for row in others]
+
+
 @pytest.mark.parametrize("latents", [True, False])
 def test_triton_serves_steps_over_latents_wider_than_any_head(latents, monkeypatch):
     """DeepSeek's 512 dims and 64 rotated ones, in 227 KiB of shared memory (H100)."""

@@ -23,6 +23,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.probe import attention_modules
+from tests.helpers import with_means
 from tests.patterns.matrix import oracle_pages
 
 NAME = "plan_oracle"
@@ -160,7 +161,8 @@ def _attend(
             kept = torch.where(later[:, None], own, kept)
         k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
         sizes = _corrected(truth.plan, layer, Hq, decode, k.shape[1])
-        k, v, kept, weight = _with_means(k, v, kept, sizes, sliding_window)
+        seen = _seen(q.shape[1], k.shape[1], sliding_window)
+        k, v, kept, weight = with_means(k, v, kept, seen, sizes)
         logits = q.float() @ k.transpose(1, 2) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -184,22 +186,10 @@ def _corrected(plan, layer, Hq, decode, total) -> list[int]:
     return sizes
 
 
-def _with_means(k, v, kept, sizes, window):
-    """k, v `[Hq, total, D]` and kept `[Hq, n, total]`, and behind them a key for each unit of a
-    head that a query sees whole and reads nothing of; with what is added to each key's logit."""
-    Hq, n, total = kept.shape
-    at, added = torch.arange(total - n, total)[:, None], []
-    weight = torch.zeros(Hq, 1, total)
-    for first, head in ((f, h) for h, s in enumerate(sizes) if s for f in range(0, total, s)):
-        unit = torch.arange(first, min(first + sizes[head], total))
-        seen = (unit <= at) & (at - unit < (total if window is None else window))
-        mine = torch.arange(Hq) == head
-        whole = seen.all(1) & ~kept[head][:, unit].any(1)
-        means = (t[:, unit].mean(1, keepdim=True) for t in (k, v))
-        logs = torch.full((Hq, 1, 1), len(unit)).log()
-        added.append((*means, (mine[:, None] & whole)[..., None], logs))
-    parts = zip((k, v, kept, weight), *added, strict=True)
-    return [torch.cat(each, dim) for each, dim in zip(parts, (1, 1, 2, 2), strict=True)]
+def _seen(n, total, window) -> torch.Tensor:
+    """bool [n, total]: keys that the model lets a row's newest queries read."""
+    back = torch.arange(total - n, total)[:, None] - torch.arange(total)
+    return (back >= 0) & (back < (total if window is None else window))
 
 
 def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
