@@ -60,11 +60,10 @@ def decode(
     used = torch.arange(lists.pages.shape[2], device=q.device) < lists.count[..., None]
     read = torch.zeros(*k.shape[:2], U + 1, dtype=torch.bool, device=q.device)
     read.scatter_(2, torch.where(used, lists.pages, U), True)
-    last = torch.arange(1, U + 1, device=q.device) * unit - 1
-    whole = last <= query_pos.amax(1, keepdim=True)  # [B, U]; others may hold anything
-    kept = (~read[..., :U] & (whole & corrected[:, None])[:, None])[:, :, None]
-    kept = kept & (last <= query_pos[..., None])[:, None]  # [B, H, Q, U]
-    k, v = (t.masked_fill(~whole[:, None, :, None], 0) for t in (k, v))
+    seen = (torch.arange(U, device=q.device) + 1) * unit <= query_pos[..., None] + 1  # [B, Q, U]
+    kept = ~read[..., None, :U] & (seen & corrected[:, None, None])[:, None]  # [B, H, Q, U]
+    dead = ~seen.any(1)[:, None, :, None]  # of no whole unit: it may hold anything
+    k, v = (t.masked_fill(dead, 0) for t in (k, v))
     return _attend(q, k, v, kept, log(unit), scale, softcap)
 
 

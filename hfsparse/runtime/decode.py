@@ -92,13 +92,10 @@ def decode(
     ]
     asked["lse"] = bool(corrected)
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
-    run = pick(tables.decode, need).run
+    more = logits.of() | ({"lse": True} if corrected else {})
+    out = pick(tables.decode, need).run(q, places, step, lists, **more)
     if corrected:
-        out, lse = run(q, places, step, lists, **logits.of(), lse=True)
-        for store, part in corrected:
-            out = _with_means(layer_plan, store, part, q, out, lse, step, logits)
-    else:
-        out = run(q, places, step, lists, **logits.of())
+        out = _with_means(layer_plan, corrected, q, *out, step, logits)
     for store in layer.stores:
         if store.group.eviction is not None:
             _count_kept(layer_plan, store, step)
@@ -112,19 +109,21 @@ def decode(
 
 def _with_means(
     layer_plan: LayerPlan,
-    store: Full,
-    lists: PageLists,
+    corrected: list[tuple[Full, PageLists]],
     q: Tensor,
     out: Tensor,
     lse: Tensor,
     step: Step,
     logits: Logits,
 ) -> Tensor:
-    """`out` `[B, Hq, Q, Dv]`, of weights `lse`, and what a store's heads leave out."""
-    heads = q_heads_of(store.group.heads, q.shape[1] // layer_plan.kv_heads)
-    at, more = layer_plan.at(heads, q.device), {"scale": logits.scale, "softcap": logits.softcap}
-    given = store.indexed(step.longest), lists, step.query_pos, step.length >= store.below
-    return means.merge(out, lse, at, *means.decode(q[:, at], *given, **more))
+    """`out` `[B, Hq, Q, Dv]`, of weights `lse`, and what heads of some stores leave out."""
+    more = {"scale": logits.scale, "softcap": logits.softcap}
+    for store, lists in corrected:
+        heads = q_heads_of(store.group.heads, q.shape[1] // layer_plan.kv_heads)
+        at = layer_plan.at(heads, q.device)
+        given = store.indexed(step.longest), lists, step.query_pos, step.length >= store.below
+        out = means.merge(out, lse, at, *means.decode(q[:, at], *given, **more))
+    return out
 
 
 def _count_kept(layer_plan: LayerPlan, store: Evicting, step: Step) -> None:

@@ -182,11 +182,11 @@ class Part:
         if self.group.skip is not None:
             tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
             more |= {"skip": self.group.skip, "skipped": tiles}
-        if not listed.means:
-            made = kernel.run(*given, **more)
-        else:
-            made, lse = kernel.run(*given, **more, lse=True)
-            made = self._with_means(listed, made, lse, *given)
+        if listed.means:
+            more |= {"lse": True}
+        made = kernel.run(*given, **more)
+        if listed.means:
+            made = self._with_means(listed, *made, *given)
         if self.group.skip is not None:
             counts.add_skipped(own, tiles)
         return made
