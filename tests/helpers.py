@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,27 @@ def truth(
         bare = s_aux.float()[None, :, None, None].expand(*logits.shape[:3], 1)
         return torch.softmax(torch.cat([logits, bare], 3), 3)[..., :-1] @ v
     return torch.softmax(logits, 3).nan_to_num(0) @ v
+
+
+def with_means(k: Tensor, v: Tensor, kept: Tensor, seen: Tensor, sizes: Sequence[int]):
+    """A row's k, v `[H, S, D]` and kept `[H, Q, S]`, and behind these a key for each unit of so
+    many tokens (0: none) of a head that a query sees whole and reads nothing of: its mean.
+
+    seen [Q, S]: what a query may read at all. The fourth is what is added to logits `[H, 1, n]`.
+    """
+    H, _, S = kept.shape
+    parts = [(k, v, kept, torch.zeros(H, 1, S, dtype=k.dtype))]
+    for first, head in ((f, h) for h, size in enumerate(sizes) if size for f in range(0, S, size)):
+        unit = slice(first, first + sizes[head])
+        whole = seen[:, unit].all(1) & ~kept[head, :, unit].any(1)
+        mine = whole & (torch.arange(H) == head)[:, None]
+        means = (t[:, unit].mean(1, keepdim=True) for t in (k, v))
+        count = torch.full((H, 1, 1), k[0, unit].shape[0], dtype=k.dtype)
+        parts.append((*means, mine[..., None], count.log()))
+    return [
+        torch.cat(each, dim)
+        for each, dim in zip(zip(*parts, strict=True), (1, 1, 2, 2), strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.frontier MODEL --out DIR --ask decode [--lengths 8192,24576]
         [--texts 96] [--batch 32] [--arms REGEX] [--shares 0.02,0.06,0.12,0.25] [--seconds 480]
-    python -m benchmarks.studies.frontier MODEL --out DIR --ask prefill …
+    python -m benchmarks.studies.frontier MODEL --out DIR --ask prefill|whole …
     python -m benchmarks.studies.frontier --out DIR --tables --picture FILE
 
 All heads of all layers follow one arm. Texts hide facts, and one is asked for at their end (the
@@ -10,7 +10,8 @@ puzzles of `studies/methods`); the right answer is read token by token, and coun
 of its tokens is the model's first choice. `decode`: the prompt but its last token is read densely,
 once for all arms; that token and the answer are decode steps under the arm. `prefill`: the prompt
 is read under the arm, the answer densely. `prose`, beside them: perplexity over the dense model's,
-of the last tokens of long texts, read in steps or in the prompt.
+of the last tokens of long texts, read in steps or in the prompt. `whole`: the answer is part of the
+prompt that is read under the arm; of prose its second half is judged.
 
 Share is what was read: of decode, keys over all keys; of prompts, causal pairs. Index is the bytes
 that a selector keeps of a token, over those of its key and value. What an arm costs in time is
@@ -56,6 +57,7 @@ from hfsparse.selectors import SELECTORS
 SEED, FEWEST = 11, 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
+ASKED = "decode", "prefill", "whole"
 CHUNK = 8192  # tokens of a prompt that are read together, so that a batch fits
 CALIBRATE = {4096: 2, 8192: 2, 24576: 2}  # tokens of prompts: how many
 
@@ -65,6 +67,8 @@ CHOOSERS = {
     "quest, pages by bounds over 16": ("quest", {"bound": 16}),
     "quest, units of 16": ("quest", {"unit": 16}),
     "quest, units of 8": ("quest", {"unit": 8}),
+    "quest, pages, means": ("quest", {"means": True}),
+    "quest, units of 16, means": ("quest", {"unit": 16, "means": True}),
     "lowrank 32, pages": ("lowrank", {"unit": 64}),
     "lowrank 32, units of 16": ("lowrank", {"unit": 16}),
     "lowrank 32, units of 8": ("lowrank", {"unit": 8}),
@@ -91,6 +95,8 @@ PATTERN_ARMS = {
     "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
     "strided": [{"stride": s} for s in (8, 16)],
 }
+for kind in ("block_topk", "antidiagonal", "energy"):
+    PATTERN_ARMS[kind] += [{**more, "means": True} for more in PATTERN_ARMS[kind]]
 
 
 # ---- texts
@@ -229,7 +235,7 @@ def batches(tokenizer, given, length: int):
     """Name, prompts `[B, length]` and values, of texts and of prose."""
     for kind, make, count in (
         ("text", make_text, given.texts),
-        ("prose", make_prose, given.texts // 8),
+        ("prose", make_prose, given.texts // 8 if given.prose is None else given.prose),
     ):
         for first in range(0, count, given.batch):
             at = range(first, min(first + given.batch, count))
@@ -277,6 +283,20 @@ def ask_prefill(model, names, ids, values, arms, note) -> None:
         del cache
 
 
+def ask_whole(model, names, ids, values, arms, note) -> None:
+    whole = torch.cat([ids, tail_of(values, ids.device)], 1).to(model.device)
+    first = whole.shape[1] // 2 if names[0].startswith("prose") else ids.shape[1]
+    wanted = values if first == ids.shape[1] else whole[:, first:].tolist()
+    for arm, plan in arms.items():
+        if f"{arm}|{names[0]}" in note.rows:
+            continue
+        with hfsparse.patch(model, plan) as handle, torch.inference_mode():
+            hidden = read(model, whole[:, :-1], DynamicCache())[:, first - 1 :]
+            found = judge(read_logits(model, hidden), wanted)
+            share = handle.stats().pair_density
+        note(arm, names, found, share, 0.0)
+
+
 class Notes:
     """Rows of a journal, one a batch of texts and arm."""
 
@@ -301,7 +321,7 @@ def ask(given) -> None:
     this = ModelId.of(model)
     arms = {DENSE: Plan.full(this)}
     arms |= {name: plan_of(this, word, given.ask, data) for name, word in words.items()}
-    run = {"decode": ask_decode, "prefill": ask_prefill}[given.ask]
+    run = {"decode": ask_decode, "prefill": ask_prefill, "whole": ask_whole}[given.ask]
     start = time.time()
     for length in given.lengths:
         for names, ids, values in batches(tokenizer, given, length):
@@ -315,7 +335,7 @@ def ask(given) -> None:
 
 
 def tables(given) -> None:
-    for phase in ("decode", "prefill"):
+    for phase in ASKED:
         file = given.out / f"{phase}.jsonl"
         if file.exists():
             print(f"## {phase}\n\n{read_journal(file)[0]}\n")
@@ -422,9 +442,10 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ask", choices=["decode", "prefill"])
+    parser.add_argument("--ask", choices=ASKED)
     parser.add_argument("--lengths", type=numbers(int), default=[8192, 24576])
     parser.add_argument("--texts", type=int, default=96)
+    parser.add_argument("--prose", type=int, help="texts of it; an eighth of the others")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--arms", default="", help="a regular expression")
     parser.add_argument("--shares", type=numbers(float), default=[0.02, 0.06, 0.12, 0.25])

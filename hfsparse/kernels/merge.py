@@ -3,6 +3,7 @@
     merged = Merged(out, lse)       # of some keys
     merged.add(other, other_lse)    # of others
     merged.out, merged.lse
+    join(out, lse, heads, other, other_lse)     # for some heads alone, in the dtype of `out`
 
 Each part counts by the exponential of its LSE, as in Flash-Decoding and Ring Attention
 (arXiv 2310.01889). Kernels fill LSE where they are given a tensor for it.
@@ -29,3 +30,15 @@ class Merged:
         base = total.masked_fill(total == -torch.inf, 0)  # queries that have read nothing yet
         old, new = (torch.exp(each - base)[..., None] for each in (self.lse, lse))
         self.out, self.lse = self.out * old + out.float() * new, total
+
+
+def join(out: Tensor, lse: Tensor, at: slice | Tensor, other: Tensor, more: Tensor) -> Tensor:
+    """`out` `[B, H, Q, Dv]` whose heads `at` attend to the keys of `other` `[B, n, Q, Dv]`, too.
+
+    lse `[B, H, Q]`, more `[B, n, Q]`: the LSE of each by itself.
+    """
+    merged = Merged(out[:, at], lse[:, at])
+    merged.add(other, more)
+    found = out.clone()  # what it is made of stays as it is, for gradients
+    found[:, at] = merged.out.to(out.dtype)
+    return found

@@ -131,7 +131,7 @@ def _triton_decode(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
-        if isinstance(part.selector, Labelled):
+        if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
             )

@@ -95,8 +95,8 @@ class BlockLists:
         )
 
     def in_order(self, order: Sequence[int], index: HeadIndex) -> BlockLists:
-        """The same with the head at `order[i]` as the i-th."""
-        if all(i == head for i, head in enumerate(order)):
+        """Those of some heads, or all: the head at `order[i]` as the i-th."""
+        if tuple(order) == tuple(range(self.heads)):
             return self
         at = index(order, self.full_count.device)
         names = "full_count full_index part_count part_index columns covered cut".split()

@@ -115,16 +115,17 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
     prefill, decode = tables.prefill, tables.decode
 
     def describe(layer: LayerPlan) -> str:
-        skip = layer.skip is not None
-        listed = pick(prefill, need._replace(lists=True, skip=skip)).name
+        skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
+        listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
+        own = step._replace(lse=layer.means)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
-            "selected": pick(decode, step._replace(lists=True)).name,
-            "ring": (bands := pick(decode, step._replace(bands=True)).name),
+            "selected": pick(decode, own._replace(lists=True)).name,
+            "ring": (bands := pick(decode, own._replace(bands=True)).name),
             "windowed": bands,
-            "kept": pick(decode, step).name,
-            "full": pick(decode, step).name,
+            "kept": pick(decode, own).name,
+            "full": pick(decode, own).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
         dropping = "ring" if layer.window is None else "windowed"

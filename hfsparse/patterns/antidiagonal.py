@@ -17,7 +17,7 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import visible
 from hfsparse.patterns.pattern import OWN, register
 from hfsparse.precision import exact
-from hfsparse.registry import require_shares
+from hfsparse.registry import later, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 STRIDE = 16  # tokens in a group
@@ -30,6 +30,7 @@ class Antidiagonal:
 
     tau: float = 0.9
     max_share: float = 0.5
+    means: bool = later(False)
 
     def __post_init__(self):
         require_shares(self, "tau", "max_share")

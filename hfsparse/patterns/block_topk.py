@@ -14,7 +14,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import means, products, visible
 from hfsparse.patterns.pattern import OWN, register
-from hfsparse.registry import require, require_shares
+from hfsparse.registry import later, require, require_shares
 from hfsparse.shares import ratio, share_of
 
 
@@ -25,6 +25,7 @@ class BlockTopK:
 
     share: float = 0.1
     min_blocks: int = 16
+    means: bool = later(False)
 
     def __post_init__(self):
         require_shares(self, "share")

@@ -20,7 +20,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, means, ordered, products, visible
 from hfsparse.patterns.pattern import register
-from hfsparse.registry import require, require_shares
+from hfsparse.registry import later, require, require_shares
 from hfsparse.shares import ratio, share_of
 
 
@@ -39,6 +39,7 @@ class Energy:
     recent_blocks: int = 4
     dense_blocks: int = 0
     max_share: float = 0.5
+    means: bool = later(False)
 
     def __post_init__(self):
         require_shares(self, "alpha", "max_share")

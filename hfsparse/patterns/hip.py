@@ -16,7 +16,7 @@ from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, ordered, visible
 from hfsparse.patterns.pattern import register
 from hfsparse.precision import exact
-from hfsparse.registry import require, require_shares
+from hfsparse.registry import later, require, require_shares
 from hfsparse.shares import ratio, share_of
 
 EVERY = 4  # queries of a block, of which one is asked
@@ -31,6 +31,7 @@ class HiP:
     share: float = 0.1
     sink: int = 256
     recent: int = 1024
+    means: bool = later(False)
 
     def __post_init__(self):
         require_shares(self, "share")

@@ -19,7 +19,7 @@ from torch import Tensor
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.blocks import leading, means, ordered, products, tokens, visible
 from hfsparse.patterns.pattern import register
-from hfsparse.registry import require, require_shares
+from hfsparse.registry import later, require, require_shares
 from hfsparse.shares import counted, ratio, share_of
 
 
@@ -36,6 +36,7 @@ class Sparge:
     theta: float = -0.1
     tau: float = 0.98
     max_share: float = 0.5
+    means: bool = later(False)
 
     def __post_init__(self):
         require(-1 <= self.theta <= 1, f"theta is {self.theta}: give -1 to 1")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hfsparse.kernels import Need, Tables, pick
+from hfsparse.kernels import Need, Tables, means, pick
+from hfsparse.kernels.merge import join
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
@@ -85,18 +86,27 @@ def decode(
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
-    asked["latents"], asked["lse"] = layer.rank > 0, extension is not None
+    corrected = [
+        (store, part)
+        for store, group, part in zip(layer.stores, layer_plan.groups, lists, strict=True)
+        if part is not None and group.means
+    ]
+    asked["latents"], asked["lse"] = layer.rank > 0, bool(corrected) or extension is not None
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     run = pick(tables.decode, need).run
-    if extension is None:
-        out = run(q, places, step, lists, **logits.of())
-    else:
+    if extension is not None:
 
         def read(q: Tensor, low: int, high: int, lse: Tensor) -> Tensor:
             given = {**logits.part(low).of(), "span": (low, high), "lse": lse}
             return run(q, places, step, lists, **given)
 
         out = extension.attend(q, step.query_pos, step.lengths.longest, read)
+    elif corrected:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        out = run(q, places, step, lists, **logits.of(), lse=lse)
+        out = _with_means(layer_plan, corrected, q, out, lse, step, logits)
+    else:
+        out = run(q, places, step, lists, **logits.of())
     for store in layer.stores:
         if store.group.eviction is not None:
             _count_kept(layer_plan, store, step)
@@ -105,6 +115,25 @@ def decode(
                     q_heads_of(store.group.heads, q.shape[1] // k.shape[1]), q.device
                 )
                 store.observe(q[:, at], step.lengths, **logits.of(at))
+    return out
+
+
+def _with_means(
+    layer_plan: LayerPlan,
+    corrected: list[tuple[Full, PageLists]],
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    step: Step,
+    logits: Logits,
+) -> Tensor:
+    """`out` `[B, Hq, Q, Dv]`, of weights `lse`, and what heads of some stores leave out."""
+    more = {"scale": logits.scale, "softcap": logits.softcap}
+    for store, lists in corrected:
+        heads = q_heads_of(store.group.heads, q.shape[1] // layer_plan.kv_heads)
+        at = layer_plan.at(heads, q.device)
+        given = store.indexed(step.longest), lists, step.query_pos, step.length >= store.below
+        out = join(out, lse, at, *means.decode(q[:, at], *given, **more))
     return out
 
 

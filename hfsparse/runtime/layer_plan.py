@@ -96,6 +96,11 @@ class LayerPlan:
         extension = self.extension
         return extension if extension is not None and extension.rule.changes(tokens) else None
 
+    @property
+    def means(self) -> bool:
+        """Whether steps read what some heads leave out by its means."""
+        return any(group.means for group in self.groups)
+
     def new_cache(self, reserve: int = 0, expected: int = 0) -> CacheLayer:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at

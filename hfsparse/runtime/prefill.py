@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hfsparse.kernels import Need, pick
+from hfsparse.kernels import Need, means, pick
+from hfsparse.kernels.merge import join
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
@@ -177,14 +178,13 @@ class Part:
         pairs = pick(tables.count, need).run(lists)
         counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
         extension, need = self._extension, need._replace(lists=True, logits=logits.special)
-        kernel = pick(tables.prefill, need._replace(lse=extension is not None))
+        asked = bool(listed.means) or extension is not None
+        kernel = pick(tables.prefill, need._replace(lse=asked))
         q, kv, more = self.q[:, at(listed.q, device)], at.tensor(listed.kv, device), {}
         if self.group.skip is not None:
             tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
             more = {"skip": self.group.skip, "skipped": tiles}
-        if extension is None:
-            made = kernel.run(q, self.k, self.v, lists, kv, **logits.of(own), **more)
-        else:
+        if extension is not None:
 
             def read(q: Tensor, low: int, high: int, lse: Tensor) -> Tensor:
                 some, given = lists.within(low, high), {**logits.part(low).of(own), **more}
@@ -192,6 +192,12 @@ class Part:
 
             longest = self.layer_call.lengths.longest
             made = extension.attend(q, self.grid.query_pos(), longest, read)
+        elif listed.means:
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            made = kernel.run(q, self.k, self.v, lists, kv, **logits.of(own), **more, lse=lse)
+            made = self._with_means(listed, made, lse, q, lists, kv)
+        else:
+            made = kernel.run(q, self.k, self.v, lists, kv, **logits.of(own), **more)
         if more:
             counts.add_skipped(own, tiles)
         return made
@@ -200,6 +206,16 @@ class Part:
     def _extension(self) -> Extension | None:
         """How the call's rows are read, if they are too long for the model."""
         return self.layer_call.layer_plan.extends(self.layer_call.lengths.longest)
+
+    def _with_means(
+        self, listed: Listed, made: Tensor, lse: Tensor, q: Tensor, lists: BlockLists, kv: Tensor
+    ) -> Tensor:
+        """`made` `[B, H, Q, Dv]`, of `lse`, and what heads leave out by their lists."""
+        logits, index = self.layer_call.logits, self.layer_call.layer_plan.at
+        at = index(listed.means, q.device)
+        given = q[:, at], self.k, self.v, lists.in_order(listed.means, index), kv[at]
+        more = means.prefill(*given, scale=logits.scale, softcap=logits.softcap)
+        return join(made, lse, at, *more)
 
     def _fused(self, need: Need) -> bool:
         """Whether a kernel reads lists at no more cost than whole rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 from hfsparse.lists import FULL, Band
@@ -35,6 +35,14 @@ class Listed:
     kv: tuple[int, ...]  # the kv head of each
     heads: tuple[int, ...]
     order: tuple[int, ...]  # where each stands among the routes' heads, one route after another
+
+    @cached_property
+    def means(self) -> tuple[int, ...]:
+        """Places in `q` of heads that read what they leave out by its means."""
+        held = [
+            i for route in self.routes for i in route.q if getattr(route.pattern, "means", False)
+        ]
+        return tuple(i for i, head in enumerate(self.q) if head in held)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ class Budget:
     unit: tokens that are chosen together, a page or a part of one. The row's first page and those
     of the new queries are always read. refresh: a row's choice is read until it has grown by so
     many tokens; 0: each step chooses. top_p: units are read until they hold this share of the
-    votes, at most `share` of them; 0: always so many.
+    votes, at most `share` of them; 0: always so many. means: the others enter the softmax by their
+    means (`kernels.means`), which are kept beside the index.
     """
 
     share: float
@@ -29,6 +30,7 @@ class Budget:
     refresh: int = 0
     top_p: float = 0.0
     unit: int = PAGE
+    means: bool = False
 
     def __post_init__(self):
         require_shares(self, "share")
@@ -37,6 +39,10 @@ class Budget:
         require(0 <= self.top_p < 1, f"top_p is {self.top_p}: give less than 1; 0 is off")
         given = ", ".join(map(str, UNITS[:-1])) + f" or {PAGE}"
         require(self.unit in UNITS, f"unit is {self.unit}: give {given} tokens")
+        require(
+            self.unit > 1 or not self.means,
+            f"means is {self.means}: give false, or a unit of 8 tokens or more",
+        )
 
     @property
     def counted(self) -> bool:

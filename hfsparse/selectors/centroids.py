@@ -24,7 +24,7 @@ from torch.nn.functional import normalize, one_hot
 
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of, products
 from hfsparse.selectors.selector import register
 
@@ -36,7 +36,7 @@ ROUNDS = 4  # of k-means
 class Centroids:
     """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
 
-    refresh, top_p, unit: as in `Budget`. clusters: of each page's 64 keys.
+    refresh, top_p, unit, means: as in `Budget`. clusters: of each page's 64 keys.
     """
 
     share: float = 0.06
@@ -45,6 +45,7 @@ class Centroids:
     top_p: float = 0.0
     unit: int = 1
     clusters: int = 8
+    means: bool = later(False)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
@@ -54,7 +55,7 @@ class Centroids:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit, self.means)
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Centroids:
         """The same for all heads of all layers."""

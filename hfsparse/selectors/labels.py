@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hfsparse.lists import PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of, products
 from hfsparse.selectors.table import DeviceTensor
 
@@ -27,7 +27,7 @@ STEPS = (2.0**-24, 65504.0)  # the smallest and the largest that float16 has
 class Labelled:
     """A selector that keeps labels: one has its projections by `bind`, from a table of the plan.
 
-    share, min_pages, refresh, top_p, unit: as in `Budget`. bits: 4, 8 or 16, of each number.
+    share, min_pages, refresh, top_p, unit, means: as in `Budget`. bits: 4, 8 or 16, of each number.
     """
 
     share: float = 0.06
@@ -36,6 +36,7 @@ class Labelled:
     top_p: float = 0.0
     unit: int = 16
     bits: int = 4
+    means: bool = later(False)
     # The projections [H, D, rank] of keys, to be kept, and of queries, which ask.
     kept: DeviceTensor | None = field(default=None, compare=False, repr=False)
     asked: DeviceTensor | None = field(default=None, compare=False, repr=False)
@@ -52,7 +53,7 @@ class Labelled:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit, self.means)
 
     def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
         """The index of keys `[B, H, n, PAGE, D]`, 0 where they are not real.

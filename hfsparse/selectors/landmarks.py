@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hfsparse.lists import UNITS, PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of, beyond, products
 from hfsparse.selectors.selector import register
 from hfsparse.shares import ratio, share_of
@@ -34,8 +34,8 @@ CHUNK = 8  # tokens of a landmark
 class Landmarks:
     """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
 
-    refresh, top_p: as in `Budget`. unit: tokens that are read together, one or more chunks of 8.
-    outliers: share of a row's chunks that come before all others; 0: none.
+    refresh, top_p, means: as in `Budget`. unit: tokens that are read together, one or more chunks
+    of 8. outliers: share of a row's chunks that come before all others; 0: none.
     """
 
     share: float = 0.06
@@ -44,6 +44,7 @@ class Landmarks:
     top_p: float = 0.0
     unit: int = CHUNK
     outliers: float = 0.003
+    means: bool = later(False)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
@@ -53,7 +54,7 @@ class Landmarks:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit, self.means)
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Landmarks:
         """The same for all heads of all layers."""

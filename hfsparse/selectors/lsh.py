@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hfsparse.lists import PageLists
 from hfsparse.precision import exact
-from hfsparse.registry import require
+from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of
 from hfsparse.selectors.selector import register
 from hfsparse.selectors.table import DeviceTensor, layer_of
@@ -41,9 +41,9 @@ MOST_BITS, MOST_TABLES = 32, 256
 class Lsh:
     """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
 
-    refresh, top_p, unit: as in `Budget`. bits: of a table. tables: how many; a key takes an eighth
-    of bits times tables in bytes. seed: of the planes. data: the plan's table, with the `mean`
-    `[layers, kv heads, D]` of the keys.
+    refresh, top_p, unit, means: as in `Budget`. bits: of a table. tables: how many; a key takes an
+    eighth of bits times tables in bytes. seed: of the planes. data: the plan's table, with the
+    `mean` `[layers, kv heads, D]` of the keys.
     """
 
     share: float = 0.06
@@ -55,6 +55,7 @@ class Lsh:
     tables: int = 16
     seed: int = 0
     data: str = "lsh"
+    means: bool = later(False)
     planes: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [H, D, planes]
     side: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [H, planes]
     worth: DeviceTensor | None = field(default=None, compare=False, repr=False)  # [planes + 1]
@@ -69,7 +70,7 @@ class Lsh:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit, self.means)
 
     def bind(self, layer: int, heads: Sequence[int], data: dict[str, Tensor] | None) -> Lsh:
         """With planes of these heads, and on which side of each a key at the mean lies."""

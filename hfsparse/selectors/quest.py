@@ -38,7 +38,7 @@ class Quest:
     more: one over each unit, and 64 is its name.
     refresh: a row's choice is read until it has grown by so many tokens; 0: each step chooses.
     top_p: pages are read until they hold this share of the votes, at most `share` of the pages; 0:
-    always so many.
+    always so many. means: as in `Budget`.
     """
 
     share: float = 0.06
@@ -47,6 +47,7 @@ class Quest:
     top_p: float = 0.0
     unit: int = later(PAGE)
     bound: int = later(PAGE)
+    means: bool = later(False)
 
     def __post_init__(self):
         _ = self.budget  # refuses numbers out of range
@@ -58,7 +59,7 @@ class Quest:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit)
+        return Budget(self.share, self.min_pages, self.refresh, self.top_p, self.unit, self.means)
 
     @property
     def span(self) -> int:

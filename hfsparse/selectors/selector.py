@@ -70,7 +70,8 @@ class Selector(Protocol):
         The names `low` and `high`, both and no others, mean each page's smallest and largest key
         by channel `[B, H, n, D]`, or those of its equal parts `[B, H, n, parts, D]`, in the keys'
         dtype: kernels write these themselves. Other names are free, and so are other shapes, such
-        as values by token `[B, H, n, PAGE, ...]`.
+        as values by token `[B, H, n, PAGE, ...]`; `mean_key` and `mean_value` are the store's own
+        (`Budget.means`).
         """
         ...
 

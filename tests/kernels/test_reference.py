@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from hfsparse import kernels
-from hfsparse.kernels import dense, reference
+from hfsparse.kernels import dense, means, reference
+from hfsparse.kernels.merge import join
 from hfsparse.lists import PAGE, Band, BlockLists, PageLists
-from tests.helpers import ROWS, batch, causal, close, truth
+from hfsparse.selectors.means import unit_means
+from hfsparse.selectors.quest import Quest
+from tests.helpers import ROWS, batch, causal, close, truth, with_means
 from tests.patterns.matrix import SETTINGS
 
 EXTRAS = {  # what a model adds to plain attention, and shapes that are not square
@@ -362,3 +365,94 @@ def test_8192_tokens_need_less_than_300_mib_above_the_inputs():
 @pytest.mark.slow
 def test_one_head_with_all_pairs_in_memory_would_fail_the_memory_test():
     assert extra_mib("naive") > 300
+
+
+# -- means ---------------------------------------------------------------------------------------
+
+
+def by_means(q, k, v, kept, seen, size, scale, softcap=None, s_aux=None):
+    """Attention `[H, Q, Dv]` and its weight `[H, Q]` of one row in double precision: keys that are
+    kept, and the means of units of `size` (0: none) that are seen whole and not read."""
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v, kept, weight = with_means(k, v, kept, seen, [size] * len(q))
+    logits = q @ k.mT * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logits = (logits + weight).masked_fill(~kept, -torch.inf)
+    if s_aux is not None:
+        bare = s_aux.double()[:, None, None].expand(-1, q.shape[1], 1)
+        logits, v = torch.cat([logits, bare], 2), torch.nn.functional.pad(v, (0, 0, 0, 1))
+    return torch.softmax(logits, 2).nan_to_num(0) @ v, torch.logsumexp(logits, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("name", ["block_topk_one", "sparge"])
+def test_prompts_and_means_of_what_they_leave_out_match_the_definition(name, extras, dtype):
+    it, kv, logits = inputs(230, extras, past=45, rows="empty_row", group=3, dtype=dtype)
+    lists = SETTINGS[name].lists(it.q, it.k, it.grid, it.scale)
+    lse = torch.empty(it.q.shape[:3])
+    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits, lse=lse)
+    assert torch.equal(out, reference.prefill(it.q, it.k, it.v, lists, kv, **logits))
+    more = {"scale": it.scale, "softcap": logits["softcap"]}
+    got = join(out, lse, slice(None), *means.prefill(it.q, it.k, it.v, lists, kv, **more))
+    assert got.dtype == dtype
+    one, seen = it.row(0), causal(it.grid, 1)[0, 0]
+    given = it.q[0], it.k[0, kv], it.v[0, kv], lists.mask()[0], seen
+    apart, weight = by_means(*given, 0, **logits)
+    assert close(out[0], apart.to(dtype))
+    torch.testing.assert_close(lse[0].double(), weight, rtol=0, atol=1e-4)
+    together, _ = by_means(*given, one.grid.block, **logits)
+    assert close(got[0], together, dtype)
+    assert not close(got[0], apart, dtype), "nothing was left out"
+    assert not got[1].any()
+
+
+def test_means_of_prompts_are_worked_out_in_pieces(monkeypatch):
+    it, kv, _ = inputs(230, "plain", past=45, rows="left_padded")
+    lists = SETTINGS["block_topk"].lists(it.q, it.k, it.grid, it.scale)
+    whole = means.prefill(it.q, it.k, it.v, lists, kv, scale=it.scale)
+    monkeypatch.setattr(means, "PAIRS", 1000)
+    for a, b in zip(means.prefill(it.q, it.k, it.v, lists, kv, scale=it.scale), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("extras", ["plain", "all_at_once"])
+@pytest.mark.parametrize(("unit", "group"), [(8, 1), (16, 3), (64, 4), (64, 8)])
+def test_steps_and_means_of_what_they_leave_out_match_the_definition(unit, group, extras, queries):
+    """Room beyond each row holds NaN. A row that reads no lists has none."""
+    lengths = [64 * 7 + 5, 64 * 4 + 60]
+    q, k, v, query_pos, _, logits = step(queries, lengths, extras, group=group)
+    length, room = torch.tensor(lengths), -k.shape[2] % PAGE + PAGE
+    k, v = (pad(t, (0, 0, 0, room), value=torch.nan) for t in (k, v))
+    pages = [t.unflatten(2, (-1, PAGE)) for t in (k, v)]
+    real = (torch.arange(k.shape[2]) < length[:, None]).view(2, 1, -1, PAGE, 1)
+    index = unit_means(*pages, real, unit)
+    both = torch.tensor([True, True])
+    for share, full in ((0.2, False), (1.0, True)):
+        chosen = Quest(share, 2, unit=unit)
+        lists = chosen.pages(q, chosen.summarise(pages[0], real), length, logits["scale"])
+        lse = torch.empty(q.shape[:3])
+        out = reference.decode(q, k, v, query_pos, None, lists, length=length, **logits, lse=lse)
+        more = {"scale": logits["scale"], "softcap": logits["softcap"]}
+        got = join(out, lse, slice(None), *means.decode(q, index, lists, query_pos, both, **more))
+        if full:
+            assert torch.equal(got, out), "what is read whole stays bit for bit"
+            break
+        part = means.decode(q, index, lists, query_pos, torch.tensor([True, False]), **more)
+        assert torch.equal(join(out, lse, slice(None), *part)[0], got[0])
+        assert torch.equal(join(out, lse, slice(None), *part)[1], out[1])
+        kv = torch.arange(2).repeat_interleave(group)
+        for b, n in enumerate(lengths):
+            seen = torch.arange(n) <= query_pos[b, :, None]
+            kept = torch.zeros(2, 1, n, dtype=torch.bool)
+            for h in (0, 1):
+                kept[h, 0] = torch.isin(
+                    torch.arange(n) // unit, lists.pages[b, h, : lists.count[b, h]]
+                )
+            given = q[b], k[b, kv, :n], v[b, kv, :n], kept[kv] & seen, seen
+            want, _ = by_means(*given, unit, **logits)
+            apart, weight = by_means(*given, 0, **logits)
+            assert close(got[b], want, torch.float32)
+            assert not close(got[b], apart, torch.float32), "nothing was left out"
+            torch.testing.assert_close(lse[b].double(), weight, rtol=0, atol=1e-4)

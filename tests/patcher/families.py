@@ -128,9 +128,10 @@ def by_content_in_windows(model) -> Plan:
 
     def layer(index, windowed):
         assert windowed
-        return ["vs", "blocks", "s", "full"], ["full"] * 2, ["full"] * 2
+        return ["vs", "blocks", "s", "means"], ["full"] * 2, ["full"] * 2
 
-    return plan_of(model, layer, s=STREAM, vs=VS, blocks=BLOCKS)
+    means = BLOCKS[0], {**BLOCKS[1], "means": True}
+    return plan_of(model, layer, s=STREAM, vs=VS, blocks=BLOCKS, means=means)
 
 
 def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
@@ -185,6 +186,32 @@ def streaming(model, below=(0, 0, 0), pattern=STREAM) -> Plan:
         )
 
     return plan_of(model, layer, below, s=pattern)
+
+
+def corrected(model, below=(0, 0, 0)) -> Plan:
+    """What is left out enters by its means: of blocks, of pages and of smaller units; beside heads
+    without, and full ones."""
+    Hq, Hkv = heads(model)
+
+    def layer(index, windowed):
+        prefill = [("blocks", "near", "full", "bare")[(h + index) % 4] for h in range(Hq)]
+        decode = [("pages", "units", "full")[(g + index) % 3] for g in range(Hkv)]
+        if windowed:
+            return [("s", "full")[h % 2] for h in range(Hq)], ["full"] * Hkv, ["full"] * Hkv
+        return prefill, ["full"] * Hkv, decode
+
+    more = {"share": 0.06, "min_pages": 2, "means": True}
+    return plan_of(
+        model,
+        layer,
+        below,
+        blocks=("block_topk", {**BLOCKS[1], "means": True}),
+        near=("energy", dict(alpha=0.99, recent_blocks=1, means=True)),
+        bare=BLOCKS,
+        s=STREAM,
+        pages=("quest", more),
+        units=("quest", {**more, "unit": 16}),
+    )
 
 
 def growing(model) -> Plan:

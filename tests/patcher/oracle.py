@@ -23,6 +23,7 @@ from hfsparse.lists import Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.probe import attention_modules
+from tests.helpers import with_means
 from tests.patcher import dual_chunk
 from tests.patterns.matrix import oracle_pages
 
@@ -164,16 +165,36 @@ def _attend(
             given = q, k, v, kept, scaling, module.config, rule
             out[b, :, pads:] = dual_chunk.attend(*given).to(out.dtype)
             continue
+        sizes = _corrected(truth.plan, layer, Hq, decode, k.shape[1])
+        seen = _seen(q.shape[1], k.shape[1], sliding_window)
+        k, v, kept, weight = with_means(k, v, kept, seen, sizes)
         logits = q.float() @ k.transpose(1, 2) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~kept, -torch.inf)
+        logits = (logits + weight).masked_fill(~kept, -torch.inf)
         if s_aux is not None:  # one more logit, of a key without a value
             bare = s_aux.float()[:, None, None].expand(Hq, len(logits[0]), 1)
             logits = torch.cat([logits, bare], -1)
         weights = torch.softmax(logits, -1)[..., : k.shape[1]]
         out[b, :, pads:] = (weights @ v).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _corrected(plan, layer, Hq, decode, total) -> list[int]:
+    """By q head: tokens of the units that enter by their means where none is read; 0: none do."""
+    words = plan.layers[layer].decode if decode else plan.layers[layer].prefill
+    sizes = []
+    for head in range(Hq):
+        pattern = plan.patterns.get(words[head * len(words) // Hq])
+        size = pattern.budget.unit if hasattr(pattern, "budget") else default_block(total)
+        sizes.append(size if getattr(pattern, "means", False) else 0)
+    return sizes
+
+
+def _seen(n, total, window) -> torch.Tensor:
+    """bool [n, total]: keys that the model lets a row's newest queries read."""
+    back = torch.arange(total - n, total)[:, None] - torch.arange(total)
+    return (back >= 0) & (back < (total if window is None else window))
 
 
 def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:

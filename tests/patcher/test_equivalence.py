@@ -21,6 +21,7 @@ from tests.patcher.families import (
     FAMILIES,
     VS,
     by_content_in_windows,
+    corrected,
     evicting,
     full,
     growing,
@@ -46,7 +47,8 @@ def under(model):
 
 
 PLANS = {
-    plan.__name__: plan for plan in (full, streaming, growing, mixed, evicting, straddled, under)
+    plan.__name__: plan
+    for plan in (full, streaming, growing, mixed, evicting, straddled, corrected, under)
 }
 DENSE = ("full", "under")
 

@@ -625,7 +625,7 @@ SELECTOR_ROWS = {
     ),
     "channels": SelectorRow(
         {
-            "channels": Channels(0.2, 2, unit=64, channels=4, bits=4),
+            "channels": Channels(0.2, 2, unit=64, channels=4, bits=4, means=True),
             "channels_all": Channels(1.0, 2, channels=3, bits=8),
             "channels_top_p": Channels(0.7, 2, top_p=0.5, channels=4, bits=16),
         },
@@ -638,7 +638,7 @@ SELECTOR_ROWS = {
             "quest_few": Quest(share=0.01, min_pages=3),
             "quest_all": Quest(share=1.0, min_pages=2),
             "quest_top_p": Quest(share=0.7, min_pages=2, top_p=0.5),
-            "quest_16": Quest(share=0.3, min_pages=2, unit=16),
+            "quest_16": Quest(share=0.3, min_pages=2, unit=16, means=True),
             "quest_lserve": Quest(share=0.3, min_pages=2, bound=16),
         },
         quest,

@@ -116,9 +116,9 @@ def test_exact_attention_of_a_group_is_that_of_its_heads_whose_sinks_take_their_
             near((mass[i, r].double() @ values).numpy(), attention(seen, head, row)[0].numpy())
 
 
-@pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse()], ids=["refresh", "reuse"])
-def test_pages_that_another_step_or_layer_chose_are_refused(seen, selector):
-    with pytest.raises(ValueError, match="without refresh"):
+@pytest.mark.parametrize("selector", [Quest(refresh=4), Reuse(), Quest(means=True)], ids=str)
+def test_what_another_step_or_layer_chose_and_means_are_refused(seen, selector):
+    with pytest.raises(ValueError, match="without refresh and means"):
         measure.measure_layer(seen, measure.Candidates({}, {}, {"quest": selector}))
 
 

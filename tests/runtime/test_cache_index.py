@@ -19,6 +19,7 @@ from tests.patterns.matrix import weights
 DIM, ROOM = 8, 7 * PAGE
 LABELS = Channels(0.3, 2, bits=8, channels=3).bind(0, (0, 1), weights(1, 2, 8))
 SELECTORS = {"labels": LABELS, "quest": Quest(), "refreshed": Quest(refresh=4)}
+SELECTORS["means"] = Quest(unit=16, means=True)
 
 
 def store_of(selector, rows: int = 3) -> Full:
@@ -118,10 +119,10 @@ def test_the_last_page_there_is_room_for_is_renewed_once():
 @pytest.mark.parametrize("name", SELECTORS)
 def test_kernels_are_told_of_an_index_that_they_write_and_of_no_other(name):
     place = begun(SELECTORS[name], [70], torch.Generator().manual_seed(0)).place()
-    places = Table().places([place])
-    assert places.summaries == (name != "labels")
-    assert (place.follow is None) == (name != "labels")
-    assert len(place.buffers) == (2 if name == "labels" else 4)
+    places, own = Table().places([place]), name in ("quest", "refreshed")
+    assert places.summaries == own
+    assert (place.follow is None) == own
+    assert len(place.buffers) == (4 if own else 2)
 
 
 @pytest.mark.parametrize("name", SELECTORS)

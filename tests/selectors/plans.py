@@ -32,6 +32,11 @@ def labelled(model) -> Plan:
     return plan_of(model, Channels(0.06, 3, unit=64, bits=8, channels=3))
 
 
+def means_of_labelled(model) -> Plan:
+    """As `labelled`, and what is left out enters by its means."""
+    return plan_of(model, Channels(0.06, 3, unit=64, bits=8, channels=3, means=True))
+
+
 def refreshed(model) -> Plan:
     """By landmarks, which no kernel keeps, and read again by three more steps; top_p."""
     return plan_of(model, Landmarks(0.9, 2, refresh=4, top_p=0.6))

@@ -13,11 +13,12 @@ from transformers import DynamicCache
 import hfsparse
 from hfsparse.lists import PAGE
 from hfsparse.patcher import figures, memory
+from tests.patcher import families
 from tests.patcher.families import fresh, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate, same_generation
 from tests.patterns.matrix import SELECTOR_ROWS
 from tests.runtime.test_graphs import interpreted, same  # noqa: F401
-from tests.selectors.plans import labelled, plan_of, refreshed
+from tests.selectors.plans import labelled, means_of_labelled, plan_of, refreshed
 
 # All of quest's; of the others the first, since what they choose `test_selectors` tries.
 SETTINGS = {
@@ -214,3 +215,18 @@ def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, plan, family, p
         == {"triton.append.append", "triton.choose.pages", "triton.decode.decode"}
     )
     same(eager, replayed)
+
+
+@pytest.mark.parametrize("plan", ["corrected", means_of_labelled])
+def test_where_kernels_store_keys_means_follow_and_no_step_is_replayed(interpreted, plan):  # noqa: F811
+    more = dict(length=250, pads=(30, 0), new=6)
+    eager, replayed = interpreted("llama", plan, **more)
+    assert "triton.append.append" in eager["launched"]
+    assert "its keys are read by reference (PyTorch)" in replayed["graphs"]
+    same(eager, replayed)
+    model = tiny("llama")
+    made = plan(model) if callable(plan) else getattr(families, plan)(model)
+    with hfsparse.patch(model, made):
+        found = generate(model, *left_padded(more["length"], more["pads"]), new=more["new"])
+    assert found.sequences.tolist() == eager["tokens"]
+    close(eager["logits"], torch.stack(found.logits, 1))

@@ -71,6 +71,7 @@ def same(found, expected) -> None:
         *product(["quest", "lowrank", "landmarks", "lsh", "centroids"], [{"unit": 24}]),
         *product(["quest", "landmarks"], [{"unit": 1}]),
         ("quest", {"bound": 4}),
+        ("centroids", {"means": True}),
         *product(["lowrank", "channels"], [{"bits": 3}]),
         *(("lowrank", {"rank": n}) for n in (0, 31)),
         *(("channels", {"channels": n}) for n in (0, 15)),

@@ -165,10 +165,11 @@ def bind_selector(
 
     UsageError for one that reads what others chose, or a table that is not among `data`.
     """
-    if not hasattr(selector, "pages") or selector.budget.refresh:
+    if not hasattr(selector, "pages") or selector.budget.refresh or selector.budget.means:
         raise UsageError(
-            f"{selector} can't be measured: it reads what another step or layer chose. Measure a "
-            "quest without refresh, and change the plan that comes out"
+            f"{selector} can't be measured: it reads what another step or layer chose, or means "
+            "of the rest. Measure a quest without refresh and means, and change the plan that "
+            "comes out"
         )
     name = getattr(selector, "data", None)
     if name is not None and name not in data:

@@ -12,6 +12,7 @@ from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
+from hfsparse.selectors.means import unit_means
 
 AT_ONCE = 1024  # pages of a prompt that are summarised at a time: selectors work in wide numbers
 
@@ -22,7 +23,8 @@ class Full(Store):
     def __init__(self, group: Group, reserve: int, below: int = 0):
         super().__init__(group)
         self.reserve, self.below = reserve, below
-        self.index: dict[str, Tensor] = {}  # what the selector keeps of each page, [B, H, P, ...]
+        # What is kept of each page, [B, H, P, ...]: by the selector, and means where it wants them.
+        self.index: dict[str, Tensor] = {}
         self.choice: Choice | None = None  # the last one, where steps read it again
 
     def create(self, k: Tensor, v: Tensor) -> None:
@@ -31,8 +33,9 @@ class Full(Store):
         if (selector := self.group.selector) is None:
             return
         # Pages of no row tell the shapes, and cost the device nothing.
-        page = k.new_empty(0, shape[1], 1, PAGE, k.shape[-1])
-        for name, row in selector.summarise(page, page[..., :1].bool()).items():
+        pages = (t.new_empty(0, shape[1], 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
+        real = k.new_empty(0, shape[1], 1, PAGE, 1, dtype=torch.bool)
+        for name, row in self._index_of(*pages, real).items():
             self.index[name] = k.new_empty(*shape, *row.shape[3:], dtype=row.dtype)
         if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
@@ -96,11 +99,20 @@ class Full(Store):
     def _summarise(self, rows: slice, pages: range, length: int) -> None:
         """Renew the index of a run of pages in rows of so many tokens."""
         first, last = pages.start, pages.stop
-        keys = self.k[rows, :, first * PAGE : last * PAGE].unflatten(2, (-1, PAGE))
+        own = slice(first * PAGE, last * PAGE)
+        keys, values = (t[rows, :, own].unflatten(2, (-1, PAGE)) for t in (self.k, self.v))
         at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
         real = (at < length).view(1, 1, -1, PAGE, 1)
-        for name, found in self.group.selector.summarise(keys, real).items():
+        for name, found in self._index_of(keys, values, real).items():
             self.index[name][rows, :, first:last] = found
+
+    def _index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """What is kept of pages of keys and values `[B, H, n, PAGE, D]`, of which some are real."""
+        selector = self.group.selector
+        found = selector.summarise(keys, real)
+        if selector.budget.means:
+            found = found | unit_means(keys, values, real, selector.budget.unit)
+        return found
 
     def follow(self, position: Tensor) -> None:
         """Renew the index of the pages that hold a step's tokens, which a kernel has stored.
@@ -109,15 +121,15 @@ class Full(Store):
         is renewed is read on the device: a step can be recorded.
         """
         B, Q = position.shape
-        pages, device = self.k.unflatten(2, (-1, PAGE)), position.device
+        both, device = [t.unflatten(2, (-1, PAGE)) for t in (self.k, self.v)], position.device
         first, last = position[:, :1], position.amax(1, keepdim=True)
         spanned = torch.arange((Q + PAGE - 2) // PAGE + 1, device=device)
-        page = (first // PAGE + spanned).clamp(0, pages.shape[2] - 1)  # [B, n]
+        page = (first // PAGE + spanned).clamp(0, both[0].shape[2] - 1)  # [B, n]
         new = (page * PAGE <= last) & (page >= first // PAGE) & (first >= 0)
         row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
         real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
-        keys = pages[row, :, page].transpose(1, 2)  # [B, H, n, PAGE, D]
-        for name, found in self.group.selector.summarise(keys, real).items():
+        both = (t[row, :, page].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
+        for name, found in self._index_of(*both, real).items():
             held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
             kept = new.view(B, -1, *[1] * (found.ndim - 2))
             # A page that is named twice gets what it is given twice.

@@ -24,3 +24,8 @@ class Group:
     def chosen(self) -> bool:
         """Whether a step reads pages that were chosen for these heads."""
         return bool(self.selector or self.reuses)
+
+    @property
+    def means(self) -> bool:
+        """Whether a step reads what these heads leave out by its means."""
+        return self.selector is not None and self.selector.budget.means

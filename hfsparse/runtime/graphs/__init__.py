@@ -331,6 +331,7 @@ class Graphs:
             return "each step ranks the keys that are kept, and evicts some"
         store = first.stores[0]
         asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
+        asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
         need = kernels.Need.of(store.k, store.k, store.v, **asked)
         kernel = kernels.pick(running().tables.decode, need)
         return None if kernel.device_lengths else f"its keys are read by {kernel.name}"
