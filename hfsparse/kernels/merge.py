@@ -26,10 +26,13 @@ class Merged:
 
     def add(self, out: Tensor, lse: Tensor) -> None:
         """Add attention over other keys."""
-        total = torch.logaddexp(self.lse, lse)
-        base = total.masked_fill(total == -torch.inf, 0)  # queries that have read nothing yet
+        top = torch.maximum(self.lse, lse)
+        base = top.masked_fill(top == -torch.inf, 0)  # queries that have read nothing yet
         old, new = (torch.exp(each - base)[..., None] for each in (self.lse, lse))
-        self.out, self.lse = self.out * old + out.float() * new, total
+        total = old + new
+        total = total.masked_fill(total == 0, 1)
+        self.out = (self.out * old + out.float() * new) / total
+        self.lse = top + total.log()[..., 0]
 
 
 def join(out: Tensor, lse: Tensor, at: slice | Tensor, other: Tensor, more: Tensor) -> Tensor:

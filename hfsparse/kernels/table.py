@@ -43,7 +43,7 @@ from hfsparse.lists.places import Places
 from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
-NO_LSE = "gives no LSE, by which parts of a row are merged"
+NO_LSE = "no LSE, by which parts of a row are merged"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
 _installed = cache(lambda name: find_spec(name) is not None)

@@ -132,11 +132,17 @@ def test_any_split_of_a_step_s_keys_is_the_whole(here, unit, cuts):
     assert close(merged_lse, lse)
 
 
-def test_nothing_beside_something_changes_no_bit_and_nothing_at_all_is_zero():
+def test_nothing_beside_something_changes_no_bit_nor_gradient():
+    """Of the first row nothing is read at all."""
     out, lse = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4)
-    lse[0] = -torch.inf
-    out[0] = 0
-    merged = Merged(out, lse)
-    merged.add(torch.zeros_like(out), torch.full_like(lse, -torch.inf))
+    out[0], lse[0] = 0, -torch.inf
+    given = [
+        t.requires_grad_() for t in (out, lse, torch.zeros_like(out), lse.detach() - torch.inf)
+    ]
+    merged = Merged(*given[:2])
+    merged.add(*given[2:])
     assert torch.equal(merged.out, out)
     assert torch.equal(merged.lse, lse)
+    merged.out.sum().backward()
+    assert (out.grad == torch.tensor([0.0, 1.0])[:, None, None, None]).all()
+    assert not any(t.grad.any() for t in given[1:])
