@@ -57,20 +57,25 @@ def with_means(k: Tensor, v: Tensor, kept: Tensor, seen: Tensor, sizes: Sequence
     many tokens (0: none) of a head that a query sees whole and reads nothing of: its mean.
 
     seen [Q, S]: what a query may read at all. The fourth is what is added to logits `[H, 1, n]`.
+    A row's last unit, if there are fewer tokens, is read by whom sees it whole.
     """
     H, _, S = kept.shape
     parts = [(k, v, kept, torch.zeros(H, 1, S, dtype=k.dtype))]
-    for first, head in ((f, h) for h, size in enumerate(sizes) if size for f in range(0, S, size)):
-        unit = slice(first, first + sizes[head])
-        whole = seen[:, unit].all(1) & ~kept[head, :, unit].any(1)
-        mine = whole & (torch.arange(H) == head)[:, None]
-        means = (t[:, unit].mean(1, keepdim=True) for t in (k, v))
-        count = torch.full((H, 1, 1), k[0, unit].shape[0], dtype=k.dtype)
-        parts.append((*means, mine[..., None], count.log()))
+    for size in {*sizes} - {0}:
+        mine = torch.tensor([size == own for own in sizes])[:, None, None]
+        whole = _units(seen, 1, size).all(2) & ~_units(kept, 2, size).any(3) & mine
+        means = (_units(t, 1, size).mean(2) for t in (k, v))
+        parts.append((*means, whole, torch.full((H, 1, S // size), size, dtype=k.dtype).log()))
     return [
         torch.cat(each, dim)
         for each, dim in zip(zip(*parts, strict=True), (1, 1, 2, 2), strict=True)
     ]
+
+
+def _units(t: Tensor, dim: int, size: int) -> Tensor:
+    """The whole units of so many tokens along a dim."""
+    n = t.shape[dim] // size
+    return t.narrow(dim, 0, n * size).unflatten(dim, (n, size))
 
 
 @dataclass(frozen=True)
