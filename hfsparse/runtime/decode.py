@@ -80,11 +80,12 @@ def decode(
     """
     places = layer.room(step.lengths.past, step.lengths.rows)
     if layer_plan.producer is None:
-        pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
+        need = Need.of(k, places.k, places.v, v, packed=places.packed)
+        pick(tables.append, need).run(k, v, places, step)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
-    asked["latents"] = layer.rank > 0
+    asked |= {"latents": layer.rank > 0, "packed": places.packed}
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     out = pick(tables.decode, need).run(q, places, step, lists, **logits.of())
     for store in layer.stores:

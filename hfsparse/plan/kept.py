@@ -1,0 +1,23 @@
+"""What a cache keeps whole, and in how many bits: `full8: {kind: full, bits: 8}`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hfsparse.lists.packed import require_bits
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every key and value; bits: of each number, 8 or 4; 16: as the model gives them."""
+
+    kind: ClassVar[str] = "full"
+
+    bits: int = 16
+
+    def __post_init__(self):
+        require_bits(self.bits)
+
+
+KEPT = {Full.kind: Full}
