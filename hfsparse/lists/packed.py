@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import PAGE
-from hfsparse.registry import require
 
 BITS = (16, 8, 4)  # of a number in the cache; 16: it has the model's own type
 NEWEST = 2 * PAGE  # tokens that are held as they came
-
-
-def require_bits(bits: int) -> None:
-    """Raise UsageError unless a cache may keep numbers in so many bits."""
-    require(bits in BITS, f"bits is {bits}: give 16 (the model's own type), 8 or 4")
 
 
 def pack(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -79,7 +73,7 @@ class Packed(NamedTuple):
     def first(self, tokens: int | None) -> Packed:
         """The pages of the first so many tokens; None: all."""
         pages = slice(None if tokens is None else -(-tokens // PAGE))
-        return self._make([self.bits, *(t[:, :, pages] for t in self[1:7]), *self[7:]])
+        return self._make([self.bits, *(t[:, :, pages] for t in self[1:-2]), *self[-2:]])
 
     def of(self, rows: Tensor | None) -> Packed:
         """Of those rows; None: of all."""
@@ -95,11 +89,12 @@ class Packed(NamedTuple):
         new = (at // PAGE == (length // PAGE)[:, None])[:, None, :, None]
         lies = (at % NEWEST)[:, None, :, None]
 
-        def beside(newest: Tensor, packed: Tensor) -> Tensor:
+        def whole(packed: Tensor, newest: Tensor) -> Tensor:
             B, H, _, D = newest.shape
-            return torch.where(new, newest.gather(2, lies.expand(B, H, -1, D)), packed.flatten(2, 3))
+            newest = newest.gather(2, lies.expand(B, H, -1, D))
+            return torch.where(new, newest, packed.flatten(2, 3))
 
-        return beside(self.newest_k, k), beside(self.newest_v, v)
+        return whole(k, self.newest_k), whole(v, self.newest_v)
 
     def choose(self, head: int, at: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, 1, n, D]` of one head at positions `at` [B, n] of rows of `length`.
@@ -111,6 +106,7 @@ class Packed(NamedTuple):
         k, v = self.k[row, head, page, slot], self.v[row, head, page, slot]
         k = unpack(k, self.low[row, head, page], self.high[row, head, page], self.bits)
         ends = (t[row, head, page, slot, None] for t in (self.least, self.most))
-        v, newest = unpack(v, *ends, self.bits), at % NEWEST
-        k = torch.where(new, self.newest_k[row, head, newest], k)
-        return k[:, None], torch.where(new, self.newest_v[row, head, newest], v)[:, None]
+        v, lies = unpack(v, *ends, self.bits), at % NEWEST
+        k = torch.where(new, self.newest_k[row, head, lies], k)
+        v = torch.where(new, self.newest_v[row, head, lies], v)
+        return k[:, None], v[:, None]

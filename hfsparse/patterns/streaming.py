@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hfsparse.lists import RATE_ONE, Band, BlockLists, Grid
-from hfsparse.lists.packed import require_bits
+from hfsparse.lists.packed import BITS
 from hfsparse.patterns.pattern import register
 from hfsparse.registry import later, require
 
@@ -33,7 +33,7 @@ class Streaming:
             0 <= self.recent_per_token <= 1,
             f"recent_per_token is {self.recent_per_token}: give 0 to 1, or dropped keys come back",
         )
-        require_bits(self.bits)
+        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8 or 4")
 
     @property
     def band(self) -> Band:

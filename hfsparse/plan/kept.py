@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hfsparse.lists.packed import require_bits
+from hfsparse.lists.packed import BITS
+from hfsparse.registry import require
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Full:
     bits: int = 16
 
     def __post_init__(self):
-        require_bits(self.bits)
+        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8 or 4")
 
 
 KEPT = {Full.kind: Full}

@@ -51,9 +51,9 @@ def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> No
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
-    Stores that drop or pack keys are read before it is stored, full stores behind that. So when a kernel
-    fails, every store has the chunk, or none has it; when a store finds no memory to grow, those
-    before it have it.
+    Stores that drop or pack keys are read before it is stored, full stores behind that. So when a
+    kernel fails, every store has the chunk, or none has it; when a store finds no memory to grow,
+    those before it have it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
     k, v = layer_call.kept

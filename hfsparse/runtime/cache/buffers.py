@@ -12,6 +12,7 @@ from hfsparse.precision import casts
 
 AT_ONCE = 1024  # pages
 
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the type that autocast gives to attention, where it is on."""
     kind = tensors[0].device.type

@@ -226,9 +226,10 @@ class PackedRing(PackedStore, Ring):
 
     def _renew_pages(self) -> None:
         pages = (self.sink + self.size) // PAGE
-        for name, t in self.pages.items():
-            shape = *t.shape[:2], pages, *t.shape[3:]
-            self.pages[name] = buffers.new_buffer(t, *shape).zero_()
+        self.pages = {
+            name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
+            for name, t in self.pages.items()
+        }
 
     def most(self, tokens: int) -> int:
         return -(-(self.band.widest(tokens) + self.slack) // PAGE) * PAGE
