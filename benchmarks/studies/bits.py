@@ -55,7 +55,7 @@ def packed(cache: DynamicCache, bits: int, over: int, times: list[Tensor]) -> Dy
 
 
 def outliers(shape: tuple[int, int, int], seed: int = 0) -> list[Tensor]:
-    """By how much keys of each layer are larger, `[Hkv, 1, 1, D]`: both channels of a pair alike."""
+    """How many times larger keys of layers are, `[Hkv, 1, 1, D]`; channels of a pair are alike."""
     layers, heads, dim = shape
     made, found = torch.Generator().manual_seed(seed), []
     for _ in range(layers):
