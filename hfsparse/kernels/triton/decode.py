@@ -67,7 +67,7 @@ UNITS = 8  # processors of a device that is no GPU (the interpreter)
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.packed:
-        return "keys in 8 or 4 bits are read in PyTorch"
+        return "no keys in 8 or 4 bits"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     most = WIDEST_LATENT if need.latents else WIDEST
@@ -148,11 +148,11 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        _merge_shares(part, weight, out, most)
+        merge_shares(part, weight, out, most)
     return out
 
 
-def _merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int) -> None:
+def merge_shares(part: Tensor, weight: Tensor, out: Tensor, most: int = SPLITS) -> None:
     """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
     heads, splits, rows, Dv = part.shape
     width = max(16, triton.next_power_of_2(Dv))
