@@ -156,7 +156,9 @@ PREFILL = (
 )
 DECODE = (
     Kernel("Triton", _triton_decode, _triton("decode"), device_lengths=True),
-    Kernel("Triton, store by store", _triton_by_store, _triton("decode_store")),
+    Kernel(
+        "Triton, store by store", _triton_by_store, _triton("decode_store"), device_lengths=True
+    ),
     Kernel("torch sdpa", per_store.by_store(dense.decode), _dense_only),
     Kernel("reference (PyTorch)", per_store.by_store(reference.decode, dense.decode), _always),
 )
