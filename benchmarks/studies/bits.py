@@ -1,7 +1,7 @@
 """What a cache in 8 or 4 bits costs: `.venv/bin/python -m benchmarks.studies.bits MODEL`.
 
 Calibration prompts are read once, densely; then their last tokens are read over what a cache would
-hold of the others: of prose the last 128, of questions the last 64, of which the answer counts.
+hold of the others: of prose the last 128, of questions the last 64 or more, whose answer counts.
 Beside the way of the stores (keys by page and channel, values by token) stands keys by token. Both
 are asked of the model and of the same function with channels that stand out: some pairs of rope's
 have their keys times up to 30, and their queries divided by as much. `check` reads two prompts by
@@ -89,6 +89,7 @@ def ask(model, prompt: Prompt, tail: int, times: list[Tensor], check: bool) -> d
     """Nats and right answers, by way and model."""
     ids, length = prompt.ids, prompt.ids.shape[1]
     span = prompt.answer_span or (length - tail + 1, length)
+    tail = max(tail, length - span[0] + 16)
     cache = model(ids[:, :-tail], logits_to_keep=1).past_key_values
     found = {("model's type", "model"): read(model, ids, deepcopy(cache), span)}
     for name, given in WAYS.items():
@@ -105,21 +106,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=12, help="prompts of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=TAILS, default=[*TAILS])
+    parser.add_argument("--samples", type=int, default=8, help="prompts of each kind")
     parser.add_argument("--check", type=int, default=1, help="of these, read by the stores, too")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     this = ModelId.of(model)
     times = outliers((this.layers, this.kv_heads, this.head_dim))
-    for kind, tail in TAILS.items():
+    for kind in options.kinds:
+        tail = TAILS[kind]
         rows: dict[tuple, list] = {}
         for i in range(options.samples):
             prompt = make_prompt(tokenizer, options.length, i * len(KINDS) + KINDS.index(kind), 0)
             for way, got in ask(model, prompt, tail, times, i < options.check).items():
                 rows.setdefault(way, []).append(got)
-            told = {way: f"{got[-1][0]:.4f}" for way, got in rows.items()}
-            print(kind, i, told, flush=True)
+            told = [f"{way} {got[i][0]:.4f}" for (way, of), got in rows.items() if len(got) > i]
+            print(f"{kind} {i}:", ", ".join(told), flush=True)
         for (way, of), got in rows.items():
             dense = rows["model's type", "model"][: len(got)]
             lost = [a[0] - b[0] for a, b in zip(got, dense, strict=True)]

@@ -185,7 +185,7 @@ def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
             for t, over in ((k, 0), (v, 1)):
                 t = t[head, page * PAGE : (page + 1) * PAGE]
                 low, high = t.amin(over, keepdim=True), t.amax(over, keepdim=True)
-                step = (high - low) / (2**bits - 1)
+                step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
                 t.copy_(low + ((t - low) / step).round() * step)
     return k, v
 
