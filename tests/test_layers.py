@@ -40,6 +40,7 @@ CHOOSE, SCORES, VOTES, *SCORED, MANY = (
     f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
 )
 HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
+HALVES |= {(f"{KERNELS}.triton.decode_store", f"{KERNELS}.triton.decode")}
 HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 

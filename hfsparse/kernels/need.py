@@ -28,7 +28,7 @@ class Need(NamedTuple):
     latents: bool = False  # values are the first dims of their keys, and lie there alone
     bands: bool = False  # rings, of which new tokens read a window
     dropped: bool = False  # a ring that has dropped keys is part of the grid
-    lse: bool = False  # how much weight what is read has, too
+    packed: bool = False  # some keys of the cache lie in fewer bits
     chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q
 

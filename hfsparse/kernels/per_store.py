@@ -15,6 +15,7 @@ from torch import Tensor
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import group_rows, put_rows, q_heads_of, take_rows
 from hfsparse.lists import PageLists
+from hfsparse.lists.packed import Packed
 from hfsparse.lists.places import Place, Places
 
 
@@ -72,10 +73,13 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
 
 def _read_ring(run, part: Place, rows, q, new: NewTokens, more, span, short: bool) -> Tensor:
     """Attention over sink and window; short rows: over all that the ring holds."""
-    held = new.ring(part.band.sink, part.size)
+    slots = part.k.shape[2] if part.packed is None else part.packed.slots
+    held, k, v = new.ring(slots - part.size, part.size), part.k, part.v
+    if part.packed is not None:
+        k, v = part.packed.read(new.length, held)
     if span is not None:
         held = torch.where((held >= span[0]) & (held < span[1]), held, -1)
-    q, k, v, *at = take_rows(rows, q, part.k, part.v, new.query_pos, held, new.length)
+    q, k, v, *at = take_rows(rows, q, k, v, new.query_pos, held, new.length)
     if not short:
         (start,) = take_rows(rows, new.start(part.band))
         more = {**more, "start": start, "sink": part.band.sink}
@@ -85,6 +89,8 @@ def _read_ring(run, part: Place, rows, q, new: NewTokens, more, span, short: boo
 
 def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) -> Tensor:
     """Attention over all keys that are held, or over the pages that are listed."""
+    if part.packed is not None:
+        return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
     query_pos, length, dropped = new.query_pos, new.length, part.dropped
     if span is not None:  # it reads as a row that lacks what comes before
@@ -100,3 +106,27 @@ def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) ->
     chosen, count = take_rows(rows, listed.pages, listed.count)
     listed = replace(listed, pages=chosen, count=count)
     return run(q, k, v, query_pos, None, listed, length=length, **more)
+
+
+def _read_packed(run, packed: Packed, rows, q, new: NewTokens, more, listed) -> Tensor:
+    """The same of packed pages: of lists only what they name is unpacked, head by head."""
+    q, query_pos, length = take_rows(rows, q, new.query_pos, new.length)
+    if listed is None:
+        packed = packed.first(new.longest)
+        k, v = packed.read(length, torch.arange(packed.slots, device=q.device)[None])
+        return run(q, k, v, query_pos, None, length=length, **more)
+    chosen, count = take_rows(rows, listed.pages, listed.count)
+    token = torch.arange(listed.unit, device=q.device)
+    group, made = q.shape[1] // chosen.shape[1], []
+    for head in range(chosen.shape[1]):
+        at = (chosen[:, head, :, None] * listed.unit + token).flatten(1)
+        k, v = packed.choose(head, at, length)
+        named = torch.arange(chosen.shape[2], device=q.device) < count[:, head, None]
+        held = named.repeat_interleave(listed.unit, 1) & (at < length[:, None])
+        own = slice(head * group, (head + 1) * group)
+        bare = more.get("s_aux")
+        given = more if bare is None else {**more, "s_aux": bare[own]}
+        slots = torch.full_like(length, at.shape[1])
+        at = torch.where(held, at, -1)
+        made.append(run(q[:, own], k, v, query_pos, at, length=slots, **given))
+    return torch.cat(made, 1)

@@ -38,6 +38,7 @@ from hfsparse.errors import UsageError
 from hfsparse.kernels import dense, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
+from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import FULL, BlockLists, Grid, PageLists
 from hfsparse.lists.places import Places
 from hfsparse.selectors.labels import Labelled
@@ -128,6 +129,18 @@ def _triton_decode(
     return run(q, places, new.query_pos, lists, length=new.length, **more)
 
 
+def _triton_by_store(
+    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
+) -> Tensor:
+    run, sinks = _module("triton.decode_store").decode, logits.pop("s_aux", None)
+    ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
+    for part, lists in zip(places.parts, pages, strict=True):
+        own = places.at(q_heads_of(part.heads, ratio), q.device)
+        logits["s_aux"] = None if sinks is None else sinks[own]
+        out[:, own] = run(q[:, own], part, new.query_pos, lists, length=new.length, **logits)
+    return out
+
+
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
@@ -149,6 +162,9 @@ PREFILL = (
 )
 DECODE = (
     Kernel("Triton", _triton_decode, _triton("decode"), device_lengths=True),
+    Kernel(
+        "Triton, store by store", _triton_by_store, _triton("decode_store"), device_lengths=True
+    ),
     Kernel("torch sdpa", per_store.by_store(dense.decode), _dense_only),
     Kernel("reference (PyTorch)", per_store.by_store(reference.decode, dense.decode), _always),
 )

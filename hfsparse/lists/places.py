@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import FULL, PAGE, Band, HeadIndex
+from hfsparse.lists.packed import Packed
 
 COLUMNS = (
     *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
@@ -54,6 +55,7 @@ class Place(NamedTuple):
     # [B] int64: how many keys each row has lost. It reads as a row that is so much shorter, whose
     # keys lie one after another.
     dropped: Tensor | None = None
+    packed: Packed | None = None  # where keys lie in fewer bits; k and v are its newest tokens
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -93,6 +95,11 @@ class Places(NamedTuple):
     @property
     def drops(self) -> bool:
         return any(part.dropped is not None for part in self.parts)
+
+    @property
+    def packed(self) -> bool:
+        """Whether some keys lie in fewer bits."""
+        return any(part.packed is not None for part in self.parts)
 
     @property
     def long(self) -> int:

@@ -62,7 +62,8 @@ def _check_empty(cache: Cache) -> None:
     special = [name for name in kinds if "Quant" in name or "EncoderDecoder" in name]
     if special or getattr(cache, "offloading", False):
         what = f"a {special[0]}" if special else "an offloaded cache"
-        raise CacheError(f"{what} is not supported under hfsparse: use the default cache")
+        bits = ", under a plan whose cache words have bits: 8 or 4" if special else ""
+        raise CacheError(f"{what} is not supported under hfsparse: use the default cache{bits}")
     if cache.get_seq_length():
         raise CacheError(
             f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "

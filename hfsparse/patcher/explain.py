@@ -18,6 +18,7 @@ from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
+from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
 from hfsparse.runtime import call
 from hfsparse.runtime.cache.group import Group
@@ -49,6 +50,10 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"full heads, new tokens: {_describe(decode, step)}")
         lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
     lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
+    if any(layer.packs for layer in state.layers):
+        packed = step._replace(packed=True, lists=True)
+        lines.append(f"layers with keys in fewer bits, new tokens: {_describe(decode, packed)}")
+        lines.append(f"new tokens there: stored by {_describe(tables.append, packed)}")
     plain = pick(prefill, patterned._replace(logits=True)).name
     past = "behind a past, " if pick(prefill, listed).fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
@@ -100,6 +105,8 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
             yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
         elif pattern.kind in EVICTIONS:
             yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
+        elif pattern.kind in KEPT:
+            yield f"{name} ({pattern.kind}), cache: every key, in {pattern.bits} bits"
         elif hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
@@ -117,21 +124,22 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        own = step._replace(lse=layer.means)
+        new = step._replace(lse=layer.means, packed=layer.packs)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
-            "selected": pick(decode, own._replace(lists=True)).name,
-            "ring": (bands := pick(decode, own._replace(bands=True)).name),
+            "selected": pick(decode, new._replace(lists=True)).name,
+            "ring": (bands := pick(decode, new._replace(bands=True)).name),
             "windowed": bands,
-            "kept": pick(decode, own).name,
-            "full": pick(decode, own).name,
+            "kept": pick(decode, new).name,
+            "full": pick(decode, new).name,
         }
         full = sum(pattern is None for pattern in layer.prefill)
         dropping = "ring" if layer.window is None else "windowed"
-        kinds = Counter(_kind(g, dropping) for g in layer.groups for _ in g.heads)
+        kinds = Counter((_kind(g, dropping), g.bits) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        tokens = [(n, kind, reads[kind]) for kind, n in kinds.items()]
+        in_bits = {bits: "" if bits == 16 else f" in {bits} bits" for _, bits in kinds}
+        tokens = [(n, kind + in_bits[bits], reads[kind]) for (kind, bits), n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)
             for found in (prompt, tokens)

@@ -115,9 +115,11 @@ def _groups(
     for head, (cache, decode) in enumerate(zip(words.cache, words.decode, strict=True)):
         kept = plan.patterns.get(cache)
         band, eviction = getattr(kept, "band", FULL), kept if decode == "kept" else None
+        bits = getattr(kept, "bits", 16)
         if shape.window is not None:
             band = Band(0, shape.window, chunked=shape.chunked)
-        kind = Group((), band, _selector(plan, decode), eviction=eviction, rank=shape.rank)
+        more = {"eviction": eviction, "bits": bits, "rank": shape.rank}
+        kind = Group((), band, _selector(plan, decode), **more)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())
 

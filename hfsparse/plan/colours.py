@@ -53,7 +53,8 @@ def looks(shares: dict[str, dict[str, float]]) -> dict[str, Look]:
     """A look for each word, from the share that it keeps, by kind and word."""
     made = {}
     for kind, words in shares.items():
-        shades = [FULLEST] if kind == FULL else _lightnesses(list(words.values()))
+        kept = list(words.values())
+        shades = [FULLEST, *_lightnesses(kept[1:])] if kind == FULL else _lightnesses(kept)
         for word, lightness in zip(words, shades, strict=True):
             ink = "black" if lightness > 60 else "white"
             made[word] = Look(_shade(hue_of(kind), lightness), lightness, _mark_of(kind), ink)
@@ -76,10 +77,13 @@ def _other(kind: str) -> tuple[str, str]:
 
 
 def share_kept(pattern: Any, length: int) -> float:
-    """The share of a prompt's pairs that a pattern keeps of random q and k; a selector's `share`.
+    """The share of a prompt's pairs that a pattern keeps of random q and k; a selector's `share`;
+    of a full cache the share of its bits.
 
     It only orders words: what a plan keeps of real prompts is in its `expected`.
     """
+    if pattern.kind == FULL:
+        return pattern.bits / 16
     if pattern.kind not in PATTERNS:
         return getattr(pattern, "share", 0.0)
     drawn = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from typing import Any
 from hfsparse.evictions import EVICTIONS
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan.kept import Full
 from hfsparse.plan.parts import BAD, Layer, ModelId, Placed
 from hfsparse.plan.words import nearest, show, span
 from hfsparse.selectors import SELECTORS
@@ -18,7 +19,7 @@ DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops key
 BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", *DROPPED)}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",
-    "cache": "full or the name of a streaming pattern or an eviction",
+    "cache": "full or the name of a streaming pattern, an eviction or a full in fewer bits",
     "decode": "full, ring, kept or the name of a selector",
 }
 
@@ -82,7 +83,7 @@ def _word_rules(
         )
     takes = {
         "prefill": tuple(PATTERNS.values()),
-        "cache": (Streaming, *EVICTIONS.values()),
+        "cache": (Streaming, *EVICTIONS.values(), Full),
         "decode": tuple(SELECTORS.values()),
     }
     for word in dict.fromkeys(words):
@@ -105,6 +106,12 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
         if _reads(kept) not in (decode if decode in DROPPED else "full", BAD):
             text = "decode is ring where the cache is streaming, kept where it evicts, nowhere else"
             yield ("decode",), f"kv head {head} has cache {cache} and decode {decode}: {text}"
+        if getattr(patterns.get(decode), "means", False) and getattr(kept, "bits", 16) < 16:
+            yield (
+                ("decode",),
+                f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, with means "
+                "of whole keys: leave out one of the two",
+            )
         if not isinstance(kept, Streaming):
             continue
         first = head * group
@@ -158,8 +165,10 @@ def _reuses(selector: Any) -> bool:
 
 def _reads(kept: Any) -> Any:
     """The word by which a step reads a cache; of a full one it stands for selectors, too."""
-    if kept is None or kept is BAD:
-        return "full" if kept is None else BAD
+    if kept is BAD:
+        return BAD
+    if kept is None or isinstance(kept, Full):
+        return "full"
     return "ring" if isinstance(kept, Streaming) else "kept"
 
 

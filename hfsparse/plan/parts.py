@@ -14,6 +14,7 @@ from hfsparse.models.classes import class_of
 from hfsparse.models.fingerprint import attention_values, fingerprint
 from hfsparse.models.layers import UNITS, text_config
 from hfsparse.patterns import PATTERNS
+from hfsparse.plan.kept import KEPT
 from hfsparse.registry import LATER
 from hfsparse.selectors import SELECTORS
 
@@ -97,8 +98,8 @@ class Below:
 
 
 def kinds() -> dict[str, type]:
-    """Every pattern, selector and eviction that a plan may name."""
-    return {**PATTERNS, **SELECTORS, **EVICTIONS}
+    """Every pattern, selector, eviction and other way of keeping that a plan may name."""
+    return {**PATTERNS, **SELECTORS, **EVICTIONS, **KEPT}
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from torch import Tensor
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
 from hfsparse.models.classes import same_decoder
-from hfsparse.models.layers import UNITS, layer_shapes
+from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
@@ -202,6 +202,7 @@ class Plan:
                 )
             if shape.producer is not None:
                 check_reader(self.layers, self.patterns, index, shape.producer)
+            self._check_bits(index, shape)
             if {*words.prefill, *words.cache, *words.decode} == {"full"}:
                 continue
             if shape.chunked:
@@ -216,6 +217,22 @@ class Plan:
                     f"layer {index} has a window of its own, and {shape.q_heads} q and "
                     f"{shape.kv_heads} kv heads, which a plan has no words for: write full for all "
                     "its heads"
+                )
+
+    def _check_bits(self, index: int, shape: LayerShape) -> None:
+        """Raise PlanError where a layer keeps keys in bits that they can't have."""
+        for word in dict.fromkeys(self.layers[index].cache):
+            if (bits := getattr(self.patterns.get(word), "bits", 16)) == 16:
+                continue
+            if shape.rank:
+                raise PlanError(
+                    f"layer {index} keeps latents (MLA), which serve as keys and as values, and "
+                    f"{word} has {bits} bits: write a word of 16 bits, such as full, for its cache"
+                )
+            if odd := [d for d in (shape.head_dim, shape.value_dim) if bits == 4 and d % 2]:
+                raise PlanError(
+                    f"layer {index} has heads of {odd[0]} channels, and two numbers of 4 bits "
+                    f"share a byte: give {word} 8 bits"
                 )
 
     def _check_tables(self) -> None:

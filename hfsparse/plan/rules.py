@@ -8,8 +8,10 @@ from itertools import chain
 from typing import Any
 
 from hfsparse.errors import Problem
+from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.extend import RULES
 from hfsparse.plan.files import DIGEST, FILE, DataFile
+from hfsparse.plan.kept import Full
 from hfsparse.plan.layer_rules import BUILT_IN, layers_rules
 from hfsparse.plan.parts import (
     BAD,
@@ -138,7 +140,14 @@ def _extend_rules(extend: Any, patterns: dict) -> Iterator[Placed]:
     yield from _field_rules(extend, type(extend), ("extend",))
     for name, pattern in patterns.items():
         by_place = hasattr(pattern, "band") or hasattr(pattern, "placed")
-        if type(pattern) in kinds().values() and not by_place:
+        if isinstance(pattern, (Streaming, Full)):
+            if pattern.bits < 16:
+                yield (
+                    ("patterns", name),
+                    f"patterns.{name} keeps {pattern.bits} bits, and extend reads keys of 16: "
+                    "give that beside it",
+                )
+        elif type(pattern) in kinds().values() and not by_place:
             yield (
                 ("patterns", name),
                 f"patterns.{name} is {pattern.kind}, which looks at scores, and extend changes "

@@ -10,6 +10,7 @@ import yaml
 from hfsparse.evictions import EVICTIONS
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns import PATTERNS
+from hfsparse.plan.kept import Full
 from hfsparse.plan.parts import ModelId, written_fields
 from hfsparse.plan.plan import Plan
 from hfsparse.selectors import SELECTORS
@@ -28,7 +29,8 @@ patterns:
 LAYERS_HEAD = """\
 # A word a head; full*3 is the word three times.
 #   prefill: full or the name of a prefill pattern, one a q head
-#   cache:   full, or the name of a streaming pattern (a ring) or of an eviction, one a kv head
+#   cache:   full, or the name of a streaming pattern (a ring), of an eviction or of a full in fewer
+#            bits, one a kv head
 #   decode:  full, or ring where the cache is a ring, or kept where it evicts, or the name of a
 #            selector, one a kv head
 layers:
@@ -36,6 +38,7 @@ layers:
 
 
 KINDS = {"prefill": PATTERNS, "decode selectors": SELECTORS, "cache evictions": EVICTIONS}
+KINDS["cache in fewer bits"] = {"packed": Full}  # `full` itself is no name to give
 
 
 def template(config: Any) -> str:
@@ -49,7 +52,7 @@ def template(config: Any) -> str:
     rows = [HEAD + identity + PATTERNS_HEAD.rstrip("\n")]
     for title, kinds in KINDS.items():
         rows.append(f"  # {title}:")
-        rows += [f"  # {kind}: {_flow(_defaults(cls))}{_table(cls)}" for kind, cls in kinds.items()]
+        rows += [f"  # {name}: {_flow(_defaults(cls))}{_table(cls)}" for name, cls in kinds.items()]
     rows.append("# Tokens in the row under which a head is computed, or kept, in full.")
     rows.append("below: {prefill: 0, decode: 0, cache: 0}")
     rows.append(LAYERS_HEAD.rstrip("\n"))

@@ -33,7 +33,7 @@ class Call:
         # The cache's layers that were taken, by the decoder's layer, for others that read its keys;
         # and what a chunk attends to in rings that have dropped it since: keys, values, their grid.
         self.taken: dict[int, CacheLayerMixin] = {}
-        self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid]]] = {}
+        self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid | None]]] = {}
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
         self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold

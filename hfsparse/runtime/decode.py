@@ -81,7 +81,8 @@ def decode(
     """
     places = layer.room(step.lengths.past, step.lengths.rows)
     if layer_plan.producer is None:
-        pick(tables.append, Need.of(k, places.k, places.v, v)).run(k, v, places, step)
+        need = Need.of(k, places.k, places.v, v, packed=places.packed)
+        pick(tables.append, need).run(k, v, places, step)
     extension = layer_plan.extends(step.lengths.longest)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     listed = any(part is not None for part in lists)
@@ -91,7 +92,8 @@ def decode(
         for store, group, part in zip(layer.stores, layer_plan.groups, lists, strict=True)
         if part is not None and group.means
     ]
-    asked["latents"], asked["lse"] = layer.rank > 0, bool(corrected) or extension is not None
+    asked["lse"] = bool(corrected) or extension is not None
+    asked |= {"latents": layer.rank > 0, "packed": places.packed}
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     run = pick(tables.decode, need).run
     if extension is not None:

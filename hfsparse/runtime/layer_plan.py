@@ -86,6 +86,11 @@ class LayerPlan:
         return self.window is None and self.producer is None and self.last_reader is None
 
     @property
+    def packs(self) -> bool:
+        """Whether some kv heads keep numbers in fewer bits than they come in."""
+        return any(group.bits < 16 for group in self.groups)
+
+    @property
     def evicting(self) -> int:
         """How many kv heads of its own keep what an eviction chooses."""
         own = self.groups if self.producer is None else ()

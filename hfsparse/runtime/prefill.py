@@ -53,9 +53,9 @@ def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> No
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
-    Stores that drop keys are read before it is stored, full stores behind that. So when a kernel
-    fails, every store has the chunk, or none has it; when a store finds no memory to grow, those
-    before it have it.
+    Stores that drop or pack keys are read before it is stored, full stores behind that. So when a
+    kernel fails, every store has the chunk, or none has it; when a store finds no memory to grow,
+    those before it have it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
     k, v = layer_call.kept
@@ -64,7 +64,7 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
     out = None
     for store, cases, chunk in stores:
-        if store.drops:
+        if store.joins:
             k, v, lies = store.with_chunk(*chunk, layout.grid)
             if layer_plan.last_reader is not None:
                 gathered = layer_call.call.gathered.setdefault(layer_plan.index, [])
@@ -73,7 +73,7 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     for store, _, chunk in stores:
         _keep(layer_call, store, *chunk[:2])
     for store, cases, _ in stores:
-        if not store.drops:
+        if not store.joins:
             held = layer_call.expand(*store.view(lengths.longest))
             out = read(layer_call, layout, cases, *held, None, out)
     return out
@@ -82,15 +82,16 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
 def read_again(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, by a layer that reads another's keys; `[B, Hq, Q, Dv]`.
 
-    That one's stores have the chunk: what these dropped, the call has kept.
+    That one's stores have the chunk: what these were read with, the call has kept.
     """
     layer, layer_plan, call = layer_call.layer, layer_call.layer_plan, layer_call.call
     producer, out = layer_plan.producer, None
-    dropped = iter(call.gathered.get(producer.index, ()))
+    joined = iter(call.gathered.get(producer.index, ()))
     for store, cases in zip(layer.stores, layer_plan.store_cases, strict=True):
-        if store.drops:
-            k, v, at = next(dropped)
-            at = replace(layout.grid, Sk=at.Sk, key_first=at.key_first, key_live=at.key_live)
+        if store.joins:
+            k, v, at = next(joined)
+            if at is not None:
+                at = replace(layout.grid, Sk=at.Sk, key_first=at.key_first, key_live=at.key_live)
         else:
             k, v, at = *store.view(layer_call.lengths.longest), None
         out = read(layer_call, layout, cases, k, v, at, out)

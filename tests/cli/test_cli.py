@@ -23,6 +23,7 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
+from hfsparse.plan.kept import Full
 from hfsparse.profiler.settings import Settings
 from hfsparse.selectors import SELECTORS
 from tests import tiny
@@ -159,7 +160,7 @@ def test_each_kind_of_a_new_plan_is_there_to_uncomment(model, tmp_path):
     file = tmp_path / "plan.yaml"
     run("new", model, "-o", file)
     row = re.compile(r"^  # (\w+: {kind.*})$", flags=re.MULTILINE)
-    known = {**PATTERNS, **SELECTORS, **EVICTIONS}
+    known = {**PATTERNS, **SELECTORS, **EVICTIONS, "packed": Full}
     alone = {kind: cls() for kind, cls in known.items() if not hasattr(cls, "calibrate")}
     assert Plan.loads(row.sub(r"  \1", file.read_text())).patterns == alone
     for kind in known.keys() - alone.keys():

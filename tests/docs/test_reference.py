@@ -14,6 +14,7 @@ from hfsparse.lists import PAGE
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.extend import DualChunk
+from hfsparse.plan.kept import KEPT
 from hfsparse.profiler.methods import METHODS
 from hfsparse.recipe import names
 from hfsparse.selectors import SELECTORS
@@ -29,6 +30,7 @@ PLANS, PROFILING, RUNNING = (DOCS / f"{name}.md" for name in ("plans", "profilin
         ("Prefill patterns", PATTERNS),
         ("Decode selectors", SELECTORS),
         ("Cache evictions", EVICTIONS),
+        ("Cache in fewer bits", KEPT),
     ],
 )
 def test_every_kind_stands_in_its_table_with_each_parameter_and_its_default(heading, known):

@@ -51,6 +51,15 @@ KEPT = [  # of rows that evict and rows that needn't
     Group((3,), eviction=SnapKV(33, 3)),
     Group((4,), NEAR),
 ]
+PACKED = [  # beside heads in the model's type
+    Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), bits=4),
+    Group((1,), Band(70, 40, 6554), bits=8),
+    Group((2,), bits=8),
+    Group((4,), selector=OTHER),
+    Group((5,), NEAR, bits=4),
+    Group((6,), GROWING),
+    Group((7,), selector=QUEST, bits=4),
+]
 STEADY = [Group((1,), eviction=H2O(70, 30)), Group((0, 2))]  # steps evict, too
 
 
@@ -76,7 +85,8 @@ def layer_of(groups, past, k, v, below) -> CacheLayer:
         else:
             store.take(*given, k[:, at, -9:], scale=0.3)
         for b, n in enumerate(rows_in(store, past)):
-            store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
+            if store.group.bits == 16:
+                store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
             for t in summaries(store).values():
                 t[b, :, -(-n // PAGE) :] = torch.nan if t.is_floating_point() else 99
     return layer
@@ -159,7 +169,7 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
     for store in sorted(layer.stores, key=lambda store: store.group.heads):
         found.append(torch.tensor(plan.counts.keys_read(store.group.heads)))
         for b, n in enumerate(rows_in(store, rows)):
-            found += [t[b, :, :n] for t in (store.k, store.v)]
+            found += [t[b, :, :n] for t in store.read(rows)]
             for name, t in summaries(store).items():
                 t = t.flatten(2, 3) if t.ndim > 4 or name == "scale" else t  # parts of pages
                 found.append(t[b, :, : -(-n // (store.capacity // t.shape[2]))])
@@ -180,8 +190,13 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
         (CHOOSING, 3, (64, 64), torch.float32, 4, [395, 509, 130], (150, 400), None, False),
         (KEPT, 3, (64, 64), torch.float32, 4, [60, 255, 90], (62, 0), 5.0, True),
         (STEADY, 2, (32, 32), torch.float32, 5, [69, 200, 90], (0, 0), None, False),
+        (PACKED, 3, (64, 64), torch.float32, 4, [63, 255, 130], (0, 0), 5.0, True),
+        (PACKED, 8, (20, 12), torch.float16, 16, [70, 200], (150, 72), None, False),
     ],
-    ids=["all-kinds", "below", "rings", "rings-below", "half-ring", "choosing", "kept", "steady"],
+    ids=[
+        *("all-kinds", "below", "rings", "rings-below", "half-ring", "choosing", "kept", "steady"),
+        *("packed", "packed-below"),
+    ],
 )
 def test_all_stores_at_once_are_each_store_alone(
     run, groups, ratio, dims, dtype, most, past, below, softcap, sinks

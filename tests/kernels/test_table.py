@@ -48,6 +48,17 @@ def test_where_triton_runs_it_is_taken(name, monkeypatch):
     assert chosen.name == "Triton"
 
 
+def test_keys_in_fewer_bits_are_read_store_by_store_and_stored_in_pytorch(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(table, "no_triton", lambda need: None)
+    packed = need("decode", lists=True, packed=True)
+    pick = kernels.pick.__wrapped__
+    assert pick(kernels.DECODE, packed).name == "Triton, store by store"
+    assert pick(kernels.APPEND, packed).name == "PyTorch"
+    latents = pick(kernels.DECODE, packed._replace(latents=True)).name
+    assert latents == "reference (PyTorch)"
+
+
 @pytest.mark.parametrize("latents", [True, False])
 def test_triton_serves_steps_over_latents_wider_than_any_head(latents, monkeypatch):
     """DeepSeek's 512 dims and 64 rotated ones, in 227 KiB of shared memory (H100)."""

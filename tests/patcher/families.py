@@ -19,11 +19,9 @@ from transformers import (
 )
 
 from hfsparse import Plan
-from hfsparse.evictions import EVICTIONS
 from hfsparse.models.layers import layer_shapes
-from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId
-from hfsparse.selectors import SELECTORS
+from hfsparse.plan.parts import kinds
 
 VOCAB, LAYERS, WINDOW = 100, 3, 40
 SIZES = dict(
@@ -136,7 +134,7 @@ def by_content_in_windows(model) -> Plan:
 
 def plan_of(model, layer, below=(0, 0, 0), **patterns) -> Plan:
     """A plan from `layer(index, windowed) -> (prefill, cache, decode)` and `name=(kind, {…})`."""
-    known = {**PATTERNS, **SELECTORS, **EVICTIONS}
+    known = kinds()
     words = {name: known[kind](**values) for name, (kind, values) in patterns.items()}
     whole, layers = Plan.full(ModelId.of(model)), []
     for i, shape in enumerate(layer_shapes(model)):

@@ -19,7 +19,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaModel
 
 from hfsparse.evictions import EVICTIONS
-from hfsparse.lists import Grid, default_block
+from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.probe import attention_modules
@@ -148,7 +148,8 @@ def _attend(
                 _hold(truth, (layer, b, head), q.shape[1], k.shape[1])
         held_by = layer if producer is None else producer
         left = {head: truth.read[held_by, b, head] for head in evicting}
-        kept = _mask(truth, layer, q, k, scaling, *asked, left)
+        read = _packed(truth.plan, layer, k, v, len(k[0]) - (0 if decode else q.shape[1]))
+        kept = _mask(truth, layer, q, k if decode else read[0], scaling, *asked, left)
         for head, eviction in evicting.items():
             if producer is None and (not decode or eviction.kind == "h2o"):
                 own_q, own_k = (q, k) if latents is None else latents
@@ -160,7 +161,7 @@ def _attend(
             own = blocks[b, pads:, start:]
             later = (own & torch.ones_like(own).triu(1)).any(1)
             kept = torch.where(later[:, None], own, kept)
-        k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in (k, v))
+        k, v = (t.repeat_interleave(Hq // len(t), 0).float() for t in read)
         if (rule := truth.plan.extend) is not None and sliding_window is None:
             given = q, k, v, kept, scaling, module.config, rule
             out[b, :, pads:] = dual_chunk.attend(*given).to(out.dtype)
@@ -195,6 +196,24 @@ def _seen(n, total, window) -> torch.Tensor:
     """bool [n, total]: keys that the model lets a row's newest queries read."""
     back = torch.arange(total - n, total)[:, None] - torch.arange(total)
     return (back >= 0) & (back < (total if window is None else window))
+
+
+def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v `[Hkv, total, D]` with the pages that are full before `end` in their words' bits.
+
+    Keys take steps from their page's smallest to its largest by channel, values by token.
+    """
+    words, k, v = plan.layers[layer].cache, k.clone(), v.clone()
+    for head, word in enumerate(words if len(words) == len(k) else ()):
+        if (bits := getattr(plan.patterns.get(word), "bits", 16)) == 16:
+            continue
+        for page in range(end // PAGE):
+            for t, over in ((k, 0), (v, 1)):
+                t = t[head, page * PAGE : (page + 1) * PAGE]
+                low, high = t.amin(over, keepdim=True), t.amax(over, keepdim=True)
+                step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+                t.copy_(low + ((t - low) / step).round() * step)
+    return k, v
 
 
 def _as_latents(module, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,7 +349,7 @@ def _decode(truth, layer, group, q, k, scale) -> torch.Tensor:
     kept = torch.ones(n, total, dtype=torch.bool)
     if words.decode[group] == "kept":
         return kept
-    if words.cache[group] != "full":
+    if words.decode[group] == "ring":
         ring = plan.patterns[words.cache[group]]
         return kept if total < plan.below.cache else _stream(ring, n, total)
     if words.decode[group] == "full" or total < plan.below.decode:

@@ -25,7 +25,10 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.errors import CacheError
+from hfsparse.lists import PAGE
+from hfsparse.models.layers import layer_shapes
 from hfsparse.plan import Below
+from hfsparse.plan.kept import Full
 from hfsparse.runtime.cache.ring import SLACK
 from tests.patcher import oracle as oracles
 from tests.patcher.families import fresh, left_padded, plan_of, tiny, tokens
@@ -67,7 +70,20 @@ def random_plan(rng, model):
         return prefill, kept, decode
 
     below = [rng.choice([0, 0, rng.randint(1, 250)]) for _ in range(3)]
-    return plan_of(model, layer, below, **patterns)
+    plan = plan_of(model, layer, below, **patterns)
+    free = layer_shapes(model)[0].window is None
+    return pack(plan, rng.choice([8, 4])) if free and rng.random() < 0.3 else plan
+
+
+def pack(plan, bits):
+    """Layer 0 keeps so many bits; by the oracle's rounding keys of later ones could take another
+    step."""
+    first, patterns = plan.layers[0], {"packed": Full(bits)}
+    for name in ("stream", "grow"):
+        patterns[f"{name}_packed"] = replace(plan.patterns[name], bits=bits)
+    words = [f"{word}_packed" if word != "full" else "packed" for word in first.cache]
+    layers = replace(first, cache=tuple(words)), *plan.layers[1:]
+    return replace(plan, patterns={**plan.patterns, **patterns}, layers=layers)
 
 
 def for_parts(plan, lengths):
@@ -198,6 +214,8 @@ class Conversation:
         at, rng = self.at, self.rng
         few = rng.randint(1, rng.choice([SLACK // 2, SLACK, 120]))
         drop = min(rng.choice([few, few, few, few, at.held - rng.randint(1, 5)]), at.held - 1)
+        if "packed" in self.plan.patterns:  # what was packed alone comes back otherwise
+            drop = min(drop, PAGE - (at.furthest - at.held))
         if drop < 1:
             return self.turn()
         try:

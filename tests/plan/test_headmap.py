@@ -9,6 +9,7 @@ import pytest
 from hfsparse.evictions import EVICTIONS
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan, headmap, picture
+from hfsparse.plan.kept import Full
 from hfsparse.selectors import SELECTORS
 
 NAMED = {
@@ -78,6 +79,16 @@ def test_a_cache_that_evicts_has_a_mark_of_its_own(tmp_path):
     assert "    1  SS V#    SN     o+\n" in told
     assert "N snap          -    25%       -  snapkv: size 1024, window 64, pool 7\n" in told
     assert "+ kept          -      -     25%  the keys its cache kept" in told
+    headmap.png(plan, tmp_path / "heads.png")
+
+
+def test_a_full_cache_in_fewer_bits_is_a_word_of_its_own(tmp_path):
+    plan, packed = plan_of(2, 4, 2), {"full8": Full(8), "full4": Full(4)}
+    row = replace(plan.layers[1], prefill=("full",) * 4, decode=("full", "full"))
+    plan = replace(plan, patterns={**NAMED, **packed})
+    plan = replace(plan, layers=(plan.layers[0], replace(row, cache=("full8", "full4"))))
+    plan.validate()
+    assert "U full4         -    25%       -  full: bits 4\n" in headmap.text(plan).plain
     headmap.png(plan, tmp_path / "heads.png")
 
 

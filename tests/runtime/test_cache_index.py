@@ -8,7 +8,7 @@ import torch
 from hfsparse.lists import FULL, PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Table
-from hfsparse.runtime.cache import full
+from hfsparse.runtime.cache import buffers
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.selectors.channels import Channels
@@ -79,7 +79,7 @@ def test_an_index_follows_a_step_as_append_keeps_it(name, Q, poison):
 def test_a_long_prompt_is_summarised_a_few_pages_at_a_time(name, monkeypatch):
     lengths = [300, 64, 7]
     at_once, few = (begun(SELECTORS[name], lengths, torch.Generator().manual_seed(2)) for _ in "ab")
-    monkeypatch.setattr(full, "AT_ONCE", 2)
+    monkeypatch.setattr(buffers, "AT_ONCE", 2)
     for t in few.index.values():
         t.fill_(poison_of(t.dtype, torch.nan))
     k = few.k[:, :, : max(lengths)].clone()

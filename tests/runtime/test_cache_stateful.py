@@ -14,11 +14,13 @@ from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.packed import pack, unpack
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
@@ -27,7 +29,8 @@ from hfsparse.selectors.quest import Quest
 from tests.helpers import poison_of
 from tests.patterns.matrix import weights
 
-LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, 6, 3))
+HEADS, DIM = 6, 4
+LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, HEADS, DIM))
 FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 5), FULL, LABELS), Group((3,), FULL))
 SINKS = (  # however long their rows, these can go back to their first three tokens
     Group((0, 5), Band(3, 10)),
@@ -41,7 +44,12 @@ KEPT = (
     Group((2, 3, 5), eviction=SnapKV(1, 8)),
 )
 MIXED = (Group((0,), Band(3, 10)), *SINKS[1:], Group((5,), Band(0, 40)))
-HEADS, DIM = 6, 3
+PACKED = (
+    Group((0, 4), FULL, Quest(), bits=4),
+    Group((1, 5), FULL, LABELS, bits=8),
+    Group((2,), Streaming(5, 6, 0.25).band, bits=8),
+    Group((3,), Band(3, 10), bits=4),
+)
 
 
 def window(band: Band, position: int) -> list[int]:
@@ -64,11 +72,21 @@ def front(t, new: list[int]):
     return out
 
 
+def packed(t, bits):
+    """Whole pages `[2, heads, n, DIM]` of keys and values, packed and unpacked again."""
+    k, v = t.unflatten(2, (-1, PAGE))
+    ends = [k.amin(2, keepdim=True), k.amax(2, keepdim=True)]
+    k = unpack(pack(k, *ends, bits), *ends, bits)
+    ends = [v.amin(3, keepdim=True), v.amax(3, keepdim=True)]
+    v = unpack(pack(v, *ends, bits), *ends, bits)
+    return torch.stack([k, v]).flatten(2, 3)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value."""
 
     @initialize(
-        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT]),
+        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT, PACKED, PACKED]),
         below=st.sampled_from([0, 60, 150]),
         reserve=st.sampled_from([0, 200]),
         expected=st.sampled_from([0, 100]),
@@ -86,15 +104,30 @@ class CacheMachine(RuleBasedStateMachine):
         # Of each store that evicts, by row: what each head holds, and the row's length when it lost
         # the last.
         self.left = [[([[]] * len(g.heads), 0) for _ in pads] for g in groups if g.eviction]
+        # Of each store that packs, by row: keys and values [2, heads, n, DIM] as they came, or were
+        # begun anew; and the first page that is held so, too.
+        new = torch.zeros(2, HEADS, 0, DIM)
+        self.known = [[(new[:, list(g.heads)], 0) for _ in pads] for g in groups if g.bits < 16]
 
-    def stores(self, kind):
-        """The layer's stores of a kind, once it has any."""
-        return [s for s in self.layer.stores if type(s) is kind and self.layer.is_initialized]
+    def stores(self, *kinds):
+        """The layer's stores of some kinds, once it has any."""
+        return [s for s in self.layer.stores if type(s) in kinds and self.layer.is_initialized]
 
     def content(self, row, positions, heads):
         """Keys and values `[2, heads, n, DIM]` of some positions of a row."""
         tokens = [self.rows[row][p] for p in positions]
         return self.made[tokens][:, :, list(heads)].permute(1, 2, 0, 3)
+
+    def known_by(self, store):
+        return self.known[[s for s in self.layer.stores if s.group.bits < 16].index(store)]
+
+    def read_of(self, store, row, n):
+        """Keys and values `[2, heads, n, DIM]` of a row's first n tokens, as a store holds them."""
+        if store.group.bits == 16:
+            return self.content(row, range(n), store.group.heads)
+        known = self.known_by(store)[row][0][:, :, :n]
+        whole = n // PAGE * PAGE
+        return torch.cat([packed(known[:, :, :whole], store.group.bits), known[:, :, whole:]], 2)
 
     def lengths(self):
         return [len(row) for row in self.rows]
@@ -137,16 +170,26 @@ class CacheMachine(RuleBasedStateMachine):
             if isinstance(store, Evicting):
                 self.evict(store, *given)
                 continue
-            if isinstance(store, Ring) and any(past):
+            if store.joins and any(past):
                 self.check_chunk(store, *given)
             store.append(*given)
+            if store.group.bits < 16:
+                self.know(store, past)
         self.layer.stored = self.layer.seen
 
-        for ring in self.stores(Ring):
+        for ring in self.stores(Ring, PackedRing):
             if columns <= STEP:
                 self.check_step(ring, past)
             self.check_size(ring)
         self.check_summaries(exact=True)
+
+    def know(self, store, past):
+        """A store that packs has new tokens, and the newest two pages as they came."""
+        known = self.known_by(store)
+        for b, (p, row) in enumerate(zip(past, self.rows, strict=True)):
+            new = self.content(b, range(p, len(row)), store.group.heads)
+            exact = max(known[b][1], -(-len(row) // PAGE) - 2)
+            known[b] = torch.cat([known[b][0], new], 2), exact
 
     def evict(self, store, k, v, lengths):
         """A chunk finds what is held, and itself; the newest and as many as may be stay."""
@@ -195,20 +238,26 @@ class CacheMachine(RuleBasedStateMachine):
             found.append(row[same.byte().argmax(1)].tolist() if n else [])
         return found
 
-    def check_chunk(self, ring, k, v, lengths):
-        """A chunk finds each key of its windows once, in whichever block, and nothing else."""
+    def check_chunk(self, store, k, v, lengths):
+        """A chunk finds each key of its windows once, in whichever block, and nothing else; itself
+        as it came."""
         past, new, total = lengths.past, lengths.new, self.lengths()
-        plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], k.shape[2], 16)
-        *read, grid = ring.with_chunk(k, v, lengths, plain)
-        mask = BlockLists.of(grid, 1, band=ring.band).mask()[:, 0]
+        plain = Grid(torch.tensor(new), torch.tensor(total), k.shape[2], max(total), 16)
+        *read, grid = store.with_chunk(k, v, lengths, plain)
+        whole, grid = grid is None, plain if grid is None else grid
+        mask = BlockLists.of(grid, 1, band=store.group.band).mask()[:, 0]
         for b, at in enumerate(grid.key_pos):
-            for i in range(new[b]):
-                assert sorted(at[mask[b, i]].tolist()) == window(ring.band, past[b] + i)
+            for i in range(new[b]) if not whole else ():
+                wanted = window(store.group.band, past[b] + i)
+                assert sorted(at[mask[b, i]].tolist()) == wanted
+            at = at[: read[0].shape[2]]
             held = at[at >= 0].tolist()
-            if total[b] < ring.below:
+            if whole or total[b] < store.below:
                 assert sorted(held) == list(range(total[b]))
             ours = torch.stack([t[b][:, at >= 0] for t in read])
-            assert torch.equal(ours, self.content(b, held, ring.group.heads))
+            own = self.content(b, range(past[b], total[b]), store.group.heads)
+            own = torch.cat([self.read_of(store, b, past[b]), own], 2)
+            assert torch.equal(ours, own[:, :, held])
 
     def check_step(self, ring, past):
         """A few new tokens are stored, then read what is held: none of their windows has a gap."""
@@ -220,17 +269,20 @@ class CacheMachine(RuleBasedStateMachine):
         """No more room than sink, window and slack, once no row can go back under `below`."""
         if min(self.lengths()) >= ring.below + SLACK or not ring.below:
             most = max(ring.band.span(n) for n in self.lengths()) + SLACK
-            most = -(-most // PAGE) * PAGE if ring.band.rate else most
-            assert ring.k.shape[2] <= ring.band.sink + most
+            paged = ring.band.rate or ring.group.bits < 16
+            most = -(-most // PAGE) * PAGE if paged else most
+            assert ring.positions(self.lengths()).shape[1] <= ring.sink + most
 
     def check_summaries(self, exact=False):
         """What each page's selector says of its keys; after a crop, the last page's may be of those
         taken back, too."""
-        for store in self.stores(Full):
+        for store in self.stores(Full, PackedFull):
             if not store.group.selector:
                 continue
             for b, n in enumerate(self.lengths()):
                 keys = self.content(b, range(n), store.group.heads)[0]
+                if store.group.bits < 16:
+                    keys = self.known_by(store)[b][0][0]
                 for page, own in enumerate(keys.split(PAGE, 1) if n else ()):
                     held = {name: t[b, :, page] for name, t in store.index.items()}
                     if exact or own.shape[1] == PAGE:
@@ -259,13 +311,28 @@ class CacheMachine(RuleBasedStateMachine):
 
     def can_drop(self, drop):
         """Whether rings hold what the next query would read then."""
-        for ring in self.stores(Ring):
-            for n, at in zip(self.lengths(), ring.positions(self.lengths()), strict=True):
-                if not needed(ring, max(n - drop, 0)) <= {*at.tolist()}:
+        for ring in self.stores(Ring, PackedRing):
+            for b, at in enumerate(ring.positions(self.lengths())):
+                left, at = max(len(self.rows[b]) - drop, 0), {*at.tolist()}
+                page = self.begins_anew(ring, b, left) if ring.group.bits < 16 else None
+                if not needed(ring, left) <= at or not (page is None or page * PAGE in at):
                     return False
         ends = [at for store in self.stores(Evicting) for _, at in self.left_in(store)]
         rows = self.lengths() * len(self.stores(Evicting))
         return not any(0 < n - drop < at for n, at in zip(rows, ends, strict=True))
+
+    def begins_anew(self, store, b, left):
+        """The page that a row of so many tokens begins with what it unpacks, if any."""
+        page = left // PAGE
+        return page if left % PAGE and page < self.known_by(store)[b][1] else None
+
+    def go_back_to(self, store, b, left):
+        (known, exact), page = self.known_by(store)[b], self.begins_anew(store, b, left)
+        if page is not None:
+            tokens = slice(page * PAGE, (page + 1) * PAGE)
+            known = known.clone()
+            known[:, :, tokens] = packed(known[:, :, tokens], store.group.bits)
+        self.known_by(store)[b] = known[:, :, :left], min(exact, left // PAGE)
 
     def crop(self, drop):
         left = self.seen - drop
@@ -276,6 +343,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.layer.crop(-drop)
             return
         self.layer.crop(-drop)
+        for store in self.stores(PackedFull, PackedRing):
+            for b, row in enumerate(self.rows):
+                self.go_back_to(store, b, max(len(row) - drop, 0))
         self.rows = [row[: max(len(row) - drop, 0)] for row in self.rows]
         self.forget()
         self.seen, self.expected = left, min(self.expected, left)
@@ -303,12 +373,16 @@ class CacheMachine(RuleBasedStateMachine):
                 tensor.fill_(poison_of(tensor.dtype, torch.nan))
         self.rows = [list(self.rows[b]) for b in rows]
         self.left = [[left[b] for b in rows] for left in self.left]
+        self.known = [[known[b] for b in rows] for known in self.known]
         self.starts = [self.starts[b] for b in rows]
 
     @precondition(lambda self: self.seen > 80)
     @rule()
     def reset(self):
         self.layer.reset()
+        for store in self.stores(PackedFull, PackedRing):
+            for b in range(len(self.rows)):
+                self.go_back_to(store, b, 0)
         self.rows = [[] for _ in self.rows]
         self.forget()
         self.seen = self.furthest = self.expected = 0
@@ -332,22 +406,22 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def full_stores_hold_every_token(self):
-        for store in self.stores(Full):
-            held = torch.stack(store.view(max(self.lengths())))
+        for store in self.stores(Full, PackedFull):
+            held = torch.stack(store.read(self.lengths()))
             for b, n in enumerate(self.lengths()):
-                assert torch.equal(held[:, b, :, :n], self.content(b, range(n), store.group.heads))
+                assert torch.equal(held[:, b, :, :n], self.read_of(store, b, n))
 
     @invariant()
     def rings_hold_sink_and_newest_tokens_and_what_the_next_query_needs(self):
-        for ring in self.stores(Ring):
-            places = ring.positions(self.lengths())
-            assert places.shape[1] == ring.k.shape[2] == ring.v.shape[2]
+        for ring in self.stores(Ring, PackedRing):
+            places, (k, v) = ring.positions(self.lengths()), ring.read(self.lengths())
+            assert places.shape[1] == k.shape[2] == v.shape[2]
             for b, (at, n) in enumerate(zip(places, self.lengths(), strict=True)):
-                held, sink = at[at >= 0].tolist(), min(ring.band.sink, n)
+                held, sink = at[at >= 0].tolist(), min(ring.sink, n)
                 assert sorted(held) == [*range(sink), *range(n - len(held) + sink, n)]
                 assert needed(ring, n) <= {*held}
-                ours = torch.stack([ring.k[b], ring.v[b]])[:, :, at >= 0]
-                assert torch.equal(ours, self.content(b, held, ring.group.heads))
+                ours = torch.stack([k[b], v[b]])[:, :, at >= 0]
+                assert torch.equal(ours, self.read_of(ring, b, n)[:, :, held])
 
     @invariant()
     def evicting_stores_hold_what_they_kept_and_all_later_tokens(self):

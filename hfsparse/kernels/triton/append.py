@@ -47,6 +47,8 @@ WIDE = 64  # channels of a program
 
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
+    if need.packed:
+        return "keys in 8 or 4 bits are packed in PyTorch"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     return "no gradients: call under torch.no_grad()" if need.grad else None

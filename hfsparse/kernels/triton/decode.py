@@ -66,6 +66,8 @@ UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
+    if need.packed:
+        return "no keys in 8 or 4 bits"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     most = WIDEST_LATENT if need.latents else WIDEST
@@ -151,14 +153,14 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        _merge_shares(part, weight, out, most, lse)
+        merge_shares(part, weight, out, most, lse)
     elif lse is not None:
         torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
 
 
-def _merge_shares(
-    part: Tensor, weight: Tensor, out: Tensor, most: int, lse: Tensor | None = None
+def merge_shares(
+    part: Tensor, weight: Tensor, out: Tensor, most: int = SPLITS, lse: Tensor | None = None
 ) -> None:
     """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
     heads, splits, rows, Dv = part.shape

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
+from hfsparse.lists import PAGE
 from hfsparse.models.window import calibration_lengths
 from hfsparse.patcher import patch, supported
 from hfsparse.patcher.figures import Prompts, predict
@@ -91,6 +92,8 @@ def find_floor(plan: Plan) -> int:
         for part, full in PARTS.items()
         if words[part] - full or (part == "prefill" and plan.skip is not None)
     ]
+    if any(getattr(plan.patterns.get(word), "bits", 16) < 16 for word in words["cache"]):
+        floors.append(PAGE)  # of which the first is packed
     return min(floors, default=0)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
+
+AT_ONCE = 1024  # pages
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -23,6 +27,12 @@ def runs_of_rows(lengths: Lengths):
         return
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         yield slice(b, b + 1), p, n
+
+
+def at_once(pages: range) -> Iterator[range]:
+    """A prompt's pages, as many at a time as are worked out in wide numbers."""
+    for i in range(0, len(pages), AT_ONCE):
+        yield pages[i : i + AT_ONCE]
 
 
 def lengthen(t: Tensor, size: int) -> Tensor:

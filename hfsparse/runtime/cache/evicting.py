@@ -25,7 +25,7 @@ class Evicting(Full):
     under `least` tokens evict nothing. `reserve` is of tokens, the evicted ones included.
     """
 
-    drops = True
+    drops = joins = True
 
     def __init__(self, group: Group, reserve: int, least: int):
         super().__init__(group, 0 if group.eviction.adds_up else reserve)

@@ -9,12 +9,10 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors.means import unit_means
-
-AT_ONCE = 1024  # pages of a prompt that are summarised at a time: selectors work in wide numbers
 
 
 class Full(Store):
@@ -30,6 +28,10 @@ class Full(Store):
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), 0)
         self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
+        self._create_index(k, shape)
+
+    def _create_index(self, k: Tensor, shape: tuple[int, int, int]) -> None:
+        """Of no page yet."""
         if (selector := self.group.selector) is None:
             return
         # Pages of no row tell the shapes, and cost the device nothing.
@@ -74,12 +76,12 @@ class Full(Store):
 
     def until(self, rows: list[int]) -> int:
         """Tokens up to which rows may grow and no buffer moves."""
-        return self.k.shape[2]
+        return self.capacity
 
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens."""
-        if (need := max(rows)) > self.k.shape[2]:
-            self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
+        if (need := max(rows)) > self.capacity:
+            self._grow(max(need, self.reserve, self.capacity * 17 // 16))
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
@@ -92,15 +94,17 @@ class Full(Store):
             for held, new in self.beside(k, v):
                 held[rows, :, p : p + n] = new[rows, :, :n]
             if self.index and n:
-                pages = range(p // PAGE, -(-(p + n) // PAGE))
-                for part in (pages[i : i + AT_ONCE] for i in range(0, len(pages), AT_ONCE)):
-                    self._summarise(rows, part, p + n)
+                for pages in at_once(range(p // PAGE, -(-(p + n) // PAGE))):
+                    own = slice(pages.start * PAGE, pages.stop * PAGE)
+                    both = (t[rows, :, own] for t in (self.k, self.v))
+                    self._summarise(rows, pages, *both, p + n)
 
-    def _summarise(self, rows: slice, pages: range, length: int) -> None:
-        """Renew the index of a run of pages in rows of so many tokens."""
+    def _summarise(
+        self, rows: slice, pages: range, keys: Tensor, values: Tensor, length: int
+    ) -> None:
+        """Renew the index of a run of pages, whose tokens these are, in rows of so many."""
         first, last = pages.start, pages.stop
-        own = slice(first * PAGE, last * PAGE)
-        keys, values = (t[rows, :, own].unflatten(2, (-1, PAGE)) for t in (self.k, self.v))
+        keys, values = (t.unflatten(2, (-1, PAGE)) for t in (keys, values))
         at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
         real = (at < length).view(1, 1, -1, PAGE, 1)
         for name, found in self._index_of(keys, values, real).items():
@@ -136,11 +140,14 @@ class Full(Store):
             held[row, :, page] = torch.where(kept, found, held[row, :, page]).to(held.dtype)
 
     def _grow(self, tokens: int) -> None:
-        capacity = -(-tokens // PAGE) * PAGE
-        self.change(lambda t: lengthen(t, capacity))
-        self.index = {name: lengthen(t, capacity // PAGE) for name, t in self.index.items()}
+        pages = -(-tokens // PAGE)
+        self.change(lambda t: lengthen(t, pages * PAGE))
+        self._grow_index(pages)
+
+    def _grow_index(self, pages: int) -> None:
+        self.index = {name: lengthen(t, pages) for name, t in self.index.items()}
         if self.choice is not None:
-            width = self.group.selector.budget.width(capacity // PAGE, PAGE)
+            width = self.group.selector.budget.width(pages, PAGE)
             self.choice = self.choice.longer(width)
 
     def view(self, length: int | None) -> tuple[Tensor, Tensor]:

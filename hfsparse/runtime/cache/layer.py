@@ -23,6 +23,7 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
 from hfsparse.stats import Work
@@ -33,9 +34,9 @@ class Held:
     """What a layer's cache takes, to be told later without it: no buffer moves until it is noted
     again, and rows grow into the room that there is."""
 
-    # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), and
-    # how many every row lacks
-    stores: list[tuple[tuple[int, ...], int, int | None, int]]
+    # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), how
+    # many every row lacks, and the bytes that are there for any number of them
+    stores: list[tuple[tuple[int, ...], int, int | None, int, int]]
     column: int  # bytes of one column of the stock cache, over all rows and heads
     window: int | None
 
@@ -47,20 +48,20 @@ class Held:
 
     def bytes(self, kv_heads: int) -> list[int]:
         """By kv head, as allocated."""
-        return self._each(kv_heads, lambda size, room, lacks: size)
+        return self._each(kv_heads, lambda size, *room: size)
 
     def work(self, kv_heads: int, seen: int) -> Work:
         """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
         included; and of the stock cache, which keeps all, or as many as the model's window."""
 
-        def part(size: int, room: int | None, lacks: int) -> int:
+        def part(size: int, room: int | None, lacks: int, fixed: int) -> int:
             pages = -(-max(seen - lacks, 0) // PAGE) * PAGE
-            return size * min(pages, room) // room if room else size
+            return fixed + (size - fixed) * min(pages, room) // room if room else size
 
         used = self._each(kv_heads, part)
         return Work(used, [self.column * min(seen, self.window or FAR) // kv_heads] * kv_heads)
 
-    def _each(self, kv_heads: int, part: Callable[[int, int | None, int], int]) -> list[int]:
+    def _each(self, kv_heads: int, part: Callable[..., int]) -> list[int]:
         found = [0] * kv_heads
         for heads, *held in self.stores:
             for head in heads:
@@ -154,13 +155,13 @@ class CacheLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """As in the stock cache, `[B, Hkv, S, D]`; CacheError unless every key is held."""
-        return self._history(lambda store: store.v if self.rank else store.k)
+        return self._history(lambda k, v: v if self.rank else k)
 
     @property
     def values(self) -> Tensor | None:
-        return self._history(lambda store: store.k[..., self.rank :] if self.rank else store.v)
+        return self._history(lambda k, v: k[..., self.rank :] if self.rank else v)
 
-    def _history(self, part: Callable[[Full | Ring], Tensor]) -> Tensor | None:
+    def _history(self, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
         if not self.is_initialized:
             return None
         if any(store.drops for store in self.stores) or {*self.rows} != {self.seen}:
@@ -170,7 +171,7 @@ class CacheLayer(CacheLayerMixin):
                 "with it as it is (copy.deepcopy copies it), or read the prompt again after "
                 "handle.undo()"
             )
-        parts = [part(store)[:, :, : self.seen] for store in self.stores]
+        parts = [part(*store.read(self.rows))[:, :, : self.seen] for store in self.stores]
         if len(parts) == 1:
             return parts[0]
         heads = [head for store in self.stores for head in store.group.heads]
@@ -246,6 +247,11 @@ class CacheLayer(CacheLayerMixin):
         """Where each kv head has its keys, for kernels."""
         return self.table.places([store.place() for store in self.stores])
 
+    @property
+    def packed(self) -> bool:
+        """Whether some of its keys lie in fewer bits."""
+        return any(store.group.bits < 16 for store in self.stores)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
         return self.stores[0].k, self.stores[0].v
@@ -257,7 +263,7 @@ class CacheLayer(CacheLayerMixin):
     def held(self) -> Held:
         """What its buffers take."""
         own = [
-            (s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity, s.lacks)
+            (s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity, s.lacks, s.fixed)
             for s in self.stores
         ]
         return Held(own, self.column_bytes(), self.window)
@@ -304,7 +310,10 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
-    return Full(group, reserve, read_below) if group.band == FULL else Ring(group, below)
+    packs = group.bits < 16
+    if group.band == FULL:
+        return (PackedFull if packs else Full)(group, reserve, read_below)
+    return (PackedRing if packs else Ring)(group, below)
 
 
 def _cropped(seen: int, length: int) -> int:

@@ -34,20 +34,21 @@ class Ring(Store):
     from its row's length alone. Rows under `below` tokens drop nothing.
     """
 
-    drops = True
+    drops = joins = True
     choice = capacity = None
 
     def __init__(self, group: Group, below: int):
         super().__init__(group)
         self.band, self.below = group.band, below
+        self.sink = self.band.sink  # slots that keep their token
         self.size, self.slack = 0, SLACK
         # First position beyond the sink that each row still held when `room` was last asked.
         self.low: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
-        shape = (len(k), len(self.group.heads), self.band.sink)
+        shape = (len(k), len(self.group.heads), self.sink)
         self.hold(*(t.new_zeros(*shape, t.shape[-1]) for t in (k, v)))
-        self.low = [self.band.sink] * len(k)
+        self.low = [self.sink] * len(k)
 
     def tensors(self) -> list[Tensor]:
         return self.held()
@@ -71,8 +72,8 @@ class Ring(Store):
     def oldest(self, position: int, total: int) -> int:
         """First key beyond the sink read by a query at `position`; its call ends at `total`."""
         if total < self.below:
-            return self.band.sink
-        return max(self.band.sink, position - self.band.span(position) + 1)
+            return self.sink
+        return max(self.sink, position - self.band.span(position) + 1)
 
     def check_crop(self, now: list[int], rows: list[int]) -> None:
         """CacheError unless rows that have `now` tokens can go back to `rows`."""
@@ -87,18 +88,18 @@ class Ring(Store):
 
     def slots(self, position: Tensor) -> Tensor:
         """Where positions lie in the buffers."""
-        sink = self.band.sink
+        sink = self.sink
         return torch.where(position < sink, position, sink + (position - sink) % max(self.size, 1))
 
     def positions(self, rows: Sequence[int]) -> Tensor:
         """[B, sink + size] position held by each slot for rows of these lengths, -1 for none."""
         length, low = (torch.tensor(t, device=self.k.device) for t in (rows, self.low))
-        return ring_positions(length, low, self.band.sink, self.size)
+        return ring_positions(length, low, self.sink, self.size)
 
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens; forget what they pass."""
         self._resize(past, rows)
-        sink = self.band.sink
+        sink = self.sink
         self.low = [
             max(min(low, max(p, sink)), n - self.size, sink)
             for low, p, n in zip(self.low, past, rows, strict=True)
@@ -107,7 +108,7 @@ class Ring(Store):
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.append`; of more tokens than fit, the newest."""
         self.room(lengths.past, lengths.rows)
-        sink = self.band.sink
+        sink = self.sink
         for rows, p, n in runs_of_rows(lengths):
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
@@ -122,16 +123,20 @@ class Ring(Store):
         settled = min(rows) >= self.below + self.slack and self._fits([later])[0]
         return later if settled else max(rows)
 
+    def most(self, tokens: int) -> int:
+        """The slots that rows of so many tokens may have behind the sink."""
+        return ring_size(self.band, tokens, self.slack)
+
     def _fits(self, rows: list[int]) -> tuple[bool, int, int, bool]:
         """Whether the buffers fit rows of these lengths; the size that they need and, once none
         is short, may have; whether one is short: a crop could lead back under `below`."""
         spans = [self.band.widest(n) + self.slack for n in rows]
-        lengths = [max(n - self.band.sink, 1) for n in rows]
+        lengths = [max(n - self.sink, 1) for n in rows]
         short = [n < self.below + self.slack for n in rows] if self.below else [False] * len(rows)
         need = max(
             n if keep else min(n, s) for n, s, keep in zip(lengths, spans, short, strict=True)
         )
-        most = ring_size(self.band, max(rows), self.slack)
+        most = self.most(max(rows))
         fits = need <= self.size and (any(short) or self.size <= most)
         return fits, need, most, any(short)
 
@@ -147,16 +152,19 @@ class Ring(Store):
         size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
         size = size if short else min(size, most)
         held = self.positions(past) if any(past) else None
-        old = self.held()
         self._forget(past)
         self.size = size
         self._forget(past)
-        shape = (*self.k.shape[:2], self.band.sink + size)
+        self._move(past, held)
+
+    def _move(self, past: list[int], held: Tensor | None) -> None:
+        """New buffers, with what is still held of the old ones, whose slots `held` tells."""
+        old, shape = self.held(), (*self.k.shape[:2], self.sink + self.size)
         self.change(lambda t: buffers.new_buffer(t, *shape, t.shape[-1]).zero_())
         for b, low in enumerate(self.low):
             if not past[b]:
                 continue
-            source = ((held[b] >= 0) & (held[b] < self.band.sink)) | (held[b] >= low)
+            source = ((held[b] >= 0) & (held[b] < self.sink)) | (held[b] >= low)
             slot = self.slots(held[b, source])
             for now, before in zip(self.held(), old, strict=True):
                 now[b, :, slot] = before[b, :, source]
@@ -165,8 +173,8 @@ class Ring(Store):
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
     ) -> tuple[Tensor, Tensor, Grid]:
         """What a chunk attends to before it is stored (sink, window, itself), and its grid."""
-        sink, block, device = self.band.sink, grid.block, k.device
-        past, total = lengths.past, lengths.rows
+        sink, block, device = self.sink, grid.block, k.device
+        past, total, before = lengths.past, lengths.rows, self.read(lengths.past)
         held = [min(at, max(p, sink)) for p, at in zip(past, self.low, strict=True)]  # after a crop
         low = [max(self.oldest(p, t), at) for p, t, at in zip(past, total, held, strict=True)]
         # Beyond the sink blocks begin at multiples, so that `extend` cuts none in two; but those of
@@ -185,12 +193,14 @@ class Ring(Store):
         live = (ends - first).clamp(0, block)
         grid = replace(grid, Sk=first.shape[1] * block, key_first=first, key_live=live)
         at = grid.key_pos
-        source = torch.where(at < past, self.slots(at), self.k.shape[2] + at - past).clamp(min=0)
+        source = torch.where(at < past, self.slots(at), before[0].shape[2] + at - past).clamp(min=0)
         source = source.masked_fill(at < 0, 0)[:, None, :, None]
 
         def gather(held: Tensor, chunk: Tensor) -> Tensor:
             both = torch.cat([held, chunk], 2)
             return both.gather(2, source.expand(-1, both.shape[1], -1, both.shape[3]))
 
-        made = [gather(held, chunk) for held, chunk in self.beside(k, v)]
-        return made[0], made[0][..., : self.group.rank] if self.group.rank else made[1], grid
+        if rank := self.group.rank:
+            made = gather(before[0], k)
+            return made, made[..., :rank], grid
+        return gather(before[0], k), gather(before[1], v), grid

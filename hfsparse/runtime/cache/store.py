@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -15,8 +15,10 @@ class Store:
     Values that are the first dims of their keys (latents, `group.rank`) lie there alone.
     """
 
-    drops = False  # whether it may drop keys: it is read, with what a chunk brings, before it does
+    drops = False  # whether it may drop keys
+    joins = False  # whether it is read, with what a chunk brings, before it stores that
     lacks = 0  # keys that every row lacks, at least
+    fixed = 0  # bytes that it takes however many tokens it has room for
 
     def __init__(self, group: Group):
         self.group = group
@@ -26,6 +28,10 @@ class Store:
     @property
     def v(self) -> Tensor | None:
         return self.k[..., : self.group.rank] if self.group.rank else self._v
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots `[B, H, N, D]`, as rows of so many tokens read them."""
+        return self.k, self.v
 
     def held(self) -> list[Tensor]:
         """Its keys and values, each buffer once."""

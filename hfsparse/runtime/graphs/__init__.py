@@ -330,6 +330,8 @@ class Graphs:
         ):
             return "each step ranks the keys that are kept, and evicts some"
         store = first.stores[0]
+        if any(layer_plan.packs for layer_plan in self.layers):
+            return "keys in fewer bits are stored in PyTorch"
         asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
         asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
         need = kernels.Need.of(store.k, store.k, store.v, **asked)

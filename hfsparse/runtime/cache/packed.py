@@ -1,0 +1,268 @@
+"""Stores that keep keys and values in 8 or 4 bits, page by page (`hfsparse.lists.packed`).
+
+A page is packed once, when it is full, from its keys and values as they came, so that what a store
+holds of a row does not depend on how the row was read: at once, in chunks or token by token. The
+newest two pages are held as they came, too: rows that lose up to `PAGE` tokens read what they would
+read if these had never been. A row that goes back further, into a page that is held packed alone,
+begins that page anew with what it unpacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfsparse.errors import CacheError
+from hfsparse.kernels.positions import ring_positions
+from hfsparse.lists import PAGE, Grid
+from hfsparse.lists.lengths import Lengths, on_device
+from hfsparse.lists.packed import NEWEST, Packed, pack, unpack
+from hfsparse.lists.places import Place
+from hfsparse.runtime.cache import buffers
+from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.full import Full
+from hfsparse.runtime.cache.ring import Ring
+from hfsparse.runtime.cache.store import Store
+
+BOUNDS = "low", "high"  # of keys, by page and channel
+ENDS = "least", "most"  # of values, by token
+
+
+class PackedStore(Store):
+    """Packed pages of a store's slots; its k and v `[B, H, NEWEST, D]` are the newest tokens."""
+
+    joins = True
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.bits = self.group.bits
+        self.pages: dict[str, Tensor] = {}  # as `Packed` names them, [B, H, P, ...]
+        # By row, the first of the newest pages that are held as they came.
+        self.exact: list[int] = []
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        shape, byte = (len(k), len(self.group.heads)), {"dtype": torch.uint8}
+        self.hold(*(buffers.new_buffer(t, *shape, NEWEST, t.shape[-1]) for t in (k, v)))
+        self.exact = [0] * len(k)
+        for name, t in (("k", k), ("v", v)):
+            width = t.shape[-1] * self.bits // 8
+            self.pages[name] = t.new_empty(*shape, 0, PAGE, width, **byte)
+        for name in BOUNDS:
+            self.pages[name] = k.new_empty(*shape, 0, k.shape[-1])
+        for name in ENDS:
+            self.pages[name] = v.new_empty(*shape, 0, PAGE)
+
+    @property
+    def fixed(self) -> int:
+        return sum(t.nbytes for t in self.held())
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.pages.values()]
+
+    def packed(self) -> Packed:
+        """What it holds, as it is read."""
+        return Packed(bits=self.bits, **self.pages, newest_k=self.k, newest_v=self.v)
+
+    def place(self) -> Place:
+        return super().place()._replace(packed=self.packed())
+
+    def select(self, picked: list[int]) -> None:
+        super().select(picked)
+        self.pages = {name: t[picked] for name, t in self.pages.items()}
+        self.exact = [self.exact[b] for b in picked]
+
+    def snapshot(self) -> tuple:
+        return super().snapshot(), [*self.exact]
+
+    def restore(self, before: tuple) -> None:
+        super().restore(before[0])
+        self.exact = before[1]
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        self._begin_anew(rows)
+        return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
+
+    def room(self, past: list[int], rows: list[int]) -> None:
+        self._begin_anew(past)
+        super().room(past, rows)
+
+    def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
+        """As `Full.append`."""
+        self.room(lengths.past, lengths.rows)
+        for rows, p, n in runs_of_rows(lengths):
+            if n:
+                self._append(rows, p, [t[rows, :, :n] for t in (k, v)])
+
+    def _append(self, rows: slice, past: int, new: list[Tensor]) -> None:
+        """Store new keys and values `[b, H, n, D]` of some rows."""
+        first, end = past // PAGE, past + new[0].shape[2]
+        last = -(-end // PAGE)
+        if lead := past % PAGE:
+            begun = slice(first * PAGE % NEWEST, first * PAGE % NEWEST + lead)
+            both = zip(self.held(), new, strict=True)
+            new = [torch.cat([held[rows, :, begun], t], 2) for held, t in both]
+
+        def tokens(t: Tensor, pages: range) -> Tensor:
+            return t[:, :, (pages.start - first) * PAGE : (pages.stop - first) * PAGE]
+
+        self._renew(rows, range(first, last), new, end)
+        for kept in self._kept(range(first, end // PAGE)):
+            for pages in at_once(kept):
+                self._pack(rows, pages, *(tokens(t, pages) for t in new))
+        for page in range(max(first, last - 2), last):
+            at = page * PAGE % NEWEST
+            for held, t in zip(self.held(), new, strict=True):
+                part = tokens(t, range(page, page + 1))
+                held[rows, :, at : at + part.shape[2]] = part
+        for b in range(*rows.indices(len(self.exact))):
+            self.exact[b] = max(self.exact[b], last - 2)
+
+    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """Have what is kept beside pages follow their tokens, in rows of so many."""
+
+    def _pack(self, rows: slice, pages: range, k: Tensor, v: Tensor) -> None:
+        """Keep pages, which are full of these keys and values `[b, H, n * PAGE, D]`."""
+        k, v = (t.unflatten(2, (-1, PAGE)) for t in (k, v))
+        low, high, least, most = k.amin(3), k.amax(3), v.amin(4), v.amax(4)
+        found = {"low": low, "high": high, "least": least, "most": most}
+        found["k"] = pack(k, low[:, :, :, None], high[:, :, :, None], self.bits)
+        found["v"] = pack(v, least[..., None], most[..., None], self.bits)
+        at = self.slots(torch.arange(pages.start, pages.stop, device=k.device) * PAGE) // PAGE
+        for name, t in found.items():
+            self.pages[name][rows, :, at] = t
+
+    def _begin_anew(self, past: Sequence[int]) -> None:
+        """Rows that went back into a page that is held packed alone unpack it."""
+        for b, n in enumerate(past):
+            page = n // PAGE
+            if page >= self.exact[b]:
+                continue
+            self.exact[b] = page
+            if not n % PAGE:
+                continue
+            at = page * PAGE % NEWEST
+            slot = int(self.slots(torch.tensor(page * PAGE))) // PAGE
+            own = {name: t[b, :, slot] for name, t in self.pages.items()}
+            ends = (own[name][:, None] for name in BOUNDS)
+            self.k[b, :, at : at + PAGE] = unpack(own["k"], *ends, self.bits)
+            ends = (own[name][..., None] for name in ENDS)
+            self.v[b, :, at : at + PAGE] = unpack(own["v"], *ends, self.bits)
+
+
+class PackedFull(PackedStore, Full):
+    """Every key of its heads; `low` and `high` are the index of a selector that keeps the same."""
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        super().create(k, v)
+        self._create_index(k, (*self.k.shape[:2], 0))
+        self._share()
+
+    def _share(self) -> None:
+        """Keep the bounds of pages once, where the selector reads the same."""
+        if all(name in self.index and self.index[name].ndim == 4 for name in BOUNDS):
+            self.pages |= {name: self.index[name] for name in BOUNDS}
+
+    def tensors(self) -> list[Tensor]:
+        return [*{id(t): t for t in super().tensors()}.values()]
+
+    @property
+    def capacity(self) -> int:
+        return self.pages["k"].shape[2] * PAGE
+
+    def select(self, picked: list[int]) -> None:
+        super().select(picked)
+        self._share()
+
+    def _grow(self, tokens: int) -> None:
+        pages = -(-tokens // PAGE)
+        self._grow_index(pages)
+        self.pages = {name: lengthen(t, pages) for name, t in self.pages.items()}
+        self._share()
+
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """[1, capacity] position of each slot."""
+        return torch.arange(self.capacity, device=self.k.device)[None]
+
+    def slots(self, position: Tensor) -> Tensor:
+        """Where positions lie."""
+        return position
+
+    def _kept(self, full: range) -> list[range]:
+        """Of pages that are full, runs of those that are kept: all."""
+        return [full]
+
+    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        for part in at_once(pages) if self.index else ():
+            at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
+            own = [t[:, :, at] for t in new]
+            short = len(part) * PAGE - own[0].shape[2]
+            own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
+            self._summarise(rows, part, *own, length)
+
+    def with_chunk(
+        self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
+    ) -> tuple[Tensor, Tensor, None]:
+        """What a chunk attends to before it is stored: its past, and itself as it comes."""
+        read = self.read(lengths.past)
+        read = [lengthen(t[:, :, : lengths.longest], lengths.longest) for t in read]
+        for rows, p, n in runs_of_rows(lengths):
+            for held, new in zip(read, (k, v), strict=True):
+                held[rows, :, p : p + n] = new[rows, :, :n]
+        return *read, None
+
+
+class PackedRing(PackedStore, Ring):
+    """Sink and recent keys of its heads, both in whole pages."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.sink = -(-self.band.sink // PAGE) * PAGE
+
+    def create(self, k: Tensor, v: Tensor) -> None:
+        super().create(k, v)
+        self.low = [self.sink] * len(k)
+        self._renew_pages()
+
+    def _renew_pages(self) -> None:
+        pages = (self.sink + self.size) // PAGE
+        self.pages = {
+            name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
+            for name, t in self.pages.items()
+        }
+
+    def most(self, tokens: int) -> int:
+        return -(-(self.band.widest(tokens) + self.slack) // PAGE) * PAGE
+
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
+        super().check_crop(now, rows)
+        for b, (n, low) in enumerate(zip(rows, self.low, strict=True)):
+            first = n // PAGE * PAGE
+            if n % PAGE and first // PAGE < self.exact[b] and self.sink <= first < low:
+                raise CacheError(
+                    f"cannot go back to {n} tokens: the ring's page that they end in is gone. "
+                    "Start again from the prompt, or use a plan whose cache is full"
+                )
+
+    def _kept(self, full: range) -> list[range]:
+        """Those of the sink, and as many of the newest as there is room for."""
+        sink, recent = self.sink // PAGE, full.stop - self.size // PAGE
+        ends = (full.start, min(full.stop, sink)), (max(full.start, sink, recent), full.stop)
+        return [range(*end) for end in ends]
+
+    def _move(self, past: list[int], held: Tensor | None) -> None:
+        old = self.pages
+        self._renew_pages()
+        if held is None:
+            return
+        # Of each slot's page, the newest that was full.
+        full = torch.tensor([n // PAGE * PAGE for n in past], device=held.device)
+        low = torch.full_like(full, self.sink)
+        lay = ring_positions(full, low, self.sink, held.shape[1] - self.sink)[:, ::PAGE]
+        for b, low in enumerate(self.low):
+            source = (lay[b] >= 0) & ((lay[b] < self.sink) | (lay[b] + PAGE > low))
+            slot = self.slots(lay[b, source]) // PAGE
+            for name, t in old.items():
+                self.pages[name][b, :, slot] = t[b, :, source]

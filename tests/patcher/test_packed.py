@@ -1,0 +1,175 @@
+"""Caches in 8 and 4 bits, in whole models: what the oracle says, in chunks, batches, beams, turns.
+
+Beside the oracle the first layer alone packs: by its rounding keys of later ones could take another
+step.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hfsparse
+from hfsparse.errors import PlanError, UsageError
+from hfsparse.lists import PAGE
+from hfsparse.patcher import memory
+from hfsparse.patterns.streaming import Streaming
+from tests import latents
+from tests.patcher.families import BLOCKS, VS, heads, left_padded, plan_of, tiny, tokens
+from tests.patcher.oracle import oracle, whole_cache
+from tests.patcher.runs import (
+    both,
+    close,
+    continue_with,
+    forward,
+    generate,
+    same_generation,
+)
+from tests.tiny import llama
+
+LENGTH = 170
+STREAM = dict(sink=2, recent=70)
+
+
+def packing(model, bits=4, below=(0, 0, 0), every=False):
+    """Full heads, chosen pages and rings in so many bits; any pattern reads prompts."""
+    Hq, Hkv = heads(model)
+
+    def layer(index, windowed):
+        if index and not every:
+            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
+        kinds = [("quest", "ring", "full")[g % 3] for g in range(Hkv)]
+        prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
+        prefill = ["ring" if kinds[h * Hkv // Hq] == "ring" else x for h, x in enumerate(prefill)]
+        return prefill, ["ring" if x == "ring" else "packed" for x in kinds], kinds
+
+    ring = "streaming", {**STREAM, "bits": bits}
+    quest = "quest", dict(share=0.1, min_pages=2)
+    plan = plan_of(
+        model,
+        lambda *at: [[_word(x, part) for x in words] for part, words in enumerate(layer(*at))],
+        below,
+        **dict(r=ring, quest=quest, packed=("full", dict(bits=bits)), vs=VS, blocks=BLOCKS),
+    )
+    return plan
+
+
+def _word(word, part):
+    """The ring's word where it isn't how a step reads it."""
+    return "r" if word == "ring" and part < 2 else word
+
+
+def talk(m, cache):
+    """A left-padded prompt, a chunk, steps of one token and of more, and some of them again."""
+    ids, mask = left_padded(LENGTH)
+    out = forward(m, ids, mask, **cache)
+    found = [out.logits[:, -1]]
+    for seed, new in enumerate((40, 1, 16, -30, 3, 1, 50, 1)):
+        if new < 0:
+            out.past_key_values.crop(new)
+            mask = mask[:, :new]
+            continue
+        mask = continue_with(ids, mask, new)
+        out = forward(m, tokens(3, new, seed=seed), mask, cache=out.past_key_values)
+        found.append(out.logits)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "below"),
+    [("llama", 8, 0), ("qwen2", 4, 200), ("qwen3", 4, 0), ("mistral", 8, 200)],
+)
+def test_what_is_packed_equals_the_oracle(family, bits, below):
+    model = tiny(family)
+    plan = packing(model, bits, (below,) * 3)
+    got, want, stats = both(model, plan, talk)
+    for ours, truth in zip(got, want, strict=True):
+        close(ours, truth)
+    assert stats.layers[0].cache.shares[-1] < 0.9 < stats.layers[1].cache.shares[-1]
+    with hfsparse.patch(model, packing(model, 16, (below,) * 3)):
+        whole = talk(model, {})
+    assert not torch.equal(got[1], whole[1])  # a chunk reads the past packed
+
+
+def test_a_prompt_is_read_as_it_comes_and_its_chunks_read_what_is_packed():
+    model, (ids, mask) = tiny("llama"), left_padded(LENGTH)
+    plan = packing(model)
+    with oracle(model, plan, prompt=LENGTH):
+        want = generate(model, ids, mask, prefill_chunk_size=70, **whole_cache())
+    with hfsparse.patch(model, plan):
+        same_generation(generate(model, ids, mask, prefill_chunk_size=70), want)
+        at_once = forward(model, ids, mask).logits
+    with hfsparse.patch(model, packing(model, 16)):
+        assert torch.equal(forward(model, ids, mask).logits, at_once)
+
+
+def test_rows_of_a_batch_and_beams_are_alone():
+    model, (ids, mask) = tiny("qwen3"), left_padded(LENGTH)
+    with hfsparse.patch(model, packing(model)):
+        together = generate(model, ids, mask, num_beams=2, new=40).sequences
+        for row, pads in enumerate((0, 7, 13)):
+            alone = generate(model, ids[row : row + 1, pads:], num_beams=2, new=40).sequences
+            assert together[row, pads:].tolist() == alone[0].tolist()
+
+
+def test_a_copy_goes_on_as_the_cache_does_and_drafts_can_be_taken_back():
+    model, ids = tiny("llama"), tokens(1, LENGTH)
+    with hfsparse.patch(model, packing(model, every=True)):
+        cache = forward(model, ids).past_key_values
+        copies = [copy.deepcopy(cache) for _ in range(2)]
+        wanted = forward(model, ids[:, :1], cache=copies[0]).logits
+        forward(model, ids[:, :30], cache=cache)
+        cache.crop(-30)
+        for each in (cache, copies[1]):
+            assert torch.equal(forward(model, ids[:, :1], cache=each).logits, wanted)
+        assert generate(model, ids, prompt_lookup_num_tokens=4).sequences.shape[1] > LENGTH
+
+
+def test_under_autocast_pages_are_packed_in_its_type():
+    model, ids = tiny("llama"), tokens(2, LENGTH)
+    found = []
+    for bits in (16, 8):
+        with hfsparse.patch(model, packing(model, bits, every=True)), torch.autocast("cpu"):
+            out = forward(model, ids)
+            found.append(forward(model, ids[:, :3], cache=out.past_key_values).logits)
+        layer = out.past_key_values.layers[0]
+        assert layer.tensors()[0].dtype == torch.bfloat16
+    assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_predicted_is_held(bits):
+    model, (ids, mask) = tiny("llama"), left_padded(700, [0, 40])
+    plan = packing(model, bits, every=True)
+    with hfsparse.patch(model, plan) as handle:
+        cache = forward(model, ids, mask).past_key_values
+        stats = handle.stats()
+        told = handle.explain()
+    held = sum(layer.bytes() for layer in cache.layers)
+    assert held == stats.kv_bytes
+    assert memory.cache_bytes(model.config, plan, 700, 2, 4) == (held, stats.kv_bytes_dense)
+    # Newest pages and the index of full heads are there beside the bits, in float32.
+    full = stats.layers[0].cache.shares[0]
+    assert bits / 32 + 2 * PAGE / 700 < full < bits / 32 + 2 * PAGE / 700 + 0.1
+    assert f"1 selected in {bits} bits by reference (PyTorch)" in told
+    assert "in fewer bits, new tokens: reference (PyTorch) (not Triton: needs a CUDA" in told
+
+
+def test_what_cannot_be_packed_is_refused_in_a_sentence():
+    model = tiny("llama")
+    plan = packing(model)
+    layers = (replace(plan.layers[0], prefill=("packed",) * 4),) * 3
+    with pytest.raises(PlanError, match="prefill can't be packed, a full: give full or the name"):
+        replace(plan, layers=layers).validate()
+    with pytest.raises(UsageError, match="bits is 3: give 16, 8 or 4"):
+        Streaming(bits=3)
+    odd = llama(head_dim=3)
+    with pytest.raises(PlanError, match=r"heads of 3 channels.* give packed 8 bits"):
+        packing(odd).check(odd)
+    if latents.exists("deepseek_v3"):
+        latent = latents.fresh("deepseek_v3")
+        with pytest.raises(PlanError, match=r"layer 0 keeps latents.*packed has 4 bits: write"):
+            hfsparse.patch(latent, packing(latent))
