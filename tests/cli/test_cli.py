@@ -428,13 +428,17 @@ def test_generate_is_greedy_whatever_the_models_settings_and_its_tokenizer_bring
     assert all("Loading weights" in line for line in said if line)
 
 
-def test_generate_refuses_a_prompt_longer_than_the_window(model, prompt):
+def test_generate_refuses_a_prompt_longer_than_the_window(model, plan, prompt):
     prompt.write_text("word " * 2000)
     message = error("generate", model, "--prompt-file", prompt, "--max-new-tokens", 5)
     whole = f"<s><user>{prompt.read_text().strip()}\n<assistant>"
     tokens = 5 + len(tiny.tokenizer(chat=True)(whole)["input_ids"])
     over = f"{tokens - 512} more than this model's window of 512 (--beyond-window passes it)"
     assert message == f"prompt and answer take {tokens} tokens, {over}"
+    prompt.write_text("word " * 600)
+    replace(Plan.load(plan), extend=DualChunk(512)).save(plan)
+    words = ["--plan", plan, "--prompt-file", prompt, "--max-new-tokens", 2]
+    assert run("generate", model, *words).exit_code == 0
 
 
 def test_generate_refuses_a_plan_for_another_model(model, prompt, tmp_path):
