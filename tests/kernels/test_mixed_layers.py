@@ -51,14 +51,12 @@ KEPT = [  # of rows that evict and rows that needn't
     Group((3,), eviction=SnapKV(33, 3)),
     Group((4,), NEAR),
 ]
-PACKED = [  # beside heads in the model's type
+PACKED = [  # beside a ring in the model's type
     Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), bits=4),
     Group((1,), Band(70, 40, 6554), bits=8),
-    Group((2,), bits=8),
-    Group((4,), selector=OTHER),
-    Group((5,), NEAR, bits=4),
-    Group((6,), GROWING),
-    Group((7,), selector=QUEST, bits=4),
+    Group((2,), selector=QUEST, bits=8),
+    Group((4,), bits=4),
+    Group((5,), NEAR),
 ]
 STEADY = [Group((1,), eviction=H2O(70, 30)), Group((0, 2))]  # steps evict, too
 
@@ -190,8 +188,8 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
         (CHOOSING, 3, (64, 64), torch.float32, 4, [395, 509, 130], (150, 400), None, False),
         (KEPT, 3, (64, 64), torch.float32, 4, [60, 255, 90], (62, 0), 5.0, True),
         (STEADY, 2, (32, 32), torch.float32, 5, [69, 200, 90], (0, 0), None, False),
-        (PACKED, 3, (64, 64), torch.float32, 4, [63, 255, 130], (0, 0), 5.0, True),
-        (PACKED, 8, (20, 12), torch.float16, 16, [70, 200], (150, 72), None, False),
+        (PACKED, 3, (32, 32), torch.float32, 4, [63, 255], (0, 0), 5.0, True),
+        (PACKED, 4, (20, 12), torch.float16, 5, [70, 200], (150, 72), None, False),
     ],
     ids=[
         *("all-kinds", "below", "rings", "rings-below", "half-ring", "choosing", "kept", "steady"),
