@@ -70,7 +70,7 @@ CHOSEN = {  # by setting, of either kv head
 def test_a_fixed_row_is_read_as_before(name):
     q, k, length = drawn([PAGE * 12 + 5], queries=2, seed=1)
     selector = bound(name)
-    found = selector.pages(q, index_of(selector, k, length), length, SCALE)
+    found = selector.pages(q, index_of(selector, k, length, queries=2), length, SCALE)
     assert [listed(found, 0, h) for h in (0, 1)] == CHOSEN[name]
 
 

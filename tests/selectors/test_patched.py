@@ -17,7 +17,7 @@ from tests.patcher.families import fresh, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate, same_generation
 from tests.patterns.matrix import SELECTOR_ROWS
 from tests.runtime.test_graphs import interpreted, same  # noqa: F401
-from tests.selectors.plans import labelled, plan_of, refreshed
+from tests.selectors.plans import labelled, plan_of, refreshed, segmented
 
 # All of quest's; of the others the first, since what they choose `test_selectors` tries.
 SETTINGS = {
@@ -201,7 +201,7 @@ def test_a_plan_saved_and_read_again_is_followed_alike(name, tmp_path):
     assert hfsparse.Plan.load(tmp_path / "plan.yaml").hash() == plan.hash()
 
 
-@pytest.mark.parametrize("plan", [labelled, refreshed])
+@pytest.mark.parametrize("plan", [labelled, refreshed, segmented])
 @pytest.mark.parametrize(("family", "pads"), [("llama", (0,)), ("qwen2", (30, 0, 150))])
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, plan, family, pads):  # noqa: F811
     """Whether kernels write an index or PyTorch does, it follows on the device."""

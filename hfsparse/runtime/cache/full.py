@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
+from hfsparse.selectors import part_of, segment_of, tokens_built
 
+PAIRS = 1 << 26  # tokens, times those of a segment, whose index is made together at a time
 AT_ONCE = 1024  # pages of a prompt that are summarised at a time: selectors work in wide numbers
 
 
@@ -24,9 +28,12 @@ class Full(Store):
         self.reserve, self.below = reserve, below
         self.index: dict[str, Tensor] = {}  # what the selector keeps of each page, [B, H, P, ...]
         self.choice: Choice | None = None  # the last one, where steps read it again
+        # Tokens of whose pages the index is made together, and for how many of each row it was.
+        self.segment = segment_of(group.selector)
+        self.built: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
-        shape = (len(k), len(self.group.heads), 0)
+        shape, self.built = (len(k), len(self.group.heads), 0), [0] * len(k)
         self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
         if (selector := self.group.selector) is None:
             return
@@ -59,6 +66,7 @@ class Full(Store):
     def select(self, picked: list[int]) -> None:
         self.change(lambda t: t[picked])
         self.index = {name: t[picked] for name, t in self.index.items()}
+        self.built = [self.built[i] for i in picked]
         if self.choice is not None:
             wanted = len(picked), *self.choice.pages.shape[1:]
             self.choice = Choice.none(*wanted, self.k.device)
@@ -70,13 +78,30 @@ class Full(Store):
         """Take back what a step changed on the host."""
 
     def until(self, rows: list[int]) -> int:
-        """Tokens up to which rows may grow and no buffer moves."""
-        return self.k.shape[2]
+        """Tokens up to which the longest row may grow while no buffer moves and `room` has no
+        index to make."""
+        if self.segment == PAGE:
+            return self.capacity
+        left = min(-n % part_of(self.segment) for n in rows)
+        return min(self.capacity, max(rows) + left)
 
     def room(self, past: list[int], rows: list[int]) -> None:
-        """Make room for rows that grow from `past` to `rows` tokens."""
+        """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.k.shape[2]:
             self._grow(max(need, self.reserve, self.k.shape[2] * 17 // 16))
+        if self.segment > PAGE:
+            self._build(past)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Let go of choices and segments that hold tokens which rows of so many have no more."""
+        if self.choice is not None:
+            self.choice.forget(rows)
+        for row, (n, built) in enumerate(zip(rows, self.built, strict=True)):
+            if n < built:
+                self.built[row] = left = n // self.segment * self.segment
+                if left < n:
+                    pages = range(left // PAGE, -(-n // PAGE))
+                    self._summarise(slice(row, row + 1), pages, n)
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
@@ -92,6 +117,23 @@ class Full(Store):
                 pages = range(p // PAGE, -(-(p + n) // PAGE))
                 for part in (pages[i : i + AT_ONCE] for i in range(0, len(pages), AT_ONCE)):
                     self._summarise(rows, part, p + n)
+
+    def _build(self, past: list[int]) -> None:
+        """Make the index of what has become of segments since it was made last."""
+        ends = [tokens_built(self.segment, n) for n in past]
+        ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
+        starts = [
+            end if end == built else built // self.segment * self.segment
+            for end, built in zip(ends, self.built, strict=True)
+        ]
+        step = max(PAIRS // self.segment**2, 1) * self.segment
+        for rows, first, n in runs_of_rows(Lengths.between(starts, ends, 0)):
+            for at in range(first, first + n, step):
+                end = min(at + step, first + n)
+                keys = self.k[rows, :, at:end].unflatten(2, (-1, PAGE))
+                for name, found in self.group.selector.build(keys).items():
+                    self.index[name][rows, :, at // PAGE : end // PAGE] = found
+        self.built = ends
 
     def _summarise(self, rows: slice, pages: range, length: int) -> None:
         """Renew the index of a run of pages in rows of so many tokens."""

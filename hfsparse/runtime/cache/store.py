@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,9 @@ class Store:
     def change(self, make: Callable[[Tensor], Tensor]) -> None:
         """Hold what `make` makes of each buffer."""
         self.hold(*map(make, self.held()))
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
 
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""
