@@ -625,8 +625,8 @@ def moments(layers: int, heads: int, dim: int) -> dict[str, Tensor]:
 SELECTOR_ROWS = {
     "centroids": SelectorRow(
         {
-            "centroids_segments": Centroids(share=0.2, min_pages=2, clusters=3, segment=256),
             "centroids": Centroids(share=0.2, min_pages=2, clusters=5),
+            "centroids_segments": Centroids(0.2, 2, unit=8, clusters=16, segment=256),
             "centroids_16": Centroids(share=0.4, min_pages=2, unit=16, top_p=0.7, clusters=8),
         },
         centroids,
