@@ -5,12 +5,13 @@ Keys are clustered by direction, as in Squeezed Attention (arXiv 2411.09688) and
 worth what its centroid is, a unit what its best token is, and the q heads of a group vote with the
 softmax over units.
 
-Both papers cluster over a prompt, once; RetroInfer in segments of 8,192 tokens. Here a `segment` of
-the row is clustered when all of its tokens are there; those behind the last one lie in clusters of
-their own page. So an index depends on a row's keys and length alone, and can grow, shrink and be
-moved. A segment of one page is the default: it costs more centroids for as good clusters, and no
-clustering of many keys. Neither the threshold of the one paper (a share takes its place) nor the
-other's estimate of what is not read is here.
+Both papers cluster a prompt once, RetroInfer in segments of 8,192 tokens, and keep newer tokens
+apart. Here a `segment` of the row is clustered, and clustered again with each eighth that it grows
+by while it is the last; tokens behind that lie in clusters of their own page. So an index depends
+on a row's keys and length alone, and can grow, shrink and be moved. A segment of one page, the
+default, needs more centroids for as good clusters, and never clusters many keys. Neither the
+threshold of the one paper (a share takes its place) nor the other's estimate of what is not read is
+here.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from hfsparse.registry import later, require
 from hfsparse.selectors.budget import Budget, best_of, products
 from hfsparse.selectors.selector import register
 
-ROUNDS, MORE = 4, 10  # of k-means, on a page and on segments of several
-SEGMENTS = tuple(PAGE << n for n in range(8))
+PAGE_ROUNDS, ROUNDS = 4, 10  # of k-means, on a page and on a segment of several
+SEGMENTS = tuple(PAGE << n for n in range(8))  # tokens
 
 
 @register("centroids")
@@ -38,8 +39,8 @@ SEGMENTS = tuple(PAGE << n for n in range(8))
 class Centroids:
     """Share of a row's units read by a decode step, never fewer than `min_pages` pages hold.
 
-    refresh, top_p, unit: as in `Budget`. clusters: as many as there are pages, times this. segment:
-    tokens that are clustered together.
+    refresh, top_p, unit: as in `Budget`. clusters: for each 64 keys. segment: tokens of the row
+    that are clustered together, one of SEGMENTS.
     """
 
     share: float = 0.06
@@ -72,7 +73,7 @@ class Centroids:
     def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Of pages of keys `[B, H, n, PAGE, D]`: `centroid` `[B, H, n, clusters, D]`, and `cluster`
         `[B, H, n, PAGE]`, each token's, counted from its page's first."""
-        centroid, cluster = cluster_keys(keys, real, self.clusters, ROUNDS)
+        centroid, cluster = cluster_keys(keys, real, self.clusters, PAGE_ROUNDS)
         return {"centroid": centroid.to(keys.dtype), "cluster": cluster.to(self._index_dtype)}
 
     def build(self, keys: Tensor) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ class Centroids:
         """Of segments of `each` pages, `[B, H, n, PAGE, D]`."""
         parts = keys.unflatten(2, (-1, each)).flatten(3, 4)
         real = torch.ones(1, 1, 1, each * PAGE, 1, dtype=torch.bool, device=keys.device)
-        centroid, cluster = cluster_keys(parts, real, self.clusters * each, MORE)
+        centroid, cluster = cluster_keys(parts, real, self.clusters * each, ROUNDS)
         centroid = centroid.unflatten(3, (each, -1)).flatten(2, 3)
         first = torch.arange(each, device=keys.device) * self.clusters
         cluster = (cluster.unflatten(3, (each, PAGE)) - first[:, None]).flatten(2, 3)

@@ -26,8 +26,8 @@ SETTINGS = {
     for name, setting in [*row.settings.items()][: None if kind == "quest" else 1]
 }
 CHOSEN = [name for name in SETTINGS if SETTINGS[name].budget.share < 1]
-# Many rounds of k-means over many keys: a last bit of one key may change them, and no oracle and no
-# other batch has the same bits. They are tried where runs have.
+# A last bit of a key may change what many rounds of k-means make of it, and no oracle and no other
+# batch has the same bits: these are tried where both runs have.
 SEGMENTS = "centroids_segments"
 SETTINGS[SEGMENTS] = SELECTOR_ROWS["centroids"].settings[SEGMENTS]
 PADS, LENGTH = (0, 7, 70), 460  # rows of 8, 8 and 7 pages

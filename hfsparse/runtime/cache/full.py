@@ -28,7 +28,8 @@ class Full(Store):
         self.reserve, self.below = reserve, below
         self.index: dict[str, Tensor] = {}  # what the selector keeps of each page, [B, H, P, ...]
         self.choice: Choice | None = None  # the last one, where steps read it again
-        # Tokens of whose pages the index is made together, and for how many of each row it was.
+        # Tokens of whose pages the index is made together, and for how many tokens of each row it
+        # was: what `tokens_built` says of its length, until a call has more.
         self.segment = segment_of(group.selector)
         self.built: list[int] = []
 
@@ -119,7 +120,7 @@ class Full(Store):
                     self._summarise(rows, part, p + n)
 
     def _build(self, past: list[int]) -> None:
-        """Make the index of what has become of segments since it was made last."""
+        """Make the index of segments that have grown by a part or more since it was made last."""
         ends = [tokens_built(self.segment, n) for n in past]
         ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
         starts = [
