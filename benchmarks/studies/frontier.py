@@ -82,6 +82,11 @@ CHOOSERS = {
     "landmarks": ("landmarks", {}),
     "lsh, units of 16": ("lsh", {"unit": 16}),
     "centroids, tokens": ("centroids", {}),
+    "centroids of 1,024 tokens, tokens": ("centroids", {"segment": 1024}),
+    "centroids of 1,024 tokens, half as many, tokens": (
+        "centroids",
+        {"segment": 1024, "clusters": 4},
+    ),
 }
 PATTERN_ARMS = {
     "streaming": [{"sink": 64, "recent": 64, "recent_per_token": s} for s in (0.05, 0.1, 0.2)],

@@ -7,12 +7,13 @@ from itertools import groupby
 from typing import Any
 
 from hfsparse.evictions import EVICTIONS
+from hfsparse.lists import PAGE
 from hfsparse.patterns import PATTERNS
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.kept import Full
 from hfsparse.plan.parts import BAD, Layer, ModelId, Placed
 from hfsparse.plan.words import nearest, show, span
-from hfsparse.selectors import SELECTORS
+from hfsparse.selectors import SELECTORS, segment_of
 from hfsparse.selectors.reuse import Reuse
 
 DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops keys
@@ -111,6 +112,12 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
                 ("decode",),
                 f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, with means "
                 "of whole keys: leave out one of the two",
+            )
+        if segment_of(patterns.get(decode)) > PAGE and getattr(kept, "bits", 16) < 16:
+            yield (
+                ("decode",),
+                f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, which "
+                f"clusters whole keys: give a segment of {PAGE}",
             )
         if not isinstance(kept, Streaming):
             continue

@@ -8,8 +8,18 @@ To add one: write its file, import it here, add its row to `tests/patterns/matri
 
 from hfsparse.selectors import centroids, channels, landmarks, lowrank, lsh, quest, reuse
 from hfsparse.selectors.budget import Budget
-from hfsparse.selectors.selector import SELECTORS, Calibrated, Selector, register
+from hfsparse.selectors.selector import (
+    SELECTORS,
+    Calibrated,
+    Segmented,
+    Selector,
+    part_of,
+    register,
+    segment_of,
+    tokens_built,
+)
 from hfsparse.selectors.table import DeviceTensor
 
-__all__ = ["SELECTORS", "Budget", "Calibrated", "DeviceTensor", "Selector", "register"]
+__all__ = ["SELECTORS", "Budget", "Calibrated", "DeviceTensor", "Segmented", "Selector"]
+__all__ += ["part_of", "register", "segment_of", "tokens_built"]
 __all__ += ["centroids", "channels", "landmarks", "lowrank", "lsh", "quest", "reuse"]

@@ -13,7 +13,8 @@
 
 A full store of the cache keeps the index: it makes, grows, crops, reorders and counts it, and has
 `summarise` follow each prompt and step. A page is PAGE tokens of a row, as row-relative positions:
-page p holds the tokens from p * PAGE on.
+page p holds the tokens from p * PAGE on. An index may be better of many pages together than of
+each by itself: see `Segmented`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hfsparse.lists import PageLists
+from hfsparse.lists import PAGE, PageLists
 from hfsparse.registry import Registry
 from hfsparse.selectors.budget import Budget
 
@@ -99,6 +100,43 @@ class Selector(Protocol):
           (`precision.exact`); autocast is off.
         """
         ...
+
+
+class Segmented(Selector, Protocol):
+    """A selector whose index is made of many pages together, where they are there.
+
+    Segment s of a row holds the tokens from s * segment on. A call finds the index of the first
+    `tokens_built(segment, past)` of its `past` tokens as `build` makes it, segment by segment, and
+    that of later pages as `summarise` does: it depends on a row's keys and its length before the
+    call alone, not on how they came.
+    """
+
+    segment: int  # tokens: 64, 128, ... At PAGE `build` is never called
+
+    def build(self, keys: Tensor) -> dict[str, Tensor]:
+        """The index of n pages of keys `[B, H, n, PAGE, D]`, all of tokens, from a segment's first
+        on: of whole segments, the last one perhaps shorter.
+
+        In names, shapes and types as `summarise`, and as pure. It runs between steps, and is no
+        part of a CUDA graph; the host must not wait.
+        """
+        ...
+
+
+def segment_of(selector: Selector | None) -> int:
+    """Tokens of whose pages the index is made together; PAGE: each page's by itself."""
+    return getattr(selector, "segment", PAGE)
+
+
+def part_of(segment: int) -> int:
+    """After so many more tokens the index of a segment that is not whole yet is made anew."""
+    return max(segment // 8, PAGE)
+
+
+def tokens_built(segment: int, past: int) -> int:
+    """Of a row of `past` tokens, how many have an index that was made segment by segment."""
+    part = part_of(segment)
+    return past // part * part if segment > PAGE else 0
 
 
 class Calibrated(Selector, Protocol):

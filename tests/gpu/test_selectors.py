@@ -32,7 +32,7 @@ def no_wait():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pages_are_those_chosen_on_the_cpu(name, queries, group):
     selector, (q, k, length) = bound(name), drawn(LENGTHS, queries, group)
-    index = index_of(selector, k, length, room=3)
+    index = index_of(selector, k, length, room=3, queries=queries)
     expected = selector.pages(q, index, length, SCALE)
     there = {key: t.to(DEVICE) for key, t in index.items()}
     q, length = q.to(DEVICE), length.to(DEVICE)

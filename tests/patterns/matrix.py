@@ -535,19 +535,26 @@ def lsh(selector: Lsh, q, k, scale: float, table, head: int) -> np.ndarray:
 
 def centroids(selector: Centroids, q, k, scale: float, table, head: int) -> np.ndarray:
     parts = range(0, len(k), selector.unit)
-    means = np.concatenate([clustered(page, selector.clusters) for page in split(k, PAGE)])
+    part = max(selector.segment // 8, PAGE)
+    built = (len(k) - q.shape[1]) // part * part if selector.segment > PAGE else 0
+    means = [
+        clustered(part, selector.clusters * len(part) // PAGE, len(part), 10)
+        for part in (split(k[:built], selector.segment) if built else ())
+    ]
+    means += [clustered(page, selector.clusters) for page in split(k[built:], PAGE)]
+    means = np.concatenate(means)
     return largest_share(np.maximum.reduceat(q @ means.T * scale, parts, 2))
 
 
-def clustered(k: np.ndarray, clusters: int) -> np.ndarray:
-    """Each key's centroid, by four rounds of k-means of a page's directions."""
+def clustered(k: np.ndarray, clusters: int, size: int = PAGE, turns: int = 4) -> np.ndarray:
+    """Each key's centroid, by some rounds of k-means of the directions of up to `size` keys."""
     ways = k / np.maximum(np.linalg.norm(k, axis=1, keepdims=True), 1e-12)
-    centres = {c: ways[at] for c in range(clusters) if (at := c * PAGE // clusters) < len(k)}
-    for turn in range(4):
+    centres = {c: ways[at] for c in range(clusters) if (at := c * size // clusters) < len(k)}
+    for turn in range(turns):
         apart = [((ways - centre) ** 2).sum(1) for centre in centres.values()]
         near = np.argmin(apart, 0)
         for c in {*near.tolist()}:
-            centres[c] = (k if turn == 3 else ways)[near == c].mean(0)
+            centres[c] = (k if turn == turns - 1 else ways)[near == c].mean(0)
     return np.stack([centres[c] for c in near.tolist()])
 
 
@@ -619,6 +626,7 @@ SELECTOR_ROWS = {
     "centroids": SelectorRow(
         {
             "centroids": Centroids(share=0.2, min_pages=2, clusters=5),
+            "centroids_segments": Centroids(0.2, 2, unit=8, clusters=16, segment=256),
             "centroids_16": Centroids(share=0.4, min_pages=2, unit=16, top_p=0.7, clusters=8),
         },
         centroids,

@@ -8,9 +8,10 @@ import torch
 from hfsparse.lists import FULL, PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Table
-from hfsparse.runtime.cache import buffers
+from hfsparse.runtime.cache import buffers, full
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
 from tests.helpers import poison_of
@@ -141,3 +142,28 @@ def test_an_index_grows_and_is_reordered_with_its_keys(name):
         assert torch.equal(t[:, :, : old.shape[2]].nan_to_num(), old[[1, 0, 1]].nan_to_num())
     held = [store.k, store.v, *store.index.values()]
     assert {t.data_ptr() for t in held} <= {t.data_ptr() for t in store.tensors()}
+
+
+def test_segments_are_made_where_the_host_looks_and_left_with_a_crop(monkeypatch):
+    """A graph runs until a row ends a part of its segment; then, and behind a crop, `room` finds
+    the index that a store has which was never longer."""
+    clusters = Centroids(clusters=2, segment=512)  # parts of 64 tokens
+    store = begun(clusters, [700, 70], torch.Generator().manual_seed(0))
+    store.room([700, 70], [701, 71])
+    assert (store.built, store.until([701, 71])) == ([640, 64], 704)
+    kept_at_first = kept(store)
+    store.room([704, 73], [705, 74])
+    assert (store.built, store.until([705, 74])) == ([704, 64], 759)
+    assert not equal(kept(store), kept_at_first)
+    store.forget([600, 40])
+    assert store.built == [512, 0]
+    store.room([600, 40], [601, 41])
+    assert store.built == [576, 0]
+    shorter = store_of(clusters, 2)
+    monkeypatch.setattr(full, "PAIRS", 1)  # a segment at a time
+    k = store.k[:, :, :600]
+    shorter.append(k, k, Lengths([0, 0], [600, 40], 600))
+    shorter.room([600, 40], [601, 41])
+    for ours, theirs in zip(store.index.values(), shorter.index.values(), strict=True):
+        assert equal([ours[0, :, :10]], [theirs[0, :, :10]])
+        assert equal([ours[1, :, :1]], [theirs[1, :, :1]])

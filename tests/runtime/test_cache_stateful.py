@@ -24,6 +24,8 @@ from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.decode import STEP
+from hfsparse.selectors import segment_of, tokens_built
+from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
 from tests.helpers import poison_of
@@ -31,7 +33,8 @@ from tests.patterns.matrix import weights
 
 HEADS, DIM = 6, 4
 LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, HEADS, DIM))
-FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 5), FULL, LABELS), Group((3,), FULL))
+CLUSTERS = Centroids(clusters=2, segment=256)
+FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 5), FULL, LABELS), Group((3,), FULL, CLUSTERS))
 SINKS = (  # however long their rows, these can go back to their first three tokens
     Group((0, 5), Band(3, 10)),
     Group((1, 3), FULL, Quest()),
@@ -181,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
             if columns <= STEP:
                 self.check_step(ring, past)
             self.check_size(ring)
-        self.check_summaries(exact=True)
+        self.check_summaries(past)
 
     def know(self, store, past):
         """A store that packs has new tokens, and the newest two pages as they came."""
@@ -273,9 +276,12 @@ class CacheMachine(RuleBasedStateMachine):
             most = -(-most // PAGE) * PAGE if paged else most
             assert ring.positions(self.lengths()).shape[1] <= ring.sink + most
 
-    def check_summaries(self, exact=False):
+    def check_summaries(self, past=()):
         """What each page's selector says of its keys; after a crop, the last page's may be of those
-        taken back, too."""
+        taken back, too.
+
+        past: behind a call, how long rows were before it.
+        """
         for store in self.stores(Full, PackedFull):
             if not store.group.selector:
                 continue
@@ -283,9 +289,16 @@ class CacheMachine(RuleBasedStateMachine):
                 keys = self.content(b, range(n), store.group.heads)[0]
                 if store.group.bits < 16:
                     keys = self.known_by(store)[b][0][0]
+                built = tokens_built(segment_of(store.group.selector), past[b]) if past else 0
+                if built:  # segment by segment, as of its length before the last call
+                    pages = keys[:, :built].unflatten(1, (-1, PAGE))[None]
+                    for name, t in store.group.selector.build(pages).items():
+                        assert torch.equal(store.index[name][b, :, : built // PAGE], t[0])
                 for page, own in enumerate(keys.split(PAGE, 1) if n else ()):
+                    if page < built // PAGE or (not past and page < store.built[b] // PAGE):
+                        continue
                     held = {name: t[b, :, page] for name, t in store.index.items()}
-                    if exact or own.shape[1] == PAGE:
+                    if past or own.shape[1] == PAGE:
                         whole = pad(own, (0, 0, 0, PAGE - own.shape[1]), value=torch.nan)
                         real = (torch.arange(PAGE) < own.shape[1])[:, None]
                         said = store.group.selector.summarise(whole[None, :, None], real)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hfsparse.plan import Below, ModelId, Plan
 from hfsparse.plan.files import DataFile
+from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.landmarks import Landmarks
 from tests.patcher.families import own_window
@@ -40,3 +41,8 @@ def means_of_labelled(model) -> Plan:
 def refreshed(model) -> Plan:
     """By landmarks, which no kernel keeps, and read again by three more steps; top_p."""
     return plan_of(model, Landmarks(0.9, 2, refresh=4, top_p=0.6))
+
+
+def segmented(model) -> Plan:
+    """By clusters of a row, which are made anew between steps."""
+    return plan_of(model, Centroids(0.2, 2, clusters=2, segment=256))

@@ -59,6 +59,10 @@ CHOSEN = {  # by setting, of either kv head
         [0, 1, 2, 3, 8, 9, 11, 12, 15, 24, 28, 34, 35, 36, 38, 40, 44, 45, 47, 48],
     ],
     "lsh": [[0, 1, 2, 3, 8, 18, 21, 33, 36, 48], [0, 1, 2, 3, 10, 28, 31, 33, 34, 48]],
+    "centroids_segments": [
+        [0, 1, 2, 3, 4, 5, 6, 7, 18, 23, 29, 34, 55, 62, 72, 77, 82, 88, 93, 96],
+        [0, 1, 2, 3, 4, 5, 6, 7, 49, 56, 59, 61, 67, 69, 73, 74, 77, 80, 90, 96],
+    ],
     "centroids_16": [
         [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 36, 37, 38, 39, 40, 41, 42, 43, 48],
         [0, 1, 2, 3, 12, 13, 14, 20, 21, 24, 25, 26, 27, 32, 33, 34, 35, 36, 37, 48],
@@ -70,7 +74,7 @@ CHOSEN = {  # by setting, of either kv head
 def test_a_fixed_row_is_read_as_before(name):
     q, k, length = drawn([PAGE * 12 + 5], queries=2, seed=1)
     selector = bound(name)
-    found = selector.pages(q, index_of(selector, k, length), length, SCALE)
+    found = selector.pages(q, index_of(selector, k, length, queries=2), length, SCALE)
     assert [listed(found, 0, h) for h in (0, 1)] == CHOSEN[name]
 
 

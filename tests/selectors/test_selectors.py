@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import EXTREMES
-from hfsparse.selectors import SELECTORS, DeviceTensor
+from hfsparse.selectors import SELECTORS, DeviceTensor, segment_of, tokens_built
 from hfsparse.selectors.lsh import MOST_TABLES, Lsh, log_probabilities
 from tests.helpers import poison_of
 from tests.patterns.matrix import SELECTOR_ROWS, oracle_pages, table_of
@@ -38,12 +38,16 @@ def drawn(lengths, queries: int = 1, group: int = 3, poison: float = torch.nan, 
     return q, k.masked_fill(dead[:, None, :, None], poison), length
 
 
-def index_of(selector, k, length, room: int = 0, poison: float = torch.nan):
+def index_of(selector, k, length, room: int = 0, poison: float = torch.nan, queries: int = 1):
     """The index as a store has it: of the pages that hold tokens; poison in all others."""
     pages = k.unflatten(2, (-1, PAGE))
     at = torch.arange(k.shape[2]).view(1, 1, -1, PAGE, 1)
-    found = {}
-    for name, t in selector.summarise(pages, at < length.view(-1, 1, 1, 1, 1)).items():
+    found = selector.summarise(pages, at < length.view(-1, 1, 1, 1, 1))
+    for b, n in enumerate((length - queries).tolist()):
+        if total := tokens_built(segment_of(selector), max(n, 0)) // PAGE:
+            for name, t in selector.build(pages[b : b + 1, :, :total]).items():
+                found[name][b, :, :total] = t[0]
+    for name, t in found.items():
         empty = torch.arange(t.shape[2]) * PAGE >= length[:, None]
         value = poison_of(t.dtype, poison)
         t = t.masked_fill(empty.view(len(t), 1, -1, *[1] * (t.ndim - 3)), value)
@@ -80,6 +84,7 @@ def same(found, expected) -> None:
         *(("lsh", {"bits": n}) for n in (0, 33)),
         *(("lsh", {"tables": n}) for n in (1, 257)),
         *(("centroids", {"clusters": n}) for n in (0, 65)),
+        *(("centroids", {"segment": n}) for n in (32, 192, 16384)),
     ],
     ids=str,
 )
@@ -108,7 +113,7 @@ def test_layers_share_the_planes_of_hash_tables():
 def test_pages_equal_the_plain_definition(name, group, queries):
     selector, setting = bound(name), SETTINGS[name]
     q, k, length = drawn(LENGTHS, queries, group)
-    index = index_of(selector, k, length, room=3)
+    index = index_of(selector, k, length, room=3, queries=queries)
     found = selector.pages(q, index, length, SCALE)
     P = k.shape[2] // PAGE + 3
     assert found.pages.shape == (len(LENGTHS), 2, setting.budget.width(P, queries))
@@ -137,17 +142,18 @@ def test_pages_equal_the_plain_definition(name, group, queries):
 def test_neither_room_nor_what_lies_there_nor_other_rows_change_a_choice(name, queries):
     selector = bound(name)
     q, k, length = drawn(LENGTHS, queries)
-    tight = selector.pages(q, index_of(selector, k, length), length, SCALE)
+    index = index_of(selector, k, length, queries=queries)
+    tight = selector.pages(q, index, length, SCALE)
     for room, poison in product((0, 1, 1100), (torch.nan, 1e9, 0.0)):
         _, k, _ = drawn(LENGTHS, queries, poison=poison)
-        index = index_of(selector, k, length, room, poison)
+        index = index_of(selector, k, length, room, poison, queries)
         same(selector.pages(q, index, length, SCALE), tight)
     for b, n in enumerate(LENGTHS[:-1]):
         mine = slice(b, b + 1), slice(None), slice(0, -(-n // PAGE))
         index = {name: t[mine] for name, t in index.items()}  # of a row by itself
         alone = selector.pages(q[b : b + 1], index, length[b : b + 1], SCALE)
         assert [listed(alone, 0, h) for h in (0, 1)] == [listed(tight, b, h) for h in (0, 1)]
-        index = index_of(selector, k, length)
+        index = index_of(selector, k, length, queries=queries)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -227,6 +233,8 @@ def test_the_host_never_waits(name):
     selector.pages(q, selector.summarise(pages, real), length, SCALE)
     with OneDevice():
         index = selector.summarise(pages, real)
+        if segment_of(selector) > PAGE:
+            index = selector.build(pages)
         assert selector.pages(q, index, length, SCALE).pages.is_meta
 
 

@@ -28,7 +28,7 @@ from hfsparse.plan.files import DataFile
 from hfsparse.precision import without_autocast
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.profiler.measure.exact import attention, sample_rows
-from hfsparse.selectors import Selector
+from hfsparse.selectors import Selector, segment_of, tokens_built
 
 AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
 
@@ -194,6 +194,8 @@ def pages_read(selector: Selector, q: Tensor, k: Tensor, rows: Tensor, scale: fl
     index = {name: t.repeat(len(rows), *[1] * (t.ndim - 1)) for name, t in whole.items()}
     for name, t in index.items():  # [R, Hkv, P, ...]
         t[each, :, last] = own[name][:, :, 0]
+    if segment_of(selector) > PAGE:
+        _build_segments(selector, index, pages, rows.tolist())
     chosen = selector.pages(steps, index, rows + 1, scale)
     used = torch.arange(chosen.pages.shape[2], device=q.device) < chosen.count[..., None]
     units = P * PAGE // chosen.unit
@@ -202,3 +204,16 @@ def pages_read(selector: Selector, q: Tensor, k: Tensor, rows: Tensor, scale: fl
     read = read[..., :-1].repeat_interleave(chosen.unit, 2)[..., :L]
     read = read & (torch.arange(L, device=q.device) <= rows[:, None])[:, None]
     return read.transpose(0, 1).repeat_interleave(group, 0)
+
+
+def _build_segments(selector: Any, index: dict[str, Tensor], pages: Tensor, rows: list[int]):
+    """Renew what `index` `[R, Hkv, P, ...]` has of segments in front of each of `rows`."""
+    made, each = {}, selector.segment // PAGE
+    for i, row in enumerate(rows):
+        total = tokens_built(selector.segment, row) // PAGE
+        for first in range(0, total, each):
+            part = slice(first, min(first + each, total))
+            if (key := (part.start, part.stop)) not in made:
+                made[key] = selector.build(pages[:, :, part])
+            for name, t in made[key].items():
+                index[name][i, :, part] = t[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ from hfsparse.lists.places import EXTREMES, Place
 from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
+from hfsparse.selectors import part_of, segment_of, tokens_built
 from hfsparse.selectors.means import unit_means
+
+PAIRS = 1 << 26  # tokens, times those of a segment, whose index is made together at a time
 
 
 class Full(Store):
@@ -24,6 +29,10 @@ class Full(Store):
         # What is kept of each page, [B, H, P, ...]: by the selector, and means where it wants them.
         self.index: dict[str, Tensor] = {}
         self.choice: Choice | None = None  # the last one, where steps read it again
+        # Tokens of whose pages the index is made together, and for how many tokens of each row it
+        # was: what `tokens_built` says of its length, until a call has more.
+        self.segment = segment_of(group.selector)
+        self.built: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (len(k), len(self.group.heads), 0)
@@ -32,6 +41,7 @@ class Full(Store):
 
     def _create_index(self, k: Tensor, shape: tuple[int, int, int]) -> None:
         """Of no page yet."""
+        self.built = [0] * len(k)
         if (selector := self.group.selector) is None:
             return
         # Pages of no row tell the shapes, and cost the device nothing.
@@ -64,6 +74,7 @@ class Full(Store):
     def select(self, picked: list[int]) -> None:
         self.change(lambda t: t[picked])
         self.index = {name: t[picked] for name, t in self.index.items()}
+        self.built = [self.built[i] for i in picked]
         if self.choice is not None:
             wanted = len(picked), *self.choice.pages.shape[1:]
             self.choice = Choice.none(*wanted, self.k.device)
@@ -75,13 +86,29 @@ class Full(Store):
         """Take back what a step changed on the host."""
 
     def until(self, rows: list[int]) -> int:
-        """Tokens up to which rows may grow and no buffer moves."""
-        return self.capacity
+        """Tokens up to which the longest row may grow while no buffer moves and `room` has no
+        index to make."""
+        if self.segment == PAGE:
+            return self.capacity
+        left = min(-n % part_of(self.segment) for n in rows)
+        return min(self.capacity, max(rows) + left)
 
     def room(self, past: list[int], rows: list[int]) -> None:
-        """Make room for rows that grow from `past` to `rows` tokens."""
+        """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
             self._grow(max(need, self.reserve, self.capacity * 17 // 16))
+        if self.segment > PAGE:
+            self._build(past)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Let go of choices and segments that hold tokens which rows of so many have no more."""
+        if self.choice is not None:
+            self.choice.forget(rows)
+        for row, (n, built) in enumerate(zip(rows, self.built, strict=True)):
+            if n < built:
+                self.built[row] = left = n // self.segment * self.segment
+                if left < n:
+                    self._summarise_held(slice(row, row + 1), left, n)
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Store each row's new tokens, the first of k, v `[B, H, Q, D]`, behind its past."""
@@ -94,10 +121,31 @@ class Full(Store):
             for held, new in self.beside(k, v):
                 held[rows, :, p : p + n] = new[rows, :, :n]
             if self.index and n:
-                for pages in at_once(range(p // PAGE, -(-(p + n) // PAGE))):
-                    own = slice(pages.start * PAGE, pages.stop * PAGE)
-                    both = (t[rows, :, own] for t in (self.k, self.v))
-                    self._summarise(rows, pages, *both, p + n)
+                self._summarise_held(rows, p, p + n)
+
+    def _build(self, past: list[int]) -> None:
+        """Make the index of segments that have grown by a part or more since it was made last."""
+        ends = [tokens_built(self.segment, n) for n in past]
+        ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
+        starts = [
+            end if end == built else built // self.segment * self.segment
+            for end, built in zip(ends, self.built, strict=True)
+        ]
+        step = max(PAIRS // self.segment**2, 1) * self.segment
+        for rows, first, n in runs_of_rows(Lengths.between(starts, ends, 0)):
+            for at in range(first, first + n, step):
+                end = min(at + step, first + n)
+                keys = self.k[rows, :, at:end].unflatten(2, (-1, PAGE))
+                for name, found in self.group.selector.build(keys).items():
+                    self.index[name][rows, :, at // PAGE : end // PAGE] = found
+        self.built = ends
+
+    def _summarise_held(self, rows: slice, first: int, length: int) -> None:
+        """Renew the index from the page of token `first` on, in rows of so many tokens."""
+        for pages in at_once(range(first // PAGE, -(-length // PAGE))):
+            own = slice(pages.start * PAGE, pages.stop * PAGE)
+            both = (t[rows, :, own] for t in (self.k, self.v))
+            self._summarise(rows, pages, *both, length)
 
     def _summarise(
         self, rows: slice, pages: range, keys: Tensor, values: Tensor, length: int

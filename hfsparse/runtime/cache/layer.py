@@ -183,7 +183,7 @@ class CacheLayer(CacheLayerMixin):
             self.take_back(self.seen - _cropped(self.seen, int(length)))
 
     def take_back(self, drop: int) -> None:
-        """Forget the newest `drop` tokens, and what was chosen with them."""
+        """Forget the newest `drop` tokens, and what was chosen and clustered with them."""
         rows = [max(n - drop, 0) for n in self.rows]
         for store in self.stores:
             store.check_crop(self.rows, rows)
@@ -191,7 +191,7 @@ class CacheLayer(CacheLayerMixin):
         self.stored = min(self.stored, self.seen)  # fewer after a forward that was interrupted
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
         self.rows = rows
-        self._forget_choices()
+        self._forget()
 
     def keep(self, tokens: int) -> None:
         """From now on at least so many of the newest tokens can be taken back; CacheError where
@@ -209,12 +209,11 @@ class CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.seen = self.stored = self.expected = 0
         self.rows = [0] * len(self.rows)
-        self._forget_choices()
+        self._forget()
 
-    def _forget_choices(self) -> None:
+    def _forget(self) -> None:
         for store in self.stores:
-            if store.choice is not None:
-                store.choice.forget(self.rows)
+            store.forget(self.rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

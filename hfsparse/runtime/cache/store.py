@@ -45,6 +45,9 @@ class Store:
         """Hold what `make` makes of each buffer."""
         self.hold(*map(make, self.held()))
 
+    def forget(self, rows: Sequence[int]) -> None:
+        """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
+
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""
         return zip(self.held(), (k, v), strict=False)
