@@ -86,7 +86,8 @@ def make_full(plan: Plan, units: Sequence[Unit]) -> Plan:
             elif reused[g] and (chooser, g) in units:
                 decode[g] = "full"
         if any(
-            w not in ("full", "ring") and not r for w, r in zip(layer.decode, reused, strict=True)
+            w not in ("full", "ring", "kept") and not r
+            for w, r in zip(layer.decode, reused, strict=True)
         ):
             chooser = at
         layers.append(Layer(tuple(prefill), tuple(cache), tuple(decode)))
