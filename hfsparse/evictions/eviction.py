@@ -34,6 +34,7 @@ class Eviction(Protocol):
     # Whether scores of calls add up, and steps evict, too: the cache stays at `size`. If not, each
     # prompt and chunk ranks anew all that is held, and steps are kept until the next does.
     adds_up: bool
+    decay: float  # where they add up: what is left of a sum one query later, 0 to 1; 1: all of it
 
     size: int  # keys that a kv head keeps
     window: int  # of these, how many are its newest, whatever their scores

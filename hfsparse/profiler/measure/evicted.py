@@ -55,6 +55,6 @@ def _rank(seen: Seen, eviction: Eviction, ends: list[int]) -> dict[int, Tensor]:
         grid = Grid(asked, held, end - first, end)
         found[end] = eviction.scores(q, k, grid, **seen.logits.of())
         if eviction.adds_up and before:
-            found[end][..., :before] += found[before]
+            found[end][..., :before] += found[before] * eviction.decay ** (end - before)
         before = end
     return found

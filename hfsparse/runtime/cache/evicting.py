@@ -194,7 +194,8 @@ class Evicting(Full):
         if self.score is not None:
             n = min(k.shape[2], self.capacity)
             before = torch.arange(n, device=device) < past[:, None, None]
-            score[:, :, :n] += self.score[:, :, :n].masked_fill(~before, 0)
+            still = self.eviction.decay ** on_device(inner.new, device)[:, None, None]
+            score[:, :, :n] += still * self.score[:, :, :n].masked_fill(~before, 0)
             made.append(score)
         left = self._left(inner.rows, rows)
         lost = [n - kept for n, kept in zip(inner.rows, left, strict=True)]
