@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from hfsparse.evictions.adore import Adore
+from hfsparse.evictions.alisa import Alisa
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import PAGE, Grid
-from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure import evicted, exact
 from hfsparse.profiler.measure.capture import Seen
-from hfsparse.runtime.cache.evicting import Evicting
-from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
@@ -205,28 +204,27 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
     np.testing.assert_allclose(found["page_recall"][1], 1, rtol=1e-5)
 
 
-EVICTIONS = {"few": SnapKV(40, 8, 3), "heavy": H2O(30, 6), "more": SnapKV(90, 8, 3)}
-EVICTIONS |= {"every": H2O(L, 6)}
+EVICTIONS = {"few": SnapKV(40, 8, 1), "heavy": H2O(50, 6), "more": SnapKV(90, 8, 1)}
+EVICTIONS |= {"lately": Alisa(50, 2), "now": Adore(10, 6), "every": H2O(L, 6)}
 
 
-def test_an_eviction_leaves_what_a_cache_would_hold_had_the_prompt_ended_before_the_row(
+def test_an_eviction_leaves_the_best_of_a_prompt_that_ended_before_the_row_and_what_followed(
     seen, monkeypatch
 ):
-    monkeypatch.setattr(evicted, "LATER", 32)
+    monkeypatch.setattr(evicted, "LATER", 20)
+    monkeypatch.setattr(evicted, "EVERY", 8)
     found = measure.measure_layer(seen, measure.Candidates({}, {}, {}, evictions=EVICTIONS))
-    ends = dict(zip(KEYS.tolist(), (32, 64, 96, 160, 256), strict=True))
-    places = torch.arange(float(L)).view(1, 1, L, 1).expand(1, HKV, L, 1)
+    ends = dict(zip(KEYS.tolist(), (48, 104, 104, 184, 272), strict=True))
     for i, eviction in enumerate(EVICTIONS.values()):
         effect, recall = np.zeros(HKV), np.zeros(HKV)
         for row, end in ends.items():
-            store = Evicting(Group(tuple(range(HKV)), eviction=eviction), 0, 0)
-            k, v, asked = seen.k[:, :, :end], places[:, :, :end], Lengths([0], [end], end)
-            q = seen.q[:, :, :end] if eviction.watched is None else seen.q[:, :, end - 8 : end]
-            store.create(k, v)
-            store.take(k, v, asked, q, **seen.logits.of())
+            q = seen.q[:, :, max(0, end - (eviction.watched or end)) : end]
+            grid = Grid(torch.tensor([q.shape[2]]), torch.tensor([end]), q.shape[2], end)
+            worth = eviction.scores(q, seen.k[:, :, :end], grid, **seen.logits.of())[0]
+            left = min(eviction.size - (row + 1 - end), end)
             for group in range(HKV):
-                keep = torch.arange(L) >= end
-                keep[store.v[0, group, : min(end, eviction.size), 0].long()] = True
+                keep = torch.arange(L) > row - min(eviction.size, row + 1 - end)
+                keep[worth[group].topk(max(left, 0)).indices] = True
                 for head in range(group * GROUP, (group + 1) * GROUP):
                     effect[group] += lost(seen, head, row, keep)
                     recall[group] += attention(seen, head, row, keep)[1] / GROUP / len(KEYS)

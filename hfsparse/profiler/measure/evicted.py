@@ -1,8 +1,8 @@
 """What heads would still hold, had a prompt ended and been evicted from before a row.
 
-The prompt is taken to end `LATER` tokens before the row, or up to as many again, and what followed
-is held. So a question between the two has no say in what is kept, as it has none in use where it
-comes in a later turn.
+The prompt is taken to end at least `LATER` tokens before the row. What followed is held, in place
+of what ranked lowest, so that a head never holds more than its size. So a question between the two
+has no say in what is kept of the prompt, as it has none in use where it comes in a later turn.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from hfsparse.lists import Grid
 from hfsparse.profiler.measure.capture import Seen
 
 LATER = 128  # tokens: a question and its answer
+EVERY = 32  # prompts end at multiples of so many tokens
+FOLLOWED = 1e6  # what followed outranks all that a prompt's queries could sum up to
 
 
 def keys_held(seen: Seen, evictions: Iterable[Eviction]) -> Iterator[Tensor]:
@@ -27,34 +29,32 @@ def keys_held(seen: Seen, evictions: Iterable[Eviction]) -> Iterator[Tensor]:
     Evictions that differ in `size` alone are ranked once.
     """
     rows, (Hkv, L) = seen.keys, seen.k.shape[1:3]
-    ends = (rows // LATER - 1).clamp(min=0) * LATER
-    ranked: dict[Eviction, dict[int, Tensor]] = {}
+    place = torch.arange(L, device=rows.device)
+    ends = (rows - LATER).clamp(min=0) // EVERY * EVERY
+    followed = (place >= ends[:, None])[:, None]
+    ranked: dict[Eviction, Tensor] = {}
     for eviction in evictions:
         kind = replace(eviction, size=1)
         if kind not in ranked:
-            ranked[kind] = _rank(seen, kind, [end for end in ends.unique().tolist() if end])
-        held = torch.ones(Hkv, len(rows), L, dtype=torch.bool, device=rows.device)
-        for end, score in ranked[kind].items():
-            if end > eviction.size:
-                whole, left = (ends.new_tensor([n]) for n in (end, eviction.size))
-                best = best_keys(eviction, score, whole, left, eviction.size)[0]
-                kept = held.new_zeros(Hkv, end).scatter_(1, best, True)
-                held[:, ends == end, :end] = kept[:, None]
-        yield held.repeat_interleave(seen.q.shape[1] // Hkv, 0)
+            ranked[kind] = torch.where(followed, FOLLOWED + place, _rank(seen, kind, ends))
+        left = (rows + 1).clamp(max=eviction.size)
+        best = best_keys(eviction, ranked[kind], rows + 1, left, min(eviction.size, L))
+        held = best.new_zeros(len(rows), Hkv, L, dtype=torch.bool).scatter_(2, best, True)
+        yield held.transpose(0, 1).repeat_interleave(seen.q.shape[1] // Hkv, 0)
 
 
-def _rank(seen: Seen, eviction: Eviction, ends: list[int]) -> dict[int, Tensor]:
-    """What keys [1, Hkv, end] are worth at the end of prompts of so many tokens, ascending."""
-    found, before = {}, 0
-    for end in ends:
+def _rank(seen: Seen, eviction: Eviction, ends: Tensor) -> Tensor:
+    """What keys [R, Hkv, L] are worth at the end of prompts of `ends` [R] tokens, ascending."""
+    Hkv, L = seen.k.shape[1:3]
+    found = torch.zeros(len(ends), Hkv, L, device=ends.device)
+    score, before = found.new_zeros(Hkv, L), 0
+    for end in filter(None, ends.unique().tolist()):
         first = before if eviction.adds_up else 0
         if eviction.watched is not None:
             first = max(first, end - eviction.watched)
         q, k = seen.q[:, :, first:end], seen.k[:, :, :end]
-        asked, held = (torch.tensor([n], device=k.device) for n in (end - first, end))
-        grid = Grid(asked, held, end - first, end)
-        found[end] = eviction.scores(q, k, grid, **seen.logits.of())
-        if eviction.adds_up and before:
-            found[end][..., :before] += found[before] * eviction.decay ** (end - before)
-        before = end
+        grid = Grid(ends.new_tensor([end - first]), ends.new_tensor([end]), end - first, end)
+        score = score * eviction.decay ** (end - before) if eviction.adds_up else score * 0
+        score[:, :end] += eviction.scores(q, k, grid, **seen.logits.of())[0]
+        found[ends == end], before = score, end
     return found
