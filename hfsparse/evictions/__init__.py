@@ -5,8 +5,8 @@ caches or kernels.
 To add one: write its file, import it here, add its row to `tests/evictions/test_evictions.py`.
 """
 
-from hfsparse.evictions import h2o, snapkv
+from hfsparse.evictions import adore, alisa, h2o, snapkv
 from hfsparse.evictions.eviction import EVICTIONS, Eviction, register
 
 __all__ = ["EVICTIONS", "Eviction", "register"]
-__all__ += ["h2o", "snapkv"]
+__all__ += ["adore", "alisa", "h2o", "snapkv"]

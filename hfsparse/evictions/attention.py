@@ -18,10 +18,12 @@ def attention_got(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """Softmax weights that each key gets: summed over queries, averaged over a group's q heads.
 
     `[B, H, Sk]` float32, of q `[B, Hq, Sq, D]` over k `[B, H, Sk, D]`; 0 where the grid has no key.
+    decay: what a query counts for beside the next one; 0: the row's last alone counts.
     """
     (B, Hq, Sq, D), (H, Sk) = q.shape, k.shape[1:3]
     group, k, key = Hq // H, exact(k), grid.key_pos[:, None, None, None, :Sk]
@@ -39,5 +41,7 @@ def attention_got(
         if bare is not None:  # one more logit, of a key without a value
             logits = torch.cat([logits, bare.expand(B, -1, -1, len(rows), -1)], -1)
         weights = torch.softmax(logits, -1)[..., :Sk].masked_fill(~kept, 0)
+        if decay != 1:
+            weights *= decay ** (grid.k_len[:, None, None, None, None] - 1 - at).clamp(min=0)
         got += weights.sum((2, 3)).float()
     return got / group

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hfsparse.lists import Grid
@@ -33,6 +34,7 @@ class Eviction(Protocol):
     # Whether scores of calls add up, and steps evict, too: the cache stays at `size`. If not, each
     # prompt and chunk ranks anew all that is held, and steps are kept until the next does.
     adds_up: bool
+    decay: float  # where they add up: what is left of a sum one query later, 0 to 1; 1: all of it
 
     size: int  # keys that a kv head keeps
     window: int  # of these, how many are its newest, whatever their scores
@@ -59,3 +61,18 @@ class Eviction(Protocol):
         logits of products, as kernels take them.
         """
         ...
+
+
+def best_keys(eviction: Eviction, score: Tensor, held: Tensor, left: Tensor, most: int) -> Tensor:
+    """Slots `[B, H, most]` of the keys that stay, ascending: `left` [B] of the first `held` [B].
+
+    score `[B, H, S]`; of equal ones the first stay. Behind `left` slots lie any.
+    """
+    slots = score.shape[2]
+    slot, ends = torch.arange(slots, device=score.device), held[:, None, None]
+    window = min(eviction.window, eviction.size)
+    score = score.masked_fill(slot >= ends - window, torch.inf)
+    score = score.masked_fill(slot >= ends, -torch.inf)
+    best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :most]
+    beyond = torch.arange(most, device=score.device) >= left[:, None, None]
+    return best.masked_fill(beyond, slots).sort(-1).values.clamp(max=slots - 1)

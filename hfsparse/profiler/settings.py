@@ -120,6 +120,19 @@ def _refuse_selector(settings: Settings) -> str | None:
     return None
 
 
+def _evictions() -> tuple[str, ...]:
+    from hfsparse.evictions import EVICTIONS  # torch, only where one is given
+
+    return tuple(EVICTIONS)
+
+
+def _refuse_eviction(settings: Settings) -> str | None:
+    eviction, method = settings.eviction, settings.method
+    if method == "balanced":
+        return None
+    return f"eviction {eviction} is offered by balanced, not by {method}: leave it out"
+
+
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
@@ -184,6 +197,14 @@ class Settings:
         "balanced: what chooses keys in decode, and has its table made; else quest and lowrank.",
         check=one_of(_selectors, "no selector {}: there is {}"),
         suits=_refuse_selector,
+        identity=True,
+        made=True,
+    )
+    eviction: str | None = setting(
+        None,
+        "balanced: what kv heads may keep by content, beside rings; a later question has no say.",
+        check=one_of(_evictions, "no eviction {}: there is {}"),
+        suits=_refuse_eviction,
         identity=True,
         made=True,
     )

@@ -7,6 +7,8 @@ import torch
 
 from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS, attention
+from hfsparse.evictions.adore import Adore
+from hfsparse.evictions.alisa import Alisa
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import Grid
@@ -15,6 +17,8 @@ from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.group import Group
 
 ROWS = {"snapkv": SnapKV(10, 4, 3), "h2o": H2O(10, 4)}  # one row a kind
+ROWS |= {"alisa": Alisa(10, 4), "adore": Adore(10, 4)}
+LASTS = {"alisa": 0.75, "adore": 0.0}  # what a query counts for beside the next; others: 1
 Q_LEN, K_LEN, SCALE = [5, 0, 9, 9], [30, 12, 9, 41], 0.4  # of a batch of four rows
 HEADS = 2
 
@@ -30,7 +34,7 @@ def drawn(ratio: int):
     return q, k
 
 
-def attention_of(q, k, softcap, sinks) -> list[float]:
+def attention_of(q, k, softcap, sinks, lasts=1.0) -> list[float]:
     """Weights summed over the last queries of a row `[heads, n, D]`, the mean of its heads."""
     got = [0.0] * len(k)
     for head, queries in enumerate(q):
@@ -41,12 +45,12 @@ def attention_of(q, k, softcap, sinks) -> list[float]:
                 logits = [softcap * tanh(x / softcap) for x in logits]
             total = sum(map(exp, logits)) + (0 if sinks is None else exp(float(sinks[head])))
             for j in seen:
-                got[j] += exp(logits[j]) / total / len(q)
+                got[j] += exp(logits[j]) / total / len(q) * lasts ** (len(queries) - 1 - i)
     return got
 
 
 def worth(eviction, got: list[float]) -> list[float]:
-    if eviction.kind == "h2o":
+    if eviction.kind != "snapkv":
         return got
     near, old = eviction.pool // 2, len(got) - eviction.window
     got = [x if j < old else 0.0 for j, x in enumerate(got)]
@@ -70,7 +74,8 @@ def test_scores_are_their_definition(kind, ratio, softcap, sinks, tile, monkeypa
         for h in range(HEADS):
             own = slice(h * ratio, (h + 1) * ratio)
             bare = None if sinks is None else sinks[own]
-            wanted = worth(eviction, attention_of(q[b, own, :n], k[b, h, :m], softcap, bare))
+            given = q[b, own, :n], k[b, h, :m], softcap, bare, LASTS.get(kind, 1.0)
+            wanted = worth(eviction, attention_of(*given))
             assert found[b, h, :m].tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
@@ -94,11 +99,12 @@ def test_of_equal_keys_the_first_ones_stay_beside_the_newest(window):
     assert store.v[0, 0, :4, 0].tolist() == kept
 
 
-def test_scores_of_h2o_add_up_over_calls_and_follow_their_keys():
+@pytest.mark.parametrize("eviction", [H2O(20, 3), Alisa(20, 3), Adore(20, 3)])
+def test_scores_that_add_up_do_so_over_calls_and_follow_their_keys(eviction):
     """Each call alone, or all as one prompt: the same sums, where nothing is evicted between."""
     made = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 30, 4, generator=made) for heads in (4, 2, 2))
-    stores = [Evicting(Group((0, 1), eviction=H2O(20, 3)), 0, 0) for _ in range(2)]
+    stores = [Evicting(Group((0, 1), eviction=eviction), 0, 0) for _ in range(2)]
     for store, ends in zip(stores, ([30], [11, 12, 18, 30]), strict=True):
         store.create(k, v)
         for first, end in zip([0, *ends], ends, strict=False):

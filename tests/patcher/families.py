@@ -247,11 +247,12 @@ def evicting(model, below=(0, 0, 0), size=20, kinds=("snap", "h2o", "full", "s")
         prefill = ["s" if kept[h * Hkv // Hq] == "s" else word for h, word in enumerate(prefill)]
         if windowed:
             return [("s", "full")[h % 2] for h in range(Hq)], ["full"] * Hkv, ["full"] * Hkv
-        read = {"full": "full", "s": "ring", "snap": "kept", "h2o": "kept"}
-        return prefill, kept, [read[word] for word in kept]
+        read = {"full": "full", "s": "ring"}
+        return prefill, kept, [read.get(word, "kept") for word in kept]
 
-    snap, h2o = dict(size=size, window=6, pool=3), dict(size=size, window=7)
-    named = dict(snap=("snapkv", snap), h2o=("h2o", h2o), s=STREAM, vs=VS, blocks=BLOCKS)
+    named = {kind: (kind, dict(size=size, window=7)) for kind in ("h2o", "alisa", "adore")}
+    named |= dict(snap=("snapkv", dict(size=size, window=6, pool=3)))
+    named |= dict(s=STREAM, vs=VS, blocks=BLOCKS)
     return plan_of(model, layer, below, **named)
 
 

@@ -151,7 +151,7 @@ def _attend(
         read = _packed(truth.plan, layer, k, v, len(k[0]) - (0 if decode else q.shape[1]))
         kept = _mask(truth, layer, q, k if decode else read[0], scaling, *asked, left)
         for head, eviction in evicting.items():
-            if producer is None and (not decode or eviction.kind == "h2o"):
+            if producer is None and (not decode or eviction.kind != "snapkv"):
                 own_q, own_k = (q, k) if latents is None else latents
                 where = slice(head * Hq // len(own_k), (head + 1) * Hq // len(own_k))
                 bare = s_aux if s_aux is None else s_aux[where]
@@ -258,7 +258,8 @@ def _hold(truth, where, n, total) -> None:
 def _evict(truth, eviction, where, q, k, scale, softcap, s_aux) -> None:
     """Behind a call: new queries q `[heads, n, D]` of a group over its keys k `[total, D]`."""
     (held, worth), total = truth.left[where], len(k)
-    asked = q.shape[1] if eviction.kind == "h2o" else min(eviction.window, q.shape[1])
+    most = {"snapkv": eviction.window, "h2o": q.shape[1], "adore": 1, "alisa": 8 * eviction.window}
+    asked = min(most[eviction.kind], q.shape[1])
     logits = q[:, -asked:].double() @ k.double().T * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -267,10 +268,17 @@ def _evict(truth, eviction, where, q, k, scale, softcap, s_aux) -> None:
     if s_aux is not None:
         bare = s_aux.double()[:, None, None].expand(-1, asked, 1)
         logits = torch.cat([logits, bare], 2)
-    got = torch.softmax(logits, -1)[..., :total].sum(1).mean(0)
+    each = torch.softmax(logits, -1)[..., :total].mean(0)
+    got = each.sum(0)
     newest = key >= total - eviction.window
     if eviction.kind == "h2o":
         worth = worth + got
+    elif eviction.kind == "adore":
+        worth = each[-1]
+    elif eviction.kind == "alisa":
+        lasts = 1 - 1 / eviction.window
+        worth = worth * lasts ** q.shape[1]
+        worth += sum(row * lasts**age for age, row in enumerate(reversed(each)))
     else:
         places = held.nonzero()[:, 0].tolist()
         got, near = got.masked_fill(newest, 0), eviction.pool // 2

@@ -9,6 +9,7 @@ import torch
 
 import hfsparse
 from hfsparse.errors import CacheError, PlanError
+from hfsparse.evictions import EVICTIONS
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.figures import one_head, predict
 from tests import hybrids, latents
@@ -85,7 +86,7 @@ def only(model, kind: str, **given):
     return plan_of(model, layer, it=(kind, given))
 
 
-@pytest.mark.parametrize("kind", ["snapkv", "h2o"])
+@pytest.mark.parametrize("kind", EVICTIONS)
 @pytest.mark.parametrize("size", [2, LENGTH + 12])
 def test_what_is_large_enough_is_dense_and_what_is_not_is_not(kind, size):
     model, (ids, mask) = tiny("llama"), left_padded(LENGTH)
@@ -102,15 +103,18 @@ def test_what_is_large_enough_is_dense_and_what_is_not_is_not(kind, size):
         assert share < 0.2
 
 
-def test_each_chunk_of_a_prompt_evicts():
+@pytest.mark.parametrize("kinds", [("snap", "h2o", "full", "s"), ("alisa", "adore", "full", "s")])
+def test_each_chunk_of_a_prompt_evicts_and_steps_do_where_scores_add_up(kinds):
     model, (ids, mask) = tiny("llama"), left_padded(LENGTH)
-    plan = evicting(model)
+    plan = evicting(model, kinds=kinds)
     with oracle(model, plan, prompt=LENGTH):
         want = generate(model, ids, mask, prefill_chunk_size=23, **whole_cache())
     with hfsparse.patch(model, plan) as handle:
         got = generate(model, ids, mask, prefill_chunk_size=23)
         assert "in one call (each chunk evicts keys that the next" in handle.explain()
     same_generation(got, want)
+    for ours, truth in zip(*both(model, plan, talk)[:2], strict=True):
+        close(ours, truth)
 
 
 def test_rows_of_a_batch_and_beams_are_alone():

@@ -9,6 +9,7 @@ from hfsparse.plan import Layer
 from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
 
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
+HELD, LEFT = 0.4, 0.35  # kept and read where keys are evicted
 PAGED, CHOSEN, WHOLE = 1.03, 0.3, 1.01  # kept and read where pages are chosen, kept by full heads
 
 
@@ -28,6 +29,10 @@ def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
         page_kept=[PAGED],
         page_read=[CHOSEN],
         full_kept=WHOLE,
+        evictions=["snap"],
+        evict_effect=rng.random((layers, 1, kv_heads)) * 0.4,
+        evict_kept=[HELD],
+        evict_read=[LEFT],
     )
 
 
@@ -46,9 +51,11 @@ def price(o: Options, choices: list[Layer]):
                 cache.append(KEPT)
                 decode.append(READ)
                 continue
-            cache.append({"pages": PAGED, "full": WHOLE}[read])
+            assert (kept == "snap") == (read == "kept")
+            cache.append({"pages": PAGED, "full": WHOLE, "kept": HELD}[read])
             effect += o.page_effect[layer, 0, g] if read == "pages" else 0
-            decode.append({"pages": CHOSEN, "full": 1.0}[read])
+            effect += o.evict_effect[layer, 0, g] if read == "kept" else 0
+            decode.append({"pages": CHOSEN, "full": 1.0, "kept": LEFT}[read])
             for h in heads:
                 i = {"cheap": 0, "fair": 1, "full": None}[choice.prefill[h]]
                 effect += 0 if i is None else o.prefill_effect[layer, i, h]
@@ -59,8 +66,8 @@ def price(o: Options, choices: list[Layer]):
 def every_choice():
     """All that one layer of two q heads and a kv head can do."""
     yield Layer(("ring", "ring"), ("ring",), ("ring",))
-    for *prefill, read in product(*[("cheap", "fair", "full")] * 2, ("pages", "full")):
-        yield Layer(tuple(prefill), ("full",), (read,))
+    for *prefill, read in product(*[("cheap", "fair", "full")] * 2, ("pages", "full", "kept")):
+        yield Layer(tuple(prefill), ("snap" if read == "kept" else "full",), (read,))
 
 
 BUDGETS = [(1, 1, 1), (0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.5), (0.6, 1, 0.5), (0.4, 0.6, 1)]

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+import hfsparse
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.methods import balanced, one_pass
@@ -115,3 +117,29 @@ def test_it_chooses_anew_within_other_budgets_without_measuring():
     assert again.expected == plan.expected
     assert plan.expected[512]["cache_share"] <= 0.5 < wider.expected[512]["cache_share"] <= 0.75
     assert choose(Budget(0.001, 0.001, 0.001)) is None
+
+
+@pytest.mark.parametrize("prompts", [None, "minference"])
+def test_kv_heads_evict_beside_rings_where_it_is_asked_for(prompts):
+    """Their q heads keep patterns of their own, of another method, too."""
+    model, tokenizer = tiny.llama(window=1024, num_hidden_layers=2), tiny.tokenizer()
+    asked = {"lengths": (512,), "samples": 1, "verify": False, "eviction": "snapkv"}
+    asked |= {"prefill_density": 0.6, "cache_share": 0.5, "decode_share": 1.0}
+    plan = hfsparse.profile(model, tokenizer, **asked, prefill_method=prompts)
+    plan.check(model)
+    assert plan.made["eviction"] == "snapkv"
+    found = [
+        (layer.prefill[2 * g : 2 * g + 2], plan.patterns[layer.cache[g]])
+        for layer in plan.layers
+        for g, word in enumerate(layer.decode)
+        if word == "kept"
+    ]
+    assert found, "nothing evicts: give another budget"
+    assert {kept.kind for _, kept in found} == {"snapkv"}
+    assert any(word != "full" for words, _ in found for word in words)
+    (prompt,) = make_prompts(tokenizer, 512, 1, 0)
+    with hfsparse.patch(model, plan) as handle, torch.no_grad():
+        model(prompt.ids)
+        share = handle.stats().cache_share
+    assert share == pytest.approx(plan.expected[512]["cache_share"], abs=1e-3)
+    assert share <= 0.5

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from hfsparse.evictions.adore import Adore
+from hfsparse.evictions.alisa import Alisa
+from hfsparse.evictions.h2o import H2O
+from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import PAGE, Grid
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.profiler.measure import effects as measure
-from hfsparse.profiler.measure import exact
+from hfsparse.profiler.measure import evicted, exact
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
@@ -198,6 +202,35 @@ def test_pages_are_those_that_a_decode_step_at_each_key_row_reads(seen, found):
     near(found["page_recall"][0], recall, 1e-5)
     np.testing.assert_allclose(found["page_effect"][1], 0, atol=2e-5)
     np.testing.assert_allclose(found["page_recall"][1], 1, rtol=1e-5)
+
+
+EVICTIONS = {"few": SnapKV(40, 8, 1), "heavy": H2O(50, 6), "more": SnapKV(90, 8, 1)}
+EVICTIONS |= {"lately": Alisa(50, 2), "now": Adore(10, 6), "every": H2O(L, 6)}
+
+
+def test_an_eviction_leaves_the_best_of_a_prompt_that_ended_before_the_row_and_what_followed(
+    seen, monkeypatch
+):
+    monkeypatch.setattr(evicted, "LATER", 20)
+    monkeypatch.setattr(evicted, "EVERY", 8)
+    found = measure.measure_layer(seen, measure.Candidates({}, {}, {}, evictions=EVICTIONS))
+    ends = dict(zip(KEYS.tolist(), (48, 104, 104, 184, 272), strict=True))
+    for i, eviction in enumerate(EVICTIONS.values()):
+        effect, recall = np.zeros(HKV), np.zeros(HKV)
+        for row, end in ends.items():
+            q = seen.q[:, :, max(0, end - (eviction.watched or end)) : end]
+            grid = Grid(torch.tensor([q.shape[2]]), torch.tensor([end]), q.shape[2], end)
+            worth = eviction.scores(q, seen.k[:, :, :end], grid, **seen.logits.of())[0]
+            left = min(eviction.size - (row + 1 - end), end)
+            for group in range(HKV):
+                keep = torch.arange(L) > row - min(eviction.size, row + 1 - end)
+                keep[worth[group].topk(max(left, 0)).indices] = True
+                for head in range(group * GROUP, (group + 1) * GROUP):
+                    effect[group] += lost(seen, head, row, keep)
+                    recall[group] += attention(seen, head, row, keep)[1] / GROUP / len(KEYS)
+        np.testing.assert_allclose(found["evict_effect"][i], np.abs(effect), 1e-4, 2e-5)
+        near(found["evict_recall"][i], recall, 1e-5)
+    assert found["evict_recall"][0].max() < 0.9
 
 
 def at_keys(seen: Seen, keep, group: int) -> tuple[np.ndarray, np.ndarray]:

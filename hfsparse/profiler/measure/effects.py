@@ -9,6 +9,8 @@ of the change after the output projection, relative to the layer's whole output,
 `recall` is the share of the exact attention's mass that is kept; what a sink logit takes always is.
 A ring's effect is summed over all rows. Patterns and pages are measured on sampled rows: those that
 predict the key tokens and, for patterns, others over the depth, which represent all the rest.
+An eviction is measured at those that predict the key tokens, as if the prompt had ended before
+them (`evicted`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from hfsparse.lists import PAGE, Grid, default_block
 from hfsparse.plan.files import DataFile
 from hfsparse.precision import without_autocast
 from hfsparse.profiler.measure.capture import Seen
+from hfsparse.profiler.measure.evicted import keys_held
 from hfsparse.profiler.measure.exact import attention, sample_rows
 from hfsparse.selectors import Selector, segment_of, tokens_built
 
@@ -41,13 +44,14 @@ class Candidates:
     rings: dict[str, Any]  # streaming patterns for a whole kv head: prefill, cache and decode
     selectors: dict[str, Any]  # decode of a kv head whose cache is full
     data: dict[str, DataFile] = field(default_factory=dict, repr=False)  # what selectors read
+    evictions: dict[str, Any] = field(default_factory=dict, repr=False)  # cache of a kv head
 
 
 def measure_layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
     `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
-    same per kv head; `page_*` per kv head: effect, harm, error, recall.
+    same per kv head; `page_*` and `evict_*` per kv head: effect, harm, error, recall.
     """
     seen = replace(seen, proj=_replace_projection(seen) if seen.proj is None else seen.proj)
     L, parts = seen.k.shape[2], list(_split_heads(seen))
@@ -137,6 +141,11 @@ def _measure_heads(
         mask[:, at_keys] = read
         effect, more = kept(mask, at_keys.float(), Hkv)
         note("page", effect=by_group(effect).abs(), **more)
+    for held in keys_held(seen, candidates.evictions.values()):
+        mask = held.new_ones(len(held), len(rows), L)
+        mask[:, at_keys] = held
+        effect, more = kept(mask, at_keys.float(), Hkv)
+        note("evict", effect=by_group(effect).abs(), **more)
     return {name: torch.stack(values).numpy() for name, values in found.items()}
 
 

@@ -7,7 +7,8 @@ all budgets.
 
 In decode two selectors compete: quest, whose pages cost little to rank, and lowrank, which ranks
 single tokens and so finds what is needed in fewer keys, but reads more to rank them. Both are
-priced by all that a step reads.
+priced by all that a step reads. In the cache an eviction, where one is asked for, competes with
+rings by the bytes that are held.
 
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from hfsparse.evictions import EVICTIONS
 from hfsparse.lists import PAGE
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
@@ -47,12 +49,15 @@ SELECTED = ("quest", "lowrank")  # the kinds of selectors
 PAGES = (0.06, 0.12, 0.25, 0.5)  # of the row: selectors of whole pages
 UNITS = (0.02, 0.06, 0.12, 0.25)  # of the row: selectors of smaller units, which need fewer keys
 FEWEST = 4  # blocks and pages that are always kept
+HELD = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the row: evictions
 
 
 def plan(job: Job) -> Found:
     """Measure, fit over lengths, and allocate."""
     head_dim = ModelId.of(job.model).head_dim
     names = candidates(max(job.prompts), [offer(kind, head_dim) for kind in kinds_offered(job)])
+    if job.settings.eviction is not None:
+        names = replace(names, evictions=evictions(job.settings.eviction, max(job.prompts)))
     names = one_pass.calibrate_tables(job, names)
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
@@ -96,6 +101,13 @@ def candidates(longest: int, selectors: Sequence[Any] = (Quest(),)) -> Candidate
     return Candidates(patterns, rings, chosen)
 
 
+def evictions(kind: str, longest: int) -> dict[str, Any]:
+    """Evictions of this kind that leave a share of `longest` tokens each."""
+    eviction, sizes = EVICTIONS[kind](), [round(longest * share) for share in HELD]
+    window = min(eviction.window, sizes[0] // 2)
+    return {f"{kind}{n}": replace(eviction, size=n, window=window) for n in sizes}
+
+
 def options(
     means: Mapping[int, Mapping[str, np.ndarray]],
     names: Candidates,
@@ -131,6 +143,8 @@ def options(
         ring_cost=longest["ring_pairs"],
         selectors=list(names.selectors),
         page_effect=loss("page") if names.selectors else np.zeros((layers, 0, kv_heads)),
+        evictions=list(names.evictions),
+        evict_effect=loss("evict") if names.evictions else None,
         **costs,
     )
 

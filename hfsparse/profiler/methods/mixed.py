@@ -85,7 +85,7 @@ def split(layer: Layer, back: dict[str, str]) -> tuple[Layer, Layer]:
 def _find_rings(layer: Layer) -> list[bool]:
     """Whether each q head's kv head is a ring."""
     group = len(layer.prefill) // len(layer.cache)
-    return [word != "full" for word in layer.cache for _ in range(group)]
+    return [word == "ring" for word in layer.decode for _ in range(group)]
 
 
 def _name(word: str, one: Plan, other: Plan) -> str:

@@ -57,7 +57,7 @@ def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
 
 def measure_prompts(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
     """Mean over prompts of `measure_layer`, arrays `[layers, candidates, heads]`, by length."""
-    name = mark(candidates, *candidates.data.items())
+    name = mark(candidates, *candidates.data.items(), *candidates.evictions.items())
     each = _visit_prompts(job, name, lambda prompt: measure_prompt(job.model, prompt, candidates))
     return {n: average(found) for n, found in each.items()}
 
@@ -112,6 +112,7 @@ def choose_plan(
     this = ModelId.of(job.model)
     choices = options(free, candidates, price_candidates(candidates, max(means), this.head_dim))
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
+    known |= candidates.evictions
 
     expect = Forecast(
         job,
@@ -165,14 +166,14 @@ def price_candidates(candidates: Candidates, length: int, head_dim: int = 1) -> 
 
     A step of a selector reads keys and values, and all that is kept beside them: its index.
     """
-    rings, pages = (
+    rings, evictions, pages = (
         [one_head(length, each, head_dim, candidates.data) for each in kinds.values()]
-        for kinds in (candidates.rings, candidates.selectors)
+        for kinds in (candidates.rings, candidates.evictions, candidates.selectors)
     )
-    named = {"ring": rings, "page": pages}
+    named = {"ring": rings, "evict": evictions, "page": pages}
     found = {f"{name}_kept": [kept for kept, _ in each] for name, each in named.items()}
     full, _ = one_head(length)
-    found["ring_read"] = [read for _, read in rings]
+    found |= {f"{name}_read": [read for _, read in named[name]] for name in ("ring", "evict")}
     found["page_read"] = [read + kept - full for kept, read in pages]
     return found | {"full_kept": full}
 

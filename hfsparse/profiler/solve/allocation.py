@@ -1,7 +1,8 @@
 """One choice a head under budgets, as an integer programme (scipy's HiGHS).
 
-A kv head is either a ring, and then its q heads stream with it, or keeps its cache, and then each
-of its q heads takes a prefill pattern and the kv head a page selector; all may stay full. The sum
+A kv head is either a ring, and then its q heads stream with it, or each of its q heads takes a
+prefill pattern, and the kv head evicts or keeps its cache and takes a page selector; all may stay
+full. The sum
 of effects is least; mean pair density, cache share and decode share stay within their budgets. All
 heads here do equal work without a plan, so that means over them are shares of it.
 """
@@ -64,6 +65,10 @@ class Options:
     page_kept: list[float]  # as of rings: keys and the selector's index
     page_read: list[float]
     full_kept: float  # whole pages
+    evictions: list[str] = field(default_factory=list)
+    evict_effect: np.ndarray | None = None  # [layers, evictions, kv heads], of the whole group
+    evict_kept: list[float] = field(default_factory=list)  # as of rings
+    evict_read: list[float] = field(default_factory=list)
 
 
 class Infeasible(Error):
@@ -136,14 +141,12 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
             f"{budget.cache}, decode share {budget.decode}{loss}){error}. The smallest that each "
             f"can be by itself: pair density {pairs}, cache share {cache}, decode share {decode}"
         ) from None
+    read = dict.fromkeys(options.rings, "ring") | dict.fromkeys(options.evictions, "kept")
     choices = []
     for layer in range(layers):
         prefill = tuple(taken["prefill", layer, h] for h in range(q_heads))
         cache = tuple(taken["cache", layer, g] for g in range(kv_heads))
-        decode = tuple(
-            "ring" if kept in options.rings else taken["decode", layer, g]
-            for g, kept in enumerate(cache)
-        )
+        decode = tuple(read.get(kept) or taken["decode", layer, g] for g, kept in enumerate(cache))
         choices.append(Layer(prefill, cache, decode))
     return choices
 
@@ -172,6 +175,8 @@ def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
             for h in range(g * group, (g + 1) * group):
                 same = options.prefill[at, :, h] == layer.prefill[h]  # none, where it is full
                 found[at, g] += options.prefill_effect[at, same, h][:1].sum()
+            if cache in options.evictions:
+                found[at, g] += options.evict_effect[at, options.evictions.index(cache), g]
             if decode in options.selectors:
                 found[at, g] += options.page_effect[at, options.selectors.index(decode), g]
     return found
@@ -194,6 +199,14 @@ def _build_programme(options: Options, budget: Budget) -> _Programme:
                     pairs=one * options.ring_cost[layer, i, g],
                     cache=one * options.ring_kept[i],
                     decode=one * options.ring_read[i],
+                )
+            for i, name in enumerate(options.evictions):
+                programme.add(
+                    [cache, decode],
+                    name,
+                    options.evict_effect[layer, i, g],
+                    cache=one * options.evict_kept[i],
+                    decode=one * options.evict_read[i],
                 )
             programme.add([cache], "full", 0.0)
             programme.add([decode], "full", 0.0, cache=one * options.full_kept, decode=one)

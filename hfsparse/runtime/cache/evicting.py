@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import CacheError
+from hfsparse.evictions.eviction import best_keys
 from hfsparse.lists import PAGE, Grid
 from hfsparse.lists.lengths import Lengths, on_device
 from hfsparse.lists.places import Place
@@ -193,7 +194,8 @@ class Evicting(Full):
         if self.score is not None:
             n = min(k.shape[2], self.capacity)
             before = torch.arange(n, device=device) < past[:, None, None]
-            score[:, :, :n] += self.score[:, :, :n].masked_fill(~before, 0)
+            still = self.eviction.decay ** on_device(inner.new, device)[:, None, None]
+            score[:, :, :n] += still * self.score[:, :, :n].masked_fill(~before, 0)
             made.append(score)
         left = self._left(inner.rows, rows)
         lost = [n - kept for n, kept in zip(inner.rows, left, strict=True)]
@@ -201,21 +203,10 @@ class Evicting(Full):
         ends = zip(lost, rows, self.settled, strict=True)
         self.settled = [n if gone or self.eviction.adds_up else old for gone, n, old in ends]
         if any(lost):
-            best = self._best(score, held, on_device(left, device), max(left))
+            best = best_keys(self.eviction, score, held, on_device(left, device), max(left))
             made = [_gather(t, best) for t in made]
             self._lose([a + b for a, b in zip(self.dropped, lost, strict=True)])
         return made
-
-    def _best(self, score: Tensor, held: Tensor, left: Tensor, most: int) -> Tensor:
-        """[B, H, most] slots that stay, ascending; of `score` `[B, H, S]`, `left` [B] of `held`."""
-        slots = score.shape[2]
-        slot, ends = torch.arange(slots, device=score.device), held[:, None, None]
-        window = min(self.eviction.window, self.eviction.size)
-        score = score.masked_fill(slot >= ends - window, torch.inf)
-        score = score.masked_fill(slot >= ends, -torch.inf)
-        best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :most]
-        beyond = torch.arange(most, device=score.device) >= left[:, None, None]
-        return best.masked_fill(beyond, slots).sort(-1).values.clamp(max=slots - 1)
 
 
 def _gather(t: Tensor, slots: Tensor) -> Tensor:
