@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
+from random import Random
 from statistics import mean
 
 import torch
@@ -24,9 +25,19 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.packed import pack, unpack
 from hfsparse.plan import Layer, ModelId
 from hfsparse.plan.kept import Full
-from hfsparse.profiler.prompts.calibration import KINDS, Prompt, make_prompt
+from hfsparse.profiler.prompts.calibration import (
+    KINDS,
+    Prompt,
+    encode,
+    fill,
+    frame,
+    hide,
+    make_prompt,
+    to_ids,
+)
+from hfsparse.profiler.prompts.puzzles import needle
 
-TAILS = {"prose": 128, "retrieval": 64}
+TAILS = {"prose": 128, "retrieval": 64, "needle": 64}
 MOST, EVERY = 30, 8  # an outlier is so many times as large, of one pair of channels in so many
 WAYS = {  # bits of keys and values, the dimension that keys' ends are over
     "int8": (8, -2),
@@ -34,6 +45,22 @@ WAYS = {  # bits of keys and values, the dimension that keys' ends are over
     "int8, keys by token": (8, -1),
     "int4, keys by token": (4, -1),
 }
+
+
+def prompt_of(tokenizer, kind: str, length: int, i: int) -> Prompt:
+    """The i-th of a kind: as calibration has them; a needle is one number in prose."""
+    if kind != "needle":
+        return make_prompt(tokenizer, length, i * len(KINDS) + KINDS.index(kind), 0)
+    rng = Random(f"bits {i}")
+    puzzle = needle(rng, 1)
+    (ask,) = puzzle.asks
+    head, tail = frame(tokenizer, f"{puzzle.task}\n\n", f"\n\n{ask.lead} what?")
+    facts = [encode(tokenizer, f"{fact}\n\n") for fact in puzzle.facts]
+    lead, answer = encode(tokenizer, ask.lead), encode(tokenizer, ask.value)
+    room = length - sum(map(len, (head, *facts, tail, lead, answer)))
+    body = hide(facts, fill(tokenizer, "prose", room, rng), rng)
+    ids = to_ids(head + body + tail + lead + answer)
+    return Prompt(f"needle-{i}", ids, (length - len(answer), length))
 
 
 def stepped(t: Tensor, bits: int, over: int) -> Tensor:
@@ -118,7 +145,7 @@ def main() -> None:
         tail = TAILS[kind]
         rows: dict[tuple, list] = {}
         for i in range(options.samples):
-            prompt = make_prompt(tokenizer, options.length, i * len(KINDS) + KINDS.index(kind), 0)
+            prompt = prompt_of(tokenizer, kind, options.length, i)
             for way, got in ask(model, prompt, tail, times, i < options.check).items():
                 rows.setdefault(way, []).append(got)
             told = [f"{way} {got[i][0]:.4f}" for (way, of), got in rows.items() if len(got) > i]
