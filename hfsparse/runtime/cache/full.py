@@ -104,6 +104,8 @@ class Full(Store):
         """Let go of choices and segments that hold tokens which rows of so many have no more."""
         if self.choice is not None:
             self.choice.forget(rows)
+        if self.segment == PAGE:
+            return
         for row, (n, built) in enumerate(zip(rows, self.built, strict=True)):
             if n < built:
                 self.built[row] = left = n // self.segment * self.segment
