@@ -64,8 +64,8 @@ APART = ("tests/support/", "tests/census/", "tests/patcher/test_soak.py")
 # Everything in many settings under the same invariants: `--one-in` asks a part of these, too.
 SAMPLED = ("tests/selectors/test_patched.py", "tests/selectors/test_selectors.py")
 SAMPLED += ("tests/patterns/test_patterns.py", "tests/patcher/test_equivalence.py")
-SAMPLED += ("tests/kernels/test_reference.py", "tests/kernels/triton/", "tests/kernels/test_merge.py")
-SAMPLED += ("tests/profiler/test_ropes.py", "tests/runtime/test_worlds.py")
+SAMPLED += ("tests/kernels/test_reference.py", "tests/kernels/test_merge.py")
+SAMPLED += ("tests/kernels/triton/", "tests/profiler/test_ropes.py", "tests/runtime/test_worlds.py")
 
 
 def pytest_collection_modifyitems(config, items):
