@@ -6,7 +6,7 @@ from __future__ import annotations
 class Launches:
     """Stands in for a kernel, and notes for what it would be compiled."""
 
-    def __init__(self, kernel, seen: set):
+    def __init__(self, kernel, seen: set | list):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
@@ -21,6 +21,27 @@ class Launches:
     def __call__(self, *args, **more):
         _, special, options = self.bind(*args, **more)
         self.seen.add((self.kernel.__name__, str(special), str(options)))
+
+
+class Compiled(Launches):
+    """Stands in for a kernel, and compiles it for an H100 instead of running it."""
+
+    def __call__(self, *args, **more):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile, make_backend
+
+        target = GPUTarget("cuda", 90, 32)
+        packed = self.kernel._pack_args(make_backend(target), more, *self.bind(*args, **more))
+        options, *source = packed
+        source = ASTSource(self.kernel, *source)
+        self.seen.append(compile(source, target=target, options=options.__dict__))
+
+
+def compiled(monkeypatch, module, name: str) -> list:
+    """Put `Compiled` in place of a module's kernel; the list that it will fill."""
+    seen = []
+    monkeypatch.setattr(module, name, Compiled(getattr(module, name), seen))
+    return seen
 
 
 def watch(monkeypatch, *modules) -> set:

@@ -180,7 +180,12 @@ def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
 
 @lru_cache
 def tile_of(
-    queries: int, width: int, itemsize: int, device: str, latents: bool = False
+    queries: int,
+    width: int,
+    itemsize: int,
+    device: str,
+    latents: bool = False,
+    packed: bool = False,
 ) -> tuple[int, int, int] | None:
     """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
@@ -191,6 +196,8 @@ def tile_of(
     for stages in (1,) if wide else (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
             pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
+            if packed:  # of each stage also the ends, and the newest tokens
+                pages = 5 * stages - 3
             shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
                 return rows, stages, 8 if wide or rows * width > 1 << 13 else 4

@@ -45,7 +45,7 @@ def why_not(need: Need) -> str | None:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
         return f"{dims}: at most {WIDEST} is supported"
     *_, width = padded(need.head_dim, need.value_dim, False)
-    if tile_of(1, width, need.dtype.itemsize, str(need.device)) is None:
+    if tile_of(1, width, need.dtype.itemsize, str(need.device), packed=True) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -76,7 +76,7 @@ def decode(
     q = q if q.stride(-1) == 1 else q.contiguous()
     group, packed, band = Hq // H, part.packed, part.band
     DP, DVP, wide = padded(D, Dv, False)
-    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), str(q.device))
+    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), str(q.device), packed=True)
     tiles = triton.cdiv(group * Q, rows)
     splits = splits_of(B * H * tiles, str(q.device))
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
