@@ -20,6 +20,8 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import Below, Layer, ModelId, Plan, PlanError, PlanMismatch, nodes
 from hfsparse.plan.extend import DualChunk
+from hfsparse.plan.kept import Full
+from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.quest import Quest
 
 TEXT = """\
@@ -1100,3 +1102,29 @@ def test_what_a_plan_can_not_describe_is_one_clear_error():
     for what in [transformers.MambaConfig(), object(), "llama"]:
         with pytest.raises(PlanError, match="is not a model that a plan can describe"):
             ModelId.of(what)
+
+
+@pytest.mark.parametrize(
+    ("selector", "why"),
+    [
+        (Quest(means=True), "decode q, with means of whole keys"),
+        (Centroids(segment=256), "decode q, which clusters whole keys"),
+    ],
+)
+def test_what_reads_whole_keys_is_refused_over_a_cache_in_fewer_bits(selector, why):
+    layers = (Layer(("full",) * 4, ("f", "full"), ("q", "q")),)
+    given = {"patterns": {"f": Full(bits=16), "q": selector}, "layers": layers}
+    plan = dataclasses.replace(Plan.full(dataclasses.replace(MODEL, layers=1)), **given)
+    plan.validate()
+    plan = dataclasses.replace(plan, patterns=plan.patterns | {"f": Full(bits=8)})
+    with pytest.raises(PlanError, match=f"kv head 0 has cache f, in fewer bits, and {why}"):
+        plan.validate()
+
+
+@pytest.mark.parametrize("kept", [Full(bits=8), Streaming(8, 32, bits=4)])
+def test_keys_in_fewer_bits_are_refused_beside_extend(kept):
+    whole = dataclasses.replace(kept, bits=16)
+    plan = dataclasses.replace(FULL, patterns={"f": whole}, extend=DualChunk(1024))
+    plan.validate()
+    with pytest.raises(PlanError, match=f"patterns.f keeps {kept.bits} bits, and extend reads"):
+        dataclasses.replace(plan, patterns={"f": kept}).validate()
