@@ -30,7 +30,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
             f"got a {type(cache).__name__} as cache: give a transformers Cache, or none"
         )
     if ours := [layer for layer in cache.layers if isinstance(layer, CacheLayer)]:
-        _check_whole(ours)
+        check_whole(ours)
         for layer in ours if expected else ():
             layer.expected = expected
         if reserve:
@@ -47,7 +47,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
     cache.layer_class_to_replicate = None
 
 
-def _check_whole(ours: list[CacheLayer]) -> None:
+def check_whole(ours: list[CacheLayer]) -> None:
     """CacheError for a cache whose layers have not all stored the same tokens."""
     if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
         raise CacheError(

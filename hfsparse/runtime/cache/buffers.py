@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
 
@@ -49,3 +50,17 @@ def new_buffer(t: Tensor, *shape: int) -> Tensor:
         return t.new_empty(shape)
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+
+def filled(t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+    """The slots of t `[B, H, n, ...]`, each of `unit` tokens, that rows of so many tokens fill.
+
+    Whole pages, as many as the longest row has; zeros where another row has none.
+    """
+    t = t[:, :, : -(-max(rows) // PAGE) * PAGE // unit]
+    ends = [-(-n // unit) for n in rows]
+    if min(ends) < t.shape[2]:
+        t = t.clone()
+        for b, end in enumerate(ends):
+            t[b, :, end:] = 0
+    return t

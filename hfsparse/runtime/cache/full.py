@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
@@ -210,3 +211,20 @@ class Full(Store):
             return self.index
         pages = -(-length // PAGE)
         return {name: t[:, :, :pages] for name, t in self.index.items()}
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        choice = []
+        if self.choice is not None:
+            width = self.group.selector.budget.width(-(-max(rows) // PAGE), PAGE)
+            pages, *rest = self.choice.tensors()
+            choice = [pages[..., :width], *rest]
+        index = {name: self._filled(t, rows, PAGE) for name, t in self.index.items()}
+        return {**super().state(rows), "index": index, "choice": choice, "built": [*self.built]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.index, self.built = state["index"], state["built"]
+        self.choice = Choice(*state["choice"]) if state["choice"] else None
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return filled(t, rows, unit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -292,6 +293,20 @@ class CacheLayer(CacheLayerMixin):
         if lengths.past != self.rows:
             raise self._other_past(lengths.past)
         self.rows = lengths.rows
+
+    def state(self) -> dict[str, Any]:
+        """What it holds, as `Store.state` tells it of each store."""
+        stores = [store.state(self.rows) for store in self.stores]
+        own = {"seen": self.seen, "expected": self.expected, "rows": [*self.rows]}
+        return {**own, "stores": stores}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what `state` told of a layer with the same groups; this one is new."""
+        self.seen = self.stored = state["seen"]
+        self.expected, self.rows = state["expected"], state["rows"]
+        for store, held in zip(self.stores, state["stores"], strict=True):
+            store.load(held)
+        self.device, self.is_initialized = self.stores[0].k.device, True
 
     def _other_past(self, past: list[int]) -> CacheError:
         return CacheError(

@@ -81,6 +81,14 @@ class PackedStore(Store):
         super().restore(before[0])
         self.exact = before[1]
 
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        pages = {name: self._filled(t, rows, PAGE) for name, t in self.pages.items()}
+        return {**super().state(rows), "pages": pages, "exact": [*self.exact]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.pages, self.exact = state["pages"], state["exact"]
+
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         self._begin_anew(rows)
         return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
@@ -175,6 +183,19 @@ class PackedFull(PackedStore, Full):
     def select(self, picked: list[int]) -> None:
         super().select(picked)
         self._share()
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        state = super().state(rows)
+        shared = [name for name in BOUNDS if self.pages[name] is self.index.get(name)]
+        state["pages"] = {name: t for name, t in state["pages"].items() if name not in shared}
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._share()
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return super()._filled(t, rows, unit) if unit == PAGE else t  # not of the newest tokens
 
     def _grow(self, tokens: int) -> None:
         pages = -(-tokens // PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,14 @@ class Ring(Store):
     def restore(self, before: list[int]) -> None:
         """Take back what a step changed on the host."""
         self.low = before
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        own = {"size": self.size, "slack": self.slack, "low": [*self.low]}
+        return {**super().state(rows), **own}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.size, self.slack, self.low = state["size"], state["slack"], state["low"]
 
     def oldest(self, position: int, total: int) -> int:
         """First key beyond the sink read by a query at `position`; its call ends at `total`."""
