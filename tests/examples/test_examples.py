@@ -66,7 +66,9 @@ def test_documents_are_read_once_for_all_days(example, tmp_path):
     for n, name in enumerate(("cakes", "tea")):
         (tmp_path / f"{name}.txt").write_text(RULES.replace("cakes", name)[n:])
     first = example("library.py", tmp_path, "Who brings it?")
-    assert re.findall(r"(\w+)\.txt: [\d,]+ tokens, read now; its cache takes [\d.]+ MiB", first) == [
+    assert re.findall(
+        r"(\w+)\.txt: [\d,]+ tokens, read now; its cache takes [\d.]+ MiB", first
+    ) == [
         "cakes",
         "tea",
     ]

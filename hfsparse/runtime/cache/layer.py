@@ -29,6 +29,8 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
 from hfsparse.stats import Work
 
+DEFAULT = "use the default cache, and for less memory a plan whose cache words have bits: 8 or 4"
+
 
 @dataclass(frozen=True)
 class Held:
@@ -233,7 +235,7 @@ class CacheLayer(CacheLayerMixin):
                 store.select(picked)
 
     def offload(self) -> None:
-        raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")
+        raise CacheError(f"offloaded caches are not supported under hfsparse: {DEFAULT}")
 
     # -- what the attention function calls -------------------------------------------------------
 
