@@ -144,6 +144,12 @@ def _check_cache(state: State, cache: Any) -> CacheLayer:
                 f"layer {at} keeps its keys in a {type(layer).__name__}, which can't be saved: "
                 "read the prompt with a new cache"
             )
+    kinds = {type(store) for layer in ours for store in layer.stores}
+    if silent := [kind.__name__ for kind in kinds if "state" not in vars(kind)]:
+        raise CacheError(
+            f"keys in a {silent[0]} can't be saved yet: use a plan that keeps none so, or read "
+            "the prompt again where it is asked"
+        )
     return ours[0]
 
 

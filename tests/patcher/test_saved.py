@@ -17,6 +17,7 @@ from hfsparse.errors import CacheError, UsageError
 from hfsparse.patcher import saved
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.packed import PackedStore
+from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
 from tests import hybrids, latents
 from tests.patcher.families import (
@@ -160,7 +161,7 @@ def kinds(of: type = Store) -> set[type]:
 
 
 def test_every_kind_of_store_is_saved_here():
-    """A new kind, or one with more to keep, needs its `state` and `load`, and a case above."""
+    """A new kind that says what is kept of it needs a case above; one that doesn't is refused."""
     held = set()
     for name in CASES:
         if name in THERE and not THERE[name]():
@@ -168,7 +169,21 @@ def test_every_kind_of_store_is_saved_here():
         with hfsparse.patch(*case(name)) as handle:
             layers = [each.new_cache() for each in handle._own_state().layers]
         held |= {type(store) for layer in layers for store in layer.stores}
-    assert held == kinds() - {Store, PackedStore}
+    saying = {kind for kind in kinds() if "state" in vars(kind)}
+    assert held == saying - {Store, PackedStore}
+
+
+def test_a_store_that_does_not_say_what_is_kept_of_it_is_refused(tmp_path):
+    class Other(Ring):
+        pass
+
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        cache = filled(model)
+        next(s for s in cache.layers[1].stores if type(s) is Ring).__class__ = Other
+        with pytest.raises(CacheError, match="keys in a Other can't be saved yet: use a plan"):
+            handle.save(cache, tmp_path / "saved")
+    assert not [*tmp_path.iterdir()]
 
 
 def filled(model):

@@ -12,6 +12,7 @@ from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
 
 AT_ONCE = 1024  # pages
+ALL = slice(None)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -24,10 +25,17 @@ def runs_of_rows(lengths: Lengths):
     """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
     past, new = lengths.past, lengths.new
     if len(set(past)) == len(set(new)) == 1:
-        yield slice(None), past[0], new[0]
+        yield ALL, past[0], new[0]
         return
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         yield slice(b, b + 1), p, n
+
+
+def put(held: Tensor, new: Tensor, rows: slice, first: int, n: int) -> None:
+    """The first n slots of new `[B, H, Q, ...]` into held, from slot `first` on, in these rows."""
+    held[rows, :, first : first + n] = (
+        new if n == new.shape[2] and rows == ALL else new[rows, :, :n]
+    )
 
 
 def at_once(pages: range) -> Iterator[range]:

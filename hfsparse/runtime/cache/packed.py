@@ -82,8 +82,7 @@ class PackedStore(Store):
         self.exact = before[1]
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
-        pages = {name: self._filled(t, rows, PAGE) for name, t in self.pages.items()}
-        return {**super().state(rows), "pages": pages, "exact": [*self.exact]}
+        return {**super().state(rows), "exact": [*self.exact]}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
@@ -185,10 +184,9 @@ class PackedFull(PackedStore, Full):
         self._share()
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
-        state = super().state(rows)
-        shared = [name for name in BOUNDS if self.pages[name] is self.index.get(name)]
-        state["pages"] = {name: t for name, t in state["pages"].items() if name not in shared}
-        return state
+        own = {name: t for name, t in self.pages.items() if t is not self.index.get(name)}
+        pages = {name: self._filled(t, rows, PAGE) for name, t in own.items()}
+        return {**super().state(rows), "pages": pages}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
@@ -253,6 +251,9 @@ class PackedRing(PackedStore, Ring):
             name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
             for name, t in self.pages.items()
         }
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {**super().state(rows), "pages": {**self.pages}}
 
     def most(self, tokens: int) -> int:
         return -(-(self.band.widest(tokens) + self.slack) // PAGE) * PAGE

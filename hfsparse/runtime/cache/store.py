@@ -55,7 +55,10 @@ class Store:
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
         """What it holds of rows of so many tokens, as a file keeps it: tensors, and the host's
-        numbers, in dicts and lists. A new store of the same group goes on from it by `load`."""
+        numbers, in dicts and lists. A new store of the same group goes on from it by `load`.
+
+        Each kind says it for itself: one that inherits this may hold more, and is not saved.
+        """
         return {"held": [self._filled(t, rows) for t in self.held()]}
 
     def load(self, state: dict[str, Any]) -> None:
