@@ -32,7 +32,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield draft
         for file in draft.iterdir():
-            with open(file, "rb") as written:
+            with open(file, "r+b") as written:
                 os.fsync(written.fileno())
         if os.path.lexists(path):
             before = _draft(path)

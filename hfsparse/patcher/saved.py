@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse import reading
 from hfsparse.errors import CacheError, UsageError
-from hfsparse.models.loading import device_of
+from hfsparse.models.loading import device_of, pick_device
 from hfsparse.models.names import text_decoder
 from hfsparse.models.weights import weights_mark
 from hfsparse.patcher.adopt import adopt, check_whole
@@ -101,6 +101,7 @@ def load(
             f"{folder} was read from other tokens than these begin with: give the prompt that it "
             f"was saved from, {AGAIN}"
         )
+    place = None if device is None else pick_device(str(device))
     decoder, cache = text_decoder(state.model), DynamicCache()
     adopt(cache, decoder)
     plans = {layer.index: layer for layer in state.layers}
@@ -110,8 +111,7 @@ def load(
             if part is None:
                 continue
             index = part["index"]
-            own_device = device_of(modules.get(index, decoder))
-            found = _read_layer(path, part, own_device if device is None else torch.device(device))
+            found = _read_layer(path, part, place or device_of(modules.get(index, decoder)))
             if index not in plans:
                 load_linear_state(cache.layers[at], found)
                 continue

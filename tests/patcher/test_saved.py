@@ -354,6 +354,8 @@ def test_each_layer_is_loaded_where_the_models_layer_runs(kept, monkeypatch):
     with hfsparse.patch(model, streaming(model)) as handle:
         there = handle.load(kept, device="meta").layers
         assert {t.device.type for x in there for s in x.stores for t in s.tensors()} == {"meta"}
+        with pytest.raises(UsageError, match="device nowhere can't be used"):
+            handle.load(kept, device="nowhere")
         second = [*model.model.layers[1].modules()]
         meta, cpu = torch.device("meta"), torch.device("cpu")
         monkeypatch.setattr(saved, "device_of", lambda m: meta if m in second else cpu)
