@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed, nn
 
 from hfsparse.errors import PatchError
@@ -123,3 +124,17 @@ def check_same(group: Any, plan: str) -> None:
     if len(first) > 1:
         found = ", ".join(f"{name} on rank {rank}" for name, rank in first.items())
         raise PatchError(f"ranks follow different plans ({found}): give every rank the same one")
+
+
+def least(group: Any, device: torch.device) -> Callable[[int], int] | None:
+    """A function that tells every rank the least of the numbers that they give, by the device that
+    they compute on; None without other ranks."""
+    if group is None:
+        return None
+
+    def ask(number: int) -> int:
+        given = torch.tensor(int(number), device=device)
+        distributed.all_reduce(given, distributed.ReduceOp.MIN, group)
+        return int(given)
+
+    return ask

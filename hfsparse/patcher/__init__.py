@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.sharding import check_same, group_of, shard_of, together
+from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
 from hfsparse.patcher.handle import Patched
@@ -105,6 +105,7 @@ def _prepare(
     extensions = find_extensions(model, plan, shapes)
     shard = shard_of(model, modules, shapes)
     layers = resolve_layers(plan, shapes, below, extensions, shard)
-    graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
+    linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
+    graphs = Graphs(layers, linear, fuse, agree)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard)
     return modules, state, extensions

@@ -6,6 +6,8 @@ They are forked from one process that has imported what they need, so that a ran
 from __future__ import annotations
 
 import multiprocessing
+import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,28 @@ def run(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
         process.start()
     for process in started:
         process.join(TIMEOUT)
-    left = [process for process in started if process.exitcode is None]
-    for process in left:
+    for process in started:
         process.kill()
-    assert not left, f"{len(left)} of {ranks} ranks still waited after {TIMEOUT} s"
-    assert all(process.exitcode == 0 for process in started), "a rank failed: see its traceback"
-    return [torch.load(_answer(folder, ranks, rank), weights_only=False) for rank in range(ranks)]
+    found = [_answer(folder, work, rank) for rank in range(ranks)]
+    assert all(each.exists() for each in found), f"a rank has no answer after {TIMEOUT} s"
+    answers = [torch.load(each, weights_only=False) for each in found]
+    for answer in answers:
+        assert not isinstance(answer, BaseException), answer
+    return answers
 
 
 def _rank(rank: int, ranks: int, work: Callable[[Path], Any], folder: Path) -> None:
     torch.set_num_threads(1)
-    meet = f"file://{folder}/meet-{ranks}-{work.__name__}"
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}
+    meet = f"file://{folder}/meet-{work.__name__}"
     distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-    torch.save(work(folder), _answer(folder, ranks, rank))
+    try:
+        answer = work(folder)
+    except BaseException:
+        answer = RuntimeError(traceback.format_exc())
+    torch.save(answer, _answer(folder, work, rank))
     distributed.destroy_process_group()
 
 
-def _answer(folder: Path, ranks: int, rank: int) -> Path:
-    return folder / f"answer-{ranks}-{rank}.pt"
+def _answer(folder: Path, work: Callable[[Path], Any], rank: int) -> Path:
+    return folder / f"answer-{work.__name__}-{rank}.pt"

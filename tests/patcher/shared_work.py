@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -34,26 +40,17 @@ from tests.patcher.families import (
 )
 from tests.patcher.runs import continue_with, forward, generate
 
-MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
-Q_HEADS, KV_HEADS, LENGTH = 8, 4, 300
-
-
-def save_models(folder: Path) -> None:
-    for name, (model, config) in MODELS.items():
-        torch.manual_seed(0)
-        heads = dict(num_attention_heads=Q_HEADS, num_key_value_heads=KV_HEADS)
-        model(config(**{**SIZES, "num_hidden_layers": 2}, **heads)).save_pretrained(folder / name)
+Q_HEADS, KV_HEADS, LENGTH, NEW = 8, 4, 300, 5
 
 
 def tables(model) -> Plan:
-    """Each kv head another selector; tables and planes are not those of another head."""
+    """Selectors whose tables and planes are other ones for each head."""
     torch.manual_seed(1)
-    shape = model.config.num_hidden_layers, KV_HEADS, 16, 16
+    shape = len(model.model.layers), KV_HEADS, 16, 16
     moments = {name: torch.randn(shape) for name in ("keys", "queries")}
-    table = {name: t @ t.mT for name, t in moments.items()}
-    planes = {"mean": torch.randn(shape[:3])}
+    made = {"lowrank": {name: t @ t.mT for name, t in moments.items()}}
+    made["lsh"] = {"mean": torch.randn(shape[:3])}
     few = dict(share=0.06, min_pages=3)
-    made = {"lowrank": table, "lsh": planes}
     decode = ("lowrank", "lsh", "lowrank", "lsh"), ("lsh", "lowrank", "full", "lowrank")
     plan = full(model)
     return replace(
@@ -64,33 +61,44 @@ def tables(model) -> Plan:
     )
 
 
-def rings(model) -> Plan:
-    """One head a ring, which is another rank's."""
+def one_ring(model) -> Plan:
+    """The last rank's last head is the only one that drops anything."""
 
     def layer(index, windowed):
-        cache = ["full", "full", "full", "s"]
-        return ["full"] * 6 + ["s"] * 2, cache, ["full", "full", "full", "ring"]
+        return ["full"] * 6 + ["s"] * 2, ["full"] * 3 + ["s"], ["full"] * 3 + ["ring"]
 
     return plan_of(model, layer, s=STREAM)
 
 
-PLANS = {plan.__name__: plan for plan in (full, rings, mixed, tables, evicting)}
+# Which model, under which plans. Ranks of the last one have all heads: its norms go over them.
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, (full, mixed, tables)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, (one_ring, mixed, evicting)),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, (mixed,)),
+}
+
+
+def save_models(folder: Path) -> None:
+    heads = dict(num_attention_heads=Q_HEADS, num_key_value_heads=KV_HEADS, num_hidden_layers=2)
+    for name, (model, config, _) in MODELS.items():
+        torch.manual_seed(0)
+        model(config(**SIZES | heads)).save_pretrained(folder / name)
+    one = LlamaConfig(**SIZES | heads | dict(num_key_value_heads=1))
+    LlamaForCausalLM(one).save_pretrained(folder / "one kv head")
 
 
 def answer_padded(model) -> tuple[Any, ...]:
     """A left-padded batch, greedily: tokens and the logits of each step."""
-    ids, mask = left_padded(LENGTH)
-    found = generate(model, ids, mask, new=5)
+    found = generate(model, *left_padded(LENGTH), new=NEW)
     return found.sequences, torch.stack(found.logits, 1)
 
 
 def answer_in_chunks(model) -> tuple[Any, ...]:
-    ids = tokens(1, LENGTH)
-    found = generate(model, ids, new=5, prefill_chunk_size=128)
+    found = generate(model, tokens(1, LENGTH), new=NEW, prefill_chunk_size=128)
     return found.sequences, torch.stack(found.logits, 1)
 
 
-def answer_twice(model) -> tuple[Any, ...]:
+def answer_in_turns(model) -> tuple[Any, ...]:
     """A second turn of 40 tokens, which is a chunk, and a third of 9, which are steps."""
     (ids, mask), logits, more = left_padded(LENGTH), [], {}
     for new in (ids, tokens(3, 40, seed=1), tokens(3, 9, seed=2)):
@@ -101,20 +109,25 @@ def answer_twice(model) -> tuple[Any, ...]:
     return torch.cat(logits, 1).argmax(-1), torch.cat(logits, 1)
 
 
-WAYS = {"padded": answer_padded, "chunks": answer_in_chunks, "turns": answer_twice}
+WAYS = {"padded": answer_padded, "chunks": answer_in_chunks, "turns": answer_in_turns}
+CASES = [
+    (name, plan.__name__, way)
+    for name, (*_, plans) in MODELS.items()
+    for plan in plans
+    for way in WAYS
+    if (plan, way) != (evicting, "chunks")  # which it reads otherwise than one call
+]
 
 
-def answer(model) -> dict[tuple[str, str], Any]:
-    """What a model answers under each plan, in each way, and what it counted."""
+def answer(name: str, model) -> dict[Any, Any]:
+    """What a model answers under each plan, in each way, and what it says of itself."""
     found = {}
-    for name, plan in PLANS.items():
+    for plan in MODELS[name][2]:
         with hfsparse.patch(model, plan(model)) as handle:
             for way, ask in WAYS.items():
-                if (name, way) != ("evicting", "chunks"):
-                    found[name, way] = ask(model)
-            found[name, "stats"] = handle.stats(gather=True)
-            found[name, "own stats"] = handle.stats()
-            found[name, "explain"] = handle.explain()
+                if (name, plan.__name__, way) in CASES:
+                    found[plan.__name__, way] = ask(model)
+            found[plan.__name__] = handle.stats(), handle.stats(gather=True), handle.explain()
     return found
 
 
@@ -124,17 +137,50 @@ def load(folder: Path, **more):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
 
 
-def sharded(folder: Path):
+def load_shared(folder: Path):
     """By the newer way of asking, where there is one."""
     try:
         from transformers.distributed import DistributedConfig
 
-        config = DistributedConfig(tp_plan="auto", tp_size=distributed.get_world_size())
+        return load(folder, distributed_config=DistributedConfig(tp_plan="auto"))
     except (ImportError, TypeError):
         return load(folder, tp_plan="auto")
-    return load(folder, distributed_config=config)
+
+
+@contextmanager
+def telling(found: dict[str, str], what: str):
+    with pytest.raises(hfsparse.Error) as told:
+        yield
+    found[what] = f"{type(told.value).__name__}: {told.value}"
 
 
 def ask_all(folder: Path) -> dict[str, Any]:
-    found = {name: answer(sharded(folder / name)) for name in MODELS}
-    return found
+    """All models, what is refused, and a model whose weights are gathered by FSDP."""
+    rank, said = distributed.get_rank(), {}
+    models = {name: load_shared(folder / name) for name in MODELS}
+    found = {name: answer(name, model) for name, model in models.items()}
+    llama = models["llama"]
+    with telling(said, "two plans"):
+        hfsparse.patch(llama, (full, mixed)[rank](llama))
+    with telling(said, "no plan on one"):
+        hfsparse.patch(llama, (full(llama), folder / "nowhere.yaml")[rank])
+    with telling(said, "no plan"):
+        hfsparse.patch(llama, "nowhere.yaml")
+    with telling(said, "profile"):
+        hfsparse.profile(llama, None)
+    one = load_shared(folder / "one kv head")
+    with telling(said, "one kv head"):
+        hfsparse.patch(one)
+    gathered, mesh = load(folder / "llama"), init_device_mesh("cpu", (2,))
+    for part in (*gathered.model.layers, gathered):
+        fully_shard(part, mesh=mesh)
+    with hfsparse.patch(gathered, mixed(load(folder / "llama"))):
+        found["fsdp"] = answer_padded(gathered)
+    return found | {"refused": said}
+
+
+def ask_each_head(folder: Path) -> Any:
+    """As many ranks as kv heads."""
+    model = load_shared(folder / "llama")
+    with hfsparse.patch(model, tables(model)):
+        return answer_padded(model)

@@ -12,11 +12,15 @@ from transformers.cache_utils import Cache
 
 from hfsparse.runtime.call import running
 
+FSDP = "torch.distributed.fsdp"  # where classes of modules are from whose weights are gathered
 OWN_HOOKS = ("transformers.", "hfsparse.patcher")  # of modules whose steps can be recorded
 
 
-def only_moves_inputs(module: nn.Module) -> bool:
-    """Whether its forward is accelerate's, which brings inputs to the device of the weights."""
+def is_known(module: nn.Module) -> bool:
+    """Whether the forward that was put on a module can be recorded: accelerate's, which brings
+    inputs to the device of the weights, or transformers' of a tensor parallel projection."""
+    if getattr(module.forward, "__module__", "").startswith("transformers."):
+        return True
     hook = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
