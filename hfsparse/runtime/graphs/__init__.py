@@ -131,12 +131,11 @@ class Graphs:
         states = States(cache)
         self.why = self.never or self.refused.get(first) or states.why_not()
         self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first)
-        if held := self.why is None and self.lock.acquire(blocking=False):
-            step = self._plan(decoder, kwargs, layers, states)
-        else:
+        held = self.why is None and self.lock.acquire(blocking=False)
+        if not held:
             self.why = self.why or "another thread runs a step of this model"
-            step = None
         try:
+            step = self._plan(decoder, kwargs, layers, states) if held else None
             level = self.agree(step.level if step else EAGER)
             if step is None or level == EAGER:
                 self.why = self.why or OTHERS
