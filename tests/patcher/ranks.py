@@ -1,4 +1,4 @@
-"""Processes that share a model's heads, on a CPU: `answers = run(2, work, folder)`, one a rank.
+"""Processes that share a model's heads: `answers = run(2, work, folder)`, one a rank.
 
 They are forked from one process that has imported what they need, so that a rank costs no imports.
 """
@@ -19,12 +19,13 @@ PRELOADED = ["tests.patcher.shared_work"]
 TIMEOUT = 300  # seconds
 
 
-def run(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
-    """What `work(folder)` answers on each rank of a gloo group."""
+def run(ranks: int, work: Callable[[Path], Any], folder: Path, backend: str = "gloo") -> list[Any]:
+    """What `work(folder)` answers on each rank of a group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     started = [
-        context.Process(target=_rank, args=(rank, ranks, work, folder)) for rank in range(ranks)
+        context.Process(target=_rank, args=(rank, ranks, work, folder, backend))
+        for rank in range(ranks)
     ]
     for process in started:
         process.start()
@@ -40,11 +41,13 @@ def run(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
     return answers
 
 
-def _rank(rank: int, ranks: int, work: Callable[[Path], Any], folder: Path) -> None:
+def _rank(rank: int, ranks: int, work: Callable, folder: Path, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}"}
     meet = f"file://{folder}/meet-{work.__name__}"
-    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(backend, init_method=meet, rank=rank, world_size=ranks)
     try:
         answer = work(folder)
     except BaseException:
