@@ -30,7 +30,7 @@ def two(folder):
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["eager", "replayed"])
-@pytest.mark.parametrize("plan", ["full", "mixed", "late"])
+@pytest.mark.parametrize("plan", ["full", "uneven", "late"])
 def test_two_ranks_say_what_one_card_says(one, two, plan, replay):
     tokens, logits, _ = one[plan, replay]
     for rank in two:
@@ -40,7 +40,7 @@ def test_two_ranks_say_what_one_card_says(one, two, plan, replay):
         assert near(theirs, logits)
 
 
-@pytest.mark.parametrize("plan", ["full", "mixed", "late"])
+@pytest.mark.parametrize("plan", ["full", "uneven", "late"])
 def test_replayed_steps_of_ranks_are_their_eager_ones_bit_for_bit(two, plan):
     for rank in two:
         assert torch.equal(rank[plan, True][1], rank[plan, False][1])

@@ -31,13 +31,14 @@ from hfsparse.plan.files import DataFile
 from hfsparse.selectors.lowrank import LowRank
 from hfsparse.selectors.lsh import Lsh
 from tests.patcher.families import (
+    BLOCKS,
     QUEST,
     SIZES,
     STREAM,
+    VS,
     evicting,
     full,
     left_padded,
-    mixed,
     plan_of,
     tokens,
 )
@@ -64,13 +65,16 @@ def tables(model) -> Plan:
     )
 
 
-def one_ring(model) -> Plan:
-    """The last rank's last head is the only one that drops anything."""
+def uneven(model) -> Plan:
+    """Patterns, a ring and chosen pages; no rank has the words of another."""
 
     def layer(index, windowed):
-        return ["full"] * 6 + ["s"] * 2, ["full"] * 3 + ["s"], ["full"] * 3 + ["ring"]
+        prompt, decode = ["vs", "blocks", "full", "s", "full", "vs"], ["quest", "full", "full"]
+        turn = -1 if index else 1
+        cache = ["full"] * 3 + ["s"]
+        return [*prompt[::turn], "s", "s"], cache, [*decode[::turn], "ring"]
 
-    return plan_of(model, layer, s=STREAM)
+    return plan_of(model, layer, s=STREAM, vs=VS, blocks=BLOCKS, quest=QUEST)
 
 
 def late(model) -> Plan:
@@ -84,9 +88,9 @@ def late(model) -> Plan:
 
 # Which model, under which plans. Ranks of the last one have all heads: its norms go over them.
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, (full, mixed, tables)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, (one_ring, mixed, evicting)),
-    "olmo2": (Olmo2ForCausalLM, Olmo2Config, (mixed,)),
+    "llama": (LlamaForCausalLM, LlamaConfig, (full, uneven, tables)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, (uneven, evicting)),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, (uneven,)),
 }
 
 
@@ -175,7 +179,7 @@ def ask_all(folder: Path) -> dict[str, Any]:
     found = {name: answer(name, model) for name, model in models.items()}
     llama = models["llama"]
     with telling(said, "two plans"):
-        hfsparse.patch(llama, (full, mixed)[rank](llama))
+        hfsparse.patch(llama, (full, uneven)[rank](llama))
     with telling(said, "no plan on one"):
         hfsparse.patch(llama, (full(llama), folder / "nowhere.yaml")[rank])
     with telling(said, "no plan"):
@@ -188,7 +192,7 @@ def ask_all(folder: Path) -> dict[str, Any]:
     gathered, mesh = load(folder / "llama"), init_device_mesh("cpu", (2,))
     for part in (*gathered.model.layers, gathered):
         fully_shard(part, mesh=mesh)
-    with hfsparse.patch(gathered, mixed(load(folder / "llama"))):
+    with hfsparse.patch(gathered, uneven(load(folder / "llama"))):
         found["fsdp"] = answer_padded(gathered)
     return found | {"refused": said}
 
@@ -196,7 +200,7 @@ def ask_all(folder: Path) -> dict[str, Any]:
 def answer_replayed(model) -> dict[tuple[str, bool], Any]:
     """Steps run one by one and replayed: what was answered, and how the last one was run."""
     found = {}
-    for plan in (full, mixed, late):
+    for plan in (full, uneven, late):
         for replay in (False, True):
             with hfsparse.patch(model, plan(model)) as handle:
                 if not replay:

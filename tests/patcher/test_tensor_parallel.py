@@ -55,9 +55,9 @@ def test_as_many_ranks_as_kv_heads(whole, folder):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_stats_are_of_a_rank_s_heads_or_gathered(whole, two, model):
-    alone, _, _ = whole[model]["mixed"]
+    alone, _, _ = whole[model]["uneven"]
     for at, rank in enumerate(two):
-        own, gathered, told = rank[model]["mixed"]
+        own, gathered, told = rank[model]["uneven"]
         assert gathered == alone
         if model == "olmo2":  # every rank has all heads
             assert own == alone
@@ -85,4 +85,4 @@ def test_what_ranks_can_not_follow_is_refused_on_all_in_one_sentence(two):
 
 def test_a_model_whose_weights_fsdp_gathers_answers_as_it_does_alone(whole, two):
     for rank in two:
-        same(rank["fsdp"], whole["llama"]["mixed", "padded"])
+        same(rank["fsdp"], whole["llama"]["uneven", "padded"])
