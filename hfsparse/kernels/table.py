@@ -144,6 +144,8 @@ def _triton_by_store(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
+        if part.packed is not None:
+            _module("triton.pack").pack(part, new.query_pos)
         if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
@@ -182,7 +184,7 @@ SELECT = (
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (
-    Kernel("Triton", _triton_append, _triton("append")),
+    Kernel("Triton", _triton_append, _triton("append"), device_lengths=True),
     Kernel("PyTorch", per_store.append, _always),
 )
 COUNT = (

@@ -19,6 +19,7 @@ from hfsparse.lists.grid import PAGE
 
 BITS = (16, 8, 4)  # of a number in the cache; 16: it has the model's own type
 NEWEST = 2 * PAGE  # tokens that are held as they came
+TINY = torch.finfo(torch.float32).tiny  # a step at least: of ends that are one no number differs
 
 
 def pack(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -27,7 +28,7 @@ def pack(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     Of 4 bits byte c has channel c in its low half, and channel c + D / 2 in its high half.
     """
     start, step = _steps(low, high, bits)
-    code = (t.float() - start) / step.clamp(min=torch.finfo(torch.float32).tiny)
+    code = (t.float() - start) / step.clamp(min=TINY)
     code = code.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
     if bits == 4:
         first, second = code.chunk(2, -1)
@@ -45,7 +46,12 @@ def unpack(code: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 def _steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     start = low.float()
-    return start, (high.float() - start) / ((1 << bits) - 1)
+    return start, (high.float() - start) * steps(bits)
+
+
+def steps(bits: int) -> float:
+    """A step between two ends, of their distance: it is times this, which all devices do alike."""
+    return 1 / ((1 << bits) - 1)
 
 
 class Packed(NamedTuple):

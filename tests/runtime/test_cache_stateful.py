@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
         known = self.known_by(store)
         for b, (p, row) in enumerate(zip(past, self.rows, strict=True)):
             new = self.content(b, range(p, len(row)), store.group.heads)
-            exact = max(known[b][1], -(-len(row) // PAGE) - 2)
+            exact = max(known[b][1], len(row) // PAGE - 1)
             known[b] = torch.cat([known[b][0], new], 2), exact
 
     def evict(self, store, k, v, lengths):

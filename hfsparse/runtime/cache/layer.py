@@ -185,8 +185,10 @@ class CacheLayer(CacheLayerMixin):
     def take_back(self, drop: int) -> None:
         """Forget the newest `drop` tokens, and what was chosen and clustered with them."""
         rows = [max(n - drop, 0) for n in self.rows]
+        lost = self.seen - self.stored  # columns of a forward that was interrupted
+        now = [max(n - lost, 0) for n in self.rows]
         for store in self.stores:
-            store.check_crop(self.rows, rows)
+            store.check_crop(now, rows)
         self.seen -= drop
         self.stored = min(self.stored, self.seen)  # fewer after a forward that was interrupted
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt

@@ -4,7 +4,7 @@ A page is packed once, when it is full, from its keys and values as they came, s
 holds of a row does not depend on how the row was read: at once, in chunks or token by token. The
 newest two pages are held as they came, too: rows that lose up to `PAGE` tokens read what they would
 read if these had never been. A row that goes back further, into a page that is held packed alone,
-begins that page anew with what it unpacks.
+begins that page anew, when it goes, with what it unpacks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class PackedStore(Store):
         super().__init__(*given)
         self.bits = self.group.bits
         self.pages: dict[str, Tensor] = {}  # as `Packed` names them, [B, H, P, ...]
-        # By row, the first of the newest pages that are held as they came.
+        # By row, the first page that is surely held as it came: of n tokens that of number
+        # n // PAGE and the one before it are, unless the row went back further.
         self.exact: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
@@ -82,12 +83,19 @@ class PackedStore(Store):
         self.exact = before[1]
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        self._begin_anew(rows)
         return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
 
     def room(self, past: list[int], rows: list[int]) -> None:
-        self._begin_anew(past)
         super().room(past, rows)
+        self._pass(rows)
+
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
+        self._pass(now)  # steps that were replayed have told nothing
+        super().check_crop(now, rows)
+
+    def _pass(self, rows: list[int]) -> None:
+        """Rows have had so many tokens: pages before the newest two are held packed alone."""
+        self.exact = [max(e, n // PAGE - 1) for e, n in zip(self.exact, rows, strict=True)]
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.append`."""
@@ -117,8 +125,6 @@ class PackedStore(Store):
             for held, t in zip(self.held(), new, strict=True):
                 part = tokens(t, range(page, page + 1))
                 held[rows, :, at : at + part.shape[2]] = part
-        for b in range(*rows.indices(len(self.exact))):
-            self.exact[b] = max(self.exact[b], last - 2)
 
     def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
         """Have what is kept beside pages follow their tokens, in rows of so many."""
@@ -134,9 +140,10 @@ class PackedStore(Store):
         for name, t in found.items():
             self.pages[name][rows, :, at] = t
 
-    def _begin_anew(self, past: Sequence[int]) -> None:
+    def forget(self, rows: Sequence[int]) -> None:
         """Rows that went back into a page that is held packed alone unpack it."""
-        for b, n in enumerate(past):
+        super().forget(rows)
+        for b, n in enumerate(rows):
             page = n // PAGE
             if page >= self.exact[b]:
                 continue
