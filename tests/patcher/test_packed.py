@@ -18,7 +18,7 @@ from hfsparse.lists import PAGE
 from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
 from tests import latents
-from tests.patcher.families import BLOCKS, VS, heads, left_padded, plan_of, tiny, tokens
+from tests.patcher.families import left_padded, packing, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import (
     both,
@@ -31,35 +31,6 @@ from tests.patcher.runs import (
 from tests.tiny import llama
 
 LENGTH = 170
-STREAM = dict(sink=2, recent=70)
-
-
-def packing(model, bits=4, below=(0, 0, 0), every=False):
-    """Full heads, chosen pages and rings in so many bits; any pattern reads prompts."""
-    Hq, Hkv = heads(model)
-
-    def layer(index, windowed):
-        if index and not every:
-            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
-        kinds = [("quest", "ring", "full")[g % 3] for g in range(Hkv)]
-        prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
-        prefill = ["ring" if kinds[h * Hkv // Hq] == "ring" else x for h, x in enumerate(prefill)]
-        return prefill, ["ring" if x == "ring" else "packed" for x in kinds], kinds
-
-    ring = "streaming", {**STREAM, "bits": bits}
-    quest = "quest", dict(share=0.1, min_pages=2)
-    plan = plan_of(
-        model,
-        lambda *at: [[_word(x, part) for x in words] for part, words in enumerate(layer(*at))],
-        below,
-        **dict(r=ring, quest=quest, packed=("full", dict(bits=bits)), vs=VS, blocks=BLOCKS),
-    )
-    return plan
-
-
-def _word(word, part):
-    """The ring's word where it isn't how a step reads it."""
-    return "r" if word == "ring" and part < 2 else word
 
 
 def talk(m, cache):

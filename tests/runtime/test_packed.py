@@ -137,3 +137,25 @@ def test_steps_over_packed_stores_are_plain_attention_over_what_these_hold(
             live = (at >= 0)[:, None, :, None].expand_as(wanted)
             assert close(found[:, mine][live], wanted[live], dtype), store.group
         past = lengths.rows
+
+
+@pytest.mark.parametrize("left", [70, 127, 130])
+def test_steps_that_tell_the_host_nothing_are_taken_back_as_others_are(left):
+    """Replayed ones do: a page that is held packed alone since is begun anew all the same."""
+    drawn, read = torch.Generator().manual_seed(0), []
+    k, v = (torch.randn(1, 2, 260, 8, generator=drawn) for _ in "kv")
+    for told in (True, False):
+        layer = CacheLayer("plan", (Group((0,), bits=8), Group((1,), Band(4, 150), bits=4)))
+        layer.lazy_initialization(k, v)
+        for past, n in ((0, 100), *((p, p + 1) for p in range(100, 200)), (left, 260)):
+            if past == left:
+                layer.take_back(200 - left)
+            for store in layer.stores:
+                at = list(store.group.heads)
+                before = store.snapshot()
+                store.append(k[:, at, past:n], v[:, at, past:n], Lengths([past], [n - past], n))
+                if not told and n == past + 1:
+                    store.restore(before)
+            layer.rows, layer.seen, layer.stored = [n], n, n
+        read.append([t[..., :260, :] for store in layer.stores for t in store.read([260])])
+    assert all(map(torch.equal, *read))

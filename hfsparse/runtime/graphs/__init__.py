@@ -147,6 +147,7 @@ class Graphs:
             for store in layer.stores:
                 store.room(past, rows)
             layer.places()  # written now: a recorded step can't
+        self.held = lambda: None  # buffers may have moved: what they take is told anew
         key = (asked, *describe_buffers(layers, rows, states))
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
