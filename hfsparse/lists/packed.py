@@ -78,7 +78,10 @@ class Packed(NamedTuple):
 
     def first(self, tokens: int | None) -> Packed:
         """The pages of the first so many tokens; None: all."""
-        pages = slice(None if tokens is None else -(-tokens // PAGE))
+        return self.some(slice(None if tokens is None else -(-tokens // PAGE)))
+
+    def some(self, pages: slice) -> Packed:
+        """Those pages, and the newest two as they came."""
         return self._make([self.bits, *(t[:, :, pages] for t in self[1:-2]), *self[-2:]])
 
     def of(self, rows: Tensor | None) -> Packed:

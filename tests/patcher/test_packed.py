@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfsparse
 from hfsparse.errors import PlanError, UsageError
 from hfsparse.lists import PAGE
 from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.runtime.cache import packed as stores
 from tests import latents
-from tests.patcher.families import left_padded, packing, tiny, tokens
+from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import (
     both,
@@ -31,6 +33,13 @@ from tests.patcher.runs import (
 from tests.tiny import llama
 
 LENGTH = 170
+
+
+def full_in(model, bits):
+    """Every head full, in so many bits."""
+    Hq, Hkv = heads(model)
+    words = ["full"] * Hq, ["packed"] * Hkv, ["full"] * Hkv
+    return plan_of(model, lambda *at: words, packed=("full", dict(bits=bits)))
 
 
 def talk(m, cache):
@@ -75,6 +84,42 @@ def test_a_prompt_is_read_as_it_comes_and_its_chunks_read_what_is_packed():
         at_once = forward(model, ids, mask).logits
     with hfsparse.patch(model, packing(model, 16)):
         assert torch.equal(forward(model, ids, mask).logits, at_once)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made._is_view():
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_chunk_finds_a_few_heads_unpacked_at_a_time(monkeypatch, bits):
+    """As many as there is room for, a few pages at a time; the same comes out."""
+    model, ids = tiny("mistral"), tokens(2, 900)  # heads of whole rows are what is large
+    with hfsparse.patch(model, full_in(model, bits)):
+        cache = forward(model, ids).past_key_values
+        same, new = copy.deepcopy(cache), tokens(2, 40, seed=1)
+        whole = forward(model, new, cache=cache).logits
+        head = 2 * 940 * 16  # a head's keys in both rows
+        monkeypatch.setattr(stores, "TOGETHER", 2 * head)
+        monkeypatch.setattr(stores, "UNPACKED", 4 * PAGE * 16)
+        read = stores.PackedFull.with_chunk
+
+        def bounded(store, *given):
+            with Largest() as largest:
+                found = read(store, *given)
+            assert all(t.shape[:3] == (2, 1, 940) for t in found[:2])
+            assert largest.numbers == head
+            return found
+
+        monkeypatch.setattr(stores.PackedFull, "with_chunk", bounded)
+        close(forward(model, new, cache=same).logits, whole)
 
 
 def test_rows_of_a_batch_and_beams_are_alone():

@@ -9,7 +9,8 @@ begins that page anew, when it goes, with what it unpacks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
 
+TOGETHER = 1 << 27  # numbers of keys and values that a chunk finds unpacked at a time
+UNPACKED = 1 << 22  # numbers of these that are worked out in float32 at a time
 BOUNDS = "low", "high"  # of keys, by page and channel
 ENDS = "least", "most"  # of values, by token
 
@@ -213,12 +216,35 @@ class PackedFull(PackedStore, Full):
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
     ) -> tuple[Tensor, Tensor, None]:
         """What a chunk attends to before it is stored: its past, and itself as it comes."""
-        read = self.read(lengths.past)
-        read = [lengthen(t[:, :, : lengths.longest], lengths.longest) for t in read]
+        held, past = self.packed(), on_device(lengths.past, k.device)
+        read = [
+            buffers.new_buffer(t, *t.shape[:2], lengths.longest, t.shape[3]) for t in self.held()
+        ]
+        pages = -(-max(lengths.past) // PAGE)
+        step = max(1, UNPACKED // self.k[:, :, :PAGE].numel())
+        for first in range(0, pages, step):
+            own = slice(first, min(first + step, pages))
+            at = torch.arange(own.start * PAGE, own.stop * PAGE, device=k.device)[None]
+            for whole, t in zip(read, held.some(own).read(past, at), strict=True):
+                into = whole[:, :, own.start * PAGE : own.stop * PAGE]
+                into.copy_(t[:, :, : into.shape[2]])
         for rows, p, n in runs_of_rows(lengths):
-            for held, new in zip(read, (k, v), strict=True):
-                held[rows, :, p : p + n] = new[rows, :, :n]
+            for whole, new in zip(read, (k, v), strict=True):
+                whole[rows, :, p : p + n] = new[rows, :, :n]
         return *read, None
+
+    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, PackedFull]]:
+        """As many heads at a time as have `TOGETHER` numbers unpacked; one in any case."""
+        each = len(self.k) * lengths.longest * sum(t.shape[3] for t in self.held())
+        step = max(1, TOGETHER // each)
+        if step >= len(self.group.heads):
+            yield slice(None), self
+            return
+        for first in range(0, len(self.group.heads), step):
+            some, part = slice(first, first + step), copy(self)
+            part.hold(*(t[:, some] for t in self.held()))
+            part.pages = {name: t[:, some] for name, t in self.pages.items()}
+            yield some, part
 
 
 class PackedRing(PackedStore, Ring):
