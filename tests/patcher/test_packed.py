@@ -20,7 +20,7 @@ from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.runtime.cache import packed as stores
 from tests import latents
-from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
+from tests.patcher.families import left_padded, packing, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import (
     both,
@@ -33,13 +33,6 @@ from tests.patcher.runs import (
 from tests.tiny import llama
 
 LENGTH = 170
-
-
-def full_in(model, bits):
-    """Every head full, in so many bits."""
-    Hq, Hkv = heads(model)
-    words = ["full"] * Hq, ["packed"] * Hkv, ["full"] * Hkv
-    return plan_of(model, lambda *at: words, packed=("full", dict(bits=bits)))
 
 
 def talk(m, cache):
@@ -60,7 +53,7 @@ def talk(m, cache):
 
 @pytest.mark.parametrize(
     ("family", "bits", "below"),
-    [("llama", 8, 0), ("qwen2", 4, 200), ("qwen3", 4, 0), ("mistral", 8, 200)],
+    [("llama", 8, 0), ("qwen2", 4, 200), ("qwen3", "fp8", 0), ("mistral", 8, 200)],
 )
 def test_what_is_packed_equals_the_oracle(family, bits, below):
     model = tiny(family)
@@ -102,7 +95,7 @@ class Largest(TorchDispatchMode):
 def test_a_chunk_finds_a_few_heads_unpacked_at_a_time(monkeypatch, bits):
     """As many as there is room for, a few pages at a time; the same comes out."""
     model, ids = tiny("mistral"), tokens(2, 900)  # heads of whole rows are what is large
-    with hfsparse.patch(model, full_in(model, bits)):
+    with hfsparse.patch(model, packing(model, bits, every=True, kinds=("full",))):
         cache = forward(model, ids).past_key_values
         same, new = copy.deepcopy(cache), tokens(2, 40, seed=1)
         whole = forward(model, new, cache=cache).logits
@@ -180,7 +173,7 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence():
     layers = (replace(plan.layers[0], prefill=("packed",) * 4),) * 3
     with pytest.raises(PlanError, match="prefill can't be packed, a full: give full or the name"):
         replace(plan, layers=layers).validate()
-    with pytest.raises(UsageError, match="bits is 3: give 16, 8 or 4"):
+    with pytest.raises(UsageError, match="bits is 3: give 16, 8, 4 or fp8"):
         Streaming(bits=3)
     odd = llama(head_dim=3)
     with pytest.raises(PlanError, match=r"heads of 3 channels.* give packed 8 bits"):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hfsparse.kernels.triton.limits import NEVER, await_previous, chained
 from hfsparse.lists import PAGE
-from hfsparse.lists.packed import NEWEST, TINY, steps
+from hfsparse.lists.packed import LARGEST, NEWEST, TINY, steps, width_of
 from hfsparse.lists.places import Place
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
-LEAST = tl.constexpr(TINY)
+LEAST, MOST = tl.constexpr(TINY), tl.constexpr(LARGEST)
 
 
 def pack(part: Place, query_pos: Tensor) -> None:
@@ -34,7 +34,8 @@ def pack(part: Place, query_pos: Tensor) -> None:
         *(H, Q, packed.slots // PAGE, part.size // PAGE),
         D=D,
         DV=DV,
-        BITS=packed.bits,
+        BITS=width_of(packed.bits),
+        FLOAT=packed.bits == "fp8",
         STEPS=steps(packed.bits),
         PAGE=PAGE,
         NEWEST=NEWEST,
@@ -45,8 +46,16 @@ def pack(part: Place, query_pos: Tensor) -> None:
 
 
 @triton.jit
-def _encode(t, low, high, BITS: tl.constexpr, STEPS: tl.constexpr):
+def _encode(t, low, high, BITS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.constexpr):
     """The code of each number of t, as `packed.pack` has it; low and high are as wide as t."""
+    if FLOAT:  # by its bits: not every GPU, nor the interpreter, rounds to fp8 alike
+        x = tl.div_rn(t, tl.maximum(tl.maximum(-low, high) * STEPS, LEAST))
+        size = tl.minimum(tl.abs(x), MOST)
+        bits = size.to(tl.int32, bitcast=True)
+        code = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        fine = (size * 512 + ROUND - ROUND).to(tl.int32)  # under 2^-6 all steps are of 2^-9
+        code = tl.where(size < 0.015625, fine, code)
+        return code | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
     step = tl.maximum((high - low) * STEPS, LEAST)
     code = tl.div_rn(t - low, step) + ROUND - ROUND  # halves to even
     return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
@@ -55,8 +64,8 @@ def _encode(t, low, high, BITS: tl.constexpr, STEPS: tl.constexpr):
 @triton.jit
 def _pack_page(
     NEW, CODE, LOW, HIGH,
-    W: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr, BY_TOKEN: tl.constexpr,
-    PAGE: tl.constexpr,
+    W: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.constexpr,
+    BY_TOKEN: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Pack a page `[PAGE, W]` of keys, whose ends are by channel, or of values, by token."""
     PARTS: tl.constexpr = 8 // BITS  # channels of a byte, W / PARTS from one another
@@ -86,15 +95,15 @@ def _pack_page(
             tl.store(HIGH + place, high.to(HIGH.dtype.element_ty), mask=d < BYTES)
             low, high = low[None, :], high[None, :]
         low, high = tl.broadcast_to(low, t.shape), tl.broadcast_to(high, t.shape)
-        code |= _encode(t, low, high, BITS, STEPS) << (part * BITS)
+        code |= _encode(t, low, high, BITS, FLOAT, STEPS) << (part * BITS)
     place = token[:, None] * BYTES + d[None, :]
     tl.store(CODE + place, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize="H Q pages turn".split())
 def _pack(
-    K, V, LOW, HIGH, LEAST_, MOST, NEW_K, NEW_V, QUERY_POS, H, Q, pages, turn,
-    D: tl.constexpr, DV: tl.constexpr, BITS: tl.constexpr, STEPS: tl.constexpr,
+    K, V, LOW, HIGH, LEAST_, MOST_, NEW_K, NEW_V, QUERY_POS, H, Q, pages, turn,
+    D: tl.constexpr, DV: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.constexpr,
     PAGE: tl.constexpr, NEWEST: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
@@ -111,10 +120,10 @@ def _pack(
         if tl.program_id(1) == 0:
             _pack_page(
                 *(NEW_K + new * D, K + place * PAGE * (D * BITS // 8)),
-                *(LOW + place * D, HIGH + place * D, D, BITS, STEPS, False, PAGE),
+                *(LOW + place * D, HIGH + place * D, D, BITS, FLOAT, STEPS, False, PAGE),
             )
         else:
             _pack_page(
                 *(NEW_V + new * DV, V + place * PAGE * (DV * BITS // 8)),
-                *(LEAST_ + place * PAGE, MOST + place * PAGE, DV, BITS, STEPS, True, PAGE),
+                *(LEAST_ + place * PAGE, MOST_ + place * PAGE, DV, BITS, FLOAT, STEPS, True, PAGE),
             )

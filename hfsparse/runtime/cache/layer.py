@@ -251,7 +251,7 @@ class CacheLayer(CacheLayerMixin):
     @property
     def packed(self) -> bool:
         """Whether some of its keys lie in fewer bits."""
-        return any(store.group.bits < 16 for store in self.stores)
+        return any(store.group.bits != 16 for store in self.stores)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
@@ -311,7 +311,7 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
-    packs = group.bits < 16
+    packs = group.bits != 16
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)

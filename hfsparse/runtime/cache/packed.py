@@ -1,4 +1,4 @@
-"""Stores that keep keys and values in 8 or 4 bits, page by page (`hfsparse.lists.packed`).
+"""Stores that keep keys and values in 8, 4 or fp8 bits, page by page (`hfsparse.lists.packed`).
 
 A page is packed once, when it is full, from its keys and values as they came, so that what a store
 holds of a row does not depend on how the row was read: at once, in chunks or token by token. The
@@ -20,7 +20,7 @@ from hfsparse.errors import CacheError
 from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Grid
 from hfsparse.lists.lengths import Lengths, on_device
-from hfsparse.lists.packed import NEWEST, Packed, pack, unpack
+from hfsparse.lists.packed import NEWEST, Packed, pack, unpack, width_of
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
 from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
@@ -52,7 +52,7 @@ class PackedStore(Store):
         self.hold(*(buffers.new_buffer(t, *shape, NEWEST, t.shape[-1]) for t in (k, v)))
         self.exact = [0] * len(k)
         for name, t in (("k", k), ("v", v)):
-            width = t.shape[-1] * self.bits // 8
+            width = t.shape[-1] * width_of(self.bits) // 8
             self.pages[name] = t.new_empty(*shape, 0, PAGE, width, **byte)
         for name in BOUNDS:
             self.pages[name] = k.new_empty(*shape, 0, k.shape[-1])

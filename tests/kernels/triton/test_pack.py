@@ -26,7 +26,7 @@ KINDS = {
     "spans": Group((0, 1), selector=Quest(unit=16, bound=8), bits=8),
     "landmarks": Group((0, 1), selector=Landmarks(0.3, 2), bits=4),
     "ring": Group((0, 1), Band(4, 40), bits=4),
-    "sink": Group((0, 1), Band(100, 200), bits=8),
+    "sink": Group((0, 1), Band(100, 200), bits="fp8"),
 }
 
 
@@ -90,7 +90,7 @@ def test_a_new_length_launches_the_same(monkeypatch):
     assert found[0] == found[1] != []
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, "fp8"])
 def test_it_compiles_for_a_gpu(monkeypatch, bits):
     """As it would be launched there, which the interpreter doesn't tell."""
     module = pytest.importorskip("hfsparse.kernels.triton.pack", exc_type=ImportError)
