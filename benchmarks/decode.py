@@ -7,11 +7,11 @@
 filled with random keys of the given length; every arm in one run. ms are medians over the tokens
 but the first eight, the least of the rounds: a host that others use is slow at times. kvpress,
 where it can be imported, shortens the random keys to a quarter (KnormPress), behind all other arms:
-it wraps every attention function. --bits compares caches in fewer bits with the whole one, and no
-other plans. What kvpress leaves is a stock cache, so the stock model over a
+it wraps every attention function. What it leaves is a stock cache, so the stock model over a
 quarter of the keys stands for it elsewhere. An arm that fails, and SIGTERM, leave the table of what
-was measured. --layer times one layer's kernels inside a CUDA graph; --steps shows where a step's
-time goes; --shape tiny tries the table out on a CPU.
+was measured. --bits compares caches in fewer bits with the whole one, and no other plans. --layer
+times one layer's kernels inside a CUDA graph; --steps shows where a step's time goes; --shape tiny
+tries the table out on a CPU.
 """
 
 from __future__ import annotations

@@ -132,7 +132,10 @@ def _triton_decode(
 def _triton_by_store(
     q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
 ) -> Tensor:
-    run, sinks = _module("triton.decode_store").decode, logits.pop("s_aux", None)
+    run = _module("triton.decode_store").decode
+    if len(places.parts) == 1:
+        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **logits)
+    sinks = logits.pop("s_aux", None)
     ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)

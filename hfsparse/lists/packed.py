@@ -1,4 +1,4 @@
-"""Pages of keys and values in 8 or 4 bits a number: how they are packed, and read again.
+"""Pages of keys and values in 8 or 4 bits a number, or in fp8: how they are packed, and read again.
 
 Between its smallest and its largest a number takes one of 256 or 16 steps. Of keys that is told by
 page and channel, since some channels are far larger than others; of values by token (KIVI, arXiv

@@ -62,7 +62,7 @@ def _check_empty(cache: Cache) -> None:
     special = [name for name in kinds if "Quant" in name or "EncoderDecoder" in name]
     if special or getattr(cache, "offloading", False):
         what = f"a {special[0]}" if special else "an offloaded cache"
-        bits = ", under a plan whose cache words have bits: 8 or 4" if special else ""
+        bits = ", under a plan whose cache words have bits: 8, 4 or fp8" if special else ""
         raise CacheError(f"{what} is not supported under hfsparse: use the default cache{bits}")
     if cache.get_seq_length():
         raise CacheError(

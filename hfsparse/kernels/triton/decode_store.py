@@ -1,4 +1,4 @@
-"""A few new tokens over one store of a layer's cache, whose keys may lie in 8 or 4 bits.
+"""A few new tokens over one store of a layer's cache, whose keys may lie in fewer bits.
 
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged; packed

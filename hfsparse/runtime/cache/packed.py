@@ -1,4 +1,4 @@
-"""Stores that keep keys and values in 8, 4 or fp8 bits, page by page (`hfsparse.lists.packed`).
+"""Stores that keep keys and values in fewer bits, page by page (`hfsparse.lists.packed`).
 
 A page is packed once, when it is full, from its keys and values as they came, so that what a store
 holds of a row does not depend on how the row was read: at once, in chunks or token by token. The
