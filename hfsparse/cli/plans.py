@@ -164,7 +164,7 @@ def check(
         return
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     peak, longest = _print_memory(config, loaded, length, gpu, **more)
-    _print_shares(config, loaded, length)
+    _print_shares(config, loaded, length, more["itemsize"])
     window = None if loaded.extend else context_window(config)
     if window is not None and window < max(length, longest):
         typer.echo(
@@ -204,12 +204,12 @@ def _print_memory(
     return need.peak, most
 
 
-def _print_shares(config, plan, length: int) -> None:
+def _print_shares(config, plan, length: int, itemsize: int) -> None:
     """Print what the plan computes, keeps and reads, as far as its words alone tell it."""
     from hfsparse.patcher.figures import predict
     from hfsparse.stats import FREE
 
-    for end, part in predict(config, plan, length).parts.items():
+    for end, part in predict(config, plan, length, itemsize=itemsize).parts.items():
         shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
         typer.echo(f"shares {FREE if end else 'of the dense model'}: {', '.join(shares)}")
 

@@ -62,6 +62,11 @@ class Job:
         )
 
     @property
+    def cache_length(self) -> int:
+        """Tokens in a row at which the budget of cache counts."""
+        return self.settings.at or max(self.prompts)
+
+    @property
     def below(self) -> Below:
         """Rows shorter than half of the shortest prompt stay full: none like them was measured."""
         floor = min(self.prompts) // 2
@@ -82,7 +87,8 @@ class Forecast:
         job, found = self.job, {}
         plan = Plan(ModelId.of(job.model), self.patterns, layers, job.below, data=self.data)
         for n, each in self.prompts(layers).items():
-            found[n] = predict(job.model.config, plan, n, each, job.model.device).figures()
+            given = job.model.config, plan, n, each, job.model.device, job.model.dtype.itemsize
+            found[n] = predict(*given).figures()
             if each.recall is not None:
                 found[n]["recall"] = round(float(each.recall[job.free].mean()), 4)
         return found

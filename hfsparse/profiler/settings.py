@@ -133,6 +133,21 @@ def _refuse_eviction(settings: Settings) -> str | None:
     return f"eviction {eviction} is offered by balanced, not by {method}: leave it out"
 
 
+def _refuse_cache_gib(settings: Settings) -> str | None:
+    gib, share = settings.cache_gib, settings.cache_share
+    if share != Settings.cache_share:
+        return f"cache_gib is {gib} and cache_share {share}, both of the cache: give one of the two"
+    if settings.method == "moa":
+        return f"cache_gib {gib} is of one length, moa keeps its budgets at all: give cache_share"
+    return None
+
+
+def _refuse_at(settings: Settings) -> str | None:
+    if settings.cache_gib is not None:
+        return None
+    return f"at is {settings.at}, where cache_gib counts, and there is none: give that, too"
+
+
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
@@ -159,6 +174,19 @@ class Settings:
     )
     cache_share: float = setting(
         0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=_refuse_share
+    )
+    cache_gib: float | None = setting(
+        None,
+        "In place of --cache-share: GiB that the whole cache of one row of --at tokens may take.",
+        check=within(lambda gib: 0 < gib < inf, "cache_gib is {}: give more than 0, in GiB"),
+        suits=_refuse_cache_gib,
+    )
+    at: int | None = setting(
+        None,
+        "Tokens in the row at which --cache-gib counts; else the longest of --lengths.",
+        check=within(lambda tokens: tokens >= 1, "at is {}: give tokens in a row, 1 or more"),
+        suits=_refuse_at,
+        min=1,
     )
     decode_share: float = setting(
         0.25,

@@ -106,6 +106,13 @@ def test_an_unknown_keyword_is_named():
             dict(selector="quest", decode_share=1.0),
             "selector quest saves nothing where decode_share is 1, no limit: give a smaller",
         ),
+        (dict(cache_gib=0), "cache_gib is 0: give more than 0, in GiB"),
+        (
+            dict(cache_gib=2, cache_share=0.5),
+            "cache_gib is 2 and cache_share 0.5, both of the cache: give one of the two",
+        ),
+        (dict(cache_gib=2, method="moa"), "cache_gib 2 is of one length, moa keeps its budgets at"),
+        (dict(at=4096), "at is 4096, where cache_gib counts, and there is none: give that, too"),
         (dict(curves="a.png", method="moa"), "moa draws no curves: leave them out, or use "),
     ],
     ids=str,

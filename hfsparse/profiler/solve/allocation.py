@@ -25,8 +25,8 @@ class Budget:
     """Greatest shares of what the layers without a window of their own do without a plan.
 
     A share of 1 is no limit: whole pages, and indexes of selectors, take a little more than keys
-    alone. `loss`, where given, is a share of the sum of effects with the worst ring on every kv
-    head.
+    alone. More than 1 is one, where a budget in GiB is so large. `loss`, where given, is a share of
+    the sum of effects with the worst ring on every kv head.
     """
 
     pairs: float
@@ -38,12 +38,12 @@ class Budget:
     def limits(self) -> dict[str, float]:
         """The most that pairs, cache and decode may be."""
         shares = {"pairs": self.pairs, "cache": self.cache, "decode": self.decode}
-        return {name: share if share < 1 else np.inf for name, share in shares.items()}
+        return {name: np.inf if share == 1 else share for name, share in shares.items()}
 
     def wider(self, by: float) -> Budget:
         """Each share by this part of its way to 1, the loss to 0."""
         shares = (self.pairs, self.cache, self.decode)
-        pairs, cache, decode = (round(float(x + by * (1 - x)), 4) for x in shares)
+        pairs, cache, decode = (round(float(x + by * max(0, 1 - x)), 4) for x in shares)
         loss = None if self.loss is None else round(float(self.loss * (1 - by)), 6)
         return Budget(pairs, cache, decode, loss)
 
@@ -72,7 +72,9 @@ class Options:
 
 
 class Infeasible(Error):
-    """No choice meets the budgets."""
+    """No choice meets the budgets; `least`: the smallest that each share can be by itself."""
+
+    least: dict[str, float] | None = None
 
 
 @dataclass
@@ -134,13 +136,16 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         taken, _ = _build_programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
-        least = (f"{_find_smallest(options, share, budget.loss):.3f}" for share in budget.limits)
-        pairs, cache, decode = least
-        raise Infeasible(
+        least = {share: _find_smallest(options, share, budget.loss) for share in budget.limits}
+        pairs, cache, decode = (f"{share:.3f}" for share in least.values())
+        problem = Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
-            f"{budget.cache}, decode share {budget.decode}{loss}){error}. The smallest that each "
-            f"can be by itself: pair density {pairs}, cache share {cache}, decode share {decode}"
-        ) from None
+            f"{budget.cache:.5g}, decode share {budget.decode}{loss}){error}. The smallest that "
+            f"each can be by itself: pair density {pairs}, cache share {cache}, decode share "
+            f"{decode}"
+        )
+        problem.least = least
+        raise problem from None
     read = dict.fromkeys(options.rings, "ring") | dict.fromkeys(options.evictions, "kept")
     choices = []
     for layer in range(layers):
