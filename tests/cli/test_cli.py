@@ -212,6 +212,29 @@ def test_new_that_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+# ---- bits
+
+
+def test_a_plan_in_fewer_bits_is_one_command_and_expects_what_its_cache_takes(
+    plan, model, tmp_path
+):
+    given = Plan.load(plan)
+    given.expected = {700: {"pair_density": 0.5, "cache_share": 1.0}}
+    given.save(plan)
+    file = tmp_path / "plan4.yaml"
+    result = run("bits", plan, model, "--bits", 4, "-o", file)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {file}: 4 of 4 kv heads keep 4 bits a number" in result.stdout
+    found, loaded = Plan.load(file), tiny.llama().bfloat16()
+    assert found.layers == given.with_bits(4, loaded).layers
+    with hfsparse.patch(loaded, found) as handle, torch.no_grad():
+        loaded(torch.arange(700)[None] % 390 + 2)
+        share = handle.stats().cache_share
+    assert found.expected == {700: {"pair_density": 0.5, "cache_share": round(share, 4)}}
+    assert "exists: give another name" in error("bits", plan, model, "--bits", 8, "-o", file)
+    assert "bits is 5: give 16, 8 or 4" in error("bits", plan, model, "--bits", 5, "-o", "b.yaml")
+
+
 # ---- explain
 
 
