@@ -96,7 +96,7 @@ def _is_whole(value: Any) -> bool:
 
 KINDS = {
     tuple[int, ...] | None: (
-        "token counts, such as [1024, 2048]",
+        "whole numbers, such as [1024, 2048]",
         lambda value: type(value) is list and all(_is_whole(n) and n > 0 for n in value or [0]),
     ),
     int: ("a whole number", _is_whole),

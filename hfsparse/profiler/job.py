@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfsparse.models.layers import layer_shapes
+from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -47,6 +47,11 @@ class Job:
         """Which layers `[layers]` may be sparse: with attention, keys of their own that no other
         layer reads, and no window of their own."""
         return np.array([shape.alone for shape in layer_shapes(self.model)])
+
+    @property
+    def shape(self) -> LayerShape:
+        """That of these layers."""
+        return next(shape for shape in layer_shapes(self.model) if shape.alone)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Values `[free layers, ...]` as `[layers, ...]`, 0 in the others."""

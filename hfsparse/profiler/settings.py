@@ -148,6 +148,29 @@ def _refuse_at(settings: Settings) -> str | None:
     return f"at is {settings.at}, where cache_gib counts, and there is none: give that, too"
 
 
+def _refuse_unknown_bits(name: str, bits: tuple[int, ...]) -> str | None:
+    from hfsparse.lists.packed import BITS  # torch, only where it is given
+
+    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {*BITS}:
+        return None
+    return (
+        f"bits are {show_bits(bits)}: give 16, to which heads return that lose too much, and what "
+        "else they may have of 8 and 4, such as 16,8,4"
+    )
+
+
+def show_bits(bits: Iterable[int]) -> str:
+    """As the option takes them."""
+    return ",".join(map(str, bits))
+
+
+def _refuse_bits(settings: Settings) -> str | None:
+    if settings.method == "balanced":
+        return None
+    given = show_bits(settings.bits)
+    return f"bits {given} are offered by balanced, not by {settings.method}: leave them out"
+
+
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
@@ -233,6 +256,14 @@ class Settings:
         "balanced: what kv heads may keep by content, beside rings; a later question has no say.",
         check=one_of(_evictions, "no eviction {}: there is {}"),
         suits=_refuse_eviction,
+        identity=True,
+        made=True,
+    )
+    bits: tuple[int, ...] | None = setting(
+        None,
+        "balanced: bits that cached numbers may have, of 16, 8 and 4, by commas; else 16 alone.",
+        check=_refuse_unknown_bits,
+        suits=_refuse_bits,
         identity=True,
         made=True,
     )
@@ -325,6 +356,7 @@ class Settings:
     def provenance(self) -> dict[str, Any]:
         """What a plan says under `made`."""
         found = {name: getattr(self, name) for name in self.names("made")}
+        found = {x: [*value] if type(value) is tuple else value for x, value in found.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod

@@ -616,9 +616,9 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lengths", "1024,many"], "lengths is '1024,many': give token counts"),
-        (["--lengths", "0"], "lengths is '0': give token counts"),
-        (["--lengths", ""], "lengths is '': give token counts"),
+        (["--lengths", "1024,many"], "lengths is '1024,many': give whole numbers"),
+        (["--lengths", "0"], "lengths is '0': give whole numbers"),
+        (["--lengths", ""], "lengths is '': give whole numbers"),
         (["--prefill-density", "0"], "prefill_density is 0.0: give more than 0 and at most 1"),
         (["--cache-share", "1.5"], "cache_share is 1.5: give more than 0 and at most 1"),
         (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
 
 def measure_prompts(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
     """Mean over prompts of `measure_layer`, arrays `[layers, candidates, heads]`, by length."""
-    name = mark(candidates, *candidates.data.items(), *candidates.evictions.items())
+    more = candidates.data, candidates.evictions, candidates.packed
+    name = mark(candidates, *chain.from_iterable(each.items() for each in more))
     each = _visit_prompts(job, name, lambda prompt: measure_prompt(job.model, prompt, candidates))
     return {n: average(found) for n, found in each.items()}
 
@@ -115,7 +117,7 @@ def choose_plan(
     costs = price_candidates(candidates, max(means), this.head_dim, at, itemsize)
     choices = options(free, candidates, costs)
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
-    known |= candidates.evictions
+    known |= candidates.evictions | candidates.packed
 
     expect = Forecast(
         job,
@@ -192,15 +194,19 @@ def price_candidates(
     """
     kinds = {"ring": candidates.rings, "evict": candidates.evictions, "page": candidates.selectors}
 
-    def price(name: str, tokens: int, itemsize: int) -> list[tuple[float, float]]:
+    def price(name: str, tokens: int, *more: Any) -> list[tuple[float, float]]:
         some = kinds[name].values()
-        return [one_head(tokens, each, head_dim, candidates.data, itemsize) for each in some]
+        return [one_head(tokens, each, head_dim, candidates.data, *more) for each in some]
 
     at, full = at or length, one_head(length)[0]
     found = {f"{name}_kept": [kept for kept, _ in price(name, at, itemsize)] for name in kinds}
     found |= {f"{name}_read": [r for _, r in price(name, length, 2)] for name in ("ring", "evict")}
     found["page_read"] = [read + kept - full for kept, read in price("page", length, 2)]
-    return found | {"full_kept": one_head(at)[0]}
+    packed = []
+    for full in candidates.packed.values():
+        alone, _ = one_head(at, None, head_dim, None, itemsize, full)
+        packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, full))])
+    return found | {"full_kept": one_head(at)[0], "packed_kept": packed}
 
 
 def look_up_prompts(

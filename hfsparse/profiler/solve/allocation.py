@@ -1,16 +1,17 @@
 """One choice a head under budgets, as an integer programme (scipy's HiGHS).
 
 A kv head is either a ring, and then its q heads stream with it, or each of its q heads takes a
-prefill pattern, and the kv head evicts or keeps its cache and takes a page selector; all may stay
-full. The sum
-of effects is least; mean pair density, cache share and decode share stay within their budgets. All
-heads here do equal work without a plan, so that means over them are shares of it.
+prefill pattern, and the kv head evicts or keeps its cache, perhaps in fewer bits, and takes a page
+selector; all may stay full. The sum of effects is least; mean pair density, cache share and decode
+share stay within their budgets. All heads here do equal work without a plan, so that means over
+them are shares of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -69,6 +70,9 @@ class Options:
     evict_effect: np.ndarray | None = None  # [layers, evictions, kv heads], of the whole group
     evict_kept: list[float] = field(default_factory=list)  # as of rings
     evict_read: list[float] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)  # full caches in fewer bits
+    packed_effect: np.ndarray | None = None  # [layers, packed, kv heads], of the whole group
+    packed_kept: list[list[float]] = field(default_factory=list)  # read by `full`, and by selectors
 
 
 class Infeasible(Error):
@@ -83,16 +87,20 @@ class _Programme:
 
     limits: dict[str, float]
     loss: list[float] = field(default_factory=list)
-    names: list[tuple[tuple, str]] = field(default_factory=list)
+    names: list[dict[tuple, str]] = field(default_factory=list)  # by group, what it then takes
     uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
 
     def add(self, groups: list[tuple], name: str, loss: float, **uses: float) -> None:
         """Add a choice called `name`, which counts in each of `groups`."""
+        self.add_named(dict.fromkeys(groups, name), loss, **uses)
+
+    def add_named(self, groups: dict[tuple, str], loss: float, **uses: float) -> None:
+        """Add a choice that has a name of its own in each of `groups`."""
         at = len(self.loss)
         self.uses.extend((group, at, 1.0) for group in groups)
         self.uses.extend((key, at, float(use)) for key, use in uses.items())
         self.loss.append(float(loss))
-        self.names.append((groups, name))
+        self.names.append(groups)
 
     def limit_loss(self, most: float) -> None:
         """Bound the loss by `most`, and minimise the sum of what has limits in its place."""
@@ -125,7 +133,7 @@ class _Programme:
         if found.status != 0:  # infeasible, or not solved in time: half a search is no plan
             raise Infeasible("" if found.status == 2 else f": {found.message}")
         taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
-        return {group: name for groups, name in taken for group in groups}, float(found.fun)
+        return dict(chain.from_iterable(each.items() for each in taken)), float(found.fun)
 
 
 def allocate(options: Options, budget: Budget) -> list[Layer]:
@@ -182,6 +190,8 @@ def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
                 found[at, g] += options.prefill_effect[at, same, h][:1].sum()
             if cache in options.evictions:
                 found[at, g] += options.evict_effect[at, options.evictions.index(cache), g]
+            if cache in options.packed:
+                found[at, g] += options.packed_effect[at, options.packed.index(cache), g]
             if decode in options.selectors:
                 found[at, g] += options.page_effect[at, options.selectors.index(decode), g]
     return found
@@ -213,6 +223,15 @@ def _build_programme(options: Options, budget: Budget) -> _Programme:
                     cache=one * options.evict_kept[i],
                     decode=one * options.evict_read[i],
                 )
+            for i, name in enumerate(options.packed):
+                lost = options.packed_effect[layer, i, g]
+                for j, word in enumerate(["full", *options.selectors]):
+                    programme.add_named(
+                        {cache: name, decode: word},
+                        lost + (options.page_effect[layer, j - 1, g] if j else 0.0),
+                        cache=one * options.packed_kept[i][j],
+                        decode=one * (options.page_read[j - 1] if j else 1.0),
+                    )
             programme.add([cache], "full", 0.0)
             programme.add([decode], "full", 0.0, cache=one * options.full_kept, decode=one)
             for i, name in enumerate(options.selectors):
