@@ -66,6 +66,7 @@ def plain():
 FAMILIES = {"plain": plain, "gemma3": gemma3, "gpt_oss": gpt_oss}
 METHODS = {
     "balanced": dict(method="balanced"),
+    "in bits": dict(method="balanced", bits=(16, 8, 4), cache_share=0.4, decode_share=0.7),
     "minference": dict(method="minference"),
     "moa": dict(method="moa", prefill_density=0.9, cache_share=0.95),
     "duo": dict(method="duo", proxy="error", decode_share=0.8, prefill_density=1.0),
@@ -111,6 +112,8 @@ def agree(said: dict[str, float], stats, end: str = "") -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_profile_expects_what_the_patched_model_measures(family, method):
     model, tokenizer = FAMILIES[family](), tiny.tokenizer()
+    if method == "in bits" and family == "plain":
+        model = model.bfloat16()  # scales and newest pages are another share of it
     plan = hfsparse.profile(model, tokenizer, **SETTINGS | METHODS[method])
     assert {word for layer in plan.layers for word in layer.cache} != {"full"}
     (prompt,) = make_prompts(tokenizer, 700, 1, 0)
@@ -118,6 +121,9 @@ def test_a_profile_expects_what_the_patched_model_measures(family, method):
     said = plan.expected[700]
     assert {*FIGURES} <= said.keys()
     agree(said, stats)
+    kept = [plan.patterns.get(word) for layer in plan.layers for word in layer.cache]
+    assert any(getattr(each, "bits", 16) == 4 for each in kept) == (method == "in bits")
+    assert said.get("cache_share_free", said["cache_share"]) <= {"in bits": 0.4}.get(method, 1.2)
     assert any("_free" in name for name in said) == (family != "plain")
     agree(said, stats.free, "_free")
     Plan.loads(plan.dumps())

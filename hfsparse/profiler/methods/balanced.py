@@ -153,8 +153,9 @@ def options(
     def missed(kind: str) -> np.ndarray:
         return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
 
-    unit = missed("ring").mean() or 1.0
-    units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
+    whole = [ring.bits == 16 for ring in names.rings.values()]
+    unit = missed("ring")[:, whole].mean() or 1.0
+    units = {n: t["ring_effect"][:, whole].mean() or 1.0 for n, t in means.items()}
 
     def loss(kind: str, heads: int = 1) -> np.ndarray:
         """By candidate and head; `heads` of them are one kv head."""

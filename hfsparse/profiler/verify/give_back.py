@@ -3,8 +3,8 @@
 Heads are given back, those first that the method thinks lose most (`Found.suspects`). Where some
 keep their keys in fewer bits, these first return to 16, and none is given back whole if that is
 enough. Only what was lost is asked again: bisection finds how many heads win back what is lost too
-much, in nats, and those that are not needed are taken away. Then everything is asked again; while it still loses too
-much, half as many heads again are given back.
+much, in nats, and those that are not needed are taken away. Then everything is asked again; while
+it still loses too much, half as many heads again are given back.
 Many heads that lose a little are budgets that are too small. So a method that can choose anew
 (`Found.choose`) does it within wider ones, as long as it then uses less than with the heads given
 back, and the plan of the smallest that bisection finds is taken in place of that one.
