@@ -5,9 +5,9 @@
 
 `balanced` chooses for cache and decode from full heads and rings, in 16 bits and in 16, 8 or 4, of
 the same measurements; bytes are those of rows of `--at` tokens, of a model in a type of two. Its
-expected loss is the sum of effects. Then the patched model, in float32, is asked trials that chose nothing: the table has the
-nats a token that values lost against dense, mean over trials with their 95 % interval. Values that
-cost the dense model more than KNOWN nats a token are left out.
+expected loss is the sum of effects. Then the patched model, in float32, is asked trials that chose
+nothing: the table has the nats a token that values lost against dense, mean over trials with their
+95 % interval. Values that cost the dense model more than KNOWN nats a token are left out.
 """
 
 from __future__ import annotations
