@@ -297,10 +297,14 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
     assert told.exit_code == 0
     assert "2 x 1,000 tokens" in told.stdout
-    for arm in ("dense", "plan"):
+    for arm in ("dense", "plan", "4 bits"):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
         assert " = 0.0" in line
         assert "in 1GiB: 2 x " in line
+    _, whole, few = (
+        int(x.replace(",", "")) for x in re.findall(r"2 x (\S+) tokens at", told.stdout)
+    )
+    assert whole < few
     assert "note: this model's window is 512 tokens" in told.stdout
     assert "note" not in run("check", plan, model, "--length", "512").stdout
     longer = tmp_path / "longer.yaml"

@@ -188,18 +188,21 @@ def test_the_stock_cache_counts_as_what_transformers_holds(family, length):
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "lfm2"])
 @pytest.mark.parametrize("length", [300, 1100])
 def test_check_predicts_what_stats_tells(family, length, tmp_path):
-    """Hybrids, too: their linear layers' states are in no share, and counted beside the cache."""
+    """Hybrids, too: their linear layers' states are in no share, and counted beside the cache.
+    The plain model's longer cache is in 4 bits."""
     hybrid = family not in FAMILIES
     if hybrid and not hasattr(cache_utils, "LinearAttentionLayer"):
         pytest.skip("hybrids are followed from transformers 5.17 on")
     model = models.tiny(family) if hybrid else FAMILIES[family]()
     plan = by_hand(model)
+    if family == "plain" and length > 1000:
+        plan = plan.with_bits(4, model)
     ids = torch.arange(length)[None] % 90 + 2
     stats = ran(model, plan, ids[:, :length])
     model.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.yaml")
     command = ["check", str(tmp_path / "plan.yaml"), str(tmp_path), "--length", str(length)]
-    told = CliRunner().invoke(cli.app, command)
+    told = CliRunner().invoke(cli.app, [*command, "--dtype", "float32"])
     assert told.exit_code == 0, told.output
     assert ("work + states = peak" in told.output) == hybrid
     assert memory.predict(model.config, plan, length, itemsize=4).states == stats.state_bytes
