@@ -174,9 +174,9 @@ def describe_shortage(
         return said
     more = room - weights, batch, chunk or CHUNK, size
     fits, few = _longest_beside(config, plan, *more), in_few_bits(config, plan)
-    in_bits = f"{_longest_beside(config, few, *more):,} in 4 bits (hfsparse bits), " if few else ""
+    lighter = f"{_longest_beside(config, few, *more):,} in 4 bits (hfsparse bits), " if few else ""
     return (
         f"{said}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
-        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {in_bits}as far as nothing else is "
+        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {lighter}as far as nothing else is "
         "there; else shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )

@@ -203,9 +203,9 @@ def price_candidates(
     found |= {f"{name}_read": [r for _, r in price(name, length, 2)] for name in ("ring", "evict")}
     found["page_read"] = [read + kept - full for kept, read in price("page", length, 2)]
     packed = []
-    for full in candidates.packed.values():
-        alone, _ = one_head(at, None, head_dim, None, itemsize, full)
-        packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, full))])
+    for few in candidates.packed.values():
+        alone, _ = one_head(at, None, head_dim, None, itemsize, few)
+        packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, few))])
     return found | {"full_kept": one_head(at)[0], "packed_kept": packed}
 
 
