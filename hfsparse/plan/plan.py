@@ -26,6 +26,7 @@ from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
 from hfsparse.lists.packed import said
 from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
+from hfsparse.plan.bits import find_units, in_bits
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
@@ -130,6 +131,39 @@ class Plan:
         """Raise PlanError naming every rule that this plan breaks."""
         if problems := list(islice(rules(vars(self)), MAX_PROBLEMS)):
             raise PlanError.of("plan", problems)
+
+    def with_bits(self, bits: int, model_or_config: Any) -> Plan:
+        """The plan with its caches in so many bits a number: 16, 8 or 4.
+
+        Heads that can't be in fewer stay as they are (`bits.find_units`). What was measured and
+        proved of this plan is no part of the other, nor is the share of the cache that it expects.
+        PlanError for another model, and where no kv head can be in so many.
+        """
+        self.check(model_or_config)
+        units = [*find_units(self.layers, self.patterns, layer_shapes(model_or_config))]
+        if not units:
+            raise PlanError(
+                f"no kv head of this plan can keep its keys in {bits} bits: latents (MLA), windows "
+                "of a model's own, evictions, means and segments need 16. Use the plan as it is"
+            )
+        layers, patterns = in_bits(self.layers, self.patterns, bits, units)
+        words = {w for each in layers for w in (*each.prefill, *each.cache, *each.decode)}
+        expected = {
+            length: {name: x for name, x in figures.items() if not name.startswith("cache_share")}
+            for length, figures in self.expected.items()
+        }
+        made = {name: x for name, x in self.made.items() if name != "verified"}
+        found = dataclasses.replace(
+            self,
+            layers=layers,
+            patterns={name: each for name, each in patterns.items() if name in words},
+            expected=expected,
+            measured={},
+            made=made | {"in_bits": {"bits": bits, "of": self.hash()[:19]}},
+        )
+        found.validate()
+        found.check(model_or_config)
+        return found
 
     @property
     def verified(self) -> dict:
