@@ -30,13 +30,13 @@ from tests.patcher.families import (
     growing,
     left_padded,
     mixed,
+    packing,
     rotated,
     streaming,
     tiny,
     tokens,
 )
 from tests.patcher.runs import continue_with, forward, generate
-from tests.patcher.test_packed import packing
 from tests.selectors.plans import labelled, segmented
 from tests.support.models import exists
 from tests.support.models import tiny as supported

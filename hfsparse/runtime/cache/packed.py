@@ -86,6 +86,7 @@ class PackedStore(Store):
         self.exact = before[1]
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        self._pass(rows)
         return {**super().state(rows), "exact": [*self.exact]}
 
     def load(self, state: dict[str, Any]) -> None:
