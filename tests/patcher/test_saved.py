@@ -58,7 +58,7 @@ CASES = {  # what is kept: model, plan
     "windows": (partial(tiny, "gemma3"), mixed),
     "evictions": (partial(tiny, "qwen3"), evicting),
     "4 bits": (partial(tiny, "qwen3"), partial(packing, every=True)),
-    "8 bits": (partial(tiny, "llama"), partial(packing, bits=8, below=(0, 0, 186), every=True)),
+    "fp8": (partial(tiny, "llama"), partial(packing, bits="fp8", below=(0, 0, 186), every=True)),
     "choices": (partial(tiny, "llama"), choosing),
     "labels": (partial(tiny, "qwen2"), labelled),
     "segments": (partial(tiny, "llama"), segmented),
