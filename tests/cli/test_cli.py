@@ -105,6 +105,15 @@ def test_eval_hands_its_words_and_its_exit_code_on():
     assert "nonsense" in unknown.output
 
 
+def test_one_process_is_not_several(plan, model, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "hfsparse check is one process, and 2 were started" in error("check", plan, model)
+    assert run("eval", "ruler", "--help").exit_code == 0  # it shares its samples
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("check", plan, model).exit_code == 0
+
+
 def test_eval_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hfsparse_eval.cli", None)
     assert "pip install 'hfsparse[eval]'" in error("eval", "ruler", "x")

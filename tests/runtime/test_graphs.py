@@ -204,6 +204,17 @@ def test_weights_made_of_several_tensors_are_watched():
     assert weights.moved()
 
 
+def test_a_mask_is_a_wait_unless_one_number_of_the_host_fills_it():
+    t = torch.ones(4)
+    mask = t > 0
+    with NoWait():
+        t[mask] = 2.0
+        for wait in (lambda: t[mask], lambda: t.index_put_((mask,), torch.ones(4))):
+            with pytest.raises(RuntimeError, match="the host waits for index"):
+                wait()
+    assert t.tolist() == [2.0] * 4
+
+
 def test_a_copy_to_the_host_is_a_wait():
     with FakeTensorMode():
         there = torch.ones(2, device="cuda")
