@@ -232,7 +232,19 @@ ERRORS = {
     "star in a name": ("  vs: {", "  a*b: {", "vs", "pattern name 'a*b'"),
     "unknown kind": ("kind: quest", "kind: qeust", "quest", "did you mean quest?"),
     "missing kind": ("kind: quest, ", "", "quest", "patterns.quest.kind is missing"),
-    "kind of another type": ("kind: quest", "kind: [1]", "quest", "unknown kind a list"),
+    "kind of another type": ("kind: quest", "kind: [quest]", "quest", "a list: give one of"),
+    "parameter of a kind without": (
+        "{kind: quest, share: 0.06, min_pages: 16}",
+        "{kind: reuse, share: 0.06}",
+        "quest",
+        "unknown key patterns.quest.share: leave it out",
+    ),
+    "eviction that chooses nothing": (
+        "{kind: quest, share: 0.06, min_pages: 16}",
+        "{kind: h2o, size: 512}",
+        "quest",
+        "patterns.quest: size is 512, window 512: give a size above the window",
+    ),
     "pattern that is no mapping": (
         "{kind: quest, share: 0.06, min_pages: 16}",
         "5",
@@ -322,6 +334,7 @@ def test_only_one_problem_is_reported_for_one_mistake(loader):
         "layer that is no number",  # and a layer is missing
         "range backwards",
         "endless range",
+        "parameter of a kind without",  # and no layer chooses
     }
     for case in set(ERRORS) - two_mistakes:
         old, new, _, _ = ERRORS[case]
