@@ -32,6 +32,8 @@ def explain(model: PreTrainedModel) -> str:
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
+    if state.shard.ranks > 1:
+        lines.append(f"tensor parallel: {state.shard}, which is what is told here")
     need, step = _needs(model)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())

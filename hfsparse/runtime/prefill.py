@@ -35,20 +35,20 @@ def prefill(layer_call: LayerCall) -> Tensor:
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None or reads else layer.stores:
-        at = layer_plan.at(store.group.heads, k.device)
-        _keep(layer_call, store, *(t[:, at] for t in layer_call.kept))
+        kept = layer_call.kept
+        if len(layer.stores) > 1:
+            at = layer_plan.at(store.group.heads, k.device)
+            kept = (t[:, at] for t in kept)
+        _keep(layer_call, store, *kept)
     return out
 
 
 def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> None:
-    """Store a prompt's or a chunk's keys and values, those of the store's heads.
-
-    The index of its segments is made here: the step behind it finds little to do.
-    """
+    """Store a prompt's or a chunk's keys and values, those of the store's heads."""
     eviction, lengths = store.group.eviction, layer_call.lengths
     if eviction is None:
         store.append(k, v, lengths)
-        store.room(lengths.rows, lengths.rows)
+        store.settle(lengths.rows)
     else:
         q, at = layer_call.newest_queries(store.group.heads, eviction.watched)
         store.take(k, v, lengths, q, **layer_call.logits.of(at))
