@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
+from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
@@ -115,7 +116,7 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif name in cache and pattern.kind in EVICTIONS:
             yield f"{told}, cache: keys to keep chosen by PyTorch"
         elif name in cache and pattern.kind in KEPT:
-            yield f"{told}, cache: every key, in {pattern.bits} bits"
+            yield f"{told}, cache: every key, in {said(pattern.bits)}"
         elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{told}, new tokens: pages chosen by {by}"
@@ -147,7 +148,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         dropping = "ring" if layer.window is None else "windowed"
         kinds = Counter((_kind(g, dropping), g.bits) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        in_bits = {bits: "" if bits == 16 else f" in {bits} bits" for _, bits in kinds}
+        in_bits = {bits: "" if bits == 16 else f" in {said(bits)}" for _, bits in kinds}
         tokens = [(n, kind + in_bits[bits], reads[kind]) for (kind, bits), n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)

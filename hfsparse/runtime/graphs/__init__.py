@@ -208,6 +208,7 @@ class Graphs:
             for store in layer.stores:
                 store.room(past, rows)
             layer.places()  # written now: a recorded step can't
+        self.held = lambda: None  # buffers may have moved: what they take is told anew
         key = (describe_call(given), *describe_buffers(layers, rows, states))
         return Planned(REPLAY, given, rows, past, key)
 
@@ -385,11 +386,12 @@ class Graphs:
             group.eviction and group.eviction.adds_up for x in self.layers for group in x.groups
         ):
             return "each step ranks the keys that are kept, and evicts some"
-        store = first.stores[0]
-        if any(layer_plan.packs for layer_plan in self.layers):
-            return "keys in fewer bits are stored in PyTorch"
-        asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
-        asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
-        need = kernels.Need.of(store.k, store.k, store.v, **asked)
-        kernel = kernels.pick(running().tables.decode, need)
-        return None if kernel.device_lengths else f"its keys are read by {kernel.name}"
+        store, tables = first.stores[0], running().tables
+        for packed, lse in dict.fromkeys((each.packs, each.means) for each in self.layers):
+            asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
+            need = kernels.Need.of(store.k, store.k, store.v, **asked, packed=packed, lse=lse)
+            for table, done in ((tables.decode, "read"), (tables.append, "stored")):
+                kernel = kernels.pick(table, need)
+                if not kernel.device_lengths:
+                    return f"its keys are {done} by {kernel.name}"
+        return None
