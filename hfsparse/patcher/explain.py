@@ -17,7 +17,6 @@ from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
-from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
@@ -45,14 +44,18 @@ def explain(model: PreTrainedModel) -> str:
     prefill, decode = tables.prefill, tables.decode
     patterned = listed._replace(skip=skip)
     lines.append(f"full heads, prompt: {_describe(prefill, patterned if skip else need)}")
-    lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
+    if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
+        lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
+    reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
     rings = step._replace(bands=True)
-    if pick(decode, rings) is pick(decode, step):
+    if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
         lines.append(f"full heads, new tokens: {_describe(decode, step)}")
-        lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
-    lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
+        if "ring" in reads:
+            lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
+    if "selected" in reads:
+        lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
     if any(layer.packs for layer in state.layers):
         packed = step._replace(packed=True, lists=True)
         lines.append(f"layers with keys in fewer bits, new tokens: {_describe(decode, packed)}")
@@ -100,21 +103,25 @@ def _describe(table: tuple[Kernel, ...], need: Need) -> str:
 
 
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
-    """For each of the plan's patterns: who chooses what heads of it read."""
+    """For each pattern that a head of the plan has: who chooses what it reads."""
+    prompt, cache, decode = (
+        {word for layer in plan.layers for word in getattr(layer, part)}
+        for part in ("prefill", "cache", "decode")
+    )
     for name, pattern in plan.patterns.items():
-        asked = need._replace(chooser=pattern)
-        if pattern.kind in PATTERNS:
-            by = _describe(tables.estimate, asked)
-            yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
-        elif pattern.kind in EVICTIONS:
-            yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
-        elif pattern.kind in KEPT:
-            yield f"{name} ({pattern.kind}), cache: every key, in {said(pattern.bits)}"
-        elif hasattr(pattern, "pages"):
+        told = f"{name} ({pattern.kind})"
+        if name in prompt:
+            by = _describe(tables.estimate, need._replace(chooser=pattern))
+            yield f"{told}, prompt: blocks chosen by {by}"
+        elif name in cache and pattern.kind in EVICTIONS:
+            yield f"{told}, cache: keys to keep chosen by PyTorch"
+        elif name in cache and pattern.kind in KEPT:
+            yield f"{told}, cache: every key, in {said(pattern.bits)}"
+        elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
-            yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
-        else:
-            yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"
+            yield f"{told}, new tokens: pages chosen by {by}"
+        elif name in decode:
+            yield f"{told}, new tokens: pages chosen by an earlier layer"
 
 
 def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[str]:

@@ -319,7 +319,10 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     longer = tmp_path / "longer.yaml"
     replace(Plan.load(plan), extend=DualChunk(512)).save(longer)
     assert "extended by dca: trained 512, chunk 384, local 128" in run("show", longer).stdout
-    assert "note" not in run("check", longer, model, "--length", "1000").stdout
+    told = run("check", longer, model, "--length", "1000")
+    assert told.exit_code == 0
+    assert "note" not in told.stdout
+    assert "512 trained: dca, 256 keys" in run("explain", model, "--plan", longer).stdout
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr

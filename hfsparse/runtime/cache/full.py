@@ -106,8 +106,11 @@ class Full(Store):
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
             self._grow(max(need, self.reserve, self.capacity * 17 // 16))
+        self.settle(past)
+
+    def settle(self, rows: Sequence[int]) -> None:
         if self.segment > PAGE:
-            self._build(past)
+            self._build(rows)
 
     def forget(self, rows: Sequence[int]) -> None:
         """Let go of choices and segments that hold tokens which rows of so many have no more."""
@@ -134,7 +137,7 @@ class Full(Store):
             if self.index and n:
                 self._summarise_held(rows, p, p + n)
 
-    def _build(self, past: list[int]) -> None:
+    def _build(self, past: Sequence[int]) -> None:
         """Make the index of segments that have grown by a part or more since it was made last."""
         ends = [tokens_built(self.segment, n) for n in past]
         ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
