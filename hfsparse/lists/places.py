@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import FULL, PAGE, Band, HeadIndex
+from hfsparse.lists.hot import Hot
 from hfsparse.lists.packed import Packed
 
 COLUMNS = (
@@ -56,6 +57,14 @@ class Place(NamedTuple):
     # keys lie one after another.
     dropped: Tensor | None = None
     packed: Packed | None = None  # where keys lie in fewer bits; k and v are its newest tokens
+    # Where keys lie in host memory: lists say where what they name lies in k and v, and new tokens
+    # go to position % size, as in a ring without a sink.
+    hot: Hot | None = None
+
+    @property
+    def ring(self) -> bool:
+        """Whether keys are dropped from it."""
+        return self.size > 0 and self.hot is None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -86,7 +95,7 @@ class Places(NamedTuple):
 
     @property
     def rings(self) -> bool:
-        return any(part.size for part in self.parts)
+        return any(part.ring for part in self.parts)
 
     @property
     def summaries(self) -> bool:
@@ -102,9 +111,14 @@ class Places(NamedTuple):
         return any(part.packed is not None for part in self.parts)
 
     @property
+    def hosted(self) -> bool:
+        """Whether some keys lie in host memory."""
+        return any(part.hot is not None for part in self.parts)
+
+    @property
     def long(self) -> int:
         """Heads that may read many pages: those without a ring, if there are any."""
-        full = sum(len(part.heads) for part in self.parts if not part.size)
+        full = sum(len(part.heads) for part in self.parts if not part.ring)
         return full or len(self.cells)
 
 

@@ -27,7 +27,7 @@ from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
 from hfsparse.patcher.resolve import resolve_below, resolve_layers
 from hfsparse.patcher.state import State, copy_configs, is_patched
-from hfsparse.patcher.supported import attention_modules, check_model
+from hfsparse.patcher.supported import attention_modules, check_host, check_model
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.graphs import Graphs
@@ -77,6 +77,7 @@ def patch(
     shapes = layer_shapes(model)
     extensions = find_extensions(model, plan, shapes)
     layers = resolve_layers(plan, shapes, below, extensions)
+    check_host(modules, layers)
     graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
     install(model, modules, state)

@@ -20,7 +20,7 @@ DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops key
 BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", *DROPPED)}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",
-    "cache": "full or the name of a streaming pattern, an eviction or a full in fewer bits",
+    "cache": "full or the name of a streaming pattern, an eviction or another full",
     "decode": "full, ring, kept or the name of a selector",
 }
 
@@ -119,6 +119,10 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
                 f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, which "
                 f"clusters whole keys: give a segment of {PAGE}",
             )
+        if getattr(kept, "host", False):
+            for text in _host_rules(kept, patterns.get(decode)):
+                given = f"kv head {head} has cache {cache}, in host memory, and decode {decode}"
+                yield ("decode",), f"{given}, {text}"
         if not isinstance(kept, Streaming):
             continue
         first = head * group
@@ -129,6 +133,27 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
                 f"kv head {head} caches only {cache}, its q heads {', '.join(loose)} read more: "
                 f"give them streaming patterns no longer than {cache}, or a full cache",
             )
+
+
+def _host_rules(kept: Full, selector: Any) -> Iterator[str]:
+    """Of pages in host memory a step reads few, which the GPU has room for."""
+    if selector is BAD:
+        return
+    if selector is None:
+        yield "which reads every page at each step: give a selector, or a cache of full"
+        return
+    if _reuses(selector):
+        yield "which reads what another layer chose: give another selector, or a cache of full"
+        return
+    if selector.budget.means:
+        yield "with means of whole rows: leave out one of the two"
+    if segment_of(selector) > PAGE:
+        yield f"which clusters keys again that are gone: give a segment of {PAGE}"
+    if (share := selector.budget.share) > kept.hot:
+        yield (
+            f"which reads a share of {share:g} where the GPU keeps {kept.hot:g}: give hot "
+            f"{share:g} or more, or a smaller share"
+        )
 
 
 def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:

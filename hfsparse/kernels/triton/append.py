@@ -123,8 +123,10 @@ def _append(
         fresh = k.to(tl.float32)
         for span in range(first // width, tl.minimum(last // width + 1, spans)):
             before = (lane < width) & (span * width + lane < first)
+            lies = span * width + lane
+            lies = tl.where(lies < sink, lies, sink + (lies - sink) % size).to(tl.int64)
             old = tl.load(
-                keys + (span * width + lane.to(tl.int64))[:, None] * D + d[None, :],
+                keys + lies[:, None] * D + d[None, :],
                 mask=before[:, None] & whole[None, :],
                 other=0.0,
             ).to(tl.float32)

@@ -48,6 +48,13 @@ class Store:
     def forget(self, rows: Sequence[int]) -> None:
         """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
 
+    def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """Have what is kept beside pages follow their tokens, in rows of so many."""
+
+    def outside(self) -> list[Tensor]:
+        """What lies in host memory."""
+        return []
+
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""
         return zip(self.held(), (k, v), strict=False)

@@ -236,7 +236,7 @@ class Graphs:
         itself says something else each time, as near as it is to itself.
         """
         before, were = snapshot_host(layers), states.copies()
-        counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
+        counted = [t for layer_plan in self.layers for t in layer_plan.counts.of_steps()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
@@ -334,6 +334,12 @@ class Graphs:
             return "keys in fewer bits are stored in PyTorch"
         asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
         asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
-        need = kernels.Need.of(store.k, store.k, store.v, **asked)
-        kernel = kernels.pick(running().tables.decode, need)
-        return None if kernel.device_lengths else f"its keys are read by {kernel.name}"
+        asked["hosted"] = any(layer_plan.hosts for layer_plan in self.layers)
+        need, tables = kernels.Need.of(store.k, store.k, store.v, **asked), running().tables
+        if not (kernel := kernels.pick(tables.decode, need)).device_lengths:
+            return f"its keys are read by {kernel.name}"
+        for place in (part for part in first.places().parts if part.hot is not None):
+            need = need._replace(slots=place.hot.owner.shape[2])
+            if not (kernel := kernels.pick(tables.fetch, need)).device_lengths:
+                return f"pages in host memory are fetched by {kernel.name}"
+        return None
