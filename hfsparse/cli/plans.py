@@ -197,6 +197,8 @@ def _print_memory(
             typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
         sizes = (f"{n / 2**30:.2f}" for n in parts.values())
         line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
+        if need.host:
+            line += f", and {need.host / 2**30:.2f} in host memory"
         if gpu is not None:
             most = memory.longest(config, arm, _bytes(gpu), batch=batch, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
