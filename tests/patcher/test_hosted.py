@@ -14,12 +14,17 @@ import torch
 
 import hfsparse
 from hfsparse.errors import CacheError, PatchError, PlanError, UsageError
+from hfsparse.kernels.fetch import fetch
+from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists.lengths import Lengths
 from hfsparse.patcher import memory
 from hfsparse.plan.kept import Full
 from hfsparse.runtime.cache import host
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostFull
 from hfsparse.selectors.quest import Quest
 from tests import latents
-from tests.patcher.families import BLOCKS, VS, heads, left_padded, plan_of, tiny, tokens
+from tests.patcher.families import hosted, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate
 
 LENGTH = 400
@@ -29,25 +34,6 @@ LENGTH = 400
 def anywhere(monkeypatch):
     """A CPU does."""
     monkeypatch.setattr(host, "why_not", lambda device: None)
-
-
-def hosting(model, below=0, hot=0.3, beside="ring", **quest):
-    """Chosen pages of keys in host memory, and beside them rings, or full heads, where there are
-    heads for that; any pattern reads prompts."""
-    Hq, Hkv = heads(model)
-    kinds = [("quest", beside, "full")[g % 3] for g in range(Hkv)]
-    prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
-    prefill = ["ring5" if "ring" in (x, kinds[h * Hkv // Hq]) else x for h, x in enumerate(prefill)]
-    cache = [{"quest": "host", "ring": "ring5", "full": "full"}[x] for x in kinds]
-    return plan_of(
-        model,
-        lambda index, windowed: (prefill, cache, kinds),
-        (below,) * 3,
-        ring5=("streaming", dict(sink=2, recent=70)),
-        quest=("quest", dict(share=0.1, min_pages=2) | quest),
-        host=("full", dict(host=True, hot=hot)),
-        **dict(vs=VS, blocks=BLOCKS),
-    )
 
 
 def on_device(plan):
@@ -94,7 +80,7 @@ def talk(m, cache, back=-130):
 )
 def test_what_lies_in_host_memory_is_read_as_if_it_did_not(anywhere, family, below, quest):
     model = tiny(family)
-    plan = hosting(model, below, **quest)
+    plan = hosted(model, below, **quest)
     back = -130 if quest.get("beside") else -30  # rings can't go back further
     if not below:
         stats = same(model, plan, lambda m: talk(m, {}, back))
@@ -108,7 +94,7 @@ def test_what_lies_in_host_memory_is_read_as_if_it_did_not(anywhere, family, bel
 
 def test_chunks_beams_and_drafts_are_those_of_any_cache(anywhere):
     model, (ids, mask) = tiny("llama"), left_padded(LENGTH)
-    plan = hosting(model, unit=16)
+    plan = hosted(model, unit=16)
     ways = (
         dict(prefill_chunk_size=150),
         dict(num_beams=2, new=40),
@@ -128,7 +114,7 @@ def test_chunks_beams_and_drafts_are_those_of_any_cache(anywhere):
 
 def test_a_copy_goes_on_as_the_cache_does_and_reset_forgets_it(anywhere):
     model, ids = tiny("llama"), tokens(1, LENGTH)
-    plan = hosting(model, beside="full")
+    plan = hosted(model, beside="full")
 
     def run(m):
         cache = forward(m, ids).past_key_values
@@ -143,9 +129,34 @@ def test_a_copy_goes_on_as_the_cache_does_and_reset_forgets_it(anywhere):
     same(model, plan, run)
 
 
+def test_no_slot_holds_what_was_taken_back(anywhere):
+    """Pages that were fetched, then lost to a crop, and hold other tokens now."""
+    group = Group((0,), selector=Quest(0.5, 2), hot=0.6)
+    store, drawn = HostFull(group, 0), torch.Generator().manual_seed(0)
+
+    def append(past, n):
+        k = torch.randn(1, 1, n, 8, generator=drawn)
+        store.append(k, k, Lengths([past], [n], n))
+
+    def read():
+        hot, length = store.place().hot, torch.tensor([640])
+        for pages in (torch.arange(6), torch.arange(4, 10)):
+            found = fetch(hot, PageLists(pages[None, None], torch.tensor([[6]])), length)
+            for page, lies in zip(pages, found.lies[0, 0], strict=True):
+                at, lies = (slice(n * PAGE, (n + 1) * PAGE) for n in (page, lies))
+                assert torch.equal(hot.k[..., lies, :], hot.host_k[..., at, :])
+
+    store.create(*[torch.zeros(1, 1, 1, 8)] * 2)
+    append(0, 640)
+    read()
+    store.forget([300])
+    append(300, 340)
+    read()
+
+
 def test_what_is_predicted_is_held_by_each_memory(anywhere):
     model, (ids, mask) = tiny("llama"), left_padded(1900, [0, 40])
-    plan = hosting(model)
+    plan = hosted(model)
     with hfsparse.patch(model, plan) as handle:
         cache = forward(model, ids, mask).past_key_values
         stats, told = handle.stats(), handle.explain()
@@ -165,7 +176,7 @@ def test_what_is_predicted_is_held_by_each_memory(anywhere):
 
 def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
     model = tiny("llama")
-    plan = hosting(model)
+    plan = hosted(model)
     with pytest.raises(
         PatchError, match=r"layer 0 keeps keys in host memory.*a host without a GPU"
     ):
@@ -196,4 +207,4 @@ def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
     if latents.exists("deepseek_v3"):
         latent = latents.fresh("deepseek_v3")
         with pytest.raises(PlanError, match=r"layer 0 keeps latents.*host is in host memory"):
-            hosting(latent).check(latent)
+            hosted(latent).check(latent)
