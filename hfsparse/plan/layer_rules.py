@@ -20,7 +20,7 @@ DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops key
 BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", *DROPPED)}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",
-    "cache": "full or the name of a streaming pattern, an eviction or another full",
+    "cache": "full or the name of a streaming pattern, an eviction or a full of another kind",
     "decode": "full, ring, kept or the name of a selector",
 }
 
