@@ -54,7 +54,7 @@ def same(model, plan, run):
 
 def talk(m, cache, back=-130):
     """A left-padded prompt, a chunk, steps of one token and of more, and some of them again."""
-    ids, mask = left_padded(LENGTH)
+    ids, mask = (t.to(m.device) for t in left_padded(LENGTH))
     out = forward(m, ids, mask, **cache)
     found = [out.logits[:, -1]]
     for seed, new in enumerate((40, 1, 16, back, 3, 1, 90, 1, -1, 2)):
@@ -63,7 +63,8 @@ def talk(m, cache, back=-130):
             mask = mask[:, :new]
             continue
         mask = continue_with(ids, mask, new)
-        out = forward(m, tokens(3, new, seed=seed), mask, cache=out.past_key_values)
+        ids = tokens(3, new, seed=seed).to(m.device)
+        out = forward(m, ids, mask, cache=out.past_key_values)
         found.append(out.logits)
     return found
 

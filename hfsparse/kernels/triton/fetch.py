@@ -96,6 +96,7 @@ def _claim(
     held = tl.load(table + unit, mask=used & (newest == 0), other=0)
     missing = used & (newest == 0) & (held < 0)
     now = tl.load(CLOCK + head) + 1
+    tl.debug_barrier()  # every thread has read what one of them writes now
     tl.store(CLOCK + head, now)
     tl.store(
         stamps + held, tl.zeros([WIDE], tl.int32) + now, mask=used & (newest == 0) & (held >= 0)

@@ -7,6 +7,7 @@ from hfsparse.kernels import fetch as reference
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.hot import Hot
 from hfsparse.lists.packed import NEWEST
+from hfsparse.lists.places import Place
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import compiled
 
@@ -88,14 +89,23 @@ def test_what_was_read_least_recently_makes_room_and_every_list_finds_its_keys()
 
 
 @pytest.mark.parametrize(("unit", "slots", "width"), [(64, 246, 143), (16, 7872, 3950)])
-def test_it_compiles_for_an_h100(monkeypatch, unit, slots, width):
-    module = pytest.importorskip("hfsparse.kernels.triton.fetch", exc_type=ImportError)
-    made = [compiled(monkeypatch, module, name) for name in ("_claim", "_copy")]
+def test_all_of_a_step_compiles_for_an_h100(monkeypatch, unit, slots, width):
+    """A hot set of 0.12 of 131,072 tokens, and of a million in parts of pages."""
+    pytest.importorskip("triton")
+    from hfsparse.kernels.triton import decode_store, fetch, write_out
+
+    kernels = (fetch, "_claim"), (fetch, "_copy"), (write_out, "_write_out")
+    made = [compiled(monkeypatch, *each) for each in (*kernels, (decode_store, "_decode_store"))]
+    monkeypatch.setattr(decode_store, "merge_shares", lambda *shares: None)
     hot = hot_of(1, 2, 4, 2, unit, 0, (128, 128), torch.bfloat16)
-    slot = torch.zeros(1, 2, slots).int()
-    hot = hot._replace(owner=slot, stamp=slot)
+    slot, length = torch.zeros(1, 2, slots).int(), torch.tensor([200])
+    hot, q = hot._replace(owner=slot, stamp=slot), torch.zeros(1, 8, 1, 128).bfloat16()
     lists = PageLists(torch.zeros(1, 2, width).long(), torch.ones(1, 2).long(), unit)
-    module.fetch(hot, lists, torch.tensor([200]), torch.zeros(2, 2).long())
-    for (kernel,) in made:
-        assert kernel.metadata.shared <= 48 << 10
-        assert "bar.sync" in kernel.asm["ptx"] or kernel.metadata.name == "_copy"
+    lists = fetch.fetch(hot, lists, length, torch.zeros(2, 2).long())
+    write_out.write_out(hot, q[:, :2], q[:, :2], torch.arange(2), length[:, None] - 1)
+    part = Place((0, 1), hot.k, hot.v, size=NEWEST, listed=True, hot=hot)
+    decode_store.decode(q, part, length[:, None] - 1, lists, length=length, scale=1.0)
+    claim, *_, decode = (kernel for (kernel,) in made)
+    assert "bar.sync" in claim.asm["ptx"]
+    assert claim.metadata.shared <= 48 << 10
+    assert 0 < decode.metadata.shared <= 227 << 10
