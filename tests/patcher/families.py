@@ -283,9 +283,10 @@ def hosted(model, below=0, hot=0.3, beside="ring", **quest) -> Plan:
     prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
     prefill = ["ring5" if "ring" in (x, kinds[h * Hkv // Hq]) else x for h, x in enumerate(prefill)]
     cache = [{"quest": "host", "ring": "ring5", "full": "full"}[x] for x in kinds]
+    words = prefill, cache, kinds
     return plan_of(
         model,
-        lambda index, windowed: (prefill, cache, kinds),
+        lambda index, windowed: (["full"] * Hq, *[["full"] * Hkv] * 2) if windowed else words,
         (below,) * 3,
         ring5=("streaming", dict(sink=2, recent=70)),
         quest=("quest", dict(share=0.1, min_pages=2) | quest),

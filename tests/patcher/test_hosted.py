@@ -26,6 +26,7 @@ from hfsparse.selectors.quest import Quest
 from tests import latents
 from tests.patcher.families import hosted, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate
+from tests.support import models
 
 LENGTH = 400
 
@@ -205,6 +206,10 @@ def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
     ):
         with pytest.raises(UsageError, match=re.escape(why)):
             Full(**given)
+    if models.exists("gemma4_shared"):
+        shared = models.fresh("gemma4_shared")
+        with pytest.raises(PlanError, match=r"layer 2 shares its keys with other layers, and host"):
+            hosted(shared).check(shared)
     if latents.exists("deepseek_v3"):
         latent = latents.fresh("deepseek_v3")
         with pytest.raises(PlanError, match=r"layer 0 keeps latents.*host is in host memory"):

@@ -19,7 +19,7 @@ from tests.support import models
 def interpreted():
     """A process in which Triton is interpreted, as a device of two processors: two shares of the
     keys of one row, merged, and one of several rows."""
-    with process(triton__decode__UNITS=2) as there:
+    with process(triton__decode__UNITS=2, triton__fetch__COPIES=2) as there:
         yield lambda *args, run=frozen.compare, **more: there(run, *args, **more)
 
 

@@ -42,7 +42,7 @@ def some_lists(drawn, B, H, length, width, unit) -> PageLists:
 def test_the_kernel_fetches_what_pytorch_does(unit, below, slots, width):
     B, H, pages = 3, 2, 7
     drawn = torch.Generator().manual_seed(1)
-    with interpreter() as run:
+    with interpreter(triton__fetch__COPIES=2) as run:  # of more misses
         found, wanted = (hot_of(B, H, pages, slots, unit, below) for _ in "fw")
         reads = [torch.zeros(H, 2).long() for _ in "fw"]
         for step in range(5):
