@@ -144,8 +144,8 @@ def _read_named(run, choose, q, query_pos, length, more, listed: PageLists) -> T
         named = torch.arange(listed.pages.shape[2], device=q.device) < listed.count[:, head, None]
         held = named.repeat_interleave(listed.unit, 1) & (at < length[:, None])
         own = slice(head * group, (head + 1) * group)
-        bare = more.get("s_aux")
-        given = more if bare is None else {**more, "s_aux": bare[own]}
+        parts = (("s_aux", own), ("lse", (slice(None), own)))
+        given = more | {x: more[x][part] for x, part in parts if more.get(x) is not None}
         slots = torch.full_like(length, at.shape[1])
         at = torch.where(held, at, -1)
         made.append(run(q[:, own], k, v, query_pos, at, length=slots, **given))

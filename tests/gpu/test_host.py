@@ -80,8 +80,9 @@ def test_the_kernel_fetches_out_of_pinned_memory_what_pytorch_does(
         ("qwen2", 420, dict(unit=16, bound=16, beside="full")),
         ("qwen3", 0, dict(refresh=3)),
         ("mistral", 0, dict(unit=8, top_p=0.7)),
+        ("mistral", 0, dict(beside="mean")),
     ],
-    ids=["gqa2", "gqa3-below", "gqa1", "gqa4"],
+    ids=["gqa2", "gqa3-below", "gqa1", "gqa4", "gqa4-means"],
 )
 def test_a_talk_is_that_of_a_cache_on_the_gpu(family, below, quest):
     """Left padding, a chunk, steps of several tokens, crops; both read the same units."""
@@ -94,6 +95,8 @@ def test_a_talk_is_that_of_a_cache_on_the_gpu(family, below, quest):
     assert max(float((a - b).abs().max()) for a, b in zip(*outs, strict=True)) < CLOSE
     assert "pages there: fetched by Triton\n" in told
     assert "layers with keys in host memory, new tokens: Triton, store by store" in told
+    read = "reference (PyTorch)" if quest.get("beside") == "mean" else "Triton, store by store"
+    assert f"selected in host memory by {read}" in told
     assert 0.3 < stats.hit_rate < 1
 
 

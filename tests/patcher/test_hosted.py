@@ -76,7 +76,7 @@ def talk(m, cache, back=-130):
         ("llama", 0, dict(beside="full")),
         ("qwen2", 420, dict(unit=16, bound=16, beside="full")),
         ("qwen3", 0, dict(refresh=3)),
-        ("mistral", 0, dict(unit=8, top_p=0.7)),
+        ("mistral", 0, dict(unit=8, top_p=0.7, beside="mean")),
     ],
     ids=["gqa2", "gqa3-below", "gqa1", "gqa4"],
 )
