@@ -148,7 +148,7 @@ def _host_rules(kept: Full, selector: Any) -> Iterator[str]:
     if selector.budget.means:
         yield "with means of whole rows: leave out one of the two"
     if segment_of(selector) > PAGE:
-        yield f"which clusters keys again that are gone: give a segment of {PAGE}"
+        yield f"which clusters keys anew that the host holds: give a segment of {PAGE}"
     if (share := selector.budget.share) > kept.hot:
         yield (
             f"which reads a share of {share:g} where the GPU keeps {kept.hot:g}: give hot "

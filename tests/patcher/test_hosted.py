@@ -22,6 +22,7 @@ from hfsparse.plan.kept import Full
 from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.host import HostFull
+from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.quest import Quest
 from tests import latents
 from tests.patcher.families import hosted, left_padded, tiny, tokens
@@ -134,7 +135,7 @@ def test_a_copy_goes_on_as_the_cache_does_and_reset_forgets_it(anywhere):
 def test_no_slot_holds_what_was_taken_back(anywhere):
     """Pages that were fetched, then lost to a crop, and hold other tokens now."""
     group = Group((0,), selector=Quest(0.5, 2), hot=0.6)
-    store, drawn = HostFull(group, 0), torch.Generator().manual_seed(0)
+    store, drawn = copy.deepcopy(HostFull(group, 0)), torch.Generator().manual_seed(0)
 
     def append(past, n):
         k = torch.randn(1, 1, n, 8, generator=drawn)
@@ -198,6 +199,7 @@ def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
 
     refused("full, which reads every page at each step: give a selector", "full")
     refused("quest, with means of whole rows", selector=Quest(0.1, means=True))
+    refused("quest, which clusters keys anew", selector=Centroids(0.1, segment=256))
     refused(r"quest, which reads a share of 0.3 .*keeps 0.12: give hot 0.3", selector=Quest(0.3))
     for given, why in (
         (dict(host=True, bits=8), "bits is 8, host true: keys in host memory have 16 bits"),

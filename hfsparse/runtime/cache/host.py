@@ -95,7 +95,8 @@ class HostFull(Full):
         for name, value in vars(self).items():
             if name != "host":  # a copy of pinned memory would not be pinned
                 setattr(twin, name, copy.deepcopy(value, memo))
-        twin._hold_outside(self._settled(), self.capacity)
+        if self.host:
+            twin._hold_outside(self._settled(), self.capacity)
         return twin
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -126,10 +127,8 @@ class HostFull(Full):
             new, end = [t[rows, :, :n] for t in (k, v)], past + n
             for host, t in zip(self.host, new, strict=True):
                 _move(host[rows, :, past:end], t)
-            new, pages = (
-                join_begun(self.held(), new, rows, past),
-                range(past // PAGE, -(-end // PAGE)),
-            )
+            pages = range(past // PAGE, -(-end // PAGE))
+            new = join_begun(self.held(), new, rows, past)
             self._summarise_new(rows, pages, new, end)
             hold_newest(self.held(), new, rows, pages)
 
