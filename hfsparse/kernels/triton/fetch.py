@@ -35,7 +35,7 @@ def why_not(need: Need) -> str | None:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     if need.slots > MOST:
         return f"a hot set of {need.slots:,} slots: at most {MOST:,} are supported"
-    return None
+    return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
 def fetch(
