@@ -53,13 +53,13 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
                 more |= {"softcap": softcap, "s_aux": None if s_aux is None else s_aux[own]}
             for short, _, rows in group_rows([n < part.below for n in new.lengths.rows], q.device):
                 listed = None if short else lists
-                easy = plain and lse is None and listed is None and (short or not part.ring)
+                easy = plain and lse is None and listed is None and (short or not part.size)
                 run = whole if easy and whole is not None else one
                 if lse is not None:
                     batch = len(q) if rows is None else len(rows)
                     more["lse"] = sums = lse.new_empty(batch, len(heads), q.shape[2])
                 what = run, part, rows, q[:, own], new, more, span
-                made = _read_ring(*what, short) if part.ring else _read_full(*what, listed)
+                made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
                 if lse is not None:
                     put_rows(lse, rows, own, sums)
                 if rows is None and len(heads) == q.shape[1]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
+from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
@@ -33,6 +34,8 @@ def explain(model: PreTrainedModel) -> str:
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
+    if state.shard.ranks > 1:
+        lines.append(f"tensor parallel: {state.shard}, which is what is told here")
     need, step = _needs(model)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
@@ -110,7 +113,7 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif pattern.kind in EVICTIONS:
             yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
         elif pattern.kind in KEPT:
-            where = f"in {pattern.bits} bits"
+            where = f"in {said(pattern.bits)}"
             if pattern.host:
                 where = f"in host memory, {pattern.hot:g} of each row on the GPU"
             yield f"{name} ({pattern.kind}), cache: every key, {where}"
@@ -173,7 +176,7 @@ def _kept(group: Group) -> str:
     """How a group's keys are kept, where that is not as they came."""
     if group.hot:
         return " in host memory"
-    return "" if group.bits == 16 else f" in {group.bits} bits"
+    return "" if group.bits == 16 else f" in {said(group.bits)}"
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

@@ -81,7 +81,7 @@ class HostFull(Full):
     def place(self) -> Place:
         host_k, host_v = self.host
         hot = Hot(self.unit, self.below, self.k, self.v, host_k, host_v, **self.slots)
-        return super().place()._replace(size=NEWEST, below=0, listed=True, hot=hot)
+        return super().place()._replace(below=0, hot=hot)
 
     def select(self, picked: list[int]) -> None:
         same = picked == [*range(len(self.k))]
