@@ -7,11 +7,15 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hfsparse import bench, kernels
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.packed import BITS, said
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import generation
+from hfsparse.patcher.adopt import adopt
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.kept import KEPT
@@ -74,6 +78,27 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
         tuple("ring" if ring else read for ring in rings),
     )
     return Plan(this, patterns, (words,) * this.layers, Below())
+
+
+def random_keys(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Keys, or values, of one layer, `[batch, kv heads, length, head dim]`."""
+    config = model.config
+    shape = batch, config.num_key_value_heads, length, config.head_dim
+    return torch.randn(shape, device=model.device, dtype=model.dtype)
+
+
+def fill_randomly(model: PreTrainedModel, batch: int, length: int, reserve: int) -> Cache:
+    """A cache of a patched model that has seen `length` random tokens, with room for `reserve`."""
+    cache, lengths = DynamicCache(), Lengths.of(None, 0, length, batch)
+    adopt(cache, text_decoder(model), reserve=reserve)
+    for layer in cache.layers:
+        k, v = random_keys(model, batch, length), random_keys(model, batch, length)
+        layer.lazy_initialization(k, v)
+        for store in layer.stores:
+            at = list(store.group.heads)
+            store.append(k[:, at], v[:, at], lengths)
+        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
+    return cache
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -200,7 +200,10 @@ def _print_memory(
         if arm is None:
             typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
         sizes = (f"{n / 2**30:.2f}" for n in parts.values())
-        line, most = f"{name:<5} {' + '.join(sizes)} = {need.peak / 2**30:.2f}", 0
+        line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
+        if need.host:
+            line += f", and {need.host / 2**30:.2f} in host memory"
+        most = 0
         if room is not None:
             most = memory.longest(config, arm, room, batch=batch, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"

@@ -60,6 +60,10 @@ def explain(model: PreTrainedModel) -> str:
         packed = step._replace(packed=True, lists=True)
         lines.append(f"layers with keys in fewer bits, new tokens: {_describe(decode, packed)}")
         lines.append(f"new tokens there: stored by {_describe(tables.append, packed)}")
+    if any(layer.hosts for layer in state.layers):
+        hosted = step._replace(hosted=True, lists=True)
+        lines.append(f"layers with keys in host memory, new tokens: {_describe(decode, hosted)}")
+        lines.append(f"pages there: fetched by {_describe(tables.fetch, step)}")
     plain = pick(prefill, patterned._replace(logits=True)).name
     past = "behind a past, " if pick(prefill, listed).fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
@@ -116,7 +120,10 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif name in cache and pattern.kind in EVICTIONS:
             yield f"{told}, cache: keys to keep chosen by PyTorch"
         elif name in cache and pattern.kind in KEPT:
-            yield f"{told}, cache: every key, in {said(pattern.bits)}"
+            where = f"in {said(pattern.bits)}"
+            if pattern.host:
+                where = f"in host memory, {pattern.hot:g} of each row on the GPU"
+            yield f"{told}, cache: every key, {where}"
         elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{told}, new tokens: pages chosen by {by}"
@@ -134,7 +141,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs)
+        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
@@ -146,10 +153,9 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         }
         full = sum(pattern is None for pattern in layer.prefill)
         dropping = "ring" if layer.window is None else "windowed"
-        kinds = Counter((_kind(g, dropping), g.bits) for g in layer.groups for _ in g.heads)
+        kinds = Counter((_kind(g, dropping), _kept(g)) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        in_bits = {bits: "" if bits == 16 else f" in {said(bits)}" for _, bits in kinds}
-        tokens = [(n, kind + in_bits[bits], reads[kind]) for (kind, bits), n in kinds.items()]
+        tokens = [(n, kind + kept, reads[kind]) for (kind, kept), n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)
             for found in (prompt, tokens)
@@ -171,6 +177,13 @@ def _kind(group: Group, ring: str) -> str:
     if group.chosen:
         return "selected"
     return "full" if group.band == FULL else ring
+
+
+def _kept(group: Group) -> str:
+    """How a group's keys are kept, where that is not as they came."""
+    if group.hot:
+        return " in host memory"
+    return "" if group.bits == 16 else f" in {said(group.bits)}"
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

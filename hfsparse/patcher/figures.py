@@ -147,9 +147,8 @@ def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Wor
             own.counts.read_by(store.group.heads, torch.device("cpu"))[:] = read
     held = NOTHING if layer is None else layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
-    return LayerStats(
-        **works, kv_bytes=held.bytes(own.kv_heads), window=own.window, evicting=own.evicting
-    )
+    works |= {"kv_bytes": held.bytes(own.kv_heads), "host_bytes": held.outside(own.kv_heads)}
+    return LayerStats(**works, window=own.window, evicting=own.evicting)
 
 
 def _row(shares: np.ndarray, own: LayerPlan) -> np.ndarray:

@@ -47,6 +47,7 @@ class Memory:
     cache: int
     work: int
     states: int = 0  # of linear layers
+    host: int = 0  # of keys and values in the host's memory, which are no part of the peak
 
     @property
     def peak(self) -> int:
@@ -59,7 +60,8 @@ def predict(
     """Of a batch of prompts of `tokens`, in calls of `chunk` (0: one); None is the stock model."""
     beside = _cache_and_work(config, plan, tokens, batch, chunk, itemsize)
     states = batch * count_states(config, itemsize)
-    return Memory(itemsize * count_weights(config), *beside, states)
+    outside = 0 if plan is None else host_bytes(config, plan, tokens, batch, itemsize)
+    return Memory(itemsize * count_weights(config), *beside, states, outside)
 
 
 def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
@@ -81,6 +83,14 @@ def cache_bytes(
             ours += layer.bytes()
             stock += layer.dense_bytes()
     return ours, stock
+
+
+def host_bytes(config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
+    """Bytes that the plan's cache keeps in the host's memory."""
+    if not any(getattr(pattern, "host", False) for pattern in plan.patterns.values()):
+        return 0
+    filled = fill_caches(config, plan, tokens, batch, itemsize)
+    return sum(layer.host_bytes() for _, layer in filled if layer is not None)
 
 
 def count_weights(config: Any) -> int:

@@ -76,10 +76,10 @@ def in_bits(
 
 
 def _is_worth(kept: Any) -> bool:
-    """Whether fewer bits take fewer bytes."""
+    """Whether fewer bits take fewer bytes; what lies in host memory has 16."""
     if isinstance(kept, Streaming):
         return kept.recent_per_token > 0 or kept.sink + kept.recent >= SMALLEST
-    return isinstance(kept, Full)
+    return isinstance(kept, Full) and not kept.host
 
 
 def _plain(patterns: dict[str, Any], word: str, bits: int) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -238,6 +238,7 @@ class Plan:
             if shape.producer is not None:
                 check_reader(self.layers, self.patterns, index, shape.producer)
             self._check_bits(index, shape)
+            self._check_host(index, shapes)
             if {*words.prefill, *words.cache, *words.decode} == {"full"}:
                 continue
             if shape.chunked:
@@ -268,6 +269,23 @@ class Plan:
                 raise PlanError(
                     f"layer {index} has heads of {odd[0]} channels, and two numbers of 4 bits "
                     f"share a byte: give {word} 8 bits"
+                )
+
+    def _check_host(self, index: int, shapes: Sequence[LayerShape]) -> None:
+        """Raise PlanError where a layer keeps in host memory what others read, or latents."""
+        for word in dict.fromkeys(self.layers[index].cache):
+            if not getattr(self.patterns.get(word), "host", False):
+                continue
+            if shapes[index].rank:
+                raise PlanError(
+                    f"layer {index} keeps latents (MLA), and {word} is in host memory, where none "
+                    "are read: write another word, such as full, for its cache"
+                )
+            if index in (shape.producer for shape in shapes) or shapes[index].producer is not None:
+                raise PlanError(
+                    f"layer {index} shares its keys with other layers, and {word} is in host "
+                    "memory, of which one layer reads: write another word, such as full, for its "
+                    "cache"
                 )
 
     def _check_tables(self) -> None:

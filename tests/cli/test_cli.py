@@ -20,7 +20,7 @@ from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
-from hfsparse.plan import ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.kept import Full
@@ -169,7 +169,7 @@ def test_each_kind_of_a_new_plan_is_there_to_uncomment(model, tmp_path):
     file = tmp_path / "plan.yaml"
     run("new", model, "-o", file)
     row = re.compile(r"^  # (\w+: {kind.*})$", flags=re.MULTILINE)
-    known = {**PATTERNS, **SELECTORS, **EVICTIONS, "packed": Full}
+    known = {**PATTERNS, **SELECTORS, **EVICTIONS, "held": Full}
     alone = {kind: cls() for kind, cls in known.items() if not hasattr(cls, "calibrate")}
     assert Plan.loads(row.sub(r"  \1", file.read_text())).patterns == alone
     for kind in known.keys() - alone.keys():
@@ -323,6 +323,16 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     assert told.exit_code == 0
     assert "note" not in told.stdout
     assert "512 trained: dca, 256 keys" in run("explain", model, "--plan", longer).stdout
+    words = Layer(("full",) * 4, ("host",) * 2, ("quest",) * 2)
+    kinds, hosted = (
+        {"host": Full(host=True), "quest": SELECTORS["quest"]()},
+        tmp_path / "hosted.yaml",
+    )
+    replace(Plan.full(ModelId.of(tiny.llama())), patterns=kinds, layers=(words,) * 2).save(hosted)
+    told = run("check", hosted, model, "--length", "100000").stdout
+    dense, ours = (line for line in told.splitlines() if line.startswith(("dense", "plan")))
+    assert "in host memory" not in dense
+    assert re.search(r"= \d\.\d\d, and 0\.\d[1-9] in host memory$", ours)
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr
