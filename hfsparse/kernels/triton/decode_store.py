@@ -45,7 +45,8 @@ def why_not(need: Need) -> str | None:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
         return f"{dims}: at most {WIDEST} is supported"
     *_, width = padded(need.head_dim, need.value_dim, False)
-    if tile_of(1, width, need.dtype.itemsize, str(need.device), False, True, True) is None:
+    more = {"packed": True, "parts": True}
+    if tile_of(1, width, need.dtype.itemsize, str(need.device), **more) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -78,8 +79,8 @@ def decode(
     group, packed, band = Hq // H, part.packed, part.band
     DP, DVP, wide = padded(D, Dv, False)
     together = PAGE if pages is None else pages.unit
-    size, device = q.element_size(), str(q.device)
-    rows, stages, warps = tile_of(group * Q, wide, size, device, False, True, together < PAGE)
+    device, more = str(q.device), {"packed": True, "parts": together < PAGE}
+    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), device, **more)
     tiles = triton.cdiv(group * Q, rows)
     splits = splits_of(B * H * tiles, device)
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
@@ -184,8 +185,9 @@ def _unpack(
 
 
 @triton.jit
-def _newest(NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-            NEWEST: tl.constexpr):  # fmt: skip
+def _newest(
+    NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NEWEST: tl.constexpr,
+):  # fmt: skip
     """Keys or values `[PAGE, DP]` that lie as they came, at positions of a head."""
     channel, real = _channels(W, DP, BITS)
     at = NEW + (key % NEWEST).to(tl.int64)[:, None] * W + channel[None, :]
