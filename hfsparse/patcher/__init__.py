@@ -7,7 +7,8 @@
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
 and `generation` in `generate`; all `state` lies on the model, so `unpatch(model)` needs no handle.
-`explain`, `figures` and `memory` tell what a plan does, holds and needs.
+`explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
+folders.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import copy
 import os
 import warnings
 from collections.abc import Collection
+from functools import partial
 
+import torch
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
 from hfsparse.patcher.handle import Patched
@@ -30,6 +34,7 @@ from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_model
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
+from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.graphs import Graphs
 
 __all__ = ["explain", "patch", "unpatch"]
@@ -53,6 +58,29 @@ def patch(
     nothing verified.
     """
     check_model(model)
+    group = group_of(model)
+    work = partial(_prepare, model, plan, allow, fuse)
+    modules, state, extensions = together(group, work)
+    check_same(group, state.plan.hash()[:19] + ", fused" * fuse)
+    install(model, modules, state)
+    handle = Patched(model, state)
+    if extensions:
+        try:
+            together(group, partial(check_turns, model, extensions))
+        except BaseException:
+            handle.undo()
+            raise
+        handle.reset_stats()  # that token was nobody's
+    return handle
+
+
+def _prepare(
+    model: PreTrainedModel,
+    plan: Plan | str | os.PathLike | None,
+    allow: Collection[str],
+    fuse: bool,
+) -> tuple[list[torch.nn.Module], State, dict[int, Extension]]:
+    """Modules that follow a plan, what a patch leaves on the model, and how rows are extended."""
     if is_patched(model):
         raise PatchError(
             f"this {type(model).__name__} is patched already: call handle.undo() or "
@@ -71,21 +99,14 @@ def patch(
         warnings.warn(
             f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
             "answers. Compare it with dense on your own questions, by hfsparse eval custom",
-            stacklevel=2,
+            stacklevel=4,
         )
     below = resolve_below(plan, model.device)
     shapes = layer_shapes(model)
     extensions = find_extensions(model, plan, shapes)
-    layers = resolve_layers(plan, shapes, below, extensions)
-    graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
-    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
-    install(model, modules, state)
-    handle = Patched(model, state)
-    if extensions:
-        try:
-            check_turns(model, extensions)
-        except BaseException:
-            handle.undo()
-            raise
-        handle.reset_stats()  # that token was nobody's
-    return handle
+    shard = shard_of(model, modules, shapes)
+    layers = resolve_layers(plan, shapes, below, extensions, shard)
+    linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
+    graphs = Graphs(layers, linear, fuse, agree)
+    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard)
+    return modules, state, extensions

@@ -17,7 +17,7 @@ from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import NOTHING, CacheLayer, Held
+from hfsparse.runtime.cache.layer import CacheLayer, Held
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
@@ -48,7 +48,8 @@ def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.describe_shortage(
-        *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room)
+        *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
+        ranks=state.shard.ranks,
     )
 
 
@@ -126,8 +127,9 @@ def after_forward(decoder, args, kwargs, output) -> None:
     held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
     for layer in layers:
         held[layer.index].append(layer.held())
-    state.held = [Held.together(parts) if parts else NOTHING for parts in held.values()]
-    state.states = [state_bytes(layer) for layer in cache.layers]
+    state.held = [Held.together(parts) for parts in held.values()]
+    linear = state.graphs.linear
+    state.states = [state_bytes(layer) for layer in cache.layers] if linear else []
 
 
 def _check_width(given: dict, cache: Any) -> None:

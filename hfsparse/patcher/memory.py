@@ -150,12 +150,13 @@ def in_few_bits(config: Any, plan: Plan) -> Plan | None:
 
 
 def describe_shortage(
-    decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int
+    decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int, ranks: int = 1
 ) -> str:
     """For a call that ran out of memory: what it needs under the plan, what dense does, what fits.
 
     Of a batch of rows of `tokens`, the last `chunk` of them new (0: all), on a device of `room`
-    bytes whose weights are those of `decoder` and its embedding once more, the head.
+    bytes whose weights are those of `decoder` and its embedding once more, the head. Where `ranks`
+    share the heads (tensor parallel) it is said of all their devices together.
     """
     gib, config = 2**30, decoder.config
     size = next(decoder.parameters()).element_size()
@@ -172,11 +173,13 @@ def describe_shortage(
     )
     if not room:
         return said
+    room *= ranks
     more = room - weights, batch, chunk or CHUNK, size
     fits, few = _longest_beside(config, plan, *more), in_few_bits(config, plan)
     lighter = f"{_longest_beside(config, few, *more):,} in 4 bits (hfsparse bits), " if few else ""
+    device = "the device has" if ranks == 1 else f"the devices of {ranks} ranks together have"
     return (
-        f"{said}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
+        f"{said}; {device} {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
         f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {lighter}as far as nothing else is "
         "there; else shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )
