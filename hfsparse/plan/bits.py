@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from hfsparse.lists import PAGE
+from hfsparse.lists.packed import Bits
 from hfsparse.models.layers import LayerShape
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.kept import Full
@@ -23,9 +24,9 @@ SMALLEST = 5 * PAGE
 FULL = "full"  # the word of a cache that keeps every key in 16 bits
 
 
-def name_in(word: str, bits: int) -> str:
+def name_in(word: str, bits: Bits) -> str:
     """What plans of ours call the word in so many bits."""
-    return word if bits == 16 else f"{word}-int{bits}"
+    return word if bits == 16 else f"{word}-{'' if bits == 'fp8' else 'int'}{bits}"
 
 
 def find_units(
@@ -49,7 +50,7 @@ def find_units(
 
 
 def in_bits(
-    layers: Sequence[Layer], patterns: dict[str, Any], bits: int, units: Collection[Unit]
+    layers: Sequence[Layer], patterns: dict[str, Any], bits: Bits, units: Collection[Unit]
 ) -> tuple[tuple[Layer, ...], dict[str, Any]]:
     """The layers in which these kv heads keep their keys in so many bits, and the patterns of all
     words."""
@@ -82,7 +83,7 @@ def _is_worth(kept: Any) -> bool:
     return isinstance(kept, Full) and not kept.host
 
 
-def _plain(patterns: dict[str, Any], word: str, bits: int) -> str:
+def _plain(patterns: dict[str, Any], word: str, bits: Bits) -> str:
     """A name for the word in so many bits."""
     own = _kept(patterns, word).bits
     return name_in(word if own == 16 else word.removesuffix(name_in("", own)), bits)

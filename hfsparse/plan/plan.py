@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
-from hfsparse.lists.packed import said
+from hfsparse.lists.packed import Bits, said
 from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
 from hfsparse.plan.bits import find_units, in_bits
@@ -132,8 +132,8 @@ class Plan:
         if problems := list(islice(rules(vars(self)), MAX_PROBLEMS)):
             raise PlanError.of("plan", problems)
 
-    def with_bits(self, bits: int, model_or_config: Any) -> Plan:
-        """The plan with its caches in so many bits a number: 16, 8 or 4.
+    def with_bits(self, bits: Bits, model_or_config: Any) -> Plan:
+        """The plan with its caches in so many bits a number: 16, 8, 4 or "fp8".
 
         Heads that can't be in fewer stay as they are (`bits.find_units`). What was measured and
         proved of this plan is no part of the other, nor is the share of the cache that it expects.
@@ -143,8 +143,9 @@ class Plan:
         units = [*find_units(self.layers, self.patterns, layer_shapes(model_or_config))]
         if not units:
             raise PlanError(
-                f"no kv head of this plan can keep its keys in {bits} bits: latents (MLA), windows "
-                "of a model's own, evictions, means and segments need 16. Use the plan as it is"
+                f"no kv head of this plan can keep its keys in {said(bits)}: latents (MLA), "
+                "windows of a model's own, evictions, means and segments need 16. Use the plan as "
+                "it is"
             )
         layers, patterns = in_bits(self.layers, self.patterns, bits, units)
         words = {w for each in layers for w in (*each.prefill, *each.cache, *each.decode)}

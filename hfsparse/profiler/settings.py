@@ -149,9 +149,7 @@ def _refuse_at(settings: Settings) -> str | None:
 
 
 def _refuse_unknown_bits(name: str, bits: tuple[int, ...]) -> str | None:
-    from hfsparse.lists.packed import BITS  # torch, only where it is given
-
-    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {*BITS}:
+    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {16, 8, 4}:
         return None
     return (
         f"bits are {show_bits(bits)}: give 16, to which heads return that lose too much, and what "

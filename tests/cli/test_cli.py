@@ -241,7 +241,9 @@ def test_a_plan_in_fewer_bits_is_one_command_and_expects_what_its_cache_takes(
         share = handle.stats().cache_share
     assert found.expected == {700: {"pair_density": 0.5, "cache_share": round(share, 4)}}
     assert "exists: give another name" in error("bits", plan, model, "--bits", 8, "-o", file)
-    assert "bits is 5: give 16, 8 or 4" in error("bits", plan, model, "--bits", 5, "-o", "b.yaml")
+    assert "bits is 5: give 16, 8, 4 or fp8" in error(
+        "bits", plan, model, "--bits", 5, "-o", "b.yaml"
+    )
 
 
 # ---- explain
