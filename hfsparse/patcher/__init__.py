@@ -21,11 +21,17 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
+from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
 from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
-from hfsparse.patcher.resolve import resolve_below, resolve_layers
+from hfsparse.patcher.resolve import (
+    resolve_below,
+    resolve_exact,
+    resolve_layers,
+    why_not_exact,
+)
 from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_model
 from hfsparse.plan import ModelId, Plan
@@ -40,6 +46,7 @@ def patch(
     plan: Plan | str | os.PathLike | None = None,
     allow: Collection[str] = (),
     fuse: bool = False,
+    exact: bool = False,
 ) -> Patched:
     """Make `model` follow `plan` until `undo()`; None drops nothing.
 
@@ -48,7 +55,9 @@ def patch(
     `@REVISION` behind REPO, and `#sha256:…` behind all, to have no other than the one of this hash.
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
-    allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
+    allow={"fingerprint"} takes a plan made for another configuration of the same shape.
+    With exact=True the plan only drafts tokens, from a cache that keeps everything, and steps of
+    the whole model verify them: `generate` gives the dense model's tokens (`patcher.exact`). Raises
     an Error (PlanError, PatchError, UsageError) before anything changes. Warns of a plan that
     nothing verified.
     """
@@ -67,7 +76,7 @@ def patch(
         plan = copy.deepcopy(plan) if isinstance(plan, Plan) else open_plan(plan)
     plan.validate()
     plan.check(model, allow)
-    if plan.unproved:
+    if plan.unproved and not exact:
         warnings.warn(
             f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
             "answers. Compare it with dense on your own questions, by hfsparse eval custom",
@@ -75,10 +84,18 @@ def patch(
         )
     below = resolve_below(plan, model.device)
     shapes = layer_shapes(model)
-    extensions = find_extensions(model, plan, shapes)
-    layers = resolve_layers(plan, shapes, below, extensions)
+    extensions, drafts = find_extensions(model, plan, shapes), None
+    if exact:
+        layers = resolve_exact(plan, shapes, below)
+        if why := why_not_exact(model, plan, shapes, layers):
+            raise PatchError(
+                f"exact=True can't be followed: {why}. Leave exact out, or give another plan"
+            )
+        drafts = Exact(Graphs([layer.draft for layer in layers], fuse=fuse))
+    else:
+        layers = resolve_layers(plan, shapes, below, extensions)
     graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
-    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs)
+    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, drafts)
     install(model, modules, state)
     handle = Patched(model, state)
     if extensions:

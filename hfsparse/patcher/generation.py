@@ -10,6 +10,7 @@ from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import find_cache, text_decoder
+from hfsparse.patcher import exact
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
 from hfsparse.plan import Plan
@@ -83,6 +84,7 @@ def _keeps_positions(model_kwargs: dict) -> bool:
 def _candidate_generator(self, *args, **kwargs):
     """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
+    exact.leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates
 
     def get_candidates(input_ids, *args, **more):
@@ -112,5 +114,6 @@ def _no_serving(self, *args, **kwargs):
 SHADOWS = {
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
+    "_get_logits_processor": exact.watch,
     **dict.fromkeys(SERVING, _no_serving),
 }

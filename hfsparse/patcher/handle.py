@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
@@ -11,7 +13,7 @@ from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
 from hfsparse.patcher.supported import Handle
 from hfsparse.runtime.cache.layer import NOTHING
-from hfsparse.stats import LayerStats, Stats, Work
+from hfsparse.stats import Drafts, LayerStats, Stats, Work
 
 
 class Patched(Handle):
@@ -45,7 +47,7 @@ class Patched(Handle):
             layers[layer.index] = LayerStats(
                 pairs,
                 blocks,
-                layer.reads(),
+                (layer.draft or layer).reads(),
                 held.work(layer.kv_heads, state.seen),
                 held.bytes(layer.kv_heads),
                 layer.counts.cut.tolist(),
@@ -54,13 +56,17 @@ class Patched(Handle):
                 layer.evicting,
                 states[layer.index],
             )
-        return Stats(layers)
+        return Stats(layers, None if state.exact is None else replace(state.exact.drafts))
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
-        for layer in self._own_state().layers:
-            layer.counts.reset()
-            layer.steps.clear()
+        state = self._own_state()
+        for layer in state.layers:
+            for each in filter(None, (layer, layer.draft)):
+                each.counts.reset()
+                each.steps.clear()
+        if state.exact is not None:
+            vars(state.exact.drafts).update(vars(Drafts()))
 
     def explain(self) -> str:
         """What runs where and why, in words."""

@@ -20,11 +20,12 @@ class Group:
     eviction: Eviction | None = None  # says which keys are kept; None: the band does
     bits: int = 16  # of a number in full pages; 16: it has the model's own type
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
+    reads: Band = FULL  # of a full store: a step reads the pages that hold some key of this band
 
     @property
     def chosen(self) -> bool:
         """Whether a step reads pages that were chosen for these heads."""
-        return bool(self.selector or self.reuses)
+        return bool(self.selector or self.reuses) or self.reads != FULL
 
     @property
     def means(self) -> bool:
