@@ -11,16 +11,17 @@ goes back to the token that was asked for, and what was found behind the others 
 
 So it sees the dense model's logits and cache, and chooses from them as ever: by its processors, in
 a batch (as long as all rows go on as drafted), until its criteria say so. Drafts are drawn with the
-random numbers that it will draw with. Its draw of one token is a race that the token of the largest
-probability over noise wins (`torch.multinomial`), so the same token wins wherever the two
-distributions are alike, of one seed the dense model's tokens come, and no rejected draft has to be
-drawn anew (coupled sampling: arXiv 2408.07978).
+random numbers that it will draw with: `torch.multinomial` takes the token whose probability is the
+largest multiple of its noise, so that alike distributions mostly give the same token (Gumbel
+coupling, arXiv 2408.07978). Nothing is rejected and drawn anew: a seed gives the tokens that it
+gives the dense model, up to ties of rounding, since a call of several tokens rounds otherwise than
+as many steps do.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -120,10 +121,7 @@ class Drafter(LogitsProcessor):
         """[B, count] tokens that the plan has follow; the cache stays as it is."""
         seen, tokens, first = layers[0].seen, given["input_ids"], ids.shape[1]
         try:
-            with (
-                drafting(),
-                _same_numbers(ids.device) if self.samples else contextlib.nullcontext(),
-            ):
+            with drafting(), _same_numbers(ids.device, self.samples):
                 for at in range(count):
                     logits = forward(**_ahead(given, tokens, at)).logits[:, -1]
                     chosen = self._choose(ids, logits.to(ids.device, torch.float32, copy=True))
@@ -138,10 +136,10 @@ class Drafter(LogitsProcessor):
         """[B, 1] tokens behind ids [B, n], as `generate` chooses them."""
         for processor in self.processors:
             scores = processor(ids, scores)
-        if self.samples:
-            chosen = torch.multinomial(torch.softmax(scores, -1), 1)
-        else:
-            chosen = scores.argmax(-1, keepdim=True)
+        if self.samples:  # as torch.multinomial, which would also have the host wait for its checks
+            noise = torch.empty_like(scores).exponential_()
+            scores = torch.softmax(scores, -1) / noise
+        chosen = scores.argmax(-1, keepdim=True)
         if len(ids) > 1 and self.eos is not None and self.pad is not None:  # rows that have ended
             eos, fill = self.eos.to(ids.device), self.pad.to(ids.device)
             ended = torch.isin(ids[:, -1:], eos) | (ids[:, -1:] == fill)
@@ -218,13 +216,11 @@ def _ahead(given: dict[str, Any], tokens: Tensor, at: int) -> dict[str, Any]:
     return made
 
 
-@contextlib.contextmanager
-def _same_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn here are drawn again behind it."""
-    own = [] if device.type == "cpu" else [device]
-    kind = {} if device.type == "cpu" else {"device_type": device.type}
-    with torch.random.fork_rng(own, **kind):
-        yield
+def _same_numbers(device: torch.device, draws: bool) -> AbstractContextManager:
+    """Random numbers that are drawn inside are drawn again behind it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([], enabled=draws)
+    return torch.random.fork_rng([device], enabled=draws, device_type=device.type)
 
 
 def _layers(cache: Any) -> list[CacheLayer]:
