@@ -236,6 +236,12 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
     return own(*args, **kwargs) if drafter is None else drafter.answer(own, kwargs, layers)
 
 
+def wants_cache(model: PreTrainedModel, generation_config: Any) -> bool:
+    """Whether drafts need the cache of a `generate` that is about to begin."""
+    exact: Exact | None = text_decoder(model)._hfsparse.exact
+    return exact is not None and generation_config.use_cache is not False
+
+
 def leave_alone(model: PreTrainedModel, cache: Any) -> None:
     """Draft no more for the `generate` that goes on with a cache: it has drafts of its own."""
     exact: Exact | None = text_decoder(model)._hfsparse.exact

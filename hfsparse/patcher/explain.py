@@ -36,7 +36,7 @@ def explain(model: PreTrainedModel) -> str:
         layers = [layer.draft for layer in layers]
         lines.append(
             f"exact: prompts read every key, steps of this plan draft up to {MOST} tokens, and a "
-            "step that reads every key verifies them; the cache keeps all. What follows is of drafts"
+            "step that reads every key verifies them; the cache keeps all. What follows: of drafts"
         )
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):

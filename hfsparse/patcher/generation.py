@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
 from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.names import find_cache, text_decoder
+from hfsparse.models.names import cache_name, find_cache, text_decoder
 from hfsparse.patcher import exact
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.supported import ROPES
@@ -31,6 +31,8 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = find_cache(model_kwargs)
+    if cache is None and exact.wants_cache(self, generation_config):  # 5.0 leaves it to the model
+        cache = model_kwargs[cache_name(self)] = DynamicCache()
     if cache is None:
         return result
     mask = model_kwargs.get("attention_mask")

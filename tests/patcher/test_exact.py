@@ -182,8 +182,8 @@ def test_a_cache_goes_on_in_a_second_turn_and_in_calls_of_ones_own():
     [
         dict(num_beams=3),
         dict(do_sample=True, num_return_sequences=3),
-        dict(prompt_lookup_num_tokens=4),
-        dict(prefill_chunk_size=64),
+        dict(prompt_lookup_num_tokens=4, eos_token_id=3),  # 4.57 asks for one
+        dict(prefill_chunk_size=64, cache_implementation="dynamic"),  # 5.0 has to be told
         dict(output_hidden_states=True),
         dict(use_cache=False),
         dict(guidance_scale=1.5),
@@ -285,6 +285,12 @@ def test_stats_and_explain_say_what_happened():
         assert "exact: " not in handle.explain()
 
 
+def hybrid(family: str):
+    if not hybrids.known(family):
+        pytest.skip("this transformers keeps its states elsewhere")
+    return hybrids.hybrid(family)
+
+
 def packed(model):
     q, kv = families.heads(model)
     return plan_of(
@@ -302,7 +308,7 @@ def packed(model):
         (lambda: tiny("llama"), families.evicting, "evicts keys"),
         (lambda: tiny("llama"), packed, "fewer bits"),
         (lambda: tiny("llama").model, some_pages, "LlamaModel has no generate"),
-        (lambda: hybrids.hybrid("qwen3_5"), hybrids.rings_and_pages, "take drafts back"),
+        (lambda: hybrid("granite"), hybrids.rings_and_pages, "take drafts back"),
     ],
 )
 def test_what_can_not_be_drafted_is_refused(model, plan, why):
