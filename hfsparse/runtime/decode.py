@@ -42,9 +42,10 @@ class Step(NewTokens):
         self._elsewhere: dict[torch.device, Step] = {}
 
     @classmethod
-    def single(cls, past, rows, length: Tensor) -> Step:
-        """One new token a row, which is recorded: `length` [B] may be filled anew."""
-        return cls(Lengths.between(past, rows, 1), length, length[:, None] - 1)
+    def recorded(cls, lengths: Lengths, length: Tensor) -> Step:
+        """As many new tokens in each row, which is recorded: `length` [B] may be filled anew."""
+        new = torch.arange(-lengths.columns, 0, device=length.device)
+        return cls(lengths, length, length[:, None] + new)
 
     def around(self, band: Band, heads: int, tokens: int) -> PageLists:
         """As `PageLists.around`, the same for all layers."""

@@ -1,6 +1,7 @@
 """Decode steps of a patched model as CUDA graphs: the Python of a step runs once a cache.
 
-From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
+From the third step over a cache on, the text decoder's forward is recorded and replayed: steps of
+one token a row, and each number of tokens up to `STEP` by which drafts are verified. What
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
 cache's buffers, the states of its linear layers among them, and the model's weights: another cache,
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +30,7 @@ from torch.nn.modules import module as torch_module
 
 from hfsparse import kernels
 from hfsparse.lists import PAGE
+from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
@@ -56,26 +59,31 @@ FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
 
+@dataclass
+class Steps:
+    """Steps of so many new tokens over one cache."""
+
+    graph: Graph | None = None
+    warm: tuple[int, tuple] | None = None  # how many had none; which stores chose in the last
+    moves: int = 0  # graphs of few replays, one after another
+    refused: str | None = None  # why there is none
+
+    def forget(self) -> None:
+        self.graph = self.warm = self.refused = None
+
+
 class Graphs:
-    """The graphs of one patched model, each of one cache."""
+    """The graphs of one patched model, each of one cache and a number of new tokens."""
 
     def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
         latents = any(layer.rank for layer in layers)
         self.layers, self.linear, self.fuse = layers, linear, fuse and not latents
         self.keeping = sum(layer_plan.producer is None for layer_plan in layers)  # keys
-        self.kept: WeakKeyDictionary[CacheLayer, Graph] = (
-            WeakKeyDictionary()
-        )  # by a cache's first layer
-        # Steps of a cache without a graph, and which of its stores chose in the last.
-        self.warm: WeakKeyDictionary[CacheLayer, tuple[int, tuple]] = WeakKeyDictionary()
-        self.moves: WeakKeyDictionary[CacheLayer, int] = (
-            WeakKeyDictionary()
-        )  # graphs of few replays
-        self.refused: WeakKeyDictionary[CacheLayer, str] = (
-            WeakKeyDictionary()
-        )  # why a cache has none
+        # By a cache's first layer, and how many new tokens a step has.
+        self.kept: WeakKeyDictionary[CacheLayer, dict[int, Steps]] = WeakKeyDictionary()
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
+        self.single: dict[int, str] = {}  # why none of so many tokens will be
         # Why nothing is fused, though it was asked for.
         self.loose: str | None = "not fused, its cache holds latents" if fuse and latents else None
         self.held: Callable[[], CacheLayer | None] = lambda: (
@@ -99,48 +107,48 @@ class Graphs:
         if len(layers) != self.keeping or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
         first, Q = layers[0], new.shape[1]
-        if Q != 1 or not is_step(first, Q, first.seen + Q):
+        if not Q or not is_step(first, Q, first.seen + Q):
             self.forget(first)
-            self.why = f"the last call had {Q} new tokens: a graph takes one"
+            self.why = f"the last call had {Q} new tokens: prompts and chunks are no steps"
             return forward(**kwargs)
-        states = States(cache)
-        self.why = self.never or self.refused.get(first) or states.why_not()
-        self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first)
+        states, steps = States(cache), self.kept.setdefault(first, {}).setdefault(Q, Steps())
+        self.why = self.never or self.single.get(Q) or steps.refused or states.why_not()
+        self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first, Q)
+        if self.why is None and Q > 1 and states:
+            self.why = "a step of several tokens goes another way through linear layers"
         if self.why is None and not self.lock.acquire(blocking=False):
             self.why = "another thread runs a step of this model"
         if self.why is not None:
             return forward(**kwargs)
         try:
-            return self._step(forward, decoder, kwargs, layers, states)
+            return self._step(forward, decoder, kwargs, layers, states, Q, steps)
         finally:
             self.lock.release()
 
-    def _why_extended(self, first: CacheLayer) -> str | None:
+    def _why_extended(self, first: CacheLayer, Q: int) -> str | None:
         """Why a step over rows too long for the model is none: its launches grow with them."""
-        longest = max(first.rows) + 1
+        longest = max(first.rows) + Q
         extended = any(layer.extends(longest) for layer in self.layers)
         return "rows longer than the model knows are read chunk by chunk" if extended else None
 
     def forget(self, first: CacheLayer) -> None:
         """Begin anew with a cache: weights, adapters or hooks may have changed."""
-        for table in (self.kept, self.warm, self.refused):
-            table.pop(first, None)
+        for steps in self.kept.get(first, {}).values():
+            steps.forget()
 
-    def _step(self, forward, decoder, kwargs, layers, states: States) -> Any:
+    def _step(self, forward, decoder, kwargs, layers, states: States, Q: int, steps: Steps) -> Any:
         first, mask = layers[0], kwargs.get("attention_mask")
-        graph = self.kept.get(first)
-        if graph is not None and graph.stale():
-            self.forget(first)
-            graph = None
-        given = complete_inputs(kwargs, first, type(decoder))
-        asked, rows = describe_call(given), [n + 1 for n in first.rows]
-        if graph is not None and min(rows) > 1 and graph.fits(asked, rows, states):
+        if steps.graph is not None and steps.graph.stale():
+            steps.forget()
+        graph, given = steps.graph, complete_inputs(kwargs, first, type(decoder), Q)
+        asked, rows = describe_call(given), [n + Q for n in first.rows]
+        if graph is not None and min(rows) > Q and graph.fits(asked, rows, states):
             if mask is None:
-                first.lengths(None, 1)
+                first.lengths(None, Q)
             return self._replay(graph, given, layers, rows, mask)
-        lengths = first.lengths(row_starts(mask), 1)
+        lengths = first.lengths(row_starts(mask), Q)
         if lengths.padded:
-            self.why = "a row has no new token"
+            self.why = "a row has fewer new tokens than others"
             return forward(**kwargs)
         past, rows = lengths.past, lengths.rows
         for layer in layers:
@@ -150,59 +158,61 @@ class Graphs:
         key = (asked, *describe_buffers(layers, rows, states))
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
-            self.forget(first)
-            self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
-            if self.moves[first] > 1:
-                self.refused[first] = self.why = "its buffers move from step to step (beams?)"
+            steps.forget()
+            steps.moves = steps.moves + 1 if moved else 0
+            if steps.moves > 1:
+                steps.refused = self.why = "its buffers move from step to step (beams?)"
                 return forward(**kwargs)
             graph = None
         if graph is not None:
             graph.holds(layers, rows, states)
             return self._replay(graph, given, layers, rows)
-        steps, chose = self.warm.get(first, (0, key[1]))
-        steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
-        self.warm[first] = steps, key[1]
-        if steps < WARM - 1:
+        count, chose = steps.warm or (0, key[1])
+        count = count + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
+        steps.warm = count, key[1]
+        if count < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
         elif (why := self._lasting(decoder, first, states)) is not None:
-            self.why = self.refused[first] = why
+            self.why = steps.refused = why
         if self.why is not None:
             return forward(**kwargs)
         return self._first(forward, decoder, kwargs, given, layers, states, lengths, key, steps)
 
     def _first(
-        self, forward, decoder, kwargs, given, layers, states, lengths, key, steps: int
+        self, forward, decoder, kwargs, given, layers, states, lengths, key, steps: Steps
     ) -> Any:
         """A step run as it will be recorded, or the one that is recorded."""
-        first, past, rows = layers[0], lengths.past, lengths.rows
+        rows, Q = lengths.rows, lengths.columns
         serving, before = self._serving(layers), []
+        fuse = self.fuse and Q == 1  # each number of tokens would be compiled for itself
         try:
             before += states.copies()
-            given = restride(given) if self.fuse else given
-            call = states.settled(self._fused(decoder, states) if self.fuse else forward)
-            if steps < WARM:  # once as it will be recorded: compiles, and shows what can't be
+            given = restride(given) if fuse else given
+            call = states.settled(self._fused(decoder, states) if fuse else forward)
+            if steps.warm[0] < WARM:  # once as recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
-                with contextlib.nullcontext() if self.fuse else NoWait():
-                    output = run_live(call, given, past, rows, serving)
+                with contextlib.nullcontext() if fuse else NoWait():
+                    output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
-            graph = Graph(call, given, past, rows, key, serving, Weights(decoder))
+            graph = Graph(call, given, lengths, key, serving, Weights(decoder))
             if graph.weights.moved():
                 raise RuntimeError("its forward replaces weights or buffers")
             graph.holds(layers, rows, states)
-            self.kept[first] = graph
-            output = self._checked(graph, call, forward, kwargs, given, layers, states, past, rows)
+            steps.graph = graph
+            more = given, layers, states, lengths
+            output = self._checked(graph, call if fuse else None, forward, kwargs, *more)
             graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
-            self.refused[first] = self.why = "out of memory when it was recorded"
+            steps.refused = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if self.fuse:
+            if fuse:
                 self.fuse, self.loose = False, f"not fused, {told}"
+                self.why = self.loose
             else:
-                self.never = f"it can't be recorded, {told}"
-            self.why = self.loose or self.never
+                self._give_up(Q, f"it can't be recorded, {told}")
         states.restore(before)
         return forward(**kwargs)
 
@@ -226,8 +236,19 @@ class Graphs:
         own = {layer.index: layer for layer in layers}
         return {each.index: (each, own[(each.producer or each).index]) for each in self.layers}
 
+    def _give_up(self, Q: int, why: str) -> None:
+        """Replay no more steps of Q tokens; where single tokens can't be, none at all."""
+        self.why = why
+        if Q == 1:
+            self.never = why
+            self.kept.clear()
+        else:
+            self.single[Q] = why
+        for steps in self.kept.values():
+            steps.pop(Q, None)
+
     def _checked(
-        self, graph, call, forward, kwargs, given, layers, states: States, past, rows
+        self, graph, fused, forward, kwargs, given, layers, states: States, lengths: Lengths
     ) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
 
@@ -235,14 +256,19 @@ class Graphs:
         since no bound of a dtype's rounding would show one wrong page of many; where the model
         itself says something else each time, as near as it is to itself.
         """
-        before, were = snapshot_host(layers), states.copies()
+        before, were, rows, Q = (
+            snapshot_host(layers),
+            states.copies(),
+            lengths.rows,
+            lengths.columns,
+        )
         counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
-            if not self.fuse:
+            if fused is None:
                 return forward(**kwargs)
-            output = run_live(call, given, past, rows, self._serving(layers))
+            output = run_live(fused, given, lengths, self._serving(layers))
             self._passed(layers, rows)
             return output
 
@@ -251,7 +277,7 @@ class Graphs:
             states.restore(were)
             for held, was in read:
                 held.copy_(was)
-            self.count(rows, -1)
+            self.count(rows, Q, -1)
 
         def left(output: Any) -> list[Tensor]:
             return [output[0], *states.copies()]
@@ -266,15 +292,14 @@ class Graphs:
         output = run()  # the replay may have stored other keys
         for a, b, c in zip(found, wanted, left(output), strict=True):
             if measure_difference(a, c) > NOISE * measure_difference(b, c):
-                self.never = self.why = "replayed, this model gives something else than eagerly"
-                self.kept.clear()
+                self._give_up(Q, "replayed, this model gives something else than eagerly")
         return output
 
     def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
-        first, starts = layers[0], ask_later(mask)
+        first, starts, Q = layers[0], ask_later(mask), rows[0] - layers[0].rows[0]
         if mask is not None and graph.states:
-            first.lengths(starts(), 1)  # before: what linear layers keep can't be taken back
+            first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
             mask = None
         current = torch.cuda.current_stream(graph.device)
         with lock_devices(graph.devices) as places:
@@ -285,7 +310,7 @@ class Graphs:
             output = graph.replay(given, rows)
         if mask is not None:
             try:
-                first.lengths(starts(), 1)
+                first.lengths(starts(), Q)
             except ValueError:  # no step: its keys lie behind the rows, choices may know of them
                 for layer in layers:
                     layer.take_back(0)
@@ -296,16 +321,17 @@ class Graphs:
 
     def _passed(self, layers, rows) -> None:
         """What an eager step changes on the host."""
+        Q = rows[0] - layers[0].rows[0]
         for layer in layers:
             layer.rows = rows
-            layer.seen += 1
+            layer.seen += Q
             layer.stored = layer.seen
-        self.count(rows)
+        self.count(rows, Q)
 
-    def count(self, rows: list[int], times: int = 1) -> None:
+    def count(self, rows: list[int], Q: int, times: int = 1) -> None:
         for layer_plan in self.layers:
             for n in rows if layer_plan.leads else ():
-                layer_plan.steps[n, 1] += times
+                layer_plan.steps[n, Q] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
