@@ -35,11 +35,13 @@ from transformers.generation import GenerationMode, logits_process
 from hfsparse.models.names import find_cache, text_decoder
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import drafting
-from hfsparse.runtime.decode import STEP, is_step
+from hfsparse.runtime.decode import chooses, is_step
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.stats import Drafts
 
-FIRST, MOST = 3, STEP - 1  # tokens drafted at first, and at most: the one before is read with them
+# Tokens that are drafted at first and at most, and those that go by without any after a single one
+# was wrong: a draft costs what a model's weights do, however few keys it reads.
+FIRST, MOST, PAUSE = 3, 7, 8
 ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Processors of transformers' own that keep something of each call, or call a user's function.
 STATEFUL = (
@@ -71,7 +73,10 @@ class Drafter(LogitsProcessor):
         ends = (getattr(config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
         self.eos, self.pad = ends
         self.ids: Tensor | None = None  # [B, n] tokens so far, where logits were asked for last
-        self.length = FIRST  # tokens that are drafted next
+        self.length, self.pause = (
+            FIRST,
+            0,
+        )  # tokens that are drafted next, and after how many others
         self.verified: _Verified | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -93,8 +98,12 @@ class Drafter(LogitsProcessor):
                 self.drafts.accepted += 1
                 return self._next(verified, find_cache(given), layers)
             self.length = verified.next_length
+            if not self.length:
+                self.length, self.pause = 1, PAUSE
         count = min(self.length, self.most - ids.shape[1] - 1)
-        if count < 1:
+        rows, self.pause = layers[0].rows, self.pause - 1
+        sparse = any(chooses(store, rows) for layer in layers for store in layer.stores)
+        if self.pause >= 0 or count < 1 or not sparse:
             return forward(**given)
         drafted = self._draft(forward, given, layers, ids, count)
         tokens = torch.cat([tokens, drafted.to(tokens.device)], 1)
@@ -179,7 +188,7 @@ class _Verified:
         count = self.tokens.shape[1] - 1
         if self.at == count:
             return min(2 * count + 1, MOST)
-        return max(count // 2, 1) if 2 * self.at < count else count
+        return count // 2 if 2 * self.at < count else count
 
 
 def _repeats(processor: LogitsProcessor) -> bool:

@@ -90,8 +90,22 @@ def test_drafts_that_are_right_are_taken_and_become_longer(chosen):
     with hfsparse.patch(model, knowing(model), exact=True) as handle:
         same_generation(generate(model, ids, new=30, **chosen), want)
         drafts = handle.stats().drafts
-    assert calls == [150, *[1] * 3, 4, *[1] * 7, 8, *[1] * 15, 16, 1]
-    assert (drafts.steps, drafts.drafted, drafts.accepted, drafts.acceptance) == (3, 25, 25, 1)
+    assert calls == [150, *[1] * 3, 4, *[*[1] * 7, 8] * 3, 1]
+    assert (drafts.steps, drafts.drafted, drafts.accepted, drafts.acceptance) == (4, 24, 24, 1)
+
+
+def test_drafts_that_are_wrong_become_shorter_and_pause():
+    """So that a plan which says nothing of the model costs little."""
+    model, ids, calls = fresh("llama"), tokens(1, 150), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, given: calls.append(given[0].shape[1])
+    )
+    drafter = hfsparse.patcher.exact.Drafter
+    with pytest.MonkeyPatch.context() as patch, hfsparse.patch(model, knowing(model), exact=True):
+        choose = drafter._choose
+        patch.setattr(drafter, "_choose", lambda *given: (choose(*given) + 1) % families.VOCAB)
+        generate(model, ids, new=14)
+    assert calls == [150, *[1] * 3, 4, 1, 2, *[1] * 8, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("seed", range(6))
