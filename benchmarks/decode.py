@@ -32,15 +32,13 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import Clock, continued
 from benchmarks.common.journal import failure
-from benchmarks.common.shapes import cache_bytes, endless, plan_of
+from benchmarks.common.shapes import cache_bytes, endless, filled_cache, plan_of, random_keys
 from hfsparse import kernels
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table
-from hfsparse.models.names import text_decoder
-from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.state import state_of
 from hfsparse.selectors import SELECTORS
 
@@ -57,43 +55,29 @@ def kvpress():
     return KnormPress(compression_ratio=0.75)
 
 
-def keys(model, batch: int, length: int) -> Tensor:
-    config = model.config
-    shape = batch, config.num_key_value_heads, length, config.head_dim
-    return torch.randn(shape, device=model.device, dtype=model.dtype)
-
-
 def filled(model, kind: str, batch: int, length: int, room: int):
     """A cache that has seen `length` random tokens: of the stock model, kvpress or the patch."""
     layers = model.config.num_hidden_layers
     if kind == "dynamic":
         cache = DynamicCache(config=model.config)
         for i in range(layers):
-            cache.update(keys(model, batch, length), keys(model, batch, length), i)
+            cache.update(random_keys(model, batch, length), random_keys(model, batch, length), i)
         return cache
     if kind == "kvpress":
         press, cache = kvpress(), DynamicCache(config=model.config)
         for i, layer in enumerate(model.model.layers):
-            k, v = keys(model, batch, length), keys(model, batch, length)
+            k, v = random_keys(model, batch, length), random_keys(model, batch, length)
             cache.update(*press.compress(layer.self_attn, None, k, v, None, {}), i)
         return cache
     if kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=length + room)
         at = {"cache_position": torch.arange(length, device=model.device)}
         for i in range(layers):
-            cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
+            cache.update(
+                random_keys(model, batch, length), random_keys(model, batch, length), i, at
+            )
         return cache
-    cache = DynamicCache()
-    adopt(cache, text_decoder(model), reserve=length + room)
-    lengths = Lengths.of(None, 0, length, batch)
-    for layer in cache.layers:
-        k, v = keys(model, batch, length), keys(model, batch, length)
-        layer.lazy_initialization(k, v)
-        for store in layer.stores:
-            at = list(store.group.heads)
-            store.append(k[:, at], v[:, at], lengths)
-        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
-    return cache
+    return filled_cache(model, batch, length, room)
 
 
 def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock, list]:

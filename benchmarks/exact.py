@@ -28,8 +28,7 @@ from torch import Tensor
 import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import SKIP, continued
-from benchmarks.common.shapes import describe, endless, plan_of, tidy
-from benchmarks.decode import filled
+from benchmarks.common.shapes import describe, endless, filled_cache, plan_of, tidy
 from hfsparse.models.names import cache_name
 from hfsparse.patcher.state import state_of
 from hfsparse.runtime.call import drafting
@@ -64,7 +63,7 @@ def show_steps(model, lengths: list[int]) -> None:
         for name in PLANS:
             tidy()
             with hfsparse.patch(model, plan_of(model, name), exact=True):
-                cache, state = filled(model, "ours", 1, length, 64), state_of(model)
+                cache, state = filled_cache(model, 1, length, 64), state_of(model)
                 dense = step_ms(model, cache, 1)
                 draft = step_ms(model, cache, 1, drafts=True)
                 verify = {n: step_ms(model, cache, n + 1) for n in COUNTS}

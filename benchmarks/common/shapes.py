@@ -7,10 +7,14 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hfsparse import bench, kernels
+from hfsparse.lists.lengths import Lengths
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import generation
+from hfsparse.patcher.adopt import adopt
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.selectors import SELECTORS
@@ -67,6 +71,28 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
         tuple("ring" if ring else read for ring in rings),
     )
     return Plan(this, patterns, (words,) * this.layers, Below())
+
+
+def random_keys(model, batch: int, length: int) -> Tensor:
+    """Of a layer, or values."""
+    config = model.config
+    shape = batch, config.num_key_value_heads, length, config.head_dim
+    return torch.randn(shape, device=model.device, dtype=model.dtype)
+
+
+def filled_cache(model, batch: int, length: int, room: int) -> Cache:
+    """A patched model's cache that has seen `length` random tokens, with room for more."""
+    cache = DynamicCache()
+    adopt(cache, text_decoder(model), reserve=length + room)
+    lengths = Lengths.of(None, 0, length, batch)
+    for layer in cache.layers:
+        k, v = random_keys(model, batch, length), random_keys(model, batch, length)
+        layer.lazy_initialization(k, v)
+        for store in layer.stores:
+            at = list(store.group.heads)
+            store.append(k[:, at], v[:, at], lengths)
+        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
+    return cache
 
 
 def cache_bytes(cache: Cache) -> int:

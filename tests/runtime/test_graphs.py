@@ -89,7 +89,7 @@ def test_steps_that_verify_drafts_are_replayed_for_each_number_of_tokens(interpr
 
 def test_drafts_of_exact_mode_are_replayed(interpreted):
     eager, replayed = interpreted("llama", "streaming", length=70, new=9, exact=True)
-    assert replayed["lengths"] == [1]  # tests/gpu replays what verifies, too
+    assert 1 in replayed["lengths"]  # tests/gpu replays what verifies, too
     assert replayed["drafts"] == eager["drafts"]
     same(eager, replayed)
 
