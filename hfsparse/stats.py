@@ -69,6 +69,9 @@ class Drafts:
     accepted: int = 0
     steps: int = 0  # of the whole model, each over a token and its drafts
 
+    def reset(self) -> None:
+        self.drafted = self.accepted = self.steps = 0
+
     @property
     def acceptance(self) -> float:
         """Share of the drafted tokens; nan where none were."""

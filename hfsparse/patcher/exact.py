@@ -73,10 +73,8 @@ class Drafter(LogitsProcessor):
         ends = (getattr(config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
         self.eos, self.pad = ends
         self.ids: Tensor | None = None  # [B, n] tokens so far, where logits were asked for last
-        self.length, self.pause = (
-            FIRST,
-            0,
-        )  # tokens that are drafted next, and after how many others
+        self.length = FIRST  # tokens that are drafted next,
+        self.pause = 0  # after so many others
         self.verified: _Verified | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

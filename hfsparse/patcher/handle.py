@@ -13,7 +13,7 @@ from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
 from hfsparse.patcher.supported import Handle
 from hfsparse.runtime.cache.layer import NOTHING
-from hfsparse.stats import Drafts, LayerStats, Stats, Work
+from hfsparse.stats import LayerStats, Stats, Work
 
 
 class Patched(Handle):
@@ -66,7 +66,7 @@ class Patched(Handle):
                 each.counts.reset()
                 each.steps.clear()
         if state.exact is not None:
-            vars(state.exact.drafts).update(vars(Drafts()))
+            state.exact.drafts.reset()
 
     def explain(self) -> str:
         """What runs where and why, in words."""

@@ -32,9 +32,9 @@ def forward(decoder, *args, **kwargs):
         return own(*args, **kwargs)
     cache = find_cache(kwargs)
     try:
-        drafts = (call := running()) is not None and call.drafts
-        graphs = state.exact.graphs if drafts else state.graphs
-        return graphs.run(own, decoder, kwargs, cache)
+        call = running()
+        drafts = state.exact if call is not None and call.drafts else None
+        return (drafts or state).graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
         raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
     except Exception:
