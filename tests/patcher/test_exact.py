@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hfsparse
 from hfsparse.errors import PatchError
+from hfsparse.lists import FULL
+from hfsparse.runtime.call import drafting
 from tests import hybrids
 from tests.patcher import families
 from tests.patcher.families import fresh, left_padded, plan_of, tiny, tokens
@@ -106,6 +108,20 @@ def test_drafts_that_are_wrong_become_shorter_and_pause():
         patch.setattr(drafter, "_choose", lambda *given: (choose(*given) + 1) % families.VOCAB)
         generate(model, ids, new=14)
     assert calls == [150, *[1] * 3, 4, 1, 2, *[1] * 8, 1, 2, 1, 1]
+
+
+def test_a_draft_reads_nothing_between_the_pages_of_a_rings_sink_and_of_its_window():
+    model, ids, cache = fresh("llama"), tokens(1, 260), DynamicCache()
+    with hfsparse.patch(model, families.streaming(model), exact=True):
+        forward(model, ids, cache=cache)
+        rings = [s for layer in cache.layers for s in layer.stores if s.group.reads != FULL]
+        assert len(rings) == families.LAYERS
+        for store in rings:
+            store.k[:, :, 64:256] = store.v[:, :, 64:256] = torch.nan
+        with drafting():
+            assert forward(model, ids[:, :1], cache=cache).logits.isfinite().all()
+        cache.crop(-1)
+        assert forward(model, ids[:, :1], cache=cache).logits.isnan().any()
 
 
 @pytest.mark.parametrize("seed", range(6))
