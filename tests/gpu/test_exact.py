@@ -71,7 +71,8 @@ def test_drafts_that_are_right_are_taken_in_bfloat16_too():
 
     *_, drafts, replayed = said(model, whole, ids, mask, new=200, **SAMPLED)
     assert drafts.acceptance > 0.8
-    assert replayed == [{1}, {8}]
+    assert replayed[0] == {1}
+    assert 8 in replayed[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3", "qwen3"])
