@@ -23,7 +23,6 @@ from tests.patcher.runs import close, forward, generate, same_generation
 GREEDY: dict = {}
 SAMPLED = dict(do_sample=True)
 WARPED = dict(do_sample=True, temperature=0.5, top_k=20, repetition_penalty=1.3)
-WAYS = ["greedy", "sampled", "warped"]
 
 
 def knowing(model):
@@ -52,16 +51,17 @@ def of_cache(out):
 
 
 @pytest.mark.parametrize(
-    ("family", "plan"),
+    ("family", "plan", "rows", "chosen"),
     [
-        *(("llama", plan) for plan in (families.mixed, families.growing, families.choosing)),
-        ("qwen2", families.straddled),
-        ("gemma3", some_pages),
-        ("qwen3", families.corrected),
+        ("llama", families.mixed, "alone", GREEDY),
+        ("llama", families.mixed, "padded", WARPED),
+        ("llama", families.growing, "alone", SAMPLED),
+        ("llama", families.choosing, "padded", GREEDY),
+        ("qwen2", families.straddled, "padded", WARPED),
+        ("gemma3", some_pages, "alone", SAMPLED),
+        ("gemma3", some_pages, "padded", GREEDY),
+        ("qwen3", families.corrected, "alone", WARPED),
     ],
-)
-@pytest.mark.parametrize(
-    ("rows", "chosen"), [("alone", GREEDY), ("padded", WARPED)], ids=["alone", "padded-warped"]
 )
 def test_tokens_and_logits_are_the_dense_models(family, plan, rows, chosen):
     """Of sampling, too: a seed gives the same tokens, so their distribution is the same."""
@@ -81,7 +81,7 @@ def test_tokens_and_logits_are_the_dense_models(family, plan, rows, chosen):
                 close(ours.keys, stock.keys), close(ours.values, stock.values)
 
 
-@pytest.mark.parametrize("chosen", [GREEDY, SAMPLED, WARPED], ids=WAYS)
+@pytest.mark.parametrize("chosen", [GREEDY, WARPED], ids=["greedy", "warped"])
 def test_drafts_that_are_right_are_taken_and_become_longer(chosen):
     """Sampled ones are drawn with the numbers that `generate` draws with."""
     model, ids, calls = fresh("llama"), tokens(1, 150), []
@@ -124,7 +124,7 @@ def test_a_draft_reads_nothing_between_the_pages_of_a_rings_sink_and_of_its_wind
         assert forward(model, ids[:, :1], cache=cache).logits.isnan().any()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_seed_gives_what_it_gives_the_dense_model(seed):
     model, ids = tiny("llama"), tokens(2, 140, seed=seed)
     want = generate(model, ids, new=10, seed=seed, do_sample=True, top_p=0.9)
