@@ -8,7 +8,8 @@
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
 and `generation` in `generate`, where `exact` drafts; all `state` lies on the model, so
 `unpatch(model)` needs no handle.
-`explain`, `figures` and `memory` tell what a plan does, holds and needs.
+`explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
+folders.
 """
 
 from __future__ import annotations

@@ -35,8 +35,11 @@ def prefill(layer_call: LayerCall) -> Tensor:
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None or reads else layer.stores:
-        at = layer_plan.at(store.group.heads, k.device)
-        _keep(layer_call, store, *(t[:, at] for t in layer_call.kept))
+        kept = layer_call.kept
+        if len(layer.stores) > 1:
+            at = layer_plan.at(store.group.heads, k.device)
+            kept = (t[:, at] for t in kept)
+        _keep(layer_call, store, *kept)
     return out
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hfsparse
-from hfsparse.errors import PatchError
+from hfsparse.errors import CacheError, PatchError
 from hfsparse.lists import FULL
 from hfsparse.runtime.call import drafting
 from tests import hybrids
@@ -229,6 +229,18 @@ def test_every_way_of_generate_gives_the_dense_models_tokens(way):
     if states := way.get("output_hidden_states") and got.hidden_states:
         assert [len(step) for step in states] == [len(step) for step in want.hidden_states]
         assert [step[-1].shape for step in states] == [s[-1].shape for s in want.hidden_states]
+
+
+def test_a_saved_cache_goes_on_in_exact_mode_alone(tmp_path):
+    model, ids = tiny("llama"), tokens(1, 150)
+    want = generate(model, ids, new=8).sequences.tolist()
+    with hfsparse.patch(model, families.mixed(model), exact=True) as handle:
+        handle.save(of_cache(generate(model, ids[:, :140], new=1)), tmp_path / "cache")
+        cache = handle.load(tmp_path / "cache")
+        assert generate(model, ids, cache=cache, new=8).sequences.tolist() == want
+    told = pytest.raises(CacheError, match=r"was saved with plan .*, exact, and here it is")
+    with hfsparse.patch(model, families.mixed(model)) as handle, told:
+        handle.load(tmp_path / "cache")
 
 
 def test_an_assistant_drafts_alone():

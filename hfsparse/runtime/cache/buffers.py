@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
 
 AT_ONCE = 1024  # pages
+ALL = slice(None)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -23,10 +25,17 @@ def runs_of_rows(lengths: Lengths):
     """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
     past, new = lengths.past, lengths.new
     if len(set(past)) == len(set(new)) == 1:
-        yield slice(None), past[0], new[0]
+        yield ALL, past[0], new[0]
         return
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         yield slice(b, b + 1), p, n
+
+
+def put(held: Tensor, new: Tensor, rows: slice, first: int, n: int) -> None:
+    """The first n slots of new `[B, H, Q, ...]` into held, from slot `first` on, in these rows."""
+    held[rows, :, first : first + n] = (
+        new if n == new.shape[2] and rows == ALL else new[rows, :, :n]
+    )
 
 
 def at_once(pages: range) -> Iterator[range]:
@@ -49,3 +58,17 @@ def new_buffer(t: Tensor, *shape: int) -> Tensor:
         return t.new_empty(shape)
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+
+def filled(t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+    """The slots of t `[B, H, n, ...]`, each of `unit` tokens, that rows of so many tokens fill.
+
+    Whole pages, as many as the longest row has; zeros where another row has none.
+    """
+    t = t[:, :, : -(-max(rows) // PAGE) * PAGE // unit]
+    ends = [-(-n // unit) for n in rows]
+    if min(ends) < t.shape[2]:
+        t = t.clone()
+        for b, end in enumerate(ends):
+            t[b, :, end:] = 0
+    return t

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
@@ -35,22 +36,30 @@ class Full(Store):
         self.built: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
-        shape = (len(k), len(self.group.heads), 0)
+        shape = (k.shape[0], len(self.group.heads), 0)
         self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
         self._create_index(k, shape)
 
     def _create_index(self, k: Tensor, shape: tuple[int, int, int]) -> None:
         """Of no page yet."""
-        self.built = [0] * len(k)
+        self.built = [0] * k.shape[0]
         if (selector := self.group.selector) is None:
             return
-        # Pages of no row tell the shapes, and cost the device nothing.
-        pages = (t.new_empty(0, shape[1], 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
-        real = k.new_empty(0, shape[1], 1, PAGE, 1, dtype=torch.bool)
-        for name, row in self._index_of(*pages, real).items():
-            self.index[name] = k.new_empty(*shape, *row.shape[3:], dtype=row.dtype)
+        for name, (sizes, dtype) in self._index_shapes().items():
+            self.index[name] = k.new_empty(*shape, *sizes, dtype=dtype)
         if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
+
+    def _index_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Of each part of the index: what a page of a head has there."""
+        known, asked = self.group.index_shapes, (self.k.shape[-1], self.v.shape[-1], self.k.dtype)
+        if asked not in known:  # pages of no row tell it, and cost the device nothing
+            H = len(self.group.heads)
+            pages = (t.new_empty(0, H, 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
+            real = self.k.new_empty(0, H, 1, PAGE, 1, dtype=torch.bool)
+            made = self._index_of(*pages, real).items()
+            known[asked] = {name: (t.shape[3:], t.dtype) for name, t in made}
+        return known[asked]
 
     def tensors(self) -> list[Tensor]:
         last = () if self.choice is None else self.choice.tensors()
@@ -121,7 +130,7 @@ class Full(Store):
         """As `append`, where there is room."""
         for rows, p, n in runs_of_rows(lengths):
             for held, new in self.beside(k, v):
-                held[rows, :, p : p + n] = new[rows, :, :n]
+                put(held, new, rows, p, n)
             if self.index and n:
                 self._summarise_held(rows, p, p + n)
 
@@ -210,3 +219,20 @@ class Full(Store):
             return self.index
         pages = -(-length // PAGE)
         return {name: t[:, :, :pages] for name, t in self.index.items()}
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        choice = []
+        if self.choice is not None:
+            width = self.group.selector.budget.width(-(-max(rows) // PAGE), PAGE)
+            pages, *rest = self.choice.tensors()
+            choice = [pages[..., :width], *rest]
+        index = {name: self._filled(t, rows, PAGE) for name, t in self.index.items()}
+        return {**super().state(rows), "index": index, "choice": choice, "built": [*self.built]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.index, self.built = state["index"], state["built"]
+        self.choice = Choice(*state["choice"]) if state["choice"] else None
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return filled(t, rows, unit)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from hfsparse.evictions import Eviction
 from hfsparse.lists import FULL, Band
@@ -21,6 +23,11 @@ class Group:
     bits: int = 16  # of a number in full pages; 16: it has the model's own type
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
     reads: Band = FULL  # of a full store: a step reads the pages that hold some key of this band
+
+    @cached_property
+    def index_shapes(self) -> dict[tuple, dict[str, Any]]:
+        """Where stores note how large a page's index is, for keys of a width and type."""
+        return {}
 
     @property
     def chosen(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
 from hfsparse.stats import Work
 
+DEFAULT = "use the default cache, and for less memory a plan whose cache words have bits: 8 or 4"
+
 
 @dataclass(frozen=True)
 class Held:
@@ -43,6 +46,8 @@ class Held:
     @classmethod
     def together(cls, parts: Sequence[Held]) -> Held:
         """Of a layer that runs several times a call, each time with a cache of its own."""
+        if len(parts) < 2:
+            return parts[0] if parts else NOTHING
         stores = [store for part in parts for store in part.stores]
         return cls(stores, sum(part.column for part in parts), parts[0].window)
 
@@ -106,7 +111,7 @@ class CacheLayer(CacheLayerMixin):
     # -- what transformers calls ----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.rows = [0] * len(key_states)
+        self.rows = [0] * key_states.shape[0]
         for store in self.stores:
             store.create(key_states, value_states)
         self.device, self.is_initialized = key_states.device, True
@@ -129,9 +134,9 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        if len(key_states) != len(self.rows):
+        if (rows := key_states.shape[0]) != len(self.rows):
             raise CacheError(
-                f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
+                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
                 "pass a batch of the same size, or a new cache"
             )
         self.seen += key_states.shape[-2]
@@ -239,7 +244,7 @@ class CacheLayer(CacheLayerMixin):
                 store.select(picked)
 
     def offload(self) -> None:
-        raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")
+        raise CacheError(f"offloaded caches are not supported under hfsparse: {DEFAULT}")
 
     # -- what the attention function calls -------------------------------------------------------
 
@@ -269,16 +274,18 @@ class CacheLayer(CacheLayerMixin):
     def held(self) -> Held:
         """What its buffers take."""
         own = [
-            (s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity, s.lacks, s.fixed)
+            (s.group.heads, sum([t.nbytes for t in s.tensors()]), s.capacity, s.lacks, s.fixed)
             for s in self.stores
         ]
         return Held(own, self.column_bytes(), self.window)
 
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
-        heads = sum(len(store.group.heads) for store in self.stores)
-        dims = sum(t.shape[3] for t in self.stores[0].held())
-        return len(self.rows) * heads * dims * self.stores[0].k.element_size()
+        heads, first = 0, self.stores[0]
+        for store in self.stores:
+            heads += len(store.group.heads)
+        dims = sum([t.shape[3] for t in first.held()])
+        return len(self.rows) * heads * dims * first.k.itemsize
 
     def dense_bytes(self) -> int:
         """Bytes of the stock cache: every column, or the model's window, of every row and head."""
@@ -299,6 +306,20 @@ class CacheLayer(CacheLayerMixin):
         if lengths.past != self.rows:
             raise self._other_past(lengths.past)
         self.rows = lengths.rows
+
+    def state(self) -> dict[str, Any]:
+        """What it holds, as `Store.state` tells it of each store."""
+        stores = [store.state(self.rows) for store in self.stores]
+        own = {"seen": self.seen, "expected": self.expected, "rows": [*self.rows]}
+        return {**own, "stores": stores}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what `state` told of a layer with the same groups; this one is new."""
+        self.seen = self.stored = state["seen"]
+        self.expected, self.rows = state["expected"], state["rows"]
+        for store, held in zip(self.stores, state["stores"], strict=True):
+            store.load(held)
+        self.device, self.is_initialized = self.stores[0].k.device, True
 
     def _other_past(self, past: list[int]) -> CacheError:
         return CacheError(

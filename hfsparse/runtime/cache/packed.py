@@ -81,6 +81,13 @@ class PackedStore(Store):
         super().restore(before[0])
         self.exact = before[1]
 
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {**super().state(rows), "exact": [*self.exact]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.pages, self.exact = state["pages"], state["exact"]
+
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         self._begin_anew(rows)
         return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
@@ -176,6 +183,18 @@ class PackedFull(PackedStore, Full):
         super().select(picked)
         self._share()
 
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        own = {name: t for name, t in self.pages.items() if t is not self.index.get(name)}
+        pages = {name: self._filled(t, rows, PAGE) for name, t in own.items()}
+        return {**super().state(rows), "pages": pages}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._share()
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return super()._filled(t, rows, unit) if unit == PAGE else t  # not of the newest tokens
+
     def _grow(self, tokens: int) -> None:
         pages = -(-tokens // PAGE)
         self._grow_index(pages)
@@ -232,6 +251,9 @@ class PackedRing(PackedStore, Ring):
             name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
             for name, t in self.pages.items()
         }
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {**super().state(rows), "pages": {**self.pages}}
 
     def most(self, tokens: int) -> int:
         return -(-(self.band.widest(tokens) + self.slack) // PAGE) * PAGE

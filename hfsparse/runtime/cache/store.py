@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -51,3 +52,19 @@ class Store:
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""
         return zip(self.held(), (k, v), strict=False)
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What it holds of rows of so many tokens, as a file keeps it: tensors, and the host's
+        numbers, in dicts and lists. A new store of the same group goes on from it by `load`.
+
+        Each kind says it for itself: one that inherits this may hold more, and is not saved.
+        """
+        return {"held": [self._filled(t, rows) for t in self.held()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what `state` told, on the device where its tensors are now."""
+        self.hold(*state["held"])
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        """Of a buffer whose slots have `unit` tokens each, what such rows may have there: all."""
+        return t
