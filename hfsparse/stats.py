@@ -9,7 +9,7 @@ sliding windows. A head counts by its work, and layers without attention count n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 
 FIGURES = ("pair_density", "block_density", "cache_share", "decode_share")
@@ -22,6 +22,13 @@ class Work:
 
     done: Sequence[float] = ()
     dense: Sequence[float] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Work]) -> Work:
+        """Of the heads of all parts."""
+        return cls(
+            [x for each in parts for x in each.done], [x for each in parts for x in each.dense]
+        )
 
     @property
     def shares(self) -> list[float]:
@@ -43,6 +50,15 @@ class LayerStats:
     window: int | None = None  # the model's own sliding window, in tokens
     evicting: int = 0  # kv heads that keep what an eviction chose
     state_bytes: int = 0  # of a linear layer's state, which no plan changes: in no share
+
+    @classmethod
+    def joined(cls, parts: Sequence[LayerStats]) -> LayerStats:
+        """One layer, whose heads are those of its parts, in their order."""
+        works = ("pairs", "blocks", "reads", "cache", "tiles")
+        heads = {name: Work.joined([getattr(each, name) for each in parts]) for name in works}
+        for name in ("kv_bytes", "cut"):
+            heads[name] = [x for each in parts for x in getattr(each, name)]
+        return replace(parts[0], **heads, evicting=sum(each.evicting for each in parts))
 
     @property
     def pair_density(self) -> list[float]:
@@ -87,6 +103,13 @@ class Stats:
 
     layers: Sequence[LayerStats]
     drafts: Drafts | None = None  # in exact mode, where `decode_share` is of drafting steps
+    whose: str = ""  # heads these are, where it is not all
+
+    @classmethod
+    def joined(cls, parts: Sequence[Stats]) -> Stats:
+        """Of one model, whose heads are those of its parts, in their order."""
+        layers = zip(*(each.layers for each in parts), strict=True)
+        return cls([LayerStats.joined(each) for each in layers])
 
     @property
     def pair_density(self) -> float:
@@ -146,7 +169,8 @@ class Stats:
     def __str__(self) -> str:
         mib = 1 << 20
         held = sum(sum(layer.cache.done) for layer in self.layers)
-        head = (
+        head = f"{self.whose}: " if self.whose else ""
+        head += (
             f"{self._densities}, cache {held / mib:.1f} of "
             f"{self.kv_bytes_dense / mib:.1f} MiB ({_show(self.cache_share)})"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from hfsparse.errors import Error, UsageError
 from hfsparse.models.loading import DTYPES, hush
 
 _python_format = warnings.formatwarning
+SHARED = "hfsparse eval"  # the command that several processes may run together
 STOPPING = ("strict", "surrogateescape")  # Python opens streams with these unless told otherwise
 
 
@@ -47,12 +49,28 @@ class Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
+    def resolve_command(self, ctx, args):
+        name, command, left = super().resolve_command(ctx, args)
+        _refuse_ranks(f"{ctx.command_path} {name}")
+        return name, command, left
+
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face model.")]
 PLAN = "its file, a name that hfsparse plans lists, or hf://ORG/REPO/plan.yaml"
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN", help=f"A plan: {PLAN}.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 on a CPU).")]
+
+
+def _refuse_ranks(command: str) -> None:
+    """UsageError where several processes are started of a command that is one."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1" and not command.startswith(SHARED):
+        raise UsageError(
+            f"{command} is one process, and {ranks} were started: run it without "
+            f"torchrun or accelerate launch. Only {SHARED} shares its work, and a model "
+            "that ranks share follows a plan by hfsparse.patch"
+        )
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:

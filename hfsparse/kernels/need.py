@@ -52,6 +52,6 @@ class Kernel:
     run: Callable[..., Any]  # as the table's other rows: hfsparse/kernels/table.py
     why_not: Callable[[Need], str | None]
     fused: bool = False  # prefill: block lists cost no more host time or memory than whole rows
-    # decode: rows' lengths are read on the device, and nothing that lies beyond them: room in the
-    # cache costs nothing, and a step recorded as a CUDA graph serves longer rows too.
+    # decode and append: rows' lengths are read on the device, and nothing that lies beyond them:
+    # room in the cache costs nothing, and a step recorded as a CUDA graph serves longer rows too.
     device_lengths: bool = False

@@ -132,7 +132,10 @@ def _triton_decode(
 def _triton_by_store(
     q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
 ) -> Tensor:
-    run, sinks = _module("triton.decode_store").decode, logits.pop("s_aux", None)
+    run = _module("triton.decode_store").decode
+    if len(places.parts) == 1:
+        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **logits)
+    sinks = logits.pop("s_aux", None)
     ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)
@@ -144,6 +147,8 @@ def _triton_by_store(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
+        if part.packed is not None:
+            _module("triton.pack").pack(part, new.query_pos)
         if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
@@ -182,7 +187,7 @@ SELECT = (
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (
-    Kernel("Triton", _triton_append, _triton("append")),
+    Kernel("Triton", _triton_append, _triton("append"), device_lengths=True),
     Kernel("PyTorch", per_store.append, _always),
 )
 COUNT = (

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import FULL, PAGE, Band, HeadIndex
-from hfsparse.lists.packed import Packed
+from hfsparse.lists.packed import NEWEST, Packed
 
 COLUMNS = (
     *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
     *("low", "high"),  # its spans' minima and maxima, in units behind the layer's first key
     *("row", "slots"),  # slots from a batch row to the next; slots of the head itself
     *("span_row", "spans"),  # the same of minima and maxima; 0: none are kept
-    *("sink", "size"),  # position p >= sink lies in slot sink + (p - sink) % size
+    # position p >= sink lies in slot sink + (p - sink) % size; of packed keys the newest do
+    *("sink", "size"),
     *("recent", "rate"),  # beyond the sink a query reads its last recent + rate * position keys,
     "chunked",  # or, where this is set, those from the newest multiple of `recent` on;
     "below",  # in rows of fewer tokens all that is held
@@ -143,7 +144,8 @@ class Table:
                 each = part.low.shape[3] if part.low.ndim == 5 else 1
                 spans, span = part.low.shape[2] * each, PAGE // each
             band, H, N = part.band, len(part.heads), part.k.shape[2]
-            held = H * N, N, H * spans, spans, band.sink, part.size or NEVER
+            turn = (band.sink, part.size or NEVER) if part.packed is None else (0, NEWEST)
+            held = H * N, N, H * spans, spans, *turn
             held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]

@@ -18,11 +18,14 @@ import copy
 import os
 import warnings
 from collections.abc import Collection
+from functools import partial
 
+import torch
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
@@ -38,6 +41,7 @@ from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_model
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
+from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.graphs import Graphs
 
 __all__ = ["explain", "patch", "unpatch"]
@@ -64,6 +68,30 @@ def patch(
     nothing verified.
     """
     check_model(model)
+    group = group_of(model)
+    work = partial(_prepare, model, plan, allow, fuse, exact)
+    modules, state, extensions = together(group, work)
+    check_same(group, state.plan.hash()[:19] + ", fused" * fuse)
+    install(model, modules, state)
+    handle = Patched(model, state)
+    if extensions:
+        try:
+            together(group, partial(check_turns, model, extensions))
+        except BaseException:
+            handle.undo()
+            raise
+        handle.reset_stats()  # that token was nobody's
+    return handle
+
+
+def _prepare(
+    model: PreTrainedModel,
+    plan: Plan | str | os.PathLike | None,
+    allow: Collection[str],
+    fuse: bool,
+    exact: bool,
+) -> tuple[list[torch.nn.Module], State, dict[int, Extension]]:
+    """Modules that follow a plan, what a patch leaves on the model, and how rows are extended."""
     if is_patched(model):
         raise PatchError(
             f"this {type(model).__name__} is patched already: call handle.undo() or "
@@ -82,29 +110,22 @@ def patch(
         warnings.warn(
             f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
             "answers. Compare it with dense on your own questions, by hfsparse eval custom",
-            stacklevel=2,
+            stacklevel=4,
         )
     below = resolve_below(plan, model.device)
     shapes = layer_shapes(model)
     extensions, drafts = find_extensions(model, plan, shapes), None
+    shard = shard_of(model, modules, shapes)
+    linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
     if exact:
         layers = resolve_exact(plan, shapes, below)
-        if why := why_not_exact(model, plan, shapes, layers):
+        if why := why_not_exact(model, plan, shapes, layers, shard):
             raise PatchError(
                 f"exact=True can't be followed: {why}. Leave exact out, or give another plan"
             )
         drafts = Exact(Graphs([layer.draft for layer in layers], fuse=fuse))
     else:
-        layers = resolve_layers(plan, shapes, below, extensions)
-    graphs = Graphs(layers, linear=any(shape.has_state for shape in shapes), fuse=fuse)
-    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, drafts)
-    install(model, modules, state)
-    handle = Patched(model, state)
-    if extensions:
-        try:
-            check_turns(model, extensions)
-        except BaseException:
-            handle.undo()
-            raise
-        handle.reset_stats()  # that token was nobody's
-    return handle
+        layers = resolve_layers(plan, shapes, below, extensions, shard)
+    graphs = Graphs(layers, linear, fuse, agree)
+    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard, drafts)
+    return modules, state, extensions

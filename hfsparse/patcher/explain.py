@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
+from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.exact import MOST
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
@@ -41,6 +42,8 @@ def explain(model: PreTrainedModel) -> str:
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
+    if state.shard.ranks > 1:
+        lines.append(f"tensor parallel: {state.shard}, which is what is told here")
     need, step = _needs(model)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
@@ -116,7 +119,7 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif pattern.kind in EVICTIONS:
             yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
         elif pattern.kind in KEPT:
-            yield f"{name} ({pattern.kind}), cache: every key, in {pattern.bits} bits"
+            yield f"{name} ({pattern.kind}), cache: every key, in {said(pattern.bits)}"
         elif hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
@@ -149,7 +152,7 @@ def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Nee
         dropping = "ring" if layer.window is None else "windowed"
         kinds = Counter((_kind(g, dropping), g.bits) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        in_bits = {bits: "" if bits == 16 else f" in {bits} bits" for _, bits in kinds}
+        in_bits = {bits: "" if bits == 16 else f" in {said(bits)}" for _, bits in kinds}
         tokens = [(n, kind + in_bits[bits], reads[kind]) for (kind, bits), n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
+from hfsparse.models.sharding import Shard, group_of
+from hfsparse.models.sharding import gather as gather_from
 from hfsparse.patcher import saved
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.install import unpatch
@@ -38,9 +40,21 @@ class Patched(Handle):
         if text_decoder(self.model).__dict__.get("_hfsparse") is self._patch:
             unpatch(self.model)
 
-    def stats(self) -> Stats:
-        """Densities since the last reset, and KV bytes held after the last call with a cache."""
+    def stats(self, gather: bool = False) -> Stats:
+        """Densities since the last reset, and KV bytes held after the last call with a cache.
+
+        Where ranks share the heads (tensor parallel) they are those of this rank's; with
+        gather=True those of all, which every rank must ask for: one that asks alone waits.
+        """
         state = self._own_state()
+        own = self._own_stats(state)
+        if state.shard == Shard():
+            return own
+        if not gather:
+            return replace(own, whose=f"{state.shard}")
+        return Stats.joined(gather_from(group_of(self.model), own))
+
+    def _own_stats(self, state: State) -> Stats:
         states = [*state.states, *[0] * len(state.plan.layers)]
         layers = [
             LayerStats(state_bytes=n) for _, n in zip(state.plan.layers, states, strict=False)

@@ -52,7 +52,8 @@ def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.describe_shortage(
-        *(decoder, plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room)
+        *(decoder, plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
+        ranks=state.shard.ranks,
     )
 
 

@@ -138,12 +138,13 @@ def _longest_beside(config, plan, room, batch, chunk, itemsize) -> int:
 
 
 def describe_shortage(
-    decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int
+    decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int, ranks: int = 1
 ) -> str:
     """For a call that ran out of memory: what it needs under the plan, what dense does, what fits.
 
     Of a batch of rows of `tokens`, the last `chunk` of them new (0: all), on a device of `room`
-    bytes whose weights are those of `decoder` and its embedding once more, the head.
+    bytes whose weights are those of `decoder` and its embedding once more, the head. Where `ranks`
+    share the heads (tensor parallel) it is said of all their devices together.
     """
     gib, config = 2**30, decoder.config
     size = next(decoder.parameters()).element_size()
@@ -160,9 +161,11 @@ def describe_shortage(
     )
     if not room:
         return said
+    room *= ranks
     fits = _longest_beside(config, plan, room - weights, batch, chunk or CHUNK, size)
+    device = "the device has" if ranks == 1 else f"the devices of {ranks} ranks together have"
     return (
-        f"{said}; the device has {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
+        f"{said}; {device} {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
         f"prefill_chunk_size) {batch} x {fits:,} tokens fit, as far as nothing else is there; else "
         "shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )

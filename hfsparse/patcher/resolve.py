@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import FULL, PAGE, Band, HeadIndex
 from hfsparse.models.layers import LayerShape
 from hfsparse.models.loading import device_name
+from hfsparse.models.sharding import Shard
 from hfsparse.patterns.pattern import Pattern
 from hfsparse.plan import Below, Layer, Plan
 from hfsparse.runtime.cache.group import Group
@@ -25,6 +27,9 @@ from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_plan import LayerPlan, Mode
 from hfsparse.runtime.routes import Cases, routes_by_case
 from hfsparse.selectors.reuse import Reuse
+
+WHOLE = Shard()
+Bind = Callable[[Any, int, tuple[int, ...]], Any]  # a selector, a layer, heads: that selector there
 
 
 def resolve_below(plan: Plan, device: torch.device) -> Below:
@@ -40,19 +45,25 @@ def resolve_layers(
     shapes: Sequence[LayerShape],
     below: Below,
     extensions: Mapping[int, Extension] = MappingProxyType({}),
+    shard: Shard = WHOLE,
 ) -> list[LayerPlan]:
-    """Of the layers that have attention; shapes: of all layers of the plan's model."""
+    """Of the layers that have attention, for a shard's heads, which are numbered from 0 on.
+
+    shapes: of all layers of the plan's model, with all heads.
+    """
     owner, at, mode = uuid.uuid4().hex, HeadIndex(), Mode()
     steps, steps_of_readers = Counter(), Counter()
     indices = [index for index, shape in enumerate(shapes) if shape.attends]
-    sources, made = _sources(plan, indices), {}
-    for index in indices:
+    words_of = {index: _words(plan.layers[index], shapes[index], shard) for index in indices}
+    sources, made = _sources(plan, words_of), {}
+    for index, words in words_of.items():
         shape, source = shapes[index], made.get(sources.get(index))
-        words, ratio = _words(plan.layers[index], shape), shape.q_heads // shape.kv_heads
+        q_heads, kv_heads = len(words.prefill), len(words.cache)
+        ratio, bind = q_heads // kv_heads, partial(_bound, plan, shard.first(shape.kv_heads))
         if (producer := made.get(shape.producer)) is None:
-            groups, own_steps = _groups(plan, index, words, shape, source), steps
+            groups, own_steps = _groups(plan, index, words, shape, source, bind), steps
         else:
-            groups = _groups_of_reader(plan, words, producer, source)
+            groups = _groups_of_reader(plan, words, producer, source, bind)
             own_steps = steps_of_readers
         patterns = tuple(plan.patterns.get(word) for word in words.prefill)
         expanded = shape.rank > 0
@@ -61,10 +72,10 @@ def resolve_layers(
         made[index] = LayerPlan(
             owner=owner,
             index=index,
-            kv_heads=shape.kv_heads,
+            kv_heads=kv_heads,
             prefill=patterns,
             groups=groups,
-            cases=routes_by_case(patterns, range(shape.q_heads), rings, ratio, expanded),
+            cases=routes_by_case(patterns, range(q_heads), rings, ratio, expanded),
             store_cases=tuple(
                 _store_cases(patterns, group, rings, ratio, expanded) for group in groups
             ),
@@ -73,7 +84,7 @@ def resolve_layers(
             window=shape.window,
             chunked=shape.chunked,
             has_state=shape.has_state,
-            counts=Counts(shape.q_heads),
+            counts=Counts(q_heads),
             leads=not any(each.steps is own_steps for each in made.values()),
             source=source,
             shared=index in sources.values(),
@@ -110,11 +121,17 @@ def resolve_exact(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> lis
 
 
 def why_not_exact(
-    model: PreTrainedModel, plan: Plan, shapes: Sequence[LayerShape], layers: Sequence[LayerPlan]
+    model: PreTrainedModel,
+    plan: Plan,
+    shapes: Sequence[LayerShape],
+    layers: Sequence[LayerPlan],
+    shard: Shard = WHOLE,
 ) -> str | None:
     """Why a plan can't draft; None: it can. layers: as `resolve_exact` has them."""
     if not hasattr(type(model), "_get_logits_processor"):
         return f"{type(model).__name__} has no generate"
+    if shard != WHOLE:
+        return "ranks share its heads (tensor parallel)"
     if any(shape.has_state for shape in shapes):
         return "its linear layers can't take drafts back"
     if any("kept" in layer.decode for layer in plan.layers):
@@ -128,11 +145,11 @@ def why_not_exact(
     return None
 
 
-def _sources(plan: Plan, indices: Sequence[int]) -> dict[int, int]:
+def _sources(plan: Plan, words_of: Mapping[int, Layer]) -> dict[int, int]:
     """For layers that read another's choice of pages, that one: the last before them to choose."""
     last, found = None, {}
-    for index in indices:
-        selectors = [_selector(plan, word) for word in plan.layers[index].decode]
+    for index, words in words_of.items():
+        selectors = [_selector(plan, word) for word in words.decode]
         reuses = [isinstance(each, Reuse) for each in selectors if each is not None]
         if any(reuses):
             found[index] = last
@@ -141,16 +158,16 @@ def _sources(plan: Plan, indices: Sequence[int]) -> dict[int, int]:
     return found
 
 
-def _words(words: Layer, shape: LayerShape) -> Layer:
-    """A layer's words; all are full, and as many as it has heads, where it has others than a plan
-    has words for (`Plan.check` sees to that)."""
-    if (len(words.prefill), len(words.cache)) == shape.heads:
-        return words
-    return Layer(("full",) * shape.q_heads, *[("full",) * shape.kv_heads] * 2)
+def _words(words: Layer, shape: LayerShape, shard: Shard) -> Layer:
+    """A layer's words, of a shard's heads; all are full, and as many as it has heads, where it has
+    others than a plan has words for (`Plan.check` sees to that)."""
+    if (len(words.prefill), len(words.cache)) != shape.heads:
+        words = Layer(("full",) * shape.q_heads, *[("full",) * shape.kv_heads] * 2)
+    return Layer(*map(shard.own, (words.prefill, words.cache, words.decode)))
 
 
 def _groups(
-    plan: Plan, index: int, words: Layer, shape: LayerShape, source: LayerPlan | None
+    plan: Plan, index: int, words: Layer, shape: LayerShape, source: LayerPlan | None, bind: Bind
 ) -> tuple[Group, ...]:
     """A layer's kv heads by how their cache is kept and read."""
     groups: dict[Group, list[int]] = {}
@@ -163,17 +180,17 @@ def _groups(
         more = {"eviction": eviction, "bits": bits, "rank": shape.rank}
         kind = Group((), band, _selector(plan, decode), **more)
         groups.setdefault(kind, []).append(head)
-    return tuple(_group(plan, index, kind, tuple(own), source) for kind, own in groups.items())
+    return tuple(_group(index, kind, tuple(own), source, bind) for kind, own in groups.items())
 
 
 def _groups_of_reader(
-    plan: Plan, words: Layer, producer: LayerPlan, source: LayerPlan | None
+    plan: Plan, words: Layer, producer: LayerPlan, source: LayerPlan | None, bind: Bind
 ) -> tuple[Group, ...]:
     """Of a layer that reads another's keys: that one's, whose stores it reads by its own words."""
     found = []
     for group in producer.groups:
         kind = replace(group, selector=_selector(plan, words.decode[group.heads[0]]), reuses=())
-        found.append(_group(plan, producer.index, kind, group.heads, source))
+        found.append(_group(producer.index, kind, group.heads, source, bind))
     return tuple(found)
 
 
@@ -182,23 +199,26 @@ def _selector(plan: Plan, decode: str) -> Any:
 
 
 def _group(
-    plan: Plan, layer: int, kind: Group, heads: tuple[int, ...], source: LayerPlan | None
+    layer: int, kind: Group, heads: tuple[int, ...], source: LayerPlan | None, bind: Bind
 ) -> Group:
     """kv heads of a kind; those that reuse a choice find it at their places in the chooser's."""
     if kind.selector is None:
         return replace(kind, heads=heads)
     if not isinstance(kind.selector, Reuse):
-        return replace(kind, heads=heads, selector=_bound(plan, kind.selector, layer, heads))
+        return replace(kind, heads=heads, selector=bind(kind.selector, layer, heads))
     chooses = next(g.heads for g in source.groups if g.selector is not None)
     places = tuple(chooses.index(head) for head in heads)
     return replace(kind, heads=heads, selector=None, reuses=places)
 
 
-def _bound(plan: Plan, selector: Any, layer: int, heads: tuple[int, ...]) -> Any:
-    """A selector of these kv heads; PlanError for a table that does not fit them or their keys."""
+def _bound(plan: Plan, first: int, selector: Any, layer: int, heads: tuple[int, ...]) -> Any:
+    """A selector of these kv heads; PlanError for a table that does not fit them or their keys.
+
+    first: the plan's number of head 0.
+    """
     table, channels = plan.table_of(selector), plan.model.head_dim
     try:
-        bound = selector.bind(layer, heads, table)
+        bound = selector.bind(layer, tuple(first + head for head in heads), table)
         if table is not None:
             page = torch.empty(0, len(heads), 1, PAGE, channels, device="cpu")
             bound.summarise(page, page[..., :1].bool())

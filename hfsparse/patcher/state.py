@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
+from hfsparse.models.sharding import Shard
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
@@ -63,6 +64,7 @@ class State:
     layers: list[LayerPlan]  # of the layers that have attention
     configs: list[OwnConfig]
     graphs: Graphs
+    shard: Shard  # the heads of these layers that are this rank's
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.

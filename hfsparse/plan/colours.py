@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hfsparse.lists import Grid
+from hfsparse.lists.packed import width_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan.parts import kinds
 
@@ -83,7 +84,7 @@ def share_kept(pattern: Any, length: int) -> float:
     It only orders words: what a plan keeps of real prompts is in its `expected`.
     """
     if pattern.kind == FULL:
-        return pattern.bits / 16
+        return width_of(pattern.bits) / 16
     if pattern.kind not in PATTERNS:
         return getattr(pattern, "share", 0.0)
     drawn = torch.Generator().manual_seed(0)

@@ -107,13 +107,13 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
         if _reads(kept) not in (decode if decode in DROPPED else "full", BAD):
             text = "decode is ring where the cache is streaming, kept where it evicts, nowhere else"
             yield ("decode",), f"kv head {head} has cache {cache} and decode {decode}: {text}"
-        if getattr(patterns.get(decode), "means", False) and getattr(kept, "bits", 16) < 16:
+        if getattr(patterns.get(decode), "means", False) and getattr(kept, "bits", 16) != 16:
             yield (
                 ("decode",),
                 f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, with means "
                 "of whole keys: leave out one of the two",
             )
-        if segment_of(patterns.get(decode)) > PAGE and getattr(kept, "bits", 16) < 16:
+        if segment_of(patterns.get(decode)) > PAGE and getattr(kept, "bits", 16) != 16:
             yield (
                 ("decode",),
                 f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, which "

@@ -60,7 +60,7 @@ class ModelId:
         """
         whole = getattr(model_or_config, "config", model_or_config)
         is_config = whole is model_or_config
-        name = _class_name(whole) if is_config else type(model_or_config).__name__
+        name = _class_name(whole) if is_config else _own_class(type(model_or_config)).__name__
         try:
             values = attention_values(text_config(whole))
             sizes = {size: values[size] for size in UNITS}
@@ -70,6 +70,11 @@ class ModelId:
                 f"{name} is not a model that a plan can describe: {error}. "
                 "Give a decoder of transformers whose layers have equal heads, or its config"
             ) from error
+
+
+def _own_class(model: type) -> type:
+    """A model's class; fully_shard (FSDP) puts one of its own before it."""
+    return next(each for each in model.__mro__ if not each.__module__.startswith("torch."))
 
 
 def _class_name(config: Any) -> str:

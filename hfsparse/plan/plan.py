@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
+from hfsparse.lists.packed import said
 from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
 from hfsparse.plan.extend import DualChunk
@@ -227,7 +228,7 @@ class Plan:
             if shape.rank:
                 raise PlanError(
                     f"layer {index} keeps latents (MLA), which serve as keys and as values, and "
-                    f"{word} has {bits} bits: write a word of 16 bits, such as full, for its cache"
+                    f"{word} has {said(bits)}: write a word of 16 bits, such as full, for its cache"
                 )
             if odd := [d for d in (shape.head_dim, shape.value_dim) if bits == 4 and d % 2]:
                 raise PlanError(

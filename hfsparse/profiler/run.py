@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.rope import forget_lengths
+from hfsparse.models.sharding import group_of
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
 from hfsparse.patcher import supported
 from hfsparse.plan import ModelId, Plan
@@ -53,6 +54,12 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
 
 def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window: bool) -> None:
     """Raise UsageError for a model that can't be profiled, or not at these lengths."""
+    if group_of(model) is not None:
+        raise UsageError(
+            f"this {type(model).__name__} is tensor parallel, and a plan is measured and verified "
+            "on all heads at once: load it whole, or by device_map='auto', and patch the plan in "
+            "where ranks share the heads"
+        )
     ModelId.of(model)  # PlanError for what no plan can describe
     window = limit(model, beyond_window)
     problems = [

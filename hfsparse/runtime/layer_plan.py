@@ -90,7 +90,7 @@ class LayerPlan:
     @property
     def packs(self) -> bool:
         """Whether some kv heads keep numbers in fewer bits than they come in."""
-        return any(group.bits < 16 for group in self.groups)
+        return any(group.bits != 16 for group in self.groups)
 
     @property
     def evicting(self) -> int:

@@ -148,8 +148,8 @@ def refuse_other(
     if (query.shape[1], key.shape[1]) != heads:
         raise PatchError(
             f"layer {index} has {query.shape[1]} q and {key.shape[1]} kv heads, its config "
-            f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model (is it tensor "
-            "parallel?)"
+            f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model. Where ranks share "
+            "its heads, load it by from_pretrained(tp_plan='auto') and patch the whole of it"
         )
     if more.get("cu_seq_lens_q") is not None:
         raise PatchError(

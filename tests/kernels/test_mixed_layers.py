@@ -54,7 +54,7 @@ KEPT = [  # of rows that evict and rows that needn't
 PACKED = [  # beside a ring in the model's type
     Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), bits=4),
     Group((1,), Band(70, 40, 6554), bits=8),
-    Group((2,), selector=QUEST, bits=8),
+    Group((2,), selector=QUEST, bits="fp8"),
     Group((4,), bits=4),
     Group((5,), NEAR),
 ]

@@ -275,6 +275,25 @@ def choosing(model, below=(0, 0, 0), **quest) -> Plan:
     return plan_of(model, layer, below, **selectors)
 
 
+def packing(model, bits=4, below=(0, 0, 0), every=False, kinds=("quest", "ring", "full")) -> Plan:
+    """Chosen pages, rings and full heads in so many bits, of layer 0 or of every layer; any pattern
+    reads prompts."""
+    Hq, Hkv = heads(model)
+
+    def layer(index, windowed):
+        if index and not every:
+            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
+        own = [kinds[g % len(kinds)] for g in range(Hkv)]
+        prefill = [("full", "vs", "blocks", "r")[h % 4] for h in range(Hq)]
+        prefill = ["r" if own[h * Hkv // Hq] == "ring" else x for h, x in enumerate(prefill)]
+        return prefill, ["r" if x == "ring" else "packed" for x in own], own
+
+    ring = "streaming", dict(sink=2, recent=70, bits=bits)
+    quest = "quest", dict(share=0.1, min_pages=2)
+    named = dict(r=ring, quest=quest, packed=("full", dict(bits=bits)), vs=VS, blocks=BLOCKS)
+    return plan_of(model, layer, below, **named)
+
+
 def straddled(model) -> Plan:
     """Thresholds between the rows of `left_padded(260)`, crossed by some while generating."""
     return mixed(model, below=(250, 262, 256))

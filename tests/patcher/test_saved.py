@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.errors import CacheError, UsageError
+from hfsparse.models.sharding import Shard
 from hfsparse.patcher import saved
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.packed import PackedStore
@@ -228,6 +229,14 @@ def test_another_plan_or_model_is_refused(kept, make, plan, named):
         pytest.raises(CacheError, match=f"saved with {named}.*or read the prompt"),
     ):
         handle.load(kept)
+
+
+def test_a_rank_of_several_takes_no_other_heads(kept, monkeypatch):
+    model = tiny("llama")
+    with hfsparse.patch(model, streaming(model)) as handle:
+        monkeypatch.setattr(handle._patch, "shard", Shard(1, 2))
+        with pytest.raises(CacheError, match="heads all, and here it is rank 1 of 2"):
+            handle.load(kept)
 
 
 def test_tokens_are_compared(kept, tmp_path):

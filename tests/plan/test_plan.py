@@ -1128,3 +1128,15 @@ def test_keys_in_fewer_bits_are_refused_beside_extend(kept):
     plan.validate()
     with pytest.raises(PlanError, match=f"patterns.f keeps {kept.bits} bits, and extend reads"):
         dataclasses.replace(plan, patterns={"f": kept}).validate()
+
+
+@pytest.mark.parametrize("kept", [Full("fp8"), Streaming(8, 32, bits="fp8")])
+def test_bits_are_a_number_or_fp8(kept):
+    plan = dataclasses.replace(FULL, patterns={"f": kept})
+    text = plan.dumps()
+    assert "bits: fp8}" in text
+    assert Plan.loads(text) == plan
+    assert plan.hash != dataclasses.replace(plan, patterns={"f": Full(8)}).hash
+    for wrong in ("8.0", "fp4", "true"):
+        with pytest.raises(PlanError, match=r"f.bits is .*: give one of 16, 8, 4, fp8"):
+            Plan.loads(text.replace("fp8", wrong))

@@ -12,6 +12,7 @@ from hfsparse.runtime.graphs.obstacles import NoWait
 from hfsparse.runtime.graphs.weights import Weights
 from tests import frozen, latents
 from tests.kernels.interpreter import process
+from tests.patcher.families import packing
 from tests.support import models
 
 
@@ -68,6 +69,14 @@ def test_replayed_steps_over_latents_are_eager_steps_bit_for_bit(
     assert (replayed["graphs"], replayed["recorded"]) == (said, 1)
     wanted = {*frozen.LAUNCHES} if plan == "mixed" else {*frozen.LAUNCHES[:2]}
     assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
+    same(eager, replayed)
+
+
+def test_replayed_steps_over_packed_keys_are_eager_steps_bit_for_bit(interpreted):
+    """One row ends a page in the second step, the other in one that is replayed."""
+    eager, replayed = interpreted("qwen3", packing, length=126, pads=(0, 2), new=5)
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    assert eager["launched"] == replayed["launched"] == {*frozen.LAUNCHES}
     same(eager, replayed)
 
 

@@ -92,7 +92,7 @@ def find_floor(plan: Plan) -> int:
         for part, full in PARTS.items()
         if words[part] - full or (part == "prefill" and plan.skip is not None)
     ]
-    if any(getattr(plan.patterns.get(word), "bits", 16) < 16 for word in words["cache"]):
+    if any(getattr(plan.patterns.get(word), "bits", 16) != 16 for word in words["cache"]):
         floors.append(PAGE)  # of which the first is packed
     return min(floors, default=0)
 

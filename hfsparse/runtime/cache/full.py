@@ -187,11 +187,12 @@ class Full(Store):
         both, device = [t.unflatten(2, (-1, PAGE)) for t in (self.k, self.v)], position.device
         first, last = position[:, :1], position.amax(1, keepdim=True)
         spanned = torch.arange((Q + PAGE - 2) // PAGE + 1, device=device)
-        page = (first // PAGE + spanned).clamp(0, both[0].shape[2] - 1)  # [B, n]
+        page = (first // PAGE + spanned).clamp(0, self.capacity // PAGE - 1)  # [B, n]
         new = (page * PAGE <= last) & (page >= first // PAGE) & (first >= 0)
         row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
         real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
-        both = (t[row, :, page].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
+        lies = page % both[0].shape[2]  # of packed keys the newest pages are held
+        both = (t[row, :, lies].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
         for name, found in self._index_of(*both, real).items():
             held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
             kept = new.view(B, -1, *[1] * (found.ndim - 2))

@@ -8,6 +8,7 @@ from typing import Any
 
 from hfsparse.evictions import Eviction
 from hfsparse.lists import FULL, Band
+from hfsparse.lists.packed import Bits
 from hfsparse.selectors import Selector
 
 
@@ -20,7 +21,7 @@ class Group:
     selector: Selector | None = None  # bound; chooses pages for decode, its store keeps its index
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
     eviction: Eviction | None = None  # says which keys are kept; None: the band does
-    bits: int = 16  # of a number in full pages; 16: it has the model's own type
+    bits: Bits = 16  # of a number in full pages; 16: it has the model's own type
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
     reads: Band = FULL  # of a full store: a step reads the pages that hold some key of this band
 

@@ -29,7 +29,9 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
 from hfsparse.stats import Work
 
-DEFAULT = "use the default cache, and for less memory a plan whose cache words have bits: 8 or 4"
+DEFAULT = (
+    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8"
+)
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,10 @@ class CacheLayer(CacheLayerMixin):
     def take_back(self, drop: int) -> None:
         """Forget the newest `drop` tokens, and what was chosen and clustered with them."""
         rows = [max(n - drop, 0) for n in self.rows]
+        lost = self.seen - self.stored  # columns of a forward that was interrupted
+        now = [max(n - lost, 0) for n in self.rows]
         for store in self.stores:
-            store.check_crop(self.rows, rows)
+            store.check_crop(now, rows)
         self.seen -= drop
         self.stored = min(self.stored, self.seen)  # fewer after a forward that was interrupted
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
@@ -261,7 +265,7 @@ class CacheLayer(CacheLayerMixin):
     @property
     def packed(self) -> bool:
         """Whether some of its keys lie in fewer bits."""
-        return any(store.group.bits < 16 for store in self.stores)
+        return any(store.group.bits != 16 for store in self.stores)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
@@ -337,7 +341,7 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
-    packs = group.bits < 16
+    packs = group.bits != 16
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.group import Group
 
 
@@ -48,6 +49,11 @@ class Store:
 
     def forget(self, rows: Sequence[int]) -> None:
         """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
+
+    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, Store]]:
+        """Which of its heads are read together with a chunk, and a store of these alone, where it
+        is read before it stores the chunk."""
+        yield slice(None), self
 
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""

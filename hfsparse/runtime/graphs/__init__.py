@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +35,7 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
-from hfsparse.runtime.graphs.obstacles import OWN_HOOKS, NoWait, find_obstacle, only_moves_inputs
+from hfsparse.runtime.graphs.obstacles import FSDP, OWN_HOOKS, NoWait, find_obstacle, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.recording import (
     Graph,
@@ -53,6 +53,10 @@ from hfsparse.runtime.graphs.weights import Settings, Weights, ask_later
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.masks import row_starts
 
+# How a step is run. All ranks that share a model's heads run it alike, as the one that is ready for
+# least: what they sum up together must be summed as often on each, and recorded at once.
+EAGER, LIVE, RECORD, REPLAY = range(4)
+OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
 BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
 FEW = 8  # replays under which a graph was not worth its recording
@@ -72,10 +76,29 @@ class Steps:
         self.graph = self.warm = self.refused = None
 
 
+@dataclass(frozen=True)
+class Planned:
+    """How a step may be run: a graph is there for REPLAY, and a mask if it was not looked at."""
+
+    level: int
+    given: dict[str, Any]
+    rows: list[int]
+    lengths: Lengths | None = None  # where the mask was looked at
+    key: tuple | None = None
+    graph: Graph | None = None
+    mask: Tensor | None = None
+
+
 class Graphs:
     """The graphs of one patched model, each of one cache and a number of new tokens."""
 
-    def __init__(self, layers: list[LayerPlan], linear: bool = False, fuse: bool = False):
+    def __init__(
+        self,
+        layers: list[LayerPlan],
+        linear: bool = False,
+        fuse: bool = False,
+        agree: Callable[[int], int] | None = None,  # the least of what all ranks say
+    ):
         latents = any(layer.rank for layer in layers)
         self.layers, self.linear, self.fuse = layers, linear, fuse and not latents
         self.keeping = sum(layer_plan.producer is None for layer_plan in layers)  # keys
@@ -90,6 +113,7 @@ class Graphs:
             None
         )  # the cache that `stats` looked at
         self.lock = threading.Lock()
+        self.agree = agree or (lambda level: level)
         self.compiled = None
 
     def __reduce__(self):
@@ -114,16 +138,30 @@ class Graphs:
         states, steps = States(cache), self.kept.setdefault(first, {}).setdefault(Q, Steps())
         self.why = self.never or self.single.get(Q) or steps.refused or states.why_not()
         self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first, Q)
-        if self.why is None and Q > 1 and states:
-            self.why = "a step of several tokens goes another way through linear layers"
-        if self.why is None and not self.lock.acquire(blocking=False):
-            self.why = "another thread runs a step of this model"
-        if self.why is not None:
-            return forward(**kwargs)
+        if self.why is None and Q > 1:
+            self.why = self._why_single(states)
+        held = self.why is None and self.lock.acquire(blocking=False)
+        if not held:
+            self.why = self.why or "another thread runs a step of this model"
         try:
-            return self._step(forward, decoder, kwargs, layers, states, Q, steps)
+            step = self._plan(decoder, kwargs, layers, states, Q, steps) if held else None
+            level = self.agree(step.level if step else EAGER)
+            if step is None or level == EAGER:
+                self.why = self.why or OTHERS
+                return forward(**kwargs)
+            if level == REPLAY:
+                return self._replay(step, layers)
+            return self._first(forward, decoder, kwargs, layers, states, Q, steps, step, level)
         finally:
-            self.lock.release()
+            if held:
+                self.lock.release()
+
+    def _why_single(self, states: States) -> str | None:
+        """Why steps of several tokens are none."""
+        if states:
+            return "several tokens go another way through linear layers"
+        packs = any(layer.packs for layer in self.layers)
+        return "several tokens may pack a page of the cache on their way" if packs else None
 
     def _why_extended(self, first: CacheLayer, Q: int) -> str | None:
         """Why a step over rows too long for the model is none: its launches grow with them."""
@@ -136,7 +174,10 @@ class Graphs:
         for steps in self.kept.get(first, {}).values():
             steps.forget()
 
-    def _step(self, forward, decoder, kwargs, layers, states: States, Q: int, steps: Steps) -> Any:
+    def _plan(
+        self, decoder, kwargs, layers, states: States, Q: int, steps: Steps
+    ) -> Planned | None:
+        """How this rank is ready to run a step; None: eagerly, for the reason in `why`."""
         first, mask = layers[0], kwargs.get("attention_mask")
         if steps.graph is not None and steps.graph.stale():
             steps.forget()
@@ -145,28 +186,23 @@ class Graphs:
         if graph is not None and min(rows) > Q and graph.fits(asked, rows, states):
             if mask is None:
                 first.lengths(None, Q)
-            return self._replay(graph, given, layers, rows, mask)
-        lengths = first.lengths(row_starts(mask), Q)
-        if lengths.padded:
+            return Planned(REPLAY, given, rows, graph=graph, mask=mask)
+        step = self._looked_at(layers, given, mask, states, Q)
+        if step is None:
             self.why = "a row has fewer new tokens than others"
-            return forward(**kwargs)
-        past, rows = lengths.past, lengths.rows
-        for layer in layers:
-            for store in layer.stores:
-                store.room(past, rows)
-            layer.places()  # written now: a recorded step can't
-        key = (asked, *describe_buffers(layers, rows, states))
+            return None
+        rows, key = step.rows, step.key
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
             steps.forget()
             steps.moves = steps.moves + 1 if moved else 0
             if steps.moves > 1:
                 steps.refused = self.why = "its buffers move from step to step (beams?)"
-                return forward(**kwargs)
+                return None
             graph = None
         if graph is not None:
             graph.holds(layers, rows, states)
-            return self._replay(graph, given, layers, rows)
+            return replace(step, graph=graph)
         count, chose = steps.warm or (0, key[1])
         count = count + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
         steps.warm = count, key[1]
@@ -175,33 +211,49 @@ class Graphs:
         elif (why := self._lasting(decoder, first, states)) is not None:
             self.why = steps.refused = why
         if self.why is not None:
-            return forward(**kwargs)
-        return self._first(forward, decoder, kwargs, given, layers, states, lengths, key, steps)
+            return None
+        return replace(step, level=LIVE if count < WARM else RECORD)
+
+    def _looked_at(self, layers, given, mask, states: States, Q: int) -> Planned | None:
+        """A step whose mask was looked at, with room for its tokens; None: a row has fewer."""
+        lengths = layers[0].lengths(row_starts(mask), Q)
+        if lengths.padded:
+            return None
+        past, rows = lengths.past, lengths.rows
+        for layer in layers:
+            for store in layer.stores:
+                store.room(past, rows)
+            layer.places()  # written now: a recorded step can't
+        self.held = lambda: None  # buffers may have moved: what they take is told anew
+        key = (describe_call(given), *describe_buffers(layers, rows, states))
+        return Planned(REPLAY, given, rows, lengths, key)
 
     def _first(
-        self, forward, decoder, kwargs, given, layers, states, lengths, key, steps: Steps
+        self, forward, decoder, kwargs, layers, states, Q: int, steps: Steps, step: Planned, level
     ) -> Any:
         """A step run as it will be recorded, or the one that is recorded."""
-        rows, Q = lengths.rows, lengths.columns
+        if step.key is None:  # this rank could have replayed it
+            step = self._looked_at(layers, step.given, step.mask, states, Q)
+        given, rows, lengths = step.given, step.rows, step.lengths
         serving, before = self._serving(layers), []
         fuse = self.fuse and Q == 1  # each number of tokens would be compiled for itself
         try:
             before += states.copies()
             given = restride(given) if fuse else given
             call = states.settled(self._fused(decoder, states) if fuse else forward)
-            if steps.warm[0] < WARM:  # once as recorded: compiles, and shows what can't be
+            if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if fuse else NoWait():
                     output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
-            graph = Graph(call, given, lengths, key, serving, Weights(decoder))
-            if graph.weights.moved():
-                raise RuntimeError("its forward replaces weights or buffers")
+            steps.graph = None
+            graph = self._recorded(call, given, lengths, step.key, serving, Weights(decoder))
             graph.holds(layers, rows, states)
             steps.graph = graph
-            more = given, layers, states, lengths
-            output = self._checked(graph, call if fuse else None, forward, kwargs, *more)
+            step = replace(step, given=given, graph=graph)
+            fused = call if fuse else None
+            output = self._checked(step, fused, forward, kwargs, layers, states)
             graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
@@ -215,6 +267,19 @@ class Graphs:
                 self._give_up(Q, f"it can't be recorded, {told}")
         states.restore(before)
         return forward(**kwargs)
+
+    def _recorded(self, *what) -> Graph:
+        """A graph, if all ranks have one."""
+        try:
+            graph = Graph(*what)
+            if graph.weights.moved():
+                raise RuntimeError("its forward replaces weights or buffers")
+        except BaseException:
+            self.agree(False)
+            raise
+        if not self.agree(True):
+            raise RuntimeError("another rank couldn't record it")
+        return graph
 
     def _fused(self, decoder: nn.Module, states: States) -> Callable:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
@@ -247,28 +312,22 @@ class Graphs:
         for steps in self.kept.values():
             steps.pop(Q, None)
 
-    def _checked(
-        self, graph, fused, forward, kwargs, given, layers, states: States, lengths: Lengths
-    ) -> Any:
+    def _checked(self, step: Planned, fused, forward, kwargs, layers, states: States) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
 
         Equal bits are asked for, of the output and of the states that linear layers are left with,
         since no bound of a dtype's rounding would show one wrong page of many; where the model
         itself says something else each time, as near as it is to itself.
         """
-        before, were, rows, Q = (
-            snapshot_host(layers),
-            states.copies(),
-            lengths.rows,
-            lengths.columns,
-        )
+        given, rows, Q = step.given, step.rows, step.lengths.columns
+        before, were = snapshot_host(layers), states.copies()
         counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
             if fused is None:
                 return forward(**kwargs)
-            output = run_live(fused, given, lengths, self._serving(layers))
+            output = run_live(fused, given, step.lengths, self._serving(layers))
             self._passed(layers, rows)
             return output
 
@@ -284,9 +343,9 @@ class Graphs:
 
         wanted = left(run())
         take_back()
-        output = self._replay(graph, given, layers, rows)
+        output = self._replay(step, layers)
         found = left(output)
-        if all(map(torch.equal, found, wanted)):
+        if self.agree(all(map(torch.equal, found, wanted))):
             return output
         take_back()
         output = run()  # the replay may have stored other keys
@@ -295,8 +354,9 @@ class Graphs:
                 self._give_up(Q, "replayed, this model gives something else than eagerly")
         return output
 
-    def _replay(self, graph, given, layers, rows, mask: Tensor | None = None) -> Any:
+    def _replay(self, step: Planned, layers) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
+        graph, given, rows, mask = step.graph, step.given, step.rows, step.mask
         first, starts, Q = layers[0], ask_later(mask), rows[0] - layers[0].rows[0]
         if mask is not None and graph.states:
             first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
@@ -344,22 +404,25 @@ class Graphs:
             return "the profiler looks on"
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "hooks on every module"
+        if any(type(m).__module__.startswith(FSDP) for m in decoder.modules()):
+            return "its weights are gathered from other ranks (FSDP)"
         for name, module in decoder.named_modules():
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             # transformers' own, which collect outputs, stay where they were once asked for
             if name and not all(h.__module__.startswith(OWN_HOOKS) for h in hooks):
                 return f"a hook on {name}"
-            if name and "forward" in module.__dict__ and not only_moves_inputs(module):
+            if name and "forward" in module.__dict__ and not is_known(module):
                 return f"another forward on {name}"
         if any(
             group.eviction and group.eviction.adds_up for x in self.layers for group in x.groups
         ):
             return "each step ranks the keys that are kept, and evicts some"
-        store = first.stores[0]
-        if any(layer_plan.packs for layer_plan in self.layers):
-            return "keys in fewer bits are stored in PyTorch"
-        asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
-        asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
-        need = kernels.Need.of(store.k, store.k, store.v, **asked)
-        kernel = kernels.pick(running().tables.decode, need)
-        return None if kernel.device_lengths else f"its keys are read by {kernel.name}"
+        store, tables = first.stores[0], running().tables
+        for packed, lse in dict.fromkeys((each.packs, each.means) for each in self.layers):
+            asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
+            need = kernels.Need.of(store.k, store.k, store.v, **asked, packed=packed, lse=lse)
+            for table, done in ((tables.decode, "read"), (tables.append, "stored")):
+                kernel = kernels.pick(table, need)
+                if not kernel.device_lengths:
+                    return f"its keys are {done} by {kernel.name}"
+        return None

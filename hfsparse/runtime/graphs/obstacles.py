@@ -12,11 +12,15 @@ from transformers.cache_utils import Cache
 
 from hfsparse.runtime.call import running
 
+FSDP = "torch.distributed.fsdp"  # where classes of modules are from whose weights are gathered
 OWN_HOOKS = ("transformers.", "hfsparse.patcher")  # of modules whose steps can be recorded
 
 
-def only_moves_inputs(module: nn.Module) -> bool:
-    """Whether its forward is accelerate's, which brings inputs to the device of the weights."""
+def is_known(module: nn.Module) -> bool:
+    """Whether the forward that was put on a module can be recorded: accelerate's, which brings
+    inputs to the device of the weights, or transformers' of a tensor parallel projection."""
+    if getattr(module.forward, "__module__", "").startswith("transformers."):
+        return True
     hook = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
@@ -26,7 +30,7 @@ class NoWait(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in WAITS or (name in ("index", "index_put_") and _by_mask(args[1])):
+        if name in WAITS or (name in ("index", "index_put_") and _by_mask(*args[1:3])):
             raise RuntimeError(f"the host waits for {name}")
         made = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and args[name == "copy_"].is_cuda and not made.is_cuda:
@@ -37,8 +41,11 @@ class NoWait(TorchDispatchMode):
 WAITS = "_local_scalar_dense nonzero masked_select equal bincount _unique2 unique_dim".split()
 
 
-def _by_mask(indices) -> bool:
-    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+def _by_mask(indices, value: Tensor | None = None) -> bool:
+    """Whether places are looked for; one number of the host's fills a mask without that."""
+    fills = value is not None and value.numel() == 1 and value.device.type == "cpu"
+    masks = (t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+    return any(masks) and not fills
 
 
 class Through(Cache):

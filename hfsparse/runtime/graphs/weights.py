@@ -27,8 +27,15 @@ class Weights:
             if tensor is not None
         ]
         self.plain = [(table, name) for table, name, wrapped in held if not wrapped]
-        self.wrapped = [(table, name) for table, name, wrapped in held if wrapped]
         self.tables, self.names = zip(*self.plain, strict=True) if self.plain else ((), ())
+        self.wrapped, local = [], []  # any, and those whose parts are plain (DTensor)
+        for table, name, wrapped in held:
+            parts = _parts(table[name]) if wrapped else []
+            if any(is_traceable_wrapper_subclass(getattr(table[name], part)) for part in parts):
+                self.wrapped.append((table, name))
+            else:
+                local += [(table, name, part) for part in parts]
+        self.local = [*zip(*local, strict=True)] or [(), (), ()]
         self.lie = self._look()
 
     def moved(self) -> bool:
@@ -40,6 +47,9 @@ class Weights:
     def _look(self) -> list[int]:
         tensors = map(dict.__getitem__, self.tables, self.names)
         found = [*map(Tensor.data_ptr, tensors)]  # asked in each step: no Python for each of them
+        tables, names, parts = self.local
+        local = map(getattr, map(dict.__getitem__, tables, names), parts)
+        found += map(Tensor.data_ptr, local)
         for table, name in self.wrapped:
             found += _pointers(table[name])
         return found
@@ -49,8 +59,12 @@ def _pointers(t: Tensor) -> list[int]:
     """Where a tensor, or what it is made of, lies."""
     if not is_traceable_wrapper_subclass(t):
         return [t.data_ptr()]
-    inner, _ = t.__tensor_flatten__()
-    return [at for name in inner for at in _pointers(getattr(t, name))]
+    return [at for name in _parts(t) for at in _pointers(getattr(t, name))]
+
+
+def _parts(t: Tensor) -> list[str]:
+    """Names of the tensors that one is made of; of a DTensor a mesh is part, too."""
+    return [name for name in t.__tensor_flatten__()[0] if isinstance(getattr(t, name), Tensor)]
 
 
 def ask_later(mask: Tensor | None) -> Callable[[], list[int] | None]:
