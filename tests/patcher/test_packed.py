@@ -189,7 +189,7 @@ def test_a_plan_in_other_bits_keeps_the_same_keys(family):
     near = dict(sink=2, recent=70)
     more = dict(near=("streaming", near), far=("streaming", dict(sink=64, recent=256)))
     more |= dict(quest=("quest", {}), means=("quest", dict(means=True)))
-    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=64)), **more)
+    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=80)), **more)
     plan.expected = {64: {"pair_density": 0.5, "cache_share": 0.7, "cache_share_free": 0.6}}
     plan.made = {"method": "by hand", "verified": {"told": "lost nothing"}}
     four = plan.with_bits(4, model)
