@@ -189,7 +189,7 @@ def test_a_plan_in_other_bits_keeps_the_same_keys(family):
     near = dict(sink=2, recent=70)
     more = dict(near=("streaming", near), far=("streaming", dict(sink=64, recent=256)))
     more |= dict(quest=("quest", {}), means=("quest", dict(means=True)))
-    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=64)), **more)
+    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=128)), **more)
     plan.expected = {64: {"pair_density": 0.5, "cache_share": 0.7, "cache_share_free": 0.6}}
     plan.made = {"method": "by hand", "verified": {"told": "lost nothing"}}
     four = plan.with_bits(4, model)
@@ -210,6 +210,16 @@ def test_a_plan_in_other_bits_keeps_the_same_keys(family):
             held.append(handle.stats().kv_bytes)
         assert memory.cache_bytes(model.config, each, 700, itemsize=4)[0] == held[-1]
     assert held[1] < 0.9 * held[0]
+
+
+def test_what_lies_in_host_memory_stays_there_in_16_bits():
+    model = tiny("llama")
+    words = ["full"] * 4, ["away", "full"], ["quest", "full"]
+    away = "full", dict(host=True, hot=0.5)
+    plan = plan_of(model, lambda *at: words, away=away, quest=("quest", {}))
+    four = plan.with_bits(4, model)
+    assert {layer.cache for layer in four.layers} == {("away", "full-int4")}
+    assert four.layers == memory.in_few_bits(model.config, plan).layers
 
 
 def test_what_cannot_be_packed_is_refused_in_a_sentence():
