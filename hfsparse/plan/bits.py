@@ -34,9 +34,9 @@ def find_units(
 ) -> Iterator[Unit]:
     """The kv heads that may keep their keys in fewer bits.
 
-    Not those of layers with a window of their own or latents (MLA), nor those that evict, are rings
-    of fewer than SMALLEST tokens, or are read by means or segments of whole keys; layers that read
-    another's keys do as that one.
+    Not those of layers with a window of their own or latents (MLA), nor those that evict, lie in
+    host memory, are rings of fewer than SMALLEST tokens, or are read by means or segments of whole
+    keys; layers that read another's keys do as that one.
     """
     for index, shape in enumerate(shapes):
         if not shape.free or shape.rank:

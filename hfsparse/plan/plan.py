@@ -144,8 +144,8 @@ class Plan:
         if not units:
             raise PlanError(
                 f"no kv head of this plan can keep its keys in {said(bits)}: latents (MLA), "
-                "windows of a model's own, evictions, means and segments need 16. Use the plan as "
-                "it is"
+                "windows of a model's own, evictions, keys in host memory, means and segments need "
+                "16. Use the plan as it is"
             )
         layers, patterns = in_bits(self.layers, self.patterns, bits, units)
         words = {w for each in layers for w in (*each.prefill, *each.cache, *each.decode)}
