@@ -290,8 +290,8 @@ def layer(length: int, batch: int) -> None:
     q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
     held = torch.full((batch,), length, device="cuda")
     new_tokens = NewTokens(Lengths.of(None, length - 1, 1, batch), held, held[:, None] - 1)
-    need = kernels.Need.of(q, *made[0], block=PAGE, lists=True)
-    append = kernels.pick(kernels.APPEND, need).run
+    asked = {"block": PAGE, "lists": True}
+    append = kernels.pick(kernels.APPEND, kernels.Need.of(q, *made[0], **asked)).run
     spent = {}
 
     def timed(name: str, call: Callable) -> None:
@@ -306,7 +306,8 @@ def layer(length: int, batch: int) -> None:
 
     def read(places, lists=None):
         listed = [lists if part.listed else None for part in places.parts]
-        decode = kernels.pick(kernels.DECODE, need._replace(packed=places.packed)).run
+        need = kernels.Need.of(q, *made[0], **asked, packed=places.packed)
+        decode = kernels.pick(kernels.DECODE, need).run
         return decode(q, places, new_tokens, listed, scale=scale)
 
     timed("append", lambda i: append(new, new, plain[i], new_tokens))
