@@ -80,18 +80,17 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
     return Plan(this, patterns, (words,) * this.layers, Below())
 
 
-def random_keys(model, batch: int, length: int) -> Tensor:
-    """Of a layer, or values."""
+def random_keys(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Keys, or values, of one layer, `[batch, kv heads, length, head dim]`."""
     config = model.config
     shape = batch, config.num_key_value_heads, length, config.head_dim
     return torch.randn(shape, device=model.device, dtype=model.dtype)
 
 
-def filled_cache(model, batch: int, length: int, room: int) -> Cache:
+def filled_cache(model: PreTrainedModel, batch: int, length: int, room: int) -> Cache:
     """A patched model's cache that has seen `length` random tokens, with room for more."""
-    cache = DynamicCache()
+    cache, lengths = DynamicCache(), Lengths.of(None, 0, length, batch)
     adopt(cache, text_decoder(model), reserve=length + room)
-    lengths = Lengths.of(None, 0, length, batch)
     for layer in cache.layers:
         k, v = random_keys(model, batch, length), random_keys(model, batch, length)
         layer.lazy_initialization(k, v)

@@ -18,7 +18,7 @@ from hfsparse.errors import Error, UsageError
 from hfsparse.models.loading import DTYPES, hush
 
 _python_format = warnings.formatwarning
-SHARED = "hfsparse eval"  # the command that several processes may run together
+SHARED = "eval"  # the command that several processes may run together
 STOPPING = ("strict", "surrogateescape")  # Python opens streams with these unless told otherwise
 
 
@@ -51,7 +51,8 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx, args):
         name, command, left = super().resolve_command(ctx, args)
-        _refuse_ranks(f"{ctx.command_path} {name}")
+        first, *_ = *ctx.command_path.split()[1:], name
+        _refuse_ranks(first)
         return name, command, left
 
 
@@ -65,10 +66,10 @@ Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (auto is float32 
 def _refuse_ranks(command: str) -> None:
     """UsageError where several processes are started of a command that is one."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1" and not command.startswith(SHARED):
+    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1" and command != SHARED:
         raise UsageError(
-            f"{command} is one process, and {ranks} were started: run it without "
-            f"torchrun or accelerate launch. Only {SHARED} shares its work, and a model "
+            f"hfsparse {command} is one process, and {ranks} were started: run it without "
+            f"torchrun or accelerate launch. Only hfsparse {SHARED} shares its work, and a model "
             "that ranks share follows a plan by hfsparse.patch"
         )
 
@@ -122,15 +123,15 @@ def own_file(plan: str) -> Path:
     return Path(plan)
 
 
-def parse_lengths(words: str) -> tuple[int, ...]:
-    """Token counts, each once, from `1024,2048`."""
+def parse_counts(words: str, name: str) -> tuple[int, ...]:
+    """Whole numbers of 1 or more, each once, from `1024,2048`; `name` is the option's."""
     try:
-        lengths = tuple(dict.fromkeys(int(word) for word in words.split(",")))
+        counts = tuple(dict.fromkeys(int(word) for word in words.split(",")))
     except ValueError:
-        lengths = (0,)
-    if min(lengths) < 1:
-        raise UsageError(f"lengths is {words!r}: give token counts by commas, such as 1024,2048")
-    return lengths
+        counts = (0,)
+    if min(counts) < 1:
+        raise UsageError(f"{name} is {words!r}: give whole numbers by commas, such as 1024,2048")
+    return counts
 
 
 def check_window(model, beyond: bool, tokens: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Which kernel serves which need: six tables of capability checks, the first that fits wins.
+"""Which kernel serves which need: seven tables of capability checks, the first that fits wins.
 
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
@@ -18,6 +18,8 @@ SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLis
     many keys the lists hold, it is raised.
 APPEND(k, v, into, new) -> None
     A step's new tokens into all stores of a layer; there is room for them.
+FETCH(hot, lists, length, read) -> PageLists
+    As `fetch.fetch`: of a store whose keys lie in host memory, before a step reads it.
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 """
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.kernels import dense, per_store, plain, reference
+from hfsparse.kernels import dense, fetch, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
@@ -149,6 +151,9 @@ def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     for part in into.parts:
         if part.packed is not None:
             _module("triton.pack").pack(part, new.query_pos)
+        if part.hot is not None:
+            given = into.at.tensor(part.heads, k.device), new.query_pos
+            _module("triton.write_out").write_out(part.hot, k, v, *given)
         if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
@@ -190,6 +195,10 @@ APPEND = (
     Kernel("Triton", _triton_append, _triton("append"), device_lengths=True),
     Kernel("PyTorch", per_store.append, _always),
 )
+FETCH = (
+    Kernel("Triton", _lazily("triton.fetch", "fetch"), _triton("fetch"), device_lengths=True),
+    Kernel("PyTorch", fetch.fetch, _always),
+)
 COUNT = (
     Kernel("Triton", _lazily("triton.count", "pairs"), _triton("count")),
     Kernel("PyTorch", plain.count, _always),
@@ -197,13 +206,14 @@ COUNT = (
 
 
 class Tables(NamedTuple):
-    """The six together: what a call's kernels are picked from."""
+    """The seven together: what a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
     estimate: tuple[Kernel, ...] = ESTIMATE
     select: tuple[Kernel, ...] = SELECT
     append: tuple[Kernel, ...] = APPEND
+    fetch: tuple[Kernel, ...] = FETCH
     count: tuple[Kernel, ...] = COUNT
 
 

@@ -38,7 +38,7 @@ from hfsparse.patcher.resolve import (
     why_not_exact,
 )
 from hfsparse.patcher.state import State, copy_configs, is_patched
-from hfsparse.patcher.supported import attention_modules, check_model
+from hfsparse.patcher.supported import attention_modules, check_host, check_model
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.extend import Extension
@@ -126,6 +126,7 @@ def _prepare(
         drafts = Exact(Graphs([layer.draft for layer in layers], fuse=fuse))
     else:
         layers = resolve_layers(plan, shapes, below, extensions, shard)
+    check_host(modules, layers)
     graphs = Graphs(layers, linear, fuse, agree)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard, drafts)
     return modules, state, extensions

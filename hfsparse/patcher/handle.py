@@ -72,6 +72,8 @@ class Patched(Handle):
                 Work(*layer.counts.skipped.T.tolist()),
                 layer.window,
                 layer.evicting,
+                held.outside(layer.kv_heads),
+                layer.counts.found(layer.kv_heads),
                 states[layer.index],
             )
         return Stats(layers, None if state.exact is None else replace(state.exact.drafts))

@@ -138,6 +138,8 @@ def why_not_exact(
         return "the plan evicts keys, and drafts are made from all"
     if any(layer.packs for layer in layers):
         return "the plan keeps keys in fewer bits, and drafts are verified by those of the model"
+    if any(layer.hosts for layer in layers):
+        return "the plan keeps keys in host memory, and drafts are verified by all of them"
     if plan.extend is not None:
         return "the plan has extend, by which long rows are read otherwise than the model does"
     if not any(group.chosen for layer in layers for group in layer.draft.groups):
@@ -177,7 +179,8 @@ def _groups(
         bits = getattr(kept, "bits", 16)
         if shape.window is not None:
             band = Band(0, shape.window, chunked=shape.chunked)
-        more = {"eviction": eviction, "bits": bits, "rank": shape.rank}
+        hot = kept.hot if getattr(kept, "host", False) else 0.0
+        more = {"eviction": eviction, "bits": bits, "hot": hot, "rank": shape.rank}
         kind = Group((), band, _selector(plan, decode), **more)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(index, kind, tuple(own), source, bind) for kind, own in groups.items())

@@ -93,6 +93,11 @@ class LayerPlan:
         return any(group.bits != 16 for group in self.groups)
 
     @property
+    def hosts(self) -> bool:
+        """Whether some kv heads keep their keys in host memory."""
+        return any(group.hot for group in self.groups)
+
+    @property
     def evicting(self) -> int:
         """How many kv heads of its own keep what an eviction chooses."""
         own = self.groups if self.producer is None else ()

@@ -45,12 +45,13 @@ def prefill(layer_call: LayerCall) -> Tensor:
 
 def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> None:
     """Store a prompt's or a chunk's keys and values, those of the store's heads."""
-    eviction = store.group.eviction
+    eviction, lengths = store.group.eviction, layer_call.lengths
     if eviction is None:
-        store.append(k, v, layer_call.lengths)
+        store.append(k, v, lengths)
+        store.settle(lengths.rows)
     else:
         q, at = layer_call.newest_queries(store.group.heads, eviction.watched)
-        store.take(k, v, layer_call.lengths, q, **layer_call.logits.of(at))
+        store.take(k, v, lengths, q, **layer_call.logits.of(at))
 
 
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:

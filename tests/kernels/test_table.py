@@ -1,4 +1,4 @@
-"""The six tables: what each row says of itself, and that nothing else is taken silently."""
+"""The seven tables: what each row says of itself, and that nothing else is taken silently."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def ask_all(folder: Path) -> dict[str, Any]:
         fully_shard(part, mesh=mesh)
     with hfsparse.patch(gathered, uneven(load(folder / "llama"))):
         found["fsdp"] = answer_padded(gathered)
-    return found | {"refused": said}
+    return found | {"refused": said, "plan": uneven(llama).hash()}
 
 
 def answer_replayed(model) -> dict[tuple[str, bool], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -333,12 +334,12 @@ def hybrid(family: str):
     return hybrids.hybrid(family)
 
 
-def packed(model):
+def keeping(model, **word):
     q, kv = families.heads(model)
     return plan_of(
         model,
-        lambda index, windowed: (["full"] * q, ["full8"] * kv, ["every"] * kv),
-        full8=("full", dict(bits=8)),
+        lambda index, windowed: (["full"] * q, ["keeps"] * kv, ["every"] * kv),
+        keeps=("full", word),
         every=families.QUEST,
     )
 
@@ -348,7 +349,8 @@ def packed(model):
     [
         (lambda: tiny("llama"), lambda model: None, "read every key"),
         (lambda: tiny("llama"), families.evicting, "evicts keys"),
-        (lambda: tiny("llama"), packed, "fewer bits"),
+        (lambda: tiny("llama"), partial(keeping, bits=8), "fewer bits"),
+        (lambda: tiny("llama"), partial(keeping, host=True, hot=1.0), "host memory"),
         (lambda: tiny("llama").model, some_pages, "LlamaModel has no generate"),
         (lambda: hybrid("granite"), hybrids.rings_and_pages, "take drafts back"),
     ],

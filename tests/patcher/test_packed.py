@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hfsparse
 from hfsparse.errors import PlanError, UsageError
 from hfsparse.lists import PAGE
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import ModelId, Plan
 from hfsparse.runtime.cache import packed as stores
 from tests import latents
-from tests.patcher.families import left_padded, packing, tiny, tokens
+from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import (
     both,
@@ -30,6 +32,7 @@ from tests.patcher.runs import (
     generate,
     same_generation,
 )
+from tests.support import models
 from tests.tiny import llama
 
 LENGTH = 170
@@ -167,6 +170,48 @@ def test_what_is_predicted_is_held(bits):
     assert "in fewer bits, new tokens: reference (PyTorch) (not Triton: needs a CUDA" in told
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
+def test_a_plan_in_other_bits_keeps_the_same_keys(family):
+    """And where it can't, its words: of windows, small rings, evictions, readers of whole keys."""
+    model = models.tiny(family) if family == "gemma3n" else tiny(family)
+    shapes = layer_shapes(model)
+
+    def words(index, windowed):
+        Hq, Hkv = heads(model)
+        kv = ["full"] * Hkv, ["full"] * Hkv
+        if index == 1 and not windowed and family == "llama":
+            kv = ["snap", "full"], ["kept", "means"]
+        elif shapes[index].window is None and family != "gemma3n":
+            ring = "near" if index == 1 else "far"
+            kv = ([ring] * Hkv, ["ring"] * Hkv) if index else (["full"] * Hkv, ["quest"] * Hkv)
+        return [word if word in ("near", "far") else "full" for word in kv[0][:1] * Hq], *kv
+
+    near = dict(sink=2, recent=70)
+    more = dict(near=("streaming", near), far=("streaming", dict(sink=64, recent=256)))
+    more |= dict(quest=("quest", {}), means=("quest", dict(means=True)))
+    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=64)), **more)
+    plan.expected = {64: {"pair_density": 0.5, "cache_share": 0.7, "cache_share_free": 0.6}}
+    plan.made = {"method": "by hand", "verified": {"told": "lost nothing"}}
+    four = plan.with_bits(4, model)
+    assert four.expected == {64: {"pair_density": 0.5}}
+    assert four.made.keys() == {"method", "in_bits"}
+    back = four.with_bits(8, model).with_bits(16, model)
+    assert back.layers == plan.layers
+    assert back.patterns.items() <= plan.patterns.items()
+    for own, other, shape in zip(plan.layers, four.layers, shapes, strict=True):
+        assert (own.prefill, own.decode) == (other.prefill, other.decode)
+        for word, new, read in zip(own.cache, other.cache, own.decode, strict=True):
+            stays = shape.window is not None or word == "near" or read in ("kept", "means")
+            assert (word == new) if stays else four.patterns[new].bits == 4
+    held = []
+    for each in (plan, four):
+        with hfsparse.patch(model, each) as handle:
+            forward(model, tokens(1, 700))
+            held.append(handle.stats().kv_bytes)
+        assert memory.cache_bytes(model.config, each, 700, itemsize=4)[0] == held[-1]
+    assert held[1] < 0.9 * held[0]
+
+
 def test_what_cannot_be_packed_is_refused_in_a_sentence():
     model = tiny("llama")
     plan = packing(model)
@@ -182,3 +227,5 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence():
         latent = latents.fresh("deepseek_v3")
         with pytest.raises(PlanError, match=r"layer 0 keeps latents.*packed has 4 bits: write"):
             hfsparse.patch(latent, packing(latent))
+        with pytest.raises(PlanError, match="no kv head of this plan can keep its keys in 4 bits"):
+            Plan.full(ModelId.of(latent)).with_bits(4, latent)

@@ -30,13 +30,13 @@ from tests.patcher.families import (
     growing,
     left_padded,
     mixed,
+    packing,
     rotated,
     streaming,
     tiny,
     tokens,
 )
 from tests.patcher.runs import continue_with, forward, generate
-from tests.patcher.test_packed import packing
 from tests.selectors.plans import labelled, segmented
 from tests.support.models import exists
 from tests.support.models import tiny as supported
@@ -58,7 +58,7 @@ CASES = {  # what is kept: model, plan
     "windows": (partial(tiny, "gemma3"), mixed),
     "evictions": (partial(tiny, "qwen3"), evicting),
     "4 bits": (partial(tiny, "qwen3"), partial(packing, every=True)),
-    "8 bits": (partial(tiny, "llama"), partial(packing, bits=8, below=(0, 0, 186), every=True)),
+    "fp8": (partial(tiny, "llama"), partial(packing, bits="fp8", below=(0, 0, 186), every=True)),
     "choices": (partial(tiny, "llama"), choosing),
     "labels": (partial(tiny, "qwen2"), labelled),
     "segments": (partial(tiny, "llama"), segmented),

@@ -15,6 +15,7 @@ from tests.patcher.shared_work import (
     ask_each_head,
     load,
     save_models,
+    uneven,
 )
 
 WORKS = ("pairs", "blocks", "reads", "cache")  # by head
@@ -46,6 +47,10 @@ def same(got, want) -> None:
 def test_two_ranks_answer_as_one_process(whole, two, model, plan, way):
     for rank in two:
         same(rank[model][plan, way], whole[model][plan, way])
+
+
+def test_a_plan_is_of_the_whole_model(two, folder):
+    assert {rank["plan"] for rank in two} == {uneven(load(folder / "llama")).hash()}
 
 
 def test_as_many_ranks_as_kv_heads(whole, folder):

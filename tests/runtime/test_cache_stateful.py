@@ -44,7 +44,7 @@ SINKS = (  # however long their rows, these can go back to their first three tok
 KEPT = (
     Group((0, 4), eviction=SnapKV(20, 6, 3)),
     Group((1,), eviction=H2O(33, 9)),
-    Group((2, 3, 5), eviction=SnapKV(1, 8)),
+    Group((2, 3, 5), eviction=SnapKV(9, 8)),
 )
 MIXED = (Group((0,), Band(3, 10)), *SINKS[1:], Group((5,), Band(0, 40)))
 PACKED = (

@@ -20,7 +20,7 @@ from tests.support import models
 def interpreted():
     """A process in which Triton is interpreted, as a device of two processors: two shares of the
     keys of one row, merged, and one of several rows."""
-    with process(triton__decode__UNITS=2) as there:
+    with process(triton__decode__UNITS=2, triton__fetch__COPIES=2) as there:
         yield lambda *args, run=frozen.compare, **more: there(run, *args, **more)
 
 
@@ -42,6 +42,7 @@ def same(eager: dict, replayed: dict) -> None:
         ("gemma4_shared", "mixed", (150, 0)),
         ("llama4", "mixed", (150, 0)),
         ("llama", "snapkv", (150, 0)),
+        ("llama", "hosted", (150, 0)),
     ],
 )
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):
@@ -51,6 +52,7 @@ def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, p
     assert "no CUDA graphs on cpu" in eager["graphs"]
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     wanted = {*frozen.LAUNCHES} if plan in ("mixed", "choosing") else {*frozen.LAUNCHES[:2]}
+    wanted = {*frozen.LAUNCHES[::2], *frozen.FETCHES} if plan == "hosted" else wanted
     assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
     same(eager, replayed)
 
@@ -217,6 +219,17 @@ def test_weights_made_of_several_tensors_are_watched():
     assert not weights.moved()
     model.weight.b = torch.zeros(2)
     assert weights.moved()
+
+
+def test_a_mask_is_a_wait_unless_one_number_of_the_host_fills_it():
+    t = torch.ones(4)
+    mask = t > 0
+    with NoWait():
+        t[mask] = 2.0
+        for wait in (lambda: t[mask], lambda: t.index_put_((mask,), torch.ones(4))):
+            with pytest.raises(RuntimeError, match="the host waits for index"):
+                wait()
+    assert t.tolist() == [2.0] * 4
 
 
 def test_a_copy_to_the_host_is_a_wait():

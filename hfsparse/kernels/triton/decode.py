@@ -68,6 +68,8 @@ def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.packed:
         return "no keys in fewer bits"
+    if need.hosted:
+        return "no keys in host memory"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     most = WIDEST_LATENT if need.latents else WIDEST

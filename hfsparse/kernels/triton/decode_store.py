@@ -1,4 +1,4 @@
-"""A few new tokens over one store of a layer's cache, whose keys may lie in fewer bits.
+"""A few new tokens over one store of a layer's cache: keys in fewer bits, or in host memory.
 
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged; packed
@@ -45,7 +45,8 @@ def why_not(need: Need) -> str | None:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
         return f"{dims}: at most {WIDEST} is supported"
     *_, width = padded(need.head_dim, need.value_dim, False)
-    if tile_of(1, width, need.dtype.itemsize, str(need.device), False, True, True) is None:
+    more = {"packed": True, "parts": True}
+    if tile_of(1, width, need.dtype.itemsize, str(need.device), **more) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -64,7 +65,8 @@ def decode(
     """Attention `[B, H * ratio, Q, Dv]` of q `[B, H * ratio, Q, D]` over the H heads of a store.
 
     query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
-    row, the new ones included. pages: those that the store's heads read; None: every one.
+    row, the new ones included. pages: those that the store's heads read; None: every one. Of keys
+    in host memory it reads the hot set, where `pages.lies` says.
     """
     (B, Hq, Q, D), H, Dv = q.shape, len(part.heads), part.v.shape[3]
     out = q.new_empty(B, Hq, Q, Dv, dtype=part.v.dtype)
@@ -77,13 +79,15 @@ def decode(
     group, packed, band = Hq // H, part.packed, part.band
     DP, DVP, wide = padded(D, Dv, False)
     together = PAGE if pages is None else pages.unit
-    size, device = q.element_size(), str(q.device)
-    rows, stages, warps = tile_of(group * Q, wide, size, device, False, True, together < PAGE)
+    device, more = str(q.device), {"packed": True, "parts": together < PAGE}
+    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), device, **more)
     tiles = triton.cdiv(group * Q, rows)
     splits = splits_of(B * H * tiles, device)
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
+    moved = pages is not None and pages.lies is not None
     if pages is not None:
-        listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
+        plain = pages.pages.stride(-1) == 1 and not moved  # where units lie has the same strides
+        listed = pages.pages if plain else pages.pages.contiguous()
         count, width = pages.count, (*listed.stride()[:2], *pages.count.stride())
     unit, inner = scale * LOG2E.value, 0.0
     if softcap:
@@ -98,6 +102,7 @@ def decode(
     _decode_store[(B * H, splits, tiles)](
         *(q, *_held(part), shared, weight),
         *(query_pos.contiguous(), length.contiguous(), listed, count),
+        pages.lies.contiguous() if moved else listed,
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *q.stride()[:3],
         *(*width, H, Q, group * Q, slots, part.below),
@@ -114,6 +119,7 @@ def decode(
         NEWEST=NEWEST,
         TOGETHER=together,
         LISTED=pages is not None,
+        MOVED=moved,
         RING=part.size > 0,
         CHUNKS=band.chunked,
         HAS_SINKS=s_aux is not None,
@@ -179,8 +185,9 @@ def _unpack(
 
 
 @triton.jit
-def _newest(NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-            NEWEST: tl.constexpr):  # fmt: skip
+def _newest(
+    NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NEWEST: tl.constexpr,
+):  # fmt: skip
     """Keys or values `[PAGE, DP]` that lie as they came, at positions of a head."""
     channel, real = _channels(W, DP, BITS)
     at = NEW + (key % NEWEST).to(tl.int64)[:, None] * W + channel[None, :]
@@ -190,13 +197,13 @@ def _newest(NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexp
 @triton.jit(do_not_specialize="list_b list_h count_b count_h H Q rows slots below".split())
 def _decode_store(
     Q_, K, V, LOW, HIGH, LEAST, MOST, NEW_K, NEW_V, PART, WEIGHT,
-    QUERY_POS, LENGTH, PAGES, COUNT, SINKS,
+    QUERY_POS, LENGTH, PAGES, COUNT, LIES, SINKS,
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
     H, Q, rows, slots, below, keeps, size, sink, recent: tl.int64, rate: tl.int64, unit, inner,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BITS: tl.constexpr,
     FLOAT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
-    NEWEST: tl.constexpr, TOGETHER: tl.constexpr,
+    NEWEST: tl.constexpr, TOGETHER: tl.constexpr, MOVED: tl.constexpr,
     LISTED: tl.constexpr, RING: tl.constexpr, CHUNKS: tl.constexpr, HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +215,9 @@ def _decode_store(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     alive = row < rows
     length = tl.load(LENGTH + b).to(tl.int32)
-    live = tl.minimum(length, slots)  # slots that hold a key
+    live = length
+    if MOVED == 0:
+        live = tl.minimum(length, slots)  # slots that hold a key
     whole = length < below
     EACH: tl.constexpr = PAGE // TOGETHER  # units of a tile
     units = tl.cdiv(live, TOGETHER)
@@ -266,6 +275,10 @@ def _decode_store(
         if RING:
             key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
         lies = slot.to(tl.int64)
+        if MOVED:
+            seat = j * EACH + lane // TOGETHER
+            lies = tl.load(LIES + b * list_b + kv * list_h + seat, mask=seat < units, other=0)
+            lies = lies * TOGETHER + lane % TOGETHER
         if BITS == 16:
             k = load_rows(keys, D, lies, held, D, DP, True)
             v = load_rows(values, DV, lies, held, DV, DVP, True)

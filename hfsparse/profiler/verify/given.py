@@ -118,9 +118,9 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 def count_figures(job: Job, plan: Plan) -> dict[int, dict[str, float]]:
     """What the plan computes of the job's prompts, in mean, keeps and reads, by length."""
-    config, device = job.model.config, job.model.device
+    config, device, size = job.model.config, job.model.device, job.model.dtype.itemsize
     return {
-        n: predict(config, plan, n, each, device).figures()
+        n: predict(config, plan, n, each, device, size).figures()
         for n, each in _count_prompts(job, plan).items()
     }
 

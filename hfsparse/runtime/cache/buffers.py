@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.packed import NEWEST
 from hfsparse.precision import casts
 
 AT_ONCE = 1024  # pages
@@ -42,6 +43,26 @@ def at_once(pages: range) -> Iterator[range]:
     """A prompt's pages, as many at a time as are worked out in wide numbers."""
     for i in range(0, len(pages), AT_ONCE):
         yield pages[i : i + AT_ONCE]
+
+
+def join_begun(held: list[Tensor], new: list[Tensor], rows: slice, past: int) -> list[Tensor]:
+    """New keys and values `[b, H, n, D]` of some rows, behind those of the page that they go on.
+
+    held `[B, H, NEWEST, D]`: the newest pages, where position p lies at p % NEWEST.
+    """
+    if not (lead := past % PAGE):
+        return new
+    begun = slice((past - lead) % NEWEST, (past - lead) % NEWEST + lead)
+    return [torch.cat([old[rows, :, begun], t], 2) for old, t in zip(held, new, strict=True)]
+
+
+def hold_newest(held: list[Tensor], new: list[Tensor], rows: slice, pages: range) -> None:
+    """Put the last of these pages, of whose tokens `new` is made, among the newest."""
+    for page in range(max(pages.start, pages.stop - 2), pages.stop):
+        at = page * PAGE % NEWEST
+        for old, t in zip(held, new, strict=True):
+            part = t[:, :, (page - pages.start) * PAGE : (page - pages.start + 1) * PAGE]
+            old[rows, :, at : at + part.shape[2]] = part
 
 
 def lengthen(t: Tensor, size: int) -> Tensor:

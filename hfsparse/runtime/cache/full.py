@@ -24,6 +24,8 @@ PAIRS = 1 << 26  # tokens, times those of a segment, whose index is made togethe
 class Full(Store):
     """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
 
+    spare = 16  # it grows by one of so many parts
+
     def __init__(self, group: Group, reserve: int, below: int = 0):
         super().__init__(group)
         self.reserve, self.below = reserve, below
@@ -105,9 +107,12 @@ class Full(Store):
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
-            self._grow(max(need, self.reserve, self.capacity * 17 // 16))
+            self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+        self.settle(past)
+
+    def settle(self, rows: Sequence[int]) -> None:
         if self.segment > PAGE:
-            self._build(past)
+            self._build(rows)
 
     def forget(self, rows: Sequence[int]) -> None:
         """Let go of choices and segments that hold tokens which rows of so many have no more."""
@@ -134,7 +139,7 @@ class Full(Store):
             if self.index and n:
                 self._summarise_held(rows, p, p + n)
 
-    def _build(self, past: list[int]) -> None:
+    def _build(self, past: Sequence[int]) -> None:
         """Make the index of segments that have grown by a part or more since it was made last."""
         ends = [tokens_built(self.segment, n) for n in past]
         ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
@@ -169,6 +174,15 @@ class Full(Store):
         for name, found in self._index_of(keys, values, real).items():
             self.index[name][rows, :, first:last] = found
 
+    def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """As `_summarise_held`, of pages whose tokens are these, the last perhaps not whole."""
+        for part in at_once(pages) if self.index else ():
+            at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
+            own = [t[:, :, at] for t in new]
+            short = len(part) * PAGE - own[0].shape[2]
+            own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
+            self._summarise(rows, part, *own, length)
+
     def _index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
         """What is kept of pages of keys and values `[B, H, n, PAGE, D]`, of which some are real."""
         selector = self.group.selector
@@ -191,13 +205,16 @@ class Full(Store):
         new = (page * PAGE <= last) & (page >= first // PAGE) & (first >= 0)
         row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
         real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
-        lies = page % both[0].shape[2]  # of packed keys the newest pages are held
-        both = (t[row, :, lies].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
+        both = (t[row, :, self._where(page)].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
         for name, found in self._index_of(*both, real).items():
             held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
             kept = new.view(B, -1, *[1] * (found.ndim - 2))
             # A page that is named twice gets what it is given twice.
             held[row, :, page] = torch.where(kept, found, held[row, :, page]).to(held.dtype)
+
+    def _where(self, page: Tensor) -> Tensor:
+        """Where the newest pages lie in the buffers, in pages: of packed keys these alone do."""
+        return page % (self.k.shape[2] // PAGE)
 
     def _grow(self, tokens: int) -> None:
         pages = -(-tokens // PAGE)

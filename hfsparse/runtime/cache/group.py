@@ -22,6 +22,8 @@ class Group:
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
     eviction: Eviction | None = None  # says which keys are kept; None: the band does
     bits: Bits = 16  # of a number in full pages; 16: it has the model's own type
+    # Of keys in host memory, the share of a row's units that the GPU holds; 0: it holds every key.
+    hot: float = 0.0
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
     reads: Band = FULL  # of a full store: a step reads the pages that hold some key of this band
 

@@ -24,6 +24,7 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostFull
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
@@ -40,8 +41,9 @@ class Held:
     again, and rows grow into the room that there is."""
 
     # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), how
-    # many every row lacks, and the bytes that are there for any number of them
-    stores: list[tuple[tuple[int, ...], int, int | None, int, int]]
+    # many every row lacks, the bytes that are there for any number of them, and those in the host's
+    # memory, which are in no other number
+    stores: list[tuple[tuple[int, ...], int, int | None, int, int, int]]
     column: int  # bytes of one column of the stock cache, over all rows and heads
     window: int | None
 
@@ -57,11 +59,15 @@ class Held:
         """By kv head, as allocated."""
         return self._each(kv_heads, lambda size, *room: size)
 
+    def outside(self, kv_heads: int) -> list[int]:
+        """Bytes in host memory by kv head, as allocated."""
+        return self._each(kv_heads, lambda *of: of[-1])
+
     def work(self, kv_heads: int, seen: int) -> Work:
         """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
         included; and of the stock cache, which keeps all, or as many as the model's window."""
 
-        def part(size: int, room: int | None, lacks: int, fixed: int) -> int:
+        def part(size: int, room: int | None, lacks: int, fixed: int, outside: int) -> int:
             pages = -(-max(seen - lacks, 0) // PAGE) * PAGE
             return fixed + (size - fixed) * min(pages, room) // room if room else size
 
@@ -267,20 +273,29 @@ class CacheLayer(CacheLayerMixin):
         """Whether some of its keys lie in fewer bits."""
         return any(store.group.bits != 16 for store in self.stores)
 
+    @property
+    def hosted(self) -> bool:
+        """Whether some of its keys lie in host memory."""
+        return any(store.group.hot for store in self.stores)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
         return self.stores[0].k, self.stores[0].v
 
     def bytes(self) -> int:
-        """Bytes allocated for keys, values, indexes and choices."""
+        """Bytes allocated for keys, values, indexes and choices, without those of the host."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
+
+    def host_bytes(self) -> int:
+        """Bytes allocated in host memory."""
+        return sum(t.nbytes for store in self.stores for t in store.outside())
 
     def held(self) -> Held:
         """What its buffers take."""
-        own = [
-            (s.group.heads, sum([t.nbytes for t in s.tensors()]), s.capacity, s.lacks, s.fixed)
-            for s in self.stores
-        ]
+        own = []
+        for s in self.stores:
+            here, outside = (sum([t.nbytes for t in own]) for own in (s.tensors(), s.outside()))
+            own.append((s.group.heads, here, s.capacity, s.lacks, s.fixed, outside))
         return Held(own, self.column_bytes(), self.window)
 
     def column_bytes(self) -> int:
@@ -342,6 +357,8 @@ def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full |
     if group.eviction is not None:
         return Evicting(group, reserve, below)
     packs = group.bits != 16
+    if group.hot:
+        return HostFull(group, reserve, read_below)
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)

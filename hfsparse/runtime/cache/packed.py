@@ -23,7 +23,13 @@ from hfsparse.lists.lengths import Lengths, on_device
 from hfsparse.lists.packed import NEWEST, Packed, pack, unpack, width_of
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import (
+    at_once,
+    hold_newest,
+    join_begun,
+    lengthen,
+    runs_of_rows,
+)
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
@@ -86,6 +92,7 @@ class PackedStore(Store):
         self.exact = before[1]
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        self._pass(rows)
         return {**super().state(rows), "exact": [*self.exact]}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -118,26 +125,16 @@ class PackedStore(Store):
         """Store new keys and values `[b, H, n, D]` of some rows."""
         first, end = past // PAGE, past + new[0].shape[2]
         last = -(-end // PAGE)
-        if lead := past % PAGE:
-            begun = slice(first * PAGE % NEWEST, first * PAGE % NEWEST + lead)
-            both = zip(self.held(), new, strict=True)
-            new = [torch.cat([held[rows, :, begun], t], 2) for held, t in both]
+        new = join_begun(self.held(), new, rows, past)
 
         def tokens(t: Tensor, pages: range) -> Tensor:
             return t[:, :, (pages.start - first) * PAGE : (pages.stop - first) * PAGE]
 
-        self._renew(rows, range(first, last), new, end)
+        self._summarise_new(rows, range(first, last), new, end)
         for kept in self._kept(range(first, end // PAGE)):
             for pages in at_once(kept):
                 self._pack(rows, pages, *(tokens(t, pages) for t in new))
-        for page in range(max(first, last - 2), last):
-            at = page * PAGE % NEWEST
-            for held, t in zip(self.held(), new, strict=True):
-                part = tokens(t, range(page, page + 1))
-                held[rows, :, at : at + part.shape[2]] = part
-
-    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
-        """Have what is kept beside pages follow their tokens, in rows of so many."""
+        hold_newest(self.held(), new, rows, range(first, last))
 
     def _pack(self, rows: slice, pages: range, k: Tensor, v: Tensor) -> None:
         """Keep pages, which are full of these keys and values `[b, H, n * PAGE, D]`."""
@@ -222,14 +219,6 @@ class PackedFull(PackedStore, Full):
     def _kept(self, full: range) -> list[range]:
         """Of pages that are full, runs of those that are kept: all."""
         return [full]
-
-    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
-        for part in at_once(pages) if self.index else ():
-            at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
-            own = [t[:, :, at] for t in new]
-            short = len(part) * PAGE - own[0].shape[2]
-            own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
-            self._summarise(rows, part, *own, length)
 
     def with_chunk(
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid

@@ -50,6 +50,17 @@ class Store:
     def forget(self, rows: Sequence[int]) -> None:
         """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
 
+    def settle(self, rows: Sequence[int]) -> None:
+        """Behind a prompt or a chunk: make what the next call needs made of rows of so many
+        tokens, so that no step waits for it."""
+
+    def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """Have what is kept beside pages follow their tokens, in rows of so many."""
+
+    def outside(self) -> list[Tensor]:
+        """What lies in host memory."""
+        return []
+
     def parts(self, lengths: Lengths) -> Iterator[tuple[slice, Store]]:
         """Which of its heads are read together with a chunk, and a store of these alone, where it
         is read before it stores the chunk."""

@@ -321,7 +321,7 @@ class Graphs:
         """
         given, rows, Q = step.given, step.rows, step.lengths.columns
         before, were = snapshot_host(layers), states.copies()
-        counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
+        counted = [t for layer_plan in self.layers for t in layer_plan.counts.of_steps()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
@@ -418,11 +418,16 @@ class Graphs:
         ):
             return "each step ranks the keys that are kept, and evicts some"
         store, tables = first.stores[0], running().tables
-        for packed, lse in dict.fromkeys((each.packs, each.means) for each in self.layers):
-            asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
+        kinds = ((each.packs, each.hosts, each.means) for each in self.layers)
+        for packed, hosted, lse in dict.fromkeys(kinds):
+            asked = {"block": PAGE, "lists": True, "latents": first.rank > 0, "hosted": hosted}
             need = kernels.Need.of(store.k, store.k, store.v, **asked, packed=packed, lse=lse)
             for table, done in ((tables.decode, "read"), (tables.append, "stored")):
                 kernel = kernels.pick(table, need)
                 if not kernel.device_lengths:
                     return f"its keys are {done} by {kernel.name}"
+        for hot in (part.hot for part in first.places().parts if part.hot is not None):
+            need = need._replace(slots=hot.owner.shape[2])
+            if not (kernel := kernels.pick(tables.fetch, need)).device_lengths:
+                return f"pages in host memory are fetched by {kernel.name}"
         return None

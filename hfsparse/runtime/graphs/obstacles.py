@@ -30,7 +30,7 @@ class NoWait(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in WAITS or (name in ("index", "index_put_") and _by_mask(*args[1:3])):
+        if name in WAITS or (name in ("index", "index_put_") and _by_mask(*args[1:])):
             raise RuntimeError(f"the host waits for {name}")
         made = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and args[name == "copy_"].is_cuda and not made.is_cuda:
@@ -41,9 +41,10 @@ class NoWait(TorchDispatchMode):
 WAITS = "_local_scalar_dense nonzero masked_select equal bincount _unique2 unique_dim".split()
 
 
-def _by_mask(indices, value: Tensor | None = None) -> bool:
+def _by_mask(indices, value: Tensor | None = None, adds: bool = False, *more) -> bool:
     """Whether places are looked for; one number of the host's fills a mask without that."""
-    fills = value is not None and value.numel() == 1 and value.device.type == "cpu"
+    one = value is not None and value.numel() == 1 and value.device.type == "cpu"
+    fills = one and not adds
     masks = (t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
     return any(masks) and not fills
 

@@ -15,7 +15,7 @@ from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.selectors.landmarks import Landmarks
 from hfsparse.selectors.quest import Quest
 from tests.kernels.interpreter import interpreter
-from tests.kernels.launches import compiled, launched
+from tests.kernels.launches import compiled, launched, stack_of
 from tests.kernels.triton.test_append import HALF, SINGLE, of_tokens, positions, tokens
 
 LENGTHS = [62, 190]  # each row ends a page in another step
@@ -61,7 +61,9 @@ def test_a_store_is_filled_bit_for_bit_as_its_own_append_does(append, kind, dims
     made = torch.Generator().manual_seed(0)
     store, past = begin(KINDS[kind], dims, dtype, made), LENGTHS
     for new in STEPS:
-        k, v = tokens(2, max(new), dims, dtype, made)
+        k, v = (t * torch.randn(t.shape[-1]).exp() for t in tokens(2, max(new), dims, dtype, made))
+        k[:, :, 0, :4] *= 2.0 ** -torch.arange(4, 16, 3)  # what fp8 has few numbers for
+        k, v = k.to(dtype), v.to(dtype)
         lengths = Lengths(past, new, max(new))
         store.room(past, lengths.rows)
         ours = copy.deepcopy(store)
@@ -99,3 +101,4 @@ def test_it_compiles_for_a_gpu(monkeypatch, bits):
     module.pack(store.place(), positions(LENGTHS, [1, 1], 1))
     (kernel,) = made
     assert kernel.metadata.shared <= 48 << 10
+    assert not stack_of(kernel)
