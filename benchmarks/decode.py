@@ -290,8 +290,11 @@ def layer(length: int, batch: int) -> None:
     q, new = (torch.randn(batch, n, 1, D, **random) for n in (H, HKV))
     held = torch.full((batch,), length, device="cuda")
     new_tokens = NewTokens(Lengths.of(None, length - 1, 1, batch), held, held[:, None] - 1)
-    asked = {"block": PAGE, "lists": True}
-    append = kernels.pick(kernels.APPEND, kernels.Need.of(q, *made[0], **asked)).run
+
+    def need(packed: bool = False) -> kernels.Need:
+        return kernels.Need.of(q, *made[0], block=PAGE, lists=True, packed=packed)
+
+    append = kernels.pick(kernels.APPEND, need()).run
     spent = {}
 
     def timed(name: str, call: Callable) -> None:
@@ -306,8 +309,7 @@ def layer(length: int, batch: int) -> None:
 
     def read(places, lists=None):
         listed = [lists if part.listed else None for part in places.parts]
-        need = kernels.Need.of(q, *made[0], **asked, packed=places.packed)
-        decode = kernels.pick(kernels.DECODE, need).run
+        decode = kernels.pick(kernels.DECODE, need(places.packed)).run
         return decode(q, places, new_tokens, listed, scale=scale)
 
     timed("append", lambda i: append(new, new, plain[i], new_tokens))

@@ -160,8 +160,10 @@ class Graphs:
         """Why steps of several tokens are none."""
         if states:
             return "several tokens go another way through linear layers"
-        packs = any(layer.packs for layer in self.layers)
-        return "several tokens may pack a page of the cache on their way" if packs else None
+        if any(layer.packs for layer in self.layers):
+            return "several tokens may pack a page of the cache on their way"
+        hosts = any(layer.hosts for layer in self.layers)
+        return "several tokens may ask for more pages than a hot set holds" if hosts else None
 
     def _why_extended(self, first: CacheLayer, Q: int) -> str | None:
         """Why a step over rows too long for the model is none: its launches grow with them."""
