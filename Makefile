@@ -1,7 +1,7 @@
-# make test          lint, format check, every test; of families, ways and methods in all settings a
-#                    quarter, another as the code changes  make demo  the main job on a real model
-# make test-oldest   families and ways on the oldest transformers that is supported: a quarter of
-#                    them, another one as the code changes (K=phi3: all of one family)
+# make test          lint, format check, every test; of families, ways and methods in all settings
+#                    an eighth, another as the code changes  make demo  the main job on a real model
+# make test-oldest   families and ways on the oldest transformers that is supported: an eighth
+#                    of them, another as the code changes (K=phi3: all of one family)
 # make test-matrix   all of them on each tested version; writes docs/support.md (K=phi3: of one)
 # make census        every family of transformers, half an hour; goes on where it was stopped, and
 #                    writes docs/families.md (K=phi3: of one family)
@@ -32,10 +32,10 @@ MATRIX := $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(K),-k "$(K)") test
 .PHONY: test test-oldest test-matrix census test-gpu lint plans docs demo venv model oldest clean
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest -n 2 --dist loadfile --one-in 4
+	$(BIN)/python -m pytest -n 2 --dist loadfile --one-in 8
 
 test-oldest: $(DEV) $(SIDE)4.57.6
-	PYTHONPATH=$< $(MATRIX) $(if $(K),,--one-in 4)
+	PYTHONPATH=$< $(MATRIX) $(if $(K),,--one-in 8)
 
 test-matrix: $(DEV) $(addprefix $(SIDE),$(OLDER))
 	for v in $(OLDER); do PYTHONPATH=$(SIDE)$$v $(MATRIX) tests/patcher --write-support || exit; done

@@ -1,7 +1,7 @@
 """Claim: a token costs what its weights and the keys that the plan reads cost, on one GPU.
 
     python -m benchmarks.decode [--lengths 8192,32768,131072] [--batch 1] [--tokens 96]
-                                [--static 32768] [--shape llama-3.1-8b] [--steps] [--layer]
+                                [--static 32768] [--shape llama-3.1-8b] [--steps] [--layer] [--bits]
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
 filled with random keys of the given length; every arm in one run. ms are medians over the tokens
@@ -9,8 +9,9 @@ but the first eight, the least of the rounds: a host that others use is slow at 
 where it can be imported, shortens the random keys to a quarter (KnormPress), behind all other arms:
 it wraps every attention function. What it leaves is a stock cache, so the stock model over a
 quarter of the keys stands for it elsewhere. An arm that fails, and SIGTERM, leave the table of what
-was measured. --layer times one layer's kernels inside a CUDA graph; --steps shows where a step's
-time goes; --shape tiny tries the table out on a CPU.
+was measured. --bits compares caches in fewer bits with the whole one, and no other plans. --layer
+times one layer's kernels inside a CUDA graph; --steps shows where a step's time goes; --shape tiny
+tries the table out on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -32,21 +33,23 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import Clock, continued
 from benchmarks.common.journal import failure
-from benchmarks.common.shapes import cache_bytes, endless, plan_of
+from benchmarks.common.shapes import cache_bytes, endless, fill_randomly, plan_of, random_keys
 from hfsparse import kernels
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band, at_heads
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
-from hfsparse.lists.places import Place, Table
-from hfsparse.models.names import text_decoder
-from hfsparse.patcher.adopt import adopt
+from hfsparse.lists.packed import BITS, said
+from hfsparse.lists.places import Place, Places, Table
 from hfsparse.patcher.state import state_of
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.packed import PackedFull
 from hfsparse.selectors import SELECTORS
 
 STOCK = "stock, dynamic cache"
 PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ring")
 FUSED = ("no plan, fused", "quest 6 %, fused", "quest 6 % + half ring, fused")
+PACKED = ("no plan", *(f"every page, {said(bits)}" for bits in BITS[1:]))
 
 
 @lru_cache
@@ -57,43 +60,29 @@ def kvpress():
     return KnormPress(compression_ratio=0.75)
 
 
-def keys(model, batch: int, length: int) -> Tensor:
-    config = model.config
-    shape = batch, config.num_key_value_heads, length, config.head_dim
-    return torch.randn(shape, device=model.device, dtype=model.dtype)
-
-
 def filled(model, kind: str, batch: int, length: int, room: int):
     """A cache that has seen `length` random tokens: of the stock model, kvpress or the patch."""
     layers = model.config.num_hidden_layers
     if kind == "dynamic":
         cache = DynamicCache(config=model.config)
         for i in range(layers):
-            cache.update(keys(model, batch, length), keys(model, batch, length), i)
+            cache.update(random_keys(model, batch, length), random_keys(model, batch, length), i)
         return cache
     if kind == "kvpress":
         press, cache = kvpress(), DynamicCache(config=model.config)
         for i, layer in enumerate(model.model.layers):
-            k, v = keys(model, batch, length), keys(model, batch, length)
+            k, v = random_keys(model, batch, length), random_keys(model, batch, length)
             cache.update(*press.compress(layer.self_attn, None, k, v, None, {}), i)
         return cache
     if kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=length + room)
         at = {"cache_position": torch.arange(length, device=model.device)}
         for i in range(layers):
-            cache.update(keys(model, batch, length), keys(model, batch, length), i, at)
+            cache.update(
+                random_keys(model, batch, length), random_keys(model, batch, length), i, at
+            )
         return cache
-    cache = DynamicCache()
-    adopt(cache, text_decoder(model), reserve=length + room)
-    lengths = Lengths.of(None, 0, length, batch)
-    for layer in cache.layers:
-        k, v = keys(model, batch, length), keys(model, batch, length)
-        layer.lazy_initialization(k, v)
-        for store in layer.stores:
-            at = list(store.group.heads)
-            store.append(k[:, at], v[:, at], lengths)
-        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
-    return cache
+    return fill_randomly(model, batch, length, length + room)
 
 
 def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock, list]:
@@ -130,7 +119,14 @@ Rows = dict[tuple[int, str], Row | str]  # by tokens and arm; a text says why th
 
 
 def measure(
-    rows: Rows, model, lengths: list[int], batch: int, tokens: int, static: list[int], rounds: int
+    rows: Rows,
+    model,
+    lengths: list[int],
+    batch: int,
+    tokens: int,
+    static: list[int],
+    rounds: int,
+    plans: Sequence[str],
 ) -> None:
     """Fill in the rows, arm by arm."""
 
@@ -156,9 +152,9 @@ def measure(
             row("stock over a quarter of the keys", "dynamic", length, length // 4)
             if length in static:
                 row("stock, static cache, compiled", "static", length, length)
-        for name in (*PLANS, *FUSED):
-            plan, fuse = plan_of(model, name), name in FUSED
-            with hfsparse.patch(model, plan, fuse=fuse):
+        for name in plans:
+            plan = plan_of(model, name)
+            with hfsparse.patch(model, plan, fuse=name.endswith("fused")):
                 for length in lengths:
                     share = 0.25 if "25" in name else 0.06 if "6 %" in name else 1.0
                     row(f"ours, {name}", "ours", length, length, share)
@@ -295,7 +291,6 @@ def layer(length: int, batch: int) -> None:
     held = torch.full((batch,), length, device="cuda")
     new_tokens = NewTokens(Lengths.of(None, length - 1, 1, batch), held, held[:, None] - 1)
     need = kernels.Need.of(q, *made[0], block=PAGE, lists=True)
-    decode = kernels.pick(kernels.DECODE, need).run
     append = kernels.pick(kernels.APPEND, need).run
     spent = {}
 
@@ -311,11 +306,16 @@ def layer(length: int, batch: int) -> None:
 
     def read(places, lists=None):
         listed = [lists if part.listed else None for part in places.parts]
+        decode = kernels.pick(kernels.DECODE, need._replace(packed=places.packed)).run
         return decode(q, places, new_tokens, listed, scale=scale)
 
     timed("append", lambda i: append(new, new, plain[i], new_tokens))
     timed("append, summaries", lambda i: append(new, new, paged[i], new_tokens))
     timed("every page", lambda i: read(plain[i]))
+    for bits in BITS[1:]:
+        packed = [packed_in(bits, *kv, length) for kv in made]
+        timed(f"append, {said(bits)}", lambda i, into=packed: append(new, new, into[i], new_tokens))
+        timed(f"every page, {said(bits)}", lambda i, held=packed: read(held[i]))
     for share in (0.25, 0.06):
         quest = SELECTORS["quest"](share=share, min_pages=16)
         choose = [partial(select, quest, q, *low, held, scale) for low in sums]
@@ -342,6 +342,14 @@ def layer(length: int, batch: int) -> None:
         print(f"| {batch} | {length:,} | {name} | {us:.1f} | {share} |", flush=True)
 
 
+def packed_in(bits, k: Tensor, v: Tensor, length: int) -> Places:
+    """The first tokens of keys and values `[B, H, N, D]`, in so many bits."""
+    store = PackedFull(Group(tuple(range(k.shape[1])), bits=bits), k.shape[2])
+    store.create(k, v)
+    store.append(k, v, Lengths.of(None, 0, length, len(k)))
+    return Table().places([store.place()])
+
+
 def select(quest, q: Tensor, low: Tensor, high: Tensor, *args, **more):
     """Pages chosen by the kernel that serves this."""
     asked = {"tokens": low.shape[2] * PAGE, "chooser": quest}
@@ -365,6 +373,7 @@ def main() -> None:
     parser.add_argument("--static", default="", type=options.numbers, help=static)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--layer", action="store_true")
+    parser.add_argument("--bits", action="store_true")
     parser.add_argument("--no-table", action="store_true")
     args = options.parse(parser)
     if args.steps or args.layer:
@@ -385,8 +394,11 @@ def main() -> None:
     if not args.no_table:
         rows: Rows = {}
         asked = args.lengths, args.batch, args.tokens, args.static, args.rounds
+        plans = (*PLANS, *FUSED)
+        if args.bits:
+            plans = (*PACKED, *(f"{name}, fused" for name in PACKED))
         try:
-            measure(rows, model, *asked)
+            measure(rows, model, *asked, plans)
         finally:
             print(table(model, rows, args.batch), flush=True)
 

@@ -96,10 +96,11 @@ def _is_whole(value: Any) -> bool:
 
 KINDS = {
     tuple[int, ...] | None: (
-        "token counts, such as [1024, 2048]",
+        "whole numbers, such as [1024, 2048]",
         lambda value: type(value) is list and all(_is_whole(n) and n > 0 for n in value or [0]),
     ),
     int: ("a whole number", _is_whole),
+    int | None: ("a whole number", _is_whole),
     float: ("a number", lambda value: type(value) in (int, float)),
     float | None: ("a number", lambda value: type(value) in (int, float)),
     bool: ("true or false", lambda value: type(value) is bool),

@@ -49,6 +49,8 @@ class LayerStats:
     tiles: Work = Work()  # per q head: tiles of prompts skipped, of those that lists kept
     window: int | None = None  # the model's own sliding window, in tokens
     evicting: int = 0  # kv heads that keep what an eviction chose
+    host_bytes: Sequence[int] = ()  # per kv head: bytes allocated in host memory, in no other field
+    units: Work = Work()  # per kv head in host memory: units that the GPU held, of those read
     state_bytes: int = 0  # of a linear layer's state, which no plan changes: in no share
 
     @classmethod
@@ -118,6 +120,15 @@ class Stats:
         return sum(sum(layer.kv_bytes) for layer in self.layers)
 
     @property
+    def host_bytes(self) -> int:
+        return sum(sum(layer.host_bytes) for layer in self.layers)
+
+    @property
+    def hit_rate(self) -> float:
+        """Of what steps read of pages in host memory: the share that the GPU held."""
+        return _share(layer.units for layer in self.layers)
+
+    @property
     def kv_bytes_dense(self) -> int:
         return sum(sum(layer.cache.dense) for layer in self.layers)
 
@@ -159,6 +170,10 @@ class Stats:
         if evicting := sum(layer.evicting for layer in self.layers):
             head += f", {evicting} kv heads evict: "
             head += "what they keep was chosen before any later question"
+        if self.host_bytes:
+            head += f", {self.host_bytes / mib:.1f} MiB in host memory"
+        if not isnan(self.hit_rate):
+            head += f", {_show(self.hit_rate)} of what is read of it found on the GPU"
         if self.state_bytes:
             head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):

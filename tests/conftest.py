@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
@@ -26,7 +27,7 @@ for name, folder in {"hfsparse": "hfsparse", "hfsparse_eval": "eval"}.items():
 
 # The same examples every time, however slow the machine; look for new ones with
 # `pytest --hypothesis-profile=explore`.
-settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("same", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("same")
 
@@ -61,22 +62,28 @@ FIRST = "tests/test_real_model.py"  # takes minutes, whatever the other worker d
 APART = ("tests/support/", "tests/census/", "tests/patcher/test_soak.py")
 
 
-# Everything in many settings under the same invariants: `--one-in` asks a part of these, too.
+# Everything in many settings under the same invariants: `--one-in` asks a part of these, too, of
+# each test one setting at least.
 SAMPLED = ("tests/selectors/test_patched.py", "tests/selectors/test_selectors.py")
 SAMPLED += ("tests/patterns/test_patterns.py", "tests/patcher/test_equivalence.py")
 SAMPLED += ("tests/kernels/test_reference.py", "tests/kernels/test_merge.py")
 SAMPLED += ("tests/kernels/triton/", "tests/profiler/test_ropes.py", "tests/runtime/test_worlds.py")
 
 
+def part_of_matrices(names: list[str], parts: int) -> set[str]:
+    """Which tests are asked: of each of SAMPLED its settings that fall to this turn."""
+    asked, settings = {name for name in names if not name.startswith(SAMPLED)}, defaultdict(list)
+    for name in sorted({*names} - asked, key=lambda name: crc32(name.encode())):
+        settings[name.partition("[")[0]].append(name)
+    for found in settings.values():
+        asked.update(found[turn(min(parts, len(found)), "selectors") :: parts])
+    return asked
+
+
 def pytest_collection_modifyitems(config, items):
-    parts = config.getoption("--one-in")
-    mine = turn(parts, "selectors") if parts > 1 else 0
-    kept, left = [], []
-    for item in items:
-        asked = not item.nodeid.startswith(SAMPLED) or crc32(item.nodeid.encode()) % parts == mine
-        (kept if asked else left).append(item)
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
+    asked = part_of_matrices([item.nodeid for item in items], config.getoption("--one-in"))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in asked])
+    items[:] = [item for item in items if item.nodeid in asked]
     items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), item.nodeid.startswith(APART)))
 
 

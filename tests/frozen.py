@@ -21,6 +21,7 @@ from hfsparse.lists import PAGE
 from hfsparse.models.names import text_decoder
 from hfsparse.plan import Below
 from hfsparse.runtime import graphs
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.decode import Step
 from hfsparse.runtime.graphs import recording
@@ -92,6 +93,7 @@ def noisy(norm) -> type:
 
 
 LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.choose.pages")
+FETCHES = ("triton.write_out.write_out", "triton.fetch.fetch", "triton.decode_store.decode")
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def launches():
     """The set of those Triton kernels that a step launches, to be filled."""
     seen: set[str] = set()
     with ExitStack() as stack:
-        for name in LAUNCHES:
+        for name in LAUNCHES + FETCHES:
             module, _, function = name.rpartition(".")
             module = import_module(f"hfsparse.kernels.{module}")
             run = getattr(module, function)
@@ -148,6 +150,7 @@ def compare(
             stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
             kind = stack.enter_context(frozen()) if replayed else None
             launched = stack.enter_context(launches())
+            stack.enter_context(patch.object(host, "why_not", lambda device: None))
             handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse))
             said = runs.generate(model, ids, mask, new=new, **more)
             stats = handle.stats()

@@ -7,12 +7,18 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hfsparse import bench, kernels
+from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.packed import BITS, said
+from hfsparse.models.names import text_decoder
 from hfsparse.patcher import generation
+from hfsparse.patcher.adopt import adopt
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Below, Layer, ModelId, Plan
+from hfsparse.plan.kept import KEPT
 from hfsparse.selectors import SELECTORS
 
 STOCK, NONE = "stock", "no plan"
@@ -44,7 +50,8 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
     """A plan by the words of its name; None for one that begins with "no plan".
 
     Every second kv head is a ring ("ring"), or all but every fourth ("quarter"); the others read 6
-    or 25 % of their pages in decode ("quest"). prompt: a pattern by which the heads that are no
+    or 25 % of their pages in decode ("quest"), and keep them in 8 or 4 bits or fp8, where the name
+    says so. prompt: a pattern by which the heads that are no
     rings read prompts; None: they read all.
     """
     if name.startswith(NONE):
@@ -58,15 +65,40 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
     patterns = {} if prompt is None else {"chosen": prompt}
     if any(rings):
         patterns["stream"] = PATTERNS["streaming"](sink=64, recent=256)
+    kept = "full"
+    for bits in BITS[1:]:
+        if said(bits) in name:
+            kept, patterns["packed"] = "packed", KEPT["full"](bits)
     if read == "quest":
         patterns["quest"] = SELECTORS["quest"](share=share, min_pages=16)
     whole = "full" if prompt is None else "chosen"
     words = Layer(
         tuple("stream" if ring else whole for ring in rings for _ in range(group)),
-        tuple("stream" if ring else "full" for ring in rings),
+        tuple("stream" if ring else kept for ring in rings),
         tuple("ring" if ring else read for ring in rings),
     )
     return Plan(this, patterns, (words,) * this.layers, Below())
+
+
+def random_keys(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    """Keys, or values, of one layer, `[batch, kv heads, length, head dim]`."""
+    config = model.config
+    shape = batch, config.num_key_value_heads, length, config.head_dim
+    return torch.randn(shape, device=model.device, dtype=model.dtype)
+
+
+def fill_randomly(model: PreTrainedModel, batch: int, length: int, reserve: int) -> Cache:
+    """A cache of a patched model that has seen `length` random tokens, with room for `reserve`."""
+    cache, lengths = DynamicCache(), Lengths.of(None, 0, length, batch)
+    adopt(cache, text_decoder(model), reserve=reserve)
+    for layer in cache.layers:
+        k, v = random_keys(model, batch, length), random_keys(model, batch, length)
+        layer.lazy_initialization(k, v)
+        for store in layer.stores:
+            at = list(store.group.heads)
+            store.append(k[:, at], v[:, at], lengths)
+        layer.rows, layer.seen, layer.stored = lengths.rows, length, length
+    return cache
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -1,4 +1,4 @@
-"""What a cache in 8 or 4 bits costs: `.venv/bin/python -m benchmarks.studies.bits MODEL`.
+"""What a cache in fewer bits costs: `.venv/bin/python -m benchmarks.studies.bits MODEL`.
 
 Calibration prompts are read once, densely; then their last tokens are read over what a cache would
 hold of the others: of prose the last 128, of questions the last 64 or more, whose answer counts.
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import hfsparse
 from hfsparse import Plan
 from hfsparse.lists import PAGE
-from hfsparse.lists.packed import pack, unpack
+from hfsparse.lists.packed import BITS, Bits, pack, said, unpack
 from hfsparse.plan import Layer, ModelId
 from hfsparse.plan.kept import Full
 from hfsparse.profiler.prompts.calibration import (
@@ -42,8 +42,10 @@ MOST, EVERY = 30, 8  # an outlier is so many times as large, of one pair of chan
 WAYS = {  # bits of keys and values, the dimension that keys' ends are over
     "int8": (8, -2),
     "int4": (4, -2),
+    "fp8": ("fp8", -2),
     "int8, keys by token": (8, -1),
     "int4, keys by token": (4, -1),
+    "fp8, keys by token": ("fp8", -1),
 }
 
 
@@ -63,13 +65,13 @@ def prompt_of(tokenizer, kind: str, length: int, i: int) -> Prompt:
     return Prompt(f"needle-{i}", ids, (length - len(answer), length))
 
 
-def stepped(t: Tensor, bits: int, over: int) -> Tensor:
+def stepped(t: Tensor, bits: Bits, over: int) -> Tensor:
     """t `[..., PAGE, D]` as it comes back from so many bits."""
     ends = t.amin(over, keepdim=True), t.amax(over, keepdim=True)
     return unpack(pack(t, *ends, bits), *ends, bits)
 
 
-def packed(cache: DynamicCache, bits: int, over: int, times: list[Tensor]) -> DynamicCache:
+def packed(cache: DynamicCache, bits: Bits, over: int, times: list[Tensor]) -> DynamicCache:
     """The cache with its full pages in so many bits; keys of a layer times `[Hkv, 1, 1, D]`."""
     cache = deepcopy(cache)
     for layer, by in zip(cache.layers, times, strict=True):
@@ -104,7 +106,7 @@ def read(model, ids: Tensor, cache, span: tuple[int, int]) -> tuple[float, bool]
     return nats, bool((logits.argmax(-1) == said).all())
 
 
-def plan_of(model, bits: int) -> Plan:
+def plan_of(model, bits: Bits) -> Plan:
     """Every head full, in so many bits."""
     this = ModelId.of(model)
     words = ("full",) * this.q_heads, ("it",) * this.kv_heads, ("full",) * this.kv_heads
@@ -122,10 +124,10 @@ def ask(model, prompt: Prompt, tail: int, times: list[Tensor], check: bool) -> d
     for name, given in WAYS.items():
         for of, by in (("model", [torch.ones(1)] * len(times)), ("outliers", times)):
             found[name, of] = read(model, ids, packed(cache, *given, by), span)
-    for bits in (8, 4) if check else ():
+    for bits in BITS[1:] if check else ():
         with hfsparse.patch(model, plan_of(model, bits)):
             ours = model(ids[:, :-tail], logits_to_keep=1).past_key_values
-            found[f"int{bits}, by the stores", "model"] = read(model, ids, ours, span)
+            found[f"{said(bits)}, by the stores", "model"] = read(model, ids, ours, span)
     return found
 
 

@@ -115,7 +115,7 @@ class Caches:
     def kept(self, layer: int, eviction: Eviction, dim: int) -> Tensor:
         """Keys [Hkv, S] of what was read densely."""
         q, k = self.text.q[layer], self.text.k[layer]
-        n, kind = k.shape[2], replace(eviction, size=1)
+        n, kind = k.shape[2], replace(eviction, size=eviction.window + 1)
         if n <= eviction.size:
             return torch.ones(k.shape[1], n, dtype=torch.bool)
         if (layer, kind) not in self.scores:

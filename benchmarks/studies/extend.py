@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import hfsparse
+from benchmarks.common.facts import judge, make_text, read, tail_of
 from benchmarks.common.journal import Journal, end_in_order
 from benchmarks.common.options import numbers
-from benchmarks.studies.frontier import judge, make_text, read, tail_of
 from hfsparse.models.loading import device_name, load
 from hfsparse.models.logits import read_logits
 from hfsparse.models.names import cache_name, text_decoder

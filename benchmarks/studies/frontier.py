@@ -34,27 +34,26 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import hfsparse
+from benchmarks.common.facts import SEED, judge, make_text, read, tail_of
 from benchmarks.common.journal import Journal
 from benchmarks.common.journal import read as read_journal
-from benchmarks.common.puzzles import PLAYED
 from hfsparse.interval import interval
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.loading import device_name, load
 from hfsparse.models.logits import read_logits
-from hfsparse.models.names import cache_name, text_decoder
+from hfsparse.models.names import text_decoder
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.prompts.calibration import fill, make_prompts
-from hfsparse.profiler.verify.trials import Trial, make_trial
+from hfsparse.profiler.verify.trials import Trial
 from hfsparse.runtime.layer_plan import layer_plans_of, observed
 from hfsparse.selectors import SELECTORS
 
-SEED, FEWEST = 11, 2
+FEWEST = 2
 PROSE = 64  # last tokens of a long text
 DENSE = "dense"
 ASKED = "decode", "prefill", "whole"
@@ -105,18 +104,6 @@ for kind in ("block_topk", "antidiagonal", "energy"):
 
 
 # ---- texts
-
-
-def make_text(tokenizer, length: int, index: int) -> Trial:
-    """A prompt of exactly `length` tokens that ends before the one value that is asked for."""
-    at = index % len(PLAYED) + 2 * len(PLAYED) * (index // len(PLAYED))  # even rounds: not known
-    wanted, short = length, 1
-    while short:  # its other turns are left out, and longer texts may hide more facts
-        made = make_trial(tokenizer, wanted, at, SEED, PLAYED)
-        given, value = made.turns[0]
-        short = length - len(made.text) - len(given)
-        wanted += short
-    return Trial(made.task, made.text + given, [([], value)])
 
 
 def make_prose(tokenizer, length: int, index: int) -> Trial:
@@ -189,12 +176,6 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
 # ---- reading
 
 
-def read(model, ids: Tensor, cache) -> Tensor:
-    decoder = text_decoder(model)
-    more = {cache_name(decoder): cache}
-    return decoder(input_ids=ids, use_cache=True, **more).last_hidden_state
-
-
 def filled(model, dense: list[tuple[Tensor, Tensor]], tokens: int) -> DynamicCache:
     """A cache of the patch that is on the model, with keys and values that were read before."""
     cache = DynamicCache()
@@ -210,22 +191,6 @@ def filled(model, dense: list[tuple[Tensor, Tensor]], tokens: int) -> DynamicCac
         layer.rows = lengths.rows
         cache.layers.append(layer)
     return cache
-
-
-def judge(scores: Tensor, values: list[list[int]]) -> dict[str, np.ndarray]:
-    """Of scores `[B, n, vocabulary]` at the places that predict values: said, and nats a token."""
-    said, loss = [], []
-    for row, value in zip(scores, values, strict=True):
-        wanted, own = torch.tensor(value, device=row.device), row[: len(value)].float()
-        said.append(bool((own.argmax(-1) == wanted).all()))
-        loss.append(float(cross_entropy(own, wanted)))
-    return {"said": np.array(said), "loss": np.array(loss)}
-
-
-def tail_of(values: list[list[int]], device) -> Tensor:
-    """Values side by side `[B, longest]`; behind short ones stands anything."""
-    longest = max(map(len, values))
-    return torch.tensor([v + [v[-1]] * (longest - len(v)) for v in values], device=device)
 
 
 @torch.inference_mode()

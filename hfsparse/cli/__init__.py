@@ -1,5 +1,5 @@
-"""The command line: profile, verify, recipes, plans, new, import, export, show, diff, check, push,
-explain, doctor, generate, bench, eval.
+"""The command line: profile, verify, recipes, plans, new, import, export, bits, show, diff, check,
+push, explain, doctor, generate, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from hfsparse.cli import export, plans, profile, run, verify
+from hfsparse.cli import bits, export, plans, profile, run, verify
 from hfsparse.cli.application import Commands, options
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for _name, _command in {  # `hfsparse --help` lists them in this order
     "new": plans.new,
     "import": plans.import_,
     "export": export.export,
+    "bits": bits.bits,
     "show": plans.show,
     "diff": plans.diff,
     "check": plans.check,

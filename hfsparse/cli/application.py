@@ -123,15 +123,15 @@ def own_file(plan: str) -> Path:
     return Path(plan)
 
 
-def parse_lengths(words: str) -> tuple[int, ...]:
-    """Token counts, each once, from `1024,2048`."""
+def parse_counts(words: str, name: str) -> tuple[int, ...]:
+    """Whole numbers of 1 or more, each once, from `1024,2048`; `name` is the option's."""
     try:
-        lengths = tuple(dict.fromkeys(int(word) for word in words.split(",")))
+        counts = tuple(dict.fromkeys(int(word) for word in words.split(",")))
     except ValueError:
-        lengths = (0,)
-    if min(lengths) < 1:
-        raise UsageError(f"lengths is {words!r}: give token counts by commas, such as 1024,2048")
-    return lengths
+        counts = (0,)
+    if min(counts) < 1:
+        raise UsageError(f"{name} is {words!r}: give whole numbers by commas, such as 1024,2048")
+    return counts
 
 
 def check_window(model, beyond: bool, tokens: int, what: str) -> None:

@@ -138,6 +138,7 @@ def kernels() -> dict[str, dict[str, dict[str, str | None]]]:
         "estimate": {kind: chosen[kind] for kind in PATTERNS},
         "select": {kind: chosen[kind] for kind in SELECTORS if hasattr(SELECTORS[kind], "pages")},
         "append": {"new tokens": need},
+        "fetch": {"pages in host memory": need},
         "count": {"pairs": need},
     }
     return {

@@ -164,7 +164,7 @@ def check(
         return
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     peak, longest = _print_memory(config, loaded, length, gpu, **more)
-    _print_shares(config, loaded, length)
+    _print_shares(config, loaded, length, more["itemsize"])
     window = None if loaded.extend else context_window(config)
     if window is not None and window < max(length, longest):
         typer.echo(
@@ -174,21 +174,25 @@ def check(
     if room is not None and peak > room:
         raise UsageError(
             f"this plan needs {peak / 2**30:.1f} GiB, there are {room / 2**30:.1f}: give a "
-            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share"
+            "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share, as "
+            "hfsparse bits makes"
         )
 
 
 def _print_memory(
     config, plan, length: int, gpu: str | None, batch: int, **more
 ) -> tuple[int, int]:
-    """Print the memory of dense and of the plan, and how many tokens fit in `gpu`.
+    """Print the memory of dense and of the plan, and with `gpu` how many tokens fit in that, also
+    if the plan's caches were in 4 bits.
 
     Returns the plan's peak in bytes, and the tokens that fit; 0 without `gpu`.
     """
     from hfsparse.patcher import memory
 
-    most = 0
-    for name, arm in (("dense", None), ("plan", plan)):
+    room, arms, found = None if gpu is None else _bytes(gpu), {"dense": None, "plan": plan}, {}
+    if room is not None and (few := memory.in_few_bits(config, plan)) is not None:
+        arms["4 bits"] = few
+    for name, arm in arms.items():
         need = memory.predict(config, arm, length, batch=batch, **more)
         parts = {"weights": need.weights, "KV cache": need.cache, "work": need.work}
         if need.states:
@@ -197,19 +201,23 @@ def _print_memory(
             typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
         sizes = (f"{n / 2**30:.2f}" for n in parts.values())
         line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
-        if gpu is not None:
-            most = memory.longest(config, arm, _bytes(gpu), batch=batch, **more)
+        if need.host:
+            line += f", and {need.host / 2**30:.2f} in host memory"
+        most = 0
+        if room is not None:
+            most = memory.longest(config, arm, room, batch=batch, **more)
             line += f"; in {gpu}: {batch} x {most:,} tokens at most" if most else f"; not in {gpu}"
         typer.echo(line)
-    return need.peak, most
+        found[name] = need.peak, most
+    return found["plan"]
 
 
-def _print_shares(config, plan, length: int) -> None:
+def _print_shares(config, plan, length: int, itemsize: int) -> None:
     """Print what the plan computes, keeps and reads, as far as its words alone tell it."""
     from hfsparse.patcher.figures import predict
     from hfsparse.stats import FREE
 
-    for end, part in predict(config, plan, length).parts.items():
+    for end, part in predict(config, plan, length, itemsize=itemsize).parts.items():
         shares = (f"{name.replace('_', ' ')} {share:.3f}" for name, share in part.known.items())
         typer.echo(f"shares {FREE if end else 'of the dense model'}: {', '.join(shares)}")
 

@@ -17,15 +17,16 @@ from hfsparse.cli.application import (
     Dtype,
     Model,
     check_writable,
-    parse_lengths,
+    parse_counts,
     print_styled,
 )
 from hfsparse.profiler.settings import Settings
 
-# How a command takes a setting of these types: the type of its option, and what makes one of it.
+# How a command takes a setting of these types: the type of its option, and what makes one of its
+# value and name.
 TYPES = {
-    tuple[int, ...] | None: (str | None, parse_lengths),
-    str | Path | None: (Path | None, Path),
+    tuple[int, ...] | None: (str | None, parse_counts),
+    str | Path | None: (Path | None, lambda value, name: Path(value)),
 }
 
 
@@ -61,7 +62,7 @@ def with_options(settings: type[Settings], part: str = "help") -> Callable[[Call
             for name in (each.name for each in options):
                 _, read = TYPES.get(types[name], (None, None))
                 if read is not None and given[name] is not None:
-                    given[name] = read(given[name])
+                    given[name] = read(given[name], name)
             return command(**given)
 
         first = [p for p in own.parameters.values() if p.kind is Parameter.POSITIONAL_OR_KEYWORD]

@@ -15,7 +15,7 @@ from hfsparse.cli.application import (
     Model,
     check_window,
     own_file,
-    parse_lengths,
+    parse_counts,
 )
 from hfsparse.cli.profile import BeyondWindow
 from hfsparse.errors import UsageError
@@ -100,7 +100,7 @@ def bench(
     dtype: Dtype = "auto",
 ) -> None:
     """Time to the first token, dense and under the plan, on this device."""
-    sizes = parse_lengths(lengths)
+    sizes = parse_counts(lengths, "lengths")
     if (model is None) == (shape is None):
         raise UsageError("give either a model or --shape")
     if write and plan is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import Grid
-from hfsparse.registry import Registry
+from hfsparse.registry import Registry, require
 
 EVICTIONS = Registry("scores")
 
@@ -37,7 +37,7 @@ class Eviction(Protocol):
     decay: float  # where they add up: what is left of a sum one query later, 0 to 1; 1: all of it
 
     size: int  # keys that a kv head keeps
-    window: int  # of these, how many are its newest, whatever their scores
+    window: int  # of these, how many are its newest, whatever their scores; fewer than `size`
 
     @property
     def watched(self) -> int | None:
@@ -63,6 +63,17 @@ class Eviction(Protocol):
         ...
 
 
+def require_sizes(given: Eviction) -> None:
+    """Raise UsageError unless there are newest keys that stay, and others to choose."""
+    size, window = given.size, given.window
+    require(window >= 1, f"window is {window}: give 1 or more keys")
+    require(
+        size > window,
+        f"size is {size}, window {window}: give a size above the window, or scores choose nothing "
+        "(a streaming pattern keeps the newest keys)",
+    )
+
+
 def best_keys(eviction: Eviction, score: Tensor, held: Tensor, left: Tensor, most: int) -> Tensor:
     """Slots `[B, H, most]` of the keys that stay, ascending: `left` [B] of the first `held` [B].
 
@@ -70,8 +81,7 @@ def best_keys(eviction: Eviction, score: Tensor, held: Tensor, left: Tensor, mos
     """
     slots = score.shape[2]
     slot, ends = torch.arange(slots, device=score.device), held[:, None, None]
-    window = min(eviction.window, eviction.size)
-    score = score.masked_fill(slot >= ends - window, torch.inf)
+    score = score.masked_fill(slot >= ends - eviction.window, torch.inf)
     score = score.masked_fill(slot >= ends, -torch.inf)
     best = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :most]
     beyond = torch.arange(most, device=score.device) >= left[:, None, None]

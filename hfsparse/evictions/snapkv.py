@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from hfsparse.evictions.attention import attention_got
-from hfsparse.evictions.eviction import register
+from hfsparse.evictions.eviction import register, require_sizes
 from hfsparse.lists import Grid
 from hfsparse.registry import require
 
@@ -31,8 +31,7 @@ class SnapKV:
     adds_up = False
 
     def __post_init__(self):
-        require(self.size >= 1, f"size is {self.size}: give 1 or more keys")
-        require(self.window >= 1, f"window is {self.window}: give 1 or more keys")
+        require_sizes(self)
         odd = self.pool >= 1 and self.pool % 2 == 1
         require(odd, f"pool is {self.pool}: give an odd number of keys, 1 or more")
 

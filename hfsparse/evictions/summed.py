@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hfsparse.evictions.attention import attention_got
+from hfsparse.evictions.eviction import require_sizes
 from hfsparse.lists import Grid
-from hfsparse.registry import require
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Summed:
     watched = None
 
     def __post_init__(self):
-        require(self.size >= 1, f"size is {self.size}: give 1 or more keys")
-        require(self.window >= 1, f"window is {self.window}: give 1 or more keys")
+        require_sizes(self)
 
     def scores(
         self,

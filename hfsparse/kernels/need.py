@@ -29,6 +29,8 @@ class Need(NamedTuple):
     bands: bool = False  # rings, of which new tokens read a window
     dropped: bool = False  # a ring that has dropped keys is part of the grid
     packed: bool = False  # some keys of the cache lie in fewer bits
+    hosted: bool = False  # some keys of the cache lie in host memory
+    slots: int = 0  # of the hot set that keys are fetched into
     chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q
 
@@ -52,6 +54,6 @@ class Kernel:
     run: Callable[..., Any]  # as the table's other rows: hfsparse/kernels/table.py
     why_not: Callable[[Need], str | None]
     fused: bool = False  # prefill: block lists cost no more host time or memory than whole rows
-    # decode: rows' lengths are read on the device, and nothing that lies beyond them: room in the
-    # cache costs nothing, and a step recorded as a CUDA graph serves longer rows too.
+    # decode, append and fetch: rows' lengths are read on the device, and nothing that lies beyond
+    # them: room in the cache costs nothing, and a step recorded as a CUDA graph serves longer rows.
     device_lengths: bool = False

@@ -91,6 +91,8 @@ def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) ->
     """Attention over all keys that are held, or over the pages that are listed."""
     if part.packed is not None:
         return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
+    if part.hot is not None:
+        return _read_hot(run, part, q, new, more, listed)
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
     query_pos, length, dropped = new.query_pos, new.length, part.dropped
     if span is not None:  # it reads as a row that lacks what comes before
@@ -116,16 +118,34 @@ def _read_packed(run, packed: Packed, rows, q, new: NewTokens, more, listed) -> 
         k, v = packed.read(length, torch.arange(packed.slots, device=q.device)[None])
         return run(q, k, v, query_pos, None, length=length, **more)
     chosen, count = take_rows(rows, listed.pages, listed.count)
+    listed = replace(listed, pages=chosen, count=count)
+    return _read_named(run, packed.choose, q, query_pos, length, more, listed)
+
+
+def _read_hot(run, part: Place, q, new: NewTokens, more, listed: PageLists) -> Tensor:
+    """Attention over units that lie in the hot set, or among the newest pages, where listed."""
+    row, unit = torch.arange(len(q), device=q.device)[:, None], listed.unit
+    lies = (listed.lies[..., None] * unit + torch.arange(unit, device=q.device)).flatten(2)
+
+    def choose(head: int, *at: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t[row, head, lies[:, head]][:, None] for t in (part.k, part.v))
+
+    return _read_named(run, choose, q, new.query_pos, new.length, more, listed)
+
+
+def _read_named(run, choose, q, query_pos, length, more, listed: PageLists) -> Tensor:
+    """Attention over listed units, head by head: `choose(head, at, length)` gives the keys and
+    values at positions `at` [B, n]."""
     token = torch.arange(listed.unit, device=q.device)
-    group, made = q.shape[1] // chosen.shape[1], []
-    for head in range(chosen.shape[1]):
-        at = (chosen[:, head, :, None] * listed.unit + token).flatten(1)
-        k, v = packed.choose(head, at, length)
-        named = torch.arange(chosen.shape[2], device=q.device) < count[:, head, None]
+    group, made = q.shape[1] // listed.pages.shape[1], []
+    for head in range(listed.pages.shape[1]):
+        at = (listed.pages[:, head, :, None] * listed.unit + token).flatten(1)
+        k, v = choose(head, at, length)
+        named = torch.arange(listed.pages.shape[2], device=q.device) < listed.count[:, head, None]
         held = named.repeat_interleave(listed.unit, 1) & (at < length[:, None])
         own = slice(head * group, (head + 1) * group)
-        bare = more.get("s_aux")
-        given = more if bare is None else {**more, "s_aux": bare[own]}
+        parts = (("s_aux", own), ("lse", (slice(None), own)))
+        given = more | {x: more[x][part] for x, part in parts if more.get(x) is not None}
         slots = torch.full_like(length, at.shape[1])
         at = torch.where(held, at, -1)
         made.append(run(q[:, own], k, v, query_pos, at, length=slots, **given))

@@ -1,4 +1,4 @@
-"""Which kernel serves which need: six tables of capability checks, the first that fits wins.
+"""Which kernel serves which need: seven tables of capability checks, the first that fits wins.
 
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
@@ -18,6 +18,8 @@ SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLis
     many keys the lists hold, it is raised.
 APPEND(k, v, into, new) -> None
     A step's new tokens into all stores of a layer; there is room for them.
+FETCH(hot, lists, length, read) -> PageLists
+    As `fetch.fetch`: of a store whose keys lie in host memory, before a step reads it.
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 """
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.kernels import dense, per_store, plain, reference
+from hfsparse.kernels import dense, fetch, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
@@ -132,7 +134,10 @@ def _triton_decode(
 def _triton_by_store(
     q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
 ) -> Tensor:
-    run, sinks = _module("triton.decode_store").decode, logits.pop("s_aux", None)
+    run = _module("triton.decode_store").decode
+    if len(places.parts) == 1:
+        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **logits)
+    sinks = logits.pop("s_aux", None)
     ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)
@@ -144,6 +149,11 @@ def _triton_by_store(
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
+        if part.packed is not None:
+            _module("triton.pack").pack(part, new.query_pos)
+        if part.hot is not None:
+            given = into.at.tensor(part.heads, k.device), new.query_pos
+            _module("triton.write_out").write_out(part.hot, k, v, *given)
         if isinstance(part.selector, Labelled) and not part.selector.means:
             _module("triton.labels").follow(
                 part, k, into.at.tensor(part.heads, k.device), new.query_pos
@@ -182,8 +192,12 @@ SELECT = (
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (
-    Kernel("Triton", _triton_append, _triton("append")),
+    Kernel("Triton", _triton_append, _triton("append"), device_lengths=True),
     Kernel("PyTorch", per_store.append, _always),
+)
+FETCH = (
+    Kernel("Triton", _lazily("triton.fetch", "fetch"), _triton("fetch"), device_lengths=True),
+    Kernel("PyTorch", fetch.fetch, _always),
 )
 COUNT = (
     Kernel("Triton", _lazily("triton.count", "pairs"), _triton("count")),
@@ -192,13 +206,14 @@ COUNT = (
 
 
 class Tables(NamedTuple):
-    """The six together: what a call's kernels are picked from."""
+    """The seven together: what a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
     estimate: tuple[Kernel, ...] = ESTIMATE
     select: tuple[Kernel, ...] = SELECT
     append: tuple[Kernel, ...] = APPEND
+    fetch: tuple[Kernel, ...] = FETCH
     count: tuple[Kernel, ...] = COUNT
 
 

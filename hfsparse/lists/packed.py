@@ -1,8 +1,9 @@
-"""Pages of keys and values in 8 or 4 bits a number: how they are packed, and read again.
+"""Pages of keys and values in 8 or 4 bits a number, or in fp8: how they are packed, and read again.
 
 Between its smallest and its largest a number takes one of 256 or 16 steps. Of keys that is told by
 page and channel, since some channels are far larger than others; of values by token (KIVI, arXiv
-2402.02750). Both ends are kept, in the model's type, and come back as they were.
+2402.02750). Both ends are kept, in the model's type, and come back as they were. In fp8 (e4m3,
+arXiv 2209.05433) its largest number, 448, stands for the end that is farther from zero.
 
 A row's newest page is packed once it is full. Until then it lies as it came, and for a while
 longer: the newest two pages do, page n where n is even in the first half.
@@ -10,24 +11,39 @@ longer: the newest two pages do, page n where n is even in the first half.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import PAGE
 
-BITS = (16, 8, 4)  # of a number in the cache; 16: it has the model's own type
+Bits = Literal[16, 8, 4, "fp8"]  # of a number in the cache; 16: it has the model's own type
+BITS: tuple[Bits, ...] = get_args(Bits)
+LARGEST = 448.0  # number of fp8
 NEWEST = 2 * PAGE  # tokens that are held as they came
+TINY = torch.finfo(torch.float32).tiny  # a step at least: of ends that are one no number differs
 
 
-def pack(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """t `[..., D]` in steps from low to high, which broadcast: uint8 `[..., D * bits / 8]`.
+def width_of(bits: Bits) -> int:
+    """Bits that a number takes."""
+    return 8 if bits == "fp8" else bits
+
+
+def said(bits: Bits) -> str:
+    """In words."""
+    return bits if bits == "fp8" else f"{bits} bits"
+
+
+def pack(t: Tensor, low: Tensor, high: Tensor, bits: Bits) -> Tensor:
+    """t `[..., D]` between low and high, which broadcast: uint8 `[..., D * width / 8]`.
 
     Of 4 bits byte c has channel c in its low half, and channel c + D / 2 in its high half.
     """
     start, step = _steps(low, high, bits)
-    code = (t.float() - start) / step.clamp(min=torch.finfo(torch.float32).tiny)
+    code = (t.float() - start) / step.clamp(min=TINY)
+    if bits == "fp8":
+        return code.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
     code = code.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
     if bits == 4:
         first, second = code.chunk(2, -1)
@@ -35,17 +51,27 @@ def pack(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return code
 
 
-def unpack(code: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def unpack(code: Tensor, low: Tensor, high: Tensor, bits: Bits) -> Tensor:
     """What `pack` packed, `[..., D]` in the type of low."""
-    if bits == 4:
+    if bits == "fp8":
+        code = code.view(torch.float8_e4m3fn).float()
+    elif bits == 4:
         code = torch.cat([code & 15, code >> 4], -1)
     start, step = _steps(low, high, bits)
     return (start + code * step).to(low.dtype)
 
 
-def _steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    start = low.float()
-    return start, (high.float() - start) / ((1 << bits) - 1)
+def _steps(low: Tensor, high: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """What stands for the code 0, and for 1 more than that."""
+    low, high = low.float(), high.float()
+    if bits == "fp8":
+        return torch.zeros_like(low), torch.maximum(-low, high) * steps(bits)
+    return low, (high - low) * steps(bits)
+
+
+def steps(bits: Bits) -> float:
+    """A code's worth, of what the ends span: a factor, since devices multiply alike."""
+    return 1 / LARGEST if bits == "fp8" else 1 / ((1 << bits) - 1)
 
 
 class Packed(NamedTuple):
@@ -55,8 +81,8 @@ class Packed(NamedTuple):
     all others packed.
     """
 
-    bits: int
-    k: Tensor  # [B, H, P, PAGE, D * bits / 8] uint8
+    bits: Bits
+    k: Tensor  # [B, H, P, PAGE, D * width / 8] uint8
     v: Tensor  # the same of Dv
     low: Tensor  # [B, H, P, D] smallest and largest key of each page, by channel
     high: Tensor
@@ -72,7 +98,10 @@ class Packed(NamedTuple):
 
     def first(self, tokens: int | None) -> Packed:
         """The pages of the first so many tokens; None: all."""
-        pages = slice(None if tokens is None else -(-tokens // PAGE))
+        return self.some(slice(None if tokens is None else -(-tokens // PAGE)))
+
+    def some(self, pages: slice) -> Packed:
+        """Those pages, and the newest two as they came."""
         return self._make([self.bits, *(t[:, :, pages] for t in self[1:-2]), *self[-2:]])
 
     def of(self, rows: Tensor | None) -> Packed:

@@ -24,6 +24,8 @@ class PageLists:
     pages: Tensor  # [B, Hkv, width] int64, ascending
     count: Tensor  # [B, Hkv]
     unit: int = PAGE  # tokens in each, one of UNITS
+    # [B, Hkv, width] where each lies in the store's buffers, in units; None: in order, as named.
+    lies: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Sequence[PageLists]) -> PageLists:

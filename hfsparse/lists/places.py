@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists.grid import FULL, PAGE, Band, HeadIndex
-from hfsparse.lists.packed import Packed
+from hfsparse.lists.hot import Hot
+from hfsparse.lists.packed import NEWEST, Packed
 
 COLUMNS = (
     *("k", "v"),  # where the head's keys and values begin, in units behind the layer's first
     *("low", "high"),  # its spans' minima and maxima, in units behind the layer's first key
     *("row", "slots"),  # slots from a batch row to the next; slots of the head itself
     *("span_row", "spans"),  # the same of minima and maxima; 0: none are kept
-    *("sink", "size"),  # position p >= sink lies in slot sink + (p - sink) % size
+    # position p >= sink lies in slot sink + (p - sink) % size; where `Place.ends`, the newest do
+    *("sink", "size"),
     *("recent", "rate"),  # beyond the sink a query reads its last recent + rate * position keys,
     "chunked",  # or, where this is set, those from the newest multiple of `recent` on;
     "below",  # in rows of fewer tokens all that is held
@@ -56,6 +58,14 @@ class Place(NamedTuple):
     # keys lie one after another.
     dropped: Tensor | None = None
     packed: Packed | None = None  # where keys lie in fewer bits; k and v are its newest tokens
+    # Where keys lie in host memory: lists say where what they name lies in k and v, whose first
+    # NEWEST slots are its newest tokens.
+    hot: Hot | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether k and v hold the newest tokens, at position % NEWEST."""
+        return self.packed is not None or self.hot is not None
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -102,6 +112,11 @@ class Places(NamedTuple):
         return any(part.packed is not None for part in self.parts)
 
     @property
+    def hosted(self) -> bool:
+        """Whether some keys lie in host memory."""
+        return any(part.hot is not None for part in self.parts)
+
+    @property
     def long(self) -> int:
         """Heads that may read many pages: those without a ring, if there are any."""
         full = sum(len(part.heads) for part in self.parts if not part.size)
@@ -143,7 +158,8 @@ class Table:
                 each = part.low.shape[3] if part.low.ndim == 5 else 1
                 spans, span = part.low.shape[2] * each, PAGE // each
             band, H, N = part.band, len(part.heads), part.k.shape[2]
-            held = H * N, N, H * spans, spans, band.sink, part.size or NEVER
+            turn = (0, NEWEST) if part.ends else (band.sink, part.size or NEVER)
+            held = H * N, N, H * spans, spans, *turn
             held = *held, band.recent, band.rate, int(band.chunked), part.below
             for i, head in enumerate(part.heads):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]

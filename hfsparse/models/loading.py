@@ -184,14 +184,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where tokens go in: to the embeddings, or to where accelerate brings these when called."""
+    return device_of(model.get_input_embeddings())
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module runs: where its weights lie, or where accelerate brings these when called."""
     import torch
 
-    words = model.get_input_embeddings()
-    if words.weight.device.type != "meta":
-        return words.weight.device
-    hook = getattr(words, "_hf_hook", None)
-    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook]))
-    return torch.device(next((place for place in places if place is not None), "cpu"))
+    for part in module.modules():
+        if lie := [w.device for w in part.parameters(recurse=False) if not w.is_meta]:
+            return lie[0]
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if (place := getattr(each, "execution_device", None)) is not None:
+                return torch.device(place)
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

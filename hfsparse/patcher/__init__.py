@@ -7,7 +7,8 @@
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
 and `generation` in `generate`; all `state` lies on the model, so `unpatch(model)` needs no handle.
-`explain`, `figures` and `memory` tell what a plan does, holds and needs.
+`explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
+folders.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
 from hfsparse.patcher.resolve import resolve_below, resolve_layers
 from hfsparse.patcher.state import State, copy_configs, is_patched
-from hfsparse.patcher.supported import attention_modules, check_model
+from hfsparse.patcher.supported import attention_modules, check_host, check_model
 from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.extend import Extension
@@ -105,6 +106,7 @@ def _prepare(
     extensions = find_extensions(model, plan, shapes)
     shard = shard_of(model, modules, shapes)
     layers = resolve_layers(plan, shapes, below, extensions, shard)
+    check_host(modules, layers)
     linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
     graphs = Graphs(layers, linear, fuse, agree)
     state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard)

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import CacheError, PatchError
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.layer import DEFAULT, CacheLayer
 
 VIRTUAL = (
     "Prefix tuning (peft) brings virtual tokens in a cache of its own, which hfsparse can't "
@@ -30,7 +30,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
             f"got a {type(cache).__name__} as cache: give a transformers Cache, or none"
         )
     if ours := [layer for layer in cache.layers if isinstance(layer, CacheLayer)]:
-        _check_whole(ours)
+        check_whole(ours)
         for layer in ours if expected else ():
             layer.expected = expected
         if reserve:
@@ -47,7 +47,7 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
     cache.layer_class_to_replicate = None
 
 
-def _check_whole(ours: list[CacheLayer]) -> None:
+def check_whole(ours: list[CacheLayer]) -> None:
     """CacheError for a cache whose layers have not all stored the same tokens."""
     if len({n for layer in (ours[0], ours[-1]) for n in (layer.seen, layer.stored)}) > 1:
         raise CacheError(
@@ -62,8 +62,7 @@ def _check_empty(cache: Cache) -> None:
     special = [name for name in kinds if "Quant" in name or "EncoderDecoder" in name]
     if special or getattr(cache, "offloading", False):
         what = f"a {special[0]}" if special else "an offloaded cache"
-        bits = ", under a plan whose cache words have bits: 8 or 4" if special else ""
-        raise CacheError(f"{what} is not supported under hfsparse: use the default cache{bits}")
+        raise CacheError(f"{what} is not supported under hfsparse: {DEFAULT}")
     if cache.get_seq_length():
         raise CacheError(
             f"this cache holds {int(cache.get_seq_length())} tokens of the unpatched model, which "

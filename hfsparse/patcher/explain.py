@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from hfsparse.evictions import EVICTIONS
 from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
+from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
 from hfsparse.patcher.state import State, state_of
-from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
@@ -44,18 +44,26 @@ def explain(model: PreTrainedModel) -> str:
     prefill, decode = tables.prefill, tables.decode
     patterned = listed._replace(skip=skip)
     lines.append(f"full heads, prompt: {_describe(prefill, patterned if skip else need)}")
-    lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
+    if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
+        lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
+    reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
     rings = step._replace(bands=True)
-    if pick(decode, rings) is pick(decode, step):
+    if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
         lines.append(f"full heads, new tokens: {_describe(decode, step)}")
-        lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
-    lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
+        if "ring" in reads:
+            lines.append(f"ring heads, new tokens: {_describe(decode, rings)}")
+    if "selected" in reads:
+        lines.append(f"selected pages, new tokens: {_describe(decode, step._replace(lists=True))}")
     if any(layer.packs for layer in state.layers):
         packed = step._replace(packed=True, lists=True)
         lines.append(f"layers with keys in fewer bits, new tokens: {_describe(decode, packed)}")
         lines.append(f"new tokens there: stored by {_describe(tables.append, packed)}")
+    if any(layer.hosts for layer in state.layers):
+        hosted = step._replace(hosted=True, lists=True)
+        lines.append(f"layers with keys in host memory, new tokens: {_describe(decode, hosted)}")
+        lines.append(f"pages there: fetched by {_describe(tables.fetch, step)}")
     plain = pick(prefill, patterned._replace(logits=True)).name
     past = "behind a past, " if pick(prefill, listed).fused else ""
     lines.append(f"full heads {past}past a sliding window, softcap, sink logits: {plain}")
@@ -99,21 +107,28 @@ def _describe(table: tuple[Kernel, ...], need: Need) -> str:
 
 
 def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:
-    """For each of the plan's patterns: who chooses what heads of it read."""
+    """For each pattern that a head of the plan has: who chooses what it reads."""
+    prompt, cache, decode = (
+        {word for layer in plan.layers for word in getattr(layer, part)}
+        for part in ("prefill", "cache", "decode")
+    )
     for name, pattern in plan.patterns.items():
-        asked = need._replace(chooser=pattern)
-        if pattern.kind in PATTERNS:
-            by = _describe(tables.estimate, asked)
-            yield f"{name} ({pattern.kind}), prompt: blocks chosen by {by}"
-        elif pattern.kind in EVICTIONS:
-            yield f"{name} ({pattern.kind}), cache: keys to keep chosen by PyTorch"
-        elif pattern.kind in KEPT:
-            yield f"{name} ({pattern.kind}), cache: every key, in {pattern.bits} bits"
-        elif hasattr(pattern, "pages"):
+        told = f"{name} ({pattern.kind})"
+        if name in prompt:
+            by = _describe(tables.estimate, need._replace(chooser=pattern))
+            yield f"{told}, prompt: blocks chosen by {by}"
+        elif name in cache and pattern.kind in EVICTIONS:
+            yield f"{told}, cache: keys to keep chosen by PyTorch"
+        elif name in cache and pattern.kind in KEPT:
+            where = f"in {said(pattern.bits)}"
+            if pattern.host:
+                where = f"in host memory, {pattern.hot:g} of each row on the GPU"
+            yield f"{told}, cache: every key, {where}"
+        elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
-            yield f"{name} ({pattern.kind}), new tokens: pages chosen by {by}"
-        else:
-            yield f"{name} ({pattern.kind}), new tokens: pages chosen by an earlier layer"
+            yield f"{told}, new tokens: pages chosen by {by}"
+        elif name in decode:
+            yield f"{told}, new tokens: pages chosen by an earlier layer"
 
 
 def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[str]:
@@ -126,7 +141,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs)
+        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
@@ -138,10 +153,9 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         }
         full = sum(pattern is None for pattern in layer.prefill)
         dropping = "ring" if layer.window is None else "windowed"
-        kinds = Counter((_kind(g, dropping), g.bits) for g in layer.groups for _ in g.heads)
+        kinds = Counter((_kind(g, dropping), _kept(g)) for g in layer.groups for _ in g.heads)
         prompt = (full, "full", whole), (len(layer.prefill) - full, "patterned", listed)
-        in_bits = {bits: "" if bits == 16 else f" in {bits} bits" for _, bits in kinds}
-        tokens = [(n, kind + in_bits[bits], reads[kind]) for (kind, bits), n in kinds.items()]
+        tokens = [(n, kind + kept, reads[kind]) for (kind, kept), n in kinds.items()]
         parts = (
             " + ".join(f"{n} {kind} by {kernel}" for n, kind, kernel in found if n)
             for found in (prompt, tokens)
@@ -163,6 +177,13 @@ def _kind(group: Group, ring: str) -> str:
     if group.chosen:
         return "selected"
     return "full" if group.band == FULL else ring
+
+
+def _kept(group: Group) -> str:
+    """How a group's keys are kept, where that is not as they came."""
+    if group.hot:
+        return " in host memory"
+    return "" if group.bits == 16 else f" in {said(group.bits)}"
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

@@ -70,9 +70,9 @@ def check_turns(model: PreTrainedModel, extensions: dict[int, Extension]) -> Non
     One token by itself is read at two positions, which differ in nothing else. A model without
     weights is not looked at.
     """
-    decoder, device = text_decoder(model), input_device(model)
-    if device.type == "meta":
+    if any(each.inv_freq.is_meta for each in extensions.values()):
         return
+    decoder, device = text_decoder(model), input_device(model)
     pad = getattr(decoder.get_input_embeddings(), "padding_idx", None)  # whose vector may be zero
     ids = torch.tensor([[int(pad == 0)]], device=device)
     seen: list[dict[int, Tensor]] = []

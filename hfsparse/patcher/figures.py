@@ -24,6 +24,7 @@ from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
+from hfsparse.plan.kept import Full
 from hfsparse.runtime.cache.layer import NOTHING, CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.layout import lay_out, lay_out_chunks
@@ -45,13 +46,16 @@ def predict(
     tokens: int,
     prompts: Prompts | None = None,
     device: torch.device | None = None,
+    itemsize: int = 4,
 ) -> Stats:
     """Of a prompt of `tokens`, and of a decode step whose token makes a row as long.
 
     Without `prompts` the densities of pairs and blocks are unknown. Blocks are those of `device`.
+    The model works in a type of `itemsize` bytes, of which what is kept beside keys, or in fewer
+    bits, is another share.
     """
     layers = [LayerStats()] * plan.model.layers
-    for own, layer in fill_caches(config, plan, tokens):
+    for own, layer in fill_caches(config, plan, tokens, itemsize=itemsize):
         works = {}
         if prompts is not None:
             pairs, blocks = _dense_work(own, tokens, device or torch.device("cpu"))
@@ -66,23 +70,26 @@ def one_head(
     pattern: Any = None,
     head_dim: int = 1,
     data: dict[str, DataFile] | None = None,
+    itemsize: int = 2,
+    full: Full | None = None,
 ) -> tuple[float, float]:
     """Shares of a row of `tokens` that one kv head keeps, in bytes, and that a step reads.
 
     pattern: a streaming one, for a ring; an eviction, for what it keeps; a selector, for chosen
     pages; None, for a full head. Of a selector that reads a table it is the first head of the first
-    layer, of `head_dim`. Keys and values take two bytes a number.
+    layer, of `head_dim`. Keys and values take `itemsize` bytes a number; `full` says of those of a
+    full cache if they are in fewer bits.
     """
     decode = "full" if pattern is None else "it"
-    words = Layer(("full",), ("full",), (decode,))
+    words = Layer(("full",), ("full" if full is None else "packed",), (decode,))
     if isinstance(pattern, Streaming):
         words = Layer(("it",), ("it",), ("ring",))
     if type(pattern) in EVICTIONS.values():
         words = Layer(("full",), ("it",), ("kept",))
     this = ModelId("one", 1, 1, 1, head_dim, "head")
-    plan = Plan(this, {"it": pattern}, (words,), data=data or {})
+    plan = Plan(this, {"it": pattern, "packed": full}, (words,), data=data or {})
     shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
-    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, itemsize=2)])
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, 1, itemsize)])
     return stats.cache_share, stats.decode_share
 
 
@@ -140,9 +147,8 @@ def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Wor
             own.counts.read_by(store.group.heads, torch.device("cpu"))[:] = read
     held = NOTHING if layer is None else layer.held()
     works |= {"reads": own.reads(), "cache": held.work(own.kv_heads, tokens)}
-    return LayerStats(
-        **works, kv_bytes=held.bytes(own.kv_heads), window=own.window, evicting=own.evicting
-    )
+    works |= {"kv_bytes": held.bytes(own.kv_heads), "host_bytes": held.outside(own.kv_heads)}
+    return LayerStats(**works, window=own.window, evicting=own.evicting)
 
 
 def _row(shares: np.ndarray, own: LayerPlan) -> np.ndarray:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
-from transformers import PreTrainedModel
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard, group_of
 from hfsparse.models.sharding import gather as gather_from
+from hfsparse.patcher import saved
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
@@ -68,6 +72,8 @@ class Patched(Handle):
                 Work(*layer.counts.skipped.T.tolist()),
                 layer.window,
                 layer.evicting,
+                held.outside(layer.kv_heads),
+                layer.counts.found(layer.kv_heads),
                 states[layer.index],
             )
         return Stats(layers)
@@ -82,6 +88,37 @@ class Patched(Handle):
         """What runs where and why, in words."""
         self._own_state()
         return explain(self.model)
+
+    def save(
+        self,
+        cache: Cache,
+        folder: str | os.PathLike,
+        tokens: torch.Tensor | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a cache of this patch into a new folder, from which `load` goes on with it.
+
+        tokens `[B, columns or more]`: the ids that it was read from, padding included; `load` can
+        then tell whether a prompt begins with them. A cache that the folder holds is replaced with
+        overwrite=True, nothing else is. The folder is whole, or is not there. Raises a CacheError
+        for a cache that can't be saved, a UsageError for a folder that can't be written.
+        """
+        saved.save(self._own_state(), cache, folder, tokens, overwrite)
+
+    def load(
+        self,
+        folder: str | os.PathLike,
+        tokens: torch.Tensor | None = None,
+        device: str | torch.device | None = None,
+    ) -> DynamicCache:
+        """The cache that `save` has written into a folder; a call goes on from it as from that.
+
+        tokens `[B, columns or more]`: the prompt that it is for; what it begins with is compared
+        with the tokens that the cache was saved with. device: where it will lie, None: each layer
+        where the model's layer runs. Raises a CacheError for a cache of another plan, model or
+        dtype, of other tokens, or in files that were changed, a UsageError where there is none.
+        """
+        return saved.load(self._own_state(), folder, tokens, device)
 
     def _own_state(self) -> State:
         if text_decoder(self.model).__dict__.get("_hfsparse") is not self._patch:

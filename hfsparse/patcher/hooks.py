@@ -17,7 +17,7 @@ from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
-from hfsparse.runtime.cache.layer import NOTHING, CacheLayer, Held
+from hfsparse.runtime.cache.layer import CacheLayer, Held
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave
 from hfsparse.runtime.masks import NAME
@@ -127,8 +127,9 @@ def after_forward(decoder, args, kwargs, output) -> None:
     held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
     for layer in layers:
         held[layer.index].append(layer.held())
-    state.held = [Held.together(parts) if parts else NOTHING for parts in held.values()]
-    state.states = [state_bytes(layer) for layer in cache.layers]
+    state.held = [Held.together(parts) for parts in held.values()]
+    linear = state.graphs.linear
+    state.states = [state_bytes(layer) for layer in cache.layers] if linear else []
 
 
 def _check_width(given: dict, cache: Any) -> None:

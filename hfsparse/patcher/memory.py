@@ -12,7 +12,7 @@ Mixtures of experts and kernels of a model's own may need more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from hfsparse.patcher.figures import fill_caches, type_of
 from hfsparse.patcher.generation import CHUNK
 from hfsparse.patcher.probe import DummyValues
 from hfsparse.plan import ModelId, Plan
+from hfsparse.plan.bits import find_units, in_bits
 from hfsparse.runtime.cache.stateful import state_bytes
 
 WIDE, NARROW = 3, 4
@@ -46,6 +47,7 @@ class Memory:
     cache: int
     work: int
     states: int = 0  # of linear layers
+    host: int = 0  # of keys and values in the host's memory, which are no part of the peak
 
     @property
     def peak(self) -> int:
@@ -58,7 +60,8 @@ def predict(
     """Of a batch of prompts of `tokens`, in calls of `chunk` (0: one); None is the stock model."""
     beside = _cache_and_work(config, plan, tokens, batch, chunk, itemsize)
     states = batch * count_states(config, itemsize)
-    return Memory(itemsize * count_weights(config), *beside, states)
+    outside = 0 if plan is None else host_bytes(config, plan, tokens, batch, itemsize)
+    return Memory(itemsize * count_weights(config), *beside, states, outside)
 
 
 def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple[int, int]:
@@ -80,6 +83,14 @@ def cache_bytes(
             ours += layer.bytes()
             stock += layer.dense_bytes()
     return ours, stock
+
+
+def host_bytes(config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
+    """Bytes that the plan's cache keeps in the host's memory."""
+    if not any(getattr(pattern, "host", False) for pattern in plan.patterns.values()):
+        return 0
+    filled = fill_caches(config, plan, tokens, batch, itemsize)
+    return sum(layer.host_bytes() for _, layer in filled if layer is not None)
 
 
 def count_weights(config: Any) -> int:
@@ -137,6 +148,17 @@ def _longest_beside(config, plan, room, batch, chunk, itemsize) -> int:
     return low
 
 
+def in_few_bits(config: Any, plan: Plan) -> Plan | None:
+    """The plan with its caches in 4 bits, as far as they can be; None: that changes nothing."""
+    shapes = layer_shapes(config)
+    odd = any(d % 2 for each in shapes if each.free for d in (each.head_dim, each.value_dim))
+    if odd or plan.extend is not None:
+        return None
+    units = [*find_units(plan.layers, plan.patterns, shapes)]
+    layers, patterns = in_bits(plan.layers, plan.patterns, 4, units)
+    return None if layers == plan.layers else replace(plan, layers=layers, patterns=patterns)
+
+
 def describe_shortage(
     decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int, ranks: int = 1
 ) -> str:
@@ -162,10 +184,12 @@ def describe_shortage(
     if not room:
         return said
     room *= ranks
-    fits = _longest_beside(config, plan, room - weights, batch, chunk or CHUNK, size)
+    more = room - weights, batch, chunk or CHUNK, size
+    fits, few = _longest_beside(config, plan, *more), in_few_bits(config, plan)
+    lighter = f"{_longest_beside(config, few, *more):,} in 4 bits (hfsparse bits), " if few else ""
     device = "the device has" if ranks == 1 else f"the devices of {ranks} ranks together have"
     return (
         f"{said}; {device} {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
-        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, as far as nothing else is there; else "
-        "shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
+        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {lighter}as far as nothing else is "
+        "there; else shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )

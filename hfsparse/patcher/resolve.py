@@ -129,7 +129,8 @@ def _groups(
         bits = getattr(kept, "bits", 16)
         if shape.window is not None:
             band = Band(0, shape.window, chunked=shape.chunked)
-        more = {"eviction": eviction, "bits": bits, "rank": shape.rank}
+        hot = kept.hot if getattr(kept, "host", False) else 0.0
+        more = {"eviction": eviction, "bits": bits, "hot": hot, "rank": shape.rank}
         kind = Group((), band, _selector(plan, decode), **more)
         groups.setdefault(kind, []).append(head)
     return tuple(_group(index, kind, tuple(own), source, bind) for kind, own in groups.items())

@@ -15,7 +15,9 @@ from hfsparse.models.names import text_decoder
 from hfsparse.patcher import probe
 from hfsparse.patcher.resolve import resolve_layers
 from hfsparse.plan import ModelId, Plan
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.latent import why_not as why_not_latents
+from hfsparse.runtime.layer_plan import LayerPlan
 
 ROPES = ("default", "linear", "llama3", "yarn")  # these turn by the position, not a call's length
 MISTAKEN = (
@@ -120,6 +122,18 @@ def _module_obstacles(modules: dict[torch.nn.Module, int], attending: list[int])
         yield "its layers have attention to an encoder, too (cross-attention)"
     if found != attending:
         yield f"its attention layers are {found}, its config says {attending}"
+
+
+def check_host(modules: Iterable[torch.nn.Module], layers: Iterable[LayerPlan]) -> None:
+    """PatchError where a layer keeps keys in host memory and no GPU is there to read them."""
+    for module, layer in zip(modules, layers, strict=True):
+        if not layer.hosts:
+            continue
+        if (why := host.why_not(next(module.parameters()).device)) is not None:
+            raise PatchError(
+                f"layer {layer.index} keeps keys in host memory, which a GPU reads, and this is "
+                f"{why}. Move the model to a GPU and patch it there, or use a plan without host"
+            )
 
 
 def check_model(model: Any) -> None:

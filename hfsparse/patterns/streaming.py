@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hfsparse.lists import RATE_ONE, Band, BlockLists, Grid
-from hfsparse.lists.packed import BITS
+from hfsparse.lists.packed import BITS, Bits
 from hfsparse.patterns.pattern import register
 from hfsparse.registry import later, require
 
@@ -24,7 +24,7 @@ class Streaming:
     sink: int = 64
     recent: int = 256
     recent_per_token: float = 0.0
-    bits: int = later(16)  # of a number that a ring keeps; prompts know nothing of it
+    bits: Bits = later(16)  # of a number that a ring keeps; prompts know nothing of it
 
     def __post_init__(self):
         require(self.sink >= 0, f"sink is {self.sink}: give 0 or more tokens")
@@ -33,7 +33,7 @@ class Streaming:
             0 <= self.recent_per_token <= 1,
             f"recent_per_token is {self.recent_per_token}: give 0 to 1, or dropped keys come back",
         )
-        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8 or 4")
+        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8, 4 or fp8")
 
     @property
     def band(self) -> Band:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hfsparse.lists import Grid
+from hfsparse.lists.packed import width_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan.parts import kinds
 
@@ -78,12 +79,12 @@ def _other(kind: str) -> tuple[str, str]:
 
 def share_kept(pattern: Any, length: int) -> float:
     """The share of a prompt's pairs that a pattern keeps of random q and k; a selector's `share`;
-    of a full cache the share of its bits.
+    of a full cache the share of its bits, or that a GPU holds.
 
     It only orders words: what a plan keeps of real prompts is in its `expected`.
     """
     if pattern.kind == FULL:
-        return pattern.bits / 16
+        return pattern.hot if pattern.host else width_of(pattern.bits) / 16
     if pattern.kind not in PATTERNS:
         return getattr(pattern, "share", 0.0)
     drawn = torch.Generator().manual_seed(0)

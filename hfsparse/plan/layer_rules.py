@@ -20,7 +20,7 @@ DROPPED = "ring", "kept"  # a step reads what is held, where the cache drops key
 BUILT_IN = {"prefill": ("full",), "cache": ("full",), "decode": ("full", *DROPPED)}
 TAKES = {
     "prefill": "full or the name of a prefill pattern",
-    "cache": "full or the name of a streaming pattern, an eviction or a full in fewer bits",
+    "cache": "full or the name of a streaming pattern, an eviction or a full of another kind",
     "decode": "full, ring, kept or the name of a selector",
 }
 
@@ -64,6 +64,8 @@ def _layer_rules(layer: Layer, model: ModelId | None, patterns: dict) -> Iterato
             yield (part,), text
     if sound and model and BAD not in (model.q_heads, model.kv_heads):
         yield from _ring_rules(layer, patterns)
+        yield from _bits_rules(layer, patterns)
+        yield from _host_rules(layer, patterns)
 
 
 def _word_rules(
@@ -102,23 +104,10 @@ def _word_rules(
 def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
     """A ring drops keys for good, so no head that reads it may ask for more than it holds."""
     group = len(layer.prefill) // len(layer.cache)
-    for head, (cache, decode) in enumerate(zip(layer.cache, layer.decode, strict=True)):
-        kept = None if cache == "full" else patterns[cache]
+    for head, cache, kept, decode in _kv_heads(layer, patterns):
         if _reads(kept) not in (decode if decode in DROPPED else "full", BAD):
             text = "decode is ring where the cache is streaming, kept where it evicts, nowhere else"
             yield ("decode",), f"kv head {head} has cache {cache} and decode {decode}: {text}"
-        if getattr(patterns.get(decode), "means", False) and getattr(kept, "bits", 16) < 16:
-            yield (
-                ("decode",),
-                f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, with means "
-                "of whole keys: leave out one of the two",
-            )
-        if segment_of(patterns.get(decode)) > PAGE and getattr(kept, "bits", 16) < 16:
-            yield (
-                ("decode",),
-                f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}, which "
-                f"clusters whole keys: give a segment of {PAGE}",
-            )
         if not isinstance(kept, Streaming):
             continue
         first = head * group
@@ -129,6 +118,55 @@ def _ring_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
                 f"kv head {head} caches only {cache}, its q heads {', '.join(loose)} read more: "
                 f"give them streaming patterns no longer than {cache}, or a full cache",
             )
+
+
+def _bits_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
+    """A cache in fewer bits has no whole keys for an index to be made of again."""
+    for head, cache, kept, decode in _kv_heads(layer, patterns):
+        if getattr(kept, "bits", 16) == 16:
+            continue
+        selector = patterns.get(decode)
+        given = f"kv head {head} has cache {cache}, in fewer bits, and decode {decode}"
+        if getattr(selector, "means", False):
+            yield ("decode",), f"{given}, with means of whole keys: leave out one of the two"
+        if segment_of(selector) > PAGE:
+            yield ("decode",), f"{given}, which clusters whole keys: give a segment of {PAGE}"
+
+
+def _host_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
+    for head, cache, kept, decode in _kv_heads(layer, patterns):
+        if getattr(kept, "host", False):
+            for text in _read_from_host(kept, patterns.get(decode)):
+                given = f"kv head {head} has cache {cache}, in host memory, and decode {decode}"
+                yield ("decode",), f"{given}, {text}"
+
+
+def _kv_heads(layer: Layer, patterns: dict) -> Iterator[tuple[int, str, Any, str]]:
+    """Of each kv head its number, what it keeps (the word, and what that stands for; None: all)
+    and the word by which it is read."""
+    for head, (cache, decode) in enumerate(zip(layer.cache, layer.decode, strict=True)):
+        yield head, cache, None if cache == "full" else patterns[cache], decode
+
+
+def _read_from_host(kept: Full, selector: Any) -> Iterator[str]:
+    """Of pages in host memory a step reads few, which the GPU has room for."""
+    if selector is BAD:
+        return
+    if selector is None:
+        yield "which reads every page at each step: give a selector, or a cache of full"
+        return
+    if _reuses(selector):
+        yield "which reads what another layer chose: give another selector, or a cache of full"
+        return
+    if selector.budget.means:
+        yield "with means of whole rows: leave out one of the two"
+    if segment_of(selector) > PAGE:
+        yield f"which clusters keys anew that the host holds: give a segment of {PAGE}"
+    if (share := selector.budget.share) > kept.hot:
+        yield (
+            f"which reads a share of {share:g} where the GPU keeps {kept.hot:g}: give hot "
+            f"{share:g} or more, or a smaller share"
+        )
 
 
 def _reuse_rules(layer: Any, before: Any, patterns: dict) -> Iterator[str]:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
+from hfsparse.lists.packed import Bits, said
 from hfsparse.models.classes import same_decoder
 from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
+from hfsparse.plan.bits import find_units, in_bits
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.parts import (
@@ -130,6 +132,40 @@ class Plan:
         if problems := list(islice(rules(vars(self)), MAX_PROBLEMS)):
             raise PlanError.of("plan", problems)
 
+    def with_bits(self, bits: Bits, model_or_config: Any) -> Plan:
+        """The plan with its caches in so many bits a number: 16, 8, 4 or "fp8".
+
+        Heads that can't be in fewer stay as they are (`bits.find_units`). What was measured and
+        proved of this plan is no part of the other, nor is the share of the cache that it expects.
+        PlanError for another model, and where no kv head can be in so many.
+        """
+        self.check(model_or_config)
+        units = [*find_units(self.layers, self.patterns, layer_shapes(model_or_config))]
+        if not units:
+            raise PlanError(
+                f"no kv head of this plan can keep its keys in {said(bits)}: latents (MLA), "
+                "windows of a model's own, evictions, means and segments need 16. Use the plan as "
+                "it is"
+            )
+        layers, patterns = in_bits(self.layers, self.patterns, bits, units)
+        words = {w for each in layers for w in (*each.prefill, *each.cache, *each.decode)}
+        expected = {
+            length: {name: x for name, x in figures.items() if not name.startswith("cache_share")}
+            for length, figures in self.expected.items()
+        }
+        made = {name: x for name, x in self.made.items() if name != "verified"}
+        found = dataclasses.replace(
+            self,
+            layers=layers,
+            patterns={name: each for name, each in patterns.items() if name in words},
+            expected=expected,
+            measured={},
+            made=made | {"in_bits": {"bits": bits, "of": self.hash()[:19]}},
+        )
+        found.validate()
+        found.check(model_or_config)
+        return found
+
     @property
     def verified(self) -> dict:
         """What the profiler's proof found; empty if none ran, or if a hand wrote no mapping."""
@@ -203,6 +239,7 @@ class Plan:
             if shape.producer is not None:
                 check_reader(self.layers, self.patterns, index, shape.producer)
             self._check_bits(index, shape)
+            self._check_host(index, shapes)
             if {*words.prefill, *words.cache, *words.decode} == {"full"}:
                 continue
             if shape.chunked:
@@ -227,12 +264,29 @@ class Plan:
             if shape.rank:
                 raise PlanError(
                     f"layer {index} keeps latents (MLA), which serve as keys and as values, and "
-                    f"{word} has {bits} bits: write a word of 16 bits, such as full, for its cache"
+                    f"{word} has {said(bits)}: write a word of 16 bits, such as full, for its cache"
                 )
             if odd := [d for d in (shape.head_dim, shape.value_dim) if bits == 4 and d % 2]:
                 raise PlanError(
                     f"layer {index} has heads of {odd[0]} channels, and two numbers of 4 bits "
                     f"share a byte: give {word} 8 bits"
+                )
+
+    def _check_host(self, index: int, shapes: Sequence[LayerShape]) -> None:
+        """Raise PlanError where a layer keeps in host memory what others read, or latents."""
+        for word in dict.fromkeys(self.layers[index].cache):
+            if not getattr(self.patterns.get(word), "host", False):
+                continue
+            if shapes[index].rank:
+                raise PlanError(
+                    f"layer {index} keeps latents (MLA), and {word} is in host memory, where none "
+                    "are read: write another word, such as full, for its cache"
+                )
+            if index in (shape.producer for shape in shapes) or shapes[index].producer is not None:
+                raise PlanError(
+                    f"layer {index} shares its keys with other layers, and {word} is in host "
+                    "memory, of which one layer reads: write another word, such as full, for its "
+                    "cache"
                 )
 
     def _check_tables(self) -> None:

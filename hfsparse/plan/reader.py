@@ -180,7 +180,8 @@ def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
     """The class that `raw` names; BAD for none."""
     kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
     if kind is not BAD and (type(kind) is not str or kind not in known):
-        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(kind, known)}")
+        word = kind if type(kind) is str else ""
+        say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(word, known)}")
         return BAD
     return BAD if kind is BAD else known[kind]
 

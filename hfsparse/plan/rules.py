@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from hfsparse.errors import Problem
+from hfsparse.lists.packed import said
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.extend import RULES
 from hfsparse.plan.files import DIGEST, FILE, DataFile
@@ -141,11 +142,11 @@ def _extend_rules(extend: Any, patterns: dict) -> Iterator[Placed]:
     for name, pattern in patterns.items():
         by_place = hasattr(pattern, "band") or hasattr(pattern, "placed")
         if isinstance(pattern, (Streaming, Full)):
-            if pattern.bits < 16:
+            if pattern.bits != 16:
                 yield (
                     ("patterns", name),
-                    f"patterns.{name} keeps {pattern.bits} bits, and extend reads keys of 16: "
-                    "give that beside it",
+                    f"patterns.{name} keeps {said(pattern.bits)}, and extend reads keys of 16 "
+                    "bits: give that beside it",
                 )
         elif type(pattern) in kinds().values() and not by_place:
             yield (
@@ -225,6 +226,10 @@ def wrong_value(cls: type, name: str, value: Any) -> str | None:
         return f"is {show(value)}: give a number"
     if hint is bool and type(value) is not bool:
         return f"is {show(value)}: give true or false"
+    if get_origin(hint) is Literal:
+        given = get_args(hint)
+        if not any(type(value) is type(each) and value == each for each in given):
+            return f"is {show(value)}: give one of {', '.join(map(str, given))}"
     if hint is str and not (type(value) is str and value and _plain_scalar(value)):
         return f"is {show(value)}: give text"
     return None

@@ -30,7 +30,7 @@ LAYERS_HEAD = """\
 # A word a head; full*3 is the word three times.
 #   prefill: full or the name of a prefill pattern, one a q head
 #   cache:   full, or the name of a streaming pattern (a ring), of an eviction or of a full in fewer
-#            bits, one a kv head
+#            bits or in host memory, one a kv head
 #   decode:  full, or ring where the cache is a ring, or kept where it evicts, or the name of a
 #            selector, one a kv head
 layers:
@@ -38,7 +38,7 @@ layers:
 
 
 KINDS = {"prefill": PATTERNS, "decode selectors": SELECTORS, "cache evictions": EVICTIONS}
-KINDS["cache in fewer bits"] = {"packed": Full}  # `full` itself is no name to give
+KINDS["cache in fewer bits or in host memory"] = {"held": Full}  # `full` itself is no name to give
 
 
 def template(config: Any) -> str:

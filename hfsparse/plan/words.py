@@ -40,4 +40,6 @@ def nearest(word: Any, known: Iterable[str]) -> str:
     """Advice for a word that is not among the known ones."""
     known = [str(each)[:64] for each in islice(known, 200)]
     close = difflib.get_close_matches(str(word)[:64], known, 1)
-    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(known[:20])}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"give one of {', '.join(known[:20])}" if known else "leave it out"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfsparse.models.layers import layer_shapes
+from hfsparse.models.layers import LayerShape, layer_shapes
 from hfsparse.patcher.figures import Prompts, predict
 from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -48,6 +48,11 @@ class Job:
         layer reads, and no window of their own."""
         return np.array([shape.alone for shape in layer_shapes(self.model)])
 
+    @property
+    def shape(self) -> LayerShape:
+        """That of these layers."""
+        return next(shape for shape in layer_shapes(self.model) if shape.alone)
+
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Values `[free layers, ...]` as `[layers, ...]`, 0 in the others."""
         every = np.zeros((len(self.free), *values.shape[1:]))
@@ -60,6 +65,11 @@ class Job:
         return tuple(
             next(rest) if free else full for free, full in zip(self.free, every, strict=True)
         )
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens in a row at which the budget of cache counts."""
+        return self.settings.at or max(self.prompts)
 
     @property
     def below(self) -> Below:
@@ -82,7 +92,8 @@ class Forecast:
         job, found = self.job, {}
         plan = Plan(ModelId.of(job.model), self.patterns, layers, job.below, data=self.data)
         for n, each in self.prompts(layers).items():
-            found[n] = predict(job.model.config, plan, n, each, job.model.device).figures()
+            given = job.model.config, plan, n, each, job.model.device, job.model.dtype.itemsize
+            found[n] = predict(*given).figures()
             if each.recall is not None:
                 found[n]["recall"] = round(float(each.recall[job.free].mean()), 4)
         return found

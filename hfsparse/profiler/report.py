@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hfsparse.models.layers import layer_shapes
+from hfsparse.patcher.figures import predict
+from hfsparse.patcher.memory import cache_bytes
 from hfsparse.plan import Plan
 from hfsparse.plan.words import series
 from hfsparse.profiler.settings import Settings
@@ -56,17 +58,25 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
     expected = plan.expected[longest]
     rows = (
         ("pairs", "pair_density", settings.prefill_density),
-        ("cache", "cache_share", settings.cache_share),
+        ("cache", "cache_share", settings.cache_share if settings.cache_gib is None else None),
         ("reads", "decode_share", settings.decode_share),
     )
     parts, missed = [], False
     for word, name, budget in rows:
         share = expected.get(f"{name}_free", expected.get(name))
-        if share is None:
+        if share is None or budget is None:
             continue
         met = budget >= 1 or share <= budget + 1e-3
         missed = missed or not met
         parts.append(f"{word} {share:.2f} of {budget:.2f} {'met' if met else 'not met'}")
+        parts[-1] += tell_halved(plan, longest, model) if name == "cache_share" else ""
+    if settings.cache_gib is not None:
+        tokens, most = settings.at or longest, settings.cache_gib
+        taken, _ = cache_bytes(model.config, plan, tokens, itemsize=model.dtype.itemsize)
+        met = taken <= most * 1.001 * 2**30
+        missed = missed or not met
+        told = f"{taken / 2**30:.3g} of {most:.3g} GiB at {tokens} tokens"
+        parts.append(f"cache {told} {'met' if met else 'not met'}")
     line = f"budgets at {longest} tokens: {'; '.join(parts)}"
     why = []
     shapes = enumerate(layer_shapes(model))
@@ -75,6 +85,15 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
     if plan.verified.get("given_back") or plan.verified.get("budgets"):
         why.append("more is kept so that the plan loses no more than its limits")
     return f"{line}: {'; '.join(why)}" if missed and why else line
+
+
+def tell_halved(plan: Plan, tokens: int, model: PreTrainedModel) -> str:
+    """What of the cache a plan keeps in a type of two bytes, where it was profiled in a wider one,
+    of which indexes and fewer bits are another share."""
+    sizes = model.dtype.itemsize, min(model.dtype.itemsize, 2)
+    each = (predict(model.config, plan, tokens, itemsize=size) for size in sizes)
+    share, halved = (f"{stats.free.cache_share:.2f}" for stats in each)
+    return "" if halved == share else f" ({halved} in a type of two bytes)"
 
 
 def find_unused(plan: Plan, settings: Settings) -> str | None:

@@ -23,6 +23,7 @@ from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.report import describe_run
 from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget
+from hfsparse.profiler.solve.room import Room
 from hfsparse.profiler.verify import key_tokens
 from hfsparse.profiler.verify.proof import check_lengths
 from hfsparse.profiler.verify.refine import refine
@@ -34,8 +35,9 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     supported.check_model(model)  # what no plan can be measured on, since none can be patched in
     lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
     check_model(model, lengths, settings.beyond_window)
+    cache = find_cache_budget(model, settings, lengths)  # ahead of all work
     start = time.time()
-    job = prepare(model, tokenizer, settings, lengths)
+    job = prepare(model, tokenizer, settings, lengths, cache)
     if settings.verify:
         check_lengths(job)  # ahead of all work
     found = choose(job)
@@ -85,8 +87,35 @@ def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window:
         )
 
 
-def prepare(model: PreTrainedModel, tokenizer, settings: Settings, lengths: tuple[int, ...]) -> Job:
-    """Prompts to calibrate on and texts held out from them, and what earlier runs measured."""
+def find_cache_budget(
+    model: PreTrainedModel, settings: Settings, lengths: tuple[int, ...]
+) -> float:
+    """The budget of cache, a share of what the layers that may be sparse hold without a plan.
+
+    UsageError for one in GiB that the other layers fill, or of rows in which every head is full.
+    """
+    if settings.cache_gib is None:
+        return settings.cache_share
+    at, floor = settings.at or max(lengths), min(lengths) // 2
+    if at < floor:
+        raise UsageError(
+            f"at is {at}: below {floor} tokens, half of the shortest of lengths, every head of the "
+            "plan is full. Give more, or shorter --lengths"
+        )
+    return Room.of(model, at).share(settings.cache_gib)
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer,
+    settings: Settings,
+    lengths: tuple[int, ...],
+    cache: float = 1.0,
+) -> Job:
+    """Prompts to calibrate on and texts held out from them, and what earlier runs measured.
+
+    cache: the budget of it, a share.
+    """
     count = settings.samples + (2 * key_tokens.TEXTS if settings.verify else 0)
     prompts = {
         n: make_prompts(tokenizer, n, count, settings.seed, settings.data)
@@ -96,9 +125,7 @@ def prepare(model: PreTrainedModel, tokenizer, settings: Settings, lengths: tupl
     if settings.verify:
         prompts, held = key_tokens.hold_out(prompts, settings.samples)
         held = key_tokens.fill_up(tokenizer, held, settings.seed)
-    budget = Budget(
-        settings.prefill_density, settings.cache_share, settings.decode_share, settings.loss
-    )
+    budget = Budget(settings.prefill_density, cache, settings.decode_share, settings.loss)
     alone = partial(forget_lengths, model)
     parts = Parts(settings.out, identify_run(model, settings, prompts), alone)
     shown = partial(bar, Clock()) if settings.progress else silent

@@ -133,6 +133,42 @@ def _refuse_eviction(settings: Settings) -> str | None:
     return f"eviction {eviction} is offered by balanced, not by {method}: leave it out"
 
 
+def _refuse_cache_gib(settings: Settings) -> str | None:
+    gib, share = settings.cache_gib, settings.cache_share
+    if share != Settings.cache_share:
+        return f"cache_gib is {gib} and cache_share {share}, both of the cache: give one of the two"
+    if settings.method == "moa":
+        return f"cache_gib {gib} is of one length, moa keeps its budgets at all: give cache_share"
+    return None
+
+
+def _refuse_at(settings: Settings) -> str | None:
+    if settings.cache_gib is not None:
+        return None
+    return f"at is {settings.at}, where cache_gib counts, and there is none: give that, too"
+
+
+def _refuse_unknown_bits(name: str, bits: tuple[int, ...]) -> str | None:
+    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {16, 8, 4}:
+        return None
+    return (
+        f"bits are {show_bits(bits)}: give 16, to which heads return that lose too much, and what "
+        "else they may have of 8 and 4, such as 16,8,4"
+    )
+
+
+def show_bits(bits: Iterable[int]) -> str:
+    """As the option takes them."""
+    return ",".join(map(str, bits))
+
+
+def _refuse_bits(settings: Settings) -> str | None:
+    if settings.method == "balanced":
+        return None
+    given = show_bits(settings.bits)
+    return f"bits {given} are offered by balanced, not by {settings.method}: leave them out"
+
+
 METHOD = one_of(lambda: METHODS, "no method {}: there is {}")
 
 
@@ -159,6 +195,19 @@ class Settings:
     )
     cache_share: float = setting(
         0.8, f"Share of the KV cache's bytes to keep{BUDGET}.", check=_refuse_share
+    )
+    cache_gib: float | None = setting(
+        None,
+        "In place of --cache-share: GiB that the whole cache of one row of --at tokens may take.",
+        check=within(lambda gib: 0 < gib < inf, "cache_gib is {}: give more than 0, in GiB"),
+        suits=_refuse_cache_gib,
+    )
+    at: int | None = setting(
+        None,
+        "Tokens in the row at which --cache-gib counts; else the longest of --lengths.",
+        check=within(lambda tokens: tokens >= 1, "at is {}: give tokens in a row, 1 or more"),
+        suits=_refuse_at,
+        min=1,
     )
     decode_share: float = setting(
         0.25,
@@ -205,6 +254,14 @@ class Settings:
         "balanced: what kv heads may keep by content, beside rings; a later question has no say.",
         check=one_of(_evictions, "no eviction {}: there is {}"),
         suits=_refuse_eviction,
+        identity=True,
+        made=True,
+    )
+    bits: tuple[int, ...] | None = setting(
+        None,
+        "balanced: bits that cached numbers may have, of 16, 8 and 4, by commas; else 16 alone.",
+        check=_refuse_unknown_bits,
+        suits=_refuse_bits,
         identity=True,
         made=True,
     )
@@ -297,6 +354,7 @@ class Settings:
     def provenance(self) -> dict[str, Any]:
         """What a plan says under `made`."""
         found = {name: getattr(self, name) for name in self.names("made")}
+        found = {x: [*value] if type(value) is tuple else value for x, value in found.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod

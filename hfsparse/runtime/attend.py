@@ -104,7 +104,7 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     q, (k, v), latents = layer_call.q, layer_call.kept, layer_call.latents
     q = q if latents is None else latents.absorb(q)
     call, asked = layer_call.call, {"lists": True, "block": PAGE, "latents": latents is not None}
-    asked["packed"] = layer_call.layer.packed
+    asked |= {"packed": layer_call.layer.packed, "hosted": layer_call.layer.hosted}
     need = Need.of(q, k, v, logits.s_aux, **asked)
     whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
     step = call.once(make_step, lengths, whole)

@@ -18,6 +18,7 @@ class Counts:
     def __init__(self, q_heads: int):
         self.q_heads = q_heads
         self.read: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.fetched: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -29,8 +30,8 @@ class Counts:
         self.cut = _zeros(self.q_heads)  # query blocks, by a max_share
         # Prompts under a skip threshold, by q head: tiles skipped, tiles looked at.
         self.skipped = _zeros(self.q_heads, 2)
-        for read in self.read.values():
-            read.zero_()  # recorded steps go on adding to it
+        for found in self.of_steps():
+            found.zero_()  # recorded steps go on adding to it
 
     @staticmethod
     def add(table: Table, heads: tuple[int, ...], work: tuple[int, int]) -> None:
@@ -66,6 +67,24 @@ class Counts:
         if (heads, device) not in self.read:
             self.read[heads, device] = _zeros(len(heads), device=device)
         return self.read[heads, device]
+
+    def fetched_by(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """[heads, 2] units in host memory that decode steps fetched, and that they read."""
+        if (heads, device) not in self.fetched:
+            self.fetched[heads, device] = _zeros(len(heads), 2, device=device)
+        return self.fetched[heads, device]
+
+    def of_steps(self) -> list[Tensor]:
+        """What decode steps add to, on their devices."""
+        return [*self.read.values(), *self.fetched.values()]
+
+    def found(self, kv_heads: int) -> Work:
+        """By kv head: units of pages in host memory that the GPU held, of those that were read."""
+        table = np.zeros((2, kv_heads), dtype=np.int64)
+        for (heads, _), counted in self.fetched.items():
+            fetched, read = counted.cpu().numpy().T
+            table[:, heads] += np.stack([read - fetched, read])
+        return Work(*table.tolist())
 
     def keys_read(self, heads: tuple[int, ...]) -> list[int]:
         found = [read.cpu() for (own, _), read in self.read.items() if own == heads]

@@ -13,6 +13,7 @@ from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.places import Places
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -85,6 +86,8 @@ def decode(
         pick(tables.append, need).run(k, v, places, step)
     extension = layer_plan.extends(step.lengths.longest)
     lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
+    if places.hosted:
+        _fetch(tables, layer_plan, places, lists, step)
     listed = any(part is not None for part in lists)
     asked = {"lists": listed, "logits": logits.special, "bands": places.rings}
     corrected = [
@@ -93,7 +96,7 @@ def decode(
         if part is not None and group.means
     ]
     asked["lse"] = bool(corrected) or extension is not None
-    asked |= {"latents": layer.rank > 0, "packed": places.packed}
+    asked |= {"latents": layer.rank > 0, "packed": places.packed, "hosted": places.hosted}
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     run = pick(tables.decode, need).run
     if extension is not None:
@@ -118,6 +121,18 @@ def decode(
                 )
                 store.observe(q[:, at], step.lengths, **logits.of(at))
     return out
+
+
+def _fetch(
+    tables: Tables, layer_plan: LayerPlan, places: Places, lists: list[PageLists | None], step: Step
+) -> None:
+    """Have the GPU hold what is read of pages in host memory; the lists say where it lies."""
+    for i, part in enumerate(places.parts):
+        if part.hot is None:
+            continue
+        need = Need.of(part.k, part.k, part.v, slots=part.hot.owner.shape[2])
+        read = layer_plan.counts.fetched_by(part.heads, part.k.device)
+        lists[i] = pick(tables.fetch, need).run(part.hot, lists[i], step.length, read)
 
 
 def _with_means(

@@ -88,7 +88,12 @@ class LayerPlan:
     @property
     def packs(self) -> bool:
         """Whether some kv heads keep numbers in fewer bits than they come in."""
-        return any(group.bits < 16 for group in self.groups)
+        return any(group.bits != 16 for group in self.groups)
+
+    @property
+    def hosts(self) -> bool:
+        """Whether some kv heads keep their keys in host memory."""
+        return any(group.hot for group in self.groups)
 
     @property
     def evicting(self) -> int:

@@ -15,7 +15,7 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
-from hfsparse.runtime.routes import Cases, Listed, Route, Routes
+from hfsparse.runtime.routes import Cases, Listed, Route, Routes, heads_of
 from hfsparse.runtime.rows import new_output
 
 
@@ -35,25 +35,30 @@ def prefill(layer_call: LayerCall) -> Tensor:
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
     for store in () if layer is None or reads else layer.stores:
-        at = layer_plan.at(store.group.heads, k.device)
-        _keep(layer_call, store, *(t[:, at] for t in layer_call.kept))
+        kept = layer_call.kept
+        if len(layer.stores) > 1:
+            at = layer_plan.at(store.group.heads, k.device)
+            kept = (t[:, at] for t in kept)
+        _keep(layer_call, store, *kept)
     return out
 
 
 def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> None:
     """Store a prompt's or a chunk's keys and values, those of the store's heads."""
-    eviction = store.group.eviction
+    eviction, lengths = store.group.eviction, layer_call.lengths
     if eviction is None:
-        store.append(k, v, layer_call.lengths)
+        store.append(k, v, lengths)
+        store.settle(lengths.rows)
     else:
         q, at = layer_call.newest_queries(store.group.heads, eviction.watched)
-        store.take(k, v, layer_call.lengths, q, **layer_call.logits.of(at))
+        store.take(k, v, lengths, q, **layer_call.logits.of(at))
 
 
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
-    Stores that drop or pack keys are read before it is stored, full stores behind that. So when a
+    Stores that drop or pack keys are read before it is stored, full stores behind that; of packed
+    ones a few heads are unpacked at a time, which readers of the layer's keys find so. When a
     kernel fails, every store has the chunk, or none has it; when a store finds no memory to grow,
     those before it have it.
     """
@@ -64,12 +69,14 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
     out = None
     for store, cases, chunk in stores:
-        if store.joins:
-            k, v, lies = store.with_chunk(*chunk, layout.grid)
+        for some, part in store.parts(lengths) if store.joins else ():
+            own = heads_of(cases, some)
+            k, v, lies = part.with_chunk(*(t[:, some] for t in chunk[:2]), lengths, layout.grid)
             if layer_plan.last_reader is not None:
                 gathered = layer_call.call.gathered.setdefault(layer_plan.index, [])
                 gathered.append((k, v, lies))
-            out = read(layer_call, layout, cases, *layer_call.expand(k, v), lies, out)
+            out = read(layer_call, layout, own, *layer_call.expand(k, v), lies, out)
+            del k, v  # before the next
     for store, _, chunk in stores:
         _keep(layer_call, store, *chunk[:2])
     for store, cases, _ in stores:
@@ -88,13 +95,15 @@ def read_again(layer_call: LayerCall, layout: Layout) -> Tensor:
     producer, out = layer_plan.producer, None
     joined = iter(call.gathered.get(producer.index, ()))
     for store, cases in zip(layer.stores, layer_plan.store_cases, strict=True):
-        if store.joins:
+        if not store.joins:
+            held = store.view(layer_call.lengths.longest)
+            out = read(layer_call, layout, cases, *held, None, out)
+            continue
+        for some, _ in store.parts(layer_call.lengths):
             k, v, at = next(joined)
             if at is not None:
                 at = replace(layout.grid, Sk=at.Sk, key_first=at.key_first, key_live=at.key_live)
-        else:
-            k, v, at = *store.view(layer_call.lengths.longest), None
-        out = read(layer_call, layout, cases, k, v, at, out)
+            out = read(layer_call, layout, heads_of(cases, some), k, v, at, out)
     if producer.last_reader == layer_plan.index:
         call.gathered.pop(producer.index, None)
     return out

@@ -79,6 +79,24 @@ def routes_by_case(
     return found
 
 
+def heads_of(cases: Cases, kv: slice) -> Cases:
+    """Those of the q heads that read some kv heads of a store, numbered within these."""
+    if kv == slice(None):
+        return cases
+    return {case: _some(routes, kv.start, kv.stop) for case, routes in cases.items()}
+
+
+@lru_cache(1024)
+def _some(routes: Routes, first: int, end: int) -> Routes:
+    """Routes of the q heads that read a run of the kv heads."""
+    every, place = routes.every, {}
+    for route in every.routes:
+        place |= dict.fromkeys(route.heads, route.pattern)
+    ratio = every.kv.count(every.kv[0])
+    heads = routes.heads[first * ratio : end * ratio]
+    return group_heads(tuple(place[head] for head in heads), heads, ratio)
+
+
 @lru_cache(1024)  # layers are often alike
 def group_heads(patterns: tuple[Pattern | None, ...], heads: tuple[int, ...], ratio: int) -> Routes:
     """Routes of q heads that follow these patterns, one a head."""

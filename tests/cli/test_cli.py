@@ -20,7 +20,7 @@ from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
-from hfsparse.plan import ModelId, Plan
+from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.kept import Full
@@ -169,7 +169,7 @@ def test_each_kind_of_a_new_plan_is_there_to_uncomment(model, tmp_path):
     file = tmp_path / "plan.yaml"
     run("new", model, "-o", file)
     row = re.compile(r"^  # (\w+: {kind.*})$", flags=re.MULTILINE)
-    known = {**PATTERNS, **SELECTORS, **EVICTIONS, "packed": Full}
+    known = {**PATTERNS, **SELECTORS, **EVICTIONS, "held": Full}
     alone = {kind: cls() for kind, cls in known.items() if not hasattr(cls, "calibrate")}
     assert Plan.loads(row.sub(r"  \1", file.read_text())).patterns == alone
     for kind in known.keys() - alone.keys():
@@ -219,6 +219,31 @@ def test_new_that_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatc
     file = tmp_path / "plan.yaml"
     assert error("new", model, "-o", file).endswith("No space left on device. Give another path")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- bits
+
+
+def test_a_plan_in_fewer_bits_is_one_command_and_expects_what_its_cache_takes(
+    plan, model, tmp_path
+):
+    given = Plan.load(plan)
+    given.expected = {700: {"pair_density": 0.5, "cache_share": 1.0}}
+    given.save(plan)
+    file = tmp_path / "plan4.yaml"
+    result = run("bits", plan, model, "--bits", 4, "-o", file)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {file}: 4 of 4 kv heads keep 4 bits a number" in result.stdout
+    found, loaded = Plan.load(file), tiny.llama().bfloat16()
+    assert found.layers == given.with_bits(4, loaded).layers
+    with hfsparse.patch(loaded, found) as handle, torch.no_grad():
+        loaded(torch.arange(700)[None] % 390 + 2)
+        share = handle.stats().cache_share
+    assert found.expected == {700: {"pair_density": 0.5, "cache_share": round(share, 4)}}
+    assert "exists: give another name" in error("bits", plan, model, "--bits", 8, "-o", file)
+    assert "bits is 5: give 16, 8, 4 or fp8" in error(
+        "bits", plan, model, "--bits", 5, "-o", "b.yaml"
+    )
 
 
 # ---- explain
@@ -283,16 +308,33 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
     assert told.exit_code == 0
     assert "2 x 1,000 tokens" in told.stdout
-    for arm in ("dense", "plan"):
+    for arm in ("dense", "plan", "4 bits"):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
         assert " = 0.0" in line
         assert "in 1GiB: 2 x " in line
+    _, whole, few = (
+        int(x.replace(",", "")) for x in re.findall(r"2 x (\S+) tokens at", told.stdout)
+    )
+    assert whole < few
     assert "note: this model's window is 512 tokens" in told.stdout
     assert "note" not in run("check", plan, model, "--length", "512").stdout
     longer = tmp_path / "longer.yaml"
     replace(Plan.load(plan), extend=DualChunk(512)).save(longer)
     assert "extended by dca: trained 512, chunk 384, local 128" in run("show", longer).stdout
-    assert "note" not in run("check", longer, model, "--length", "1000").stdout
+    told = run("check", longer, model, "--length", "1000")
+    assert told.exit_code == 0
+    assert "note" not in told.stdout
+    assert "512 trained: dca, 256 keys" in run("explain", model, "--plan", longer).stdout
+    words = Layer(("full",) * 4, ("host",) * 2, ("quest",) * 2)
+    kinds, hosted = (
+        {"host": Full(host=True), "quest": SELECTORS["quest"]()},
+        tmp_path / "hosted.yaml",
+    )
+    replace(Plan.full(ModelId.of(tiny.llama())), patterns=kinds, layers=(words,) * 2).save(hosted)
+    told = run("check", hosted, model, "--length", "100000").stdout
+    dense, ours = (line for line in told.splitlines() if line.startswith(("dense", "plan")))
+    assert "in host memory" not in dense
+    assert re.search(r"= \d\.\d\d, and 0\.\d[1-9] in host memory$", ours)
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr
@@ -602,9 +644,9 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lengths", "1024,many"], "lengths is '1024,many': give token counts"),
-        (["--lengths", "0"], "lengths is '0': give token counts"),
-        (["--lengths", ""], "lengths is '': give token counts"),
+        (["--lengths", "1024,many"], "lengths is '1024,many': give whole numbers"),
+        (["--lengths", "0"], "lengths is '0': give whole numbers"),
+        (["--lengths", ""], "lengths is '': give whole numbers"),
         (["--prefill-density", "0"], "prefill_density is 0.0: give more than 0 and at most 1"),
         (["--cache-share", "1.5"], "cache_share is 1.5: give more than 0 and at most 1"),
         (["--decode-share", "nan"], "decode_share is nan: give more than 0 and at most 1"),

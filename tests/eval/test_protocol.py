@@ -64,7 +64,8 @@ TASKS = [Towers()]
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs commands in a copy of the package to which towers were added."""
+    """Runs commands, one after the other in one process, in a copy of the package to which towers
+    were added."""
     package = tmp_path / "tree" / "hfsparse_eval"
     shutil.copytree(Path(hfsparse_eval.__file__).parent, package)
     (package / "tasks" / "towers.py").write_text(TOWERS)
@@ -73,8 +74,13 @@ def run(tmp_path):
     paths = [str(tmp_path / "tree"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
-    def call(*words):
-        command = [sys.executable, "-m", "hfsparse_eval", *map(str, words)]
+    def call(*commands):
+        given = json.dumps([[*map(str, words)] for words in commands])
+        code = (
+            "import json, sys; from hfsparse_eval.cli import app;"
+            "[app(words, standalone_mode=False) for words in json.loads(sys.argv[1])]"
+        )
+        command = [sys.executable, "-c", code, given]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -83,26 +89,29 @@ def run(tmp_path):
 
 
 def test_a_task_of_ones_own_runs_by_name_and_is_no_part_of_ruler(run, folder, tmp_path):
-    out = tmp_path / "out"
-    words = ["ruler", folder, "-o", out, "--samples", 1, "--max-new-tokens", 2]
-    run(*words, "--lengths", "1024,1200", "--tasks", "towers,vt,niah_single_1")
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert {(line["task"], line["metric"]) for line in lines} == {
+    named, default = tmp_path / "named", tmp_path / "default"
+    words = ["ruler", folder, "--samples", 1, "--max-new-tokens", 2]
+    found = run(
+        [*words, "-o", named, "--lengths", "1024,1200", "--tasks", "towers,vt,niah_single_1"],
+        [*words, "-o", default, "--lengths", "1536"],
+        ["recall", folder, "--help"],
+    )
+    assert "towers" in found
+    asked, ruler = (
+        [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        for out in (named, default)
+    )
+    assert {(line["task"], line["metric"]) for line in asked} == {
         ("towers", "exact"),
         ("vt", "all"),
         ("niah_single_1", "all"),
     }
-    report = (out / "report.md").read_text()
+    report = (named / "report.md").read_text()
     assert "| towers | 1024 | 1 | " in report
     assert "Means of 2 tasks run at every length; RULER's are of all 13" in report
-    before = len(lines)
-    run(*words, "--lengths", "1536")  # RULER's, by default
-    later = (out / "results.jsonl").read_text().splitlines()[before:]
-    names = {json.loads(line)["task"] for line in later}
+    names = {line["task"] for line in ruler}
     assert names == {name for name, task in of_suite("ruler").items() if task.ruler}
     assert "towers" not in names
-    found = run("recall", folder, "--help")
-    assert "towers" in found
 
 
 def test_every_file_of_tasks_is_listed():

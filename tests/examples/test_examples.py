@@ -62,6 +62,27 @@ def test_a_document_is_read_once_for_all_questions(example, tmp_path):
     assert re.findall(r"Q: (.*)\nA: (.*)", example("long_document.py", rules, "Why?")) == pair[1:]
 
 
+def test_documents_are_read_once_for_all_days(example, tmp_path):
+    for n, name in enumerate(("cakes", "tea")):
+        (tmp_path / f"{name}.txt").write_text(RULES.replace("cakes", name)[n:])
+    first = example("library.py", tmp_path, "Who brings it?")
+    assert re.findall(
+        r"(\w+)\.txt: [\d,]+ tokens, read now; its cache takes [\d.]+ MiB", first
+    ) == [
+        "cakes",
+        "tea",
+    ]
+    (tmp_path / "tea.txt").write_text(RULES[7:])
+    later = example("library.py", tmp_path, "Why?", "Who brings it?")
+    assert re.findall(r"(\w+)\.txt: [\d,]+ tokens, read (\w+)", later) == [
+        ("cakes", "before"),
+        ("tea", "now"),
+    ]
+    said = [re.findall(r"Q: (.*)\nA: (.*)", text) for text in (first, later)]
+    assert said[1][1] == said[0][0]
+    assert [question for question, _ in said[1]] == ["Why?", "Who brings it?"] * 2
+
+
 def test_a_chat_reads_only_what_is_new(example):
     said = example("chat.py", "My name is Ada.", "I live in a house by the sea.", "Who am I?")
     assert said.count("you: ") == said.count("model: ") == 3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from subprocess import run
+from tempfile import NamedTemporaryFile
+
 
 class Launches:
     """Stands in for a kernel, and notes for what it would be compiled."""
@@ -35,6 +39,18 @@ class Compiled(Launches):
         options, *source = packed
         source = ASTSource(self.kernel, *source)
         self.seen.append(compile(source, target=target, options=options.__dict__))
+
+
+def stack_of(kernel) -> int:
+    """Bytes of each thread that a compiled kernel has in memory for want of registers."""
+    from triton import knobs
+
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        told = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = run(told, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", told).group(1))
 
 
 def compiled(monkeypatch, module, name: str) -> list:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from torch import Tensor
 
+from hfsparse import kernels
 from hfsparse.lists import FULL, Band, PageLists, places
 
 
@@ -35,3 +38,9 @@ def append(*, k, v, into_k, query_pos, into_v=None, sink=0, size=0, low=None, hi
     into_v = into_k[..., : v.shape[3]] if into_v is None else into_v
     into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)
     triton_append.append(k, v, into, query_pos)
+
+
+def append_store(*, store, k: Tensor, v: Tensor, query_pos: Tensor) -> None:
+    """A step's tokens into a store of a cache's layer, as the tables have Triton do it."""
+    into = places.Table().places([store.place()])
+    kernels.APPEND[0].run(k, v, into, SimpleNamespace(query_pos=query_pos))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import PAGE, Band, HeadIndex, PageLists
 from hfsparse.lists.lengths import Lengths
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -54,9 +56,16 @@ KEPT = [  # of rows that evict and rows that needn't
 PACKED = [  # beside a ring in the model's type
     Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), bits=4),
     Group((1,), Band(70, 40, 6554), bits=8),
-    Group((2,), selector=QUEST, bits=8),
+    Group((2,), selector=QUEST, bits="fp8"),
     Group((4,), bits=4),
     Group((5,), NEAR),
+]
+HOSTED = [  # in host memory, whole pages and parts of them, beside a ring
+    Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), hot=0.3),
+    Group((1,), NEAR),
+    Group((2,), selector=QUEST, hot=0.4),
+    Group((4,), selector=LOW_RANK, hot=0.3),
+    Group((5,)),
 ]
 STEADY = [Group((1,), eviction=H2O(70, 30)), Group((0, 2))]  # steps evict, too
 
@@ -67,14 +76,16 @@ PLAIN = kernels.Tables(*(tuple(x for x in t if "Triton" not in x.name) for t in 
 
 @pytest.fixture(scope="module")
 def run():
-    with interpreter(triton__decode__UNITS=24) as run:  # more shares than a ring has pages
+    # More shares than a ring has pages, and fewer copies at once than pages that are missing.
+    with interpreter(triton__decode__UNITS=24, triton__fetch__COPIES=2) as run:
         yield lambda *args, **more: run(f"{__name__}.both_ways", *args, **more)
 
 
 def layer_of(groups, past, k, v, below) -> CacheLayer:
     """A layer's cache of rows of `past` tokens; NaN wherever it holds nothing."""
     layer = CacheLayer("plan", groups, below[0], read_below=below[1])
-    layer.lazy_initialization(k, v)
+    with patch.object(host, "why_not", lambda device: None):  # keys may be held by a CPU, too
+        layer.lazy_initialization(k, v)
     for store in layer.stores:
         at = list(store.group.heads)
         given = k[:, at], v[:, at], Lengths([0] * len(past), past, max(past))
@@ -83,8 +94,8 @@ def layer_of(groups, past, k, v, below) -> CacheLayer:
         else:
             store.take(*given, k[:, at, -9:], scale=0.3)
         for b, n in enumerate(rows_in(store, past)):
-            if store.group.bits == 16:
-                store.k[b, :, n:], store.v[b, :, n:] = torch.nan, torch.nan
+            for t in store.outside() or (store.k, store.v) if store.group.bits == 16 else ():
+                t[b, :, n:] = torch.nan
             for t in summaries(store).values():
                 t[b, :, -(-n // PAGE) :] = torch.nan if t.is_floating_point() else 99
     return layer
@@ -190,10 +201,12 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
         (STEADY, 2, (32, 32), torch.float32, 5, [69, 200, 90], (0, 0), None, False),
         (PACKED, 3, (32, 32), torch.float32, 4, [63, 255], (0, 0), 5.0, True),
         (PACKED, 4, (20, 12), torch.float16, 5, [70, 200], (150, 72), None, False),
+        (HOSTED, 3, (64, 64), torch.float32, 4, [63, 395], (0, 0), 5.0, True),
+        (HOSTED, 4, (64, 48), torch.float16, 5, [330, 70], (0, 200), None, False),
     ],
     ids=[
         *("all-kinds", "below", "rings", "rings-below", "half-ring", "choosing", "kept", "steady"),
-        *("packed", "packed-below"),
+        *("packed", "packed-below", "hosted", "hosted-below"),
     ],
 )
 def test_all_stores_at_once_are_each_store_alone(

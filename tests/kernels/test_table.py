@@ -1,4 +1,4 @@
-"""The six tables: what each row says of itself, and that nothing else is taken silently."""
+"""The seven tables: what each row says of itself, and that nothing else is taken silently."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ def test_where_triton_runs_it_is_taken(name, monkeypatch):
     assert chosen.name == "Triton"
 
 
-def test_keys_in_fewer_bits_are_read_store_by_store_and_stored_in_pytorch(monkeypatch):
+def test_keys_in_fewer_bits_are_read_store_by_store(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(table, "no_triton", lambda need: None)
     packed = need("decode", lists=True, packed=True)
     pick = kernels.pick.__wrapped__
     assert pick(kernels.DECODE, packed).name == "Triton, store by store"
-    assert pick(kernels.APPEND, packed).name == "PyTorch"
+    assert pick(kernels.APPEND, packed).name == "Triton"
+    wide = packed._replace(head_dim=512)
+    assert all(pick(t, wide).name != "Triton" for t in (kernels.APPEND, kernels.DECODE))
     latents = pick(kernels.DECODE, packed._replace(latents=True)).name
     assert latents == "reference (PyTorch)"
 

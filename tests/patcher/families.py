@@ -275,6 +275,46 @@ def choosing(model, below=(0, 0, 0), **quest) -> Plan:
     return plan_of(model, layer, below, **selectors)
 
 
+def hosted(model, below=0, hot=0.3, beside="ring", **quest) -> Plan:
+    """Chosen pages of keys in host memory, and beside them rings, full heads or means, where there
+    are heads for that; any pattern reads prompts."""
+    Hq, Hkv = heads(model)
+    kinds = [("quest", beside, "full")[g % 3] for g in range(Hkv)]
+    prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
+    prefill = ["ring5" if "ring" in (x, kinds[h * Hkv // Hq]) else x for h, x in enumerate(prefill)]
+    cache = [{"quest": "host", "ring": "ring5"}.get(x, "full") for x in kinds]
+    words = prefill, cache, kinds
+    return plan_of(
+        model,
+        lambda index, windowed: (["full"] * Hq, *[["full"] * Hkv] * 2) if windowed else words,
+        (below,) * 3,
+        ring5=("streaming", dict(sink=2, recent=70)),
+        quest=("quest", dict(share=0.1, min_pages=2) | quest),
+        host=("full", dict(host=True, hot=hot)),
+        mean=("quest", dict(share=0.1, min_pages=2, means=True)),
+        **dict(vs=VS, blocks=BLOCKS),
+    )
+
+
+def packing(model, bits=4, below=(0, 0, 0), every=False, kinds=("quest", "ring", "full")) -> Plan:
+    """Chosen pages, rings and full heads in so many bits, of layer 0 or of every layer; any pattern
+    reads prompts."""
+    Hq, Hkv = heads(model)
+
+    def layer(index, windowed):
+        if index and not every:
+            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
+        own = [kinds[g % len(kinds)] for g in range(Hkv)]
+        prefill = [("full", "vs", "blocks", "r")[h % 4] for h in range(Hq)]
+        prefill = ["r" if own[h * Hkv // Hq] == "ring" else x for h, x in enumerate(prefill)]
+        return prefill, ["r" if x == "ring" else "packed" for x in own], own
+
+    ring = "streaming", dict(sink=2, recent=70, bits=bits)
+    quest = "quest", dict(share=0.1, min_pages=2)
+    named = dict(r=ring, quest=quest, packed=("full", dict(bits=bits)), vs=VS, blocks=BLOCKS)
+    return plan_of(model, layer, below, **named)
+
+
 def straddled(model) -> Plan:
     """Thresholds between the rows of `left_padded(260)`, crossed by some while generating."""
     return mixed(model, below=(250, 262, 256))

@@ -201,7 +201,8 @@ def _seen(n, total, window) -> torch.Tensor:
 def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v `[Hkv, total, D]` with the pages that are full before `end` in their words' bits.
 
-    Keys take steps from their page's smallest to its largest by channel, values by token.
+    Keys take steps from their page's smallest to its largest by channel, values by token; fp8 is
+    torch's, the end farther from zero its largest number.
     """
     words, k, v = plan.layers[layer].cache, k.clone(), v.clone()
     for head, word in enumerate(words if len(words) == len(k) else ()):
@@ -211,6 +212,10 @@ def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
             for t, over in ((k, 0), (v, 1)):
                 t = t[head, page * PAGE : (page + 1) * PAGE]
                 low, high = t.amin(over, keepdim=True), t.amax(over, keepdim=True)
+                if bits == "fp8":  # of its 448 units the farther end has all
+                    unit = torch.maximum(high, -low).clamp(min=1e-30) / 448
+                    t.copy_((t / unit).to(torch.float8_e4m3fn).to(t) * unit)
+                    continue
                 step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
                 t.copy_(low + ((t - low) / step).round() * step)
     return k, v

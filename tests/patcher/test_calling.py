@@ -7,16 +7,28 @@ import io
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.errors import PatchError
 from hfsparse.runtime.cache.ring import SLACK, Ring
-from tests.patcher.families import SIZES, fresh, full, left_padded, mixed, streaming, tiny, tokens
+from tests.patcher.families import (
+    LAYERS,
+    SIZES,
+    fresh,
+    full,
+    left_padded,
+    mixed,
+    streaming,
+    tiny,
+    tokens,
+)
 from tests.patcher.runs import close, far, forward, generate, same_generation
 from tests.patcher.test_generation import checkpointing
 from tests.patcher.test_undo import trace
@@ -26,6 +38,43 @@ PACKED = torch.cat([torch.arange(25), torch.arange(35)])[None]
 
 def rings(cache) -> list[Ring]:
     return [s for layer in cache.layers for s in layer.stores if isinstance(s, Ring)]
+
+
+# -- what a call costs the host --------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Counts them, but those that fill new buffers with NaN in tests."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += function.overloadpacket.__name__ != "fill_"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("plan", "more"),
+    [(full, 2), (partial(streaming, below=(9999,) * 3), 16)],
+    ids=["full", "below"],
+)
+def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan, more):
+    """No lists, grids or counts a layer: the cache's stores alone, where there is one."""
+    model, ids = fresh("llama").eval(), tokens(1, 128)
+    model.set_attn_implementation("sdpa")
+
+    def counted(cached: bool) -> int:
+        forward(model, ids, use_cache=cached)
+        with Operators() as found:
+            forward(model, ids, use_cache=cached)
+        return found.seen
+
+    stock = counted(False), counted(True)
+    with hfsparse.patch(model, plan(model)):
+        assert counted(False) <= stock[0] + 3
+        assert counted(True) <= stock[1] + 3 + more * LAYERS
 
 
 # -- a cache where the model itself keeps one -----------------------------------------------------

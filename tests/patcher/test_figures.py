@@ -23,12 +23,15 @@ from hfsparse.patcher import figures, memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan, headmap
 from hfsparse.profiler.prompts.calibration import make_prompts
+from hfsparse.profiler.report import describe_budgets
+from hfsparse.profiler.settings import Settings
 from hfsparse.selectors.quest import Quest
 from hfsparse.stats import FIGURES
 from hfsparse_eval.arms import Sparse
 from hfsparse_eval.run import runner
 from hfsparse_eval.run.prompter import Prompter
-from hfsparse_eval.run.results import Results, Settings
+from hfsparse_eval.run.results import Results
+from hfsparse_eval.run.results import Settings as RunSettings
 from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.run.world import Session
 from hfsparse_eval.tasks import TASKS
@@ -63,6 +66,7 @@ def plain():
 FAMILIES = {"plain": plain, "gemma3": gemma3, "gpt_oss": gpt_oss}
 METHODS = {
     "balanced": dict(method="balanced"),
+    "in bits": dict(method="balanced", bits=(16, 8, 4), cache_share=0.4, decode_share=0.7),
     "minference": dict(method="minference"),
     "moa": dict(method="moa", prefill_density=0.9, cache_share=0.95),
     "duo": dict(method="duo", proxy="error", decode_share=0.8, prefill_density=1.0),
@@ -108,6 +112,8 @@ def agree(said: dict[str, float], stats, end: str = "") -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_profile_expects_what_the_patched_model_measures(family, method):
     model, tokenizer = FAMILIES[family](), tiny.tokenizer()
+    if method == "in bits" and family == "plain":
+        model = model.bfloat16()  # scales and newest pages are another share of it
     plan = hfsparse.profile(model, tokenizer, **SETTINGS | METHODS[method])
     assert {word for layer in plan.layers for word in layer.cache} != {"full"}
     (prompt,) = make_prompts(tokenizer, 700, 1, 0)
@@ -115,6 +121,9 @@ def test_a_profile_expects_what_the_patched_model_measures(family, method):
     said = plan.expected[700]
     assert {*FIGURES} <= said.keys()
     agree(said, stats)
+    kept = [plan.patterns.get(word) for layer in plan.layers for word in layer.cache]
+    assert any(getattr(each, "bits", 16) == 4 for each in kept) == (method == "in bits")
+    assert said.get("cache_share_free", said["cache_share"]) <= {"in bits": 0.4}.get(method, 1.2)
     assert any("_free" in name for name in said) == (family != "plain")
     agree(said, stats.free, "_free")
     Plan.loads(plan.dumps())
@@ -179,18 +188,21 @@ def test_the_stock_cache_counts_as_what_transformers_holds(family, length):
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "lfm2"])
 @pytest.mark.parametrize("length", [300, 1100])
 def test_check_predicts_what_stats_tells(family, length, tmp_path):
-    """Hybrids, too: their linear layers' states are in no share, and counted beside the cache."""
+    """Hybrids, too: their linear layers' states are in no share, and counted beside the cache.
+    The plain model's longer cache is in 4 bits."""
     hybrid = family not in FAMILIES
     if hybrid and not hasattr(cache_utils, "LinearAttentionLayer"):
         pytest.skip("hybrids are followed from transformers 5.17 on")
     model = models.tiny(family) if hybrid else FAMILIES[family]()
     plan = by_hand(model)
+    if family == "plain" and length > 1000:
+        plan = plan.with_bits(4, model)
     ids = torch.arange(length)[None] % 90 + 2
     stats = ran(model, plan, ids[:, :length])
     model.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.yaml")
     command = ["check", str(tmp_path / "plan.yaml"), str(tmp_path), "--length", str(length)]
-    told = CliRunner().invoke(cli.app, command)
+    told = CliRunner().invoke(cli.app, [*command, "--dtype", "float32"])
     assert told.exit_code == 0, told.output
     assert ("work + states = peak" in told.output) == hybrid
     assert memory.predict(model.config, plan, length, itemsize=4).states == stats.state_bytes
@@ -208,7 +220,7 @@ def test_eval_tells_of_a_sample_what_the_plan_and_its_length_do(family, tmp_path
     model, tokenizer = FAMILIES[family](), tiny.tokenizer()
     plan = by_hand(model)
     suite = Suite([TASKS["niah_single_1"]], [1024], 1, Prompter(tokenizer, "never"))
-    settings = Settings(
+    settings = RunSettings(
         "ruler", "tiny", "sha256:m", "w", "0.1.0", "float32", 0, "never", 100, "prose"
     )
     found = Results(tmp_path, settings, {"machine": "this"})
@@ -260,6 +272,34 @@ def test_a_budget_that_cannot_be_met_says_the_smallest_that_can():
     least = float(re.search(r"itself: .*cache share ([\d.]+), decode", str(error.value))[1])
     plan = hfsparse.profile(model, tokenizer, **settings | {"cache_share": least + 1e-3})
     assert plan.expected[700]["cache_share_free"] == pytest.approx(least, abs=1e-3)
+
+
+def held(model, plan, length) -> float:
+    """GiB that the patched model's cache allocates for a prompt of this length."""
+    with hfsparse.patch(model, plan) as handle, torch.no_grad():
+        model(torch.arange(length)[None] % 390 + 2)
+        return handle.stats().kv_bytes / 2**30
+
+
+@pytest.mark.parametrize("method", ["balanced", "duo", "streaming-llm"])
+@pytest.mark.parametrize("family", ["plain", "gemma3"])
+def test_a_budget_in_gib_is_of_the_whole_cache_at_its_length(family, method):
+    """Rings are a smaller share of a longer row: the budget is kept, and filled, there."""
+    model, tokenizer, at = FAMILIES[family](), tiny.tokenizer(), 1400
+    asked = SETTINGS | METHODS[method] | dict(prefill_density=1.0, decode_share=1.0, at=at)
+    del asked["cache_share"]
+    dense = held(model, Plan.full(ModelId.of(model)), at)
+    plan = hfsparse.profile(model, tokenizer, **asked, cache_gib=0.7 * dense)
+    assert 0.5 * dense < held(model, plan, at) <= 0.7 * dense
+    told = describe_budgets(plan, Settings(**asked, cache_gib=0.7 * dense), model)
+    assert re.search(rf"cache \S+ of {0.7 * dense:.3g} GiB at 1400 tokens met", told)
+    if family == "gemma3":
+        with pytest.raises(UsageError, match="Give") as error:
+            hfsparse.profile(model, tokenizer, **asked, cache_gib=0.14 * dense)
+    if family == "gemma3" and method == "balanced":
+        least = float(re.search(r"([\d.e-]+) GiB of the", str(error.value))[1])
+        plan = hfsparse.profile(model, tokenizer, **asked, cache_gib=1.01 * least)
+        assert held(model, plan, at) == pytest.approx(least, rel=0.02)
 
 
 def test_a_legend_tells_the_part_that_a_plan_may_change_apart():

@@ -93,6 +93,9 @@ def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch
     fits = int(told.rpartition(" x ")[2].split()[0].replace(",", ""))
     again = dict(batch=2, chunk=memory.CHUNK, itemsize=4)
     assert memory.longest(model.config, plan, need.peak, **again) == fits >= 300
+    few = memory.longest(model.config, plan.with_bits(4, model), need.peak, **again)
+    assert f"tokens fit, {few:,} in 4 bits (hfsparse bits), as far as" in told
+    assert few > fits
 
 
 OTHER_NAMES = {  # how wide the MLP is, for a hidden size of 64

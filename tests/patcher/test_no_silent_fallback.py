@@ -17,7 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import hfsparse
 from hfsparse import kernels, patcher
 from hfsparse.errors import CacheError, UsageError
+from hfsparse.plan.kept import Full
 from hfsparse.runtime import masks
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.call import use_tables
 from tests.patcher.families import left_padded, mixed, tiny
 from tests.patcher.oracle import oracle, whole_cache
@@ -36,6 +38,27 @@ def model():
 def sparse(model):
     """Its mixed plan, patched in."""
     handle = hfsparse.patch(model, mixed(model))
+    yield handle
+    handle.undo()
+
+
+@pytest.fixture
+def hosting(model, monkeypatch):
+    """The same with the keys of chosen pages in host memory: its steps ask all tables."""
+    monkeypatch.setattr(host, "why_not", lambda device: None)
+    plan = mixed(model)
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            cache=tuple(
+                "host" if read == "quest" else kept
+                for kept, read in zip(layer.cache, layer.decode, strict=True)
+            ),
+        )
+        for layer in plan.layers
+    )
+    patterns = {**plan.patterns, "host": Full(host=True)}
+    handle = hfsparse.patch(model, dataclasses.replace(plan, patterns=patterns, layers=layers))
     yield handle
     handle.undo()
 
@@ -210,8 +233,8 @@ def test_close_fails_on_a_difference_and_on_nan():
 
 
 @pytest.mark.parametrize("name", kernels.Tables._fields)
-def test_a_table_in_which_no_kernel_can_serve_is_an_error(model, sparse, name):
-    """Nothing else is taken in the place of what was chosen, in any of the six tables."""
+def test_a_table_in_which_no_kernel_can_serve_is_an_error(model, hosting, name):
+    """Nothing else is taken in the place of what was chosen, in any of the seven tables."""
     lame = kernels.Kernel("lame", None, lambda need: "needs a leg")
     with (
         use_tables(kernels.TABLES._replace(**{name: (lame,)})),
@@ -222,7 +245,7 @@ def test_a_table_in_which_no_kernel_can_serve_is_an_error(model, sparse, name):
 
 
 @pytest.mark.parametrize("name", kernels.Tables._fields)
-def test_the_first_kernel_that_can_is_the_one_that_runs(model, sparse, name):
+def test_the_first_kernel_that_can_is_the_one_that_runs(model, hosting, name):
     ran = []
     table = getattr(kernels.TABLES, name)
 

@@ -11,14 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfsparse
 from hfsparse.errors import PlanError, UsageError
 from hfsparse.lists import PAGE
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.plan import ModelId, Plan
+from hfsparse.runtime.cache import packed as stores
 from tests import latents
-from tests.patcher.families import BLOCKS, VS, heads, left_padded, plan_of, tiny, tokens
+from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
 from tests.patcher.runs import (
     both,
@@ -28,38 +32,10 @@ from tests.patcher.runs import (
     generate,
     same_generation,
 )
+from tests.support import models
 from tests.tiny import llama
 
 LENGTH = 170
-STREAM = dict(sink=2, recent=70)
-
-
-def packing(model, bits=4, below=(0, 0, 0), every=False):
-    """Full heads, chosen pages and rings in so many bits; any pattern reads prompts."""
-    Hq, Hkv = heads(model)
-
-    def layer(index, windowed):
-        if index and not every:
-            return ["full"] * Hq, ["full"] * Hkv, ["full"] * Hkv
-        kinds = [("quest", "ring", "full")[g % 3] for g in range(Hkv)]
-        prefill = [("full", "vs", "blocks", "ring")[h % 4] for h in range(Hq)]
-        prefill = ["ring" if kinds[h * Hkv // Hq] == "ring" else x for h, x in enumerate(prefill)]
-        return prefill, ["ring" if x == "ring" else "packed" for x in kinds], kinds
-
-    ring = "streaming", {**STREAM, "bits": bits}
-    quest = "quest", dict(share=0.1, min_pages=2)
-    plan = plan_of(
-        model,
-        lambda *at: [[_word(x, part) for x in words] for part, words in enumerate(layer(*at))],
-        below,
-        **dict(r=ring, quest=quest, packed=("full", dict(bits=bits)), vs=VS, blocks=BLOCKS),
-    )
-    return plan
-
-
-def _word(word, part):
-    """The ring's word where it isn't how a step reads it."""
-    return "r" if word == "ring" and part < 2 else word
 
 
 def talk(m, cache):
@@ -80,7 +56,7 @@ def talk(m, cache):
 
 @pytest.mark.parametrize(
     ("family", "bits", "below"),
-    [("llama", 8, 0), ("qwen2", 4, 200), ("qwen3", 4, 0), ("mistral", 8, 200)],
+    [("llama", 8, 0), ("qwen2", 4, 200), ("qwen3", "fp8", 0), ("mistral", 8, 200)],
 )
 def test_what_is_packed_equals_the_oracle(family, bits, below):
     model = tiny(family)
@@ -104,6 +80,42 @@ def test_a_prompt_is_read_as_it_comes_and_its_chunks_read_what_is_packed():
         at_once = forward(model, ids, mask).logits
     with hfsparse.patch(model, packing(model, 16)):
         assert torch.equal(forward(model, ids, mask).logits, at_once)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made._is_view():
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_chunk_finds_a_few_heads_unpacked_at_a_time(monkeypatch, bits):
+    """As many as there is room for, a few pages at a time; the same comes out."""
+    model, ids = tiny("mistral"), tokens(2, 900)  # heads of whole rows are what is large
+    with hfsparse.patch(model, packing(model, bits, every=True, kinds=("full",))):
+        cache = forward(model, ids).past_key_values
+        same, new = copy.deepcopy(cache), tokens(2, 40, seed=1)
+        whole = forward(model, new, cache=cache).logits
+        head = 2 * 940 * 16  # a head's keys in both rows
+        monkeypatch.setattr(stores, "TOGETHER", 2 * head)
+        monkeypatch.setattr(stores, "UNPACKED", 4 * PAGE * 16)
+        read = stores.PackedFull.with_chunk
+
+        def bounded(store, *given):
+            with Largest() as largest:
+                found = read(store, *given)
+            assert all(t.shape[:3] == (2, 1, 940) for t in found[:2])
+            assert largest.numbers == head
+            return found
+
+        monkeypatch.setattr(stores.PackedFull, "with_chunk", bounded)
+        close(forward(model, new, cache=same).logits, whole)
 
 
 def test_rows_of_a_batch_and_beams_are_alone():
@@ -158,13 +170,55 @@ def test_what_is_predicted_is_held(bits):
     assert "in fewer bits, new tokens: reference (PyTorch) (not Triton: needs a CUDA" in told
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
+def test_a_plan_in_other_bits_keeps_the_same_keys(family):
+    """And where it can't, its words: of windows, small rings, evictions, readers of whole keys."""
+    model = models.tiny(family) if family == "gemma3n" else tiny(family)
+    shapes = layer_shapes(model)
+
+    def words(index, windowed):
+        Hq, Hkv = heads(model)
+        kv = ["full"] * Hkv, ["full"] * Hkv
+        if index == 1 and not windowed and family == "llama":
+            kv = ["snap", "full"], ["kept", "means"]
+        elif shapes[index].window is None and family != "gemma3n":
+            ring = "near" if index == 1 else "far"
+            kv = ([ring] * Hkv, ["ring"] * Hkv) if index else (["full"] * Hkv, ["quest"] * Hkv)
+        return [word if word in ("near", "far") else "full" for word in kv[0][:1] * Hq], *kv
+
+    near = dict(sink=2, recent=70)
+    more = dict(near=("streaming", near), far=("streaming", dict(sink=64, recent=256)))
+    more |= dict(quest=("quest", {}), means=("quest", dict(means=True)))
+    plan = plan_of(model, words, (16,) * 3, snap=("snapkv", dict(size=64)), **more)
+    plan.expected = {64: {"pair_density": 0.5, "cache_share": 0.7, "cache_share_free": 0.6}}
+    plan.made = {"method": "by hand", "verified": {"told": "lost nothing"}}
+    four = plan.with_bits(4, model)
+    assert four.expected == {64: {"pair_density": 0.5}}
+    assert four.made.keys() == {"method", "in_bits"}
+    back = four.with_bits(8, model).with_bits(16, model)
+    assert back.layers == plan.layers
+    assert back.patterns.items() <= plan.patterns.items()
+    for own, other, shape in zip(plan.layers, four.layers, shapes, strict=True):
+        assert (own.prefill, own.decode) == (other.prefill, other.decode)
+        for word, new, read in zip(own.cache, other.cache, own.decode, strict=True):
+            stays = shape.window is not None or word == "near" or read in ("kept", "means")
+            assert (word == new) if stays else four.patterns[new].bits == 4
+    held = []
+    for each in (plan, four):
+        with hfsparse.patch(model, each) as handle:
+            forward(model, tokens(1, 700))
+            held.append(handle.stats().kv_bytes)
+        assert memory.cache_bytes(model.config, each, 700, itemsize=4)[0] == held[-1]
+    assert held[1] < 0.9 * held[0]
+
+
 def test_what_cannot_be_packed_is_refused_in_a_sentence():
     model = tiny("llama")
     plan = packing(model)
     layers = (replace(plan.layers[0], prefill=("packed",) * 4),) * 3
     with pytest.raises(PlanError, match="prefill can't be packed, a full: give full or the name"):
         replace(plan, layers=layers).validate()
-    with pytest.raises(UsageError, match="bits is 3: give 16, 8 or 4"):
+    with pytest.raises(UsageError, match="bits is 3: give 16, 8, 4 or fp8"):
         Streaming(bits=3)
     odd = llama(head_dim=3)
     with pytest.raises(PlanError, match=r"heads of 3 channels.* give packed 8 bits"):
@@ -173,3 +227,5 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence():
         latent = latents.fresh("deepseek_v3")
         with pytest.raises(PlanError, match=r"layer 0 keeps latents.*packed has 4 bits: write"):
             hfsparse.patch(latent, packing(latent))
+        with pytest.raises(PlanError, match="no kv head of this plan can keep its keys in 4 bits"):
+            Plan.full(ModelId.of(latent)).with_bits(4, latent)

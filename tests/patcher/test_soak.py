@@ -1,6 +1,6 @@
 """Random conversations, each held twice: by a patched model and by the dense oracle.
 
-Half of the seeds are held in a run, the other half as the code changes. A failure prints its seed
+A third of the seeds are held in a run, another one as the code changes. A failure prints its seed
 and every step. To replay one, from the repository's root:
 `python -c "from tests.patcher.test_soak import hold; hold(17)"`.
 """
@@ -313,7 +313,7 @@ def hold(seed):
     return done
 
 
-@pytest.mark.parametrize("first", range(BATCH * turn(2, "patcher"), SEEDS, 2 * BATCH))
+@pytest.mark.parametrize("first", range(BATCH * turn(3, "patcher"), SEEDS, 3 * BATCH))
 def test_random_conversations_equal_the_oracle(first):
     """And they do everything there is, most of them with keys really dropped."""
     held = [hold(seed) for seed in range(first, first + BATCH)]

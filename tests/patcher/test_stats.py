@@ -178,13 +178,21 @@ def test_explain_prints_what_serves_each_of_the_six():
     for plan in (mixed(model), choosing(model)):
         with hfsparse.patch(model, plan) as handle:
             lines = handle.explain().splitlines()
-        assert "ring heads, new tokens: reference (PyTorch)" in "\n".join(lines)
+        rings = [line for line in lines if line.startswith("ring heads, new tokens: ")]
+        patterned = [line for line in lines if line.startswith("patterned heads, prompt: ")]
+        assert all("reference (PyTorch)" in line for line in (*rings, *patterned))
+        assert len(rings) == len(patterned) == (plan.patterns.keys() >= {"s"})
+        assert any(line.startswith("selected pages, new tokens: refer") for line in lines)
         for name, pattern in plan.patterns.items():
             what = "prompt: blocks" if pattern.kind in PATTERNS else "new tokens: pages"
             by = "an earlier layer" if pattern.kind == "reuse" else f"PyTorch {why}"
             assert f"{name} ({pattern.kind}), {what} chosen by {by}" in lines
         assert f"new tokens: stored by PyTorch {why}" in lines
         assert f"kept pairs, prompt: counted by PyTorch {why}" in lines
+    unused = replace(full(model), patterns=plan.patterns)
+    with hfsparse.patch(model, unused) as handle:
+        told = handle.explain()
+    assert not any(word in told for word in (*plan.patterns, "ring heads", "patterned", "selected"))
 
 
 @dataclass(frozen=True)

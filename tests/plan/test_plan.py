@@ -155,7 +155,7 @@ def plans(draw) -> Plan:
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans())
 def test_any_valid_plan_survives_save_and_load(plan, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "plan.yaml"
@@ -232,7 +232,19 @@ ERRORS = {
     "star in a name": ("  vs: {", "  a*b: {", "vs", "pattern name 'a*b'"),
     "unknown kind": ("kind: quest", "kind: qeust", "quest", "did you mean quest?"),
     "missing kind": ("kind: quest, ", "", "quest", "patterns.quest.kind is missing"),
-    "kind of another type": ("kind: quest", "kind: [1]", "quest", "unknown kind a list"),
+    "kind of another type": ("kind: quest", "kind: [quest]", "quest", "a list: give one of"),
+    "parameter of a kind without": (
+        "{kind: quest, share: 0.06, min_pages: 16}",
+        "{kind: reuse, share: 0.06}",
+        "quest",
+        "unknown key patterns.quest.share: leave it out",
+    ),
+    "eviction that chooses nothing": (
+        "{kind: quest, share: 0.06, min_pages: 16}",
+        "{kind: h2o, size: 512}",
+        "quest",
+        "patterns.quest: size is 512, window 512: give a size above the window",
+    ),
     "pattern that is no mapping": (
         "{kind: quest, share: 0.06, min_pages: 16}",
         "5",
@@ -322,6 +334,7 @@ def test_only_one_problem_is_reported_for_one_mistake(loader):
         "layer that is no number",  # and a layer is missing
         "range backwards",
         "endless range",
+        "parameter of a kind without",  # and no layer chooses
     }
     for case in set(ERRORS) - two_mistakes:
         old, new, _, _ = ERRORS[case]
@@ -387,7 +400,7 @@ def test_equal_layers_on_two_lines_are_two_problems(loader):
 
 def test_a_plan_with_countless_problems_stops_at_a_hundred(loader):
     start = time.monotonic()
-    keys = ", ".join(f"k{i}: {i}" for i in range(50_000))
+    keys = ", ".join(f"k{i}: {i}" for i in range(20_000))
     assert len(problems_of(swap("cache: 4096", keys))) == 100
     assert time.monotonic() - start < 60
 
@@ -609,10 +622,10 @@ def spots(node):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("corrupt", [corrupt_bytes, corrupt_tree], ids=["bytes", "structure"])
-def test_5000_corruptions_give_a_plan_or_a_plan_error(corrupt):
+def test_2000_corruptions_give_a_plan_or_a_plan_error(corrupt):
     rng = random.Random(0)
-    valid = sum(settle(corrupt(rng)) for _ in range(5000))
-    assert 50 < valid < 4950  # both ends are met, or the corruption is too weak or too strong
+    valid = sum(settle(corrupt(rng)) for _ in range(2000))
+    assert 20 < valid < 1980  # both ends are met, or the corruption is too weak or too strong
 
 
 @pytest.mark.parametrize("corrupt", [corrupt_bytes, corrupt_tree], ids=["bytes", "structure"])
@@ -620,13 +633,13 @@ def test_5000_corruptions_give_a_plan_or_a_plan_error(corrupt):
 def test_both_loaders_judge_corruptions_alike(corrupt, monkeypatch):
     rng = random.Random(1)
     verdicts = []
-    for text in [corrupt(rng) for _ in range(500)]:
+    for text in [corrupt(rng) for _ in range(200)]:
         for each in LOADERS:
             monkeypatch.setattr(nodes, "Loader", each)
             verdicts.append(settle(text))
     differ = sum(a != b for a, b in zip(verdicts[::2], verdicts[1::2], strict=True))
     # libyaml and PyYAML read a stray ?, : or tab inside {} differently: about 1 text in 1,000.
-    assert differ <= (5 if corrupt is corrupt_bytes else 0)
+    assert differ <= (2 if corrupt is corrupt_bytes else 0)
 
 
 # --- plans built in code
@@ -1128,3 +1141,15 @@ def test_keys_in_fewer_bits_are_refused_beside_extend(kept):
     plan.validate()
     with pytest.raises(PlanError, match=f"patterns.f keeps {kept.bits} bits, and extend reads"):
         dataclasses.replace(plan, patterns={"f": kept}).validate()
+
+
+@pytest.mark.parametrize("kept", [Full("fp8"), Streaming(8, 32, bits="fp8")])
+def test_bits_are_a_number_or_fp8(kept):
+    plan = dataclasses.replace(FULL, patterns={"f": kept})
+    text = plan.dumps()
+    assert "bits: fp8}" in text
+    assert Plan.loads(text) == plan
+    assert plan.hash != dataclasses.replace(plan, patterns={"f": Full(8)}).hash
+    for wrong in ("8.0", "fp4", "true"):
+        with pytest.raises(PlanError, match=r"f.bits is .*: give one of 16, 8, 4, fp8"):
+            Plan.loads(text.replace("fp8", wrong))

@@ -11,6 +11,7 @@ from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allo
 KEPT, READ = 0.15, 0.12  # of a row, by a ring
 HELD, LEFT = 0.4, 0.35  # kept and read where keys are evicted
 PAGED, CHOSEN, WHOLE = 1.03, 0.3, 1.01  # kept and read where pages are chosen, kept by full heads
+FEW, FEW_PAGED = 0.3, 0.31  # kept in fewer bits, and where pages are chosen
 
 
 def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
@@ -33,6 +34,9 @@ def options(rng, layers=1, q_heads=2, kv_heads=1) -> Options:
         evict_effect=rng.random((layers, 1, kv_heads)) * 0.4,
         evict_kept=[HELD],
         evict_read=[LEFT],
+        packed=["int4"],
+        packed_effect=rng.random((layers, 1, kv_heads)) * 0.3,
+        packed_kept=[[FEW, FEW_PAGED]],
     )
 
 
@@ -52,7 +56,9 @@ def price(o: Options, choices: list[Layer]):
                 decode.append(READ)
                 continue
             assert (kept == "snap") == (read == "kept")
-            cache.append({"pages": PAGED, "full": WHOLE, "kept": HELD}[read])
+            whole = {"pages": PAGED, "full": WHOLE, "kept": HELD}
+            cache.append({"pages": FEW_PAGED, "full": FEW}[read] if kept == "int4" else whole[read])
+            effect += o.packed_effect[layer, 0, g] if kept == "int4" else 0
             effect += o.page_effect[layer, 0, g] if read == "pages" else 0
             effect += o.evict_effect[layer, 0, g] if read == "kept" else 0
             decode.append({"pages": CHOSEN, "full": 1.0, "kept": LEFT}[read])
@@ -67,7 +73,8 @@ def every_choice():
     """All that one layer of two q heads and a kv head can do."""
     yield Layer(("ring", "ring"), ("ring",), ("ring",))
     for *prefill, read in product(*[("cheap", "fair", "full")] * 2, ("pages", "full", "kept")):
-        yield Layer(tuple(prefill), ("snap" if read == "kept" else "full",), (read,))
+        for kept in ("snap",) if read == "kept" else ("full", "int4"):
+            yield Layer(tuple(prefill), (kept,), (read,))
 
 
 BUDGETS = [(1, 1, 1), (0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.5), (0.6, 1, 0.5), (0.4, 0.6, 1)]

@@ -1,10 +1,13 @@
 """balanced: losses over lengths, and which words are offered."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import hfsparse
+from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.job import Job
 from hfsparse.profiler.methods import balanced, one_pass
@@ -13,7 +16,7 @@ from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
 from hfsparse.profiler.settings import Settings
 from hfsparse.profiler.solve.allocation import Budget, allocate
-from tests import tiny
+from tests import latents, tiny
 from tests.patterns.matrix import CANDIDATES
 
 
@@ -117,6 +120,18 @@ def test_it_chooses_anew_within_other_budgets_without_measuring():
     assert again.expected == plan.expected
     assert plan.expected[512]["cache_share"] <= 0.5 < wider.expected[512]["cache_share"] <= 0.75
     assert choose(Budget(0.001, 0.001, 0.001)) is None
+
+
+def test_bits_that_a_models_keys_cannot_have_are_refused():
+    odd = tiny.llama(head_dim=3)
+    job = Job(odd, None, {512: []}, Budget(0.5, 0.5, 1), Parts(None, ""), silent)
+    with pytest.raises(UsageError, match=r"bits are 8,4, and heads have 3 channels: .* Give 16,8"):
+        balanced.in_bits(job, balanced.candidates(512), [8, 4])
+    assert {*balanced.in_bits(job, balanced.candidates(512), [8]).packed} == {"full-int8"}
+    if latents.exists("deepseek_v3"):
+        job = replace(job, model=latents.fresh("deepseek_v3"))
+        with pytest.raises(UsageError, match=r"bits are 8, and this model keeps latents \(MLA\)"):
+            balanced.in_bits(job, balanced.candidates(512), [8])
 
 
 @pytest.mark.parametrize("prompts", [None, "minference"])

@@ -13,12 +13,16 @@ from hfsparse.evictions.alisa import Alisa
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.lists import PAGE, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan.kept import Full
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure import evicted, exact
 from hfsparse.profiler.measure.capture import Seen
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.layer_plan import Logits
 from hfsparse.selectors.quest import Quest
 from hfsparse.selectors.reuse import Reuse
@@ -302,3 +306,52 @@ def test_half_precision_is_measured_in_single(seen):
     )
     for name in ("pattern_effect", "pattern_recall", "page_effect", "page_recall"):
         near(found[name], single[name], 1e-3)
+
+
+def read_from_a_store(seen: Seen, bits: int) -> dict[int, Seen]:
+    """By key row, the layer with the keys and values that a step there reads from its store."""
+    found = {}
+    for row in KEYS.tolist():
+        layer = CacheLayer("plan", (Group(tuple(range(HKV)), bits=bits),))
+        k, v = (t[:, :, : row + 1] for t in (seen.k, seen.v))
+        layer.lazy_initialization(k, v)
+        (store,) = layer.stores
+        store.append(k, v, Lengths([0], [row + 1], row + 1))
+        k, v = store.read([row + 1])
+        found[row] = replace(seen, k=k, v=v)
+    return found
+
+
+def test_what_fewer_bits_lose_is_what_steps_read_from_a_store(seen):
+    ring = Streaming(4, 100)
+    rings = {"ring": ring, "ring4": replace(ring, bits=4)}
+    packed = {"int8": Full(8), "int4": Full(4)}
+    few = measure.Candidates({"stream": Streaming(4, 20)}, rings, {}, packed=packed)
+    found = measure.measure_layer(seen, few)
+    for i, bits in enumerate((8, 4)):
+        stores, effect, left = read_from_a_store(seen, bits), np.zeros(HKV), np.zeros(HKV)
+        in_ring = np.zeros(HKV)
+        for head in range(HQ):
+            for row in KEYS.tolist():
+                grad, place = seen.grad[0, head, row].double(), torch.arange(L)
+                near_by = (place < 4) | (row - place < 100)
+                for total, keep in ((effect, None), (in_ring, near_by)):
+                    change = attention(stores[row], head, row, keep)[0]
+                    change -= attention(seen, head, row, keep)[0]
+                    total[head // GROUP] += float((grad * change).sum())
+                left[head // GROUP] += stays(seen, stores[row], head, row) / GROUP / len(KEYS)
+        near(found["bits_effect"][i], np.abs(effect), 1e-3)
+        near(found["bits_recall"][i], left)
+        if bits == 4:
+            near(found["ring_effect"][1], found["ring_effect"][0] + np.abs(in_ring), 1e-3)
+    assert (found["bits_recall"][0] > found["bits_recall"][1]).all()
+    assert (found["bits_effect"][0] < found["bits_effect"][1]).all()
+
+
+def stays(seen: Seen, other: Seen, head: int, row: int) -> float:
+    """Of a row's attention, how much is on the same keys in both."""
+    each = []
+    for one in (seen, other):
+        eye = torch.eye(row + 1)[None, None].expand(1, HKV, -1, -1)
+        each.append(attention(replace(one, v=eye), head, row)[0])
+    return float(1 - (each[0] - torch.minimum(*each)).sum())

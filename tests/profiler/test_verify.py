@@ -16,6 +16,7 @@ from hfsparse.errors import UsageError
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.plan.kept import Full
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.methods import one_pass
 from hfsparse.profiler.parts import Parts
@@ -323,6 +324,35 @@ def test_who_reads_pages_that_a_head_given_back_chose_reads_all(model):
         ("q", "full"),
         ("again", "full"),
     ]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["bits", "ring"])
+def test_bits_are_given_back_first_and_no_more_where_that_is_enough(model, monkeypatch, whole):
+    """One head loses by its bits, or as a ring; another is in fewer bits and loses nothing."""
+    this, lost = ModelId.of(model), (2, 1)
+    few = {(0, 0): "r-int4", (2, 1): "r-int4", (3, 1): "full-int8"}
+    layers = [
+        Layer(("r",) * this.q_heads, tuple(few.get((at, g), "r") for g in range(KV)), decode)
+        for at, decode in enumerate([("ring",) * KV] * (LAYERS - 1) + [("ring", "full")])
+    ]
+    words = {"r": Streaming(4, 16), "r-int4": Streaming(4, 16, bits=4), "full-int8": Full(8)}
+    plan = Plan(this, words, tuple(layers))
+    plan.validate()
+
+    def run(model, trial):
+        now = model.get_decoder()._hfsparse.plan
+        word = now.layers[lost[0]].cache[lost[1]]
+        missed = word != "full" if whole else now.patterns.get(word, words["r"]).bits != 16
+        return {"said": np.array([not missed] * 4), "loss": np.full(4, float(missed))}
+
+    monkeypatch.setattr(trials, "run_trial", run)
+    found = refine(job(model), plan, 0.0, 2)
+    found.validate()
+    given = "layer 2 kv head 1" if whole else "layer 2 kv head 1, in 16 bits"
+    assert found.made["verified"]["given_back"] == [given]
+    assert found.layers[2].cache == ("r", "full" if whole else "r")
+    assert found.layers[0] == plan.layers[0]
+    assert found.layers[3] == plan.layers[3]
 
 
 def test_a_plan_that_keeps_within_the_drop_stays_as_it_is(model, monkeypatch):

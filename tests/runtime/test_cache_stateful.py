@@ -44,13 +44,13 @@ SINKS = (  # however long their rows, these can go back to their first three tok
 KEPT = (
     Group((0, 4), eviction=SnapKV(20, 6, 3)),
     Group((1,), eviction=H2O(33, 9)),
-    Group((2, 3, 5), eviction=SnapKV(1, 8)),
+    Group((2, 3, 5), eviction=SnapKV(9, 8)),
 )
 MIXED = (Group((0,), Band(3, 10)), *SINKS[1:], Group((5,), Band(0, 40)))
 PACKED = (
     Group((0, 4), FULL, Quest(), bits=4),
     Group((1, 5), FULL, LABELS, bits=8),
-    Group((2,), Streaming(5, 6, 0.25).band, bits=8),
+    Group((2,), Streaming(5, 6, 0.25).band, bits="fp8"),
     Group((3,), Band(3, 10), bits=4),
 )
 
@@ -110,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
         # Of each store that packs, by row: keys and values [2, heads, n, DIM] as they came, or were
         # begun anew; and the first page that is held so, too.
         new = torch.zeros(2, HEADS, 0, DIM)
-        self.known = [[(new[:, list(g.heads)], 0) for _ in pads] for g in groups if g.bits < 16]
+        self.known = [[(new[:, list(g.heads)], 0) for _ in pads] for g in groups if g.bits != 16]
 
     def stores(self, *kinds):
         """The layer's stores of some kinds, once it has any."""
@@ -122,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
         return self.made[tokens][:, :, list(heads)].permute(1, 2, 0, 3)
 
     def known_by(self, store):
-        return self.known[[s for s in self.layer.stores if s.group.bits < 16].index(store)]
+        return self.known[[s for s in self.layer.stores if s.group.bits != 16].index(store)]
 
     def read_of(self, store, row, n):
         """Keys and values `[2, heads, n, DIM]` of a row's first n tokens, as a store holds them."""
@@ -176,7 +176,7 @@ class CacheMachine(RuleBasedStateMachine):
             if store.joins and any(past):
                 self.check_chunk(store, *given)
             store.append(*given)
-            if store.group.bits < 16:
+            if store.group.bits != 16:
                 self.know(store, past)
         self.layer.stored = self.layer.seen
 
@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
         known = self.known_by(store)
         for b, (p, row) in enumerate(zip(past, self.rows, strict=True)):
             new = self.content(b, range(p, len(row)), store.group.heads)
-            exact = max(known[b][1], -(-len(row) // PAGE) - 2)
+            exact = max(known[b][1], len(row) // PAGE - 1)
             known[b] = torch.cat([known[b][0], new], 2), exact
 
     def evict(self, store, k, v, lengths):
@@ -272,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
         """No more room than sink, window and slack, once no row can go back under `below`."""
         if min(self.lengths()) >= ring.below + SLACK or not ring.below:
             most = max(ring.band.span(n) for n in self.lengths()) + SLACK
-            paged = ring.band.rate or ring.group.bits < 16
+            paged = ring.band.rate or ring.group.bits != 16
             most = -(-most // PAGE) * PAGE if paged else most
             assert ring.positions(self.lengths()).shape[1] <= ring.sink + most
 
@@ -287,7 +287,7 @@ class CacheMachine(RuleBasedStateMachine):
                 continue
             for b, n in enumerate(self.lengths()):
                 keys = self.content(b, range(n), store.group.heads)[0]
-                if store.group.bits < 16:
+                if store.group.bits != 16:
                     keys = self.known_by(store)[b][0][0]
                 built = tokens_built(segment_of(store.group.selector), past[b]) if past else 0
                 if built:  # segment by segment, as of its length before the last call
@@ -327,7 +327,7 @@ class CacheMachine(RuleBasedStateMachine):
         for ring in self.stores(Ring, PackedRing):
             for b, at in enumerate(ring.positions(self.lengths())):
                 left, at = max(len(self.rows[b]) - drop, 0), {*at.tolist()}
-                page = self.begins_anew(ring, b, left) if ring.group.bits < 16 else None
+                page = self.begins_anew(ring, b, left) if ring.group.bits != 16 else None
                 if not needed(ring, left) <= at or not (page is None or page * PAGE in at):
                     return False
         ends = [at for store in self.stores(Evicting) for _, at in self.left_in(store)]

@@ -12,6 +12,7 @@ from hfsparse.runtime.graphs.obstacles import NoWait
 from hfsparse.runtime.graphs.weights import Weights
 from tests import frozen, latents
 from tests.kernels.interpreter import process
+from tests.patcher.families import packing
 from tests.support import models
 
 
@@ -19,7 +20,7 @@ from tests.support import models
 def interpreted():
     """A process in which Triton is interpreted, as a device of two processors: two shares of the
     keys of one row, merged, and one of several rows."""
-    with process(triton__decode__UNITS=2) as there:
+    with process(triton__decode__UNITS=2, triton__fetch__COPIES=2) as there:
         yield lambda *args, run=frozen.compare, **more: there(run, *args, **more)
 
 
@@ -41,6 +42,7 @@ def same(eager: dict, replayed: dict) -> None:
         ("gemma4_shared", "mixed", (150, 0)),
         ("llama4", "mixed", (150, 0)),
         ("llama", "snapkv", (150, 0)),
+        ("llama", "hosted", (150, 0)),
     ],
 )
 def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, pads):
@@ -50,6 +52,7 @@ def test_replayed_steps_are_eager_steps_bit_for_bit(interpreted, family, plan, p
     assert "no CUDA graphs on cpu" in eager["graphs"]
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     wanted = {*frozen.LAUNCHES} if plan in ("mixed", "choosing") else {*frozen.LAUNCHES[:2]}
+    wanted = {*frozen.LAUNCHES[::2], *frozen.FETCHES} if plan == "hosted" else wanted
     assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
     same(eager, replayed)
 
@@ -68,6 +71,14 @@ def test_replayed_steps_over_latents_are_eager_steps_bit_for_bit(
     assert (replayed["graphs"], replayed["recorded"]) == (said, 1)
     wanted = {*frozen.LAUNCHES} if plan == "mixed" else {*frozen.LAUNCHES[:2]}
     assert eager["launched"] == replayed["launched"] == wanted, "nothing falls back to PyTorch"
+    same(eager, replayed)
+
+
+def test_replayed_steps_over_packed_keys_are_eager_steps_bit_for_bit(interpreted):
+    """One row ends a page in the second step, the other in one that is replayed."""
+    eager, replayed = interpreted("qwen3", packing, length=126, pads=(0, 2), new=5)
+    assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
+    assert eager["launched"] == replayed["launched"] == {*frozen.LAUNCHES}
     same(eager, replayed)
 
 

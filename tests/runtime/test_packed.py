@@ -39,6 +39,19 @@ def test_a_number_comes_back_within_half_a_step_and_ends_as_they_were(bits, dtyp
     assert close(found[ends], t[ends])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_of_fp8_comes_back_within_a_sixteenth_of_itself(dtype):
+    """Or, far under the farther end, which is as it was, within 2^-10 of a 448th of that."""
+    t = (torch.randn(3, PAGE, 6, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    t[0, :, 1], t[1, :, 2], t[2, :, 3] = 0, -7, t[2, :, 3] * 1e-3
+    t[2, 5, 3] = 50
+    found, most = stepped(t, "fp8", 1), t.abs().amax(1, keepdim=True)
+    near = (t.double() / 16).abs().maximum(most.double() / 448 / 1024)
+    assert ((found.double() - t.double()).abs() <= near * 1.01).all()
+    ends = t.abs() == most
+    assert close(found[ends], t[ends])
+
+
 def test_a_channel_that_stands_out_costs_the_others_nothing_by_page_and_much_by_token():
     """q · k of the same function, whose channel 3 is 30 times as large in k and as small in q."""
     drawn = torch.Generator().manual_seed(0)
@@ -57,7 +70,7 @@ def test_a_channel_that_stands_out_costs_the_others_nothing_by_page_and_much_by_
 GROUPS = (
     Group((0, 3), selector=Quest(0.3, 2, unit=16, bound=16), bits=4),
     Group((1,), Band(70, 40, 6554), bits=8),
-    Group((2,), bits=8),
+    Group((2,), bits="fp8"),
     Group((4,), selector=Quest(0.2, 2), bits=4),
     Group((5,), Band(4, 9)),
 )
@@ -137,3 +150,25 @@ def test_steps_over_packed_stores_are_plain_attention_over_what_these_hold(
             live = (at >= 0)[:, None, :, None].expand_as(wanted)
             assert close(found[:, mine][live], wanted[live], dtype), store.group
         past = lengths.rows
+
+
+@pytest.mark.parametrize("left", [70, 127, 130])
+def test_steps_that_tell_the_host_nothing_are_taken_back_as_others_are(left):
+    """Replayed ones do: a page that is held packed alone since is begun anew all the same."""
+    drawn, read = torch.Generator().manual_seed(0), []
+    k, v = (torch.randn(1, 2, 260, 8, generator=drawn) for _ in "kv")
+    for told in (True, False):
+        layer = CacheLayer("plan", (Group((0,), bits=8), Group((1,), Band(4, 150), bits=4)))
+        layer.lazy_initialization(k, v)
+        for past, n in ((0, 100), *((p, p + 1) for p in range(100, 200)), (left, 260)):
+            if past == left:
+                layer.take_back(200 - left)
+            for store in layer.stores:
+                at = list(store.group.heads)
+                before = store.snapshot()
+                store.append(k[:, at, past:n], v[:, at, past:n], Lengths([past], [n - past], n))
+                if not told and n == past + 1:
+                    store.restore(before)
+            layer.rows, layer.seen, layer.stored = [n], n, n
+        read.append([t[..., :260, :] for store in layer.stores for t in store.read([260])])
+    assert all(map(torch.equal, *read))

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import hfsparse
 from hfsparse.lists import PAGE
 from hfsparse.patcher import figures, memory
+from hfsparse.selectors.centroids import Centroids
 from tests.patcher import families
 from tests.patcher.families import fresh, left_padded, tiny, tokens
 from tests.patcher.runs import both, close, continue_with, forward, generate, same_generation
@@ -205,6 +206,17 @@ def test_a_plan_saved_and_read_again_is_followed_alike(name, tmp_path):
             found.append(torch.stack(generate(model, ids).logits))
     assert torch.equal(*found)
     assert hfsparse.Plan.load(tmp_path / "plan.yaml").hash() == plan.hash()
+
+
+def test_segments_of_a_prompt_and_of_a_chunk_are_made_as_they_are_stored(monkeypatch):
+    model, ids = tiny("llama"), tokens(1, 300)
+    with hfsparse.patch(model, segmented(model)):
+        cache = forward(model, ids[:, :200]).past_key_values
+        assert [store.built for layer in cache.layers for store in layer.stores] == [[192]] * 3
+        forward(model, ids[:, 200:270], cache=cache)
+        monkeypatch.setattr(Centroids, "build", None)  # none is left for a step
+        forward(model, ids[:, 270:271], cache=cache)
+        assert [store.built for layer in cache.layers for store in layer.stores] == [[256]] * 3
 
 
 @pytest.mark.parametrize("plan", [labelled, refreshed, segmented])

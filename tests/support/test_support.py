@@ -2,8 +2,8 @@
 
 docs/support.json holds what each cell came to, for each version of transformers. A cell that comes
 to something else fails; `make test-matrix` runs all versions and writes the file anew. Under
-`--one-in 4` a quarter of the cells is run, some of every family and of every way, another quarter
-as the code changes.
+`--one-in 8` an eighth of the cells is run, some of every family and of every way, another eighth as
+the code changes.
 """
 
 from __future__ import annotations

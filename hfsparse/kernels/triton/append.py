@@ -30,6 +30,7 @@ from hfsparse.kernels.triton.limits import (
     SPAN_ROW,
     SPANS,
     V_AT,
+    WIDEST,
     await_previous,
     chained,
     look_up,
@@ -47,10 +48,11 @@ WIDE = 64  # channels of a program
 
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
-    if need.packed:
-        return "keys in 8 or 4 bits are packed in PyTorch"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
+    if need.packed and max(need.head_dim, need.value_dim) > WIDEST:
+        dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
+        return f"{dims}: at most {WIDEST} is supported in fewer bits"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
@@ -122,12 +124,10 @@ def _append(
         first = tl.min(tl.where(new, at, NEVER), 0)
         fresh = k.to(tl.float32)
         for span in range(first // width, tl.minimum(last // width + 1, spans)):
-            before = (lane < width) & (span * width + lane < first)
-            old = tl.load(
-                keys + (span * width + lane.to(tl.int64))[:, None] * D + d[None, :],
-                mask=before[:, None] & whole[None, :],
-                other=0.0,
-            ).to(tl.float32)
+            held = span * width + lane
+            before = (lane < width) & (held < first)
+            old = keys + (held % size).to(tl.int64)[:, None] * D + d[None, :]  # it has no sink
+            old = tl.load(old, mask=before[:, None] & whole[None, :], other=0.0).to(tl.float32)
             here = (new & (at // width == span))[:, None]
             least = tl.min(tl.where(before[:, None], old, float("inf")), 0)
             most = tl.max(tl.where(before[:, None], old, float("-inf")), 0)

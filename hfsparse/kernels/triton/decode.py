@@ -67,7 +67,9 @@ UNITS = 8  # processors of a device that is no GPU (the interpreter)
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.packed:
-        return "no keys in 8 or 4 bits"
+        return "no keys in fewer bits"
+    if need.hosted:
+        return "no keys in host memory"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     most = WIDEST_LATENT if need.latents else WIDEST
@@ -186,8 +188,12 @@ def tile_of(
     device: str,
     latents: bool = False,
     packed: bool = False,
+    parts: bool = False,
 ) -> tuple[int, int, int] | None:
-    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
+    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any.
+
+    packed: of a store that may be; parts: whose tiles are of parts of pages.
+    """
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     if latents:
         return _latent_tile(most, width, itemsize, room)
@@ -196,11 +202,12 @@ def tile_of(
     for stages in (1,) if wide else (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
             pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
-            if packed:  # of each stage also the ends, and the newest tokens
-                pages = 5 * stages - 3
+            if packed:  # codes and what they come to; of parts also ends and the newest tokens
+                pages = 5 * stages - 3 if parts else stages + 2
             shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
-                return rows, stages, 8 if wide or rows * width > 1 << 13 else 4
+                many = width >= 128 if packed else rows * width > 1 << 13
+                return rows, stages, 8 if wide or many else 4
     return None
 
 

@@ -10,13 +10,15 @@ of the change after the output projection, relative to the layer's whole output,
 A ring's effect is summed over all rows. Patterns and pages are measured on sampled rows: those that
 predict the key tokens and, for patterns, others over the depth, which represent all the rest.
 An eviction is measured at those that predict the key tokens, as if the prompt had ended before
-them (`evicted`).
+them (`evicted`). So are fewer bits, as if steps had read these rows (`packed`): of a ring what they
+add to the effect, of a full cache also how much of the attention stays where it was, as `recall`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,14 @@ from torch import Tensor
 from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid, default_block
+from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.files import DataFile
+from hfsparse.plan.kept import Full
 from hfsparse.precision import without_autocast
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.profiler.measure.evicted import keys_held
 from hfsparse.profiler.measure.exact import attention, sample_rows
+from hfsparse.profiler.measure.packed import ReadBack
 from hfsparse.selectors import Selector, segment_of, tokens_built
 
 AT_ONCE = 1 << 18  # heads x tokens that are measured at a time
@@ -45,13 +50,14 @@ class Candidates:
     selectors: dict[str, Any]  # decode of a kv head whose cache is full
     data: dict[str, DataFile] = field(default_factory=dict, repr=False)  # what selectors read
     evictions: dict[str, Any] = field(default_factory=dict, repr=False)  # cache of a kv head
+    packed: dict[str, Full] = field(default_factory=dict, repr=False)  # full ones, in fewer bits
 
 
 def measure_layer(seen: Seen, candidates: Candidates) -> dict[str, np.ndarray]:
     """Arrays `[candidates, heads]` by name.
 
     `pattern_*` per q head: effect, harm, error, recall, pairs and blocks (densities); `ring_*` the
-    same per kv head; `page_*` and `evict_*` per kv head: effect, harm, error, recall.
+    same per kv head; `page_*`, `evict_*` and `bits_*` per kv head: effect, harm, error, recall.
     """
     seen = replace(seen, proj=_replace_projection(seen) if seen.proj is None else seen.proj)
     L, parts = seen.k.shape[2], list(_split_heads(seen))
@@ -109,6 +115,12 @@ def _measure_heads(
         some = mass * mask
         share = some.sum(-1) + bare  # [Hq, R]
         change = some @ values / share.clamp(min=1e-9)[..., None] - exact
+        return judge(change, share, weight, heads)
+
+    def judge(
+        change: Tensor, share: Tensor, weight: Tensor, heads: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of a change [Hq, R, Dv] that leaves a share [Hq, R] of the attention."""
         recall = (share * (weight > 0)).sum(1) / (weight > 0).sum()
         moved = torch.einsum("hrd,hdo->hro", change[:, at_keys], proj)
         moved = moved.unflatten(0, (heads, -1)).sum(1).norm(dim=-1) / output  # [heads, keys]
@@ -116,6 +128,10 @@ def _measure_heads(
         harm = effect[:, at_keys].unflatten(0, (heads, -1)).sum(1).abs().sum(1)
         more = {"harm": harm, "error": moved.mean(1)}
         return (effect * weight).sum(1), more | {"recall": recall.view(heads, -1).mean(1)}
+
+    @cache
+    def read_back(bits: int) -> ReadBack:
+        return ReadBack.of(seen, bits)
 
     def by_group(each: Tensor) -> Tensor:
         return each.view(Hkv, group).sum(1)
@@ -128,12 +144,25 @@ def _measure_heads(
         lists = pattern.lists(q, k, grid, scale)
         effect, more = kept(lists.mask(rows)[0], weight, q.shape[1])
         note("pattern", effect=effect.abs(), **more, **densities(lists))
+    near = mass[:, at_keys]
+    plain: dict[Streaming, tuple[Tensor, dict[str, Tensor]]] = {}  # rings of 16 bits, measured
     for ring in candidates.rings.values():
-        lists = ring.lists(q, k, grid, scale)
-        _, more = kept(lists.mask(rows)[0], weight, Hkv)
-        costs = {name: by_group(each) / group for name, each in densities(lists).items()}
-        effect = by_group(_whole_effect(seen, lists)).abs()
-        note("ring", effect=effect, **more, **costs)
+        if (whole := replace(ring, bits=16)) not in plain:
+            lists = whole.lists(q, k, grid, scale)
+            mask = lists.mask(rows)[0]
+            _, more = kept(mask, weight, Hkv)
+            costs = {name: by_group(each) / group for name, each in densities(lists).items()}
+            effect = by_group(_whole_effect(seen, lists)).abs()
+            plain[whole] = mask[:, at_keys], {"effect": effect, **more, **costs}
+        held, told = plain[whole]
+        if ring.bits != 16:
+            some = near * held
+            share = 1 - (near - some).sum(-1)
+            change = some @ values / share.clamp(min=1e-9)[..., None]
+            change = read_back(ring.bits).output(held) - change
+            added = by_group((grad[:, at_keys] * change).sum((1, 2))).abs()
+            told = told | {"effect": told["effect"] + added}
+        note("ring", **told)
     for selector in candidates.selectors.values():
         mine = bind_selector(selector, seen.layer, seen.heads, candidates.data)
         read = pages_read(mine, q, k, seen.keys, scale)
@@ -146,6 +175,13 @@ def _measure_heads(
         mask[:, at_keys] = held
         effect, more = kept(mask, at_keys.float(), Hkv)
         note("evict", effect=by_group(effect).abs(), **more)
+    for full in candidates.packed.values():
+        back = read_back(full.bits)
+        change, share = torch.zeros_like(exact), torch.zeros_like(mass[..., 0])
+        change[:, at_keys] = back.output() - exact[:, at_keys]
+        share[:, at_keys] = 1 - (near - torch.minimum(back.mass, near)).sum(-1)
+        effect, more = judge(change, share, at_keys.float(), Hkv)
+        note("bits", effect=by_group(effect).abs(), **more)
     return {name: torch.stack(values).numpy() for name, values in found.items()}
 
 

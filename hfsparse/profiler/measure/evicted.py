@@ -34,7 +34,7 @@ def keys_held(seen: Seen, evictions: Iterable[Eviction]) -> Iterator[Tensor]:
     followed = (place >= ends[:, None])[:, None]
     ranked: dict[Eviction, Tensor] = {}
     for eviction in evictions:
-        kind = replace(eviction, size=1)
+        kind = replace(eviction, size=eviction.window + 1)
         if kind not in ranked:
             ranked[kind] = torch.where(followed, FOLLOWED + place, _rank(seen, kind, ends))
         left = (rows + 1).clamp(max=eviction.size)

@@ -31,10 +31,18 @@ def attend(q: Tensor, k: Tensor, rows: Tensor, logits: Logits, heads: int | slic
 
     `heads` is which q heads these are: their sink logits take a share, which is left out.
     """
+    return weigh(scores_of(q, k, logits), rows, logits, heads)
+
+
+def scores_of(q: Tensor, k: Tensor, logits: Logits) -> Tensor:
+    """Logits [..., R, L] of q `[..., R, D]` for k `[L, D]`, float32."""
     scores = q.float() @ k.float().T * logits.scale
-    if logits.softcap:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
-    later = torch.arange(len(k), device=k.device) > rows[:, None]
+    return logits.softcap * torch.tanh(scores / logits.softcap) if logits.softcap else scores
+
+
+def weigh(scores: Tensor, rows: Tensor, logits: Logits, heads: int | slice) -> Tensor:
+    """Attention of logits [..., R, L], as `attend` has it."""
+    later = torch.arange(scores.shape[-1], device=scores.device) > rows[:, None]
     scores = scores.masked_fill(later, -torch.inf)
     if logits.s_aux is None:
         return torch.softmax(scores, -1)

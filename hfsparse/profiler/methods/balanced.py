@@ -8,7 +8,7 @@ all budgets.
 In decode two selectors compete: quest, whose pages cost little to rank, and lowrank, which ranks
 single tokens and so finds what is needed in fewer keys, but reads more to rank them. Both are
 priced by all that a step reads. In the cache an eviction, where one is asked for, competes with
-rings by the bytes that are held.
+rings by the bytes that are held; so do rings and full heads in fewer bits.
 
 Losses are read off a line over the logarithm of the length, at the longest: a fixed count of tokens
 that loses more in longer rows gives way to a share of the row, or to a window that grows
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS
 from hfsparse.lists import PAGE
 from hfsparse.patterns.antidiagonal import Antidiagonal
@@ -30,9 +31,12 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import ModelId
+from hfsparse.plan.bits import FULL, name_in
+from hfsparse.plan.kept import Full
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.measure.effects import Candidates
 from hfsparse.profiler.methods import minference, one_pass
+from hfsparse.profiler.settings import show_bits
 from hfsparse.profiler.solve.allocation import Options
 from hfsparse.selectors import SELECTORS
 from hfsparse.selectors.quest import Quest
@@ -58,6 +62,8 @@ def plan(job: Job) -> Found:
     names = candidates(max(job.prompts), [offer(kind, head_dim) for kind in kinds_offered(job)])
     if job.settings.eviction is not None:
         names = replace(names, evictions=evictions(job.settings.eviction, max(job.prompts)))
+    if few := [bits for bits in job.settings.bits or () if bits != 16]:
+        names = in_bits(job, names, few)
     names = one_pass.calibrate_tables(job, names)
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
@@ -108,6 +114,28 @@ def evictions(kind: str, longest: int) -> dict[str, Any]:
     return {f"{kind}{n}": replace(eviction, size=n, window=window) for n in sizes}
 
 
+def in_bits(job: Job, names: Candidates, few: Sequence[int]) -> Candidates:
+    """The candidates with full heads and rings that keep numbers in so few bits.
+
+    UsageError for a model whose keys can't be in these.
+    """
+    shape = job.shape
+    if shape.rank:
+        raise UsageError(
+            f"bits are {show_bits(few)}, and this model keeps latents (MLA), which stay in its own "
+            "type: leave bits out"
+        )
+    if 4 in few and (odd := [d for d in (shape.head_dim, shape.value_dim) if d % 2]):
+        raise UsageError(
+            f"bits are {show_bits(few)}, and heads have {odd[0]} channels: two numbers of 4 bits "
+            "share a byte. Give 16,8"
+        )
+    rings, packed = {**names.rings}, {name_in(FULL, bits): Full(bits) for bits in few}
+    for bits in few:
+        rings |= {name_in(x, bits): replace(ring, bits=bits) for x, ring in names.rings.items()}
+    return replace(names, rings=rings, packed=packed)
+
+
 def options(
     means: Mapping[int, Mapping[str, np.ndarray]],
     names: Candidates,
@@ -125,8 +153,9 @@ def options(
     def missed(kind: str) -> np.ndarray:
         return fit({n: 1 - t[f"{kind}_recall"] for n, t in means.items()})
 
-    unit = missed("ring").mean() or 1.0
-    units = {n: t["ring_effect"].mean() or 1.0 for n, t in means.items()}
+    whole = [ring.bits == 16 for ring in names.rings.values()]
+    unit = missed("ring")[:, whole].mean() or 1.0
+    units = {n: t["ring_effect"][:, whole].mean() or 1.0 for n, t in means.items()}
 
     def loss(kind: str, heads: int = 1) -> np.ndarray:
         """By candidate and head; `heads` of them are one kv head."""
@@ -145,6 +174,8 @@ def options(
         page_effect=loss("page") if names.selectors else np.zeros((layers, 0, kv_heads)),
         evictions=list(names.evictions),
         evict_effect=loss("evict") if names.evictions else None,
+        packed=list(names.packed),
+        packed_effect=loss("bits") if names.packed else None,
         **costs,
     )
 

@@ -187,19 +187,20 @@ def keep_top(rank: np.ndarray, then: np.ndarray, count: int) -> np.ndarray:
 def count_full_heads(job: Job) -> int:
     """How many kv heads may stay full for every budget to be met at the longest length."""
     heads = int(job.free.sum()) * ModelId.of(job.model).kv_heads
-    longest, limits = max(job.prompts), job.budget.limits
+    longest, at, limits = max(job.prompts), job.cache_length, job.budget.limits
     ring = price_ring(longest, DEPLOYED, job.model.device)
-    shares = {  # the budget, and what a full head costs
-        "pair_density": (limits["pairs"], 1.0),
-        "cache_share": (limits["cache"], one_head(longest)[0]),
-        "decode_share": (limits["decode"], 1.0),
+    ring["cache_share"] = one_head(at, DEPLOYED)[0]
+    shares = {  # the budget, what a full head costs, and at how many tokens
+        "pair_density": (limits["pairs"], 1.0, longest),
+        "cache_share": (limits["cache"], one_head(at)[0], at),
+        "decode_share": (limits["decode"], 1.0, longest),
     }
     counts = [heads]
-    for name, (budget, full) in shares.items():
+    for name, (budget, full, tokens) in shares.items():
         if ring[name] > budget:
             raise UsageError(
                 f"a ring of {DEPLOYED.sink} + {DEPLOYED.recent} tokens alone has {name} "
-                f"{ring[name]:.3f} at {longest} tokens, over the budget of {budget}. Give "
+                f"{ring[name]:.3f} at {tokens} tokens, over the budget of {budget:.5g}. Give "
                 "larger budgets, or longer --lengths"
             )
         if budget < full:

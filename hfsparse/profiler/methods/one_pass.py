@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hfsparse.profiler.measure.effects import Candidates, measure_layer
 from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
+from hfsparse.profiler.solve.room import Room
 
 
 def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
@@ -57,7 +59,8 @@ def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
 
 def measure_prompts(job: Job, candidates: Candidates) -> dict[int, dict[str, np.ndarray]]:
     """Mean over prompts of `measure_layer`, arrays `[layers, candidates, heads]`, by length."""
-    name = mark(candidates, *candidates.data.items(), *candidates.evictions.items())
+    more = candidates.data, candidates.evictions, candidates.packed
+    name = mark(candidates, *chain.from_iterable(each.items() for each in more))
     each = _visit_prompts(job, name, lambda prompt: measure_prompt(job.model, prompt, candidates))
     return {n: average(found) for n, found in each.items()}
 
@@ -106,13 +109,15 @@ def choose_plan(
 ) -> Found:
     """Allocate what `options` makes of the measurements, in layers that may be sparse.
 
-    Cache and decode are priced at the longest length.
+    Cache is priced at `job.cache_length`, decode at the longest length.
     """
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     this = ModelId.of(job.model)
-    choices = options(free, candidates, price_candidates(candidates, max(means), this.head_dim))
+    at, itemsize = job.cache_length, job.model.dtype.itemsize
+    costs = price_candidates(candidates, max(means), this.head_dim, at, itemsize)
+    choices = options(free, candidates, costs)
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
-    known |= candidates.evictions
+    known |= candidates.evictions | candidates.packed
 
     expect = Forecast(
         job,
@@ -136,10 +141,22 @@ def choose_plan(
     try:
         taken = allocate(choices, job.budget)
     except Infeasible as error:
-        raise UsageError(f"{error}. Give larger budgets, or longer --lengths") from None
+        told = describe_least(job, error.least)
+        raise UsageError(f"{error}{told}. Give larger budgets, or longer --lengths") from None
     suspects = job.spread(sum_losses(choices, taken))
     draw = partial(_draw_curves, job, candidates, free[max(free)], choices)
     return Found(make_plan(taken), expect, choose, suspects, draw)
+
+
+def describe_least(job: Job, least: dict[str, float]) -> str:
+    """The smallest share of cache that there can be, in GiB, where a budget is given in them."""
+    if job.settings.cache_gib is None:
+        return ""
+    room = Room.of(job.model, job.cache_length)
+    return (
+        f", {room.gib(least['cache']):.3g} GiB of the {room.gib(1):.3g} that the whole cache takes "
+        f"at {room.tokens} tokens (cache_gib is {job.settings.cache_gib:g})"
+    )
 
 
 def _draw_curves(job: Job, candidates: Candidates, found: dict[str, np.ndarray], choices: Options):
@@ -161,21 +178,35 @@ def tables_in_use(data: dict[str, DataFile], patterns: dict[str, Any]) -> dict[s
     return {name: table for name, table in data.items() if name in named}
 
 
-def price_candidates(candidates: Candidates, length: int, head_dim: int = 1) -> dict[str, Any]:
-    """What choices keep of a row of `length` tokens and what a step reads, for Options.
+def price_candidates(
+    candidates: Candidates,
+    length: int,
+    head_dim: int = 1,
+    at: int | None = None,
+    itemsize: int = 2,
+) -> dict[str, Any]:
+    """What a step reads of a row of `length` tokens, and what choices keep of one of `at`, for
+    Options.
 
-    A step of a selector reads keys and values, and all that is kept beside them: its index.
+    at: None is `length`. What is kept are bytes, of a model that works in a type of `itemsize`. A
+    step of a selector reads keys and values, and all that is kept beside them: its index; both
+    count as in a type of two bytes.
     """
-    rings, evictions, pages = (
-        [one_head(length, each, head_dim, candidates.data) for each in kinds.values()]
-        for kinds in (candidates.rings, candidates.evictions, candidates.selectors)
-    )
-    named = {"ring": rings, "evict": evictions, "page": pages}
-    found = {f"{name}_kept": [kept for kept, _ in each] for name, each in named.items()}
-    full, _ = one_head(length)
-    found |= {f"{name}_read": [read for _, read in named[name]] for name in ("ring", "evict")}
-    found["page_read"] = [read + kept - full for kept, read in pages]
-    return found | {"full_kept": full}
+    kinds = {"ring": candidates.rings, "evict": candidates.evictions, "page": candidates.selectors}
+
+    def price(name: str, tokens: int, *more: Any) -> list[tuple[float, float]]:
+        some = kinds[name].values()
+        return [one_head(tokens, each, head_dim, candidates.data, *more) for each in some]
+
+    at, full = at or length, one_head(length)[0]
+    found = {f"{name}_kept": [kept for kept, _ in price(name, at, itemsize)] for name in kinds}
+    found |= {f"{name}_read": [r for _, r in price(name, length, 2)] for name in ("ring", "evict")}
+    found["page_read"] = [read + kept - full for kept, read in price("page", length, 2)]
+    packed = []
+    for few in candidates.packed.values():
+        alone, _ = one_head(at, None, head_dim, None, itemsize, few)
+        packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, few))])
+    return found | {"full_kept": one_head(at)[0], "packed_kept": packed}
 
 
 def look_up_prompts(

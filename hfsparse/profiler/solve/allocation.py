@@ -1,16 +1,17 @@
 """One choice a head under budgets, as an integer programme (scipy's HiGHS).
 
 A kv head is either a ring, and then its q heads stream with it, or each of its q heads takes a
-prefill pattern, and the kv head evicts or keeps its cache and takes a page selector; all may stay
-full. The sum
-of effects is least; mean pair density, cache share and decode share stay within their budgets. All
-heads here do equal work without a plan, so that means over them are shares of it.
+prefill pattern, and the kv head evicts or keeps its cache, perhaps in fewer bits, and takes a page
+selector; all may stay full. The sum of effects is least; mean pair density, cache share and decode
+share stay within their budgets. All heads here do equal work without a plan, so that means over
+them are shares of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -25,8 +26,8 @@ class Budget:
     """Greatest shares of what the layers without a window of their own do without a plan.
 
     A share of 1 is no limit: whole pages, and indexes of selectors, take a little more than keys
-    alone. `loss`, where given, is a share of the sum of effects with the worst ring on every kv
-    head.
+    alone. More than 1 is one, where a budget in GiB is so large. `loss`, where given, is a share of
+    the sum of effects with the worst ring on every kv head.
     """
 
     pairs: float
@@ -38,12 +39,12 @@ class Budget:
     def limits(self) -> dict[str, float]:
         """The most that pairs, cache and decode may be."""
         shares = {"pairs": self.pairs, "cache": self.cache, "decode": self.decode}
-        return {name: share if share < 1 else np.inf for name, share in shares.items()}
+        return {name: np.inf if share == 1 else share for name, share in shares.items()}
 
     def wider(self, by: float) -> Budget:
         """Each share by this part of its way to 1, the loss to 0."""
         shares = (self.pairs, self.cache, self.decode)
-        pairs, cache, decode = (round(float(x + by * (1 - x)), 4) for x in shares)
+        pairs, cache, decode = (round(float(x + by * max(0, 1 - x)), 4) for x in shares)
         loss = None if self.loss is None else round(float(self.loss * (1 - by)), 6)
         return Budget(pairs, cache, decode, loss)
 
@@ -69,10 +70,15 @@ class Options:
     evict_effect: np.ndarray | None = None  # [layers, evictions, kv heads], of the whole group
     evict_kept: list[float] = field(default_factory=list)  # as of rings
     evict_read: list[float] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)  # full caches in fewer bits
+    packed_effect: np.ndarray | None = None  # [layers, packed, kv heads], of the whole group
+    packed_kept: list[list[float]] = field(default_factory=list)  # read by `full`, and by selectors
 
 
 class Infeasible(Error):
-    """No choice meets the budgets."""
+    """No choice meets the budgets; `least`: the smallest that each share can be by itself."""
+
+    least: dict[str, float] | None = None
 
 
 @dataclass
@@ -81,16 +87,20 @@ class _Programme:
 
     limits: dict[str, float]
     loss: list[float] = field(default_factory=list)
-    names: list[tuple[tuple, str]] = field(default_factory=list)
+    names: list[dict[tuple, str]] = field(default_factory=list)  # by group, what it then takes
     uses: list[tuple] = field(default_factory=list)  # constraint, variable, coefficient
 
     def add(self, groups: list[tuple], name: str, loss: float, **uses: float) -> None:
         """Add a choice called `name`, which counts in each of `groups`."""
+        self.add_named(dict.fromkeys(groups, name), loss, **uses)
+
+    def add_named(self, groups: dict[tuple, str], loss: float, **uses: float) -> None:
+        """Add a choice that has a name of its own in each of `groups`."""
         at = len(self.loss)
         self.uses.extend((group, at, 1.0) for group in groups)
         self.uses.extend((key, at, float(use)) for key, use in uses.items())
         self.loss.append(float(loss))
-        self.names.append((groups, name))
+        self.names.append(groups)
 
     def limit_loss(self, most: float) -> None:
         """Bound the loss by `most`, and minimise the sum of what has limits in its place."""
@@ -123,7 +133,7 @@ class _Programme:
         if found.status != 0:  # infeasible, or not solved in time: half a search is no plan
             raise Infeasible("" if found.status == 2 else f": {found.message}")
         taken = (self.names[i] for i in np.flatnonzero(found.x > 0.5))
-        return {group: name for groups, name in taken for group in groups}, float(found.fun)
+        return dict(chain.from_iterable(each.items() for each in taken)), float(found.fun)
 
 
 def allocate(options: Options, budget: Budget) -> list[Layer]:
@@ -134,13 +144,16 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         taken, _ = _build_programme(options, budget).solve()
     except Infeasible as error:
         loss = "" if budget.loss is None else f", loss {budget.loss}"
-        least = (f"{_find_smallest(options, share, budget.loss):.3f}" for share in budget.limits)
-        pairs, cache, decode = least
-        raise Infeasible(
+        least = {share: _find_smallest(options, share, budget.loss) for share in budget.limits}
+        pairs, cache, decode = (f"{share:.3f}" for share in least.values())
+        problem = Infeasible(
             f"no choice of patterns meets the budgets (pair density {budget.pairs}, cache share "
-            f"{budget.cache}, decode share {budget.decode}{loss}){error}. The smallest that each "
-            f"can be by itself: pair density {pairs}, cache share {cache}, decode share {decode}"
-        ) from None
+            f"{budget.cache:.5g}, decode share {budget.decode}{loss}){error}. The smallest that "
+            f"each can be by itself: pair density {pairs}, cache share {cache}, decode share "
+            f"{decode}"
+        )
+        problem.least = least
+        raise problem from None
     read = dict.fromkeys(options.rings, "ring") | dict.fromkeys(options.evictions, "kept")
     choices = []
     for layer in range(layers):
@@ -177,6 +190,8 @@ def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
                 found[at, g] += options.prefill_effect[at, same, h][:1].sum()
             if cache in options.evictions:
                 found[at, g] += options.evict_effect[at, options.evictions.index(cache), g]
+            if cache in options.packed:
+                found[at, g] += options.packed_effect[at, options.packed.index(cache), g]
             if decode in options.selectors:
                 found[at, g] += options.page_effect[at, options.selectors.index(decode), g]
     return found
@@ -208,6 +223,15 @@ def _build_programme(options: Options, budget: Budget) -> _Programme:
                     cache=one * options.evict_kept[i],
                     decode=one * options.evict_read[i],
                 )
+            for i, name in enumerate(options.packed):
+                lost = options.packed_effect[layer, i, g]
+                for j, word in enumerate(["full", *options.selectors]):
+                    programme.add_named(
+                        {cache: name, decode: word},
+                        lost + (options.page_effect[layer, j - 1, g] if j else 0.0),
+                        cache=one * options.packed_kept[i][j],
+                        decode=one * (options.page_read[j - 1] if j else 1.0),
+                    )
             programme.add([cache], "full", 0.0)
             programme.add([decode], "full", 0.0, cache=one * options.full_kept, decode=one)
             for i, name in enumerate(options.selectors):

@@ -58,7 +58,8 @@ def trace_recalls(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Density and recall `[layers, candidates]` of each kind, means over heads, by density."""
     kinds = [("pattern", i, p.kind) for i, p in enumerate(candidates.patterns.values())]
-    kinds += [("ring", i, "ring, a whole kv head") for i in range(len(candidates.rings))]
+    rings = enumerate(candidates.rings.values())
+    kinds += [("ring", i, "ring, a whole kv head") for i, ring in rings if ring.bits == 16]
     lines = {}
     for kind in dict.fromkeys(kind for _, _, kind in kinds):
         at = [(table, i) for table, i, each in kinds if each == kind]

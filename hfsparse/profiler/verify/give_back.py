@@ -1,9 +1,10 @@
 """Make kv heads of a plan full again, or widen its budgets, until it loses little enough.
 
-Heads are given back, those first that the method thinks lose most (`Found.suspects`). Only what was
-lost is asked again: bisection finds how many heads win back what is lost too much, in nats, and
-those that are not needed are taken away. Then everything is asked again; while it still loses too
-much, half as many heads again are given back.
+Heads are given back, those first that the method thinks lose most (`Found.suspects`). Where some
+keep their keys in fewer bits, these first return to 16, and none is given back whole if that is
+enough. Only what was lost is asked again: bisection finds how many heads win back what is lost too
+much, in nats, and those that are not needed are taken away. Then everything is asked again; while
+it still loses too much, half as many heads again are given back.
 Many heads that lose a little are budgets that are too small. So a method that can choose anew
 (`Found.choose`) does it within wider ones, as long as it then uses less than with the heads given
 back, and the plan of the smallest that bisection finds is taken in place of that one.
@@ -18,6 +19,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from hfsparse.plan import Layer, Plan
+from hfsparse.plan.bits import in_bits
 from hfsparse.profiler.job import Found, Job
 from hfsparse.profiler.methods.one_pass import patterns_in_use, tables_in_use
 from hfsparse.profiler.solve.allocation import Budget
@@ -33,7 +35,8 @@ BUDGET_STEPS = (
     0.75,
 )  # of the way from the budgets to dense attention
 
-Unit = tuple[int, int]  # layer, kv head
+# Layer and kv head; and 16, where it is to keep no more keys, but these in 16 bits.
+Unit = tuple[int, int] | tuple[int, int, int]
 T = TypeVar("T")
 
 
@@ -57,7 +60,7 @@ def keep_within(
     if not _find_rejecting(criteria, found.plan):
         return found.plan, [], job.budget
     given = _give_back(found, criteria)
-    final = make_full(found.plan, given)
+    final = restore(found.plan, given)
     final.expected = {} if found.expect is None else found.expect(final.layers)
     if found.choose and (wider := _widen_budgets(job.budget, found, criteria, final)):
         budget, final = wider
@@ -69,7 +72,15 @@ def _find_rejecting(criteria: Sequence[Criterion], plan: Plan) -> list[Criterion
     return [criterion for criterion in criteria if criterion.rejects(plan)]
 
 
-def make_full(plan: Plan, units: Sequence[Unit]) -> Plan:
+def restore(plan: Plan, units: Sequence[Unit]) -> Plan:
+    """The plan with these kv heads full, or with as many keys in 16 bits."""
+    in_few = [unit[:2] for unit in units if len(unit) > 2]
+    layers, patterns = in_bits(plan.layers, plan.patterns, 16, in_few)
+    whole = [unit for unit in units if len(unit) == 2]
+    return make_full(replace(plan, layers=layers, patterns=patterns), whole)
+
+
+def make_full(plan: Plan, units: Sequence[tuple[int, int]]) -> Plan:
     """The plan with these kv heads, and the q heads of their groups, full.
 
     Where later layers read the pages that one of these chose, decode is full there, too.
@@ -97,10 +108,10 @@ def _give_back(found: Found, criteria: Sequence[Criterion]) -> list[Unit]:
     given: list[Unit] = []
     searched: list[Criterion] = []
     while True:
-        now = make_full(found.plan, given)
+        now = restore(found.plan, given)
         rejecting, rest = _find_rejecting(criteria, now), _rank_units(now, found.suspects)
         if not rejecting or not rest:
-            return sorted(given)
+            return sorted(unit for unit in given if len(unit) == 2 or unit[:2] not in given)
         if rejecting[0] in searched:
             given += rest[: max(1, len(given) // 2)]
         else:
@@ -144,19 +155,32 @@ def _sum_shares(plan: Plan) -> float:
 
 
 def _rank_units(plan: Plan, suspects: np.ndarray | None) -> list[Unit]:
-    """The kv heads that are not full, those first that the method suspects most."""
-    units = np.ndindex(len(plan.layers), plan.model.kv_heads)
-    order = [unit for unit in units if make_full(plan, [unit]) != plan]
-    return order if suspects is None else sorted(order, key=lambda unit: -suspects[unit])
+    """The kv heads that are not full, those first that the method suspects most; ahead of all those
+    that are in fewer bits, to return to 16."""
+    order = [*np.ndindex(len(plan.layers), plan.model.kv_heads)]
+    if suspects is not None:
+        order = sorted(order, key=lambda unit: -suspects[unit])
+    in_few = [(*unit, 16) for unit in order if _bits_of(plan, *unit) != 16]
+    return [unit for unit in (*in_few, *order) if restore(plan, [unit]) != plan]
+
+
+def _bits_of(plan: Plan, layer: int, head: int) -> int:
+    return getattr(plan.patterns.get(plan.layers[layer].cache[head]), "bits", 16)
 
 
 def _search_units(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> list[Unit]:
-    """Few heads, the first of the order likely among them, that win back what is lost too much."""
+    """Few heads, the first of the order likely among them, that win back what is lost too much.
+
+    Bits alone, if all of them do.
+    """
     wins = criterion.wins_back(plan)
 
     def enough(units: Sequence[Unit]) -> bool:
-        return wins(make_full(plan, units), f"given back: {len(units)}")
+        return wins(restore(plan, units), f"given back: {len(units)}")
 
+    in_few = [unit for unit in order if len(unit) > 2]
+    whole = [unit for unit in order if len(unit) == 2]
+    order = in_few if in_few and enough(in_few) else whole
     return drop_unneeded(shortest_prefix(order, enough), enough)
 
 

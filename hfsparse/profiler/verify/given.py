@@ -92,7 +92,7 @@ def find_floor(plan: Plan) -> int:
         for part, full in PARTS.items()
         if words[part] - full or (part == "prefill" and plan.skip is not None)
     ]
-    if any(getattr(plan.patterns.get(word), "bits", 16) < 16 for word in words["cache"]):
+    if any(getattr(plan.patterns.get(word), "bits", 16) != 16 for word in words["cache"]):
         floors.append(PAGE)  # of which the first is packed
     return min(floors, default=0)
 
@@ -118,9 +118,9 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 def count_figures(job: Job, plan: Plan) -> dict[int, dict[str, float]]:
     """What the plan computes of the job's prompts, in mean, keeps and reads, by length."""
-    config, device = job.model.config, job.model.device
+    config, device, size = job.model.config, job.model.device, job.model.dtype.itemsize
     return {
-        n: predict(config, plan, n, each, device).figures()
+        n: predict(config, plan, n, each, device, size).figures()
         for n, each in _count_prompts(job, plan).items()
     }
 

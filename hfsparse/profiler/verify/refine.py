@@ -31,8 +31,12 @@ def refine(job: Job, found: Found) -> Plan:
         "verified": {
             **proof.tell(final),
             **({"budgets": wider} if wider else {}),
-            "given_back": [f"layer {at} kv head {g}" for at, g in given],
+            "given_back": [_name_unit(*unit) for unit in given],
             "seconds": round(time.time() - start, 1),
         }
     }
     return final
+
+
+def _name_unit(layer: int, head: int, bits: int | None = None) -> str:
+    return f"layer {layer} kv head {head}{'' if bits is None else f', in {bits} bits'}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.packed import NEWEST
 from hfsparse.precision import casts
 
 AT_ONCE = 1024  # pages
+ALL = slice(None)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -23,16 +26,43 @@ def runs_of_rows(lengths: Lengths):
     """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
     past, new = lengths.past, lengths.new
     if len(set(past)) == len(set(new)) == 1:
-        yield slice(None), past[0], new[0]
+        yield ALL, past[0], new[0]
         return
     for b, (p, n) in enumerate(zip(past, new, strict=True)):
         yield slice(b, b + 1), p, n
+
+
+def put(held: Tensor, new: Tensor, rows: slice, first: int, n: int) -> None:
+    """The first n slots of new `[B, H, Q, ...]` into held, from slot `first` on, in these rows."""
+    held[rows, :, first : first + n] = (
+        new if n == new.shape[2] and rows == ALL else new[rows, :, :n]
+    )
 
 
 def at_once(pages: range) -> Iterator[range]:
     """A prompt's pages, as many at a time as are worked out in wide numbers."""
     for i in range(0, len(pages), AT_ONCE):
         yield pages[i : i + AT_ONCE]
+
+
+def join_begun(held: list[Tensor], new: list[Tensor], rows: slice, past: int) -> list[Tensor]:
+    """New keys and values `[b, H, n, D]` of some rows, behind those of the page that they go on.
+
+    held `[B, H, NEWEST, D]`: the newest pages, where position p lies at p % NEWEST.
+    """
+    if not (lead := past % PAGE):
+        return new
+    begun = slice((past - lead) % NEWEST, (past - lead) % NEWEST + lead)
+    return [torch.cat([old[rows, :, begun], t], 2) for old, t in zip(held, new, strict=True)]
+
+
+def hold_newest(held: list[Tensor], new: list[Tensor], rows: slice, pages: range) -> None:
+    """Put the last of these pages, of whose tokens `new` is made, among the newest."""
+    for page in range(max(pages.start, pages.stop - 2), pages.stop):
+        at = page * PAGE % NEWEST
+        for old, t in zip(held, new, strict=True):
+            part = t[:, :, (page - pages.start) * PAGE : (page - pages.start + 1) * PAGE]
+            old[rows, :, at : at + part.shape[2]] = part
 
 
 def lengthen(t: Tensor, size: int) -> Tensor:
@@ -49,3 +79,17 @@ def new_buffer(t: Tensor, *shape: int) -> Tensor:
         return t.new_empty(shape)
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+
+def filled(t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+    """The slots of t `[B, H, n, ...]`, each of `unit` tokens, that rows of so many tokens fill.
+
+    Whole pages, as many as the longest row has; zeros where another row has none.
+    """
+    t = t[:, :, : -(-max(rows) // PAGE) * PAGE // unit]
+    ends = [-(-n // unit) for n in rows]
+    if min(ends) < t.shape[2]:
+        t = t.clone()
+        for b, end in enumerate(ends):
+            t[b, :, end:] = 0
+    return t

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,18 @@ class Evicting(Full):
         self.dropped = [self.dropped[i] for i in picked]
         self.settled = [self.settled[i] for i in picked]
         self.gone = self.gone[picked]
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        held = [n - lost for n, lost in zip(rows, self.dropped, strict=True)]
+        score = [] if self.score is None else [self._filled(self.score, held)]
+        own = {"score": score, "dropped": [*self.dropped], "settled": [*self.settled]}
+        return {**super().state(held), **own}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.dropped, self.settled = state["dropped"], state["settled"]
+        self.gone = torch.tensor(self.dropped, device=self.k.device)
+        self.score = next(iter(state["score"]), None)
 
     def until(self, rows: list[int]) -> int:
         return self.capacity + self.lacks

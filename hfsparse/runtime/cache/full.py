@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
@@ -22,6 +23,8 @@ PAIRS = 1 << 26  # tokens, times those of a segment, whose index is made togethe
 
 class Full(Store):
     """Every key of its heads, in buffers `[B, H, capacity, D]` that grow by a sixteenth."""
+
+    spare = 16  # it grows by one of so many parts
 
     def __init__(self, group: Group, reserve: int, below: int = 0):
         super().__init__(group)
@@ -35,22 +38,30 @@ class Full(Store):
         self.built: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
-        shape = (len(k), len(self.group.heads), 0)
+        shape = (k.shape[0], len(self.group.heads), 0)
         self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
         self._create_index(k, shape)
 
     def _create_index(self, k: Tensor, shape: tuple[int, int, int]) -> None:
         """Of no page yet."""
-        self.built = [0] * len(k)
+        self.built = [0] * k.shape[0]
         if (selector := self.group.selector) is None:
             return
-        # Pages of no row tell the shapes, and cost the device nothing.
-        pages = (t.new_empty(0, shape[1], 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
-        real = k.new_empty(0, shape[1], 1, PAGE, 1, dtype=torch.bool)
-        for name, row in self._index_of(*pages, real).items():
-            self.index[name] = k.new_empty(*shape, *row.shape[3:], dtype=row.dtype)
+        for name, (sizes, dtype) in self._index_shapes().items():
+            self.index[name] = k.new_empty(*shape, *sizes, dtype=dtype)
         if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
+
+    def _index_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Of each part of the index: what a page of a head has there."""
+        known, asked = self.group.index_shapes, (self.k.shape[-1], self.v.shape[-1], self.k.dtype)
+        if asked not in known:  # pages of no row tell it, and cost the device nothing
+            H = len(self.group.heads)
+            pages = (t.new_empty(0, H, 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
+            real = self.k.new_empty(0, H, 1, PAGE, 1, dtype=torch.bool)
+            made = self._index_of(*pages, real).items()
+            known[asked] = {name: (t.shape[3:], t.dtype) for name, t in made}
+        return known[asked]
 
     def tensors(self) -> list[Tensor]:
         last = () if self.choice is None else self.choice.tensors()
@@ -96,9 +107,12 @@ class Full(Store):
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
-            self._grow(max(need, self.reserve, self.capacity * 17 // 16))
+            self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+        self.settle(past)
+
+    def settle(self, rows: Sequence[int]) -> None:
         if self.segment > PAGE:
-            self._build(past)
+            self._build(rows)
 
     def forget(self, rows: Sequence[int]) -> None:
         """Let go of choices and segments that hold tokens which rows of so many have no more."""
@@ -121,11 +135,11 @@ class Full(Store):
         """As `append`, where there is room."""
         for rows, p, n in runs_of_rows(lengths):
             for held, new in self.beside(k, v):
-                held[rows, :, p : p + n] = new[rows, :, :n]
+                put(held, new, rows, p, n)
             if self.index and n:
                 self._summarise_held(rows, p, p + n)
 
-    def _build(self, past: list[int]) -> None:
+    def _build(self, past: Sequence[int]) -> None:
         """Make the index of segments that have grown by a part or more since it was made last."""
         ends = [tokens_built(self.segment, n) for n in past]
         ends = [max(pair) for pair in zip(ends, self.built, strict=True)]
@@ -160,6 +174,15 @@ class Full(Store):
         for name, found in self._index_of(keys, values, real).items():
             self.index[name][rows, :, first:last] = found
 
+    def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """As `_summarise_held`, of pages whose tokens are these, the last perhaps not whole."""
+        for part in at_once(pages) if self.index else ():
+            at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
+            own = [t[:, :, at] for t in new]
+            short = len(part) * PAGE - own[0].shape[2]
+            own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
+            self._summarise(rows, part, *own, length)
+
     def _index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
         """What is kept of pages of keys and values `[B, H, n, PAGE, D]`, of which some are real."""
         selector = self.group.selector
@@ -178,16 +201,20 @@ class Full(Store):
         both, device = [t.unflatten(2, (-1, PAGE)) for t in (self.k, self.v)], position.device
         first, last = position[:, :1], position.amax(1, keepdim=True)
         spanned = torch.arange((Q + PAGE - 2) // PAGE + 1, device=device)
-        page = (first // PAGE + spanned).clamp(0, both[0].shape[2] - 1)  # [B, n]
+        page = (first // PAGE + spanned).clamp(0, self.capacity // PAGE - 1)  # [B, n]
         new = (page * PAGE <= last) & (page >= first // PAGE) & (first >= 0)
         row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
         real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
-        both = (t[row, :, page].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
+        both = (t[row, :, self._where(page)].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
         for name, found in self._index_of(*both, real).items():
             held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
             kept = new.view(B, -1, *[1] * (found.ndim - 2))
             # A page that is named twice gets what it is given twice.
             held[row, :, page] = torch.where(kept, found, held[row, :, page]).to(held.dtype)
+
+    def _where(self, page: Tensor) -> Tensor:
+        """Where the newest pages lie in the buffers, in pages: of packed keys these alone do."""
+        return page % (self.k.shape[2] // PAGE)
 
     def _grow(self, tokens: int) -> None:
         pages = -(-tokens // PAGE)
@@ -210,3 +237,20 @@ class Full(Store):
             return self.index
         pages = -(-length // PAGE)
         return {name: t[:, :, :pages] for name, t in self.index.items()}
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        choice = []
+        if self.choice is not None:
+            width = self.group.selector.budget.width(-(-max(rows) // PAGE), PAGE)
+            pages, *rest = self.choice.tensors()
+            choice = [pages[..., :width], *rest]
+        index = {name: self._filled(t, rows, PAGE) for name, t in self.index.items()}
+        return {**super().state(rows), "index": index, "choice": choice, "built": [*self.built]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.index, self.built = state["index"], state["built"]
+        self.choice = Choice(*state["choice"]) if state["choice"] else None
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return filled(t, rows, unit)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from hfsparse.evictions import Eviction
 from hfsparse.lists import FULL, Band
+from hfsparse.lists.packed import Bits
 from hfsparse.selectors import Selector
 
 
@@ -18,8 +21,15 @@ class Group:
     selector: Selector | None = None  # bound; chooses pages for decode, its store keeps its index
     reuses: tuple[int, ...] = ()  # whose choice these heads read, in the last group that chose
     eviction: Eviction | None = None  # says which keys are kept; None: the band does
-    bits: int = 16  # of a number in full pages; 16: it has the model's own type
+    bits: Bits = 16  # of a number in full pages; 16: it has the model's own type
+    # Of keys in host memory, the share of a row's units that the GPU holds; 0: it holds every key.
+    hot: float = 0.0
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
+
+    @cached_property
+    def index_shapes(self) -> dict[tuple, dict[str, Any]]:
+        """Where stores note how large a page's index is, for keys of a width and type."""
+        return {}
 
     @property
     def chosen(self) -> bool:

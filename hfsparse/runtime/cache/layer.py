@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostFull
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
 from hfsparse.stats import Work
+
+DEFAULT = (
+    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8"
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,17 @@ class Held:
     again, and rows grow into the room that there is."""
 
     # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), how
-    # many every row lacks, and the bytes that are there for any number of them
-    stores: list[tuple[tuple[int, ...], int, int | None, int, int]]
+    # many every row lacks, the bytes that are there for any number of them, and those in the host's
+    # memory, which are in no other number
+    stores: list[tuple[tuple[int, ...], int, int | None, int, int, int]]
     column: int  # bytes of one column of the stock cache, over all rows and heads
     window: int | None
 
     @classmethod
     def together(cls, parts: Sequence[Held]) -> Held:
         """Of a layer that runs several times a call, each time with a cache of its own."""
+        if len(parts) < 2:
+            return parts[0] if parts else NOTHING
         stores = [store for part in parts for store in part.stores]
         return cls(stores, sum(part.column for part in parts), parts[0].window)
 
@@ -50,11 +59,15 @@ class Held:
         """By kv head, as allocated."""
         return self._each(kv_heads, lambda size, *room: size)
 
+    def outside(self, kv_heads: int) -> list[int]:
+        """Bytes in host memory by kv head, as allocated."""
+        return self._each(kv_heads, lambda *of: of[-1])
+
     def work(self, kv_heads: int, seen: int) -> Work:
         """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
         included; and of the stock cache, which keeps all, or as many as the model's window."""
 
-        def part(size: int, room: int | None, lacks: int, fixed: int) -> int:
+        def part(size: int, room: int | None, lacks: int, fixed: int, outside: int) -> int:
             pages = -(-max(seen - lacks, 0) // PAGE) * PAGE
             return fixed + (size - fixed) * min(pages, room) // room if room else size
 
@@ -106,7 +119,7 @@ class CacheLayer(CacheLayerMixin):
     # -- what transformers calls ----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.rows = [0] * len(key_states)
+        self.rows = [0] * key_states.shape[0]
         for store in self.stores:
             store.create(key_states, value_states)
         self.device, self.is_initialized = key_states.device, True
@@ -129,9 +142,9 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        if len(key_states) != len(self.rows):
+        if (rows := key_states.shape[0]) != len(self.rows):
             raise CacheError(
-                f"the cache holds {len(self.rows)} rows and the input has {len(key_states)}: "
+                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
                 "pass a batch of the same size, or a new cache"
             )
         self.seen += key_states.shape[-2]
@@ -185,8 +198,10 @@ class CacheLayer(CacheLayerMixin):
     def take_back(self, drop: int) -> None:
         """Forget the newest `drop` tokens, and what was chosen and clustered with them."""
         rows = [max(n - drop, 0) for n in self.rows]
+        lost = self.seen - self.stored  # columns of a forward that was interrupted
+        now = [max(n - lost, 0) for n in self.rows]
         for store in self.stores:
-            store.check_crop(self.rows, rows)
+            store.check_crop(now, rows)
         self.seen -= drop
         self.stored = min(self.stored, self.seen)  # fewer after a forward that was interrupted
         self.expected = min(self.expected, self.seen)  # what follows is no part of that prompt
@@ -232,7 +247,7 @@ class CacheLayer(CacheLayerMixin):
                 store.select(picked)
 
     def offload(self) -> None:
-        raise CacheError("offloaded caches are not supported under hfsparse: use the default cache")
+        raise CacheError(f"offloaded caches are not supported under hfsparse: {DEFAULT}")
 
     # -- what the attention function calls -------------------------------------------------------
 
@@ -249,29 +264,40 @@ class CacheLayer(CacheLayerMixin):
     @property
     def packed(self) -> bool:
         """Whether some of its keys lie in fewer bits."""
-        return any(store.group.bits < 16 for store in self.stores)
+        return any(store.group.bits != 16 for store in self.stores)
+
+    @property
+    def hosted(self) -> bool:
+        """Whether some of its keys lie in host memory."""
+        return any(store.group.hot for store in self.stores)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the first store, as they lie: shape, type and device of all."""
         return self.stores[0].k, self.stores[0].v
 
     def bytes(self) -> int:
-        """Bytes allocated for keys, values, indexes and choices."""
+        """Bytes allocated for keys, values, indexes and choices, without those of the host."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
+
+    def host_bytes(self) -> int:
+        """Bytes allocated in host memory."""
+        return sum(t.nbytes for store in self.stores for t in store.outside())
 
     def held(self) -> Held:
         """What its buffers take."""
-        own = [
-            (s.group.heads, sum(t.nbytes for t in s.tensors()), s.capacity, s.lacks, s.fixed)
-            for s in self.stores
-        ]
+        own = []
+        for s in self.stores:
+            here, outside = (sum([t.nbytes for t in own]) for own in (s.tensors(), s.outside()))
+            own.append((s.group.heads, here, s.capacity, s.lacks, s.fixed, outside))
         return Held(own, self.column_bytes(), self.window)
 
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
-        heads = sum(len(store.group.heads) for store in self.stores)
-        dims = sum(t.shape[3] for t in self.stores[0].held())
-        return len(self.rows) * heads * dims * self.stores[0].k.element_size()
+        heads, first = 0, self.stores[0]
+        for store in self.stores:
+            heads += len(store.group.heads)
+        dims = sum([t.shape[3] for t in first.held()])
+        return len(self.rows) * heads * dims * first.k.itemsize
 
     def dense_bytes(self) -> int:
         """Bytes of the stock cache: every column, or the model's window, of every row and head."""
@@ -293,6 +319,20 @@ class CacheLayer(CacheLayerMixin):
             raise self._other_past(lengths.past)
         self.rows = lengths.rows
 
+    def state(self) -> dict[str, Any]:
+        """What it holds, as `Store.state` tells it of each store."""
+        stores = [store.state(self.rows) for store in self.stores]
+        own = {"seen": self.seen, "expected": self.expected, "rows": [*self.rows]}
+        return {**own, "stores": stores}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what `state` told of a layer with the same groups; this one is new."""
+        self.seen = self.stored = state["seen"]
+        self.expected, self.rows = state["expected"], state["rows"]
+        for store, held in zip(self.stores, state["stores"], strict=True):
+            store.load(held)
+        self.device, self.is_initialized = self.stores[0].k.device, True
+
     def _other_past(self, past: list[int]) -> CacheError:
         return CacheError(
             f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
@@ -309,7 +349,9 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
 def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
-    packs = group.bits < 16
+    packs = group.bits != 16
+    if group.hot:
+        return HostFull(group, reserve, read_below)
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)

@@ -1,15 +1,16 @@
-"""Stores that keep keys and values in 8 or 4 bits, page by page (`hfsparse.lists.packed`).
+"""Stores that keep keys and values in fewer bits, page by page (`hfsparse.lists.packed`).
 
 A page is packed once, when it is full, from its keys and values as they came, so that what a store
 holds of a row does not depend on how the row was read: at once, in chunks or token by token. The
 newest two pages are held as they came, too: rows that lose up to `PAGE` tokens read what they would
 read if these had never been. A row that goes back further, into a page that is held packed alone,
-begins that page anew with what it unpacks.
+begins that page anew, when it goes, with what it unpacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,14 +20,22 @@ from hfsparse.errors import CacheError
 from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Grid
 from hfsparse.lists.lengths import Lengths, on_device
-from hfsparse.lists.packed import NEWEST, Packed, pack, unpack
+from hfsparse.lists.packed import NEWEST, Packed, pack, unpack, width_of
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import at_once, lengthen, runs_of_rows
+from hfsparse.runtime.cache.buffers import (
+    at_once,
+    hold_newest,
+    join_begun,
+    lengthen,
+    runs_of_rows,
+)
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
 
+TOGETHER = 1 << 27  # numbers of keys and values that a chunk finds unpacked at a time
+UNPACKED = 1 << 22  # numbers of these that are worked out in float32 at a time
 BOUNDS = "low", "high"  # of keys, by page and channel
 ENDS = "least", "most"  # of values, by token
 
@@ -40,7 +49,8 @@ class PackedStore(Store):
         super().__init__(*given)
         self.bits = self.group.bits
         self.pages: dict[str, Tensor] = {}  # as `Packed` names them, [B, H, P, ...]
-        # By row, the first of the newest pages that are held as they came.
+        # By row, the first page that is surely held as it came: of n tokens that of number
+        # n // PAGE and the one before it are, unless the row went back further.
         self.exact: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
@@ -48,7 +58,7 @@ class PackedStore(Store):
         self.hold(*(buffers.new_buffer(t, *shape, NEWEST, t.shape[-1]) for t in (k, v)))
         self.exact = [0] * len(k)
         for name, t in (("k", k), ("v", v)):
-            width = t.shape[-1] * self.bits // 8
+            width = t.shape[-1] * width_of(self.bits) // 8
             self.pages[name] = t.new_empty(*shape, 0, PAGE, width, **byte)
         for name in BOUNDS:
             self.pages[name] = k.new_empty(*shape, 0, k.shape[-1])
@@ -81,13 +91,28 @@ class PackedStore(Store):
         super().restore(before[0])
         self.exact = before[1]
 
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        self._pass(rows)
+        return {**super().state(rows), "exact": [*self.exact]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.pages, self.exact = state["pages"], state["exact"]
+
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        self._begin_anew(rows)
         return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
 
     def room(self, past: list[int], rows: list[int]) -> None:
-        self._begin_anew(past)
         super().room(past, rows)
+        self._pass(rows)
+
+    def check_crop(self, now: list[int], rows: list[int]) -> None:
+        self._pass(now)  # steps that were replayed have told nothing
+        super().check_crop(now, rows)
+
+    def _pass(self, rows: list[int]) -> None:
+        """Rows have had so many tokens: pages before the newest two are held packed alone."""
+        self.exact = [max(e, n // PAGE - 1) for e, n in zip(self.exact, rows, strict=True)]
 
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.append`."""
@@ -100,28 +125,16 @@ class PackedStore(Store):
         """Store new keys and values `[b, H, n, D]` of some rows."""
         first, end = past // PAGE, past + new[0].shape[2]
         last = -(-end // PAGE)
-        if lead := past % PAGE:
-            begun = slice(first * PAGE % NEWEST, first * PAGE % NEWEST + lead)
-            both = zip(self.held(), new, strict=True)
-            new = [torch.cat([held[rows, :, begun], t], 2) for held, t in both]
+        new = join_begun(self.held(), new, rows, past)
 
         def tokens(t: Tensor, pages: range) -> Tensor:
             return t[:, :, (pages.start - first) * PAGE : (pages.stop - first) * PAGE]
 
-        self._renew(rows, range(first, last), new, end)
+        self._summarise_new(rows, range(first, last), new, end)
         for kept in self._kept(range(first, end // PAGE)):
             for pages in at_once(kept):
                 self._pack(rows, pages, *(tokens(t, pages) for t in new))
-        for page in range(max(first, last - 2), last):
-            at = page * PAGE % NEWEST
-            for held, t in zip(self.held(), new, strict=True):
-                part = tokens(t, range(page, page + 1))
-                held[rows, :, at : at + part.shape[2]] = part
-        for b in range(*rows.indices(len(self.exact))):
-            self.exact[b] = max(self.exact[b], last - 2)
-
-    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
-        """Have what is kept beside pages follow their tokens, in rows of so many."""
+        hold_newest(self.held(), new, rows, range(first, last))
 
     def _pack(self, rows: slice, pages: range, k: Tensor, v: Tensor) -> None:
         """Keep pages, which are full of these keys and values `[b, H, n * PAGE, D]`."""
@@ -134,9 +147,10 @@ class PackedStore(Store):
         for name, t in found.items():
             self.pages[name][rows, :, at] = t
 
-    def _begin_anew(self, past: Sequence[int]) -> None:
+    def forget(self, rows: Sequence[int]) -> None:
         """Rows that went back into a page that is held packed alone unpack it."""
-        for b, n in enumerate(past):
+        super().forget(rows)
+        for b, n in enumerate(rows):
             page = n // PAGE
             if page >= self.exact[b]:
                 continue
@@ -176,6 +190,18 @@ class PackedFull(PackedStore, Full):
         super().select(picked)
         self._share()
 
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        own = {name: t for name, t in self.pages.items() if t is not self.index.get(name)}
+        pages = {name: self._filled(t, rows, PAGE) for name, t in own.items()}
+        return {**super().state(rows), "pages": pages}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._share()
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        return super()._filled(t, rows, unit) if unit == PAGE else t  # not of the newest tokens
+
     def _grow(self, tokens: int) -> None:
         pages = -(-tokens // PAGE)
         self._grow_index(pages)
@@ -194,24 +220,39 @@ class PackedFull(PackedStore, Full):
         """Of pages that are full, runs of those that are kept: all."""
         return [full]
 
-    def _renew(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
-        for part in at_once(pages) if self.index else ():
-            at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
-            own = [t[:, :, at] for t in new]
-            short = len(part) * PAGE - own[0].shape[2]
-            own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
-            self._summarise(rows, part, *own, length)
-
     def with_chunk(
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
     ) -> tuple[Tensor, Tensor, None]:
         """What a chunk attends to before it is stored: its past, and itself as it comes."""
-        read = self.read(lengths.past)
-        read = [lengthen(t[:, :, : lengths.longest], lengths.longest) for t in read]
+        held, past = self.packed(), on_device(lengths.past, k.device)
+        read = [
+            buffers.new_buffer(t, *t.shape[:2], lengths.longest, t.shape[3]) for t in self.held()
+        ]
+        pages = -(-max(lengths.past) // PAGE)
+        step = max(1, UNPACKED // self.k[:, :, :PAGE].numel())
+        for first in range(0, pages, step):
+            own = slice(first, min(first + step, pages))
+            at = torch.arange(own.start * PAGE, own.stop * PAGE, device=k.device)[None]
+            for whole, t in zip(read, held.some(own).read(past, at), strict=True):
+                into = whole[:, :, own.start * PAGE : own.stop * PAGE]
+                into.copy_(t[:, :, : into.shape[2]])
         for rows, p, n in runs_of_rows(lengths):
-            for held, new in zip(read, (k, v), strict=True):
-                held[rows, :, p : p + n] = new[rows, :, :n]
+            for whole, new in zip(read, (k, v), strict=True):
+                whole[rows, :, p : p + n] = new[rows, :, :n]
         return *read, None
+
+    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, PackedFull]]:
+        """As many heads at a time as have `TOGETHER` numbers unpacked; one in any case."""
+        each = len(self.k) * lengths.longest * sum(t.shape[3] for t in self.held())
+        step = max(1, TOGETHER // each)
+        if step >= len(self.group.heads):
+            yield slice(None), self
+            return
+        for first in range(0, len(self.group.heads), step):
+            some, part = slice(first, first + step), copy(self)
+            part.hold(*(t[:, some] for t in self.held()))
+            part.pages = {name: t[:, some] for name, t in self.pages.items()}
+            yield some, part
 
 
 class PackedRing(PackedStore, Ring):
@@ -232,6 +273,9 @@ class PackedRing(PackedStore, Ring):
             name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
             for name, t in self.pages.items()
         }
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {**super().state(rows), "pages": {**self.pages}}
 
     def most(self, tokens: int) -> int:
         return -(-(self.band.widest(tokens) + self.slack) // PAGE) * PAGE

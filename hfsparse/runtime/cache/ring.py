@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import runs_of_rows
+from hfsparse.runtime.cache.buffers import put, runs_of_rows
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 
@@ -46,9 +47,9 @@ class Ring(Store):
         self.low: list[int] = []
 
     def create(self, k: Tensor, v: Tensor) -> None:
-        shape = (len(k), len(self.group.heads), self.sink)
-        self.hold(*(t.new_zeros(*shape, t.shape[-1]) for t in (k, v)))
-        self.low = [self.sink] * len(k)
+        shape = (k.shape[0], len(self.group.heads), 0)
+        self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
+        self.low = [self.sink] * k.shape[0]
 
     def tensors(self) -> list[Tensor]:
         return self.held()
@@ -68,6 +69,14 @@ class Ring(Store):
     def restore(self, before: list[int]) -> None:
         """Take back what a step changed on the host."""
         self.low = before
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        own = {"size": self.size, "slack": self.slack, "low": [*self.low]}
+        return {**super().state(rows), **own}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.size, self.slack, self.low = state["size"], state["slack"], state["low"]
 
     def oldest(self, position: int, total: int) -> int:
         """First key beyond the sink read by a query at `position`; its call ends at `total`."""
@@ -110,6 +119,10 @@ class Ring(Store):
         self.room(lengths.past, lengths.rows)
         sink = self.sink
         for rows, p, n in runs_of_rows(lengths):
+            if p + n <= sink + self.size:  # each position lies in the slot of its number
+                for held, new in self.beside(k, v):
+                    put(held, new, rows, p, n)
+                continue
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)
             kept = torch.cat([torch.arange(*end, device=k.device) for end in ends])

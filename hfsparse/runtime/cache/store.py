@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.group import Group
 
 
@@ -48,6 +50,38 @@ class Store:
     def forget(self, rows: Sequence[int]) -> None:
         """Rows have so many tokens now, perhaps fewer: what was made of others is let go."""
 
+    def settle(self, rows: Sequence[int]) -> None:
+        """Behind a prompt or a chunk: make what the next call needs made of rows of so many
+        tokens, so that no step waits for it."""
+
+    def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
+        """Have what is kept beside pages follow their tokens, in rows of so many."""
+
+    def outside(self) -> list[Tensor]:
+        """What lies in host memory."""
+        return []
+
+    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, Store]]:
+        """Which of its heads are read together with a chunk, and a store of these alone, where it
+        is read before it stores the chunk."""
+        yield slice(None), self
+
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""
         return zip(self.held(), (k, v), strict=False)
+
+    def state(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What it holds of rows of so many tokens, as a file keeps it: tensors, and the host's
+        numbers, in dicts and lists. A new store of the same group goes on from it by `load`.
+
+        Each kind says it for itself: one that inherits this may hold more, and is not saved.
+        """
+        return {"held": [self._filled(t, rows) for t in self.held()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Hold what `state` told, on the device where its tensors are now."""
+        self.hold(*state["held"])
+
+    def _filled(self, t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:
+        """Of a buffer whose slots have `unit` tokens each, what such rows may have there: all."""
+        return t

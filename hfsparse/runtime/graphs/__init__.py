@@ -208,6 +208,7 @@ class Graphs:
             for store in layer.stores:
                 store.room(past, rows)
             layer.places()  # written now: a recorded step can't
+        self.held = lambda: None  # buffers may have moved: what they take is told anew
         key = (describe_call(given), *describe_buffers(layers, rows, states))
         return Planned(REPLAY, given, rows, past, key)
 
@@ -289,7 +290,7 @@ class Graphs:
         """
         given, past, rows = step.given, step.past, step.rows
         before, were = snapshot_host(layers), states.copies()
-        counted = [t for layer_plan in self.layers for t in layer_plan.counts.read.values()]
+        counted = [t for layer_plan in self.layers for t in layer_plan.counts.of_steps()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
@@ -385,11 +386,17 @@ class Graphs:
             group.eviction and group.eviction.adds_up for x in self.layers for group in x.groups
         ):
             return "each step ranks the keys that are kept, and evicts some"
-        store = first.stores[0]
-        if any(layer_plan.packs for layer_plan in self.layers):
-            return "keys in fewer bits are stored in PyTorch"
-        asked = {"block": PAGE, "lists": True, "latents": first.rank > 0}
-        asked["lse"] = any(layer_plan.means for layer_plan in self.layers)
-        need = kernels.Need.of(store.k, store.k, store.v, **asked)
-        kernel = kernels.pick(running().tables.decode, need)
-        return None if kernel.device_lengths else f"its keys are read by {kernel.name}"
+        store, tables = first.stores[0], running().tables
+        kinds = ((each.packs, each.hosts, each.means) for each in self.layers)
+        for packed, hosted, lse in dict.fromkeys(kinds):
+            asked = {"block": PAGE, "lists": True, "latents": first.rank > 0, "hosted": hosted}
+            need = kernels.Need.of(store.k, store.k, store.v, **asked, packed=packed, lse=lse)
+            for table, done in ((tables.decode, "read"), (tables.append, "stored")):
+                kernel = kernels.pick(table, need)
+                if not kernel.device_lengths:
+                    return f"its keys are {done} by {kernel.name}"
+        for hot in (part.hot for part in first.places().parts if part.hot is not None):
+            need = need._replace(slots=hot.owner.shape[2])
+            if not (kernel := kernels.pick(tables.fetch, need)).device_lengths:
+                return f"pages in host memory are fetched by {kernel.name}"
+        return None

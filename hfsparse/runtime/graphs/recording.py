@@ -213,7 +213,10 @@ def describe_buffers(
 ) -> tuple[tuple, tuple]:
     """What else is frozen in a graph: which selectors choose, and where keys and states lie."""
     stores = [store for layer in layers for store in layer.stores]
-    places = tuple((*(t.data_ptr() for t in store.tensors()), store.k.shape[2]) for store in stores)
+    places = tuple(
+        (*(t.data_ptr() for t in (*store.tensors(), *store.outside())), store.k.shape[2])
+        for store in stores
+    )
     return tuple(chooses(store, rows) for store in stores), (*places, states.places())
 
 

@@ -1,0 +1,69 @@
+"""Keys and values that lie in the host's memory, and what of them a GPU holds for its kernels.
+
+A row's newest two pages lie on the GPU as steps write them. Of all other units (pages, or the parts
+of pages that a selector names) it holds those that steps read last, each in a slot of its own: a
+hot set. What a step names and no slot holds is fetched into the slots that were read least
+recently; nothing is written back, since the host has every token as soon as it is stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hfsparse.lists.grid import PAGE
+from hfsparse.lists.packed import NEWEST
+from hfsparse.lists.pages import PageLists
+
+
+class Hot(NamedTuple):
+    """Where a store that keeps every key has those of some kv heads.
+
+    Token t of a row's newest two pages lies at t % NEWEST of `k` and `v`; slot s, which holds one
+    unit, behind these: places of units, in units, are counted from the buffers' first token.
+    """
+
+    unit: int  # tokens
+    below: int  # rows of fewer tokens read every unit
+    k: Tensor  # [B, H, NEWEST + S * unit, D] on the GPU
+    v: Tensor
+    host_k: Tensor  # [B, H, N, D] every key, in memory that kernels reach
+    host_v: Tensor
+    table: Tensor  # [B, H, N / unit] int32: the slot that holds each unit, -1: none does
+    owner: Tensor  # [B, H, S] int32: the unit that each slot holds, -1: none
+    stamp: Tensor  # [B, H, S] int32: when each slot was read last
+    clock: Tensor  # [B, H] int32: how many steps have read
+
+    @property
+    def each(self) -> int:
+        """Units of a page."""
+        return PAGE // self.unit
+
+    @property
+    def lead(self) -> int:
+        """Units of the newest pages, before the first slot."""
+        return NEWEST // self.unit
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self[2:])
+
+    def wanted(self, lists: PageLists | None, length: Tensor) -> PageLists:
+        """What a step reads of rows of `length` [B]: their lists, or every unit of short rows.
+
+        lists: None where all rows are short.
+        """
+        if not self.below:
+            return lists
+        B, H, U = self.table.shape
+        width = min(-(-self.below // self.unit), U)
+        every = torch.arange(width, device=length.device).expand(B, H, -1)
+        total = (-(-length // self.unit)).clamp(max=width)[:, None].expand(B, H)
+        if lists is None:
+            return PageLists(every.contiguous(), total.contiguous(), self.unit)
+        short, wide = (length < self.below)[:, None], max(width, lists.pages.shape[2])
+        every, named = (pad(t, (0, wide - t.shape[2])) for t in (every, lists.pages))
+        pages = torch.where(short[..., None], every, named)
+        return PageLists(pages, torch.where(short, total, lists.count), self.unit)

@@ -1,0 +1,111 @@
+"""Pages in host memory, fetched into a hot set: against PyTorch, and compiled for a GPU."""
+
+import pytest
+import torch
+
+from hfsparse.kernels import fetch as reference
+from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists.hot import Hot
+from hfsparse.lists.packed import NEWEST
+from hfsparse.lists.places import Place
+from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import compiled
+
+
+def hot_of(B, H, pages, slots, unit, below, dims=(8, 6), dtype=torch.float32):
+    """An empty hot set beside random pages."""
+    drawn = torch.Generator().manual_seed(0)
+    host = (torch.randn(B, H, pages * PAGE, d, generator=drawn).to(dtype) for d in dims)
+    held = (torch.full((B, H, NEWEST + slots * unit, d), torch.nan).to(dtype) for d in dims)
+    table = torch.full((B, H, pages * PAGE // unit), -1).int()
+    owner, stamp = torch.full((B, H, slots), -1).int(), torch.zeros(B, H, slots).int()
+    return Hot(unit, below, *held, *host, table, owner, stamp, torch.zeros(B, H).int())
+
+
+def some_lists(drawn, B, H, length, width, unit) -> PageLists:
+    """Ascending units of rows, others in each head; those beyond the count name any."""
+    pages, count = torch.zeros(B, H, width).long(), torch.zeros(B, H).long()
+    for b, n in enumerate(length.tolist()):
+        for h in range(H):
+            total = -(-n // unit)
+            count[b, h] = min(total, int(torch.randint(1, width + 1, (), generator=drawn)))
+            chosen = torch.randperm(total, generator=drawn)[: count[b, h]].sort().values
+            pages[b, h, : len(chosen)] = chosen
+    return PageLists(pages, count, unit)
+
+
+@pytest.mark.parametrize(
+    ("unit", "below", "slots", "width"),
+    [(64, 0, 4, 4), (16, 200, 16, 9), (1, 0, 150, 40)],
+    ids=["pages", "units-below", "tokens"],
+)
+def test_the_kernel_fetches_what_pytorch_does(unit, below, slots, width):
+    B, H, pages = 3, 2, 7
+    drawn = torch.Generator().manual_seed(1)
+    with interpreter(triton__fetch__COPIES=2) as run:  # of more misses
+        found, wanted = (hot_of(B, H, pages, slots, unit, below) for _ in "fw")
+        reads = [torch.zeros(H, 2).long() for _ in "fw"]
+        for step in range(5):
+            length = torch.tensor([pages * PAGE - 5 + step, 130 + step, 0])
+            lists = some_lists(drawn, B, H, length, width, unit)
+            if below:
+                short = (length < below)[:, None]
+                lists = PageLists(lists.pages, lists.count.masked_fill(short, 0), unit)
+            more = {"lists": lists, "length": length}
+            ours = run("triton.fetch.fetch", hot=found, read=reads[0], **more)
+            truth = reference.fetch(wanted, read=reads[1], **more)
+            for name in ("pages", "count", "lies"):
+                assert torch.equal(getattr(ours, name), getattr(truth, name)), name
+            for a, b, name in zip(found.tensors(), wanted.tensors(), Hot._fields[2:], strict=True):
+                assert torch.equal(a.nan_to_num(9), b.nan_to_num(9)), name
+            assert torch.equal(*reads)
+    assert 0 < reads[0][0, 0] < reads[0][0, 1]
+
+
+def test_what_was_read_least_recently_makes_room_and_every_list_finds_its_keys():
+    B, H, pages, slots = 2, 2, 12, 3
+    hot, drawn = hot_of(B, H, pages, slots, 64, 0), torch.Generator().manual_seed(2)
+    length = torch.tensor([pages * PAGE, 9 * PAGE + 1])
+    when = torch.zeros(B, H, pages).int()  # each page was read last
+    for step in range(1, 13):
+        lists = some_lists(drawn, B, H, length, slots, 64)
+        found = reference.fetch(hot, lists, length)
+        for b, h in ((b, h) for b in range(B) for h in range(H)):
+            newest = (int(length[b]) - 1) // PAGE - 1
+            n = int(lists.count[b, h])
+            for page, lies in zip(lists.pages[b, h, :n], found.lies[b, h, :n], strict=True):
+                if page >= newest:
+                    assert lies == page % 2
+                    continue
+                when[b, h, page] = step
+                at, lies = (slice(p * PAGE, (p + 1) * PAGE) for p in (page, lies))
+                assert torch.equal(hot.k[b, h, lies], hot.host_k[b, h, at])
+                assert torch.equal(hot.v[b, h, lies], hot.host_v[b, h, at])
+            held = [p for p in hot.owner[b, h].tolist() if p >= 0]
+            assert (hot.table[b, h] >= 0).nonzero()[:, 0].tolist() == sorted(held)
+            gone = [p for p in range(pages) if p not in held]
+            assert when[b, h, gone].max() <= when[b, h, held].min()
+    assert when.amin(2).max() < when.amax(2).min() == 12  # some went, and were fetched again
+
+
+@pytest.mark.parametrize(("unit", "slots", "width"), [(64, 246, 143), (16, 7872, 3950)])
+def test_all_of_a_step_compiles_for_an_h100(monkeypatch, unit, slots, width):
+    """A hot set of 0.12 of 131,072 tokens, and of a million in parts of pages."""
+    pytest.importorskip("triton")
+    from hfsparse.kernels.triton import decode_store, fetch, write_out
+
+    kernels = (fetch, "_claim"), (fetch, "_copy"), (write_out, "_write_out")
+    made = [compiled(monkeypatch, *each) for each in (*kernels, (decode_store, "_decode_store"))]
+    monkeypatch.setattr(decode_store, "merge_shares", lambda *shares: None)
+    hot = hot_of(1, 2, 4, 2, unit, 0, (128, 128), torch.bfloat16)
+    slot, length = torch.zeros(1, 2, slots).int(), torch.tensor([200])
+    hot, q = hot._replace(owner=slot, stamp=slot), torch.zeros(1, 8, 1, 128).bfloat16()
+    lists = PageLists(torch.zeros(1, 2, width).long(), torch.ones(1, 2).long(), unit)
+    lists = fetch.fetch(hot, lists, length, torch.zeros(2, 2).long())
+    write_out.write_out(hot, q[:, :2], q[:, :2], torch.arange(2), length[:, None] - 1)
+    part = Place((0, 1), hot.k, hot.v, size=NEWEST, listed=True, hot=hot)
+    decode_store.decode(q, part, length[:, None] - 1, lists, length=length, scale=1.0)
+    claim, *_, decode = (kernel for (kernel,) in made)
+    assert "bar.sync" in claim.asm["ptx"]
+    assert claim.metadata.shared <= 48 << 10
+    assert 0 < decode.metadata.shared <= 227 << 10

@@ -1,0 +1,218 @@
+"""Keys in host memory, in whole models: bit for bit what a cache gives that the device holds.
+
+A host without a GPU stands for both: `host.why_not` would refuse it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hfsparse
+from hfsparse.errors import CacheError, PatchError, PlanError, UsageError
+from hfsparse.kernels.fetch import fetch
+from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists.lengths import Lengths
+from hfsparse.patcher import memory
+from hfsparse.plan.kept import Full
+from hfsparse.runtime.cache import host
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostFull
+from hfsparse.selectors.centroids import Centroids
+from hfsparse.selectors.quest import Quest
+from tests import latents
+from tests.patcher.families import hosted, left_padded, tiny, tokens
+from tests.patcher.runs import both, close, continue_with, forward, generate
+from tests.support import models
+
+LENGTH = 400
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """A CPU does."""
+    monkeypatch.setattr(host, "why_not", lambda device: None)
+
+
+def on_device(plan):
+    """The same plan with every key where kernels read it."""
+    return replace(plan, patterns=plan.patterns | {"host": Full()})
+
+
+def same(model, plan, run):
+    """`run` gives the same bits under both; the stats of the hosted one."""
+    with hfsparse.patch(model, on_device(plan)):
+        wanted = run(model)
+    with hfsparse.patch(model, plan) as handle:
+        found = run(model)
+        stats = handle.stats()
+    assert all(map(torch.equal, found, wanted))
+    return stats
+
+
+def talk(m, cache, back=-130):
+    """A left-padded prompt, a chunk, steps of one token and of more, and some of them again."""
+    ids, mask = (t.to(m.device) for t in left_padded(LENGTH))
+    out = forward(m, ids, mask, **cache)
+    found = [out.logits[:, -1]]
+    for seed, new in enumerate((40, 1, 16, back, 3, 1, 90, 1, -1, 2)):
+        if new < 0:
+            out.past_key_values.crop(new)
+            mask = mask[:, :new]
+            continue
+        mask = continue_with(ids, mask, new)
+        ids = tokens(3, new, seed=seed).to(m.device)
+        out = forward(m, ids, mask, cache=out.past_key_values)
+        found.append(out.logits)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "below", "quest"),
+    [
+        ("llama", 0, dict(beside="full")),
+        ("qwen2", 420, dict(unit=16, bound=16, beside="full")),
+        ("qwen3", 0, dict(refresh=3)),
+        ("mistral", 0, dict(unit=8, top_p=0.7, beside="mean")),
+    ],
+    ids=["gqa2", "gqa3-below", "gqa1", "gqa4"],
+)
+def test_what_lies_in_host_memory_is_read_as_if_it_did_not(anywhere, family, below, quest):
+    model = tiny(family)
+    plan = hosted(model, below, **quest)
+    back = -130 if quest.get("beside") else -30  # rings can't go back further
+    if not below:
+        stats = same(model, plan, lambda m: talk(m, {}, back))
+    else:  # another cache reads short rows by another kernel
+        found, wanted, stats = both(model, plan, lambda m, cache: talk(m, cache, back))
+        for ours, truth in zip(found, wanted, strict=True):
+            close(ours, truth)
+    assert 0.3 < stats.hit_rate < 1
+    assert stats.layers[0].units.done[0] < stats.layers[0].units.dense[0]
+
+
+def test_chunks_beams_and_drafts_are_those_of_any_cache(anywhere):
+    model, (ids, mask) = tiny("llama"), left_padded(LENGTH)
+    plan = hosted(model, unit=16)
+    ways = (
+        dict(prefill_chunk_size=150),
+        dict(num_beams=2, new=40),
+        dict(prompt_lookup_num_tokens=4, new=20),
+    )
+
+    def run(m):
+        found = []
+        for way in ways:
+            rows = slice(0, 1 if "prompt_lookup_num_tokens" in way else 3)
+            out = generate(m, ids[rows, 13:], mask[rows, 13:], **way)
+            found += [out.sequences, *out.logits]
+        return found
+
+    same(model, plan, run)
+
+
+def test_a_copy_goes_on_as_the_cache_does_and_reset_forgets_it(anywhere):
+    model, ids = tiny("llama"), tokens(1, LENGTH)
+    plan = hosted(model, beside="full")
+
+    def run(m):
+        cache = forward(m, ids).past_key_values
+        kept = copy.deepcopy(cache)
+        found = [forward(m, ids[:, i : i + 1], cache=cache).logits for i in range(70)]
+        found += [forward(m, ids[:, i : i + 1], cache=kept).logits for i in range(70)]
+        assert all(map(torch.equal, found[:70], found[70:]))
+        held = cache.layers[0].keys
+        cache.reset()
+        return [*found, held, forward(m, ids[:, :200], cache=cache).logits]
+
+    same(model, plan, run)
+
+
+def test_no_slot_holds_what_was_taken_back(anywhere):
+    """Pages that were fetched, then lost to a crop, and hold other tokens now."""
+    group = Group((0,), selector=Quest(0.5, 2), hot=0.6)
+    store, drawn = copy.deepcopy(HostFull(group, 0)), torch.Generator().manual_seed(0)
+
+    def append(past, n):
+        k = torch.randn(1, 1, n, 8, generator=drawn)
+        store.append(k, k, Lengths([past], [n], n))
+
+    def read():
+        hot, length = store.place().hot, torch.tensor([640])
+        for pages in (torch.arange(6), torch.arange(4, 10)):
+            found = fetch(hot, PageLists(pages[None, None], torch.tensor([[6]])), length)
+            for page, lies in zip(pages, found.lies[0, 0], strict=True):
+                at, lies = (slice(n * PAGE, (n + 1) * PAGE) for n in (page, lies))
+                assert torch.equal(hot.k[..., lies, :], hot.host_k[..., at, :])
+
+    store.create(*[torch.zeros(1, 1, 1, 8)] * 2)
+    append(0, 640)
+    read()
+    store.forget([300])
+    append(300, 340)
+    read()
+
+
+def test_what_is_predicted_is_held_by_each_memory(anywhere):
+    model, (ids, mask) = tiny("llama"), left_padded(1900, [0, 40])
+    plan = hosted(model)
+    with hfsparse.patch(model, plan) as handle:
+        cache = forward(model, ids, mask).past_key_values
+        stats, told = handle.stats(), handle.explain()
+    held = sum(layer.bytes() for layer in cache.layers)
+    outside = sum(layer.host_bytes() for layer in cache.layers)
+    assert (held, outside) == (stats.kv_bytes, stats.host_bytes)
+    assert memory.cache_bytes(model.config, plan, 1900, 2, 4) == (held, stats.kv_bytes_dense)
+    assert memory.predict(model.config, plan, 1900, batch=2, itemsize=4).host == outside
+    assert outside == 3 * 2 * 1920 * 2 * 16 * 4  # layers, rows, tokens, keys and values
+    # A hot set of 9 pages of 30, the newest two, quest's bounds, and numbers of 4 bytes a page.
+    assert stats.layers[0].cache.shares[0] == pytest.approx(11 / 29.7 + 1 / 64, abs=0.003)
+    assert "1 selected in host memory by reference (PyTorch)" in told
+    assert "host (full), cache: every key, in host memory, 0.3 of each row on the GPU" in told
+    assert "pages there: fetched by PyTorch (not Triton: needs a CUDA device" in told
+    assert f"{outside / 2**20:.1f} MiB in host memory" in str(stats)
+
+
+def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
+    model = tiny("llama")
+    plan = hosted(model)
+    with pytest.raises(
+        PatchError, match=r"layer 0 keeps keys in host memory.*a host without a GPU"
+    ):
+        hfsparse.patch(model, plan)
+    with monkeypatch.context() as once:
+        once.setattr(host, "why_not", lambda device: None)
+        handle = hfsparse.patch(model, plan)
+    with handle, pytest.raises(CacheError, match=r"keeps keys in host memory.*without a GPU"):
+        forward(model, tokens(1, 20))
+
+    def refused(why, word="quest", selector=None, **kept):
+        patterns = plan.patterns | {"host": Full(host=True, **kept)}
+        patterns |= {} if selector is None else {"quest": selector}
+        layers = [replace(x, decode=(word, *x.decode[1:])) for x in plan.layers]
+        with pytest.raises(PlanError, match=f"cache host, in host memory, and decode {why}"):
+            replace(plan, patterns=patterns, layers=tuple(layers)).validate()
+
+    refused("full, which reads every page at each step: give a selector", "full")
+    refused("quest, with means of whole rows", selector=Quest(0.1, means=True))
+    refused("quest, which clusters keys anew", selector=Centroids(0.1, segment=256))
+    refused(r"quest, which reads a share of 0.3 .*keeps 0.12: give hot 0.3", selector=Quest(0.3))
+    for given, why in (
+        (dict(host=True, bits=8), "bits is 8, host true: keys in host memory have 16 bits"),
+        (dict(host=True, hot=1.5), "hot is 1.5: give more than 0"),
+        (dict(hot=0.2), "hot is 0.2, host false"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(why)):
+            Full(**given)
+    if models.exists("gemma4_shared"):
+        shared = models.fresh("gemma4_shared")
+        with pytest.raises(PlanError, match=r"layer 2 shares its keys with other layers, and host"):
+            hosted(shared).check(shared)
+    if latents.exists("deepseek_v3"):
+        latent = latents.fresh("deepseek_v3")
+        with pytest.raises(PlanError, match=r"layer 0 keeps latents.*host is in host memory"):
+            hosted(latent).check(latent)
