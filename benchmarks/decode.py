@@ -33,7 +33,7 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import Clock, continued
 from benchmarks.common.journal import failure
-from benchmarks.common.shapes import cache_bytes, endless, fill_randomly, plan_of, random_keys
+from benchmarks.common.shapes import cache_bytes, endless, filled_cache, plan_of, random_keys
 from hfsparse import kernels
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import PAGE, Band, at_heads
@@ -82,7 +82,7 @@ def filled(model, kind: str, batch: int, length: int, room: int):
                 random_keys(model, batch, length), random_keys(model, batch, length), i, at
             )
         return cache
-    return fill_randomly(model, batch, length, length + room)
+    return filled_cache(model, batch, length, room)
 
 
 def generated(model, cache, batch: int, length: int, tokens: int) -> tuple[Clock, list]:

@@ -28,7 +28,7 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import continued
 from benchmarks.common.journal import failure
-from benchmarks.common.shapes import describe, endless, fill_randomly, plan_of, tidy
+from benchmarks.common.shapes import describe, endless, filled_cache, plan_of, tidy
 from hfsparse.patcher.state import state_of
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import Full
@@ -67,7 +67,7 @@ def run(model, arm: str, follows: Plan, length: int, tokens: int) -> Row:
     """One arm at one length."""
     tidy()
     with hfsparse.patch(model, follows, fuse="fused" in arm) as handle:
-        cache = fill_randomly(model, 1, length, length + tokens + 2)
+        cache = filled_cache(model, 1, length, tokens + 2)
         ids = torch.randint(5, model.config.vocab_size, (1, length + 1), device=model.device)
         clock, _ = continued(model, ids, tokens, past_key_values=cache)
         stats = handle.stats()

@@ -82,6 +82,23 @@ class LayerStats:
         return self.tiles.shares
 
 
+@dataclass
+class Drafts:
+    """Of exact mode: what the plan drafted, and how much of it `generate` went on with."""
+
+    drafted: int = 0  # tokens a row
+    accepted: int = 0
+    steps: int = 0  # of the whole model, each over a token and its drafts
+
+    def reset(self) -> None:
+        self.drafted = self.accepted = self.steps = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens; nan where none were."""
+        return self.accepted / self.drafted if self.drafted else nan
+
+
 @dataclass(frozen=True)
 class Stats:
     """Densities since the last reset, and the cache after the last call that had one.
@@ -90,6 +107,7 @@ class Stats:
     """
 
     layers: Sequence[LayerStats]
+    drafts: Drafts | None = None  # in exact mode, where `decode_share` is of drafting steps
     whose: str = ""  # heads these are, where it is not all
 
     @classmethod
@@ -181,6 +199,9 @@ class Stats:
             head += f", states of linear layers {self.state_bytes / mib:.1f} MiB"
         if not isnan(self.skipped):
             head += f", {_show(self.skipped)} of the kept tiles skipped"
+        if drafts := self.drafts:
+            head += f", drafts accepted {_show(drafts.acceptance)} ({drafts.accepted} of "
+            head += f"{drafts.drafted} tokens, {drafts.steps} verifying steps)"
         if free := self.parts.get("_free"):
             head += f"\n{FREE}: {free._densities}, cache share {_show(free.cache_share)}"
         rows = [

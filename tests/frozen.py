@@ -34,17 +34,19 @@ class Frozen(recording.Graph):
     """Its Python is what is replayed."""
 
     recorded, wrong = 0, ""  # how many, and what is wrong with their replays
+    of_lengths: list[int]  # how many tokens a row each replayed step had
     device = torch.device("cpu")
     devices = (device,)
 
-    def __init__(self, call, given, past, rows, key, serving, weights):
+    def __init__(self, call, given, lengths, key, serving, weights):
         Frozen.recorded += 1
         self.replays, self.weights = 0, weights
         self.call, self.key, self.given, self.serving = call, key, given, serving
-        self.past, self.rows = past, rows
+        self.lengths = lengths
 
     def replay(self, given, rows):
-        step = Step.single(self.past, self.rows, torch.tensor(rows))
+        Frozen.of_lengths.append(self.lengths.columns)
+        step = Step.recorded(self.lengths, torch.tensor(rows))
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
         with recording.record_step(step, self.serving), self.wrong_page():
             output = self.call(**recording.hide_cache({**self.given, **tensors}))
@@ -78,7 +80,7 @@ def frozen():
         for name in ("Stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *a: None))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        Frozen.recorded = 0
+        Frozen.recorded, Frozen.of_lengths = 0, []
         yield Frozen
 
 
@@ -126,7 +128,16 @@ def plain_prompts():
 
 
 def compare(
-    family: str, plan, below=None, length=100, pads=(0,), new=9, fuse=False, wrong="", **more
+    family: str,
+    plan,
+    below=None,
+    length=100,
+    pads=(0,),
+    new=9,
+    fuse=False,
+    wrong="",
+    exact=False,
+    **more,
 ):
     """A generation, eager and replayed: what came out, and how many steps were recorded.
 
@@ -151,7 +162,7 @@ def compare(
             kind = stack.enter_context(frozen()) if replayed else None
             launched = stack.enter_context(launches())
             stack.enter_context(patch.object(host, "why_not", lambda device: None))
-            handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse))
+            handle = stack.enter_context(hfsparse.patch(model, made, fuse=fuse, exact=exact))
             said = runs.generate(model, ids, mask, new=new, **more)
             stats = handle.stats()
             outcome = dict(tokens=said.sequences.tolist(), kv_bytes=stats.kv_bytes)
@@ -160,6 +171,8 @@ def compare(
             outcome["graphs"] = handle.explain().split("CUDA graph: ")[1].split("\n")[0]
             outcome["launched"] = launched
             outcome["recorded"] = kind.recorded if kind else 0
+            outcome["lengths"] = sorted({*kind.of_lengths}) if kind else []
+            outcome["drafts"] = stats.drafts
             found.append(outcome)
     return found
 

@@ -119,10 +119,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
 class Traced(frozen.Frozen):
     """Its operators are what is replayed."""
 
-    def __init__(self, call, given, past, rows, key, serving, weights):
-        super().__init__(call, given, past, rows, key, serving, weights)
+    def __init__(self, call, given, lengths, key, serving, weights):
+        super().__init__(call, given, lengths, key, serving, weights)
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
-        self.length, self.logits = torch.tensor(rows), {}
+        self.length, self.logits = torch.tensor(lengths.rows), {}
         states = States(find_cache(given))
         before = states.copies()
         with self.attending():
@@ -138,7 +138,7 @@ class Traced(frozen.Frozen):
     @contextmanager
     def attending(self):
         """Attention is one operator, which reads the host as it was and the device as it is."""
-        where = Step.single(self.past, self.rows, self.length)
+        where = Step.recorded(self.lengths, self.length)
         with recording.record_step(where, self.serving):
             call = running()
             serve = call.recorded
@@ -177,8 +177,8 @@ class Forgetful(Traced):
 class Kept(frozen.Frozen):
     """Its Python is what is replayed, over the tensors that it was recorded with."""
 
-    def __init__(self, call, given, past, rows, key, serving, weights):
-        super().__init__(call, given, past, rows, key, serving, weights)
+    def __init__(self, call, given, lengths, key, serving, weights):
+        super().__init__(call, given, lengths, key, serving, weights)
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
 
     def replay(self, given, rows):

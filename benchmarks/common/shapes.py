@@ -87,10 +87,10 @@ def random_keys(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     return torch.randn(shape, device=model.device, dtype=model.dtype)
 
 
-def fill_randomly(model: PreTrainedModel, batch: int, length: int, reserve: int) -> Cache:
-    """A cache of a patched model that has seen `length` random tokens, with room for `reserve`."""
+def filled_cache(model: PreTrainedModel, batch: int, length: int, room: int) -> Cache:
+    """A patched model's cache that has seen `length` random tokens, with room for more."""
     cache, lengths = DynamicCache(), Lengths.of(None, 0, length, batch)
-    adopt(cache, text_decoder(model), reserve=reserve)
+    adopt(cache, text_decoder(model), reserve=length + room)
     for layer in cache.layers:
         k, v = random_keys(model, batch, length), random_keys(model, batch, length)
         layer.lazy_initialization(k, v)

@@ -62,6 +62,9 @@ def generate(
     prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
     plan: PlanOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
+    exact: Annotated[
+        bool, typer.Option(help="The plan only drafts: the answer is the dense model's.")
+    ] = False,
     beyond_window: BeyondWindow = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -78,7 +81,7 @@ def generate(
     tokens = prompt_tokens(tokenizer, prompt)
     beyond = beyond_window or (chosen is not None and chosen.extend is not None)
     check_window(loaded, beyond, len(tokens) + max_new_tokens, "prompt and answer")
-    with patch(loaded, chosen) as handle:
+    with patch(loaded, chosen, exact=exact) as handle:
         _stream(loaded, tokenizer, tokens, max_new_tokens)
         typer.echo(f"\n{handle.stats()}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hfsparse.lists.grid import PAGE, HeadIndex
+from hfsparse.lists.grid import PAGE, Band, HeadIndex
 
 UNITS = (1, 8, 16, 32, PAGE)  # tokens that a list may name together: parts of pages, or pages
 
@@ -37,6 +37,17 @@ class PageLists:
         width = max(part.pages.shape[2] for part in parts)
         pages = [pad(part.pages, (0, width - part.pages.shape[2])) for part in parts]
         return cls(torch.cat(pages, 1), torch.cat([part.count for part in parts], 1), unit)
+
+    @classmethod
+    def around(cls, band: Band, length: Tensor, heads: int, tokens: int) -> PageLists:
+        """The pages that hold some key which the last token of rows of `length` [B] reads in a
+        band, the same for each of `heads` kv heads. tokens: that there may be in a row."""
+        sink, pages = -(-band.sink // PAGE), -(-tokens // PAGE)
+        width = min(pages, sink + -(-band.widest(tokens) // PAGE) + 1)
+        page, passed = torch.arange(width, device=length.device), passed_pages(band, length)
+        page = torch.where(page < sink, page, page + passed[:, None]).clamp(max=pages - 1)
+        count = -(-length // PAGE) - passed
+        return cls(*(t[:, None].expand(-1, heads, *t.shape[1:]) for t in (page, count)))
 
     def _split(self, unit: int) -> PageLists:
         """The same tokens in smaller units; beyond a row's end there may be some of no token."""
@@ -66,3 +77,10 @@ class PageLists:
     def keys(self, length: Tensor) -> Tensor:
         """[B, Hkv] keys in the pages, for rows of `length` [B] whose last page is read, if any."""
         return (self.count * self.unit - (-length % self.unit)[:, None]).clamp(min=0)
+
+
+def passed_pages(band: Band, length):
+    """How many pages of rows of `length` (an array or a tensor) lie between a band's sink and the
+    window of the last token."""
+    first = (length - band.span(length - 1)) // PAGE
+    return (first - -(-band.sink // PAGE)).clip(min=0)

@@ -6,7 +6,8 @@
 
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
-and `generation` in `generate`; all `state` lies on the model, so `unpatch(model)` needs no handle.
+and `generation` in `generate`, where `exact` drafts; all `state` lies on the model, so
+`unpatch(model)` needs no handle.
 `explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
 folders.
 """
@@ -25,11 +26,17 @@ from transformers import PreTrainedModel
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
+from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
 from hfsparse.patcher.handle import Patched
 from hfsparse.patcher.install import install, unpatch
-from hfsparse.patcher.resolve import resolve_below, resolve_layers
+from hfsparse.patcher.resolve import (
+    resolve_below,
+    resolve_exact,
+    resolve_layers,
+    why_not_exact,
+)
 from hfsparse.patcher.state import State, copy_configs, is_patched
 from hfsparse.patcher.supported import attention_modules, check_host, check_model
 from hfsparse.plan import ModelId, Plan
@@ -45,6 +52,7 @@ def patch(
     plan: Plan | str | os.PathLike | None = None,
     allow: Collection[str] = (),
     fuse: bool = False,
+    exact: bool = False,
 ) -> Patched:
     """Make `model` follow `plan` until `undo()`; None drops nothing.
 
@@ -53,13 +61,15 @@ def patch(
     `@REVISION` behind REPO, and `#sha256:…` behind all, to have no other than the one of this hash.
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
-    allow={"fingerprint"} takes a plan made for another configuration of the same shape. Raises
+    allow={"fingerprint"} takes a plan made for another configuration of the same shape.
+    With exact=True the plan only drafts tokens, from a cache that keeps everything, and steps of
+    the whole model verify them: `generate` gives the dense model's tokens (`patcher.exact`). Raises
     an Error (PlanError, PatchError, UsageError) before anything changes. Warns of a plan that
     nothing verified.
     """
     check_model(model)
     group = group_of(model)
-    work = partial(_prepare, model, plan, allow, fuse)
+    work = partial(_prepare, model, plan, allow, fuse, exact)
     modules, state, extensions = together(group, work)
     check_same(group, state.plan.hash()[:19] + ", fused" * fuse)
     install(model, modules, state)
@@ -79,6 +89,7 @@ def _prepare(
     plan: Plan | str | os.PathLike | None,
     allow: Collection[str],
     fuse: bool,
+    exact: bool,
 ) -> tuple[list[torch.nn.Module], State, dict[int, Extension]]:
     """Modules that follow a plan, what a patch leaves on the model, and how rows are extended."""
     if is_patched(model):
@@ -95,7 +106,7 @@ def _prepare(
         plan = copy.deepcopy(plan) if isinstance(plan, Plan) else open_plan(plan)
     plan.validate()
     plan.check(model, allow)
-    if plan.unproved:
+    if plan.unproved and not exact:
         warnings.warn(
             f"plan {plan.hash()[:19]} was verified by nothing ({plan.unproved}): it may lose "
             "answers. Compare it with dense on your own questions, by hfsparse eval custom",
@@ -103,11 +114,19 @@ def _prepare(
         )
     below = resolve_below(plan, model.device)
     shapes = layer_shapes(model)
-    extensions = find_extensions(model, plan, shapes)
+    extensions, drafts = find_extensions(model, plan, shapes), None
     shard = shard_of(model, modules, shapes)
-    layers = resolve_layers(plan, shapes, below, extensions, shard)
-    check_host(modules, layers)
     linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
+    if exact:
+        layers = resolve_exact(plan, shapes, below)
+        if why := why_not_exact(model, plan, shapes, layers, shard):
+            raise PatchError(
+                f"exact=True can't be followed: {why}. Leave exact out, or give another plan"
+            )
+        drafts = Exact(Graphs([layer.draft for layer in layers], fuse=fuse))
+    else:
+        layers = resolve_layers(plan, shapes, below, extensions, shard)
+    check_host(modules, layers)
     graphs = Graphs(layers, linear, fuse, agree)
-    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard)
+    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard, drafts)
     return modules, state, extensions

@@ -34,7 +34,8 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
         for layer in ours if expected else ():
             layer.expected = expected
         if reserve:
-            state.graphs.forget(ours[0])
+            for graphs in state.all_graphs:
+                graphs.forget(ours[0])
         return
     _check_empty(cache)
     layers: list[Any] = [None] * len(state.plan.layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
@@ -15,8 +15,9 @@ from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
+from hfsparse.patcher.exact import MOST
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
-from hfsparse.patcher.state import State, state_of
+from hfsparse.patcher.state import state_of
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
@@ -30,6 +31,13 @@ def explain(model: PreTrainedModel) -> str:
     state, tables = state_of(model), call.tables()
     plan = state.plan
     lines = [f"plan {plan.hash()[:19]} for {plan.model.class_name}, {plan.model.layers} layers"]
+    layers = state.layers
+    if state.exact is not None:
+        layers = [layer.draft for layer in layers]
+        lines.append(
+            f"exact: prompts read every key, steps of this plan draft up to {MOST} tokens, and a "
+            "step that reads every key verifies them; the cache keeps all. What follows: of drafts"
+        )
     made = plan.made.get("model")
     if _weights_name(model) not in (made, plan.verified.get("model")):
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
@@ -70,11 +78,13 @@ def explain(model: PreTrainedModel) -> str:
     lines += _by_pattern(plan, tables, need, step)
     lines.append(f"new tokens: stored by {_describe(tables.append, step)}")
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
-    lines += _by_layer(state, tables, need, step)
+    lines += _by_layer(layers, tables, need, step)
     why = why_in_one_call(model.config, plan)
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
+    if state.exact is not None:
+        lines.append(f"drafts, as a CUDA graph: {state.exact.graphs}")
     windowed = [layer.index for layer in state.layers if layer.sliding_window is not None]
     if chunked := [layer.index for layer in state.layers if layer.chunked]:
         lines.append(f"layers {chunked} attend in the model's own chunks, and keep one, as a ring")
@@ -131,7 +141,7 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
             yield f"{told}, new tokens: pages chosen by an earlier layer"
 
 
-def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[str]:
+def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Need) -> Iterator[str]:
     """For each run of layers alike: how many heads of which kind, and the kernel that serves them.
 
     Prompts above every `below` and every kernel's own threshold.
@@ -146,6 +156,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, new._replace(lists=True)).name,
+            "recent": pick(decode, new._replace(lists=True)).name,
             "ring": (bands := pick(decode, new._replace(bands=True)).name),
             "windowed": bands,
             "kept": pick(decode, new).name,
@@ -162,7 +173,7 @@ def _by_layer(state: State, tables: Tables, need: Need, step: Need) -> Iterator[
         )
         return "prompt {}; new tokens {}".format(*parts)
 
-    for words, alike in groupby(state.layers, describe):
+    for words, alike in groupby(layers, describe):
         found = [layer.index for layer in alike]
         first, last = found[0], found[-1]
         span = ", ".join(map(str, found))  # layers without attention lie between
@@ -174,6 +185,8 @@ def _kind(group: Group, ring: str) -> str:
     """How steps read a group's keys, in a word; `ring` where that is a band."""
     if group.eviction is not None:
         return "kept"
+    if group.reads != FULL:
+        return "recent"
     if group.chosen:
         return "selected"
     return "full" if group.band == FULL else ring

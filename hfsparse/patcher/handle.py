@@ -65,7 +65,7 @@ class Patched(Handle):
             layers[layer.index] = LayerStats(
                 pairs,
                 blocks,
-                layer.reads(),
+                (layer.draft or layer).reads(),
                 held.work(layer.kv_heads, state.seen),
                 held.bytes(layer.kv_heads),
                 layer.counts.cut.tolist(),
@@ -76,13 +76,17 @@ class Patched(Handle):
                 layer.counts.found(layer.kv_heads),
                 states[layer.index],
             )
-        return Stats(layers)
+        return Stats(layers, None if state.exact is None else replace(state.exact.drafts))
 
     def reset_stats(self) -> None:
         """Forget the densities counted so far."""
-        for layer in self._own_state().layers:
-            layer.counts.reset()
-            layer.steps.clear()
+        state = self._own_state()
+        for layer in state.layers:
+            for each in filter(None, (layer, layer.draft)):
+                each.counts.reset()
+                each.steps.clear()
+        if state.exact is not None:
+            state.exact.drafts.reset()
 
     def explain(self) -> str:
         """What runs where and why, in words."""

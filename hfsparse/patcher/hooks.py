@@ -17,9 +17,10 @@ from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
+from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import CacheLayer, Held
 from hfsparse.runtime.cache.stateful import state_bytes
-from hfsparse.runtime.call import enter, leave
+from hfsparse.runtime.call import enter, leave, running
 from hfsparse.runtime.masks import NAME
 
 
@@ -31,7 +32,9 @@ def forward(decoder, *args, **kwargs):
         return own(*args, **kwargs)
     cache = find_cache(kwargs)
     try:
-        return state.graphs.run(own, decoder, kwargs, cache)
+        call = running()
+        drafts = state.exact if call is not None and call.drafts else None
+        return (drafts or state).graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
         raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
     except Exception:
@@ -44,11 +47,12 @@ def forward(decoder, *args, **kwargs):
 def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     """What a call that is out of memory needs under the plan, what dense does, and what fits."""
     state, weight = decoder._hfsparse, next(decoder.parameters())
+    plan = state.plan if state.exact is None else Plan.full(state.plan.model)
     new = new_tokens(kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.describe_shortage(
-        *(decoder, state.plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
+        *(decoder, plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
         ranks=state.shard.ranks,
     )
 
@@ -112,6 +116,8 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if output is None:
         return  # an error
     call.finish()
+    if call.drafts:
+        return  # what it stored is overwritten
     returned = output.values() if isinstance(output, dict) else output
     cache = next((x for x in (find_cache(kwargs), *returned) if isinstance(x, Cache)), None)
     if cache is None:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
+from hfsparse.patcher import exact
 from hfsparse.patcher.generation import SHADOWS
 from hfsparse.patcher.hooks import after_forward, before_attention, before_forward, forward
 from hfsparse.patcher.state import State, state_of
@@ -58,6 +59,9 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     for name, function in SHADOWS.items():
         if hasattr(type(model), name):
             setattr(model, name, _bind(function, model, like=getattr(model, name)))
+    if state.exact is not None:
+        state.exact.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
+        model.forward = _bind(exact.forward, model, like=model.forward)
     wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
@@ -84,7 +88,8 @@ def restore(model: PreTrainedModel, state: State) -> None:
     """Take off `model` what `install` set, however far that came."""
     while leave(state.owner):
         pass  # interrupted forwards may have left this thread inside
-    state.graphs.kept.clear()
+    for graphs in state.all_graphs:
+        graphs.kept.clear()
     for hook in state.hooks:
         hook.remove()
     for own in state.configs:
@@ -92,6 +97,10 @@ def restore(model: PreTrainedModel, state: State) -> None:
     decoder = text_decoder(model)
     if getattr(decoder.forward, "func", None) is forward:
         del decoder.forward
+    if getattr(model.__dict__.get("forward"), "func", None) is exact.forward:
+        del model.forward
+        if state.exact.forward is not None:
+            model.forward = state.exact.forward
     vars(decoder).pop("_hfsparse", None)
     for module in model.modules():
         drop_layer_plan(module)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hfsparse.errors import PlanError
 from hfsparse.kernels.rows import q_heads_of
@@ -95,6 +96,55 @@ def resolve_layers(
             mode=mode,
         )
     return [*made.values()]
+
+
+def resolve_exact(plan: Plan, shapes: Sequence[LayerShape], below: Below) -> list[LayerPlan]:
+    """As `resolve_layers`, for exact mode: layers that read every key of prompts and steps, and
+    keep it. Their `draft` reads the plan's choice of that: of a ring's keys those in its band."""
+
+    def full(layer: Layer) -> Layer:
+        return replace(layer, prefill=("full",) * len(layer.prefill))
+
+    def kept(layer: LayerPlan, group: Group) -> Group:
+        ring = layer.window is None and group.band != FULL
+        return replace(group, band=FULL, reads=group.band) if ring else group
+
+    found, steps = [], {}
+    whole = replace(plan, layers=tuple(map(full, plan.layers)), skip=None)
+    for layer in resolve_layers(whole, shapes, below):
+        draft = replace(layer, groups=tuple(kept(layer, group) for group in layer.groups))
+        groups = (replace(g, selector=None, reuses=(), reads=FULL) for g in draft.groups)
+        own = {"counts": Counts(layer.counts.q_heads), "source": None, "shared": False}
+        own["steps"] = steps.setdefault(id(layer.steps), Counter())
+        found.append(replace(draft, groups=tuple(groups), draft=draft, **own))
+    return found
+
+
+def why_not_exact(
+    model: PreTrainedModel,
+    plan: Plan,
+    shapes: Sequence[LayerShape],
+    layers: Sequence[LayerPlan],
+    shard: Shard = WHOLE,
+) -> str | None:
+    """Why a plan can't draft; None: it can. layers: as `resolve_exact` has them."""
+    if not hasattr(type(model), "_get_logits_processor"):
+        return f"{type(model).__name__} has no generate"
+    if shard != WHOLE:
+        return "ranks share its heads (tensor parallel)"
+    if any(shape.has_state for shape in shapes):
+        return "its linear layers can't take drafts back"
+    if any("kept" in layer.decode for layer in plan.layers):
+        return "the plan evicts keys, and drafts are made from all"
+    if any(layer.packs for layer in layers):
+        return "the plan keeps keys in fewer bits, and drafts are verified by those of the model"
+    if any(layer.hosts for layer in layers):
+        return "the plan keeps keys in host memory, and drafts are verified by all of them"
+    if plan.extend is not None:
+        return "the plan has extend, by which long rows are read otherwise than the model does"
+    if not any(group.chosen for layer in layers for group in layer.draft.groups):
+        return "the plan's steps read every key, so that a draft would cost what a step does"
+    return None
 
 
 def _sources(plan: Plan, words_of: Mapping[int, Layer]) -> dict[int, int]:

@@ -167,9 +167,9 @@ def _check_cache(state: State, cache: Any) -> CacheLayer:
 
 def _identity(state: State) -> dict[str, str]:
     """Whose cache it is: of what must be the same where it is loaded."""
-    decoder = text_decoder(state.model)
+    decoder, plan = text_decoder(state.model), state.plan.hash()
     return {
-        "plan": state.plan.hash(),
+        "plan": plan if state.exact is None else f"{plan}, exact",  # which keeps everything
         "fingerprint": ModelId.of(state.model).fingerprint,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "weights": weights_mark(decoder),

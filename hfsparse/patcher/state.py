@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard
+from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import Held
@@ -64,11 +65,16 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
     states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
+
+    @property
+    def all_graphs(self) -> list[Graphs]:
+        return [self.graphs] if self.exact is None else [self.graphs, self.exact.graphs]
 
 
 def is_patched(model: Any) -> bool:

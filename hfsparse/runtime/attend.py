@@ -67,6 +67,8 @@ def attend(
             "set_attn_implementation('sdpa'), and call hfsparse.patch(model, plan)"
         )
     call = call_of(layer_plan.owner)
+    if call.drafts and layer_plan.draft is not None:
+        layer_plan = layer_plan.draft
     last, attention_mask = call.once(split_mask, attention_mask)
     refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -27,6 +27,8 @@ class Call:
     def __init__(self, owner: str | None = None, outer: Call | None = None):
         self.owner, self.outer = owner, outer
         self.tables = TABLES if outer is None else outer.tables  # that kernels are picked from
+        # Whether steps only draft, in exact mode: there they follow the plan, others read all keys.
+        self.drafts = outer is not None and outer.drafts
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.given: tuple[Tensor, Tensor] | None = None  # what it was updated with
         self.updated: list[CacheLayerMixin] = []  # the cache's layers that took its tokens
@@ -108,11 +110,26 @@ def tables() -> Tables:
 @contextmanager
 def use_tables(tables: Tables) -> Iterator[None]:
     """Kernels of this thread's calls are picked from these."""
+    with _around() as call:
+        call.tables = tables
+        yield
+
+
+@contextmanager
+def drafting() -> Iterator[None]:
+    """This thread's calls draft."""
+    with _around() as call:
+        call.drafts = True
+        yield
+
+
+@contextmanager
+def _around() -> Iterator[Call]:
+    """What this thread's calls are begun inside of, as they begin inside one another."""
     call = Call(None, _running.get())
-    call.tables = tables
     before = _running.set(call)
     try:
-        yield
+        yield call
     finally:
         _running.reset(before)
 

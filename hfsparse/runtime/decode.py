@@ -11,7 +11,7 @@ from hfsparse.kernels import Need, Tables, means, pick
 from hfsparse.kernels.merge import join
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
-from hfsparse.lists import PAGE, PageLists
+from hfsparse.lists import FULL, PAGE, Band, PageLists
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places
 from hfsparse.runtime.cache.evicting import Evicting
@@ -39,12 +39,21 @@ class Step(NewTokens):
     def __init__(self, *where, **more):
         super().__init__(*where, **more)
         self.chosen: list[PageLists] = []  # the last choice, for layers that read it too
+        self._around: dict[tuple[Band, int, int], PageLists] = {}
         self._elsewhere: dict[torch.device, Step] = {}
 
     @classmethod
-    def single(cls, past, rows, length: Tensor) -> Step:
-        """One new token a row, which is recorded: `length` [B] may be filled anew."""
-        return cls(Lengths.between(past, rows, 1), length, length[:, None] - 1)
+    def recorded(cls, lengths: Lengths, length: Tensor) -> Step:
+        """As many new tokens in each row, which is recorded: `length` [B] may be filled anew."""
+        new = torch.arange(-lengths.columns, 0, device=length.device)
+        return cls(lengths, length, length[:, None] + new)
+
+    def around(self, band: Band, heads: int, tokens: int) -> PageLists:
+        """As `PageLists.around`, the same for all layers."""
+        key = band, heads, tokens
+        if key not in self._around:
+            self._around[key] = PageLists.around(band, self.length, heads, tokens)
+        return self._around[key]
 
     def on(self, device: torch.device) -> Step:
         """The same on another device, copied there once."""
@@ -170,7 +179,11 @@ def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists 
     lists: list[PageLists | None] = [None] * len(layer.stores)
     own = []
     for i, (store, group) in enumerate(zip(layer.stores, layer_plan.groups, strict=True)):
-        if not chooses(store, step.lengths.rows):
+        if not (group.chosen and chooses(store, step.lengths.rows)):
+            continue
+        if group.reads != FULL:
+            tokens = step.longest or store.capacity
+            lists[i] = step.around(group.reads, len(group.heads), tokens)
             continue
         if group.reuses:
             lists[i] = step.chosen[0].of(group.reuses, q.device, layer_plan.at)

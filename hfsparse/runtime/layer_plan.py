@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from hfsparse.lists import FAR, FULL, HeadIndex
+from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
+from hfsparse.lists.pages import passed_pages
 from hfsparse.plan import Below
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -58,6 +59,7 @@ class LayerPlan:
     producer: LayerPlan | None  # the layer whose keys it reads; None: it makes and keeps its own
     last_reader: int | None  # the last layer that reads its keys
     extension: Extension | None  # how rows are read that are too long for the model
+    draft: LayerPlan | None = None  # in exact mode, where this one reads all keys: what drafts read
     # How often a row came to n tokens with m new ones; layers that read others' keys may get fewer
     # queries, and have their own.
     steps: Counter[tuple[int, int]]
@@ -115,7 +117,7 @@ class LayerPlan:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at
         kind = StatefulCacheLayer if self.has_state else CacheLayer
-        return kind(self.owner, self.groups, below, *more)
+        return kind(self.owner, (self.draft or self).groups, below, *more)
 
     def reads(self) -> Work:
         """Keys that decode steps read, by kv head; nan where only a run tells them, and none was.
@@ -149,6 +151,8 @@ class LayerPlan:
                 continue
             if group.selector is not None:
                 read = group.selector.budget.reads(length, new)
+            elif group.reads != FULL:
+                read = length - PAGE * passed_pages(group.reads, length)
             elif group.band == FULL:
                 read = length
             else:

@@ -433,6 +433,7 @@ def test_generate_prints_the_answer_and_what_was_kept(plan, model, prompt):
     answer = sparse.stdout.splitlines()[0]
     assert answer == dense.stdout.splitlines()[0]
     assert "cache" in sparse.stdout
+    assert error(*words, "--exact").startswith("exact=True can't be followed: the plan's steps")
 
 
 def test_generate_gives_the_prompt_its_chat_template(model, prompt, monkeypatch):

@@ -297,7 +297,7 @@ def test_every_graph_is_checked_bit_for_bit(monkeypatch, plan, dtype, fuse):
             cache = DynamicCache()
             generate(model, ids, mask, cache=cache, new=8)
             assert graphs(model).why is None
-            assert graphs(model).kept[cache.layers[0]].settings is not None
+            assert graphs(model).kept[cache.layers[0]][1].graph.settings is not None
 
 
 def test_one_wrong_page_of_one_head_is_seen(monkeypatch):

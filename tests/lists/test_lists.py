@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfsparse.kernels import reference
-from hfsparse.lists import Band, BlockLists, Grid, HeadIndex, default_block
+from hfsparse.lists import PAGE, Band, BlockLists, Grid, HeadIndex, PageLists, default_block
+from hfsparse.lists.pages import passed_pages
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
@@ -207,3 +209,18 @@ def test_an_index_of_heads_stays_where_it_is():
     assert (first.tolist(), side_by_side) == ([0, 2, 5], slice(3, 5))
     assert index.tensor((3, 4), cpu) is index.tensor((3, 4), cpu)
     assert copy.deepcopy(index)((0, 2, 5), cpu) is not first
+
+
+bands = st.builds(Band, st.integers(0, 150), st.integers(1, 300), st.integers(0, 1 << 15))
+
+
+@given(bands, st.lists(st.integers(1, 900), min_size=1, max_size=3), st.integers(0, 200))
+def test_the_pages_around_a_band_are_those_that_hold_a_key_of_it(band, rows, spare):
+    lists = PageLists.around(band, torch.tensor(rows), 2, max(rows) + spare)
+    for b, n in enumerate(rows):
+        near = n - band.span(n - 1)
+        read = sorted({key // PAGE for key in range(n) if key < band.sink or key >= near})
+        for h in range(2):
+            assert lists.pages[b, h, : lists.count[b, h]].tolist() == read
+        assert len(read) == -(-n // PAGE) - passed_pages(band, np.array(n))
+    assert (lists.pages * PAGE < max(rows) + spare).all(), "a page that the buffers lack"

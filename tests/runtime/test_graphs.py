@@ -90,6 +90,21 @@ def test_thresholds_are_passed_by_one_row_before_the_other(interpreted):
     same(eager, replayed)
 
 
+def test_steps_that_verify_drafts_are_replayed_for_each_number_of_tokens(interpreted):
+    """What is rejected is taken back between two replays."""
+    more = dict(length=70, new=12, prompt_lookup_num_tokens=3, eos_token_id=3)
+    eager, replayed = interpreted("mistral-window", "full", **more)
+    assert 4 in replayed["lengths"]
+    same(eager, replayed)
+
+
+def test_drafts_of_exact_mode_are_replayed(interpreted):
+    eager, replayed = interpreted("llama", "streaming", length=70, new=9, exact=True)
+    assert 1 in replayed["lengths"]  # tests/gpu replays what verifies, too
+    assert replayed["drafts"] == eager["drafts"]
+    same(eager, replayed)
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

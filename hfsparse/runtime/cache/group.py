@@ -25,6 +25,7 @@ class Group:
     # Of keys in host memory, the share of a row's units that the GPU holds; 0: it holds every key.
     hot: float = 0.0
     rank: int = 0  # of latents: their first so many dims are the values, too (MLA)
+    reads: Band = FULL  # of a full store: a step reads the pages that hold some key of this band
 
     @cached_property
     def index_shapes(self) -> dict[tuple, dict[str, Any]]:
@@ -34,7 +35,7 @@ class Group:
     @property
     def chosen(self) -> bool:
         """Whether a step reads pages that were chosen for these heads."""
-        return bool(self.selector or self.reuses)
+        return bool(self.selector or self.reuses) or self.reads != FULL
 
     @property
     def means(self) -> bool:

@@ -208,6 +208,13 @@ class CacheLayer(CacheLayerMixin):
         self.rows = rows
         self._forget()
 
+    def give_back(self) -> None:
+        """Have the oldest token again that was taken back: its keys lie where they were, as long
+        as nothing was stored since."""
+        self.rows = [n + 1 for n in self.rows]
+        self.seen += 1
+        self.stored = self.seen
+
     def keep(self, tokens: int) -> None:
         """From now on at least so many of the newest tokens can be taken back; CacheError where
         none can: drafts would choose what is kept."""

@@ -1,6 +1,7 @@
 """Decode steps of a patched model as CUDA graphs: the Python of a step runs once a cache.
 
-From the third new token of a cache on, the text decoder's forward is recorded and replayed. What
+From the third step over a cache on, the text decoder's forward is recorded and replayed: steps of
+one token a row, and each number of tokens up to `STEP` by which drafts are verified. What
 differs from step to step (lengths, positions, the tokens themselves) lies in a few tensors that
 are filled anew before each replay; the host's counters advance beside it. A graph belongs to one
 cache's buffers, the states of its linear layers among them, and the model's weights: another cache,
@@ -29,6 +30,7 @@ from torch.nn.modules import module as torch_module
 
 from hfsparse import kernels
 from hfsparse.lists import PAGE
+from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
@@ -61,6 +63,19 @@ FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
 
+@dataclass
+class Steps:
+    """Steps of so many new tokens over one cache."""
+
+    graph: Graph | None = None
+    warm: tuple[int, tuple] | None = None  # how many had none; which stores chose in the last
+    moves: int = 0  # graphs of few replays, one after another
+    refused: str | None = None  # why there is none
+
+    def forget(self) -> None:
+        self.graph = self.warm = self.refused = None
+
+
 @dataclass(frozen=True)
 class Planned:
     """How a step may be run: a graph is there for REPLAY, and a mask if it was not looked at."""
@@ -68,14 +83,14 @@ class Planned:
     level: int
     given: dict[str, Any]
     rows: list[int]
-    past: list[int] = ()
+    lengths: Lengths | None = None  # where the mask was looked at
     key: tuple | None = None
     graph: Graph | None = None
     mask: Tensor | None = None
 
 
 class Graphs:
-    """The graphs of one patched model, each of one cache."""
+    """The graphs of one patched model, each of one cache and a number of new tokens."""
 
     def __init__(
         self,
@@ -87,19 +102,11 @@ class Graphs:
         latents = any(layer.rank for layer in layers)
         self.layers, self.linear, self.fuse = layers, linear, fuse and not latents
         self.keeping = sum(layer_plan.producer is None for layer_plan in layers)  # keys
-        self.kept: WeakKeyDictionary[CacheLayer, Graph] = (
-            WeakKeyDictionary()
-        )  # by a cache's first layer
-        # Steps of a cache without a graph, and which of its stores chose in the last.
-        self.warm: WeakKeyDictionary[CacheLayer, tuple[int, tuple]] = WeakKeyDictionary()
-        self.moves: WeakKeyDictionary[CacheLayer, int] = (
-            WeakKeyDictionary()
-        )  # graphs of few replays
-        self.refused: WeakKeyDictionary[CacheLayer, str] = (
-            WeakKeyDictionary()
-        )  # why a cache has none
+        # By a cache's first layer, and how many new tokens a step has.
+        self.kept: WeakKeyDictionary[CacheLayer, dict[int, Steps]] = WeakKeyDictionary()
         self.why: str | None = "no step has run yet"  # why the last one was no replay
         self.never: str | None = None  # why none will be
+        self.single: dict[int, str] = {}  # why none of so many tokens will be
         # Why nothing is fused, though it was asked for.
         self.loose: str | None = "not fused, its cache holds latents" if fuse and latents else None
         self.held: Callable[[], CacheLayer | None] = lambda: (
@@ -124,83 +131,92 @@ class Graphs:
         if len(layers) != self.keeping or new is None or not layers[0].is_initialized:
             return forward(**kwargs)
         first, Q = layers[0], new.shape[1]
-        if Q != 1 or not is_step(first, Q, first.seen + Q):
+        if not Q or not is_step(first, Q, first.seen + Q):
             self.forget(first)
-            self.why = f"the last call had {Q} new tokens: a graph takes one"
+            self.why = f"the last call had {Q} new tokens: prompts and chunks are no steps"
             return forward(**kwargs)
-        states = States(cache)
-        self.why = self.never or self.refused.get(first) or states.why_not()
-        self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first)
+        states, steps = States(cache), self.kept.setdefault(first, {}).setdefault(Q, Steps())
+        self.why = self.never or self.single.get(Q) or steps.refused or states.why_not()
+        self.why = self.why or find_obstacle(decoder, kwargs, new) or self._why_extended(first, Q)
+        if self.why is None and Q > 1:
+            self.why = self._why_single(states)
         held = self.why is None and self.lock.acquire(blocking=False)
         if not held:
             self.why = self.why or "another thread runs a step of this model"
         try:
-            step = self._plan(decoder, kwargs, layers, states) if held else None
+            step = self._plan(decoder, kwargs, layers, states, Q, steps) if held else None
             level = self.agree(step.level if step else EAGER)
             if step is None or level == EAGER:
                 self.why = self.why or OTHERS
                 return forward(**kwargs)
             if level == REPLAY:
                 return self._replay(step, layers)
-            return self._first(forward, decoder, kwargs, layers, states, step, level)
+            return self._first(forward, decoder, kwargs, layers, states, Q, steps, step, level)
         finally:
             if held:
                 self.lock.release()
 
-    def _why_extended(self, first: CacheLayer) -> str | None:
+    def _why_single(self, states: States) -> str | None:
+        """Why steps of several tokens are none."""
+        if states:
+            return "several tokens go another way through linear layers"
+        packs = any(layer.packs for layer in self.layers)
+        return "several tokens may pack a page of the cache on their way" if packs else None
+
+    def _why_extended(self, first: CacheLayer, Q: int) -> str | None:
         """Why a step over rows too long for the model is none: its launches grow with them."""
-        longest = max(first.rows) + 1
+        longest = max(first.rows) + Q
         extended = any(layer.extends(longest) for layer in self.layers)
         return "rows longer than the model knows are read chunk by chunk" if extended else None
 
     def forget(self, first: CacheLayer) -> None:
         """Begin anew with a cache: weights, adapters or hooks may have changed."""
-        for table in (self.kept, self.warm, self.refused):
-            table.pop(first, None)
+        for steps in self.kept.get(first, {}).values():
+            steps.forget()
 
-    def _plan(self, decoder, kwargs, layers, states: States) -> Planned | None:
+    def _plan(
+        self, decoder, kwargs, layers, states: States, Q: int, steps: Steps
+    ) -> Planned | None:
         """How this rank is ready to run a step; None: eagerly, for the reason in `why`."""
         first, mask = layers[0], kwargs.get("attention_mask")
-        graph = self.kept.get(first)
-        if graph is not None and graph.stale():
-            self.forget(first)
-            graph = None
-        given = complete_inputs(kwargs, first, type(decoder))
-        asked, rows = describe_call(given), [n + 1 for n in first.rows]
-        if graph is not None and min(rows) > 1 and graph.fits(asked, rows, states):
+        if steps.graph is not None and steps.graph.stale():
+            steps.forget()
+        graph, given = steps.graph, complete_inputs(kwargs, first, type(decoder), Q)
+        asked, rows = describe_call(given), [n + Q for n in first.rows]
+        if graph is not None and min(rows) > Q and graph.fits(asked, rows, states):
             if mask is None:
-                first.lengths(None, 1)
+                first.lengths(None, Q)
             return Planned(REPLAY, given, rows, graph=graph, mask=mask)
-        step = self._looked_at(layers, given, mask, states)
+        step = self._looked_at(layers, given, mask, states, Q)
         if step is None:
-            self.why = "a row has no new token"
+            self.why = "a row has fewer new tokens than others"
             return None
         rows, key = step.rows, step.key
         if graph is not None and graph.key != key:
             moved = graph.key[2] != key[2] and graph.replays < FEW
-            self.forget(first)
-            self.moves[first] = self.moves.get(first, 0) + 1 if moved else 0
-            if self.moves[first] > 1:
-                self.refused[first] = self.why = "its buffers move from step to step (beams?)"
+            steps.forget()
+            steps.moves = steps.moves + 1 if moved else 0
+            if steps.moves > 1:
+                steps.refused = self.why = "its buffers move from step to step (beams?)"
                 return None
             graph = None
         if graph is not None:
             graph.holds(layers, rows, states)
             return replace(step, graph=graph)
-        steps, chose = self.warm.get(first, (0, key[1]))
-        steps = steps + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
-        self.warm[first] = steps, key[1]
-        if steps < WARM - 1:
+        count, chose = steps.warm or (0, key[1])
+        count = count + 1 if chose == key[1] else WARM - 1  # nothing runs first while recorded
+        steps.warm = count, key[1]
+        if count < WARM - 1:
             self.why = "the first steps of a cache are not replayed"
         elif (why := self._lasting(decoder, first, states)) is not None:
-            self.why = self.refused[first] = why
+            self.why = steps.refused = why
         if self.why is not None:
             return None
-        return replace(step, level=LIVE if steps < WARM else RECORD)
+        return replace(step, level=LIVE if count < WARM else RECORD)
 
-    def _looked_at(self, layers, given, mask, states: States) -> Planned | None:
-        """A step whose mask was looked at, with room for its tokens; None: a row has no new one."""
-        lengths = layers[0].lengths(row_starts(mask), 1)
+    def _looked_at(self, layers, given, mask, states: States, Q: int) -> Planned | None:
+        """A step whose mask was looked at, with room for its tokens; None: a row has fewer."""
+        lengths = layers[0].lengths(row_starts(mask), Q)
         if lengths.padded:
             return None
         past, rows = lengths.past, lengths.rows
@@ -210,41 +226,45 @@ class Graphs:
             layer.places()  # written now: a recorded step can't
         self.held = lambda: None  # buffers may have moved: what they take is told anew
         key = (describe_call(given), *describe_buffers(layers, rows, states))
-        return Planned(REPLAY, given, rows, past, key)
+        return Planned(REPLAY, given, rows, lengths, key)
 
-    def _first(self, forward, decoder, kwargs, layers, states, step: Planned, level: int) -> Any:
+    def _first(
+        self, forward, decoder, kwargs, layers, states, Q: int, steps: Steps, step: Planned, level
+    ) -> Any:
         """A step run as it will be recorded, or the one that is recorded."""
         if step.key is None:  # this rank could have replayed it
-            step = self._looked_at(layers, step.given, step.mask, states)
-        first, given, past, rows, key = layers[0], step.given, step.past, step.rows, step.key
+            step = self._looked_at(layers, step.given, step.mask, states, Q)
+        given, rows, lengths = step.given, step.rows, step.lengths
         serving, before = self._serving(layers), []
+        fuse = self.fuse and Q == 1  # each number of tokens would be compiled for itself
         try:
             before += states.copies()
-            given = restride(given) if self.fuse else given
-            call = states.settled(self._fused(decoder, states) if self.fuse else forward)
+            given = restride(given) if fuse else given
+            call = states.settled(self._fused(decoder, states) if fuse else forward)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
-                with contextlib.nullcontext() if self.fuse else NoWait():
-                    output = run_live(call, given, past, rows, serving)
+                with contextlib.nullcontext() if fuse else NoWait():
+                    output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
-            self.kept.pop(first, None)
-            graph = self._recorded(call, given, past, rows, key, serving, Weights(decoder))
+            steps.graph = None
+            graph = self._recorded(call, given, lengths, step.key, serving, Weights(decoder))
             graph.holds(layers, rows, states)
-            self.kept[first] = graph
+            steps.graph = graph
             step = replace(step, given=given, graph=graph)
-            output = self._checked(step, call, forward, kwargs, layers, states)
+            fused = call if fuse else None
+            output = self._checked(step, fused, forward, kwargs, layers, states)
             graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
-            self.refused[first] = self.why = "out of memory when it was recorded"
+            steps.refused = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if self.fuse:
+            if fuse:
                 self.fuse, self.loose = False, f"not fused, {told}"
+                self.why = self.loose
             else:
-                self.never = f"it can't be recorded, {told}"
-            self.why = self.loose or self.never
+                self._give_up(Q, f"it can't be recorded, {told}")
         states.restore(before)
         return forward(**kwargs)
 
@@ -281,22 +301,33 @@ class Graphs:
         own = {layer.index: layer for layer in layers}
         return {each.index: (each, own[(each.producer or each).index]) for each in self.layers}
 
-    def _checked(self, step: Planned, call, forward, kwargs, layers, states: States) -> Any:
+    def _give_up(self, Q: int, why: str) -> None:
+        """Replay no more steps of Q tokens; where single tokens can't be, none at all."""
+        self.why = why
+        if Q == 1:
+            self.never = why
+            self.kept.clear()
+        else:
+            self.single[Q] = why
+        for steps in self.kept.values():
+            steps.pop(Q, None)
+
+    def _checked(self, step: Planned, fused, forward, kwargs, layers, states: States) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
 
         Equal bits are asked for, of the output and of the states that linear layers are left with,
         since no bound of a dtype's rounding would show one wrong page of many; where the model
         itself says something else each time, as near as it is to itself.
         """
-        given, past, rows = step.given, step.past, step.rows
+        given, rows, Q = step.given, step.rows, step.lengths.columns
         before, were = snapshot_host(layers), states.copies()
         counted = [t for layer_plan in self.layers for t in layer_plan.counts.of_steps()]
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
-            if not self.fuse:
+            if fused is None:
                 return forward(**kwargs)
-            output = run_live(call, given, past, rows, self._serving(layers))
+            output = run_live(fused, given, step.lengths, self._serving(layers))
             self._passed(layers, rows)
             return output
 
@@ -305,7 +336,7 @@ class Graphs:
             states.restore(were)
             for held, was in read:
                 held.copy_(was)
-            self.count(rows, -1)
+            self.count(rows, Q, -1)
 
         def left(output: Any) -> list[Tensor]:
             return [output[0], *states.copies()]
@@ -320,16 +351,15 @@ class Graphs:
         output = run()  # the replay may have stored other keys
         for a, b, c in zip(found, wanted, left(output), strict=True):
             if measure_difference(a, c) > NOISE * measure_difference(b, c):
-                self.never = self.why = "replayed, this model gives something else than eagerly"
-                self.kept.clear()
+                self._give_up(Q, "replayed, this model gives something else than eagerly")
         return output
 
     def _replay(self, step: Planned, layers) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
         graph, given, rows, mask = step.graph, step.given, step.rows, step.mask
-        first, starts = layers[0], ask_later(mask)
+        first, starts, Q = layers[0], ask_later(mask), rows[0] - layers[0].rows[0]
         if mask is not None and graph.states:
-            first.lengths(starts(), 1)  # before: what linear layers keep can't be taken back
+            first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
             mask = None
         current = torch.cuda.current_stream(graph.device)
         with lock_devices(graph.devices) as places:
@@ -340,7 +370,7 @@ class Graphs:
             output = graph.replay(given, rows)
         if mask is not None:
             try:
-                first.lengths(starts(), 1)
+                first.lengths(starts(), Q)
             except ValueError:  # no step: its keys lie behind the rows, choices may know of them
                 for layer in layers:
                     layer.take_back(0)
@@ -351,16 +381,17 @@ class Graphs:
 
     def _passed(self, layers, rows) -> None:
         """What an eager step changes on the host."""
+        Q = rows[0] - layers[0].rows[0]
         for layer in layers:
             layer.rows = rows
-            layer.seen += 1
+            layer.seen += Q
             layer.stored = layer.seen
-        self.count(rows)
+        self.count(rows, Q)
 
-    def count(self, rows: list[int], times: int = 1) -> None:
+    def count(self, rows: list[int], Q: int, times: int = 1) -> None:
         for layer_plan in self.layers:
             for n in rows if layer_plan.leads else ():
-                layer_plan.steps[n, 1] += times
+                layer_plan.steps[n, Q] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""

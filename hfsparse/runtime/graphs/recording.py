@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import find_cache, parameters
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
@@ -31,7 +32,9 @@ class Graph:
 
     settings: Settings  # as they were when it was checked
 
-    def __init__(self, call: Callable, given: dict[str, Any], past, rows, key, serving, weights):
+    def __init__(
+        self, call: Callable, given: dict[str, Any], lengths: Lengths, key, serving, weights
+    ):
         """Record `call(**given)`: its Python runs, its kernels don't."""
         self.key, self.replays, self.weights = key, 0, weights
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
@@ -40,7 +43,7 @@ class Graph:
         lies.update(dict.fromkeys(States(find_cache(given)).devices))
         self.others = [device for device in lies if device != self.device]
         self.devices = self.device, *self.others
-        self.length = torch.tensor(rows, device=self.device)
+        self.length = torch.tensor(lengths.rows, device=self.device)
         self.parts: list[torch.cuda.CUDAGraph] = []
         stream, current = find_place(self.device).stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
@@ -53,7 +56,7 @@ class Graph:
             stack.enter_context(torch.cuda.stream(stream))
             self._begin(stream)
             try:
-                step = Step.single(past, rows, self.length)
+                step = Step.recorded(lengths, self.length)
                 stack.enter_context(record_step(step, serving, partial(self._cut, stream, serving)))
                 output = call(**hide_cache({**given, **self.inputs}))
                 self._gather(stream)
@@ -137,10 +140,10 @@ class Graph:
         return show_cache(self.kind(**made), given)
 
 
-def run_live(call: Callable, given: dict[str, Any], past, rows, serving) -> Any:
+def run_live(call: Callable, given: dict[str, Any], lengths: Lengths, serving) -> Any:
     """A step as one would record it, run at once."""
     device = next(x.device for x in given.values() if isinstance(x, Tensor))
-    step = Step.single(past, rows, torch.tensor(rows, device=device))
+    step = Step.recorded(lengths, torch.tensor(lengths.rows, device=device))
     with record_step(step, serving):
         return show_cache(call(**hide_cache(given)), given)
 
@@ -183,12 +186,13 @@ def show_cache(output: Any, given: dict[str, Any]) -> Any:
     return output
 
 
-def complete_inputs(kwargs: dict, first: CacheLayer, decoder: type) -> dict[str, Any]:
+def complete_inputs(kwargs: dict, first: CacheLayer, decoder: type, Q: int) -> dict[str, Any]:
     """What a recorded forward gets: no mask, and positions where the caller left them out."""
     given = {**kwargs, "attention_mask": None}
-    for name, shape in (("position_ids", (1, 1)), ("cache_position", (1,))):
+    for name, shape in (("position_ids", (1, Q)), ("cache_position", (Q,))):
         if name in parameters(decoder) and given.get(name) is None:
-            given[name] = torch.full(shape, first.seen, device=first.device)
+            at = torch.arange(first.seen, first.seen + Q, device=first.device)
+            given[name] = at.view(shape)
     return given
 
 
