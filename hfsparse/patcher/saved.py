@@ -47,15 +47,6 @@ REMEDIES = {  # what must be the same where a cache is loaded; what to do where 
 }
 
 
-def _check_whole(state: State) -> None:
-    """CacheError where each rank has a part of the heads."""
-    if state.shard.ranks > 1:
-        raise CacheError(
-            "a cache is saved and loaded with all heads, and here ranks share them (tensor "
-            "parallel): keep it in memory, or load the model whole or by device_map='auto'"
-        )
-
-
 def save(
     state: State,
     cache: Cache,
@@ -64,7 +55,6 @@ def save(
     overwrite: bool = False,
 ) -> None:
     """Write a cache of this patch into a folder, as `Patched.save` says."""
-    _check_whole(state)
     first = _check_cache(state, cache)
     target = _free(folder, overwrite)
     content = {
@@ -91,7 +81,6 @@ def load(
     device: str | torch.device | None = None,
 ) -> DynamicCache:
     """The cache that a folder holds, as `Patched.load` says."""
-    _check_whole(state)
     path = reading.local(folder)
     content = _read(path)
     own = _identity(state)

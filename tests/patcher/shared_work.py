@@ -184,8 +184,6 @@ def ask_all(folder: Path) -> dict[str, Any]:
         hfsparse.patch(llama, (full(llama), folder / "nowhere.yaml")[rank])
     with telling(said, "no plan"):
         hfsparse.patch(llama, "nowhere.yaml")
-    with hfsparse.patch(llama) as handle, telling(said, "save"):
-        handle.save(None, folder / "cache")
     with telling(said, "profile"):
         hfsparse.profile(llama, None)
     one = load_shared(folder / "one kv head")

@@ -85,7 +85,6 @@ def test_what_ranks_can_not_follow_is_refused_on_all_in_one_sentence(two):
     assert said["no plan on one"].startswith("PatchError: rank 1 can't follow the plan: ")
     assert said["no plan"].startswith("PlanError: nowhere.yaml: can't read it")
     assert "1 kv heads, which 2 ranks can't share" in said["one kv head"]
-    assert said["save"].startswith("CacheError: a cache is saved and loaded with all heads")
     assert "is tensor parallel, and a plan is measured" in said["profile"]
 
 
