@@ -9,7 +9,7 @@ sliding windows. A head counts by its work, and layers without attention count n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isnan, nan
 
 FIGURES = ("pair_density", "block_density", "cache_share", "decode_share")
@@ -56,11 +56,14 @@ class LayerStats:
     @classmethod
     def joined(cls, parts: Sequence[LayerStats]) -> LayerStats:
         """One layer, whose heads are those of its parts, in their order."""
-        works = ("pairs", "blocks", "reads", "cache", "tiles")
-        heads = {name: Work.joined([getattr(each, name) for each in parts]) for name in works}
-        for name in ("kv_bytes", "cut"):
-            heads[name] = [x for each in parts for x in getattr(each, name)]
-        return replace(parts[0], **heads, evicting=sum(each.evicting for each in parts))
+        heads = {"evicting": sum(each.evicting for each in parts)}
+        for field in fields(cls):
+            found = [getattr(each, field.name) for each in parts]
+            if isinstance(field.default, Work):
+                heads[field.name] = Work.joined(found)
+            elif field.default == ():
+                heads[field.name] = [x for own in found for x in own]
+        return replace(parts[0], **heads)
 
     @property
     def pair_density(self) -> list[float]:
