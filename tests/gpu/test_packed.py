@@ -165,7 +165,7 @@ def test_what_a_chunk_finds_unpacked_is_bounded():
     k = torch.randn(1, heads, past, 128, device=DEVICE, dtype=BF16)
     store.create(k, k)
     store.append(k, k, Lengths([0], [past], past))
-    lengths, chunk = Lengths([past], [past + new], new), k[:, :, :new].clone()
+    lengths, chunk = Lengths([past], [new], new), k[:, :, :new].clone()
     del k
     grid = Grid(*(torch.tensor([n], device=DEVICE) for n in (new, past + new)), new, past + new)
     torch.cuda.empty_cache()
