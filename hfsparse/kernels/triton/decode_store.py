@@ -2,7 +2,7 @@
 
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged; packed
-numbers are unpacked in registers. Bound by bytes; what share of that it reaches was not measured.
+numbers are unpacked in registers, which is what takes its time (benchmarks/results/decode.md).
 """
 
 from __future__ import annotations
