@@ -141,7 +141,8 @@ def test_the_window_of_a_rotated_model_is_a_limit_unless_passed():
     ],
 )
 def test_calibration_lengths_follow_the_device_and_the_window(device, window, wanted):
-    words = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)))
+    weight = SimpleNamespace(device=torch.device(device), is_meta=False)
+    words = SimpleNamespace(parameters=lambda recurse: [weight], modules=lambda: [words])
     config = MptConfig() if window is None else llama(window=window)
     model = SimpleNamespace(config=config, get_input_embeddings=lambda: words)
     assert calibration_lengths(model) == wanted
