@@ -68,6 +68,10 @@ SAMPLED = ("tests/selectors/test_patched.py", "tests/selectors/test_selectors.py
 SAMPLED += ("tests/patterns/test_patterns.py", "tests/patcher/test_equivalence.py")
 SAMPLED += ("tests/kernels/test_reference.py", "tests/kernels/test_merge.py")
 SAMPLED += ("tests/kernels/triton/", "tests/profiler/test_ropes.py", "tests/runtime/test_worlds.py")
+SAMPLED += ("tests/runtime/test_graphs.py", "tests/runtime/test_hybrid_graphs.py")
+SAMPLED += ("tests/patcher/test_figures.py", "tests/patcher/test_weights.py")
+SAMPLED += ("tests/patcher/test_memory.py", "tests/patcher/test_calling.py")
+SAMPLED += ("tests/profiler/test_weights_elsewhere.py", "tests/profiler/test_hybrids.py")
 
 
 def part_of_matrices(names: list[str], parts: int) -> set[str]:

@@ -23,7 +23,7 @@ from hfsparse_eval.run.samples import Suite
 from hfsparse_eval.tasks import TASKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # profiling takes some minutes
-LENGTH, SAMPLES = 1536, 4
+LENGTH, SAMPLES = 1536, 3
 BUDGETS = dict(prefill_density=0.36, cache_share=0.415, decode_share=0.3)
 PROFILE = dict(samples=3, method="minference", verify=False, **BUDGETS)
 
