@@ -45,3 +45,14 @@ def _asserted(monkeypatch):
     from tests import asserts
 
     asserts.install(monkeypatch.setattr)
+
+
+@pytest.fixture
+def whole_float32():
+    """Matrix products on the GPU round no factor."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before

@@ -21,16 +21,8 @@ from tests.patcher.families import fresh, hosted, left_padded
 from tests.patcher.runs import forward, generate
 from tests.patcher.test_hosted import on_device, talk
 
+pytestmark = pytest.mark.usefixtures("whole_float32")
 CLOSE = 1e-4  # float32 sums in another order
-
-
-@pytest.fixture(autouse=True)
-def whole_float32():
-    """Matrix products on the GPU round no factor."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def moved(hot: Hot) -> Hot:
