@@ -2,12 +2,11 @@
 
     python -m benchmarks.lookup [--lengths 16384] [--drafts 8] [--tokens 300] [--shape llama-3.1-8b]
 
-`model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
-filled with random keys. What attention and MLPs add is set to zero, so that a token alone says
-which comes next, and the prompt goes round in a circle of tokens: every draft is right, as of a
-text that repeats itself. ms a token: a round of drafts, over the tokens that it gave; the median,
-the least of the rounds. "Eager": the same patch, its steps not replayed. --shape tiny tries it on
-a CPU.
+`model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16). What attention and
+MLPs add is set to zero, so that a token alone says which comes next, and the prompt goes round in a
+circle of tokens: every draft is right, as of a text that repeats itself. ms a token: a round of
+drafts, over the tokens that it gave; the median, the least of the rounds. "Eager": the same patch,
+its steps not replayed. --shape tiny tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import SKIP
 from benchmarks.common.shapes import describe, endless, plan_of, tidy
-from benchmarks.decode import filled
 from hfsparse.patcher.state import state_of
 
 PLANS = ("no plan", "quest 6 %", "quest 6 % + half ring")
@@ -63,19 +61,16 @@ def make_circle(model: PreTrainedModel) -> list[int]:
     return longest
 
 
-def lookup(model, kind: str, circle: list[int], length: int, tokens: int, drafts: int | None):
+def lookup(model, circle: list[int], length: int, tokens: int, drafts: int | None):
     """ms a token and tokens a round, of `generate` behind a prompt of the circle."""
     tidy()
-    cache = filled(model, kind, 1, length, tokens + 32)
-    ids = (circle * (length // len(circle) + 1))[: length + 1]
-    rounds = Rounds()
+    ids, rounds = (circle * (length // len(circle) + 1))[:length], Rounds()
     more = {} if drafts is None else {"prompt_lookup_num_tokens": drafts}
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
-        past_key_values=cache,
         stopping_criteria=StoppingCriteriaList([rounds]),
         **more,
     )
@@ -85,23 +80,22 @@ def lookup(model, kind: str, circle: list[int], length: int, tokens: int, drafts
 def measure(model, circle: list[int], length: int, tokens: int, drafts: int, rounds: int) -> None:
     """Rows of the table, as they come."""
 
-    def show(arm: str, kind: str, asked: int | None, eager: float = 0.0) -> float:
-        found = [lookup(model, kind, circle, length, tokens, asked) for _ in range(rounds)]
-        ms, new = min(found)
-        graphs = str(state_of(model).graphs) if kind == "ours" else ""
+    def show(arm: str, asked: int | None, eager: float = 0.0, graphs: object = "") -> float:
+        ms, new = min(lookup(model, circle, length, tokens, asked) for _ in range(rounds))
         row = f"{length:,} | {arm} | {asked or 0} | {ms:.2f} | {new:.1f}"
         print(f"| {row} | {f'{eager / ms:.2f}' if eager else ''} | {graphs} |", flush=True)
         return ms
 
-    show("stock", "dynamic", None)
-    show("stock", "dynamic", drafts)
+    show("stock", None)
+    show("stock", drafts)
     for name in PLANS:
         with hfsparse.patch(model, plan_of(model, name)):
             state_of(model).graphs.never = "told to be eager"
-            eager = show(f"{name}, eager", "ours", drafts)
+            eager = show(f"{name}, eager", drafts)
         with hfsparse.patch(model, plan_of(model, name)):
-            show(name, "ours", None)
-            show(name, "ours", drafts, eager)
+            graphs = state_of(model).graphs
+            show(name, None, graphs=graphs)
+            show(name, drafts, eager, graphs)
 
 
 def main() -> None:
