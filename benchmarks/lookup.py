@@ -4,9 +4,10 @@
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16). What attention and
 MLPs add is set to zero, so that a token alone says which comes next, and the prompt goes round in a
-circle of tokens: every draft is right, as of a text that repeats itself. ms a token: a round of
-drafts, over the tokens that it gave; the median, the least of the rounds. "Eager": the same patch,
-its steps not replayed. --shape tiny tries it on a CPU.
+circle of tokens: a draft is right, as of a text that repeats itself, but where rounding decides
+between equal logits (tokens a round tell). ms a token: a round of drafts, over the tokens that it
+gave; the median, the least of the rounds. "Eager": the same patch, its steps not replayed. --shape
+tiny tries it on a CPU.
 """
 
 from __future__ import annotations
