@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 SPLITS = 128  # at most so many shares of a head's pages
+FEW = tl.constexpr(16)  # of the newest tokens, which lie as they came, at once
 LARGE, TINY = tl.constexpr(32768.0), tl.constexpr(1e-30)  # what float16 has room for; no step
 # Two words of 16 bits in a register: each output has one number of both, of halves of bytes the
 # upper ones where they lie, 16 times as large.
@@ -282,15 +283,16 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
     for part in tl.static_range(1, PARTS):
         widest = tl.maximum(widest, _span(low[part], high[part], FLOAT))
     widest = tl.maximum(tl.max(widest, 0), TINY)
-    lack = tl.zeros(q[0].shape, tl.float32)
-    made = ()
+    fit, made = LARGE / widest, ()
+    lack, off = tl.zeros(q[0].shape, tl.float32), tl.zeros(q[0].shape, tl.float32)
     for part in tl.static_range(PARTS):
-        fit = LARGE / _up(part, PARTS) / widest
-        x = q[part] * (_span(low[part], high[part], FLOAT) * fit)[:, None]
+        x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
         y = x.to(KIND)
-        if not FLOAT:
-            lack += q[part] * low[part][:, None] + (x - y.to(tl.float32)) * (0.5 / fit)
         made += (y,)
+        if not FLOAT:
+            lack += q[part] * low[part][:, None]
+            off += (x - y.to(tl.float32)) * _up(part, PARTS)
+    lack += off * (0.5 / fit)
     return made, widest, tl.sum(lack, 0)
 
 
@@ -560,16 +562,16 @@ def _decode_store(
             )
 
     if WHOLE:
-        some = tl.max(fresh.to(tl.int32), 0)
-        if some > 0:
-            key = page * PAGE + lane
-            lane_of = (key % NEWEST).to(tl.int64)
-            k = _load(new_k + lane_of * D, fresh, W, WIDE, PARTS)
-            v = _load(new_v + lane_of * DV, fresh, WV, WIDE_V, PARTS)
-            kept = fresh[:, None] & (key[:, None] <= at[None, :])
+        last = tl.max(tl.where(fresh, lane + 1, 0), 0)
+        own = _queries(queries, alive, W, WIDE, PARTS)
+        for begin in range(0, last, FEW):
+            key = page * PAGE + begin + tl.arange(0, FEW)
+            new, lane_of = key < length, (key % NEWEST).to(tl.int64)
+            k = _load(new_k + lane_of * D, new, W, WIDE, PARTS)
+            v = _load(new_v + lane_of * DV, new, WV, WIDE_V, PARTS)
+            kept = new[:, None] & (key[:, None] <= at[None, :])
             if RING:
                 kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
-            own = _queries(queries, alive, W, WIDE, PARTS)
             acc, lows, total, top = _attend(
                 *(acc, lows, total, top, own, k, v, kept, unit, inner),
                 *(PARTS, SOFTCAP, PRECISION),
