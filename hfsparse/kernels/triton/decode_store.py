@@ -93,15 +93,14 @@ def decode(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    span: tuple[int, int] | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, H * ratio, Q, Dv]` of q `[B, H * ratio, Q, D]` over the H heads of a store.
 
     query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
     row, the new ones included. pages: those that the store's heads read; None: every one. Of keys
-    in host memory it reads the hot set, where `pages.lies` says. span, and lse
-    `[B, H * ratio, Q]` float32: as of `triton.decode`.
+    in host memory it reads the hot set, where `pages.lies` says. lse `[B, H * ratio, Q]` float32:
+    as `reference.decode`.
     """
     (B, Hq, Q, D), H, Dv = q.shape, len(part.heads), part.v.shape[3]
     out = q.new_empty(B, Hq, Q, Dv, dtype=part.v.dtype)
@@ -140,7 +139,7 @@ def decode(
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *q.stride()[:3],
         *(*width, H, Q, group * Q, slots, part.below, slots - part.size, part.size),
-        *(band.sink, band.recent, band.rate, unit, inner, *(span or (0, 0))),
+        *(band.sink, band.recent, band.rate, unit, inner),
         D=D,
         DV=Dv,
         WIDE=max(16, triton.next_power_of_2(D // parts)),
@@ -157,7 +156,6 @@ def decode(
         MOVED=moved,
         RING=part.size > 0,
         CHUNKS=band.chunked,
-        SPAN=span is not None,
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
@@ -215,7 +213,7 @@ def _load(at, alive, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _up(part: tl.constexpr, PARTS: tl.constexpr):
-    """How many times as large a part of `_numbers` is: upper halves of bytes stay where they lie."""
+    """How many times as large a part's numbers are: upper halves of bytes stay where they lie."""
     return 16.0 if PARTS == 4 and part % 2 == 1 else 1.0
 
 
@@ -249,7 +247,7 @@ def _numbers(word, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
 
 @triton.jit
 def _span(low, high, FLOAT: tl.constexpr):
-    """What all steps from a smallest number to a largest one come to; of fp8 the end farther from 0."""
+    """What all steps between two ends come to; of fp8 the end that is farther from zero."""
     return tl.maximum(-low, high) if FLOAT else high - low
 
 
@@ -391,19 +389,18 @@ def _at_most_one(q, PARTS: tl.constexpr):
     return made, most
 
 
-@triton.jit(do_not_specialize="list_b list_h count_b count_h H Q rows slots below from_ to".split())
+@triton.jit(do_not_specialize="list_b list_h count_b count_h H Q rows slots below".split())
 def _decode_store(
     Q_, K, V, LOW, HIGH, LEAST, MOST, NEW_K, NEW_V, PART, WEIGHT,
     QUERY_POS, LENGTH, PAGES, COUNT, LIES, SINKS,
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
     H, Q, rows, slots, below, keeps, size, sink, recent: tl.int64, rate: tl.int64, unit, inner,
-    from_, to,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     PARTS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.constexpr, TWO: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, NEWEST: tl.constexpr, TOGETHER: tl.constexpr,
     MOVED: tl.constexpr, LISTED: tl.constexpr, RING: tl.constexpr, CHUNKS: tl.constexpr,
-    SPAN: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
@@ -413,8 +410,8 @@ def _decode_store(
     WV: tl.constexpr = DV // PARTS
     # What undoes `_numbers`, in steps; what products are of.
     UNIT: tl.constexpr = STEPS * (256.0 if FLOAT else 16777216.0)
-    GIVEN: tl.constexpr = Q_.dtype.element_ty
-    KIND: tl.constexpr = tl.float32 if GIVEN == tl.float32 else tl.float16
+    dtype: tl.constexpr = Q_.dtype.element_ty
+    kind: tl.constexpr = dtype if dtype == tl.float32 else tl.float16
     head = tl.program_id(0).to(tl.int64)
     b, kv = head // H, head % H
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -426,10 +423,6 @@ def _decode_store(
     whole = length < below
     EACH: tl.constexpr = PAGE // TOGETHER  # units of a tile
     units = tl.cdiv(live, TOGETHER)
-    passed = 0  # units that are read in order and lie before the span
-    if SPAN and not RING:
-        passed = from_ // TOGETHER
-        units = tl.maximum(tl.cdiv(tl.minimum(live, to), TOGETHER) - passed, 0)
     chosen = whole == 0
     if LISTED:
         lists = PAGES + b * list_b + kv * list_h
@@ -455,7 +448,7 @@ def _decode_store(
         start = tl.where(whole, 0, tl.maximum(at - span + 1, 0)).to(tl.int32)
     at = at.to(tl.int32)
     acc = ()
-    for part in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         acc += (tl.zeros([ROWS, WIDE_V], tl.float32),)
     lows = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -477,14 +470,14 @@ def _decode_store(
     fresh = lane < 0
     for j in range(first, tl.minimum(first + each, count)):
         if TOGETHER == PAGE:
-            seat, named = j, j + passed
+            seat, named = j, j
             if LISTED:
                 named = tl.load(lists + j, mask=chosen, other=named).to(tl.int32)
             slot = named * PAGE + lane
             held = slot < live
         else:
             seat = j * EACH + lane // TOGETHER
-            named = seat + passed
+            named = seat
             if LISTED:
                 given = tl.load(lists + seat, mask=chosen & (seat < units), other=0)
                 named = tl.where(chosen, given.to(tl.int32), named)
@@ -493,8 +486,6 @@ def _decode_store(
         key = slot
         if RING:
             key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
-        if SPAN:
-            held &= (key >= from_) & (key < to)
         if PARTS > 1:
             new = held & (key // PAGE == page)
             if WHOLE:
@@ -520,7 +511,7 @@ def _decode_store(
             v = values + stored * (PAGE * WV) + lane[:, None] * WV + word[None, :]
             v = tl.load(v, mask=(word < WV)[None, :], other=0)
 
-            scaled, widest, lack = _scaled(q, low, high, FLOAT, KIND, PARTS)
+            scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
             s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
             s *= (most * (widest * (UNIT / LARGE)))[None, :]
             if not FLOAT:
@@ -528,7 +519,7 @@ def _decode_store(
             p, fade, total, top = _weigh(total, top, s, kept, unit, inner, SOFTCAP)
             widest = tl.maximum(tl.max(width, 0), TINY)
             x = p * (width * (LARGE / widest))[:, None]
-            y = x.to(KIND)
+            y = x.to(kind)
             if not FLOAT:
                 lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
                 lows = lows * fade + tl.sum(lack, 0)
@@ -536,7 +527,7 @@ def _decode_store(
             y = tl.trans(y)
             made = ()
             for part in tl.static_range(PARTS):
-                o = tl.dot(y, v[part].to(KIND), input_precision=PRECISION)
+                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
                 o *= widest * (UNIT / LARGE / _up(part, PARTS))
                 made += (acc[part] * fade[:, None] + o,)
             acc = made
@@ -547,11 +538,11 @@ def _decode_store(
             else:
                 old, lane_of = held & (new == 0), (key % NEWEST).to(tl.int64)
                 k = _unpack(
-                    *(keys, LOW, HIGH, lies, old, GIVEN),
+                    *(keys, LOW, HIGH, lies, old, dtype),
                     *(W, WIDE, PARTS, FLOAT, UNIT, False, PAGE, TWO),
                 )
                 v = _unpack(
-                    *(values, LEAST, MOST, lies, old, GIVEN),
+                    *(values, LEAST, MOST, lies, old, dtype),
                     *(WV, WIDE_V, PARTS, FLOAT, UNIT, True, PAGE, TWO),
                 )
                 k = _either(new, _load(new_k + lane_of * D, new, W, WIDE, PARTS), k, PARTS)
