@@ -272,6 +272,14 @@ def _ends(at, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _words(at, W: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr):
+    """A page's codes `[PAGE, WIDE]`."""
+    word = tl.arange(0, WIDE)[None, :]
+    at = at + tl.arange(0, PAGE)[:, None] * W + word
+    return tl.load(at) if W == WIDE else tl.load(at, mask=word < W, other=0)
+
+
+@triton.jit
 def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr):
     """Parts of queries `[WIDE, ROWS]`, at most 1, as codes of a page's keys meet them.
 
@@ -282,15 +290,13 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
         widest = tl.maximum(widest, _span(low[part], high[part], FLOAT))
     widest = tl.maximum(tl.max(widest, 0), TINY)
     fit, made = LARGE / widest, ()
-    lack, off = tl.zeros(q[0].shape, tl.float32), tl.zeros(q[0].shape, tl.float32)
     for part in tl.static_range(PARTS):
         x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
         y = x.to(KIND)
         made += (y,)
-        if not FLOAT:
-            lack += q[part] * low[part][:, None]
-            off += (x - y.to(tl.float32)) * _up(part, PARTS)
-    lack += off * (0.5 / fit)
+        own, lost = q[part] * low[part][:, None], (x - y.to(tl.float32)) * _up(part, PARTS)
+        lack, off = (own, lost) if part == 0 else (lack + own, off + lost)
+    lack += off * (widest * (0.5 / LARGE))
     return made, widest, tl.sum(lack, 0)
 
 
@@ -337,12 +343,16 @@ def _products(k, q, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _weigh(total, top, s, kept, unit, inner, SOFTCAP: tl.constexpr):
-    """One step of the online softmax, in base 2: weights of products s `[PAGE, ROWS]`, what those
+def _capped(s, unit, inner):
+    """Products as logits in base 2, under a softcap."""
+    return (2 * tl.sigmoid(2 * inner * s) - 1) * unit  # tanh
+
+
+@triton.jit
+def _weigh(total, top, s, kept):
+    """One step of the online softmax, in base 2: weights of logits s `[keys, ROWS]`, what those
     before lose, and the new totals and maxima `[ROWS]`."""
-    if SOFTCAP:
-        s = 2 * tl.sigmoid(2 * inner * s) - 1  # tanh
-    s = tl.where(kept, s * unit, float("-inf"))
+    s = tl.where(kept, s, float("-inf"))
     new = tl.maximum(top, tl.max(s, 0))
     base = tl.where(new == float("-inf"), 0.0, new)  # queries that have seen nothing yet
     p, fade = tl.exp2(s - base[None, :]), tl.exp2(top - base)
@@ -356,7 +366,8 @@ def _attend(
 ):  # fmt: skip
     """Attend to keys and values as they are."""
     s = _products(k, q, PARTS, PRECISION)
-    p, fade, total, top = _weigh(total, top, s, kept, unit, inner, SOFTCAP)
+    s = _capped(s, unit, inner) if SOFTCAP else s * unit
+    p, fade, total, top = _weigh(total, top, s, kept)
     p = tl.trans(p.to(v[0].dtype))
     made = ()
     for part in tl.static_range(PARTS):
@@ -458,24 +469,80 @@ def _decode_store(
         top = tl.where(tl.program_id(1) == 0, bare, top)
         total = tl.where(tl.program_id(1) == 0, 1.0, total)
 
-    # A tile of one page is read packed, and behind all others what of it lies among the newest.
-    WHOLE: tl.constexpr = (PARTS > 1) & (TOGETHER == PAGE)
-    if WHOLE:
-        q, most = _at_most_one(q, PARTS)
+    lane, end = tl.arange(0, PAGE), tl.minimum(first + each, count)
+    page = length // PAGE  # the newest, which lies as it came
     if PARTS > 1:
         keys, values = K.to(tl.pointer_type(tl.uint16)), V.to(tl.pointer_type(tl.uint16))
         new_k, new_v = NEW_K + head * NEWEST * D, NEW_V + head * NEWEST * DV
-    lane = tl.arange(0, PAGE)
-    page = length // PAGE
-    fresh = lane < 0
-    for j in range(first, tl.minimum(first + each, count)):
-        if TOGETHER == PAGE:
-            seat, named = j, j
+    if (PARTS > 1) & (TOGETHER == PAGE):
+        # Tiles of one page. Where the newest is to lie once it is full, an older one may lie.
+        q, most = _at_most_one(q, PARTS)
+        if not SOFTCAP:
+            most *= unit
+        begun, seat = page * PAGE, page
+        older = begun < 0
+        if RING:
+            ahead = begun - keeps
+            seat = tl.where(ahead < 0, page, (keeps + ahead % size) // PAGE)
+            older = ahead >= size
+        limit, fresh = tl.minimum(at + 1, begun), begun < 0
+        for j in range(first, end):
+            named = j
             if LISTED:
                 named = tl.load(lists + j, mask=chosen, other=named).to(tl.int32)
-            slot = named * PAGE + lane
-            held = slot < live
-        else:
+            sound = (named != seat) | older
+            fresh |= named == seat
+            stored = head * (slots // PAGE) + named
+            low = _ends(LOW + stored * D, W, WIDE, PARTS)
+            high = _ends(HIGH + stored * D, W, WIDE, PARTS)
+            ends = stored * PAGE + lane
+            least = tl.load(LEAST + ends, mask=sound, other=0.0).to(tl.float32)
+            width = _span(least, tl.load(MOST + ends, mask=sound, other=0.0).to(tl.float32), FLOAT)
+            k = _words(keys + stored * (PAGE * W), W, WIDE, PAGE)
+            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
+
+            scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
+            s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
+            s *= (most * (widest * (UNIT / LARGE)))[None, :]
+            if not FLOAT:
+                s += (lack * most)[None, :]
+            key = named * PAGE + lane
+            if RING:
+                key += tl.where(key < keeps, 0, tl.where(key > newest, turn - size, turn))
+            kept = key[:, None] < limit[None, :]
+            if RING:
+                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+            if SOFTCAP:
+                s = _capped(s, unit, inner)
+            p, fade, total, top = _weigh(total, top, s, kept)
+            widest = tl.maximum(tl.max(width, 0), TINY)
+            x = p * (width * (LARGE / widest))[:, None]
+            y = x.to(kind)
+            if not FLOAT:
+                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
+                lows = lows * fade + tl.sum(lack, 0)
+            v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
+            made = ()
+            for part in tl.static_range(PARTS):
+                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
+                o *= widest * (UNIT / LARGE / _up(part, PARTS))
+                made += (acc[part] * fade[:, None] + o,)
+            acc = made
+        own = _queries(queries, alive, W, WIDE, PARTS)
+        for begin in range(begun, tl.where(fresh, length, begun), FEW):
+            key = begin + tl.arange(0, FEW)
+            new, lies = key < length, (key % NEWEST).to(tl.int64)
+            k = _load(new_k + lies * D, new, W, WIDE, PARTS)
+            v = _load(new_v + lies * DV, new, WV, WIDE_V, PARTS)
+            kept = new[:, None] & (key[:, None] <= at[None, :])
+            if RING:
+                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+            acc, lows, total, top = _attend(
+                *(acc, lows, total, top, own, k, v, kept, unit, inner),
+                *(PARTS, SOFTCAP, PRECISION),
+            )
+    else:
+        for j in range(first, end):
             seat = j * EACH + lane // TOGETHER
             named = seat
             if LISTED:
@@ -483,60 +550,23 @@ def _decode_store(
                 named = tl.where(chosen, given.to(tl.int32), named)
             slot = named * TOGETHER + lane % TOGETHER
             held = (seat < units) & (slot < live)
-        key = slot
-        if RING:
-            key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
-        if PARTS > 1:
-            new = held & (key // PAGE == page)
-            if WHOLE:
-                held, fresh = held & (new == 0), fresh | new
-        kept = held[:, None] & (key[:, None] <= at[None, :])
-        if RING:
-            kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
-        lies = slot.to(tl.int64)
-        if MOVED:
-            lies = tl.load(LIES + b * list_b + kv * list_h + seat, mask=seat < units, other=0)
-            lies = lies * TOGETHER + lane % TOGETHER
-        lies += head * slots
-        if WHOLE:
-            stored = head * (slots // PAGE) + named
-            low = _ends(LOW + stored * D, W, WIDE, PARTS)
-            high = _ends(HIGH + stored * D, W, WIDE, PARTS)
-            least = tl.load(LEAST + lies, mask=held, other=0.0).to(tl.float32)
-            width = _span(least, tl.load(MOST + lies, mask=held, other=0.0).to(tl.float32), FLOAT)
-            word = tl.arange(0, WIDE)
-            k = keys + stored * (PAGE * W) + lane[:, None] * W + word[None, :]
-            k = tl.load(k, mask=(word < W)[None, :], other=0)
-            word = tl.arange(0, WIDE_V)
-            v = values + stored * (PAGE * WV) + lane[:, None] * WV + word[None, :]
-            v = tl.load(v, mask=(word < WV)[None, :], other=0)
-
-            scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
-            s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
-            s *= (most * (widest * (UNIT / LARGE)))[None, :]
-            if not FLOAT:
-                s += (lack * most)[None, :]
-            p, fade, total, top = _weigh(total, top, s, kept, unit, inner, SOFTCAP)
-            widest = tl.maximum(tl.max(width, 0), TINY)
-            x = p * (width * (LARGE / widest))[:, None]
-            y = x.to(kind)
-            if not FLOAT:
-                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
-                lows = lows * fade + tl.sum(lack, 0)
-            v = _numbers(v, PARTS, FLOAT, TWO)
-            y = tl.trans(y)
-            made = ()
-            for part in tl.static_range(PARTS):
-                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
-                o *= widest * (UNIT / LARGE / _up(part, PARTS))
-                made += (acc[part] * fade[:, None] + o,)
-            acc = made
-        else:
+            key = slot
+            if RING:
+                key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
+            kept = held[:, None] & (key[:, None] <= at[None, :])
+            if RING:
+                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+            lies = slot.to(tl.int64)
+            if MOVED:
+                lies = tl.load(LIES + b * list_b + kv * list_h + seat, mask=seat < units, other=0)
+                lies = lies * TOGETHER + lane % TOGETHER
+            lies += head * slots
             if PARTS == 1:
                 k = _load(K + lies * D, held, W, WIDE, PARTS)
                 v = _load(V + lies * DV, held, WV, WIDE_V, PARTS)
             else:
-                old, lane_of = held & (new == 0), (key % NEWEST).to(tl.int64)
+                new = held & (key // PAGE == page)
+                old, at_new = held & (new == 0), (key % NEWEST).to(tl.int64)
                 k = _unpack(
                     *(keys, LOW, HIGH, lies, old, dtype),
                     *(W, WIDE, PARTS, FLOAT, UNIT, False, PAGE, TWO),
@@ -545,26 +575,10 @@ def _decode_store(
                     *(values, LEAST, MOST, lies, old, dtype),
                     *(WV, WIDE_V, PARTS, FLOAT, UNIT, True, PAGE, TWO),
                 )
-                k = _either(new, _load(new_k + lane_of * D, new, W, WIDE, PARTS), k, PARTS)
-                v = _either(new, _load(new_v + lane_of * DV, new, WV, WIDE_V, PARTS), v, PARTS)
+                k = _either(new, _load(new_k + at_new * D, new, W, WIDE, PARTS), k, PARTS)
+                v = _either(new, _load(new_v + at_new * DV, new, WV, WIDE_V, PARTS), v, PARTS)
             acc, lows, total, top = _attend(
                 *(acc, lows, total, top, q, k, v, kept, unit, inner),
-                *(PARTS, SOFTCAP, PRECISION),
-            )
-
-    if WHOLE:
-        last = tl.max(tl.where(fresh, lane + 1, 0), 0)
-        own = _queries(queries, alive, W, WIDE, PARTS)
-        for begin in range(0, last, FEW):
-            key = page * PAGE + begin + tl.arange(0, FEW)
-            new, lane_of = key < length, (key % NEWEST).to(tl.int64)
-            k = _load(new_k + lane_of * D, new, W, WIDE, PARTS)
-            v = _load(new_v + lane_of * DV, new, WV, WIDE_V, PARTS)
-            kept = new[:, None] & (key[:, None] <= at[None, :])
-            if RING:
-                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
-            acc, lows, total, top = _attend(
-                *(acc, lows, total, top, own, k, v, kept, unit, inner),
                 *(PARTS, SOFTCAP, PRECISION),
             )
 
