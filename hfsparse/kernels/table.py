@@ -134,17 +134,21 @@ def _triton_decode(
 
 
 def _triton_by_store(
-    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
+    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **more
 ) -> Tensor:
     run = _module("triton.decode_store").decode
     if len(places.parts) == 1:
-        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **logits)
-    sinks = logits.pop("s_aux", None)
+        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **more)
+    sinks, lse = more.pop("s_aux", None), more.pop("lse", None)
     ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)
-        logits["s_aux"] = None if sinks is None else sinks[own]
-        out[:, own] = run(q[:, own], part, new.query_pos, lists, length=new.length, **logits)
+        more["s_aux"] = None if sinks is None else sinks[own]
+        if lse is not None:
+            more["lse"] = sums = lse.new_empty(len(q), len(part.heads) * ratio, q.shape[2])
+        out[:, own] = run(q[:, own], part, new.query_pos, lists, length=new.length, **more)
+        if lse is not None:
+            lse[:, own] = sums
     return out
 
 
