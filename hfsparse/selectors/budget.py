@@ -123,12 +123,15 @@ def votes(scores: Tensor, length: Tensor, heads: int, unit: int = PAGE) -> Tenso
     """Each kv head's votes `[B, heads, U]` for units, of scores `[B, Hq, Q, U]` in nats.
 
     A vote is the largest that a query of the group gives: the softmax of its scores over the units
-    of a row of `length` [B]; 0 beyond them, whatever the scores are there.
+    of a row of `length` [B]; next to 0 beyond them, whatever the scores are there. Votes are told
+    apart by their ranks, 1 - log2 of them, as float16, those below 2^-126 not at all: they are few
+    thousand, which kernels count.
     """
     B, _, _, U = scores.shape
     past = beyond(length, unit, U)[:, None, None]
     vote = torch.softmax(scores.masked_fill(past, -torch.inf), -1)
-    return vote.view(B, heads, -1, U).amax(2)
+    rank = 1 - vote.view(B, heads, -1, U).amax(2).log2()
+    return torch.exp2(1 - rank.clamp(max=127).half().float())
 
 
 def best_of(scores: Tensor, length: Tensor, span: int, unit: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Labels of tokens in Triton: scored, the first half of a choice (`choose.py`), and written.
 
 What labels are, `hfsparse.selectors.labels` says. Queries are projected by each program, which
-costs less than a launch; their float32 numbers then meet labels, which float16 holds exactly, as
-two float16 that sum up to them. Bound by memory: each label is read once.
+costs less than a launch. Their numbers, in 16 bits, meet labels of 4 and 8 bits as integers, four
+products at a time on a GPU; labels of 16 bits as float32. Bound by memory: each label is read once.
 """
 
 from __future__ import annotations
@@ -12,49 +12,46 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained, is_nvidia
-from hfsparse.kernels.triton.scores import Asked, units_of
+from hfsparse.kernels.triton.scores import Asked, empty, units_of
 from hfsparse.lists import PAGE
 from hfsparse.lists.places import Place
 from hfsparse.selectors.labels import Labelled
 
-TOKENS = 256  # whose labels are read at once
-RUN = 2048  # tokens that a program scores, where a tile has no more: it projects queries first
-LARGE = tl.constexpr(0x6400)  # bits of 1024, a float16 whose last bits are units
-# Four bytes t as two registers of two float16: 1024 and the bits, less what made them positive.
-_FOUR = """{
-.reg .b32 t, less;
-%s
-mov.b32 less, %s;
-prmt.b32 $0, t, 0x64646464, 0x4140;
-prmt.b32 $1, t, 0x64646464, 0x4342;
-sub.f16x2 $0, $0, less;
-sub.f16x2 $1, $1, less;
-}"""
-_HALF = "and.b32 t, t, 0x0f0f0f0f; xor.b32 t, t, 0x08080808;"
-BYTES = tl.constexpr(_FOUR % ("xor.b32 t, $2, 0x80808080;", "0x64806480"))
-LOW = tl.constexpr(_FOUR % (f"mov.b32 t, $2; {_HALF}", "0x64086408"))
-HIGH = tl.constexpr(_FOUR % (f"shr.b32 t, $2, 4; {_HALF}", "0x64086408"))
+RUN = 2048  # tokens that a program scores
+PART = 512  # of which at once; of labels that are not read four numbers at a time:
+FEW = 128
+WARPS = 4
+MAXREG = None
+MOST_Q = tl.constexpr(127.0 * 256)  # what the largest number of a query is in 16 bits
+NIBBLES, EIGHTS = tl.constexpr(0x0F0F0F0F), tl.constexpr(0x08080808)
+DOT = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")  # of four bytes each, and a sum
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
+
+
+def tile(unit: int) -> int:
+    """How many units a program scores."""
+    return RUN // unit
 
 
 def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
     (label, step), projection = _held(index), selector.asked.on(asked.q.device)
-    rows = max(8, triton.next_power_of_2(min(asked.queries, 64)))
-    run = max(1, RUN // (asked.tile * asked.budget.unit))
-    _score[(triton.cdiv(asked.tiles, run), asked.programs, triton.cdiv(asked.queries, rows))](
+    sizes = _sizes(selector, projection, 4)
+    rows = max(1, min(triton.next_power_of_2(asked.queries), 64 // sizes["PADDED"], 8))
+    four = sizes["WIDE"] % 4 == 0 and selector.bits < 16 and is_nvidia(str(label.device))
+    _score[(asked.tiles, asked.programs, triton.cdiv(asked.queries, rows))](
         *(asked.q, projection, label, step, *asked.tensors()),
         *asked.q.stride()[:3],
         *(*label.stride()[:2], *step.stride()[:2]),
-        *(*asked.numbers(), asked.tiles, scale * LOG2E.value),
-        **_sizes(selector, projection),
-        RUN=run,
+        *(*asked.numbers(), scale * LOG2E.value),
+        **sizes,
         ROWS=rows,
-        TOKENS=TOKENS,
-        FOUR=is_nvidia(str(label.device)),
+        TOKENS=PART if four else FEW,
+        FOUR=four,
         **asked.settings(),
-        num_warps=4,
+        num_warps=WARPS,
+        maxnreg=MAXREG,
         **chained(str(label.device)),
     )
 
@@ -72,7 +69,7 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
         *k.stride()[:3],
         *(*label.stride()[:2], *step.stride()[:2]),
         *(H, Q, room),
-        **_sizes(part.selector, projection),
+        **_sizes(part.selector, projection, 16),
         ROWS=max(16, triton.next_power_of_2(Q)),
         num_warps=4,
         **chained(str(label.device)),
@@ -84,11 +81,11 @@ def _held(index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return index["label"], index.get("scale", index["label"][..., 0])
 
 
-def _sizes(selector: Labelled, projection: Tensor) -> dict[str, int]:
+def _sizes(selector: Labelled, projection: Tensor, least: int) -> dict[str, int]:
     """What kernels are compiled for: WIDE numbers, padded, lie in each of 1 or 2 halves."""
     _, D, rank = projection.shape
     wide = rank // 2 if selector.bits == 4 else rank
-    wide_padded = max(16, triton.next_power_of_2(wide))
+    wide_padded = max(least, triton.next_power_of_2(wide))
     depth = min(64, max(16, triton.next_power_of_2(D)))
     return {"D": D, "DEPTH": depth, "WIDE": wide, "PADDED": wide_padded, "BITS": selector.bits}
 
@@ -112,46 +109,86 @@ def _project(
 
 
 @triton.jit
-def _halves(x):
-    """x `[ROWS, PADDED]`, numbers between -1 and 1, as two float16 `[PADDED, ROWS]`: their sum."""
-    x = tl.trans(x)
-    near = x.to(tl.float16)
-    return near, (x - near.to(tl.float32)).to(tl.float16)
+def _ask(
+    at, PROJECTION, alive, first_column, RANK: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """As `_project`, of few rows: without a product's tiles."""
+    column = tl.arange(0, PADDED)
+    made = tl.zeros([ROWS, PADDED], tl.float32)
+    for begin in range(0, D, DEPTH):
+        d = begin + tl.arange(0, DEPTH)
+        x = tl.load(at[:, None] + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0)
+        inside = (d < D)[:, None] & (column < WIDE)[None, :]
+        p = PROJECTION + d[:, None] * RANK + first_column + column[None, :]
+        p = tl.load(p, mask=inside, other=0.0)
+        made += tl.sum(x.to(tl.float32)[:, :, None] * p[None, :, :], 1)
+    return made
 
 
 @triton.jit
-def _float16(label, SHIFT: tl.constexpr, BITS: tl.constexpr, FOUR: tl.constexpr):
-    """BITS of bytes, from bit SHIFT on, signed, as float16: without a conversion, which is slow.
-
-    What is added to make them positive are the last bits of a large number, which is taken away.
-    FOUR: at once, which only a GPU does.
-    """
-    if FOUR:
-        asm: tl.constexpr = BYTES if BITS == 8 else (LOW if SHIFT == 0 else HIGH)
-        return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [label], tl.float16, True, 4)
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    bits = ((label.to(tl.int16) >> SHIFT) & (2 * HALF - 1)) ^ HALF
-    return (bits | LARGE).to(tl.int16).to(tl.float16, bitcast=True) - (1024.0 + HALF)
+def _in_16_bits(x, most):
+    """x `[ROWS, PADDED]` as integers, of which `most` [ROWS] is the largest."""
+    return (x / (most / MOST_Q)[:, None] + ROUND - ROUND).to(tl.int32)
 
 
-@triton.jit(do_not_specialize="Hkv Q queries U below refresh tiles".split())
+@triton.jit
+def _bytes(n, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """The two bytes, both signed, of integers n `[ROWS, PADDED]`, four to a word."""
+    shift = tl.arange(0, 4) * 8
+    high = (n + 128) >> 8
+    low = n - (high << 8)
+    high = tl.reshape(high & 255, [ROWS, PADDED // 4, 4]) << shift[None, None, :]
+    low = tl.reshape(low & 255, [ROWS, PADDED // 4, 4]) << shift[None, None, :]
+    return tl.sum(high, 2), tl.sum(low, 2)
+
+
+@triton.jit
+def _dot(label, high, low):
+    """Products of bytes of labels `[TOKENS, W]` and numbers of queries `[ROWS, W]`, whose bytes
+    these are: `[TOKENS, ROWS, W]`."""
+    label, _ = tl.broadcast(label[:, None, :], high[None, :, :])
+    zero = tl.zeros(label.shape, tl.int32)
+    high, low = high[None, :, :] + zero, low[None, :, :] + zero
+    s: tl.constexpr = "=r,r,r,r"
+    high = tl.inline_asm_elementwise(DOT, s, [label, high, zero], tl.int32, True, 1)
+    return tl.inline_asm_elementwise(DOT, s, [label, low, high << 8], tl.int32, True, 1)
+
+
+@triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
 def _score(
-    Q_, PROJECTION, LABEL, STEP, SCORES, TOTALS, LENGTH, MADE, HEADS,
+    Q_, PROJECTION, LABEL, STEP, SCORES, TOTALS, TALLY, LENGTH, MADE, HEADS,
     q_b: tl.int64, q_h: tl.int64, q_s, label_b: tl.int64, label_h: tl.int64,
     step_b: tl.int64, step_h: tl.int64,
-    Hkv, Q, queries, U, below: tl.int64, refresh, tiles, times,
+    Hkv, Q, queries, U, below: tl.int64, refresh, times,
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
-    BITS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    FOUR: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
-    first, head = tl.program_id(0) * RUN, tl.program_id(1).to(tl.int64)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    empty(TALLY, head)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
-    if first * TILE >= total:
+    if tile * TILE >= total:
         return
     b, kv = head // Hkv, head % Hkv
+    # Tokens of a part: of a unit's, four lie in one thread, which has every so many.
+    SIDE: tl.constexpr = 1 if UNIT == 1 else TOKENS // 128
+    nth = tl.arange(0, TOKENS)
+    token = tile * TILE * UNIT + nth % (TOKENS // SIDE) * SIDE + nth // (TOKENS // SIDE)
+    end = tl.minimum(length, (tile + 1) * TILE * UNIT)
+    labels, steps = LABEL + b * label_b + kv * label_h, STEP + b * step_b + kv * step_h
+    if FOUR:
+        labels = labels.to(tl.pointer_type(tl.int32))
+    W: tl.constexpr = WIDE // 4 if FOUR else WIDE
+    column = tl.arange(0, PADDED // 4 if FOUR else PADDED)
+    labels += token.to(tl.int64)[:, None] * W + column[None, :]
+    steps += token
+    inside = (token < end)[:, None] & (column < W)[None, :]
+    label = tl.load(labels, mask=inside, other=0)  # they come while queries are projected
+    step = tl.load(steps, mask=token < end, other=0.0)
+
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     alive = row < queries
     q_head = kv * (queries // Q) + row // Q
@@ -160,53 +197,73 @@ def _score(
     at = Q_ + b * q_b + q_head * q_h + (row % Q) * q_s
     RANK: tl.constexpr = 2 * WIDE if BITS == 4 else WIDE
     project = PROJECTION + kv * D * RANK
-    kept: tl.constexpr = Q_.dtype.element_ty
-    x = _project(at, project, alive, 0, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
-    most = tl.max(tl.abs(x), 1)
-    if BITS == 4:
-        z = _project(at, project, alive, WIDE, RANK, D, DEPTH, WIDE, PADDED, ROWS, kept)
-        most = tl.maximum(most, tl.max(tl.abs(z), 1))
-    most = tl.where(most == 0, 1.0, most)
-    near, rest = _halves(x / most[:, None])
-    if BITS == 4:
-        near_z, rest_z = _halves(z / most[:, None])
-    times *= most
-    labels, steps = LABEL + b * label_b + kv * label_h, STEP + b * step_b + kv * step_h
+    x = _ask(at, project, alive, 0, RANK, D, DEPTH, WIDE, PADDED, ROWS)
+    times = tl.zeros([ROWS], tl.float32) + times
+    if BITS < 16:
+        most = tl.max(tl.abs(x), 1)
+        if BITS == 4:
+            z = _ask(at, project, alive, WIDE, RANK, D, DEPTH, WIDE, PADDED, ROWS)
+            most = tl.maximum(most, tl.max(tl.abs(z), 1))
+        most = tl.where(most == 0, 1.0, most)
+        x = _in_16_bits(x, most)
+        times *= most / MOST_Q
+        if FOUR:
+            x_high, x_low = _bytes(x, ROWS, PADDED)
+        if BITS == 4:
+            z = _in_16_bits(z, most)
+            eights = 8 * (tl.sum(x, 1) + tl.sum(z, 1))
+            if FOUR:
+                z_high, z_low = _bytes(z, ROWS, PADDED)
+
     EACH: tl.constexpr = TOKENS // UNIT  # units of a part
-    column = tl.arange(0, PADDED)
-    for tile in range(first, tl.minimum(first + RUN, tl.cdiv(total, TILE))):
-        out = (head * queries + row) * tiles + tile
-        top = tl.full([EACH, ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([EACH, ROWS], tl.float32)
-        for part in range(tl.cdiv(tl.minimum(length - tile * TILE * UNIT, TILE * UNIT), TOKENS)):
-            token = tile * TILE * UNIT + part * TOKENS + tl.arange(0, TOKENS)
-            real = token < length
-            token = token.to(tl.int64)
-            inside = real[:, None] & (column < WIDE)[None, :]
-            label = tl.load(labels + token[:, None] * WIDE + column[None, :], mask=inside, other=0)
-            if BITS == 16:
-                s = tl.dot(label, rest, tl.dot(label, near))
+    SLOTS: tl.constexpr = TOKENS // 4 if UNIT == 1 else EACH
+    out = (head * queries + row) * tl.num_programs(0) + tile
+    unit = tl.arange(0, EACH)
+    top = tl.full([SLOTS, ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([SLOTS, ROWS], tl.float32)
+    for part in range(tl.cdiv(end - tile * TILE * UNIT, TOKENS)):
+        real, now, by = token < end, label, step
+        token += TOKENS
+        labels += TOKENS * W
+        steps += TOKENS
+        inside = (token < end)[:, None] & (column < W)[None, :]
+        label = tl.load(labels, mask=inside, other=0)
+        step = tl.load(steps, mask=token < end, other=0.0)
+        if BITS == 16:
+            s = tl.sum(now.to(tl.float32)[:, None, :] * x[None, :, :], 2)
+        else:
+            if FOUR:
+                if BITS == 4:  # from 0 to 15, which is 8 too many
+                    s = _dot((now & NIBBLES) ^ EIGHTS, x_high, x_low)
+                    s += _dot(((now >> 4) & NIBBLES) ^ EIGHTS, z_high, z_low)
+                    s = tl.sum(s, 2) - eights[None, :]
+                else:
+                    s = tl.sum(_dot(now, x_high, x_low), 2)
             else:
-                low = _float16(label, 0, BITS, FOUR)
-                s = tl.dot(low, rest, tl.dot(low, near))
+                now = now.to(tl.int32)
                 if BITS == 4:
-                    high = _float16(label, 4, BITS, FOUR)
-                    s = tl.dot(high, rest_z, tl.dot(high, near_z, s))
-                s *= tl.load(steps + token, mask=real, other=0.0).to(tl.float32)[:, None]
-            s = tl.where(real[:, None], s, float("-inf"))
-            if UNIT > 1:
-                s = tl.max(tl.reshape(s, [EACH, UNIT, ROWS]), 1)
-            s *= times[None, :]
-            unit = part * EACH + tl.arange(0, EACH)
-            tl.store(SCORES + out[None, :] * TILE + unit[:, None], s, mask=alive[None, :])
-            new = tl.maximum(top, s)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            mass = mass * tl.exp2(top - base) + tl.exp2(s - base)
-            top = new
-        new = tl.max(top, 0)
+                    low, high = now << 28 >> 28, now >> 4
+                    s = low[:, None, :] * x[None, :, :] + high[:, None, :] * z[None, :, :]
+                else:
+                    s = now[:, None, :] * x[None, :, :]
+                s = tl.sum(s, 2)
+            s = s.to(tl.float32) * by.to(tl.float32)[:, None]
+        s = tl.where(real[:, None], s, float("-inf"))
+        if UNIT > 1:
+            s = tl.max(tl.reshape(s, [SIDE, TOKENS // SIDE, ROWS]), 0)
+            s = tl.max(tl.reshape(s, [EACH, UNIT // SIDE, ROWS]), 1)
+        s *= times[None, :]
+        place = SCORES + out[None, :] * TILE + (part * EACH + unit)[:, None]
+        tl.store(place, s, mask=alive[None, :])
+        s = tl.reshape(s, [EACH // SLOTS, SLOTS, ROWS])
+        new = tl.maximum(top, tl.max(s, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        mass = tl.sum(mass * tl.exp2(top - base[None, :]), 0)
-        tl.store(TOTALS + out, base + tl.log2(mass), mask=alive)
+        mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[None, :, :]), 0)
+        top = new
+    new = tl.max(top, 0)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    mass = tl.sum(mass * tl.exp2(top - base[None, :]), 0)
+    tl.store(TOTALS + out, base + tl.log2(mass), mask=alive)
 
 
 @triton.jit

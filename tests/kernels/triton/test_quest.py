@@ -178,7 +178,7 @@ def test_a_new_length_compiles_nothing_within_a_size(module, monkeypatch):
 @pytest.mark.parametrize(("pages", "launches"), [(30, 2), (5000, 5)])
 def test_a_new_length_launches_the_same(module, monkeypatch, pages, launches):
     """What a CUDA graph holds on to: grids, compiled forms and numbers; lengths it reads."""
-    calls = launched(monkeypatch, module, module.quest, module.many)
+    calls = launched(monkeypatch, module, module.quest)
     q, summary = torch.zeros(2, 8, 1, 64), torch.zeros(2, 2, pages, 64)
     found = []
     for lengths in ([1, 0], [pages * PAGE - 5, 700]):
