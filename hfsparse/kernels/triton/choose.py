@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FEWEST = 1 << 12  # units that the smallest form of the kernels holds
 MOST = (1 << 18) - 1
-VOTERS = 1024  # units of a program of `_vote`
+VOTERS, VOTE_WARPS, WRITE_WARPS = 1024, 4, 8  # units of a program of `_vote`
 CHUNK = 1024  # of `_write`, at least
 WIDEST_KEY = 1024  # dims; latents (MLA) are 576 wide
 
@@ -119,7 +119,7 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
         SIZE=size,
         CHUNK=VOTERS,
         **more,
-        num_warps=4,
+        num_warps=VOTE_WARPS,
     )
     _write[(triton.cdiv(U, chunk), B * Hkv)](
         *(*given, chosen, count, count if choice is None else choice.count),
@@ -130,7 +130,7 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
         MASS=budget.top_p > 0,
         COUNTS=read is not None,
         **more,
-        num_warps=8,
+        num_warps=WRITE_WARPS,
     )
     return PageLists(chosen, count, budget.unit)
 

@@ -7,6 +7,9 @@ products at a time on a GPU; labels of 16 bits as float32. Bound by memory: each
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,13 +21,12 @@ from hfsparse.lists.places import Place
 from hfsparse.selectors.labels import Labelled
 
 RUN = 2048  # tokens that a program scores
-PART = 512  # of which at once; of labels that are not read four numbers at a time:
+PART = 256  # of which at once; of labels that are not read four numbers at a time:
 FEW = 128
 WARPS = 4
-MAXREG = None
+MAXREG, DEPTH = None, 2048
 MOST_Q = tl.constexpr(127.0 * 256)  # what the largest number of a query is in 16 bits
-NIBBLES, EIGHTS = tl.constexpr(0x0F0F0F0F), tl.constexpr(0x08080808)
-DOT = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")  # of four bytes each, and a sum
+NIBBLES = tl.constexpr(-0x0F0F0F10)  # the high half of each of four bytes
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 
@@ -38,6 +40,7 @@ def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: flo
     """Write what `selector.scores` says of labels `[B, Hkv, P, PAGE, ...]` and their scales."""
     (label, step), projection = _held(index), selector.asked.on(asked.q.device)
     sizes = _sizes(selector, projection, 4)
+    sizes["DEPTH"] = min(triton.next_power_of_2(sizes["D"]), DEPTH // sizes["PADDED"])
     rows = max(1, min(triton.next_power_of_2(asked.queries), 64 // sizes["PADDED"], 8))
     four = sizes["WIDE"] % 4 == 0 and selector.bits < 16 and is_nvidia(str(label.device))
     _score[(asked.tiles, asked.programs, triton.cdiv(asked.queries, rows))](
@@ -49,6 +52,7 @@ def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: flo
         ROWS=rows,
         TOKENS=PART if four else FEW,
         FOUR=four,
+        **_products(min(4, sizes["PADDED"] // 4), 2 if selector.bits == 4 else 1),
         **asked.settings(),
         num_warps=WARPS,
         maxnreg=MAXREG,
@@ -74,6 +78,23 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
         num_warps=4,
         **chained(str(label.device)),
     )
+
+
+@lru_cache
+def _products(words: int, halves: int) -> dict[str, Any]:
+    """What sums up products of four bytes at a time, of so many words at once, in the first of as
+    many results: of each half words of labels, and the high and low bytes of a query's numbers."""
+    lines, first = ["mov.b32 s, 0;"], words
+    for byte in (1, 2):
+        for half in range(halves):
+            for word in range(words):
+                label = first + 3 * half * words + word
+                lines += [f"dp4a.s32.s32 s, ${label}, ${label + byte * words}, s;"]
+        lines += ["shl.b32 s, s, 8;" if byte == 1 else "mov.b32 $0, s;"]
+    lines += [f"mov.b32 ${word}, 0;" for word in range(1, words)]
+    text = "{.reg .b32 s; " + " ".join(lines) + "}"
+    registers = ",".join(["=r"] * words + ["r"] * 3 * halves * words)
+    return {"ASM": text, "REGISTERS": registers, "PACK": words}
 
 
 def _held(index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -119,10 +140,10 @@ def _ask(
     for begin in range(0, D, DEPTH):
         d = begin + tl.arange(0, DEPTH)
         x = tl.load(at[:, None] + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0)
-        inside = (d < D)[:, None] & (column < WIDE)[None, :]
-        p = PROJECTION + d[:, None] * RANK + first_column + column[None, :]
+        inside = (d < D)[None, :, None] & (column < WIDE)[None, None, :]
+        p = PROJECTION + d[None, :, None] * RANK + first_column + column[None, None, :]
         p = tl.load(p, mask=inside, other=0.0)
-        made += tl.sum(x.to(tl.float32)[:, :, None] * p[None, :, :], 1)
+        made += tl.sum(x.to(tl.float32)[:, :, None] * p, 1)
     return made
 
 
@@ -133,26 +154,16 @@ def _in_16_bits(x, most):
 
 
 @triton.jit
-def _bytes(n, ROWS: tl.constexpr, PADDED: tl.constexpr):
-    """The two bytes, both signed, of integers n `[ROWS, PADDED]`, four to a word."""
+def _bytes(n, TOKENS: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """The two bytes, both signed, of integers n `[ROWS, PADDED]`, four to a word, for each token:
+    `[TOKENS, ROWS, W]`."""
     shift = tl.arange(0, 4) * 8
     high = (n + 128) >> 8
     low = n - (high << 8)
     high = tl.reshape(high & 255, [ROWS, PADDED // 4, 4]) << shift[None, None, :]
     low = tl.reshape(low & 255, [ROWS, PADDED // 4, 4]) << shift[None, None, :]
-    return tl.sum(high, 2), tl.sum(low, 2)
-
-
-@triton.jit
-def _dot(label, high, low):
-    """Products of bytes of labels `[TOKENS, W]` and numbers of queries `[ROWS, W]`, whose bytes
-    these are: `[TOKENS, ROWS, W]`."""
-    label, _ = tl.broadcast(label[:, None, :], high[None, :, :])
-    zero = tl.zeros(label.shape, tl.int32)
-    high, low = high[None, :, :] + zero, low[None, :, :] + zero
-    s: tl.constexpr = "=r,r,r,r"
-    high = tl.inline_asm_elementwise(DOT, s, [label, high, zero], tl.int32, True, 1)
-    return tl.inline_asm_elementwise(DOT, s, [label, low, high << 8], tl.int32, True, 1)
+    each = tl.zeros([TOKENS, ROWS, PADDED // 4], tl.int32)
+    return tl.sum(high, 2)[None, :, :] + each, tl.sum(low, 2)[None, :, :] + each
 
 
 @triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
@@ -162,7 +173,8 @@ def _score(
     step_b: tl.int64, step_h: tl.int64,
     Hkv, Q, queries, U, below: tl.int64, refresh, times,
     D: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
-    BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    FOUR: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr, PACK: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -183,9 +195,9 @@ def _score(
         labels = labels.to(tl.pointer_type(tl.int32))
     W: tl.constexpr = WIDE // 4 if FOUR else WIDE
     column = tl.arange(0, PADDED // 4 if FOUR else PADDED)
-    labels += token.to(tl.int64)[:, None] * W + column[None, :]
+    labels += token.to(tl.int64)[:, None, None] * W + column[None, None, :]
     steps += token
-    inside = (token < end)[:, None] & (column < W)[None, :]
+    inside = (token < end)[:, None, None] & (column < W)[None, None, :]
     label = tl.load(labels, mask=inside, other=0)  # they come while queries are projected
     step = tl.load(steps, mask=token < end, other=0.0)
 
@@ -207,13 +219,13 @@ def _score(
         most = tl.where(most == 0, 1.0, most)
         x = _in_16_bits(x, most)
         times *= most / MOST_Q
-        if FOUR:
-            x_high, x_low = _bytes(x, ROWS, PADDED)
         if BITS == 4:
             z = _in_16_bits(z, most)
-            eights = 8 * (tl.sum(x, 1) + tl.sum(z, 1))
-            if FOUR:
-                z_high, z_low = _bytes(z, ROWS, PADDED)
+        if FOUR:
+            x_high, x_low = _bytes(x, TOKENS, ROWS, PADDED)
+            if BITS == 4:
+                z_high, z_low = _bytes(z, TOKENS, ROWS, PADDED)
+                times /= 16
 
     EACH: tl.constexpr = TOKENS // UNIT  # units of a part
     SLOTS: tl.constexpr = TOKENS // 4 if UNIT == 1 else EACH
@@ -226,29 +238,29 @@ def _score(
         token += TOKENS
         labels += TOKENS * W
         steps += TOKENS
-        inside = (token < end)[:, None] & (column < W)[None, :]
+        inside = (token < end)[:, None, None] & (column < W)[None, None, :]
         label = tl.load(labels, mask=inside, other=0)
         step = tl.load(steps, mask=token < end, other=0.0)
         if BITS == 16:
-            s = tl.sum(now.to(tl.float32)[:, None, :] * x[None, :, :], 2)
-        else:
-            if FOUR:
-                if BITS == 4:  # from 0 to 15, which is 8 too many
-                    s = _dot((now & NIBBLES) ^ EIGHTS, x_high, x_low)
-                    s += _dot(((now >> 4) & NIBBLES) ^ EIGHTS, z_high, z_low)
-                    s = tl.sum(s, 2) - eights[None, :]
-                else:
-                    s = tl.sum(_dot(now, x_high, x_low), 2)
+            s = tl.sum(now.to(tl.float32) * x[None, :, :], 2)
+        elif FOUR:
+            now += tl.zeros([TOKENS, ROWS, PADDED // 4], tl.int32)
+            if BITS == 4:  # numbers times 16: in the high halves of bytes
+                given = [(now << 4) & NIBBLES, x_high, x_low, now & NIBBLES, z_high, z_low]
             else:
-                now = now.to(tl.int32)
-                if BITS == 4:
-                    low, high = now << 28 >> 28, now >> 4
-                    s = low[:, None, :] * x[None, :, :] + high[:, None, :] * z[None, :, :]
-                else:
-                    s = now[:, None, :] * x[None, :, :]
-                s = tl.sum(s, 2)
+                given = [now, x_high, x_low]
+            s = tl.inline_asm_elementwise(ASM, REGISTERS, given, tl.int32, True, PACK)
+            s = tl.sum(s, 2)
+        else:
+            now = now.to(tl.int32)
+            if BITS == 4:
+                s = (now << 28 >> 28) * x[None, :, :] + (now >> 4) * z[None, :, :]
+            else:
+                s = now * x[None, :, :]
+            s = tl.sum(s, 2)
+        if BITS < 16:
             s = s.to(tl.float32) * by.to(tl.float32)[:, None]
-        s = tl.where(real[:, None], s, float("-inf"))
+        s += tl.where(real, 0.0, float("-inf"))[:, None]
         if UNIT > 1:
             s = tl.max(tl.reshape(s, [SIDE, TOKENS // SIDE, ROWS]), 0)
             s = tl.max(tl.reshape(s, [EACH, UNIT // SIDE, ROWS]), 1)
