@@ -3,7 +3,7 @@
 First a kernel of the selector's own, or PyTorch where there is none, writes the units' scores, and
 how much softmax weight each tile of units has in all (`scores.py`). `_vote` adds the tiles up, so
 that scores become votes, and counts how many units have which: a vote is one of few thousand
-(`budget.votes`). `_write` finds in these counts the vote at which enough units are kept, and writes
+(`budget.ranks`). `_write` finds in these counts the vote at which enough units are kept, and writes
 those that have more, and the lower ones of those that have as much, in ascending order. Both serve
 a row by a program for each chunk of units. Nothing is sorted, no host waits. Lengths are read on
 the device, and what is chosen does not depend on the room there is for more pages, so that a CUDA

@@ -58,7 +58,7 @@ def ranks(
     """The bins of some units of a row, by their ranks.
 
     A unit's rank is 1 and how often 1 is halved to give its vote, the largest of its shares of the
-    queries' softmax, as a float16: see `budget.votes`. The best has bin 0.
+    queries' softmax, as a float16: see `budget.ranks`. The best has bin 0.
     """
     tile = tl.arange(0, SIZE // TILE)
     cost = tl.full(unit.shape, LEAST - 1.0, tl.float32)
