@@ -23,7 +23,16 @@ from torch import Tensor
 
 from hfsparse.kernels.triton import labels, quest, scores
 from hfsparse.kernels.triton.limits import DTYPES, await_previous, chained
-from hfsparse.kernels.triton.scores import BINS, CHUNKS, WORDS, YOUNG, Asked, is_young, units_of
+from hfsparse.kernels.triton.scores import (
+    BINS,
+    CHUNKS,
+    NEAR,
+    WORDS,
+    YOUNG,
+    Asked,
+    is_young,
+    units_of,
+)
 from hfsparse.kernels.triton.votes import budget_of, forces, keys_in, rank_of, ranks, weight
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.choice import Choice
@@ -158,7 +167,21 @@ def _vote(
     key = ranks(SCORES, TOTALS, head, unit, total, queries, tiles, SIZE, TILE)
     tl.store(KEYS + head * U + unit, key.to(tl.int16), mask=unit < total)
     forced, _ = forces(unit, length, Q, total, UNIT, EACH)
-    tl.atomic_add(tally + key, 1, mask=(unit < total) & ~forced, sem="relaxed")
+    place = tally + key % NEAR * (BINS // NEAR) + key // NEAR
+    tl.atomic_add(place, 1, mask=(unit < total) & ~forced, sem="relaxed")
+
+
+@triton.jit
+def _bin(found, need):
+    """Of bins `[NEAR, BINS / NEAR]`, which count down the columns, the one where their sum reaches
+    `need`, and the sum before it."""
+    near, far = tl.arange(0, NEAR), tl.arange(0, BINS // NEAR)
+    whole = tl.sum(found, 0)
+    column = tl.sum(tl.where(tl.cumsum(whole, 0) < need, 1, 0), 0)
+    before = tl.sum(tl.where(far < column, whole, 0), 0)
+    each = tl.sum(tl.where((far == column)[None, :], found, 0), 1)
+    row = tl.sum(tl.where(before + tl.cumsum(each, 0) < need, 1, 0), 0)
+    return column * NEAR + row, before + tl.sum(tl.where(near < row, each, 0), 0)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS.split(), *"fewest part whole votes all_votes width stride".split()])
@@ -196,8 +219,9 @@ def _write(
                     tl.atomic_add(READ + head % Hkv, keys_in(count, length, UNIT))
             return
 
-    bins, keys = tl.arange(0, BINS), KEYS + head * U
-    found = tl.load(tally + bins)
+    keys, near, far = KEYS + head * U, tl.arange(0, NEAR), tl.arange(0, BINS // NEAR)
+    found = tl.load(tally + near[:, None] * (BINS // NEAR) + far[None, :])
+    bins = far[None, :] * NEAR + near[:, None]
     forced, newest = forces(unit, length, Q, total, UNIT, EACH)
     budget, early = budget_of(total, newest, part, whole, fewest, EACH)
     key = tl.load(keys + unit, mask=unit < total, other=BINS).to(tl.int32)
@@ -211,12 +235,11 @@ def _write(
         held = tl.load(keys + new, mask=known, other=0).to(tl.int32)
         held = tl.sum(tl.where(known, weight(1.0, rank_of(held)), 0), 0)
         mass = found.to(tl.int64) * weight(1.0, rank_of(bins))
-        need = tl.cdiv((held + tl.sum(mass, 0)) * votes, all_votes) - held
-        short = tl.sum(tl.where(tl.cumsum(mass, 0) < need, 1, 0), 0)
-        need -= tl.sum(tl.where(bins < short, mass, 0), 0)
-        each = tl.maximum(weight(1.0, rank_of(short)), 1)
-        enough = early + tl.sum(tl.where(bins < short, found, 0), 0)
-        enough += (tl.maximum(need + each - 1, 0) // each).to(tl.int32)
+        need = tl.cdiv((held + tl.sum(tl.sum(mass, 0), 0)) * votes, all_votes) - held
+        last, before = _bin(mass, need)
+        each = tl.maximum(weight(1.0, rank_of(last)), 1)
+        enough = early + tl.sum(tl.sum(tl.where(bins < last, found, 0), 0), 0)
+        enough += (tl.maximum(need - before + each - 1, 0) // each).to(tl.int32)
         least = tl.minimum(tl.maximum(fewest, early), total)
         budget = tl.minimum(tl.maximum(enough, least), budget)
     count = tl.minimum(budget, width).to(tl.int64)
@@ -233,8 +256,8 @@ def _write(
 
     # All before the bin at which there are enough; of those in it the lower units, as many as are
     # due.
-    edge = tl.sum(tl.where(early + tl.cumsum(found, 0) < budget, 1, 0), 0)
-    due = budget - early - tl.sum(tl.where(bins < edge, found, 0), 0)
+    edge, before = _bin(found, budget - early)
+    due = budget - early - before
     seen = tl.cumsum(tl.where(key < edge, 1, tl.where(key == edge, 1 << 16, 0)), 0)
     # Each chunk tells the later ones, which wait for it, what it has; programs begin in order.
     mine = tl.sum(tl.where(key < edge, 1, tl.where(key == edge, 1 << 15, 0)), 0)

@@ -23,9 +23,9 @@ from hfsparse.selectors.budget import Budget
 
 TILE = 64  # units that one program scores, or
 TOKENS = 512  # as many as have so many tokens
-# A row's tally: how many units have each vote, what each chunk of units keeps, and when a choice
-# that is read on was made.
-BINS, CHUNKS = tl.constexpr(8192), tl.constexpr(32)
+# A row's tally: how many units have each rank, of which neighbours lie apart so that counting them
+# does not queue; what each chunk of units keeps; and when a choice that is read on was made.
+BINS, NEAR, CHUNKS = tl.constexpr(8192), tl.constexpr(256), tl.constexpr(32)
 YOUNG, WORDS = tl.constexpr(8192 + 32), tl.constexpr(8192 + 64)
 
 

@@ -104,5 +104,5 @@ def test_a_new_length_launches_and_compiles_the_same(monkeypatch):
                 labels.follow(part, q[:, :2], torch.arange(2), length[:, None] - 1)
                 found.append(list(seen))
                 seen.clear()
-            assert len(found[0]) == 4
+            assert len(found[0]) == 5
             assert found[0] == found[1]
