@@ -2,13 +2,13 @@
 
 First a kernel of the selector's own, or PyTorch where there is none, writes the units' scores, and
 how much softmax weight each tile of units has in all (`scores.py`). `_vote` adds the tiles up, so
-that scores become votes, and counts how many units have which: a vote is one of few thousand
-(`budget.ranks`). `_write` finds in these counts the vote at which enough units are kept, and writes
-those that have more, and the lower ones of those that have as much, in ascending order. Both serve
-a row by a program for each chunk of units. Nothing is sorted, no host waits. Lengths are read on
-the device, and what is chosen does not depend on the room there is for more pages, so that a CUDA
-graph over a cache's whole room serves every step. A row whose last choice is young (`refresh`), or
-that is too short for one, leaves all early.
+that scores become votes, and counts how many units have which rank, of few thousand
+(`budget.ranks`). `_write` finds in these counts the rank at which there are enough units, and
+writes those that come before it, and the lower ones of those that have it, in ascending order. Both
+serve a row by a program for each chunk of its units. Nothing is sorted, no host waits. Lengths are
+read on the device, and what is chosen does not depend on the room there is for more pages, so that
+a CUDA graph over a cache's whole room serves every step. A row whose last choice is young
+(`refresh`), or that is too short for one, leaves all early.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def _bin(found, need):
     return column * NEAR + row, before + tl.sum(tl.where(near < row, each, 0), 0)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS.split(), *"fewest part whole votes all_votes width stride".split()])
+@triton.jit(
+    do_not_specialize=[*NUMBERS.split(), *"fewest part whole votes all_votes width stride".split()]
+)
 def _write(
     KEYS, TALLY, LENGTH, MADE, CHOSEN, COUNT, KEPT, READ,
     Hkv, Q, queries, U, below: tl.int64, refresh, fewest, part: tl.int64, whole: tl.int64,

@@ -1,8 +1,8 @@
 """Labels of tokens in Triton: scored, the first half of a choice (`choose.py`), and written.
 
-What labels are, `hfsparse.selectors.labels` says. Queries are projected by each program, which
-costs less than a launch. Their numbers, in 16 bits, meet labels of 4 and 8 bits as integers, four
-products at a time on a GPU; labels of 16 bits as float32. Bound by memory: each label is read once.
+What labels are, `hfsparse.selectors.labels` says. A launch projects the queries, whose numbers, in
+16 bits, meet labels of 4 and 8 bits as integers: on an NVIDIA GPU four bytes at a time, as they lie
+in memory. Labels of 16 bits are multiplied as float32. Each label is read once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from hfsparse.lists.places import Place
 from hfsparse.selectors.labels import Labelled
 
 RUN = 2048  # tokens that a program scores
-PART = 512  # of which at once; of labels that are not read four numbers at a time:
-FEW = 128
-WARPS = 4
+PART, FEW = 512, 128  # of which at once, where bytes are multiplied four at a time and where not
 NUMBERS = 4096  # of a projection, held at once
 MOST_Q = tl.constexpr(127.0 * 256)  # what the largest number of a query is in 16 bits
 NIBBLES = tl.constexpr(-0x0F0F0F10)  # the high half of each of four bytes
@@ -65,7 +63,7 @@ def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: flo
         ROWS=rows,
         TOKENS=PART if four else FEW,
         **more,
-        num_warps=WARPS,
+        num_warps=4,
     )
 
 
@@ -218,7 +216,8 @@ def _score(
     if tile * TILE >= total:
         return
     b, kv = head // Hkv, head % Hkv
-    # Tokens of a part: of a unit's, four lie in one thread, which has every so many.
+    # A part of the tokens: a thread has several of a unit that lie side by side, since it reduces
+    # them by itself, and single ones as they come.
     SIDE: tl.constexpr = 1 if UNIT == 1 else TOKENS // 128
     nth = tl.arange(0, TOKENS)
     token = tile * TILE * UNIT + nth % (TOKENS // SIDE) * SIDE + nth // (TOKENS // SIDE)
