@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
-from hfsparse.patcher import exact
+from hfsparse.patcher import answering
 from hfsparse.patcher.generation import SHADOWS
 from hfsparse.patcher.hooks import after_forward, before_attention, before_forward, forward
 from hfsparse.patcher.state import State, state_of
@@ -57,11 +57,11 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     else:
         decoder.forward = _bind(forward, decoder, like=decoder.forward)
     for name, function in SHADOWS.items():
-        if hasattr(type(model), name):
+        if hasattr(type(model), name) and name not in vars(model):
             setattr(model, name, _bind(function, model, like=getattr(model, name)))
-    if state.exact is not None:
-        state.exact.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
-        model.forward = _bind(exact.forward, model, like=model.forward)
+    if model is not decoder:
+        state.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
+        model.forward = _bind(answering.forward, model, like=model.forward)
     wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
@@ -97,12 +97,15 @@ def restore(model: PreTrainedModel, state: State) -> None:
     decoder = text_decoder(model)
     if getattr(decoder.forward, "func", None) is forward:
         del decoder.forward
-    if getattr(model.__dict__.get("forward"), "func", None) is exact.forward:
+    if getattr(model.__dict__.get("forward"), "func", None) is answering.forward:
         del model.forward
-        if state.exact.forward is not None:
-            model.forward = state.exact.forward
+        if state.forward is not None:
+            model.forward = state.forward
     vars(decoder).pop("_hfsparse", None)
     for module in model.modules():
         drop_layer_plan(module)
-    for name in (*SHADOWS, "_compiled_call", "_cache"):
+    for name, function in SHADOWS.items():
+        if getattr(model.__dict__.get(name), "func", None) is function:
+            delattr(model, name)
+    for name in ("_compiled_call", "_cache"):
         model.__dict__.pop(name, None)
