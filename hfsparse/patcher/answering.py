@@ -20,9 +20,9 @@ _runners: ContextVar[list[Runner] | None] = ContextVar("hfsparse_runners", defau
 
 def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
     """The forward of a patched model: its own, or what a drafter or a runner answers."""
-    state = text_decoder(model)._hfsparse
-    own = state.forward or type(model).forward.__get__(model)
-    if args or torch.compiler.is_dynamo_compiling():
+    state = text_decoder(model).__dict__.get("_hfsparse")
+    own = getattr(state, "forward", None) or type(model).forward.__get__(model)
+    if args or state is None or torch.compiler.is_dynamo_compiling():
         return own(*args, **kwargs)
     layers = cache_layers(find_cache(kwargs))
     serving = (state.exact or state.ahead).serving.get(layers[0]) if layers else None

@@ -17,7 +17,13 @@ from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher import answering
 from hfsparse.patcher.generation import SHADOWS
-from hfsparse.patcher.hooks import after_forward, before_attention, before_forward, forward
+from hfsparse.patcher.hooks import (
+    after_forward,
+    before_attention,
+    before_forward,
+    forward,
+    refuse_replica,
+)
 from hfsparse.patcher.state import State, state_of
 from hfsparse.runtime.attend import attention
 from hfsparse.runtime.call import leave
@@ -62,6 +68,7 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     if model is not decoder:
         state.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
         model.forward = _bind(answering.forward, model, like=model.forward)
+        keep(model.register_forward_pre_hook(refuse_replica))
     wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
