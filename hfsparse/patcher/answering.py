@@ -18,9 +18,9 @@ from hfsparse.patcher.exact import Drafter
 _runners: ContextVar[list[Runner] | None] = ContextVar("hfsparse_runners", default=None)
 
 
-def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
+def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -> Any:
     """The forward of a patched model: its own, or what a drafter or a runner answers."""
-    state = text_decoder(model).__dict__.get("_hfsparse")
+    state = decoder.__dict__.get("_hfsparse")
     own = getattr(state, "forward", None) or type(model).forward.__get__(model)
     if args or state is None or torch.compiler.is_dynamo_compiling():
         return own(*args, **kwargs)

@@ -67,16 +67,17 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
             setattr(model, name, _bind(function, model, like=getattr(model, name)))
     if model is not decoder:
         state.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
-        model.forward = _bind(answering.forward, model, like=model.forward)
+        model.forward = _bind(answering.forward, model, decoder, like=model.forward)
         keep(model.register_forward_pre_hook(refuse_replica))
     wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
 
 
-def _bind(function: Callable, owner: Any, like: Callable) -> functools.partial:
-    """A method for one object, with another's signature: unlike a bound one, it can be pickled."""
-    method = functools.partial(function, owner)
+def _bind(function: Callable, *owners: Any, like: Callable) -> functools.partial:
+    """A method for one object, or of one and a part of it, with another's signature: unlike a
+    bound one, it can be pickled."""
+    method = functools.partial(function, *owners)
     return functools.update_wrapper(method, like, assigned=("__module__",), updated=())
 
 
