@@ -6,8 +6,9 @@
 
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
-and `generation` in `generate`, where `exact` drafts; all `state` lies on the model, so
-`unpatch(model)` needs no handle.
+and `generation` in `generate`, whose calls are answered (`answering`) by steps that ran `ahead` or
+by drafts (`exact`), both `choosing` as it does. All `state` lies on the model, so `unpatch(model)`
+needs no handle.
 `explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
 folders.
 """

@@ -71,10 +71,6 @@ class Launched:
     done: torch.cuda.Event | None = None
     output: Any = None
 
-    @property
-    def read(self) -> list[Tensor]:
-        return _tensors(self.given)
-
 
 class Runner(LogitsProcessor):
     """Steps ahead of one `generate`, whose tokens it sees as a processor that changes none."""
@@ -96,17 +92,21 @@ class Runner(LogitsProcessor):
         """`forward(**given)` of a model that goes on with a cache of these layers."""
         ids, self.ids = self.ids, None
         plain = ids is not None and is_plain_step(given, layers, ids)
-        output = self._take(given, layers) if plain else self.finish()
-        if output is None:
+        taken = self._take(given, layers) if plain else self.finish()
+        if taken is None:
             output = forward(**given)
             if not plain or self.graphs.why is not None:
                 self.ahead.why = self.graphs.why or "generate asks for more than logits"
                 return output
+        else:
+            output = taken.output
         ids = torch.cat([ids, given["input_ids"].to(ids.device)], 1)
         if self.pause:
             self.pause -= 1
         elif self.choosing.left(ids) > 0:
             self._launch(forward, given, layers, ids, output)
+        if taken is not None:  # not before: the next step waits for the host's stream
+            self.lane.join(taken.done, _tensors(output))
         return output
 
     def finish(self) -> None:
@@ -124,22 +124,22 @@ class Runner(LogitsProcessor):
         self.wrong += 1
         self.pause = PAUSE * self.wrong
 
-    def _take(self, given: dict[str, Any], layers: list[CacheLayer]) -> Any:
-        """The output of the step under way, if that is what a call asks for."""
+    def _take(self, given: dict[str, Any], layers: list[CacheLayer]) -> Launched | None:
+        """The step under way, which the cache counts from now on, if a call asks for it."""
         step = self.step
         if step is None:
             return None
-        self.lane.join(step.chosen, step.read)
-        if layers[0].rows is not step.rows or self.graphs.graph_of(layers).stale():
+        self.lane.join(step.chosen, _tensors(step.given))
+        graph = self.graphs.graph_of(layers)
+        if layers[0].rows is not step.rows or graph is None or graph.stale():
             return self.finish()
         if not _same(step.given, given):
             self._wait()
             self.ahead.why = WRONG
             return self.finish()
         self.step, self.wrong = None, 0
-        self.lane.join(step.done, _tensors(step.output))
         self.graphs.count_ahead(layers)
-        return step.output
+        return step
 
     def _launch(
         self,
