@@ -4,6 +4,7 @@ exact mode, or a runner whose step is under way."""
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _runners: ContextVar[list[Runner] | None] = ContextVar("hfsparse_runners", defau
 def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -> Any:
     """The forward of a patched model: its own, or what a drafter or a runner answers."""
     state = decoder.__dict__.get("_hfsparse")
-    own = getattr(state, "forward", None) or type(model).forward.__get__(model)
+    own = getattr(state, "forward", None) or partial(type(model).forward, model)
     if args or state is None or torch.compiler.is_dynamo_compiling():
         return own(*args, **kwargs)
     layers = cache_layers(find_cache(kwargs))
