@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.sharding import Shard, check_same, group_of, least, shard_of, together
+from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
 from hfsparse.patcher.ahead import Ahead
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
@@ -131,21 +131,19 @@ def _prepare(
         layers = resolve_layers(plan, shapes, below, extensions, shard)
     check_host(modules, layers)
     graphs = Graphs(layers, linear, fuse, agree)
-    ahead = Ahead(graphs, _why_not_ahead(model, layers, exact, shard))
+    ahead = Ahead(graphs, _why_not_ahead(model, layers, exact))
     of = layers[0].owner, model, plan, layers, copy_configs(model)
     state = State(*of, graphs, shard, ahead, drafts)
     return modules, state, extensions
 
 
-def _why_not_ahead(
-    model: PreTrainedModel, layers: list[LayerPlan], exact: bool, shard: Shard
-) -> str | None:
+def _why_not_ahead(model: PreTrainedModel, layers: list[LayerPlan], exact: bool) -> str | None:
     """Why no step of a patched model ever runs ahead of `generate`."""
     if exact:
         return "exact mode verifies drafts"
     if "forward" in vars(model) or "generate" in vars(model):
         return "its forward or its generate is not its class's (accelerate's hooks?)"
-    if shard.ranks > 1:
-        return "ranks share its heads"
+    if group_of(model) is not None:
+        return "ranks share its weights"
     hosts = any(layer.hosts for layer in layers)
     return "pages in host memory can't be taken back without waiting" if hosts else None

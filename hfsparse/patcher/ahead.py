@@ -10,8 +10,8 @@ comes back with that token, it gets what is under way, and the step behind it is
 It chooses and decides as ever. Where it comes back with something else or not at all, the cache has
 the step taken back: its key goes, choices, counts and states of linear layers are copied back. By
 then a ring has overwritten the oldest key beyond its window: it can go back one token less.
-No step is launched behind the last token that `max_length` allows, and none is under way outside of
-`generate`.
+No step is launched behind the last token that `max_length` allows; one that is taken back behind
+any other has cost the GPU a step. None is under way outside of `generate`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hfsparse.models.names import find_cache
 from hfsparse.patcher.choosing import Choosing, is_plain_step, later_call
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running_ahead
-from hfsparse.runtime.graphs import Graphs, NotReady
+from hfsparse.runtime.graphs import NO_REPLAY, Graphs, NotReady
 from hfsparse.runtime.graphs.lane import Lane
 
 PAUSE = 8  # steps that none runs ahead of, for each wrong token in a row
@@ -73,10 +73,20 @@ class Launched:
 
 
 class Runner(LogitsProcessor):
-    """Steps ahead of one `generate`, whose tokens it sees as a processor that changes none."""
+    """Steps ahead of one `generate` over the cache whose first layer this is. It sees the tokens as
+    a processor that changes none."""
 
-    def __init__(self, ahead: Ahead, config: Any, processors: Sequence[LogitsProcessor]):
-        self.ahead, self.graphs = ahead, ahead.graphs
+    lane: Lane  # of the step under way
+
+    def __init__(
+        self,
+        ahead: Ahead,
+        first: CacheLayer,
+        config: Any,
+        processors: Sequence[LogitsProcessor],
+    ):
+        self.ahead, self.graphs, self.first = ahead, ahead.graphs, first
+        ahead.serving[first] = self
         self.choosing = Choosing(config, [each for each in processors if _is_known(each)])
         self.ids: Tensor | None = None  # [B, n] tokens so far, where logits were asked for last
         self.step: Launched | None = None
@@ -108,6 +118,11 @@ class Runner(LogitsProcessor):
         if taken is not None:  # not before: the next step waits for the host's stream
             self.lane.join(taken.done, _tensors(output))
         return output
+
+    def end(self) -> None:
+        """No step is under way, and none will be."""
+        self.finish()
+        self.ahead.serving.pop(self.first, None)
 
     def finish(self) -> None:
         """Take back the step that is under way, if one is."""
@@ -153,26 +168,25 @@ class Runner(LogitsProcessor):
         them."""
         graph = self.graphs.graph_of(layers)
         if graph is None or len(graph.devices) > 1:
-            self.ahead.why = "its layers lie on several devices" if graph else self.graphs.why
+            self.ahead.why = "its layers lie on several devices" if graph else NO_REPLAY
             return
         self.lane = lane = Lane(graph.device)
-        with lane.run([ids, output.logits, *_tensors(given)]):
-            self._note(self.graphs.beside(find_cache(given), layers))
-            with self.choosing.same_numbers(ids.device):
-                tokens = self.choosing.choose(ids, output.logits)
-            made = later_call(given, tokens.to(given["input_ids"].device), 1)
-            self.step = Launched(made, layers, layers[0].rows, lane.mark())
-            try:
+        try:
+            with lane.run([ids, output.logits, *_tensors(given)]):
+                self._note(self.graphs.beside(find_cache(given), layers))
+                with self.choosing.same_numbers(ids.device):
+                    tokens = self.choosing.choose(ids, output.logits)
+                made = later_call(given, tokens.to(given["input_ids"].device), 1)
+                self.step = Launched(made, layers, layers[0].rows, lane.mark())
                 with running_ahead():
                     self.step.output = forward(**made)
                 self.step.done, self.ahead.why = lane.mark(), None
-            except NotReady as why:
-                self.step, self.ahead.why = None, str(why)
-            except Exception as error:  # as the call itself will raise, if it comes
-                self._wait()
-                self.ahead.why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if self.ahead.why is not None:
+        except NotReady as why:
+            self.step, self.ahead.why = None, str(why)
+        except Exception as error:  # as the call itself will raise, if it comes
             self.finish()
+            self._wait()
+            self.ahead.why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     def _note(self, tensors: list[Tensor]) -> None:
         """Keep what tensors hold that a step will change."""

@@ -37,7 +37,7 @@ def generate(self, *args, **kwargs) -> Any:
         return type(self).generate(self, *args, **kwargs)
     finally:
         for runner in _runners.get():
-            runner.finish()
+            runner.end()
         _runners.reset(before)
 
 
@@ -71,7 +71,7 @@ def watch(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
     if exact is not None:
         serving = exact.serving[layers[0]] = Drafter(exact.drafts, generation_config, processors)
     elif ahead.never is None and ahead.why is None:
-        serving = ahead.serving[layers[0]] = Runner(ahead, generation_config, processors)
+        serving = Runner(ahead, layers[0], generation_config, processors)
         _runners.get().append(serving)
     else:
         return processors

@@ -32,7 +32,7 @@ WARPED = dict(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.3,
 @pytest.fixture
 def ran(monkeypatch):
     """Steps that ran ahead: those that were asked for then, and those that were taken back."""
-    count = SimpleNamespace(taken=0, back=0, stale=False)
+    count = SimpleNamespace(taken=0, back=0, stale=False, fails=None)
 
     def run(self, call, decoder, kwargs, cache):
         layers, ahead = cache_layers(cache), running().ahead
@@ -46,6 +46,8 @@ def ran(monkeypatch):
         if ahead:
             self.count(layers[0].rows, 1, -1)
             restore_host(layers, before)
+            if layers[0].seen == count.fails:
+                raise RuntimeError("no room for logits")
         return output
 
     def taken(self, layers):
@@ -243,6 +245,19 @@ def test_what_changes_meanwhile_is_seen(ran):
 
     assert torch.equal(*two_ways(model, families.full, run))
     assert ran.back == 1
+
+
+def test_a_step_that_fails_ahead_is_run_when_it_is_asked_for(ran):
+    model, ids, ran.fails = tiny("llama"), tokens(1, 60), 64
+
+    def run(handle):
+        out = generate(model, ids, new=16)
+        return everything(handle, out), told(handle)
+
+    want, got = two_ways(model, families.streaming, run)
+    assert got[0] == want[0]
+    assert got[1] == "yes"
+    assert (ran.taken, ran.back) == (3 + 2, 1), "eight steps go by"
 
 
 def test_generations_side_by_side_keep_their_steps(ran):

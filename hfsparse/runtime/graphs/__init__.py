@@ -56,10 +56,10 @@ from hfsparse.runtime.masks import row_starts
 # How a step is run. All ranks that share a model's heads run it alike, as the one that is ready for
 # least: what they sum up together must be summed as often on each, and recorded at once.
 EAGER, LIVE, RECORD, REPLAY = range(4)
+NO_REPLAY = "the step is no replay"
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
 BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
-NOT_AHEAD = "the step is no replay"
 FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
@@ -172,7 +172,7 @@ class Graphs:
         layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
         graph = self.graph_of(layers)
         if graph is None or graph.stale() or not self.lock.acquire(blocking=False):
-            raise NotReady("another thread runs a step of this model" if graph else NOT_AHEAD)
+            raise NotReady("another thread runs a step of this model" if graph else NO_REPLAY)
         try:
             given = complete_inputs(kwargs, layers[0], type(decoder), 1)
             asked, rows = describe_call(given), [n + 1 for n in layers[0].rows]
