@@ -42,9 +42,8 @@ def generate(self, *args, **kwargs) -> Any:
 
 
 def wants_cache(model: PreTrainedModel, generation_config: Any) -> bool:
-    """Whether drafts need the cache of a `generate` that is about to begin."""
-    exact = text_decoder(model)._hfsparse.exact
-    return exact is not None and generation_config.use_cache is not False
+    """Whether who answers needs a cache for a `generate` that has made none, and any would do."""
+    return generation_config.use_cache is not False and model._supports_default_dynamic_cache()
 
 
 def leave_alone(model: PreTrainedModel, cache: Any) -> None:
