@@ -83,6 +83,7 @@ def explain(model: PreTrainedModel) -> str:
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
+    lines.append(f"the next one's, before generate has the token: {state.ahead}")
     if state.exact is not None:
         lines.append(f"drafts, as a CUDA graph: {state.exact.graphs}")
     windowed = [layer.index for layer in state.layers if layer.sliding_window is not None]
