@@ -37,6 +37,8 @@ def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.latents:
         return "no latents"
+    if need.pooled:
+        return "no pages of a pool"
     if need.lse:
         return "gives no LSE"
     if need.dtype not in DTYPES:
