@@ -60,7 +60,8 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
                     more["lse"] = sums = lse.new_empty(batch, len(heads), q.shape[2])
                 what = run, part, rows, q[:, own], new, more, span
                 if part.pool is not None:
-                    made = _read_pool(*what[:-1], listed, short)
+                    kv = places.at(part.heads, q.device)
+                    made = _read_pool(*what[:-1], kv, listed, short)
                 else:
                     made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
                 if lse is not None:
@@ -113,13 +114,13 @@ def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) ->
     return run(q, k, v, query_pos, None, listed, length=length, **more)
 
 
-def _read_pool(run, part: Place, rows, q, new: NewTokens, more, listed, short: bool) -> Tensor:
-    """Attention over rows that lie in the pages of a pool, all or some of which are listed; of a
-    band over what it holds, but in short rows."""
+def _read_pool(run, part: Place, rows, q, new: NewTokens, more, kv, listed, short) -> Tensor:
+    """Attention over rows that lie in the pages of a pool, all or some of which are listed, by the
+    kv heads of an index; of a band over what it holds, but in short rows."""
     if part.narrow and not short:
         (start,) = take_rows(rows, new.start(part.band))
         more = {**more, "start": start, "sink": part.band.sink}
-    k, v = (whole_rows(t, part.pool, new.longest)[:, [*part.heads]] for t in (part.k, part.v))
+    k, v = (whole_rows(t, part.pool, new.longest)[:, kv] for t in (part.k, part.v))
     held = part._replace(k=k, v=v, pool=None)
     return _read_full(run, held, rows, q, new, more, None, listed)
 

@@ -52,16 +52,18 @@ class PagedStore:
 
     choice = None
 
-    def __init__(self, group: Group, below: int, k: Tensor, v: Tensor, pages: int):
-        self.group, self.below, self.k, self.v = group, below, k, v
+    def __init__(self, group: Group, below: int, k: Tensor, v: Tensor, pages: int, at: HeadIndex):
+        self.group, self.below, self.k, self.v, self.at = group, below, k, v, at
         self.rows: Rows | None = None  # of the call that runs
         self.index: dict[str, Tensor] = {}  # [H, pages, ...]
         if group.selector is not None:
             shape = 0, len(group.heads), 1, PAGE
             none = (t.new_empty(*shape, t.shape[-1]) for t in (k, v))
             made = self._index_of(*none, k.new_empty(*shape, 1, dtype=torch.bool))
-            for name, t in made.items():
-                self.index[name] = t.new_zeros(len(group.heads), pages, *t.shape[3:])
+            with torch.inference_mode(False):
+                for name, t in made.items():
+                    shape = len(group.heads), pages, *t.shape[3:]
+                    self.index[name] = torch.zeros(shape, dtype=t.dtype, device=t.device)
 
     @property
     def capacity(self) -> int:
@@ -86,7 +88,7 @@ class PagedStore:
         if not self.index:
             return
         last = (length - 1).clamp(min=0)[:, None] // PAGE
-        at, heads = self.rows.pool.gather(1, last), [*self.group.heads]
+        at, heads = self.rows.pool.gather(1, last), self.at(self.group.heads, last.device)
         keys, values = (
             whole_rows(t, at, None)[:, heads].unsqueeze(2) for t in (self.k, self.v)
         )  # [B, H, 1, PAGE, D]
@@ -96,10 +98,10 @@ class PagedStore:
 
     def summarise(self, k: Tensor, v: Tensor, row: int) -> None:
         """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens."""
-        tokens, heads = k.shape[2], [*self.group.heads]
+        tokens, heads = k.shape[2], self.at(self.group.heads, k.device)
         for pages in at_once(range(-(-tokens // PAGE))) if self.index else ():
             own = slice(pages.start * PAGE, pages.stop * PAGE)
-            parts = [t[:, heads, own] for t in (k, v)]
+            parts = [t[:, heads][:, :, own] for t in (k, v)]
             short = len(pages) * PAGE - parts[0].shape[2]
             parts = [torch.nn.functional.pad(t, (0, 0, 0, short)) for t in parts]
             parts = [t.unflatten(2, (-1, PAGE)) for t in parts]
@@ -142,7 +144,8 @@ class PagedLayer:
         self.k, self.v = (t.transpose(0, 1)[None] for t in (k, v))  # [1, Hkv, N, D]
         self.table = Table(at)
         self.stores = [
-            PagedStore(group, below[group.reads != FULL], self.k, self.v, pages) for group in groups
+            PagedStore(group, below[group.reads != FULL], self.k, self.v, pages, at)
+            for group in groups
         ]
 
     def take(self, rows: Rows) -> Places:
