@@ -61,8 +61,8 @@ class Place(NamedTuple):
     # Where keys lie in host memory: lists say where what they name lies in k and v, whose first
     # NEWEST slots are its newest tokens.
     hot: Hot | None = None
-    # Where rows lie in the pages of a pool that all share, k and v `[1, Hkv, N, D]`, of all heads of
-    # the layer: `[B, P]` the page of k and v that has each row's page p.
+    # [B, P] the page that has each row's page p, where k and v `[1, Hkv, N, D]`, of all the layer's
+    # heads, are a pool that rows share.
     pool: Tensor | None = None
 
     @property
@@ -104,7 +104,7 @@ class Places(NamedTuple):
 
     @property
     def key_step(self) -> int:
-        """Elements from one slot's key to the next's: of a pool all heads of a token lie between."""
+        """Elements from one slot's key to the next's: in a pool a token's heads lie together."""
         return self.k.stride(2)
 
     @property

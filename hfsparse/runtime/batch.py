@@ -48,8 +48,8 @@ class Request:
 class Pool:
     """transformers' paged cache under a plan.
 
-    Token t of a block lies in `block * stride + t` of every layer's keys; a block has `size` tokens,
-    whole pages. asked: the requests of the call that is prepared.
+    Token t of a block lies in `block * stride + t` of every layer's keys; a block has `size`
+    tokens, which are whole pages. asked: the requests of the call that is prepared.
     """
 
     layers: dict[int, PagedLayer]
