@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -83,7 +82,8 @@ def before_forward(decoder, args, kwargs):
             stacklevel=2,
         )
     cache = find_cache(kwargs)
-    if isinstance(cache, Hashable) and (pool := state.pools.get(cache)) is not None:
+    packed = cache is not None and kwargs.get("cu_seq_lens_q") is not None
+    if packed and (pool := state.pools.get(cache)) is not None:
         running().batch = Batch(pool, kwargs)
         none = [index[:0] for index in kwargs["read_index"]]  # attention reads keys where they lie
         return args, {**kwargs, "read_index": none}

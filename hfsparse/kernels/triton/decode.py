@@ -110,7 +110,7 @@ def decode(
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = Hq // Hkv
-    latents = places.value_step > Dv
+    latents = places.pool is None and places.value_step > Dv
     DP, DVP, wide = padded(D, Dv, latents)
     rows, stages, warps = tile_of(group * Q, wide, q.element_size(), str(q.device), latents)
     tiles = triton.cdiv(group * Q, rows)
