@@ -45,7 +45,7 @@ class Manager(continuous_api.ContinuousBatchingManager):
         )
         config, hints = self.continuous_batching_config, workload_hints
         if (why := why_not_config(config)) is not None:
-            raise PatchError(f"continuous batching under hfsparse: {why}")
+            raise PatchError(f"this ContinuousBatchingConfig can't be followed: {why}")
         given = continuous_batching_config
         graphs = given.use_cuda_graph
         decodes = graphs[1] if isinstance(graphs, tuple) else graphs is None or graphs
@@ -78,11 +78,21 @@ class Manager(continuous_api.ContinuousBatchingManager):
         steps.update((request.tokens, 1) for request in requests if request.steps)
 
 
-def start(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+def start(
+    self,
+    generation_config=None,
+    continuous_batching_config=None,
+    workload_hints=None,
+    *older,
+    **more,  # what versions take that are refused
+):
     """`init_continuous_batching`: a manager whose model follows the plan."""
     state: State = text_decoder(self)._hfsparse
-    if (why := why_not(self, state)) is not None:
-        raise PatchError(f"continuous batching can't follow this plan: {why}")
+    if (why := why_not(state)) is not None:
+        raise PatchError(
+            f"continuous batching can't follow this plan: {why}. Use model.generate, or "
+            "handle.undo() first"
+        )
     kept = self.__dict__.get("_cached_continuous_batching_manager")
     if kept is not None and kept in state.managers:
         return kept
@@ -115,13 +125,13 @@ def stop_all(state: State) -> None:
     state.managers.clear()
 
 
-def why_not(model: PreTrainedModel, state: State) -> str | None:
+def why_not(state: State) -> str | None:
     """Why requests can't be batched continuously under a patch; None: they can."""
     layers, plan = state.layers, state.plan
     groups = [group for layer in layers for group in layer.groups]
     selectors = [group.selector for group in groups if group.selector is not None]
     if not KNOWN:
-        return f"that needs transformers {OLDEST} or newer, this is {transformers.__version__}"
+        return f"it needs transformers {OLDEST} or newer, this is {transformers.__version__}"
     if state.exact is not None:
         return "exact=True drafts tokens, which are taken back, in generate alone"
     if state.shard != Shard():
