@@ -76,6 +76,10 @@ def server(
         def _load_model(self, *args, **more):
             return model
 
+        def get_gen_models(self, *args):
+            """What `/v1/models` lists, in 5.17; newer versions list this model by themselves."""
+            return [{"id": name, "object": "model", "created": 0, "owned_by": "hfsparse"}]
+
     config = ContinuousBatchingConfig()
     if cache_tokens is not None:
         config.num_blocks = -(-cache_tokens // PAGE_SIZE)
