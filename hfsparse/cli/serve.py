@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -98,13 +99,11 @@ def _need_packages() -> None:
     import transformers
     from transformers.utils import import_utils
 
-    try:
-        import_module("transformers.cli.serving.server")
-    except ImportError:
+    if not (find_spec("transformers.cli") and find_spec("transformers.cli.serving")):
         raise UsageError(
             "hfsparse serve needs transformers 5.17.0 or newer, whose server takes a model object; "
             f"this is {transformers.__version__}"
-        ) from None
+        )
     if not import_utils.is_serve_available():
         raise UsageError(
             "hfsparse serve needs fastapi, uvicorn, pydantic and openai: "

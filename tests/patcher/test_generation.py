@@ -11,7 +11,6 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 import hfsparse
-from hfsparse.errors import PatchError
 from hfsparse.patcher.generation import NUMBERED
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import SLACK
