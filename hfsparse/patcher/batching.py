@@ -66,9 +66,11 @@ class Manager(continuous_api.ContinuousBatchingManager):
     def _create_batch_processor(self):
         processor = super()._create_batch_processor()
         if processor.cache not in self._state.pools:
-            self._state.pools[processor.cache] = _pool(self._state, processor)
-            scheduler = processor.scheduler
+            self._state.pools[processor.cache] = pool = _pool(self._state, processor)
+            cache, scheduler = processor.cache, processor.scheduler
             scheduler.schedule_batch = partial(_schedule, type(scheduler).schedule_batch, scheduler)
+            extend = type(cache).extend_read_and_write_indices
+            cache.extend_read_and_write_indices = partial(_extend, extend, cache, pool)
         return processor
 
     def _generation_step(self) -> None:
@@ -205,16 +207,38 @@ def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tu
     return requests, fast, new, read
 
 
+def _extend(
+    extend: Callable,
+    cache: Any,
+    pool: Pool,
+    request: str,
+    past: int,
+    new: int,
+    reads: list[list[int]] | None,
+    writes: list[list[int]],
+) -> None:
+    """`extend_read_and_write_indices`, which names a request's pages, not each of its tokens."""
+    extend(cache, request, past, new, None, writes)
+    if reads is not None:
+        blocks, each = pool.blocks_of(request), pool.size // PAGE
+        pages = range(-(-(past + new) // PAGE))
+        reads[0].extend(blocks[n // each] * pool.stride + n % each * PAGE for n in pages)
+
+
 def _pool(state: State, processor: Any) -> Pool:
     """What attention needs of a paged cache, whose keys lie as this transformers has them."""
     cache = processor.cache
     own = getattr(cache, "layer_to_allocator", None)
     if own is not None:  # from 5.24 on, or a little before
-        first = next(iter(own.values()))
+        tables = first = next(iter(own.values()))
         size, stride = first.tokens_per_page, first.block_physical_stride
         trash, keys = first.write_trash_index, first._kv_token_views
     else:
-        size, trash = cache.block_size, cache.write_trash_index
+        size, trash, tables = (
+            cache.block_size,
+            cache.write_trash_index,
+            cache.group_cache_managers[0],
+        )
         stride, at = size, cache.layer_index_to_group_indices
         keys = {i: (cache.key_cache[j], cache.value_cache[j]) for i, (_, j) in at.items()}
     layers, plans = {}, {}
@@ -226,8 +250,13 @@ def _pool(state: State, processor: Any) -> Pool:
         below = plan.below.decode, plan.below.cache
         plans[plan.index] = replace(plan, groups=groups)
         layers[plan.index] = PagedLayer(k, v, groups, below, pages, plan.at)
-    asked = partial(asked_of, weakref.proxy(processor))
-    return Pool(layers, plans, size, stride, trash, own is None, asked)
+    asked, tables = partial(asked_of, weakref.proxy(processor)), weakref.proxy(tables)
+    return Pool(layers, plans, size, stride, trash, own is None, asked, partial(_blocks, tables))
+
+
+def _blocks(tables: Any, request: str) -> list[int]:
+    """The blocks of a request, in order."""
+    return tables.block_table[request]
 
 
 def _as_kept(group: Group) -> Group:

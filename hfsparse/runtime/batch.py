@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class Pool:
     """transformers' paged cache under a plan.
 
     Token t of a block lies in `block * stride + t` of every layer's keys; a block has `size`
-    tokens, which are whole pages. asked: the requests of the call that is prepared.
+    tokens, which are whole pages. asked: the requests of the call that is prepared; blocks_of: the
+    blocks that a request holds.
     """
 
     layers: dict[int, PagedLayer]
@@ -59,6 +61,7 @@ class Pool:
     trash: int  # a place that nobody reads
     writes: bool  # whether new tokens of any call are ours to store, or of steps by block tables
     asked: Callable[[], list[Request]]
+    blocks_of: Callable[[str], list[int]]
 
     def rows(self, pages: Tensor) -> Rows:
         """Rows whose pages these are in the pool `[B, P]`."""
@@ -83,12 +86,13 @@ class Batch:
             self._find_steps(tables[0], given["cu_seq_lens_k"])
 
     def _find_rows(self, reads: Tensor, writes: Tensor) -> None:
-        """Prompts, chunks and steps, by the places of each token."""
-        device, requests = writes.device, self.requests
-        held = [r.tokens for r in requests] if len(reads) else [r.new for r in requests]
-        firsts = [0, *torch.tensor(held, device="cpu").cumsum(0).tolist()]
-        page = torch.arange(-(-max(held) // PAGE), device=device) * PAGE
-        first, end = (on_device(list(t), device)[:, None] for t in (firsts[:-1], firsts[1:]))
+        """Prompts, chunks and steps. reads: where each page of each request begins; of prompts
+        alone, which read nothing before them, none, and `writes` has the places of all tokens."""
+        device, requests, step = writes.device, self.requests, 1 if len(reads) else PAGE
+        held = [-(-r.tokens // PAGE) if len(reads) else r.new for r in requests]
+        firsts = [0, *accumulate(held)]
+        page = torch.arange(-(-max(held) // step), device=device) * step
+        first, end = (on_device(t, device)[:, None] for t in (firsts[:-1], firsts[1:]))
         places = reads if len(reads) else writes
         pages = places[torch.minimum(first + page, end - 1)] // PAGE
         self.rows = self.pool.rows(pages)
