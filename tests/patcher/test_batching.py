@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 
 import pytest
@@ -40,6 +41,12 @@ PLANS = {
     "means": corrected,
     "full": full,
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Managers collect garbage when they end, which takes longer than a tiny model's answers."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def settings(**more):
