@@ -14,11 +14,9 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import continuous_api
 
 from hfsparse.errors import PatchError
-from hfsparse.kernels import TABLES, Need, pick
 from hfsparse.lists import FULL, PAGE
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard
@@ -46,18 +44,12 @@ class Manager(continuous_api.ContinuousBatchingManager):
         config, hints = self.continuous_batching_config, workload_hints
         if (why := why_not_config(config)) is not None:
             raise PatchError(f"this ContinuousBatchingConfig can't be followed: {why}")
-        given = continuous_batching_config
-        graphs = given.use_cuda_graph
-        decodes = graphs[1] if isinstance(graphs, tuple) else graphs is None or graphs
-        on_gpu = self.model.device.type == "cuda"
-        # Prompts are read by what the host knows of them, and can't be recorded.
-        config.use_cuda_graph = False, bool(decodes and on_gpu and reads_lengths(self.model))
-        blocks = given.max_blocks_per_request
+        # Calls of steps alone name the blocks of requests that are no longer than so many.
+        blocks = continuous_batching_config.max_blocks_per_request
         if blocks is None and hints is not None:
             tokens = hints.max_prompt_length + hints.max_generated_length
             blocks = -(-tokens // block_size(config)) + 1 if tokens else None
-        if config.use_cuda_graph[1] or given.max_blocks_per_request:
-            config.max_blocks_per_request = BLOCKS if blocks is None else blocks
+        config.max_blocks_per_request = BLOCKS if blocks is None else blocks
         state.managers.add(self)
 
     def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
@@ -167,6 +159,8 @@ def why_not_config(config: Any) -> str | None:
         return f"a page of its cache has {size} tokens: give a multiple of {PAGE}"
     if config.cpu_offload_space:
         return "cpu_offload_space moves keys away from what selectors know of them: leave it 0"
+    if any(config.cuda_graph_booleans):
+        return "its calls are not recorded as CUDA graphs: leave use_cuda_graph out, or False"
     if config.varlen_compile_config is not None or config.decode_compile_config is not None:
         return "torch.compile is not supported: leave the compile configs and level out"
     return None
@@ -175,14 +169,6 @@ def why_not_config(config: Any) -> str | None:
 def block_size(config: Any) -> int:
     """Tokens in what the cache is handed out by; newer versions say page_size."""
     return getattr(config, "page_size", None) or config.block_size
-
-
-def reads_lengths(model: PreTrainedModel) -> bool:
-    """Whether steps can be recorded: their kernel reads rows' lengths on the device."""
-    head = model.config.get_text_config()
-    dim = getattr(head, "head_dim", None) or head.hidden_size // head.num_attention_heads
-    need = Need(model.device, model.dtype, dim, dim, lists=True, block=PAGE, pooled=True)
-    return pick(TABLES.decode, need).device_lengths
 
 
 def asked_of(processor: Any) -> list[Request]:
