@@ -10,6 +10,7 @@ from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name, find_cache, text_decoder
+from hfsparse.patcher import batching
 from hfsparse.patcher.adopt import adopt
 from hfsparse.patcher.answering import generate, leave_alone, wants_cache, watch
 from hfsparse.patcher.supported import ROPES
@@ -22,7 +23,6 @@ from hfsparse.runtime.cache.ring import SLACK
 LONG, CHUNK = 1 << 17, 1 << 15
 # A `generate` without this method numbers the tokens of chunks by columns, padding or not.
 NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
-SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
@@ -105,18 +105,11 @@ def _keep(cache: Any, tokens: int) -> None:
             layer.keep(tokens)
 
 
-def _no_serving(self, *args, **kwargs):
-    raise PatchError(
-        "continuous batching keeps its own paged cache, which hfsparse can't shape: use "
-        "model.generate, or handle.undo() first"
-    )
-
-
 # Methods of a patched model that are ours.
 SHADOWS = {
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
     "_get_logits_processor": watch,
     "generate": generate,
-    **dict.fromkeys(SERVING, _no_serving),
+    "init_continuous_batching": batching.start,
 }

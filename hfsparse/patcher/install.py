@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
-from hfsparse.patcher import answering
+from hfsparse.patcher import answering, batching
 from hfsparse.patcher.generation import SHADOWS
 from hfsparse.patcher.hooks import (
     after_forward,
@@ -96,6 +96,7 @@ def restore(model: PreTrainedModel, state: State) -> None:
     """Take off `model` what `install` set, however far that came."""
     while leave(state.owner):
         pass  # interrupted forwards may have left this thread inside
+    batching.stop_all(state)
     for graphs in state.all_graphs:
         graphs.kept.clear()
     for hook in state.hooks:

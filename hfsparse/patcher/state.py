@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from hfsparse.patcher.ahead import Ahead
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
+from hfsparse.runtime.batch import Pool
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
@@ -75,6 +77,9 @@ class State:
     held: list[Held] = field(default_factory=list)
     seen: int = 0
     states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
+    # Of continuous batching: its managers, and the pool that each of its caches is.
+    managers: WeakSet[Any] = field(default_factory=WeakSet)
+    pools: WeakKeyDictionary[Any, Pool] = field(default_factory=WeakKeyDictionary)
 
     @property
     def all_graphs(self) -> list[Graphs]:

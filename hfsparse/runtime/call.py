@@ -38,6 +38,7 @@ class Call:
         # and what a chunk attends to in rings that have dropped it since: keys, values, their grid.
         self.taken: dict[int, CacheLayerMixin] = {}
         self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid | None]]] = {}
+        self.batch: Any = None  # a `batch.Batch`, where requests are read side by side
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
         self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold
