@@ -81,6 +81,13 @@ class State:
     managers: WeakSet[Any] = field(default_factory=WeakSet)
     pools: WeakKeyDictionary[Any, Pool] = field(default_factory=WeakKeyDictionary)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has: managers serve the original."""
+        return {name: x for name, x in vars(self).items() if name not in ("managers", "pools")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, managers=WeakSet(), pools=WeakKeyDictionary())
+
     @property
     def all_graphs(self) -> list[Graphs]:
         return [self.graphs] if self.exact is None else [self.graphs, self.exact.graphs]
