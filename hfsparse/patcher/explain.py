@@ -84,6 +84,7 @@ def explain(model: PreTrainedModel) -> str:
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
+    lines.append(f"the next one's, before generate has the token: {state.ahead}")
     if hasattr(type(model), "init_continuous_batching"):
         lines.append(f"generate_batch: {_batched(state)}")
     if state.exact is not None:

@@ -10,8 +10,9 @@ from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name, find_cache, text_decoder
-from hfsparse.patcher import batching, exact
+from hfsparse.patcher import batching
 from hfsparse.patcher.adopt import adopt
+from hfsparse.patcher.answering import generate, leave_alone, wants_cache, watch
 from hfsparse.patcher.supported import ROPES
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -30,7 +31,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = find_cache(model_kwargs)
-    if cache is None and exact.wants_cache(self, generation_config):  # 5.0 leaves it to the model
+    if cache is None and wants_cache(self, generation_config):  # 5.0 leaves it to the model
         cache = model_kwargs[cache_name(self)] = DynamicCache()
     if cache is None:
         return result
@@ -85,7 +86,7 @@ def _keeps_positions(model_kwargs: dict) -> bool:
 def _candidate_generator(self, *args, **kwargs):
     """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
-    exact.leave_alone(self, find_cache(kwargs["model_kwargs"]))
+    leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates
 
     def get_candidates(input_ids, *args, **more):
@@ -108,6 +109,7 @@ def _keep(cache: Any, tokens: int) -> None:
 SHADOWS = {
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
-    "_get_logits_processor": exact.watch,
+    "_get_logits_processor": watch,
+    "generate": generate,
     "init_continuous_batching": batching.start,
 }

@@ -58,16 +58,21 @@ def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     )
 
 
+def refuse_replica(module, args) -> None:
+    """Pre-hook on the text decoder and the model: PatchError for a copy of either."""
+    if getattr(module, "_is_replica", False):
+        raise PatchError(
+            "DataParallel runs copies of the model that share one patch: use one process a GPU "
+            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
+        )
+
+
 @torch.compiler.disable
 def before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: make its cache ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
     enter(state.owner)
-    if getattr(decoder, "_is_replica", False):
-        raise PatchError(
-            "DataParallel runs copies of the model that share one patch: use one process a GPU "
-            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
-        )
+    refuse_replica(decoder, args)
     if decoder.config._attn_implementation != NAME:
         raise PatchError(
             f"the attention implementation was set to {decoder.config._attn_implementation} under "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard
+from hfsparse.patcher.ahead import Ahead
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
@@ -67,8 +69,10 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    ahead: Ahead
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
+    forward: Callable | None = None  # the model's, where it was not its class's
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
@@ -76,6 +80,13 @@ class State:
     # Of continuous batching: its managers, and the pool that each of its caches is.
     managers: WeakSet[Any] = field(default_factory=WeakSet)
     pools: WeakKeyDictionary[Any, Pool] = field(default_factory=WeakKeyDictionary)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has: managers serve the original."""
+        return {name: x for name, x in vars(self).items() if name not in ("managers", "pools")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, managers=WeakSet(), pools=WeakKeyDictionary())
 
     @property
     def all_graphs(self) -> list[Graphs]:

@@ -185,18 +185,9 @@ def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
 
 @lru_cache
 def tile_of(
-    queries: int,
-    width: int,
-    itemsize: int,
-    device: str,
-    latents: bool = False,
-    packed: bool = False,
-    parts: bool = False,
+    queries: int, width: int, itemsize: int, device: str, latents: bool = False
 ) -> tuple[int, int, int] | None:
-    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any.
-
-    packed: of a store that may be; parts: whose tiles are of parts of pages.
-    """
+    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     if latents:
         return _latent_tile(most, width, itemsize, room)
@@ -205,12 +196,9 @@ def tile_of(
     for stages in (1,) if wide else (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
             pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
-            if packed:  # codes and what they come to; of parts also ends and the newest tokens
-                pages = 5 * stages - 3 if parts else stages + 2
             shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
-                many = width >= 128 if packed else rows * width > 1 << 13
-                return rows, stages, 8 if wide or many else 4
+                return rows, stages, 8 if wide or rows * width > 1 << 13 else 4
     return None
 
 
@@ -225,12 +213,12 @@ def _latent_tile(most: int, width: int, itemsize: int, room: int) -> tuple[int, 
 
 
 @lru_cache
-def splits_of(programs: int, device: str, most: int = SPLITS) -> int:
-    """Shares of a head's pages, so that `programs` of them fill the device about twice."""
+def splits_of(programs: int, device: str, most: int = SPLITS, fill: int = 2) -> int:
+    """Shares of a head's pages, so that each processor has about `fill` of so many `programs`."""
     units = UNITS
     if torch.device(device).type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(most, 2 * units // programs))
+    return max(1, min(most, fill * units // programs))
 
 
 @triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows pool_b low high".split())
