@@ -19,7 +19,7 @@ from hfsparse.kernels.triton.limits import (
     DTYPES,
     LOG2E,
     NEVER,
-    WIDEST,
+    WIDEST_STORED,
     add_logits,
     await_previous,
     chained,
@@ -41,9 +41,9 @@ def why_not(need: Need) -> str | None:
         return "gives no LSE"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
-    if max(need.head_dim, need.value_dim) > WIDEST:
+    if max(need.head_dim, need.value_dim) > WIDEST_STORED:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
-        return f"{dims}: at most {WIDEST} is supported"
+        return f"{dims}: at most {WIDEST_STORED} is supported"
     *_, width = padded(need.head_dim, need.value_dim, False)
     more = {"packed": True, "parts": True}
     if tile_of(1, width, need.dtype.itemsize, str(need.device), **more) is None:

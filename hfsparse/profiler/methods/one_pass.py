@@ -69,6 +69,8 @@ def _visit_prompts(
     job: Job, name: str, visit: Callable[[Prompt], dict[str, np.ndarray]]
 ) -> dict[int, list[dict[str, np.ndarray]]]:
     """What `visit` answers of each prompt, by length; parts called `name` keep it."""
+    if any(shape.free and not shape.alone for shape in layer_shapes(job.model)):
+        name += "-shared"  # earlier ones know nothing of layers that share keys
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
