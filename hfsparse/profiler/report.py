@@ -80,9 +80,10 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
         parts.append(f"cache {told} {'met' if met else 'not met'}")
     line = f"budgets at {longest} tokens: {'; '.join(parts)}"
     why = []
-    shapes = enumerate(layer_shapes(model))
-    shared = [index for index, shape in shapes if shape.free and not shape.alone]
-    if bound := [] if METHODS[settings.method].one_pass else shared:
+    left = () if METHODS[settings.method].one_pass else enumerate(layer_shapes(model))
+    full = Plan.full(plan.model).layers
+    bound = [at for at, shape in left if shape.free and not shape.alone]
+    if bound := [at for at in bound if plan.layers[at] == full[at]]:
         why.append(f"layers {series(bound)} share keys and stay full, the others keep the budgets")
     if plan.verified.get("given_back") or plan.verified.get("budgets"):
         why.append("more is kept so that the plan loses no more than its limits")

@@ -34,7 +34,8 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     """The plan that the settings ask for, saved to `settings.out` if given."""
     supported.check_model(model)  # what no plan can be measured on, since none can be patched in
     lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
-    together = METHODS[settings.method].one_pass
+    methods = settings.method, settings.prefill_method or settings.method
+    together = all(METHODS[each].one_pass for each in methods)
     check_model(model, lengths, settings.beyond_window, together)
     cache = find_cache_budget(model, settings, lengths)  # ahead of all work
     start = time.time()

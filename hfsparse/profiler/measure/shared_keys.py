@@ -26,11 +26,9 @@ class SharedKeys:
         """
         if not torch.is_grad_enabled():  # the first pass
             return
-        if layer.producer is not None:
-            for t in (k, v):
-                if t.is_leaf:
-                    t.requires_grad_()
-            self.read.setdefault(layer.producer.index, {})[id(k)] = k, v
+        if layer.producer is not None and k.is_leaf and v.is_leaf:
+            found = k.requires_grad_(), v.requires_grad_()
+            self.read.setdefault(layer.producer.index, {})[id(k)] = found
         for given in self.read.pop(layer.index, {}).values():
             for own, read in zip((k, v), given, strict=True):
                 if read.grad is not None and own.requires_grad:
