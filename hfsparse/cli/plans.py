@@ -200,7 +200,7 @@ def _print_memory(
         if arm is None:
             typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
         sizes = (f"{n / 2**30:.2f}" for n in parts.values())
-        line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
+        line = f"{name:<7}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
         if need.host:
             line += f", and {need.host / 2**30:.2f} in host memory"
         most = 0

@@ -106,6 +106,10 @@ def before_forward(decoder, args, kwargs):
     _check_width(kwargs, cache)
     if cache is not None:
         adopt(cache, decoder)
+        new = new_tokens(kwargs)
+        ours = next((layer for layer in cache.layers if isinstance(layer, CacheLayer)), None)
+        if new is not None and ours is not None:  # ahead of linear layers, which take any
+            ours.check_rows(len(new))
     return args, kwargs
 
 

@@ -83,9 +83,14 @@ class LayerPlan:
         return self.counts.q_heads if self.rank else self.kv_heads
 
     @property
+    def free(self) -> bool:
+        """Whether it may be sparse."""
+        return self.window is None
+
+    @property
     def alone(self) -> bool:
         """Whether it may be sparse, and binds no other layer, nor is bound."""
-        return self.window is None and self.producer is None and self.last_reader is None
+        return self.free and self.producer is None and self.last_reader is None
 
     @property
     def packs(self) -> bool:

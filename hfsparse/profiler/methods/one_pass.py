@@ -69,6 +69,8 @@ def _visit_prompts(
     job: Job, name: str, visit: Callable[[Prompt], dict[str, np.ndarray]]
 ) -> dict[int, list[dict[str, np.ndarray]]]:
     """What `visit` answers of each prompt, by length; parts called `name` keep it."""
+    if any(shape.free and not shape.alone for shape in layer_shapes(job.model)):
+        name += "-shared"  # earlier ones know nothing of layers that share keys
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
@@ -93,7 +95,7 @@ def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
     pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
-    return Plan(this, {name: ring}, tuple(short if each.alone else full for each, full in pairs))
+    return Plan(this, {name: ring}, tuple(short if each.free else full for each, full in pairs))
 
 
 def average(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -107,15 +109,17 @@ def choose_plan(
     means: dict[int, dict[str, np.ndarray]],
     options: Callable[..., Options],
 ) -> Found:
-    """Allocate what `options` makes of the measurements, in layers that may be sparse.
+    """Allocate what `options` makes of the measurements, in layers that may be sparse, also where
+    they share keys.
 
     Cache is priced at `job.cache_length`, decode at the longest length.
     """
+    job = replace(job, together=True)
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     this = ModelId.of(job.model)
     at, itemsize = job.cache_length, job.model.dtype.itemsize
     costs = price_candidates(candidates, max(means), this.head_dim, at, itemsize)
-    choices = options(free, candidates, costs)
+    choices = options(free, candidates, costs | {"producers": job.producers})
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
     known |= candidates.evictions | candidates.packed
 
@@ -143,7 +147,9 @@ def choose_plan(
     except Infeasible as error:
         told = describe_least(job, error.least)
         raise UsageError(f"{error}{told}. Give larger budgets, or longer --lengths") from None
-    suspects = job.spread(sum_losses(choices, taken))
+    lost = sum_losses(choices, taken)
+    lost = np.stack([lost[choices.members.get(at, [])].sum(0) for at in range(len(lost))])
+    suspects = job.spread(lost)
     draw = partial(_draw_curves, job, candidates, free[max(free)], choices)
     return Found(make_plan(taken), expect, choose, suspects, draw)
 
@@ -152,7 +158,7 @@ def describe_least(job: Job, least: dict[str, float]) -> str:
     """The smallest share of cache that there can be, in GiB, where a budget is given in them."""
     if job.settings.cache_gib is None:
         return ""
-    room = Room.of(job.model, job.cache_length)
+    room = Room.of(job.model, job.cache_length, together=True)
     return (
         f", {room.gib(least['cache']):.3g} GiB of the {room.gib(1):.3g} that the whole cache takes "
         f"at {room.tokens} tokens (cache_gib is {job.settings.cache_gib:g})"

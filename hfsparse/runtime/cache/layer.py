@@ -142,15 +142,19 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        if (rows := key_states.shape[0]) != len(self.rows):
-            raise CacheError(
-                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
-                "pass a batch of the same size, or a new cache"
-            )
+        self.check_rows(key_states.shape[0])
         self.seen += key_states.shape[-2]
         call.layer, call.given = self, (key_states, value_states)
         call.updated.append(self)
         return key_states, value_states
+
+    def check_rows(self, rows: int) -> None:
+        """CacheError unless it can take tokens of so many rows."""
+        if self.is_initialized and rows != len(self.rows):
+            raise CacheError(
+                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
+                "pass a batch of the same size, or a new cache"
+            )
 
     def get_seq_length(self, *args) -> int:
         """Tokens seen, dropped ones included."""

@@ -132,7 +132,7 @@ class PackedStore(Store):
 
         self._summarise_new(rows, range(first, last), new, end)
         for kept in self._kept(range(first, end // PAGE)):
-            for pages in at_once(kept):
+            for pages in at_once(kept, self.k):
                 self._pack(rows, pages, *(tokens(t, pages) for t in new))
         hold_newest(self.held(), new, rows, range(first, last))
 
