@@ -158,6 +158,11 @@ def _read_from_host(kept: Full, selector: Any) -> Iterator[str]:
     if _reuses(selector):
         yield "which reads what another layer chose: give another selector, or a cache of full"
         return
+    if kept.bits != 16 and selector.budget.unit != PAGE:
+        yield (
+            f"which reads units of {selector.budget.unit} tokens, where pages in fewer bits come "
+            f"whole: give a unit of {PAGE}, or bits: 16"
+        )
     if selector.budget.means:
         yield "with means of whole rows: leave out one of the two"
     if segment_of(selector) > PAGE:
