@@ -6,6 +6,7 @@ A step over them that is recorded as a CUDA graph can't have waited for the host
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ def moved(hot: Hot) -> Hot:
         here |= {"k": packed[0], "v": packed[1]}
         pages[:2] = pinned.values()
         pages[4:6] = (t.pin_memory() for t in hot.pages.pages[4:])
-        here |= {"packed": Packed(hot.packed.bits, *packed), "pages": Packed(hot.pages.bits, *pages)}
+        here |= {
+            "packed": Packed(hot.packed.bits, *packed),
+            "pages": Packed(hot.pages.bits, *pages),
+        }
     return hot._replace(**here, **pinned)
 
 
@@ -140,7 +144,7 @@ def test_a_copy_a_crop_and_beams_go_on_from_pinned_memory(bits, tmp_path):
     model, ids = fresh("llama").to(DEVICE), left_padded(500, (0,))[0].to(DEVICE)
     plan, outs = hosted(model, beside="full", bits=bits), []
     for each in (on_device(plan), plan):
-        with hfsparse.patch(model, each):
+        with hfsparse.patch(model, each) as handle:
             cache = forward(model, ids).past_key_values
             kept, found = copy.deepcopy(cache), []
             for own in (cache, kept):
@@ -149,7 +153,13 @@ def test_a_copy_a_crop_and_beams_go_on_from_pinned_memory(bits, tmp_path):
                 found += [forward(model, ids[:, i : i + 1], cache=own).logits for i in range(90)]
             assert torch.equal(torch.stack(found[:170]), torch.stack(found[170:]))
             outs.append([*found, *generate(model, ids, num_beams=3, new=30).logits])
-            store = cache.layers[0].stores[0]
+            handle.save(kept, tmp_path / "saved")
+            loaded = handle.load(tmp_path / "saved")
+            for i in range(70):
+                ours, truth = (forward(model, ids[:, i : i + 1], cache=x) for x in (loaded, kept))
+                assert torch.equal(ours.logits, truth.logits)
+            store = loaded.layers[0].stores[0]
+            shutil.rmtree(tmp_path / "saved")
     assert all(t.is_pinned() for t in (*store.outside(), *kept.layers[0].stores[0].outside()))
     assert max(float((a - b).abs().max()) for a, b in zip(*outs, strict=True)) < CLOSE
 

@@ -241,7 +241,8 @@ class HostPacked(HostStore, PackedFull):
 
     def every(self) -> dict[str, Tensor]:
         """All pages, as `Packed` names them."""
-        return {name: self.host.get(name, self.index.get(name)) for name in self.pages}
+        here = {name: self.index[name] for name in BOUNDS if name not in self.host}
+        return {**self.host, **here}
 
     def place(self) -> Place:
         slots, pages = self.packed(), self._packed(self.every())
