@@ -132,11 +132,11 @@ def _fill(
         layer.lazy_initialization(k, v)
         layer.seen = tokens
         for store in layer.stores:
-            heads = len(store.group.heads)
-            given = k[:, :heads], v[:, :heads], Lengths.of(None, 0, tokens, batch)
-            if store.group.eviction is None:
-                store.append(*given)
+            heads, lengths = len(store.group.heads), Lengths.of(None, 0, tokens, batch)
+            if store.group.eviction is None:  # what is written takes no more than the room for it
+                store.room(lengths.past, lengths.rows)
             else:  # how much is kept doesn't depend on queries
+                given = k[:, :heads], v[:, :heads], lengths
                 store.take(*given, given[0][:, :, -1:], scale=1.0)
         yield own, layer
 
