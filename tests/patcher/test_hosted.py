@@ -160,6 +160,31 @@ def test_no_slot_holds_what_was_taken_back(anywhere):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
+def test_memory_that_is_refused_leaves_a_cache_that_says_it_is_broken(anywhere, monkeypatch, bits):
+    """For the last slots of the second layer: no other of its buffers may be longer then."""
+    model, made = tiny("llama"), []
+    with hfsparse.patch(model, hosted(model, bits=bits)):
+        cache = forward(model, tokens(1, 130)).past_key_values
+        hosting = [next(s for s in x.stores if s.outside()) for x in cache.layers]
+        second, real = hosting[1], host.lengthen
+        before, room = dict(vars(second)), second.capacity
+
+        def refusing(*given):
+            made.append(given)
+            if len(made) == 2 * (3 + (2 if bits == 16 else 6)):  # tables, and what is held
+                raise torch.OutOfMemoryError("refused")
+            return real(*given)
+
+        monkeypatch.setattr(host, "lengthen", refusing)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward(model, tokens(1, 300), cache=cache)
+        assert hosting[0].capacity > second.capacity == room
+        assert all(vars(second)[name] is t for name, t in before.items() if name != "exact")
+        with pytest.raises(CacheError, match="this cache is broken: a forward pass was"):
+            forward(model, tokens(1, 3), cache=cache)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
 def test_what_is_predicted_is_held_by_each_memory(anywhere, bits):
     model, (ids, mask) = tiny("llama"), left_padded(1900, [0, 40])
     plan = hosted(model, bits=bits)

@@ -114,27 +114,28 @@ class HostStore(Full):
         share = share_of(pages * each, *ratio(self.group.hot))
         most = max(share, budget.width(pages, PAGE), -(-self.below // self.unit))
         slots = min(-(-most // each), pages) * each
-        sizes = ("table", pages * each, -1), ("owner", slots, -1), ("stamp", slots, 0)
-        for name, size, empty in sizes:
+        sizes, grown = {"table": pages * each, "owner": slots, "stamp": slots}, {}
+        for name, size in sizes.items():
             held = self.hot[name]
-            self.hot[name] = longer = lengthen(held, size)
-            longer[:, :, held.shape[2] :] = empty
+            grown[name] = longer = lengthen(held, size)
+            longer[:, :, held.shape[2] :] = 0 if name == "stamp" else -1
+        self.hot = self.hot | grown
         return slots
 
     def _settled(self) -> dict[str, Tensor]:
         """`host`, once the device has written what it was told to."""
-        if self.host and self.k.is_cuda:
+        if self.k is not None and self.k.is_cuda:
             torch.cuda.synchronize(self.k.device)
         return self.host
 
     def _hold_outside(self, given: dict[str, Tensor], size: int | None = None) -> None:
         """From now on `host` holds these, with room for so many tokens, or packed pages."""
-        self.host = {}
+        host = {}
         for name, t in given.items():
             room = t.shape[2] if size is None else size
-            made = _in_host_memory(t, self.k.device, *t.shape[:2], room, *t.shape[3:])
+            host[name] = made = _in_host_memory(t, self.k.device, *t.shape[:2], room, *t.shape[3:])
             made[:, :, : t.shape[2]] = t
-            self.host[name] = made
+        self.host = host
 
 
 class HostFull(HostStore):
