@@ -1,18 +1,18 @@
 """Claim: keys in the host's memory cost a step what the pages cost that the GPU lacks.
 
     python -m benchmarks.host [--lengths 131072] [--tokens 96] [--share 0.06] [--hot 0.12]
-                              [--rings] [--rounds 2] [--shape llama-3.1-8b]
+                              [--rings] [--rounds 2] [--shape llama-3.1-8b] [--arms REGEX]
     python -m benchmarks.host --lengths 1047552 --rings --rounds 1
     python -m benchmarks.host --model PATH --lengths 24576 --tokens 256
 
 `model.generate`, greedy, random weights (bf16), over caches that are filled with random keys of the
 given length; every arm in one run. Steps read a share of the pages (quest), once with every key on
-the GPU and once with keys in pinned memory of the host and a hot set of the stated share, with and
-without fusing. ms are medians over the tokens but the first eight, the least of the rounds. Bytes
-are those allocated in each memory, beside those of the stock cache. --rings: every second kv head
-is a ring of 64 + 256, as a million tokens ask for on one card: all heads would take 128 GiB.
-1,047,552 and the answer are at most 2^20 tokens, since PyTorch gives out pinned memory in powers of
-two.
+the GPU and otherwise with keys in pinned memory of the host, as they are or in 8 or 4 bits, and a
+hot set of the stated share; with and without fusing. ms are medians over the tokens but the first
+eight, the least of the rounds. Bytes are those allocated in each memory, beside those of the stock
+cache. --rings: every second kv head is a ring of 64 + 256, as a million tokens ask for on one card:
+all heads would take 128 GiB. 1,047,552 and the answer are at most 2^20 tokens, since PyTorch gives
+out pinned memory in powers of two.
 
 The hit rate is that of random weights and keys, whose choices change more from step to step than
 those of a trained model. With --model it is a trained one's, and no time is told: texts of prose
@@ -21,6 +21,7 @@ and of code are read, their last --tokens one by one, as they are.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,7 +45,8 @@ from hfsparse.plan.kept import Full
 from hfsparse.profiler.prompts.calibration import fill
 
 RESIDENT, HOST = "on the GPU", "in host memory"
-ARMS = (RESIDENT, HOST, f"{RESIDENT}, fused", f"{HOST}, fused")
+HOSTED = {HOST: 16, f"{HOST}, 8 bits": 8, f"{HOST}, 4 bits": 4}  # bits
+ARMS = [f"{arm}{fused}" for fused in ("", ", fused") for arm in (RESIDENT, *HOSTED)]
 
 
 @dataclass
@@ -65,7 +67,7 @@ def plan(model, arm: str, share: float, hot: float, rings: bool) -> Plan:
     patterns = {**made.patterns, "quest": replace(made.patterns["quest"], share=share)}
     if arm.startswith(RESIDENT):
         return replace(made, patterns=patterns)
-    patterns["host"] = Full(host=True, hot=hot)
+    patterns["host"] = Full(HOSTED[arm.removesuffix(", fused")], host=True, hot=hot)
     layers = tuple(
         replace(x, cache=tuple("host" if word == "full" else word for word in x.cache))
         for x in made.layers
@@ -135,7 +137,7 @@ def table(rows: dict[tuple[int, str], Row | str]) -> str:
         if isinstance(it, str):
             lines.append(f"| {arm} | {length:,} | {it} |" + " |" * 6)
             continue
-        beside = rows.get((length, arm.replace(HOST, RESIDENT)))
+        beside = rows.get((length, f"{RESIDENT}{', fused' * arm.endswith(', fused')}"))
         times = f"{it.ms / beside.ms:.2f}" if isinstance(beside, Row) else ""
         hits = f"{it.hits:.3f}" if it.host else ""
         lines.append(
@@ -150,6 +152,7 @@ def main() -> None:
     made.add_argument("--share", type=float, default=0.06, help="of the pages, read by a step")
     made.add_argument("--hot", type=float, default=0.12, help="of the pages, on the GPU")
     made.add_argument("--rings", action="store_true", help="every second kv head a ring")
+    made.add_argument("--arms", default="", help="a regular expression: of these alone")
     made.add_argument("--model", help="a trained one: its hit rate, by hot sets")
     made.add_argument("--hots", type=shares, default=[0.08, 0.12, 0.25], help="of these")
     args = options.parse(made)
@@ -168,7 +171,7 @@ def main() -> None:
     try:
         for _ in range(args.rounds):
             for length in args.lengths:
-                for arm in ARMS:
+                for arm in (arm for arm in ARMS if re.search(args.arms, arm)):
                     before = rows.get((length, arm))
                     if isinstance(before, str):
                         continue  # it would fail once more

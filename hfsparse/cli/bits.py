@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hfsparse import reading
-from hfsparse.cli.application import Model, PlanFile, check_writable, parse_bits
+from hfsparse.cli.application import Model, PlanFile, check_writable
 from hfsparse.errors import UsageError
 from hfsparse.models.loading import load_config
 
@@ -36,9 +36,7 @@ def bits(
     from hfsparse.plan.sources import open_plan
 
     config, given = load_config(model), open_plan(plan)
-    wanted, *others = parse_bits(to)
-    if others:
-        raise UsageError(f"bits are {to}: give one of 16, 8, 4 and fp8")
+    wanted = int(to) if to.isdigit() else to
     found = given.with_bits(wanted, config)
     for length, figures in found.expected.items():
         told = predict(config, found, length, itemsize=2).figures()
