@@ -1,21 +1,21 @@
 """Answers over caches in fewer bits: RULER's tasks, each prompt read once for all bits of a plan.
 
-    python -m benchmarks.studies.bits_answers MODEL --out FILE [--plan QUARTER]
+    python -m benchmarks.studies.bits_answers MODEL --out DIR [--plan QUARTER]
         [--lengths 4096,8192,16384,32768] [--tasks …] [--samples 50] [--batch 25] [--seconds 200]
+    python -m benchmarks.studies.bits_answers --out DIR
 
 A plan says how prompts are read, and what is kept; bits change only the latter. So the prompt but
 its last token is read under the plan alone, and its keys and values are put into a cache of each
 arm; greedy answers follow, scored as `hfsparse eval ruler` scores them. Arms are the dense model
 with every key in 16, 8 or 4 bits or fp8, and --plan as it is and in 4 bits. --samples is of each
-task at each length. The last lines are the table of all rows that FILE holds: points that an arm
-lost on the same samples. When --seconds are over it ends after the batch; start it again and it
-goes on.
+task at each length. The last lines are the table of all that DIR holds, points that an arm lost on
+the same samples; without a model they are all. When --seconds are over it ends after the batch;
+start it again and it goes on. Several may run at once, each of other lengths.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from transformers import DynamicCache
 
 import hfsparse
 from benchmarks.common.journal import Journal, end_in_order
+from benchmarks.common.journal import read as read_journal
 from benchmarks.common.options import numbers
 from benchmarks.common.shapes import tidy
 from hfsparse.interval import interval
@@ -47,8 +48,7 @@ from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
 
 DENSE, QUARTER = "dense", "a quarter full"
-ROOM = 160  # tokens of an answer, at most
-CAP = 64  # tokens after which an answer that is wrong so far ends
+ROOM = 160  # tokens of an answer, at most: RULER asks for 128
 
 
 def arms_of(model, plan: Path | None) -> dict[str, dict[str, Plan]]:
@@ -99,8 +99,9 @@ def filled(model, keys: list[tuple[Tensor, Tensor]], samples: list[Sample]) -> D
     return cache
 
 
-def batches(tokenizer, given) -> Iterator[tuple[str, Future]]:
-    """Names and samples: a batch of each task at each length, and again until there are enough.
+def batches(tokenizer, given, done) -> Iterator[tuple[str, list[Future]]]:
+    """Names and samples: a batch of each task at each length, and again until there are enough, but
+    for those that are done.
 
     They are made beside the GPU's work, the next while it has one.
     """
@@ -120,22 +121,29 @@ def batches(tokenizer, given) -> Iterator[tuple[str, Future]]:
             at = range(first, min(first + given.batch, given.samples))
             whole += [(f"{name}/{n}/{at.start}-{at.stop}", n, name, at) for n, name in units]
         ahead = []
-        for name, *unit, at in whole:
-            if name in given.done:
-                continue
-            ahead.append((name, [pool.submit(made, *unit, i) for i in at]))
-            if len(ahead) > 2:
-                yield ahead.pop(0)
-        yield from ahead
-        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            for name, *unit, at in whole:
+                if done(name):
+                    continue
+                ahead.append((name, [pool.submit(made, *unit, i) for i in at]))
+                if len(ahead) > 2:
+                    yield ahead.pop(0)
+            yield from ahead
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ask(model, tokenizer, journal: Journal, arms, given) -> None:
-    begun = time.perf_counter()
-    for name, futures in batches(tokenizer, given):
+def ask(model, tokenizer, journals: dict[str, Journal], arms, given) -> None:
+    begun, last = time.perf_counter(), [arm for group in arms.values() for arm in group][-1]
+
+    def done(name: str) -> bool:
+        return f"{last}|{name}" in journals[name.split("/")[1]].rows
+
+    for name, futures in batches(tokenizer, given, done):
         if time.perf_counter() - begun > given.seconds:
             return print("out of time: start this again, it goes on", flush=True)
         samples, told = [future.result() for future in futures], []
+        journal = journals[name.split("/")[1]]
         for read_by, group in arms.items():
             start = time.perf_counter()
             keys = read(model, group[read_by], samples)
@@ -144,12 +152,11 @@ def ask(model, tokenizer, journal: Journal, arms, given) -> None:
                 start = time.perf_counter()
                 with hfsparse.patch(model, plan) as handle:
                     cache = filled(model, keys, samples)
-                    found = together(model, tokenizer, samples, CAP, cache)
+                    found = together(model, tokenizer, samples, cache=cache)
                     stats = handle.stats()
-                share = stats.kv_bytes / stats.kv_bytes_dense
                 scores = [each.score for each in found]
                 seconds = time.perf_counter() - start
-                journal.add(f"{arm}|{name}", scores=scores, share=round(share, 4))
+                journal.add(f"{arm}|{name}", scores=scores, share=round(stats.cache_share, 4))
                 told.append(f"{arm} {np.mean(scores):.3f} in {seconds:.1f}")
                 del cache
                 tidy()
@@ -157,8 +164,13 @@ def ask(model, tokenizer, journal: Journal, arms, given) -> None:
         print(f"{time.perf_counter() - begun:.0f} s: {name}: {'; '.join(told)}", flush=True)
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(folder: Path) -> str:
     """Markdown: by arm and length, points lost on the same samples."""
+    rows = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        rows |= read_journal(file)[1]
+    if not rows:
+        return "nothing was asked yet"
     found: dict[str, dict[str, list[float]]] = defaultdict(dict)
     shares: dict[tuple[str, str], list[float]] = defaultdict(list)
     for name, row in rows.items():
@@ -190,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plan", help="of which a quarter of the kv heads is full")
     parser.add_argument("--lengths", type=numbers, default=[4096, 8192, 16384, 32768])
@@ -203,8 +215,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=200)
-    parser.add_argument("--print", action="store_true", help="the rows, too, a JSON object a line")
     given = parser.parse_args()
+    if given.model is None:
+        return print(table(given.out))
     end_in_order()
     model, tokenizer = load(given.model, "auto", "auto")
     arms = arms_of(model, given.plan)
@@ -212,15 +225,11 @@ def main() -> None:
         f"{Path(given.model).name}, {model.dtype}, seed {given.seed}; {device_name(model.device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
-    journal = Journal(given.out, made)
-    last = [arm for group in arms.values() for arm in group][-1]
-    given.done = {name.split("|")[1] for name in journal.rows if name.startswith(f"{last}|")}
+    journals = {f"{n}": Journal(given.out / f"{n}.jsonl", made) for n in given.lengths}
     try:
-        ask(model, tokenizer, journal, arms, given)
+        ask(model, tokenizer, journals, arms, given)
     finally:
-        for name, row in journal.rows.items() if given.print else ():
-            print(json.dumps({"name": name, **row}))
-        print(f"{made}\n\n{table(journal.rows)}" if journal.rows else "nothing was asked yet")
+        print(f"{made}\n\n{table(given.out)}")
 
 
 if __name__ == "__main__":
