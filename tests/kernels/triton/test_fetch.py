@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from hfsparse.kernels import fetch as reference
-from hfsparse.lists import PAGE, PageLists
+from hfsparse.kernels import reference as attention
+from hfsparse.kernels.per_store import by_store
+from hfsparse.kernels.positions import NewTokens
+from hfsparse.lists import PAGE, HeadIndex, PageLists
 from hfsparse.lists.hot import Hot
+from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.packed import NEWEST, Packed, width_of
-from hfsparse.lists.places import Place
+from hfsparse.lists.places import Place, Places
+from hfsparse.runtime.cache import host
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostPacked
+from hfsparse.runtime.cache.packed import PackedFull
+from hfsparse.selectors.quest import Quest
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import compiled
 
@@ -111,6 +120,39 @@ def test_what_was_read_least_recently_makes_room_and_every_list_finds_its_keys()
             gone = [p for p in range(pages) if p not in held]
             assert when[b, h, gone].max() <= when[b, h, held].min()
     assert when.amin(2).max() < when.amax(2).min() == 12  # some went, and were fetched again
+
+
+@pytest.mark.parametrize("bits", [8, 4, "fp8"])
+def test_packed_pages_are_read_out_of_their_slots_as_where_they_all_lie(monkeypatch, bits):
+    """Two rows, one that ends a page; the newest page is named, too."""
+    monkeypatch.setattr(host, "why_not", lambda device: None)
+    drawn, rows = torch.Generator().manual_seed(0), [450, 384]
+    k, q = (torch.randn(2, h, n, 16, generator=drawn) for h, n in ((2, 450), (6, 1)))
+    selector = Quest(0.4, 2)
+    kept = PackedFull(Group((0, 1), selector=selector, bits=bits), 0)
+    hosted = HostPacked(Group((0, 1), selector=selector, bits=bits, hot=0.5), 0)
+    for store in (kept, hosted):
+        store.create(k, k)
+        store.append(k, k, Lengths([0, 0], rows, 450))
+    length, whole = torch.tensor(rows), kept.place()
+    new = NewTokens(Lengths([449, 383], [1, 1], 1), length, length[:, None] - 1, 450)
+    with interpreter() as run:
+        for _ in range(3):
+            lists = some_lists(drawn, 2, 2, length, 4, PAGE)
+            lists.pages[0, 0, lists.count[0, 0] - 1] = 7
+            place = hosted.place()
+            found = reference.fetch(place.hot, lists, length)
+            part = Place(
+                (0, 1), *place.packed[-2:], listed=True, packed=place.packed, hot=place.hot
+            )
+            more = {"length": length, "scale": 0.3}
+            ours = run("triton.decode_store.decode", q, part, new.query_pos, found, **more)
+            places = Places([whole], torch.zeros(2, 1), 1, HeadIndex())
+            truth = by_store(attention.decode)(q, places, new, [lists], scale=0.3)
+            assert (ours - truth).abs().max() < 1e-5
+            places = places._replace(parts=[place])
+            again = by_store(attention.decode)(q, places, new, [found], scale=0.3)
+            assert torch.equal(again, truth)
 
 
 @pytest.mark.parametrize(
