@@ -197,7 +197,8 @@ def steps(model, length: int, tokens: int) -> None:
             cache = filled(model, "ours", 1, length, 400)
             clock, _ = generated(model, cache, 1, length, 24)
             graphs = state_of(model).graphs
-            graph = next(iter(graphs.kept.values()), None)
+            recorded = next(iter(graphs.kept.values()), {}).get(1)
+            graph = recorded.graph if recorded else None
             if graph is None:
                 print(f"- {name}: no graph: {graphs}", flush=True)
                 continue

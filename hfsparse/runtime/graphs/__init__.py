@@ -37,6 +37,7 @@ from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, OWN_HOOKS, NoWait, find_obstacle, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
+from hfsparse.runtime.graphs.products import compile_step
 from hfsparse.runtime.graphs.recording import (
     Graph,
     complete_inputs,
@@ -58,7 +59,7 @@ from hfsparse.runtime.masks import row_starts
 EAGER, LIVE, RECORD, REPLAY = range(4)
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
-BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
+COMPILE = {"dynamic": False, "fullgraph": True}  # fused steps
 FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
@@ -287,7 +288,7 @@ class Graphs:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
         states.unguard()
         if self.compiled is None:
-            self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
+            self.compiled = torch.compile(type(decoder).forward, backend=compile_step, **COMPILE)
 
         def call(**given):
             mode = self.layers[0].mode
