@@ -211,6 +211,15 @@ def test_what_is_predicted_is_held_by_each_memory(anywhere, bits):
     assert f"{outside / 2**20:.1f} MiB in host memory" in str(stats)
 
 
+def test_what_lies_in_host_memory_takes_fewer_bits_where_whole_pages_are_read():
+    model = tiny("llama")
+    found = hosted(model).with_bits(4, model)
+    assert found.patterns["host-int4"] == Full(4, host=True, hot=0.3)
+    assert [x.cache[0] for x in found.layers] == ["host-int4"] * 3
+    parts = hosted(model, unit=16, beside="full").with_bits(4, model)
+    assert {x.cache for x in parts.layers} == {("host", "full-int4")}
+
+
 def test_what_cannot_lie_in_host_memory_is_refused_in_a_sentence(monkeypatch):
     model = tiny("llama")
     plan = hosted(model)

@@ -76,10 +76,16 @@ def test_replayed_steps_over_latents_are_eager_steps_bit_for_bit(
     same(eager, replayed)
 
 
-@pytest.mark.parametrize("plan", [packing, partial(hosted, bits=4)], ids=["device", "host"])
-def test_replayed_steps_over_packed_keys_are_eager_steps_bit_for_bit(interpreted, plan):
-    """One row ends a page in the second step, the other in one that is replayed."""
-    eager, replayed = interpreted("qwen3", plan, length=126, pads=(0, 2), new=5)
+@pytest.mark.parametrize(
+    ("family", "plan", "pads"),
+    [("qwen3", packing, (0, 2)), ("mistral", partial(hosted, bits=4), (1,))],
+    ids=["device", "host"],
+)
+def test_replayed_steps_over_packed_keys_are_eager_steps_bit_for_bit(
+    interpreted, family, plan, pads
+):
+    """One row ends a page in the second step, another in one that is replayed."""
+    eager, replayed = interpreted(family, plan, length=126, pads=pads, new=5)
     assert (replayed["graphs"], replayed["recorded"]) == ("yes", 1)
     wanted = {*frozen.LAUNCHES, "triton.decode_store.decode"}
     wanted = wanted if plan is packing else {*frozen.LAUNCHES[::2], *frozen.FETCHES[1:]}
