@@ -102,6 +102,9 @@ def _prepare(
         )
     if plan is not None and not isinstance(plan, (Plan, str, os.PathLike)):
         raise PatchError(f"the plan is a {type(plan).__name__}: give a Plan, its file, or None")
+    for name, value in (("fuse", fuse), ("exact", exact)):
+        if type(value) is not bool:
+            raise PatchError(f"{name} is {value!r}: give True or False")
     modules = attention_modules(model)
     if plan is None:
         plan = Plan.full(ModelId.of(model))

@@ -143,10 +143,10 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif name in cache and pattern.kind in EVICTIONS:
             yield f"{told}, cache: keys to keep chosen by PyTorch"
         elif name in cache and pattern.kind in KEPT:
-            where = f"in {said(pattern.bits)}"
+            where = [] if pattern.bits == 16 else [f"in {said(pattern.bits)}"]
             if pattern.host:
-                where = f"in host memory, {pattern.hot:g} of each row on the GPU"
-            yield f"{told}, cache: every key, {where}"
+                where += [f"in host memory, {pattern.hot:g} of each row on the GPU"]
+            yield ", ".join((f"{told}, cache: every key", *where))
         elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{told}, new tokens: pages chosen by {by}"
@@ -207,9 +207,8 @@ def _kind(group: Group, ring: str) -> str:
 
 def _kept(group: Group) -> str:
     """How a group's keys are kept, where that is not as they came."""
-    if group.hot:
-        return " in host memory"
-    return "" if group.bits == 16 else f" in {said(group.bits)}"
+    bits = "" if group.bits == 16 else f" in {said(group.bits)}"
+    return bits + (" in host memory" if group.hot else "")
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
-from hfsparse.models.layers import layer_shapes
-from hfsparse.patcher.figures import Prompts, one_head
+from hfsparse.models.layers import LayerShape, layer_shapes
+from hfsparse.patcher.figures import NARROW, Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.job import Forecast, Found, Job
@@ -118,7 +118,7 @@ def choose_plan(
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     this = ModelId.of(job.model)
     at, itemsize = job.cache_length, job.model.dtype.itemsize
-    costs = price_candidates(candidates, max(means), this.head_dim, at, itemsize)
+    costs = price_candidates(candidates, max(means), job.shape, at, itemsize)
     choices = options(free, candidates, costs | {"producers": job.producers})
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
     known |= candidates.evictions | candidates.packed
@@ -187,22 +187,22 @@ def tables_in_use(data: dict[str, DataFile], patterns: dict[str, Any]) -> dict[s
 def price_candidates(
     candidates: Candidates,
     length: int,
-    head_dim: int = 1,
+    shape: LayerShape = NARROW,
     at: int | None = None,
     itemsize: int = 2,
 ) -> dict[str, Any]:
     """What a step reads of a row of `length` tokens, and what choices keep of one of `at`, for
     Options.
 
-    at: None is `length`. What is kept are bytes, of a model that works in a type of `itemsize`. A
-    step of a selector reads keys and values, and all that is kept beside them: its index; both
-    count as in a type of two bytes.
+    shape: of the layers. at: None is `length`. What is kept are bytes, of a model that works in a
+    type of `itemsize`. A step of a selector reads keys and values, and all that is kept beside
+    them: its index; both count as in a type of two bytes.
     """
     kinds = {"ring": candidates.rings, "evict": candidates.evictions, "page": candidates.selectors}
 
     def price(name: str, tokens: int, *more: Any) -> list[tuple[float, float]]:
         some = kinds[name].values()
-        return [one_head(tokens, each, head_dim, candidates.data, *more) for each in some]
+        return [one_head(tokens, each, shape, candidates.data, *more) for each in some]
 
     at, full = at or length, one_head(length)[0]
     found = {f"{name}_kept": [kept for kept, _ in price(name, at, itemsize)] for name in kinds}
@@ -210,7 +210,7 @@ def price_candidates(
     found["page_read"] = [read + kept - full for kept, read in price("page", length, 2)]
     packed = []
     for few in candidates.packed.values():
-        alone, _ = one_head(at, None, head_dim, None, itemsize, few)
+        alone, _ = one_head(at, None, shape, None, itemsize, few)
         packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, few))])
     return found | {"full_kept": one_head(at)[0], "packed_kept": packed}
 

@@ -107,7 +107,12 @@ class Full(Store):
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
-            self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+            before = {**vars(self)}
+            try:
+                self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+            except BaseException:  # memory was refused: no buffer may be longer than another
+                vars(self).update(before)
+                raise
         self.settle(past)
 
     def settle(self, rows: Sequence[int]) -> None:

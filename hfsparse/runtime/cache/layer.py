@@ -24,7 +24,7 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.host import HostFull
+from hfsparse.runtime.cache.host import HostFull, HostPacked
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
@@ -362,7 +362,7 @@ def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full |
         return Evicting(group, reserve, below)
     packs = group.bits != 16
     if group.hot:
-        return HostFull(group, reserve, read_below)
+        return (HostPacked if packs else HostFull)(group, reserve, read_below)
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)
