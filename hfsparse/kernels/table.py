@@ -1,4 +1,4 @@
-"""Which kernel serves which need: seven tables of capability checks, the first that fits wins.
+"""Which kernel serves which need: eight tables of capability checks, the first that fits wins.
 
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
@@ -22,6 +22,8 @@ FETCH(hot, lists, length, read) -> PageLists
     As `fetch.fetch`: of a store whose keys lie in host memory, before a step reads it.
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
+PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
+    As `plain.products`, of one row: in steps of batch 1 that are fused.
 """
 
 from __future__ import annotations
@@ -207,10 +209,14 @@ COUNT = (
     Kernel("Triton", _lazily("triton.count", "pairs"), _triton("count")),
     Kernel("PyTorch", plain.count, _always),
 )
+PRODUCTS = (
+    Kernel("Triton", _lazily("triton.products", "products"), _triton("products")),
+    Kernel("PyTorch", plain.products, _always),
+)
 
 
 class Tables(NamedTuple):
-    """The seven together: what a call's kernels are picked from."""
+    """The eight together: what a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
@@ -219,6 +225,7 @@ class Tables(NamedTuple):
     append: tuple[Kernel, ...] = APPEND
     fetch: tuple[Kernel, ...] = FETCH
     count: tuple[Kernel, ...] = COUNT
+    products: tuple[Kernel, ...] = PRODUCTS
 
 
 TABLES = Tables()

@@ -65,6 +65,8 @@ def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.latents:
         return "no latents"
+    if need.pooled:
+        return "no pages of a pool"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
