@@ -524,7 +524,7 @@ def _decode_store(
                 key += tl.where(key < keeps, 0, tl.where(key > newest, turn - size, turn))
             kept = key[:, None] < limit[None, :]
             if RING:
-                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+                kept &= sound & (tl.where(key < sink, NEVER, key)[:, None] >= start[None, :])
             if SOFTCAP:
                 s = _capped(s, unit, inner)
             p, fade, total, top = _weigh(total, top, s, kept)
