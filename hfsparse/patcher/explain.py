@@ -43,6 +43,11 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     if state.shard.ranks > 1:
         lines.append(f"tensor parallel: {state.shard}, which is what is told here")
+    if (context := state.context) is not None:
+        lines.append(
+            f"context parallel: {context}, which is what is told here; rings are whole on each "
+            "rank, steps are merged by their LSE and choose pages of each rank's own tokens"
+        )
     need, step = _needs(model)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
@@ -80,6 +85,8 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(layers, tables, need, step)
     why = why_in_one_call(model.config, plan)
+    if context is not None:
+        why = "context parallel"
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")

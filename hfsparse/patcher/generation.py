@@ -38,7 +38,12 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     mask = model_kwargs.get("attention_mask")
     # 5.24 drops a mask of ones, and notes how wide it was
     width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
-    chunk = generation_config.prefill_chunk_size
+    chunk, context = generation_config.prefill_chunk_size, text_decoder(self)._hfsparse.context
+    if chunk and context is not None:
+        raise PatchError(
+            "prefill_chunk_size: ranks that share a prompt read it in one call (context parallel): "
+            "leave it out"
+        )
     if chunk is None and width > LONG and _can_chunk(self, generation_config, model_kwargs, cache):
         chunk = generation_config.prefill_chunk_size = CHUNK
     if chunk and not width:
@@ -85,6 +90,11 @@ def _keeps_positions(model_kwargs: dict) -> bool:
 
 def _candidate_generator(self, *args, **kwargs):
     """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
+    if text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "drafts are taken back, and keys that lie on several ranks can't be (context "
+            "parallel): generate without an assistant and without prompt lookup"
+        )
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
     exact.leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates

@@ -17,6 +17,7 @@ from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
+from hfsparse.runtime.parts import ContextParallel
 
 
 @dataclass
@@ -65,12 +66,18 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    context: ContextParallel | None  # how ranks share rows' tokens
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
     states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
+
+    @property
+    def whose(self) -> str:
+        """What of the model is this rank's; empty: all."""
+        return f"{self.shard if self.context is None else self.context}"
 
     @property
     def all_graphs(self) -> list[Graphs]:

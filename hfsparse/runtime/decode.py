@@ -94,7 +94,7 @@ def decode(
         need = Need.of(k, places.k, places.v, v, packed=places.packed)
         pick(tables.append, need).run(k, v, places, step)
     extension = layer_plan.extends(step.lengths.longest)
-    lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
+    lists = select_pages(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
     if places.hosted:
         _fetch(tables, layer_plan, places, lists, step)
     listed = any(part is not None for part in lists)
@@ -174,7 +174,7 @@ def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
     return store.group.chosen and any(n >= store.below for n in rows)
 
 
-def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
+def select_pages(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
     """Each store's pages that a step reads; None: all. Rows under `below` have empty lists."""
     lists: list[PageLists | None] = [None] * len(layer.stores)
     own = []
