@@ -49,6 +49,7 @@ def explain(model: PreTrainedModel) -> str:
             "rank, steps are merged by their LSE and choose pages of each rank's own tokens"
         )
     need, step = _needs(model)
+    step = step._replace(lse=context is not None)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
     lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
@@ -60,7 +61,7 @@ def explain(model: PreTrainedModel) -> str:
     if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
         lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
     reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
-    rings = step._replace(bands=True)
+    rings = step._replace(bands=True, lse=False)
     if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
@@ -158,13 +159,14 @@ def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Nee
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
+        new = step._replace(packed=layer.packs, hosted=layer.hosts)
+        new = new._replace(lse=layer.means or new.lse)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, new._replace(lists=True)).name,
             "recent": pick(decode, new._replace(lists=True)).name,
-            "ring": (bands := pick(decode, new._replace(bands=True)).name),
+            "ring": (bands := pick(decode, new._replace(bands=True, lse=layer.means)).name),
             "windowed": bands,
             "kept": pick(decode, new).name,
             "full": pick(decode, new).name,
