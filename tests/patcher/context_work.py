@@ -8,15 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers.cache_utils import Cache
 
 import hfsparse
 from hfsparse import ContextParallel, Plan
 from hfsparse.kernels import TABLES, Kernel
 from hfsparse.lists import PAGE, PageLists
+from hfsparse.models.names import text_decoder
+from hfsparse.patcher.adopt import adopt
 from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.parts import Parts, share_exactly
 from tests.patcher.families import (
     QUEST,
+    SIZES,
+    WINDOW,
     corrected,
     evicting,
     fresh,
@@ -38,6 +44,19 @@ from tests.patcher.shared_work import telling
 NEW, TURN = 5, 9
 UNIT = PAGE  # what parts are made of, in short prompts on a CPU
 PART = 2 * UNIT
+
+
+def model_of(case: str):
+    family = CASES[case][0]
+    return gpt_oss() if family == "gpt-oss" else fresh(family)
+
+
+def gpt_oss():
+    """Sink logits, in layers with a window and without."""
+    torch.manual_seed(0)
+    more = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=WINDOW)
+    more |= dict(num_local_experts=2, num_experts_per_tok=1)
+    return GptOssForCausalLM(GptOssConfig(**{**SIZES, **more})).eval()
 
 
 def again(model) -> Plan:
@@ -86,6 +105,7 @@ CASES = {
     "growing rings": ("llama", growing, 1, False),
     "windows": ("mistral-window", streaming, 1, False),
     "windows beside full layers": ("gemma3", mixed, 1, True),
+    "sink logits": ("gpt-oss", streaming, 1, False),
     "mixed": ("mistral", mixed, 1, True),
     "thresholds": ("qwen2", late, 2, True),
     "choices read again": ("llama", again, 1, False),
@@ -105,14 +125,28 @@ def length_of(case: str, ranks: int) -> int:
 
 def answer(case: str, model, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and their logits, and the logits of a turn of a few tokens behind them."""
-    rows, ids = CASES[case][2], tokens(CASES[case][2], length_of(case, ranks))
-    more = {}
+    ids = tokens(CASES[case][2], length_of(case, ranks))
     if CASES[case][3] and not distributed.is_initialized():
-        more = {"prefill_chunk_size": PART}
-    found = generate(model, ids, new=NEW, **more)
-    turn = torch.cat([found.sequences[:, -1:], tokens(rows, TURN - 1, seed=1)], 1)
-    logits = forward(model, turn, cache=found.past_key_values).logits
-    return found.sequences, torch.stack(found.logits, 1), logits
+        found = generate_behind_parts(model, ids)
+    else:
+        out = generate(model, ids, new=NEW)
+        found = out.sequences, torch.stack(out.logits, 1), out.past_key_values
+    turn = torch.cat([found[0][:, -1:], tokens(len(ids), TURN - 1, seed=1)], 1)
+    return *found[:2], forward(model, turn, cache=found[2]).logits
+
+
+def generate_behind_parts(model, ids: Tensor) -> tuple[Tensor, Tensor, Cache]:
+    """Greedy tokens behind a prompt whose parts are read as chunks; their logits, and the cache."""
+    cache, logits, found = DynamicCache(), [], ids
+    adopt(cache, text_decoder(model), expected=ids.shape[1])
+    for part in ids.split(PART, 1):
+        last = forward(model, part, cache=cache).logits[:, -1]
+    for at in range(NEW):
+        logits.append(last.float())
+        found = torch.cat([found, last.argmax(-1, keepdim=True)], 1)
+        if at < NEW - 1:
+            last = forward(model, found[:, -1:], cache=cache).logits[:, -1]
+    return found, torch.stack(logits, 1), cache
 
 
 def by_parts(parts: Parts) -> Kernel:
@@ -143,8 +177,7 @@ def by_parts(parts: Parts) -> Kernel:
 
 def answer_alone(case: str, ranks: int) -> tuple[Any, ...]:
     """What one process answers that chooses its pages as ranks do; and its figures."""
-    family, plan, *_ = CASES[case]
-    model, length = fresh(family), length_of(case, ranks)
+    model, plan, length = model_of(case), CASES[case][1], length_of(case, ranks)
 
     parts = share_exactly(length, UNIT, Ranks(ranks))
     tables = TABLES._replace(select=(by_parts(parts),))
@@ -156,7 +189,7 @@ def ask(cases) -> dict[str, Any]:
     """Each case, and what this rank and all of them tell of it."""
     group, found = distributed.group.WORLD, {}
     for case in cases:
-        model = fresh(CASES[case][0])
+        model = model_of(case)
         with hfsparse.patch(model, CASES[case][1](model), context_parallel=group) as handle:
             told = answer(case, model, distributed.get_world_size())
             found[case] = *told, handle.stats(), handle.stats(gather=True), handle.explain()
