@@ -27,6 +27,11 @@ SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_co
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
+    if generation_config.prefill_chunk_size and text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "prefill_chunk_size: ranks that share a prompt read it in one call (context parallel): "
+            "leave it out"
+        )
     self.__dict__.pop("_cache", None)  # up to 5.0 a new static cache takes the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
@@ -38,12 +43,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     mask = model_kwargs.get("attention_mask")
     # 5.24 drops a mask of ones, and notes how wide it was
     width = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
-    chunk, context = generation_config.prefill_chunk_size, text_decoder(self)._hfsparse.context
-    if chunk and context is not None:
-        raise PatchError(
-            "prefill_chunk_size: ranks that share a prompt read it in one call (context parallel): "
-            "leave it out"
-        )
+    chunk = generation_config.prefill_chunk_size
     if chunk is None and width > LONG and _can_chunk(self, generation_config, model_kwargs, cache):
         chunk = generation_config.prefill_chunk_size = CHUNK
     if chunk and not width:

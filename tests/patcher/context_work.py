@@ -196,8 +196,8 @@ def ask(cases) -> dict[str, Any]:
     return found
 
 
-def ask_star() -> dict[str, Any]:
-    return {case: answer_star(*each) for case, each in STARS.items()}
+def ask_star(cases=("full", "rings")) -> dict[str, Any]:
+    return {case: answer_star(*STARS[case]) for case in cases}
 
 
 def answer_star(plan, anchor) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ def ask_refused(folder: Path) -> dict[str, Any]:
 
 
 def ask_two(folder: Path) -> dict[str, Any]:
-    return {"star": ask_star(), **ask(CASES), **ask_refused(folder)}
+    return {"star": ask_star(STARS), **ask(CASES), **ask_refused(folder)}
 
 
 def ask_four(folder: Path) -> dict[str, Any]:
