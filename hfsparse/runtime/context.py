@@ -34,28 +34,26 @@ def attend(layer_call: LayerCall) -> Tensor:
 
 
 def _read_prompt(layer_call: LayerCall) -> Tensor:
-    layer_plan, layer, lengths = layer_call.layer_plan, layer_call.layer, layer_call.lengths
+    layer_plan, layer, batch = layer_call.layer_plan, layer_call.layer, len(layer_call.q)
     context, parts, device = layer_plan.context, layer_call.call.parts, layer_call.q.device
-    below = layer_plan.below.prefill, layer_plan.below.cache
-    how, (k, v) = (below, layer_plan.skip, layer_plan.window, device), layer_call.kept
-    if parts.alone:
-        layout = layer_call.call.once(lay_out, lengths, 0, *how)
-        out = read(layer_call, layout, layer_plan.cases, k, v)
     own = sum(end - start for start, end in parts.kept[context.rank])
-    k, v = (t[:, :, t.shape[2] - own :] for t in (k, v))
+    kept = [t[:, :, t.shape[2] - own :] for t in layer_call.kept]
     layer.hold(parts.tokens, own, context.newest)
-    whole, part = layer.whole(), layer.part()
-    wanted, gathered = _wanted(layer_call, parts, whole), ()
-    if wanted:
+    whole, part, gathered = layer.whole(), layer.part(), kept
+    if wanted := _wanted(layer_call, parts, whole):
         more = parts.kept, wanted, parts.tokens, layer_plan.at
-        gathered = exchange(context.group, (k, v), *more)
-    if not parts.alone:
-        mine = parts.read[context.rank], parts.tokens, len(lengths.rows)
-        layout = layer_call.call.once(lay_out_runs, *mine, *how)
-        out = read(layer_call, layout, layer_plan.cases, *gathered)
+        gathered = exchange(context.group, kept, *more)
+    limits = layer_plan.below.prefill, layer_plan.below.cache
+    how = limits, layer_plan.skip, layer_plan.window, device
+    if parts.alone:
+        keys, layout = layer_call.kept, layer_call.call.once(lay_out, layer_call.lengths, 0, *how)
+    else:
+        mine = parts.read[context.rank], parts.tokens, batch
+        keys, layout = gathered, layer_call.call.once(lay_out_runs, *mine, *how)
+    out = read(layer_call, layout, layer_plan.cases, *keys)
     for store in layer.stores:
         at = layer_plan.at(store.group.heads, device)
-        given, rows = (gathered, whole) if store.drops else ((k, v), part)
+        given, rows = (gathered, whole) if store.drops else (kept, part)
         store.append(*(t[:, at] for t in given), rows)
         store.settle(rows.rows)
     return out

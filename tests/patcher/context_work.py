@@ -196,6 +196,16 @@ def ask(cases) -> dict[str, Any]:
     return found
 
 
+def answer_in_beams(model) -> Tensor:
+    return generate(model, tokens(2, 311), new=NEW, num_beams=3, num_return_sequences=2).sequences
+
+
+def ask_beams() -> Tensor:
+    model = fresh("llama")
+    with hfsparse.patch(model, streaming(model), context_parallel=distributed.group.WORLD):
+        return answer_in_beams(model)
+
+
 def ask_star(cases=("full", "rings")) -> dict[str, Any]:
     return {case: answer_star(*STARS[case]) for case in cases}
 
@@ -263,7 +273,8 @@ def ask_refused(folder: Path) -> dict[str, Any]:
 
 
 def ask_two(folder: Path) -> dict[str, Any]:
-    return {"star": ask_star(STARS), **ask(CASES), **ask_refused(folder)}
+    found = {"star": ask_star(STARS), "beams": ask_beams()}
+    return {**found, **ask(CASES), **ask_refused(folder)}
 
 
 def ask_four(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tests.patcher.context_work import (
     UNIT,
     Ranks,
     answer_alone,
+    answer_in_beams,
     ask_four,
     ask_one,
     ask_two,
@@ -96,6 +97,14 @@ def test_four_ranks_answer_as_one_process(four, case):
     *want, _ = answer_alone(case, 4)
     for rank in four:
         same(rank[case], want)
+
+
+def test_beams_reorder_the_parts_of_every_rank(two):
+    model = fresh("llama")
+    with hfsparse.patch(model, streaming(model)):
+        want = answer_in_beams(model)
+    for rank in two:
+        assert rank["beams"].tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
