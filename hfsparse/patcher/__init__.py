@@ -6,8 +6,9 @@
 
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
-and `generation` in `generate`, where `exact` drafts; all `state` lies on the model, so
-`unpatch(model)` needs no handle.
+and `generation` in `generate`, whose calls are answered (`answering`) by steps that ran `ahead` or
+by drafts (`exact`), both `choosing` as it does. All `state` lies on the model, so `unpatch(model)`
+needs no handle.
 `explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
 folders.
 """
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
+from hfsparse.patcher.ahead import Ahead
 from hfsparse.patcher.context import NO_GRAPH, why_not
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
@@ -45,6 +47,7 @@ from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.graphs import Graphs
+from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.parts import ContextParallel
 
 __all__ = ["explain", "patch", "unpatch"]
@@ -149,5 +152,21 @@ def _prepare(
     graphs = Graphs(layers, linear, fuse, agree)
     if context is not None:
         graphs.never = graphs.why = NO_GRAPH
-    own = layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard, context, drafts
-    return modules, State(*own), extensions
+    ahead = Ahead(graphs, _why_not_ahead(model, layers, exact))
+    of = layers[0].owner, model, plan, layers, copy_configs(model)
+    state = State(*of, graphs, shard, context, ahead, drafts)
+    return modules, state, extensions
+
+
+def _why_not_ahead(model: PreTrainedModel, layers: list[LayerPlan], exact: bool) -> str | None:
+    """Why no step of a patched model ever runs ahead of `generate`."""
+    if exact:
+        return "exact mode verifies drafts"
+    if "forward" in vars(model) or "generate" in vars(model):
+        return "its forward or its generate is not its class's (accelerate's hooks?)"
+    if group_of(model) is not None:
+        return "ranks share its weights"
+    if layers[0].context is not None:
+        return "ranks share its tokens"
+    hosts = any(layer.hosts for layer in layers)
+    return "pages in host memory can't be taken back without waiting" if hosts else None

@@ -15,9 +15,10 @@ from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
+from hfsparse.patcher import batching
 from hfsparse.patcher.exact import MOST
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
-from hfsparse.patcher.state import state_of
+from hfsparse.patcher.state import State, state_of
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
@@ -91,6 +92,9 @@ def explain(model: PreTrainedModel) -> str:
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
+    lines.append(f"the next one's, before generate has the token: {state.ahead}")
+    if hasattr(type(model), "init_continuous_batching"):
+        lines.append(f"generate_batch: {_batched(state)}")
     if state.exact is not None:
         lines.append(f"drafts, as a CUDA graph: {state.exact.graphs}")
     windowed = [layer.index for layer in state.layers if layer.sliding_window is not None]
@@ -105,6 +109,15 @@ def explain(model: PreTrainedModel) -> str:
         readers, producers = (series(found) for found in (read, dict.fromkeys(read.values())))
         lines.append(f"layers {readers} read the keys of layers {producers}, and keep none")
     return "\n".join(lines)
+
+
+def _batched(state: State) -> str:
+    """Whether requests can be batched continuously, and what that saves."""
+    if (why := batching.why_not(state)) is not None:
+        return f"no ({why})"
+    rings = any(group.band != FULL for layer in state.layers for group in layer.groups)
+    none = ", so that rings save none of its memory" if rings else ""
+    return f"steps read the same of transformers' paged cache, which keeps every key{none}"
 
 
 def _needs(model: PreTrainedModel) -> tuple[Need, Need]:

@@ -10,8 +10,9 @@ from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name, find_cache, text_decoder
-from hfsparse.patcher import exact
+from hfsparse.patcher import batching
 from hfsparse.patcher.adopt import adopt
+from hfsparse.patcher.answering import generate, leave_alone, wants_cache, watch
 from hfsparse.patcher.supported import ROPES
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -22,7 +23,6 @@ from hfsparse.runtime.cache.ring import SLACK
 LONG, CHUNK = 1 << 17, 1 << 15
 # A `generate` without this method numbers the tokens of chunks by columns, padding or not.
 NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
-SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
@@ -36,7 +36,7 @@ def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = find_cache(model_kwargs)
-    if cache is None and exact.wants_cache(self, generation_config):  # 5.0 leaves it to the model
+    if cache is None and wants_cache(self, generation_config):  # 5.0 leaves it to the model
         cache = model_kwargs[cache_name(self)] = DynamicCache()
     if cache is None:
         return result
@@ -96,7 +96,7 @@ def _candidate_generator(self, *args, **kwargs):
             "parallel): generate without an assistant and without prompt lookup"
         )
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
-    exact.leave_alone(self, find_cache(kwargs["model_kwargs"]))
+    leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates
 
     def get_candidates(input_ids, *args, **more):
@@ -115,17 +115,11 @@ def _keep(cache: Any, tokens: int) -> None:
             layer.keep(tokens)
 
 
-def _no_serving(self, *args, **kwargs):
-    raise PatchError(
-        "continuous batching keeps its own paged cache, which hfsparse can't shape: use "
-        "model.generate, or handle.undo() first"
-    )
-
-
 # Methods of a patched model that are ours.
 SHADOWS = {
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
-    "_get_logits_processor": exact.watch,
-    **dict.fromkeys(SERVING, _no_serving),
+    "_get_logits_processor": watch,
+    "generate": generate,
+    "init_continuous_batching": batching.start,
 }

@@ -16,6 +16,7 @@ from hfsparse.kernels import Need, pick
 from hfsparse.lists import PAGE
 from hfsparse.precision import casts
 from hfsparse.runtime import context
+from hfsparse.runtime.batch import attend_batch
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
 from hfsparse.runtime.decode import decode, is_step, make_step
@@ -71,9 +72,14 @@ def attend(
     if call.drafts and layer_plan.draft is not None:
         layer_plan = layer_plan.draft
     last, attention_mask = call.once(split_mask, attention_mask)
-    refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, kwargs)
+    packed = kwargs.get("cu_seq_lens_q") is not None and call.batch is None
+    refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, packed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
+    if call.batch is not None:
+        with device_guard(query):
+            out = attend_batch(call, layer_plan, query, key, value, logits)
+        return out.transpose(1, 2).contiguous(), None
     if call.recorded is not None:
         return attend_recorded(call, module, layer_plan, query, key, value, logits), None
     producer, place, latents = layer_plan.producer, query.device, None

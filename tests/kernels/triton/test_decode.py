@@ -82,6 +82,35 @@ def test_listed_pages_match_plain_attention(decode, queries, unit, extras):
     assert close(out, truth(q, k, v, mask, **logits))
 
 
+@pytest.mark.parametrize("unit", [None, 64, 16])
+@pytest.mark.parametrize("band", [None, Band(5, 40)], ids=["whole", "band"])
+def test_rows_in_pages_of_a_pool_match_the_same_rows_by_themselves(decode, band, unit):
+    """Both by the kernel and by the reference; no page lies where its number says."""
+    q, k, v, query, key, logits = step(1, [300, 70], "plain")
+    empty = torch.zeros_like(q[:1]), *(torch.full_like(t[:1], torch.nan) for t in (k, v))
+    q, k, v = (torch.cat(pair) for pair in zip((q, k, v), empty, strict=True))
+    query, key = (torch.cat([t, torch.full_like(t[:1], -1)]) for t in (query, key))
+    pages = None if unit is None else some_pages(3, 2, 300, unit)
+    mask = mask_of(query, key, pages)
+    if band is not None:
+        start = band.start(query)[..., None]
+        mask = mask & ((key[:, None] < band.sink) | (key[:, None] >= start))[:, None]
+    want = truth(q, k, v, mask, **logits)
+    table = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:15].view(3, 5)
+    pool = [torch.full((1, 20 * PAGE, 2, t.shape[3]), torch.nan) for t in (k, v)]
+    for held, t in zip(pool, (k, v), strict=True):
+        for row in range(3):
+            for page in range(5):
+                part = t[row, :, page * PAGE : (page + 1) * PAGE].transpose(0, 1)
+                held[0, table[row, page] * PAGE :][: len(part)] = part
+    given = {"query_pos": query, "pages": pages, "length": used(key), **logits}
+    given |= {"pool": table, "band": Band() if band is None else band}
+    assert close(stores.decode_by_store(q, *(t.transpose(1, 2) for t in pool), **given), want)
+    out = decode(q, *(t.transpose(1, 2) for t in pool), **given)
+    assert close(out, want)
+    assert close(stores.decode_by_store(q, *(t.transpose(1, 2) for t in pool), **given), want)
+
+
 @pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (96, 64), (128, 128), (256, 256)])
 def test_every_head_dim_matches_plain_attention(decode, dim, value_dim):
     it = batch(130, group=3, rows="equal")
