@@ -29,7 +29,7 @@ import hfsparse
 from benchmarks.common.options import numbers
 from benchmarks.common.shapes import plan_of
 from hfsparse import ContextParallel
-from hfsparse.kernels import TABLES, Kernel
+from hfsparse.kernels import Kernel, Tables
 from hfsparse.runtime.call import use_tables
 
 HIDDEN, NARROW, FEW, NEW = 4096, 64, 64, 3
@@ -121,7 +121,7 @@ def run(way: str, plan: str, folder: str, layers: int, tokens: int) -> tuple[flo
             return sent(model, FEW)
     model = make(layers, NARROW)
     context = ContextParallel(distributed.group.WORLD, way)
-    tables = TABLES._replace(prefill=(Kernel("nothing", nothing, lambda need: None),))
+    tables = Tables(prefill=(Kernel("nothing", nothing, lambda need: None),))
     with hfsparse.patch(model, plan_of(model, plan), context_parallel=context), use_tables(tables):
         return sent(model, tokens)
 
