@@ -44,7 +44,13 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     if state.shard.ranks > 1:
         lines.append(f"tensor parallel: {state.shard}, which is what is told here")
+    if (context := state.context) is not None:
+        lines.append(
+            f"context parallel: {context}, which is what is told here; rings are whole on each "
+            "rank, steps are merged by their LSE and choose pages of each rank's own tokens"
+        )
     need, step = _needs(model)
+    step = step._replace(lse=context is not None)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
     lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
@@ -56,7 +62,7 @@ def explain(model: PreTrainedModel) -> str:
     if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
         lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
     reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
-    rings = step._replace(bands=True)
+    rings = step._replace(bands=True, lse=False)
     if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
@@ -81,6 +87,8 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(layers, tables, need, step)
     why = why_in_one_call(model.config, plan)
+    if context is not None:
+        why = "context parallel"
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
@@ -164,13 +172,14 @@ def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Nee
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
+        new = step._replace(packed=layer.packs, hosted=layer.hosts)
+        new = new._replace(lse=layer.means or new.lse)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, new._replace(lists=True)).name,
             "recent": pick(decode, new._replace(lists=True)).name,
-            "ring": (bands := pick(decode, new._replace(bands=True)).name),
+            "ring": (bands := pick(decode, new._replace(bands=True, lse=layer.means)).name),
             "windowed": bands,
             "kept": pick(decode, new).name,
             "full": pick(decode, new).name,

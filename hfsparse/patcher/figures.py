@@ -142,7 +142,7 @@ def _fill(
 
 
 def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Work) -> LayerStats:
-    own.steps[tokens, 1] = 1
+    own.steps[tokens, 1, tokens] = 1
     for store in () if layer is None else layer.stores:
         if store.group.eviction is not None:
             read = tokens - max(store.lacks - 1, 0)  # what evicts last has seen no step yet

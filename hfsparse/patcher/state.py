@@ -21,6 +21,7 @@ from hfsparse.runtime.batch import Pool
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
+from hfsparse.runtime.parts import ContextParallel
 
 
 @dataclass
@@ -69,6 +70,7 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    context: ContextParallel | None  # how ranks share rows' tokens
     ahead: Ahead
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
@@ -87,6 +89,11 @@ class State:
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         vars(self).update(kept, managers=WeakSet(), pools=WeakKeyDictionary())
+
+    @property
+    def whose(self) -> str:
+        """What of the model is this rank's; empty: all."""
+        return f"{self.shard if self.context is None else self.context}"
 
     @property
     def all_graphs(self) -> list[Graphs]:
