@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hfsparse.kernels.need import Need
-from hfsparse.lists import FAR, FULL, RATE_ONE, Band, BlockLists, HeadIndex
+from hfsparse.lists import FULL, RATE_ONE, Band, BlockLists, HeadIndex, at_heads
 from hfsparse.precision import without_autocast
 
 ROWS = 64  # queries to a view of a band's window; more read more keys in vain
@@ -53,31 +53,33 @@ def prefill(
 
     Token by token in memory, heads side by side.
     """
-    B, H, Sq, _ = q.shape
-    grid, value_dim, wide = lists.grid, v.shape[-1], max(q.shape[-1], v.shape[-1])
-    dtype = v.dtype if q.dtype == k.dtype == v.dtype else torch.float32
+    (B, H, Sq, _), asked, value_dim = q.shape, v.dtype, v.shape[-1]
+    grid, wide, device = lists.grid, max(q.shape[-1], value_dim), q.device
+    dtype = asked if q.dtype == k.dtype == asked else torch.float32
     # The kernel takes keys and values of one width.
-    q, k, v = (pad(t.to(dtype), (0, wide - t.shape[-1])) for t in (q, k, v))
+    q, k, v = (_padded(t.to(dtype), (0, wide - t.shape[-1])) for t in (q, k, v))
     out = q.new_empty(B, Sq, H, wide).transpose(1, 2)
     sums = q.new_full((B, H, Sq), -torch.inf, dtype=torch.float32)
     if grid.padded:
         out.zero_()
     kv, rest = kv_heads.tolist(), set(range(H))
+    tokens = grid.offset.tolist(), grid.q_len.tolist()  # of each row: before its queries, and new
     for band, heads in _bands(lists):
         rest -= set(heads)
         for group in dict.fromkeys(kv[h] for h in heads):
-            own = [h for h in heads if kv[h] == group]
-            for b, (past, n) in enumerate(zip(grid.offset.tolist(), grid.q_len.tolist())):
+            own = at_heads([h for h in heads if kv[h] == group], device)
+            for b, (past, n) in enumerate(zip(*tokens, strict=True)):
                 keys = k[b, group, : past + n], v[b, group, : past + n]
                 for at, (found, total) in _read_band(q[b, own, :n], *keys, band, past, scale):
                     out[b, own, at], sums[b, own, at] = found.to(dtype), total
     if rest:
-        own = sorted(rest)
-        given = q[:, own], k, v, lists.in_order(own, HeadIndex()), kv_heads[own]
+        order = sorted(rest)
+        own = at_heads(order, device)
+        given = q[:, own], k, v, lists.in_order(order, HeadIndex()), kv_heads[own]
         out[:, own], sums[:, own] = _read_lists(*given, scale)
     if lse is not None:
         lse.copy_(sums)
-    return out[..., :value_dim]
+    return out[..., :value_dim].to(asked)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask=None, causal: bool = False) -> Part:
@@ -93,6 +95,10 @@ def _join(part: Part, other: Part) -> Part:
     return out, torch.logaddexp(part[1], other[1])
 
 
+def _padded(t: Tensor, by: tuple[int, ...]) -> Tensor:
+    return pad(t, by) if any(by) else t  # else it would be copied
+
+
 def _additive(kept: Tensor) -> Tensor:
     return torch.zeros(kept.shape, dtype=torch.float32).masked_fill_(~kept, NEVER)
 
@@ -101,23 +107,17 @@ def _additive(kept: Tensor) -> Tensor:
 
 
 def _bands(lists: BlockLists) -> Iterator[tuple[Band, list[int]]]:
-    """Bands that some heads read whole, and nothing else."""
-    grid = lists.grid
-    if grid.key_first is not None:
-        return
-    blocks = (lists.full_count + lists.part_count).sum(-1)
-    alone = torch.ones(lists.heads, dtype=torch.bool)
-    if lists.columns is not None:
-        alone = (lists.columns == FAR).all(-1).all(0)
+    """Bands that some heads read whole, and where these keys lie as they came."""
+    window = lists.grid.window
     for band in dict.fromkeys(lists.bands):
-        whole = (blocks == grid.reach(band)[0].sum((1, 2))[:, None]).all(0) & alone
-        heads = [h for h, own in enumerate(lists.bands) if own == band and whole[h]]
-        if grid.window is not None:  # as a band of its own
-            if band.sink or band.rate:
-                continue
-            band = Band(0, min(band.recent, grid.window))
-        if heads:
+        each = zip(lists.bands, lists.whole, strict=False)
+        heads = [h for h, (own, whole) in enumerate(each) if own == band and whole]
+        if not heads or lists.grid.key_first is not None:
+            continue
+        if window is None:
             yield band, heads
+        elif not (band.sink or band.rate):
+            yield Band(0, min(band.recent, window)), heads
 
 
 def _read_band(
@@ -179,17 +179,19 @@ def _read_lists(
     """Attention of q `[B, H, Sq, D]` over what any lists keep of k, v `[B, Hkv, S, D]`."""
     B, H, Sq, D = q.shape
     grid, block = lists.grid, lists.grid.block
-    q = pad(q, (0, 0, 0, grid.nq * block - Sq)).reshape(-1, 1, block, D)
+    q = _padded(q, (0, 0, 0, grid.nq * block - Sq)).reshape(-1, 1, block, D)
     reader = _Reader(k, v, lists, kv_heads)
-    out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = torch.zeros_like(q)
+    sums = q.new_full(q.shape[:3], NEVER, dtype=torch.float32)
     order, done = torch.argsort(reader.whole, descending=True), 0
     while done < len(order):  # query blocks that read much alike
         most = max(block, int(reader.whole[order[done]]))
         rows = order[done : done + max(1, TILE // (most * max(block, D)))]
         done += len(rows)
         parts = [_flash(q[rows], *keys, scale, mask) for *keys, mask in reader.read(rows)]
-        found = parts[0] if len(parts) == 1 else _join(*parts)
-        out[rows], sums[rows] = found[0].to(out.dtype), found[1].float()
+        if parts:
+            found = parts[0] if len(parts) == 1 else _join(*parts)
+            out[rows], sums[rows] = found[0].to(out.dtype), found[1].float()
     out, sums = (t.view(B, H, -1, *t.shape[3:])[:, :, :Sq] for t in (out, sums))
     nothing = (sums < NEVER / 2) | (grid.query_pos() < 0)[:, None]
     if bool(nothing.any()):
@@ -208,7 +210,7 @@ class _Reader:
         dead = (self.held < 0)[:, None, : k.shape[2], None]
         if bool(dead.any()):  # a mask would not hold their NaN back
             k, v = k.masked_fill(dead, 0), v.masked_fill(dead, 0)
-        k, v = (pad(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
+        k, v = (_padded(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
         self.k, self.v = (t.reshape(-1, t.shape[-1]) for t in (k, v))  # token by token
         row = torch.arange(B * H * nq)
         self.b, self.h, self.i = row // (H * nq), row // nq % H, row % nq  # of each query block
@@ -216,8 +218,9 @@ class _Reader:
         self.at = grid.query_pos(torch.arange(nq * block)).view(B, nq, block)[self.b, self.i]
         self.whole = self._flat("full_count").long() * block  # keys that need no test of pairs
         if lists.columns is not None:
+            self.columns, self.last = lists.columns.expand(B, -1, -1), grid.q_last[self.b, self.i]
             seen = lists.columns[:, :, None] <= grid.q_last[:, None, :, None]
-            self.leading = seen.sum(-1).flatten()  # columns before each block's end
+            self.leading = seen.sum(-1).flatten()  # columns up to each block's end
             self.whole = self.whole + self.leading
 
     def _flat(self, name: str) -> Tensor:
@@ -233,9 +236,10 @@ class _Reader:
         tested, some = self._blocks("part", rows)
         pairs = self._pairs(rows, self.held[self.b[rows, None], tested], some, banded=True)
         if self.lists.columns is not None:
-            column = self._first_columns(self.lists.columns[self.b, self.h], rows)
-            covered = self._first_columns(self._flat("covered"), rows)
-            slot, free = column.clamp(max=self.slots - 1), ~covered
+            some = int(self.leading[rows].max())
+            column = self.columns[self.b[rows], self.h[rows], :some]
+            free = ~self._flat("covered")[rows, :some] & (column <= self.last[rows, None])
+            slot = column.clamp(max=self.slots - 1)
             near = free & (column > self.at[rows, :1])  # not every query of the block sees it
             near = free if grid.window is not None else near
             at = near.any(0)
@@ -256,9 +260,6 @@ class _Reader:
         slots = (index[..., None] * block + torch.arange(block)).flatten(1)
         return slots, torch.arange(slots.shape[1]) < block * count[:, None]
 
-    def _first_columns(self, held: Tensor, rows: Tensor) -> Tensor:
-        return held[rows, : int(self.leading[rows].max())]
-
     def _pairs(self, rows: Tensor, key: Tensor, some: Tensor, banded: bool) -> Tensor:
         """bool [R, block, n]: some keys, by position `[R, n]`, that each query may read."""
         key, query = key[:, None], self.at[rows, :, None]
@@ -272,4 +273,6 @@ class _Reader:
 
     def _gather(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         at = (self.row[rows, None] + slots).flatten()
-        return tuple(t.index_select(0, at).view(len(rows), 1, -1, t.shape[1]) for t in (self.k, self.v))
+        return tuple(
+            t.index_select(0, at).view(len(rows), 1, -1, t.shape[1]) for t in (self.k, self.v)
+        )
