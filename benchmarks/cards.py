@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -163,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     cards = [int(card) for card in args.cards.split(",")]
     table: dict[tuple[str, str], dict[int, tuple]] = {}
-    with ProcessPoolExecutor(args.processes, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         jobs = [
             (card, pool.submit(compile_for, card, part))
             for part in PARTS
