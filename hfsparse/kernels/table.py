@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.kernels import dense, fetch, per_store, plain, reference
+from hfsparse.kernels import cpu, dense, fetch, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
@@ -175,6 +175,7 @@ PREFILL = (
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
+    Kernel("torch sdpa, by lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
 )
 DECODE = (
