@@ -26,7 +26,8 @@ def mask_start(
     Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`. No
     mask of length times length is built; as of one, models may cut off its first queries.
     """
-    if (call := running()) is not None and call.batch is not None:
+    compiled = torch.compiler.is_dynamo_compiling()  # a step alone, which knows no call
+    if not compiled and (call := running()) is not None and call.batch is not None:
         return None  # requests say themselves what each reads
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     last = None
