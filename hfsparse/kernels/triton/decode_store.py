@@ -27,7 +27,7 @@ from hfsparse.kernels.triton.limits import (
     DTYPES,
     LOG2E,
     NEVER,
-    WIDEST,
+    WIDEST_STORED,
     await_previous,
     chained,
     is_nvidia,
@@ -70,8 +70,8 @@ def why_not(need: Need) -> str | None:
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
-    if max(need.head_dim, need.value_dim) > WIDEST:
-        return f"{dims}: at most {WIDEST} is supported"
+    if max(need.head_dim, need.value_dim) > WIDEST_STORED:
+        return f"{dims}: at most {WIDEST_STORED} is supported"
     if need.packed and (need.head_dim % 4 or need.value_dim % 4):
         return f"{dims}: in fewer bits multiples of 4 are supported"
     width = max(need.head_dim, need.value_dim)

@@ -448,7 +448,7 @@ class Graphs:
     def count(self, rows: list[int], Q: int, times: int = 1) -> None:
         for layer_plan in self.layers:
             for n in rows if layer_plan.leads else ():
-                layer_plan.steps[n, Q] += times
+                layer_plan.steps[n, Q, n] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
