@@ -1,10 +1,10 @@
 """Stores that keep every key of their kv heads in the host's memory, and few on the GPU.
 
 The host has every token as soon as it is stored, or in fewer bits every page as soon as it is full.
-The GPU has what a selector keeps of each page,
-the newest two pages and a hot set (`hfsparse.lists.hot`), of which `kernels.fetch` sees to it that
-it holds what a step reads. A prompt is read as it comes, and goes out behind that; a chunk has its
-past copied back, of a few heads at a time.
+The GPU has what a selector keeps of each page, the newest two pages and a hot set
+(`hfsparse.lists.hot`), of which `kernels.fetch` sees to it that it holds what a step reads. A
+prompt is read as it comes, and goes out behind that; a chunk has its past copied back, of a few
+heads at a time.
 """
 
 from __future__ import annotations
