@@ -506,7 +506,10 @@ def _decode_store(
                 named = tl.load(lists + j, mask=chosen, other=named).to(tl.int32)
             sound = (named != seat) | older
             fresh |= named == seat
-            stored = head * (slots // PAGE) + named
+            stored = named.to(tl.int64)
+            if MOVED:  # of the newest it names any slot, which is not weighed
+                stored = tl.load(LIES + b * list_b + kv * list_h + j)
+            stored += head * (slots // PAGE)
             low = _ends(LOW + stored * D, W, WIDE, PARTS)
             high = _ends(HIGH + stored * D, W, WIDE, PARTS)
             ends = stored * PAGE + lane
