@@ -47,26 +47,28 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, workload_hints=hints
     ) as manager:
-        while not manager.is_running() or manager.batch_processor is None:
-            time.sleep(0.01)
-        warm = time.perf_counter() - warm
-        began = time.perf_counter()
-        manager.add_requests(prompts, max_new_tokens=args.tokens, record_timestamps=True)
-        done = []
-        while len(done) < len(prompts) and time.perf_counter() - began < args.seconds:
-            if (result := manager.get_result(timeout=0.2)) is not None:
-                if result.error is not None:
-                    return f"{arm:<14} failed: {result.error[:300]}"
-                done.append(result)
-            elif not manager.is_running():
-                return f"{arm:<14} failed: {manager.background_thread_status.fatal_error}"
-        ended = time.perf_counter()
-        active = list(manager.batch_processor.scheduler.active_requests.values())
-        answered = sum(len(r.generated_tokens) for r in [*done, *active])
-        read = sum(len(r.prompt_ids) + len(r.generated_tokens) for r in done)
-        read += sum(state.position_offset for state in active)
-        if len(done) < len(prompts):
-            manager.stop(block=True, hard_stop=True)
+        done: list = []
+        try:
+            while not manager.is_running() or manager.batch_processor is None:
+                time.sleep(0.01)
+            warm = time.perf_counter() - warm
+            began = time.perf_counter()
+            manager.add_requests(prompts, max_new_tokens=args.tokens, record_timestamps=True)
+            while len(done) < len(prompts) and time.perf_counter() - began < args.seconds:
+                if (result := manager.get_result(timeout=0.2)) is not None:
+                    if result.error is not None:
+                        return f"{arm:<14} failed: {result.error[:300]}"
+                    done.append(result)
+                elif not manager.is_running():
+                    return f"{arm:<14} failed: {manager.background_thread_status.fatal_error}"
+            ended = time.perf_counter()
+            active = list(manager.batch_processor.scheduler.active_requests.values())
+            answered = sum(len(r.generated_tokens) for r in [*done, *active])
+            read = sum(len(r.prompt_ids) + len(r.generated_tokens) for r in done)
+            read += sum(state.position_offset for state in active)
+        finally:
+            if len(done) < len(prompts):  # also at SIGTERM: what is asked is not waited for
+                manager.stop(block=True, hard_stop=True)
     took = ended - began
     told = f"{arm:<14} {read / took:>10,.0f} {answered / took:>9,.1f} {took:>8.1f} s"
     if len(done) == len(prompts):
