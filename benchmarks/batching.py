@@ -8,10 +8,10 @@ Random prompts of lengths evenly spread, greedy, random weights in the shape of 
 of --layers layers where that is given. `stock` is transformers' manager on the unpatched model with
 `paged|sdpa`, the best that it has without flash-attn; `full` is ours under no plan; `plan`: every
 second kv head is a ring, the others' steps read 6 % of their pages (quest), and their prompts 10 %
-of the blocks (block_topk); `-async`: by transformers' two pairs of inputs. Each arm reads two short
-prompts first, so that kernels are compiled, and is stopped after --seconds. Shown: tokens processed
-(of prompts and answers) and answered, a second, and seconds until every request had its first token
-and ms a call of the model after that. --shape tiny tries it on a CPU.
+of the blocks (block_topk). Each arm reads two short prompts first, so that kernels are compiled, and
+is stopped after --seconds. Shown: tokens processed (of prompts and answers) and answered, a second,
+and seconds until every request had its first token and ms a call of the model after that. --shape
+tiny tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ from hfsparse.patterns import PATTERNS
 def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> str:
     """All requests at once; what came of them, in words."""
     generation = GenerationConfig(max_new_tokens=args.tokens, do_sample=False, eos_token_id=-1)
-    more = {"use_async_batching": True} if "async" in arm else {}
     total = sum(map(len, prompts)) + args.tokens * len(prompts)
     size = 256 if args.shape != "tiny" else 64
     blocks = total // size + 2 * len(prompts) + args.batch // size
     settings = ContinuousBatchingConfig(
-        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch, **more
+        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch
     )
     hints = WorkloadHints(args.longest, args.tokens, len(prompts))
     warm = time.perf_counter()

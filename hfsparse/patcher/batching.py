@@ -161,6 +161,10 @@ def why_not_config(config: Any) -> str | None:
         return "cpu_offload_space moves keys away from what selectors know of them: leave it 0"
     if any(config.cuda_graph_booleans):
         return "its calls are not recorded as CUDA graphs: leave use_cuda_graph out, or False"
+    if config.use_async_batching:
+        return (
+            "one call is over before the next is prepared: leave use_async_batching out, or False"
+        )
     if config.varlen_compile_config is not None or config.decode_compile_config is not None:
         return "torch.compile is not supported: leave the compile configs and level out"
     return None

@@ -285,8 +285,9 @@ def test_windows_exact_mode_and_settings_are_refused():
 
 
 @known
-def test_graphs_of_its_calls_are_refused():
+def test_graphs_of_its_calls_and_two_at_once_are_refused():
     assert "use_cuda_graph" in batching.why_not_config(settings(use_cuda_graph=(False, True)))
+    assert "use_async_batching" in batching.why_not_config(settings(use_async_batching=True))
     assert batching.why_not_config(settings(use_cuda_graph=False)) is None
 
 
