@@ -1,9 +1,10 @@
-"""A store that keeps every key of its kv heads in the host's memory, and few on the GPU.
+"""Stores that keep every key of their kv heads in the host's memory, and few on the GPU.
 
-The host has every token as soon as it is stored. The GPU has what a selector keeps of each page,
-the newest two pages and a hot set (`hfsparse.lists.hot`), of which `kernels.fetch` sees to it that
-it holds what a step reads. A prompt is read as it comes, and goes out behind that; a chunk has its
-past copied back, a layer's at a time.
+The host has every token as soon as it is stored, or in fewer bits every page as soon as it is full.
+The GPU has what a selector keeps of each page, the newest two pages and a hot set
+(`hfsparse.lists.hot`), of which `kernels.fetch` sees to it that it holds what a step reads. A
+prompt is read as it comes, and goes out behind that; a chunk has its past copied back, of a few
+heads at a time.
 """
 
 from __future__ import annotations
@@ -273,7 +274,7 @@ class HostPacked(HostStore, PackedFull):
         return self._settled()
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
-        return super().state(rows)
+        return super().state(rows)  # by `lasting` all pages, and no slot
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
