@@ -8,10 +8,10 @@ Random prompts of lengths evenly spread, greedy, random weights in the shape of 
 of --layers layers where that is given. `stock` is transformers' manager on the unpatched model with
 `paged|sdpa`, the best that it has without flash-attn; `full` is ours under no plan; `plan`: every
 second kv head is a ring, the others' steps read 6 % of their pages (quest), and their prompts 10 %
-of the blocks (block_topk); `-async`: by transformers' two pairs of inputs. Each arm reads two short
-prompts first, so that kernels are compiled, and is stopped after --seconds. Shown: tokens processed
-(of prompts and answers) and answered, a second, and seconds until every request had its first token
-and ms a call of the model after that. --shape tiny tries it on a CPU.
+of the blocks (block_topk). Each arm reads two short prompts first, so that kernels are compiled,
+and is stopped after --seconds. Shown: tokens processed (of prompts and answers) and answered, a
+second, and seconds until every request had its first token and ms a call of the model after that.
+--shape tiny tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -35,38 +35,39 @@ from hfsparse.patterns import PATTERNS
 def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> str:
     """All requests at once; what came of them, in words."""
     generation = GenerationConfig(max_new_tokens=args.tokens, do_sample=False, eos_token_id=-1)
-    more = {"use_async_batching": True} if "async" in arm else {}
     total = sum(map(len, prompts)) + args.tokens * len(prompts)
     size = 256 if args.shape != "tiny" else 64
     blocks = total // size + 2 * len(prompts) + args.batch // size
     settings = ContinuousBatchingConfig(
-        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch, **more
+        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch
     )
     hints = WorkloadHints(args.longest, args.tokens, len(prompts))
     warm = time.perf_counter()
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings, workload_hints=hints
     ) as manager:
-        while not manager.is_running() or manager.batch_processor is None:
-            time.sleep(0.01)
-        warm = time.perf_counter() - warm
-        began = time.perf_counter()
-        manager.add_requests(prompts, max_new_tokens=args.tokens, record_timestamps=True)
-        done = []
-        while len(done) < len(prompts) and time.perf_counter() - began < args.seconds:
-            if (result := manager.get_result(timeout=0.2)) is not None:
-                if result.error is not None:
-                    return f"{arm:<14} failed: {result.error[:300]}"
-                done.append(result)
-            elif not manager.is_running():
-                return f"{arm:<14} failed: {manager.background_thread_status.fatal_error}"
-        ended = time.perf_counter()
-        active = list(manager.batch_processor.scheduler.active_requests.values())
-        answered = sum(len(r.generated_tokens) for r in [*done, *active])
-        read = sum(len(r.prompt_ids) + len(r.generated_tokens) for r in done)
-        read += sum(state.position_offset for state in active)
-        if len(done) < len(prompts):
-            manager.stop(block=True, hard_stop=True)
+        done: list = []
+        try:
+            while not manager.is_running() or manager.batch_processor is None:
+                time.sleep(0.01)
+            warm = time.perf_counter() - warm
+            began = time.perf_counter()
+            manager.add_requests(prompts, max_new_tokens=args.tokens, record_timestamps=True)
+            while len(done) < len(prompts) and time.perf_counter() - began < args.seconds:
+                if (result := manager.get_result(timeout=0.2)) is not None:
+                    if result.error is not None:
+                        return f"{arm:<14} failed: {result.error[:300]}"
+                    done.append(result)
+                elif not manager.is_running():
+                    return f"{arm:<14} failed: {manager.background_thread_status.fatal_error}"
+            ended = time.perf_counter()
+            active = list(manager.batch_processor.scheduler.active_requests.values())
+            answered = sum(len(r.generated_tokens) for r in [*done, *active])
+            read = sum(len(r.prompt_ids) + len(r.generated_tokens) for r in done)
+            read += sum(state.position_offset for state in active)
+        finally:
+            if len(done) < len(prompts):  # also at SIGTERM: what is asked is not waited for
+                manager.stop(block=True, hard_stop=True)
     took = ended - began
     told = f"{arm:<14} {read / took:>10,.0f} {answered / took:>9,.1f} {took:>8.1f} s"
     if len(done) == len(prompts):

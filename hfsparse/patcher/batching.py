@@ -28,7 +28,6 @@ from hfsparse.selectors import segment_of
 
 OLDEST = "5.17.0"
 KNOWN = Version(transformers.__version__) >= Version(OLDEST)
-BLOCKS = 32  # of a request's block table, where nothing tells how long requests are
 
 
 class Manager(continuous_api.ContinuousBatchingManager):
@@ -41,15 +40,14 @@ class Manager(continuous_api.ContinuousBatchingManager):
             workload_hints=workload_hints,
             **more,
         )
-        config, hints = self.continuous_batching_config, workload_hints
-        if (why := why_not_config(config)) is not None:
+        if (why := why_not_config(self.continuous_batching_config)) is not None:
             raise PatchError(f"this ContinuousBatchingConfig can't be followed: {why}")
-        # Calls of steps alone name the blocks of requests that are no longer than so many.
-        blocks = continuous_batching_config.max_blocks_per_request
-        if blocks is None and hints is not None:
-            tokens = hints.max_prompt_length + hints.max_generated_length
-            blocks = -(-tokens // block_size(config)) + 1 if tokens else None
-        config.max_blocks_per_request = BLOCKS if blocks is None else blocks
+        if continuous_batching_config.max_blocks_per_request:
+            raise PatchError(
+                "this ContinuousBatchingConfig can't be followed: no call is by tables of blocks: "
+                "leave max_blocks_per_request out"
+            )
+        self.continuous_batching_config.max_blocks_per_request = 0
         state.managers.add(self)
 
     def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
@@ -59,8 +57,7 @@ class Manager(continuous_api.ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor.cache not in self._state.pools:
             self._state.pools[processor.cache] = pool = _pool(self._state, processor)
-            cache, scheduler = processor.cache, processor.scheduler
-            scheduler.schedule_batch = partial(_schedule, type(scheduler).schedule_batch, scheduler)
+            cache = processor.cache
             extend = type(cache).extend_read_and_write_indices
             cache.extend_read_and_write_indices = partial(_extend, extend, cache, pool)
         return processor
@@ -164,6 +161,10 @@ def why_not_config(config: Any) -> str | None:
         return "cpu_offload_space moves keys away from what selectors know of them: leave it 0"
     if any(config.cuda_graph_booleans):
         return "its calls are not recorded as CUDA graphs: leave use_cuda_graph out, or False"
+    if config.use_async_batching:
+        return (
+            "one call is over before the next is prepared: leave use_async_batching out, or False"
+        )
     if config.varlen_compile_config is not None or config.decode_compile_config is not None:
         return "torch.compile is not supported: leave the compile configs and level out"
     return None
@@ -184,16 +185,6 @@ def asked_of(processor: Any) -> list[Request]:
         state, new = future.state, future.query_length
         found.append(Request(state.position_offset - new, new, len(state.initial_tokens)))
     return found
-
-
-def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tuple:
-    """`schedule_batch`, which takes no last token of a prompt for a step: its heads follow the
-    prompt's patterns, unless the call would read more than there are places for."""
-    requests, fast, new, read = schedule(scheduler, tokens, reads)
-    for each in requests or ():
-        state = each.state
-        fast = fast and (state.position_offset >= len(state.initial_tokens) or read > reads)
-    return requests, fast, new, read
 
 
 def _extend(
@@ -221,13 +212,9 @@ def _pool(state: State, processor: Any) -> Pool:
     if own is not None:  # from 5.24 on, or a little before
         tables = first = next(iter(own.values()))
         size, stride = first.tokens_per_page, first.block_physical_stride
-        trash, keys = first.write_trash_index, first._kv_token_views
+        keys = first._kv_token_views
     else:
-        size, trash, tables = (
-            cache.block_size,
-            cache.write_trash_index,
-            cache.group_cache_managers[0],
-        )
+        size, tables = cache.block_size, cache.group_cache_managers[0]
         stride, at = size, cache.layer_index_to_group_indices
         keys = {i: (cache.key_cache[j], cache.value_cache[j]) for i, (_, j) in at.items()}
     layers, plans = {}, {}
@@ -240,7 +227,7 @@ def _pool(state: State, processor: Any) -> Pool:
         plans[plan.index] = replace(plan, groups=groups)
         layers[plan.index] = PagedLayer(k, v, groups, below, pages, plan.at)
     asked, tables = partial(asked_of, weakref.proxy(processor)), weakref.proxy(tables)
-    return Pool(layers, plans, size, stride, trash, own is None, asked, partial(_blocks, tables))
+    return Pool(layers, plans, size, stride, own is None, asked, partial(_blocks, tables))
 
 
 def _blocks(tables: Any, request: str) -> list[int]:

@@ -7,7 +7,7 @@ itself; requests that have one new token are steps, which are read together. All
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -58,8 +58,7 @@ class Pool:
     plans: dict[int, LayerPlan]  # with groups as steps read them
     size: int
     stride: int
-    trash: int  # a place that nobody reads
-    writes: bool  # whether new tokens of any call are ours to store, or of steps by block tables
+    writes: bool  # whether new tokens are ours to store
     asked: Callable[[], list[Request]]
     blocks_of: Callable[[str], list[int]]
 
@@ -75,15 +74,11 @@ class Batch:
     def __init__(self, pool: Pool, given: dict[str, Any]):
         self.pool, self.step = pool, None
         self.prompts: list[tuple[int, int, Request]] = []  # with its row, and its first column
-        self.columns: Tensor | slice | None = None  # of steps
+        self.columns: Tensor | None = None  # of steps
         self.stores: Tensor | None = None  # where new tokens are to be stored
-        tables = given.get("block_table")
         self.requests = pool.asked()
         self.tokens = sum(request.new for request in self.requests)  # the others fill up a shape
-        if tables is None:
-            self._find_rows(given["read_index"][0], given["write_index"][0])
-        else:
-            self._find_steps(tables[0], given["cu_seq_lens_k"])
+        self._find_rows(given["read_index"][0], given["write_index"][0])
 
     def _find_rows(self, reads: Tensor, writes: Tensor) -> None:
         """Prompts, chunks and steps. reads: where each page of each request begins; of prompts
@@ -109,35 +104,15 @@ class Batch:
             at, self.columns = (on_device(t, device) for t in (stepping, columns))
             self.stepping = self.pool.rows(pages[at])
             rows = [requests[row].tokens for row in stepping]
-            self.length, self.lengths = on_device(rows, device), _lengths(rows)
-
-    def _find_steps(self, tables: Tensor, sums: Tensor | dict[str, Tensor]) -> None:
-        """Steps alone, by tables `[B, blocks]` of their blocks, as CUDA graphs replay them."""
-        sums = next(iter(sums.values())) if isinstance(sums, dict) else sums
-        self.length = sums.diff().long()  # 0: a row that fills up the shape
-        each = torch.arange(self.pool.size // PAGE, device=tables.device)
-        pages = tables.long().clamp(min=0)[..., None] * len(each) + each
-        pages = pages.flatten(1).masked_fill(self.length[:, None] == 0, self.pool.trash // PAGE)
-        self.stepping, self.columns = self.pool.rows(pages), slice(None)
-        last = (self.length - 1).clamp(min=0)[:, None]
-        self.stores = (pages.gather(1, last // PAGE) * PAGE + last % PAGE)[:, 0]
-        rows = [request.tokens for request in self.requests]
-        self.lengths = _lengths(rows + [0] * (len(pages) - len(rows)))
+            self.length = on_device(rows, device)
+            self.lengths = Lengths([n - 1 for n in rows], [1] * len(rows), 1)
 
     def steps(self, whole: bool) -> Step:
         """Of the requests that step; whole: their kernel reads lengths on the device alone."""
         if self.step is None:
-            lengths = self.lengths
-            if whole:  # a graph serves rows of any length that there is room for
-                lengths = _lengths([self.stepping.tokens] * len(self.length))
-            longest = None if whole else lengths.longest
-            self.step = Step(lengths, self.length, self.length[:, None] - 1, longest)
+            longest = None if whole else self.lengths.longest
+            self.step = Step(self.lengths, self.length, self.length[:, None] - 1, longest)
         return self.step
-
-
-def _lengths(rows: Sequence[int]) -> Lengths:
-    """Of rows with one new token."""
-    return Lengths([max(n - 1, 0) for n in rows], [1] * len(rows), 1)
 
 
 def attend_batch(
