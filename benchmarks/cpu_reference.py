@@ -6,8 +6,8 @@
 One layer's prompt of 3 q heads over 1 kv head (head dim 64, float32, random q, k, v), each pattern
 set to a pair density, against dense attention by torch's scaled_dot_product_attention. Sparse times
 include choosing the blocks. With --model: whole prompts of random tokens, the model as it is and
-under a plan (that of a model of its shape will do); --busy keeps every core at other work meanwhile. Arms take turns; medians, of layers
-in CPU time, of models in both.
+under a plan (that of a model of its shape will do); --busy keeps every core at other work
+meanwhile. Arms take turns; medians, of layers in CPU time, of models in both.
 """
 
 from __future__ import annotations
@@ -72,16 +72,19 @@ def medians(arms: dict[str, Callable], runs: int) -> dict[str, tuple[float, floa
     }
 
 
-def _spin() -> None:
-    while True:
-        pass
+def _spin(parent: int) -> None:
+    while os.getppid() == parent:  # killed or not
+        sum(range(100_000))
 
 
 @contextmanager
 def load_on_every_core() -> Iterator[None]:
     """As many processes as there are cores, each at work until the block ends."""
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_spin, daemon=True) for _ in range(os.cpu_count())]
+    others = [
+        context.Process(target=_spin, args=(os.getpid(),), daemon=True)
+        for _ in range(os.cpu_count())
+    ]
     for other in others:
         other.start()
     time.sleep(5)  # they have imported what they need, and spin

@@ -60,7 +60,7 @@ SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registe
 WIDEST_LATENT = 1024  # of a key
 SPLITS = 64  # at most so many shares of a head's pages
 LATENT_SPLITS = 128  # of latents, which are one head
-MERGED = 256, 128, 8192  # shares and dims of a program that merges them, and what both come to
+MERGED = 256, 128, 8192  # shares and dims that a program merges at once, and both together
 UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 

@@ -149,7 +149,9 @@ def test_a_row_without_keys_gives_zeros(decode):
 
 @pytest.mark.parametrize("units", [2, 10, 1000])
 def test_any_number_of_shares_gives_the_same(units):
-    with interpreter(triton__decode__UNITS=units) as run:
+    """Of so many, too, that they are merged in several goes."""
+    few = {"triton__decode__MERGED": (16, 128, 8192)}
+    with interpreter(triton__decode__UNITS=units, **few) as run:
         assert run("triton.decode.splits_of", 4, "cpu") == min(units // 2, 64)
         for dtype, extras in itertools.product((SINGLE, HALF), ("plain", "sink_logits", "softcap")):
             q, k, v, query, key, logits = step(3, [517, 200], extras, dtype=dtype)

@@ -20,7 +20,7 @@ CASES = [  # bits, unit, rank, new tokens, q heads of a group
     (4, 8, 6, 1, 4, HALF),
     (16, 1, 5, 3, 2, SINGLE),
     (8, 64, 20, 2, 1, HALF),
-    (4, 32, 16, 16, 8, SINGLE),
+    (4, 32, 16, 4, 4, SINGLE),
 ]
 
 
