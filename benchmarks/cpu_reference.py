@@ -1,28 +1,36 @@
-"""Claim: on a CPU, a head at pair density 0.1 costs less time than a full one at 8,192 tokens.
+"""Claim: on a CPU a plan never costs much, and pays at long prompts, of one layer and of a model.
 
     python -m benchmarks.cpu_reference [--lengths 2048,8192] [--runs 7] [--threads 1]
+    python -m benchmarks.cpu_reference --model .cache/smollm2 [--plan PLAN] [--busy]
 
 One layer's prompt of 3 q heads over 1 kv head (head dim 64, float32, random q, k, v), each pattern
 set to a pair density, against dense attention by torch's scaled_dot_product_attention. Sparse times
-include choosing the blocks. Arms take turns; medians.
+include choosing the blocks. With --model: whole prompts of random tokens, the model as it is and
+under a plan (that of a model of its shape will do); --busy keeps every core at other work
+meanwhile. Arms take turns; medians, of layers in CPU time, of models in both.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-from hfsparse.kernels import dense, reference
+import hfsparse
+from hfsparse.kernels import cpu, dense
 from hfsparse.lists import Grid, default_block
+from hfsparse.models.loading import load
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.plan import Plan
 from hfsparse_eval.run.machine import processor
 
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
@@ -48,16 +56,70 @@ def setting(kind: str, density: float, q, k, grid: Grid) -> tuple[object, float,
     return pattern, float(pairs.mean()), float(blocks.mean())
 
 
-def medians(arms: dict[str, Callable], runs: int) -> dict[str, float]:
-    """Seconds of each arm; they take turns, so that a busy moment hits all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+def medians(arms: dict[str, Callable], runs: int) -> dict[str, tuple[float, float]]:
+    """Seconds of each arm by the clock and of CPU time; they take turns, so that a busy moment hits
+    all of them."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for run in range(runs + 1):
         for name, arm in arms.items():
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             arm()
             if run:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+                seconds[name].append((time.perf_counter() - start, time.process_time() - spent))
+    return {
+        name: tuple(map(statistics.median, zip(*taken, strict=True)))
+        for name, taken in seconds.items()
+    }
+
+
+def _spin(parent: int) -> None:
+    while os.getppid() == parent:  # killed or not
+        sum(range(100_000))
+
+
+@contextmanager
+def load_on_every_core() -> Iterator[None]:
+    """As many processes as there are cores, each at work until the block ends."""
+    context = multiprocessing.get_context("spawn")
+    others = [
+        context.Process(target=_spin, args=(os.getpid(),), daemon=True)
+        for _ in range(os.cpu_count())
+    ]
+    for other in others:
+        other.start()
+    time.sleep(5)  # they have imported what they need, and spin
+    try:
+        yield
+    finally:
+        for other in others:
+            other.terminate()
+
+
+def prompts(folder: str, plan: str, lengths: list[int], runs: int) -> None:
+    """Whole prompts: the model as it is, and under the plan."""
+    model, _ = load(folder)
+    print("\n| tokens | pair density | dense, s | plan, s | of dense | of its CPU time |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for length in lengths:
+        ids = torch.randint(0, model.config.vocab_size, (1, length))
+
+        def read(ids=ids):
+            return model(ids, use_cache=True, logits_to_keep=1)
+
+        density = []
+
+        def under_the_plan(read=read, density=density):
+            with hfsparse.patch(model, Plan.load(plan), allow={"fingerprint"}) as handle:
+                read()
+                density.append(handle.stats().pair_density)
+
+        took = medians({"dense": read, "plan": under_the_plan}, runs)
+        (dense_s, dense_cpu), (plan_s, plan_cpu) = took["dense"], took["plan"]
+        print(
+            f"| {length:,} | {density[-1]:.2f} | {dense_s:.2f} | {plan_s:.2f} "
+            f"| {plan_s / dense_s:.2f} | {plan_cpu / dense_cpu:.2f} |",
+            flush=True,
+        )
 
 
 def table(S: int, runs: int) -> None:
@@ -76,10 +138,10 @@ def table(S: int, runs: int) -> None:
                 return pattern.lists(q, k, grid, SCALE)
 
             arms[name + " choice"] = choose
-            arms[name] = lambda choose=choose: reference.prefill(q, k, v, choose(), kv, scale=SCALE)
-    took = medians(arms, runs)
+            arms[name] = lambda choose=choose: cpu.prefill(q, k, v, choose(), kv, scale=SCALE)
+    took = {name: spent for name, (_, spent) in medians(arms, runs).items()}
     full = took["dense"]
-    print(f"\n{S} tokens, blocks of {grid.block}; dense: {1000 * full / 3:.1f} ms a head\n")
+    print(f"\n{S} tokens, blocks of {grid.block}; dense: {1000 * full / 3:.1f} ms (CPU) a head\n")
     print("| pattern | pair density | block density | ms a head | of which choice | of dense |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, kind, pairs, blocks in rows:
@@ -93,14 +155,21 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,8192")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="folder of a model, whose whole prompts are read")
+    parser.add_argument("--plan", default="benchmarks/results/demo-plan.yaml")
+    parser.add_argument("--busy", action="store_true", help="every core has other work, too")
     args = parser.parse_args()
+    lengths = [int(length) for length in args.lengths.split(",")]
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads used, load {load:.1f}")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
-    with torch.inference_mode():
-        for length in args.lengths.split(","):
-            table(int(length), args.runs)
+    with torch.inference_mode(), load_on_every_core() if args.busy else nullcontext():
+        if args.model:
+            prompts(args.model, args.plan, lengths, args.runs)
+            return
+        for length in lengths:
+            table(length, args.runs)
 
 
 if __name__ == "__main__":

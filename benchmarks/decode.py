@@ -9,11 +9,14 @@ filled with random keys of the given length; every arm in one run. ms are median
 but the first eight, the least of the rounds: a host that others use is slow at times. kvpress,
 where it can be imported, shortens the random keys to a quarter (KnormPress), behind all other arms:
 it wraps every attention function. What it leaves is a stock cache, so the stock model over a
-quarter of the keys stands for it elsewhere. An arm that fails, and SIGTERM, leave the table of what
-was measured. Arms that say so wait for `generate` after each step, all others run a step ahead.
---bits compares caches in fewer bits with the whole one, and no other plans; --plans names the arms
-of ours that run. --layer times one layer's kernels inside a CUDA graph; --steps shows where a
-step's time goes; --shape tiny tries the table out on a CPU.
+quarter of the keys stands for it elsewhere. No engine is an arm, since none can be carried to the
+machine with the GPU: vLLM's column is what was published of one H100 (`VLLM`), on another host and
+another day. The least ms are what the memory allows: bytes of weights and of keys that are read, at
+the speed of a large copy, measured in the run. An arm that fails, and SIGTERM, leave the table of
+what was measured. Arms that say so wait for `generate` after each step, all others run a step
+ahead. --bits compares caches in fewer bits with the whole one, and no other plans; --plans names
+the arms of ours that run. --layer times one layer's kernels inside a CUDA graph; --steps shows
+where a step's time goes; --shape tiny tries the table out on a CPU.
 """
 
 from __future__ import annotations
@@ -53,6 +56,11 @@ PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ri
 FUSED = ("no plan, fused", "quest 6 %, fused", "quest 6 % + half ring, fused")
 WAITING = ("no plan, waiting", "quest 6 %, waiting", "quest 6 %, waiting, fused")
 PACKED = ("no plan", *(f"every page, {said(bits)}" for bits in BITS[1:]))
+
+# ms a token: of none, and of each one before it. The fit of served inter-token latencies of 256 to
+# 125K tokens: vLLM 0.19.1, FA3, BF16, Llama-3.1-8B, one H100, one request at a time (vLLM's blog on
+# FP8 caches, 2026-04-22).
+VLLM = 6.44, 4.37e-5
 
 
 @lru_cache
@@ -175,24 +183,46 @@ def measure(
             row("kvpress, a quarter of the keys", "kvpress", length, length)
 
 
-def table(model, rows: Rows, batch: int) -> str:
-    """Markdown."""
+def copy_speed(device: torch.device) -> float:
+    """Bytes that a large copy reads and writes in a second."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    given, made = torch.empty(2, size, dtype=torch.uint8, device=device).fill_(1)
+    spent = []
+    for _ in range(10):
+        start = time.perf_counter()
+        made.copy_(given)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - start)
+    return 2 * size / min(spent)
+
+
+def table(model, rows: Rows, batch: int, copied: float, vllm: bool) -> str:
+    """Markdown. copied: bytes a second of a copy; vllm: whether its line is of this shape."""
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     head = "arm | tokens | ms a token | x stock | tokens/s | GB/s | KV GiB | x dense | peak GiB"
-    lines = [f"\nBatch {batch}; a step reads {weights / 2**30:.2f} GiB of weights.\n"]
-    lines += [f"| {head} | graph |\n| --- |" + " ---: |" * 8 + " --- |"]
+    head += " | least ms | vLLM, H100"
+    lines = [
+        f"\nBatch {batch}; a step reads {weights / 2**30:.2f} GiB of weights. A copy reads and "
+        f"writes {copied / 1e9:.0f} GB/s; least ms: weights and keys at that speed. vLLM: as "
+        f"published ({VLLM[0]} ms + {VLLM[1]:.2e} a token, BF16), not measured here.\n"
+    ]
+    lines += [f"| {head} | graph |\n| --- |" + " ---: |" * 10 + " --- |"]
     for (length, arm), it in sorted(rows.items(), key=lambda item: item[0][0]):
         if isinstance(it, str):
-            lines.append(f"| {arm} | {length:,} | {it} |" + " |" * 7)
+            lines.append(f"| {arm} | {length:,} | {it} |" + " |" * 9)
             continue
         stock = rows.get((length, STOCK))
         known = isinstance(stock, Row)
         gain = f"{stock.ms / it.ms:.2f}" if known else ""
         size = f"{it.kv_gib / stock.kv_gib:.3f}" if known else ""
-        rate = (weights + it.read * it.kv_gib * 2**30) / it.ms / 1e6
+        read = weights + it.read * it.kv_gib * 2**30
+        theirs = f"{VLLM[0] + VLLM[1] * length:.2f}" if vllm else ""
         lines.append(
-            f"| {arm} | {length:,} | {it.ms:.2f} | {gain} | {1e3 * batch / it.ms:.0f} | {rate:.0f} "
-            f"| {it.kv_gib:.2f} | {size} | {it.peak_gib:.1f} | {it.graph} |"
+            f"| {arm} | {length:,} | {it.ms:.2f} | {gain} | {1e3 * batch / it.ms:.0f} "
+            f"| {read / it.ms / 1e6:.0f} "
+            f"| {it.kv_gib:.2f} | {size} | {it.peak_gib:.1f} "
+            f"| {1e3 * read / copied:.2f} | {theirs} | {it.graph} |"
         )
     return "\n".join(lines)
 
@@ -410,6 +440,7 @@ def main() -> None:
         steps(model, args.lengths[-1], args.tokens)
     if not args.no_table:
         rows: Rows = {}
+        copied = copy_speed(model.device)
         asked = args.lengths, args.batch, args.tokens, args.static, args.rounds
         plans = [name.strip() for name in args.plans.split(";")]
         if args.bits:
@@ -417,7 +448,8 @@ def main() -> None:
         try:
             measure(rows, model, *asked, plans)
         finally:
-            print(table(model, rows, args.batch), flush=True)
+            vllm = args.batch == 1 and args.shape == "llama-3.1-8b"
+            print(table(model, rows, args.batch, copied, vllm), flush=True)
 
 
 if __name__ == "__main__":

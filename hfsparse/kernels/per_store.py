@@ -93,10 +93,10 @@ def _read_ring(run, part: Place, rows, q, new: NewTokens, more, span, short: boo
 
 def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) -> Tensor:
     """Attention over all keys that are held, or over the pages that are listed."""
-    if part.packed is not None:
-        return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
     if part.hot is not None:
         return _read_hot(run, part, q, new, more, listed)
+    if part.packed is not None:
+        return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
     query_pos, length, dropped = new.query_pos, new.length, part.dropped
     if span is not None:  # it reads as a row that lacks what comes before
@@ -148,6 +148,13 @@ def _read_packed(run, packed: Packed, rows, q, new: NewTokens, more, listed) -> 
 def _read_hot(run, part: Place, q, new: NewTokens, more, listed: PageLists) -> Tensor:
     """Attention over units that lie in the hot set, or among the newest pages, where listed."""
     row, unit = torch.arange(len(q), device=q.device)[:, None], listed.unit
+    if part.packed is not None:  # units are pages
+        lies = listed.lies.repeat_interleave(unit, 2)
+
+        def unpacked(head: int, *at: Tensor) -> tuple[Tensor, ...]:
+            return part.packed.choose(head, *at, lies[:, head])
+
+        return _read_named(run, unpacked, q, new.query_pos, new.length, more, listed)
     lies = (listed.lies[..., None] * unit + torch.arange(unit, device=q.device)).flatten(2)
 
     def choose(head: int, *at: Tensor) -> tuple[Tensor, ...]:

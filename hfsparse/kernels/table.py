@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.kernels import dense, fetch, per_store, plain, reference
+from hfsparse.kernels import cpu, dense, fetch, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
@@ -156,8 +156,9 @@ def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
         if part.packed is not None:
-            _module("triton.pack").pack(part, new.query_pos)
-        if part.hot is not None:
+            into_pages = part if part.hot is None else part._replace(packed=part.hot.pages)
+            _module("triton.pack").pack(into_pages, new.query_pos)
+        elif part.hot is not None:
             given = into.at.tensor(part.heads, k.device), new.query_pos
             _module("triton.write_out").write_out(part.hot, k, v, *given)
         if isinstance(part.selector, Labelled) and not part.selector.means:
@@ -174,6 +175,7 @@ PREFILL = (
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
+    Kernel("torch sdpa, by lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
 )
 DECODE = (

@@ -32,6 +32,7 @@ class BlockLists:
     columns: Tensor | None = None  # [B, H, n] positions, ascending, FAR where there is none
     covered: Tensor | None = None  # [B, H, nq, n] bool
     cut: Tensor | None = None  # [B, H] query blocks that a pattern's max_share cut short
+    whole: tuple[bool, ...] = ()  # heads that read all that their band keeps; (): not known
 
     @classmethod
     def of(
@@ -59,7 +60,8 @@ class BlockLists:
                 .expand(-1, -1, grid.nq, -1)
             )
             covered = kept.expand(len(columns), heads, -1, -1).gather(3, home)
-        return cls(grid, *lists, (band,) * heads, columns, covered)
+        whole = (keep is None and columns is None,) * heads
+        return cls(grid, *lists, (band,) * heads, columns, covered, whole=whole)
 
     @classmethod
     def cat(cls, parts: list[BlockLists]) -> BlockLists:
@@ -92,6 +94,7 @@ class BlockLists:
             join("columns", FAR) if some else None,
             join("covered", True) if some else None,
             join("cut", None) if cut else None,
+            tuple(whole for p in parts for whole in p.whole or (False,) * p.heads),
         )
 
     def in_order(self, order: Sequence[int], index: HeadIndex) -> BlockLists:
@@ -102,14 +105,15 @@ class BlockLists:
         names = "full_count full_index part_count part_index columns covered cut".split()
         held = {name: getattr(self, name) for name in names}
         held = {name: t if t is None else t[:, at] for name, t in held.items()}
-        return replace(self, bands=tuple(self.bands[i] for i in order), **held)
+        bands, whole = (tuple(t[i] for i in order if t) for t in (self.bands, self.whole))
+        return replace(self, bands=bands, whole=whole, **held)
 
     def within(self, low: int, high: int) -> BlockLists:
         """What these lists keep of the keys at positions from `low` on and before `high`.
 
         No block holds keys of both sides of either.
         """
-        grid, held = self.grid, {}
+        grid, held = self.grid, {"whole": ()}
         inside = ((grid.first >= low) & (grid.first < high))[:, None, None]
         for name in ("full", "part"):
             count, index = getattr(self, f"{name}_count"), getattr(self, f"{name}_index").long()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from hfsparse.models.names import find_cache, text_decoder
+from hfsparse.models.names import find_cache, rename_cache, text_decoder
 from hfsparse.patcher.ahead import Runner
 from hfsparse.patcher.choosing import ALONE, cache_layers
 from hfsparse.patcher.exact import Drafter
@@ -23,9 +23,10 @@ def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -
     """The forward of a patched model: its own, or what a drafter or a runner answers."""
     state = decoder.__dict__.get("_hfsparse")
     own = getattr(state, "forward", None) or partial(type(model).forward, model)
-    if args or state is None or torch.compiler.is_dynamo_compiling():
+    if state is None or torch.compiler.is_dynamo_compiling():
         return own(*args, **kwargs)
-    layers = cache_layers(find_cache(kwargs))
+    kwargs = rename_cache(model, kwargs)
+    layers = [] if args else cache_layers(find_cache(kwargs))
     serving = (state.exact or state.ahead).serving.get(layers[0]) if layers else None
     return own(*args, **kwargs) if serving is None else serving.answer(own, kwargs, layers)
 

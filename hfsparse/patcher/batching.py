@@ -69,7 +69,8 @@ class Manager(continuous_api.ContinuousBatchingManager):
         requests = asked_of(self.batch_processor)
         super()._generation_step()
         steps = self._state.layers[0].steps
-        steps.update((request.tokens, 1) for request in requests if request.steps)
+        told = ((request.tokens, 1, request.tokens) for request in requests if request.steps)
+        steps.update(told)
 
 
 def start(
@@ -126,6 +127,8 @@ def why_not(state: State) -> str | None:
     selectors = [group.selector for group in groups if group.selector is not None]
     if not KNOWN:
         return f"it needs transformers {OLDEST} or newer, this is {transformers.__version__}"
+    if state.context is not None:
+        return "ranks share a prompt's tokens (context parallel), and requests lie side by side"
     if state.exact is not None:
         return "exact=True drafts tokens, which are taken back, in generate alone"
     if state.shard != Shard():

@@ -44,7 +44,13 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     if state.shard.ranks > 1:
         lines.append(f"tensor parallel: {state.shard}, which is what is told here")
+    if (context := state.context) is not None:
+        lines.append(
+            f"context parallel: {context}, which is what is told here; rings are whole on each "
+            "rank, steps are merged by their LSE and choose pages of each rank's own tokens"
+        )
     need, step = _needs(model)
+    step = step._replace(lse=context is not None)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
     lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
@@ -56,7 +62,7 @@ def explain(model: PreTrainedModel) -> str:
     if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
         lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
     reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
-    rings = step._replace(bands=True)
+    rings = step._replace(bands=True, lse=False)
     if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
@@ -81,6 +87,8 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(layers, tables, need, step)
     why = why_in_one_call(model.config, plan)
+    if context is not None:
+        why = "context parallel"
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
@@ -143,10 +151,10 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif name in cache and pattern.kind in EVICTIONS:
             yield f"{told}, cache: keys to keep chosen by PyTorch"
         elif name in cache and pattern.kind in KEPT:
-            where = f"in {said(pattern.bits)}"
+            where = [] if pattern.bits == 16 else [f"in {said(pattern.bits)}"]
             if pattern.host:
-                where = f"in host memory, {pattern.hot:g} of each row on the GPU"
-            yield f"{told}, cache: every key, {where}"
+                where += [f"in host memory, {pattern.hot:g} of each row on the GPU"]
+            yield ", ".join((f"{told}, cache: every key", *where))
         elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{told}, new tokens: pages chosen by {by}"
@@ -164,13 +172,14 @@ def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Nee
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
+        new = step._replace(packed=layer.packs, hosted=layer.hosts)
+        new = new._replace(lse=layer.means or new.lse)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, new._replace(lists=True)).name,
             "recent": pick(decode, new._replace(lists=True)).name,
-            "ring": (bands := pick(decode, new._replace(bands=True)).name),
+            "ring": (bands := pick(decode, new._replace(bands=True, lse=layer.means)).name),
             "windowed": bands,
             "kept": pick(decode, new).name,
             "full": pick(decode, new).name,
@@ -207,9 +216,8 @@ def _kind(group: Group, ring: str) -> str:
 
 def _kept(group: Group) -> str:
     """How a group's keys are kept, where that is not as they came."""
-    if group.hot:
-        return " in host memory"
-    return "" if group.bits == 16 else f" in {said(group.bits)}"
+    bits = "" if group.bits == 16 else f" in {said(group.bits)}"
+    return bits + (" in host memory" if group.hot else "")
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

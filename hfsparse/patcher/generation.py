@@ -27,6 +27,11 @@ NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
+    if generation_config.prefill_chunk_size and text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "prefill_chunk_size: ranks that share a prompt read it in one call (context parallel): "
+            "leave it out"
+        )
     self.__dict__.pop("_cache", None)  # up to 5.0 a new static cache takes the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
@@ -85,6 +90,11 @@ def _keeps_positions(model_kwargs: dict) -> bool:
 
 def _candidate_generator(self, *args, **kwargs):
     """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
+    if text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "drafts are taken back, and keys that lie on several ranks can't be (context "
+            "parallel): generate without an assistant and without prompt lookup"
+        )
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
     leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
-from hfsparse.patcher import memory
+from hfsparse.patcher import context, memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
@@ -34,6 +34,8 @@ def forward(decoder, *args, **kwargs):
     cache = find_cache(kwargs)
     try:
         call = running()
+        if state.context is not None:
+            return context.run(state.context, own, decoder, kwargs, cache)
         drafts = state.exact if call is not None and call.drafts else None
         return (drafts or state).graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
@@ -106,6 +108,10 @@ def before_forward(decoder, args, kwargs):
     _check_width(kwargs, cache)
     if cache is not None:
         adopt(cache, decoder)
+        new = new_tokens(kwargs)
+        ours = next((layer for layer in cache.layers if isinstance(layer, CacheLayer)), None)
+        if new is not None and ours is not None:  # ahead of linear layers, which take any
+            ours.check_rows(len(new))
     return args, kwargs
 
 

@@ -21,6 +21,7 @@ from hfsparse.runtime.batch import Pool
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
+from hfsparse.runtime.parts import ContextParallel
 
 
 @dataclass
@@ -69,6 +70,7 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    context: ContextParallel | None  # how ranks share rows' tokens
     ahead: Ahead
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
@@ -80,6 +82,18 @@ class State:
     # Of continuous batching: its managers, and the pool that each of its caches is.
     managers: WeakSet[Any] = field(default_factory=WeakSet)
     pools: WeakKeyDictionary[Any, Pool] = field(default_factory=WeakKeyDictionary)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has: managers serve the original."""
+        return {name: x for name, x in vars(self).items() if name not in ("managers", "pools")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, managers=WeakSet(), pools=WeakKeyDictionary())
+
+    @property
+    def whose(self) -> str:
+        """What of the model is this rank's; empty: all."""
+        return f"{self.shard if self.context is None else self.context}"
 
     @property
     def all_graphs(self) -> list[Graphs]:

@@ -15,6 +15,7 @@ from hfsparse.errors import PatchError
 from hfsparse.kernels import Need, pick
 from hfsparse.lists import PAGE
 from hfsparse.precision import casts
+from hfsparse.runtime import context
 from hfsparse.runtime.batch import attend_batch
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
@@ -94,9 +95,13 @@ def attend(
     watch = observe and observe(module, query, key, value, logits)
     given = attention_mask, query, key, value, logits, latents
     layer_call = LayerCall(call, layer_plan, layer, *given)
-    few = layer is not None and is_step(layer, key.shape[2], layer.seen)
+    run = prefill
+    if layer_plan.context is not None:
+        run = context.attend
+    elif layer is not None and is_step(layer, key.shape[2], layer.seen):
+        run = decode_step
     with device_guard(query):
-        out = decode_step(layer_call) if few else prefill(layer_call)
+        out = run(layer_call)
     changed = watch and watch(out)
     out = out if changed is None else changed
     if layer_call.pads is not None:
@@ -120,7 +125,7 @@ def decode_step(layer_call: LayerCall) -> Tensor:
         step.chosen = call.once(make_step, layer_call.given, whole).chosen
     step = step.on(q.device)
     if layer_plan.leads:
-        layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
+        layer_plan.steps.update(zip(lengths.rows, lengths.new, lengths.rows, strict=True))
     out = decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)
     return out if latents is None else latents.values(out)
 

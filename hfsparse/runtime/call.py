@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hfsparse.errors import CacheError
 from hfsparse.kernels import TABLES, Tables
 from hfsparse.lists import Grid
+from hfsparse.runtime.parts import Parts
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Call:
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
         self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold
+        self.parts: Parts | None = None  # whose the prompt's tokens are, where ranks share them
         self._made: dict[tuple, Any] = {}
 
     def take_layer(self) -> CacheLayerMixin | None:

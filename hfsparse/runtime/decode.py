@@ -108,7 +108,7 @@ def read_stored(
 ) -> Tensor:
     """A few new tokens that are stored: selectors choose pages, a kernel reads them."""
     ratio, extension = q.shape[1] // layer_plan.kv_heads, layer_plan.extends(step.lengths.longest)
-    lists = _select(tables, layer_plan, layer, q, ratio, step, logits.scale)
+    lists = select_pages(tables, layer_plan, layer, q, ratio, step, logits.scale)
     if places.hosted:
         _fetch(tables, layer_plan, places, lists, step)
     listed = any(part is not None for part in lists)
@@ -187,7 +187,7 @@ def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
     return store.group.chosen and any(n >= store.below for n in rows)
 
 
-def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
+def select_pages(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
     """Each store's pages that a step reads; None: all. Rows under `below` have empty lists."""
     lists: list[PageLists | None] = [None] * len(layer.stores)
     own = []

@@ -26,7 +26,8 @@ def mask_start(
     Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`. No
     mask of length times length is built; as of one, models may cut off its first queries.
     """
-    if (call := running()) is not None and call.batch is not None:
+    call = None if torch.compiler.is_dynamo_compiling() else running()  # a fused step has no mask
+    if call is not None and call.batch is not None:
         return None  # requests say themselves what each reads
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     last = None

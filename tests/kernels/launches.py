@@ -8,15 +8,16 @@ from tempfile import NamedTemporaryFile
 
 
 class Launches:
-    """Stands in for a kernel, and notes for what it would be compiled."""
+    """Stands in for a kernel, and notes for what it would be compiled; card: 90 is an H100."""
 
-    def __init__(self, kernel, seen: set | list):
+    def __init__(self, kernel, seen: set | list, card: int = 90):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
 
-        backend = make_backend(GPUTarget("cuda", 90, 32))
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.target = GPUTarget("cuda", card, 32)
+        self.backend = make_backend(self.target)
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
         self.kernel, self.seen = kernel, seen
 
     def __getitem__(self, grid):
@@ -28,21 +29,23 @@ class Launches:
 
 
 class Compiled(Launches):
-    """Stands in for a kernel, and compiles it for an H100 instead of running it."""
+    """Stands in for a kernel, and compiles it for a card instead of running it."""
 
     def __call__(self, *args, **more):
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile, make_backend
+        from triton.compiler import ASTSource, compile
 
-        target = GPUTarget("cuda", 90, 32)
-        packed = self.kernel._pack_args(make_backend(target), more, *self.bind(*args, **more))
-        options, *source = packed
+        options, *source = self.kernel._pack_args(self.backend, more, *self.bind(*args, **more))
         source = ASTSource(self.kernel, *source)
-        self.seen.append(compile(source, target=target, options=options.__dict__))
+        self.seen.append(compile(source, target=self.target, options=options.__dict__))
 
 
 def stack_of(kernel) -> int:
     """Bytes of each thread that a compiled kernel has in memory for want of registers."""
+    return used_by(kernel)[1]
+
+
+def used_by(kernel) -> tuple[int, int]:
+    """Registers of a thread of a compiled kernel, and its bytes in memory for want of them."""
     from triton import knobs
 
     with NamedTemporaryFile(suffix=".cubin") as file:
@@ -50,7 +53,8 @@ def stack_of(kernel) -> int:
         file.flush()
         told = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         told = run(told, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", told).group(1))
+    registers, stack = (re.search(rf"{name}:(\d+)", told).group(1) for name in ("REG", "STACK"))
+    return int(registers), int(stack)
 
 
 def compiled(monkeypatch, module, name: str) -> list:

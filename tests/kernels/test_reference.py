@@ -1,4 +1,4 @@
-"""The reference kernels against plain float32 attention under the mask that the lists mean."""
+"""The kernels of a CPU against plain float32 attention under the mask that the lists mean."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from hfsparse import kernels
-from hfsparse.kernels import dense, means, reference
+from hfsparse.kernels import cpu, dense, means, reference
 from hfsparse.kernels.merge import join
 from hfsparse.lists import PAGE, Band, BlockLists, PageLists
 from hfsparse.selectors.means import unit_means
@@ -45,15 +45,26 @@ def inputs(length: int, extras: str, **more):
 # -- prefill -------------------------------------------------------------------------------------
 
 
+def prefills(it, lists, kv, logits):
+    """What each kernel makes of the lists; where several can, of one LSE."""
+    sums = torch.empty(it.q.shape[:3])
+    yield reference.prefill(it.q, it.k, it.v, lists, kv, **logits, lse=sums)
+    if not logits["softcap"] and logits["s_aux"] is None:
+        other = torch.empty_like(sums)
+        yield cpu.prefill(it.q, it.k, it.v, lists, kv, **logits, lse=other)
+        torch.testing.assert_close(other, sums, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_prefill_matches_plain_attention(name, extras, dtype):
     it, kv, logits = inputs(150, extras, past=45, rows="left_padded", group=3, dtype=dtype)
     lists = SETTINGS[name].lists(it.q, it.k, it.grid, it.scale)
-    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
-    assert out.dtype == dtype
-    assert close(out, truth(it.q, it.k, it.v, lists.mask(), **logits))
+    expected = truth(it.q, it.k, it.v, lists.mask(), **logits)
+    for out in prefills(it, lists, kv, logits):
+        assert out.dtype == dtype
+        assert close(out, expected)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -72,8 +83,9 @@ def test_prefill_over_mixed_heads_matches_plain_attention(length, group, past, b
         full = BlockLists.of(it.grid, 1)
         parts.append(SETTINGS[name].lists(q, k, it.grid, it.scale) if name else full)
     lists = BlockLists.cat(parts)
-    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
-    assert close(out, truth(it.q, it.k, it.v, lists.mask(), it.scale))
+    expected = truth(it.q, it.k, it.v, lists.mask(), it.scale)
+    for out in prefills(it, lists, kv, logits):
+        assert close(out, expected)
 
 
 def test_prefill_of_1037_tokens_matches_plain_attention_in_any_tile_size(monkeypatch):
@@ -88,6 +100,19 @@ def test_prefill_of_1037_tokens_matches_plain_attention_in_any_tile_size(monkeyp
         assert close(reference.prefill(q, it.k, it.v, lists, kv, **logits), expected)
 
 
+def test_prefill_on_a_cpu_of_1037_tokens_is_the_references_in_any_tile_size(monkeypatch):
+    it, _, logits = inputs(1037, "plain", rows="left_padded", group=1, kv_heads=1)
+    bands = [BlockLists.of(it.grid, 1, band=Band(*b)) for b in ((0, 64), (5, 300), (70, 9, 9000))]
+    picked = ("vertical_slash", "block_topk")
+    lists = [SETTINGS[n].lists(it.q, it.k, it.grid, it.scale) for n in picked]
+    lists, kv = BlockLists.cat([*bands, *lists]), torch.zeros(5, dtype=torch.int64)
+    q = it.q.repeat(1, 5, 1, 1)
+    expected = reference.prefill(q, it.k, it.v, lists, kv, **logits)
+    for tile in (1, 1 << 15, 1 << 21):
+        monkeypatch.setattr(cpu, "TILE", tile)
+        assert close(cpu.prefill(q, it.k, it.v, lists, kv, **logits), expected)
+
+
 def test_columns_without_any_block_are_read_by_every_later_query():
     it, kv, logits = inputs(70, "plain", group=1)
     columns = torch.tensor([0, 5, 31, 32, 69, 1 << 40]).expand(2, 2, -1)
@@ -98,23 +123,24 @@ def test_columns_without_any_block_are_read_by_every_later_query():
     mask = mask.tril().expand(2, 2, -1, -1)
     assert torch.equal(lists.mask(), mask)
     assert torch.equal(lists.pairs(), mask.sum((2, 3)))
-    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
-    assert close(out, truth(it.q, it.k, it.v, mask, it.scale))
+    for out in prefills(it, lists, kv, logits):
+        assert close(out, truth(it.q, it.k, it.v, mask, it.scale))
 
 
 def test_q_heads_may_read_kv_heads_in_any_order():
     it, _, logits = inputs(70, "plain", group=2)
     kv = torch.tensor([1, 0, 0, 1])
     lists = BlockLists.of(it.grid, 4, band=Band(3, 20))
-    out = reference.prefill(it.q, it.k, it.v, lists, kv, **logits)
-    assert close(out, truth(it.q, it.k[:, kv], it.v[:, kv], lists.mask(), it.scale))
+    for out in prefills(it, lists, kv, logits):
+        assert close(out, truth(it.q, it.k[:, kv], it.v[:, kv], lists.mask(), it.scale))
 
 
 def test_huge_logits_stay_finite():
     it, kv, _ = inputs(100, "plain", group=1)
     lists = BlockLists.of(it.grid, 2)
-    out = reference.prefill(it.q, it.k, it.v, lists, kv, scale=1e4)
-    assert close(out, truth(it.q, it.k, it.v, lists.mask(), 1e4))
+    for kernel in (reference, cpu):
+        out = kernel.prefill(it.q, it.k, it.v, lists, kv, scale=1e4)
+        assert close(out, truth(it.q, it.k, it.v, lists.mask(), 1e4))
 
 
 def test_prefill_passes_gradients():
@@ -168,8 +194,11 @@ def test_the_first_kernel_that_can_serve_is_chosen():
         own, other = rows["torch sdpa"], rows["reference (PyTorch)"]
         need = partial(kernels.Need, torch.device("cpu"), torch.float32, 16, 16)
         assert kernels.pick(table, need()) is own
-        for lists, logits in ((True, False), (False, True), (True, True)):
-            assert kernels.pick(table, need(lists=lists, logits=logits)) is other
+        for lists in (True, False):
+            assert kernels.pick(table, need(lists=lists, logits=True)) is other
+    assert kernels.pick(kernels.PREFILL, need(lists=True)).name == "torch sdpa, by lists"
+    for refused in ("skip", "grad", "logits"):
+        assert kernels.pick(kernels.PREFILL, need(lists=True, **{refused: True})).name == other.name
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "s_aux"])

@@ -30,7 +30,8 @@ def test_the_last_row_of_a_table_always_can_and_those_before_say_why_not(name):
     assert {row.name for row in others} >= {"Triton"}
     for row in others:
         why = row.why_not(need(name, lists=True))
-        assert why, f"{row.name} says that it can on a CPU"
+        ours = row.name == "torch sdpa, by lists"
+        assert (why is None) == ours, f"{row.name} on a CPU: {why}"
 
 
 @pytest.mark.parametrize("name", kernels.Tables._fields)
@@ -69,7 +70,7 @@ def test_triton_serves_steps_over_latents_wider_than_any_head(latents, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
     asked = Need(torch.device("cuda", 99), torch.bfloat16, 576, 512, lists=True, latents=latents)
     why = next(row for row in kernels.DECODE if row.name == "Triton").why_not(asked)
-    assert why == (None if latents else "head dim 576, value dim 512: at most 256 is supported")
+    assert why == (None if latents else "head dim 576, value dim 512: at most 512 is supported")
 
 
 @pytest.mark.parametrize("row", ["Triton", "reference (PyTorch)"])

@@ -286,6 +286,12 @@ def test_windows_exact_mode_and_settings_are_refused():
                 together(model, prompts(9), **more)
 
 
+@known
+def test_graphs_of_its_calls_are_refused():
+    assert "use_cuda_graph" in batching.why_not_config(settings(use_cuda_graph=(False, True)))
+    assert batching.why_not_config(settings(use_cuda_graph=False)) is None
+
+
 def test_older_versions_are_refused(monkeypatch):
     monkeypatch.setattr(batching, "KNOWN", False)
     model = tiny("llama")

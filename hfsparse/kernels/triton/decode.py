@@ -60,7 +60,7 @@ SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registe
 WIDEST_LATENT = 1024  # of a key
 SPLITS = 64  # at most so many shares of a head's pages
 LATENT_SPLITS = 128  # of latents, which are one head
-MERGED = 128  # dims of a program that merges shares
+MERGED = 256, 128, 8192  # shares and dims that a program merges at once, and both together
 UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 
@@ -158,22 +158,21 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        merge_shares(part, weight, out, most, lse)
+        merge_shares(part, weight, out, lse)
     elif lse is not None:
         torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
 
 
-def merge_shares(
-    part: Tensor, weight: Tensor, out: Tensor, most: int = SPLITS, lse: Tensor | None = None
-) -> None:
-    """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
+def merge_shares(part: Tensor, weight: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+    """Write what shares `[B * Hkv, splits, rows, Dv]` come to together."""
     heads, splits, rows, Dv = part.shape
+    shares = min(MERGED[0], max(16, triton.next_power_of_2(splits)))
     width = max(16, triton.next_power_of_2(Dv))
-    wide = min(width, MERGED)
+    wide = min(width, MERGED[1], MERGED[2] // shares)
     given = part, weight, out, weight if lse is None else lse, splits, rows
     more = {"LSE": lse is not None, "num_warps": 4, **chained(str(part.device))}
-    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, **more)
+    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SHARES=shares, **more)
 
 
 def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
@@ -355,21 +354,30 @@ def _decode(
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
     PART, WEIGHT, OUT, SUMS, splits, rows,
-    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr,
+    DV: tl.constexpr, WIDE: tl.constexpr, SHARES: tl.constexpr, LSE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, d = tl.arange(0, SPLITS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
-    place = (head * splits + split) * rows + row
-    weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
-    top = tl.max(weight, 0)
+    d = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    top, total = float("-inf"), 0.0
+    for begin in range(0, splits, SHARES):
+        split = begin + tl.arange(0, SHARES)
+        at = WEIGHT + (head * splits + split) * rows + row
+        weight = tl.load(at, mask=split < splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(weight, 0))
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that reads nothing
-    share = tl.exp2(weight - top)
-    total = tl.sum(share, 0)
-    inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # of others nothing is written
-    part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
-    out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
+    out = tl.zeros([WIDE], tl.float32)
+    for begin in range(0, splits, SHARES):
+        split = begin + tl.arange(0, SHARES)
+        place = (head * splits + split) * rows + row
+        weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
+        share = tl.exp2(weight - top)
+        total += tl.sum(share, 0)
+        inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # else nothing is written
+        part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
+        out += tl.sum(part * share[:, None], 0)
+    out /= tl.where(total == 0, 1.0, total)
     out_at = OUT + (head * rows + row) * DV + d
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=d < DV)
     if LSE:

@@ -3,8 +3,9 @@
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged.
 
-Bound by memory, so that a packed number may cost few instructions: whole pages are not unpacked.
-Codes are read two bytes at a time and become the last bits of float16 numbers, two of them at once.
+Bound by memory (of an H200's 4.8 TB/s, 2.9 were measured in 4 bits and 3.1 in 8, at 131,072
+tokens), so that a packed number may cost few instructions: whole pages are not unpacked. Codes are
+read two bytes at a time and become the last bits of float16 numbers, two of them at once.
 A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
 page's queries are scaled, and its codes multiplied as they are. Steps of values, which go by token,
 are worked into the weights of these. Both are rounded to float16, relative to the page's largest
@@ -27,7 +28,7 @@ from hfsparse.kernels.triton.limits import (
     DTYPES,
     LOG2E,
     NEVER,
-    WIDEST,
+    WIDEST_STORED,
     await_previous,
     chained,
     is_nvidia,
@@ -40,30 +41,25 @@ from hfsparse.lists.places import Place
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-SPLITS = 128  # at most so many shares of a head's pages
+SPLITS = 512  # at most so many shares of a head's pages
 FEW = tl.constexpr(16)  # of the newest tokens, which lie as they came, at once
 LARGE, TINY = tl.constexpr(32768.0), tl.constexpr(1e-30)  # what float16 has room for; no step
-# Two words of 16 bits in a register: each output has one number of both, of halves of bytes the
-# upper ones where they lie, 16 times as large.
-BYTES = tl.constexpr("and.b32 $0, $2, 0x00ff00ff; prmt.b32 $1, $2, 0, 0x4341;")
-HALVES = tl.constexpr("""{
-.reg .b32 t;
-shr.b32 t, $4, 8;
-and.b32 $0, $4, 0x000f000f;
-and.b32 $1, $4, 0x00f000f0;
-and.b32 $2, t, 0x000f000f;
-and.b32 $3, t, 0x00f000f0;
-}""")
-FP8 = tl.constexpr("""{
-.reg .b32 s, t;
-shl.b32 s, $2, 8;
-shl.b32 t, $2, 7;
-and.b32 t, t, 0x3f803f80;
-lop3.b32 $0, s, 0x80008000, t, 0xea;
-shr.b32 t, $2, 1;
-and.b32 t, t, 0x3f803f80;
-lop3.b32 $1, $2, 0x80008000, t, 0xea;
-}""")
+# Of two words of 16 bits in a register, one number of both: the lower or the upper of two bytes or
+# fp8 numbers, or the half bytes in order.
+BYTE_0 = tl.constexpr("and.b32 $0, $1, 0x00ff00ff;")
+BYTE_1 = tl.constexpr("prmt.b32 $0, $1, 0, 0x4341;")
+HALF_0 = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
+HALF_1 = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
+HALF_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x000f000f; }")
+HALF_3 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x00f000f0; }")
+_FLOAT = """{
+.reg .b32 sign, rest;
+%s
+and.b32 rest, rest, 0x3f803f80;
+lop3.b32 $0, sign, 0x80008000, rest, 0xea;
+}"""
+FLOAT_0 = tl.constexpr(_FLOAT % "shl.b32 sign, $1, 8; shl.b32 rest, $1, 7;")
+FLOAT_1 = tl.constexpr(_FLOAT % "mov.b32 sign, $1; shr.b32 rest, $1, 1;")
 
 
 def why_not(need: Need) -> str | None:
@@ -75,12 +71,12 @@ def why_not(need: Need) -> str | None:
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
-    if max(need.head_dim, need.value_dim) > WIDEST:
-        return f"{dims}: at most {WIDEST} is supported"
+    if max(need.head_dim, need.value_dim) > WIDEST_STORED:
+        return f"{dims}: at most {WIDEST_STORED} is supported"
     if need.packed and (need.head_dim % 4 or need.value_dim % 4):
         return f"{dims}: in fewer bits multiples of 4 are supported"
     width = max(need.head_dim, need.value_dim)
-    if tile_of(1, width, need.dtype.itemsize, str(need.device), "parts") is None:
+    if tile_of(16, width, need.dtype.itemsize, str(need.device), 16, False) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -114,10 +110,12 @@ def decode(
     q = q if q.stride(-1) == 1 else q.contiguous()
     group, packed, band, device = Hq // H, part.packed, part.band, str(q.device)
     together = PAGE if pages is None else pages.unit
-    slots, bits, kind = part.k.shape[2], 16, "plain"
+    slots, bits = part.k.shape[2], 16
     if packed is not None:
-        slots, bits, kind = packed.slots, packed.bits, "parts" if together < PAGE else "packed"
-    rows, stages, warps, fill = tile_of(group * Q, max(D, Dv), q.element_size(), device, kind)
+        slots, bits = packed.slots, packed.bits
+    parts, whole = 16 // width_of(bits), packed is not None and together == PAGE
+    given = group * Q, max(D, Dv), q.element_size(), device, width_of(bits), whole
+    rows, stages, warps, fill = tile_of(*given)
     tiles = triton.cdiv(group * Q, rows)
     splits = splits_of(B * H * tiles, device, SPLITS, fill)
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
@@ -133,7 +131,6 @@ def decode(
     if splits > 1:
         shared = q.new_empty(B * H, splits, group * Q, Dv, dtype=torch.float32)
     weight = q.new_empty(B * H, splits, group * Q, dtype=torch.float32)
-    parts = 16 // width_of(bits)
     _decode_store[(B * H, splits, tiles)](
         *(q, *_held(part), shared, weight),
         *(query_pos.contiguous(), length.contiguous(), listed, count),
@@ -166,7 +163,7 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        merge_shares(shared, weight, out, SPLITS, lse)
+        merge_shares(shared, weight, out, lse)
     elif lse is not None:
         torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
@@ -181,25 +178,32 @@ def _held(part: Place) -> tuple[Any, ...]:
 
 @lru_cache
 def tile_of(
-    queries: int, width: int, itemsize: int, device: str, kind: str
+    queries: int, width: int, itemsize: int, device: str, bits: int, whole: bool
 ) -> tuple[int, int, int, int] | None:
-    """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide."""
-    room, most = shared_memory(device), max(8, triton.next_power_of_2(queries))
-    width = max(16, triton.next_power_of_2(width))
-    rows = min(most, 16 if itemsize == 4 else 64)
-    if kind == "packed":
-        return rows, 2, 1, 8
-    return rows, 1, 4, 2
+    """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide: the first
+    that fits, if any. whole: tiles are packed pages, and a warp that needs no other is the best."""
+    room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
+    rows = min(16, triton.next_power_of_2(queries))
+    warps = max(1, rows * width // 1024) if whole and itemsize == 2 else 2 * itemsize
+    for stages in (3, 2, 1) if itemsize == 2 else (1,):
+        if whole and itemsize == 2:
+            page = PAGE * (width * bits // 4 + 16)  # of keys and values, and ends
+            shared = max(1, stages - 1) * page + 4 * rows * width
+        else:
+            shared = width * itemsize * ((stages + 1) * PAGE + 2 * rows)
+        if shared <= room:
+            return rows, stages, warps, max(1, min(8 // warps, room // shared))
+    return None
 
 
 @triton.jit
 def _channels(W: tl.constexpr, WIDE: tl.constexpr, part: tl.constexpr, PARTS: tl.constexpr):
     """The channels that numbers `part` of WIDE words have: of 4 bits byte c has channel c and, in
     its upper half, the one that is half of all behind."""
-    word = tl.arange(0, WIDE)
-    if PARTS == 1:
-        return word
-    return 2 * word + part // (PARTS // 2) + part % (PARTS // 2) * (2 * W)
+    channel = tl.arange(0, WIDE)
+    if PARTS > 1:
+        channel = 2 * channel + part // (PARTS // 2) + part % (PARTS // 2) * (2 * W)
+    return channel
 
 
 @triton.jit
@@ -220,30 +224,36 @@ def _up(part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _numbers(word, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
-    """The parts of words as float16: codes times `_up` times 2^-24, of fp8 numbers times 2^-8.
+def _number(word, part: tl.constexpr, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
+    """One part of words as float16: codes times `_up` times 2^-24, of fp8 numbers times 2^-8.
 
     TWO: at once, which only a GPU does.
     """
-    made = ()
-    if TWO and PARTS == 4:
-        made = tl.inline_asm_elementwise(
-            *(HALVES, "=&r,=&r,=&r,=&r,r", [word]),
-            *((tl.float16, tl.float16, tl.float16, tl.float16), True, 2),
-        )
-    elif TWO:
-        asm: tl.constexpr = FP8 if FLOAT else BYTES
-        two: tl.constexpr = (tl.float16, tl.float16)
-        made = tl.inline_asm_elementwise(asm, "=&r,=&r,r", [word], two, True, 2)
+    if TWO:
+        if FLOAT:
+            asm: tl.constexpr = FLOAT_0 if part == 0 else FLOAT_1
+        elif PARTS == 2:
+            asm: tl.constexpr = BYTE_0 if part == 0 else BYTE_1
+        elif part < 2:
+            asm: tl.constexpr = HALF_0 if part == 0 else HALF_1
+        else:
+            asm: tl.constexpr = HALF_2 if part == 2 else HALF_3
+        number = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.float16, True, 2)
     else:
-        for part in tl.static_range(PARTS):
-            if PARTS == 4:
-                bits = (word >> (part // 2 * 8)) & (15 << (part % 2 * 4))
-            else:
-                bits = (word >> (part * 8)) & 255
-            if FLOAT:
-                bits = ((bits & 127) << 7) | ((bits & 128) << 8)
-            made += (bits.to(tl.float16, bitcast=True),)
+        mask: tl.constexpr = 15 << (part % 2 * 4) if PARTS == 4 else 255
+        bits = (word >> (part // (PARTS // 2) * 8)) & mask
+        if FLOAT:
+            bits = ((bits & 127) << 7) | ((bits & 128) << 8)
+        number = bits.to(tl.float16, bitcast=True)
+    return number
+
+
+@triton.jit
+def _numbers(word, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
+    """All parts of words."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        made += (_number(word, part, PARTS, FLOAT, TWO),)
     return made
 
 
@@ -292,12 +302,14 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
         widest = tl.maximum(widest, _span(low[part], high[part], FLOAT))
     widest = tl.maximum(tl.max(widest, 0), TINY)
     fit, made = LARGE / widest, ()
+    lack, off = tl.zeros_like(q[0]), tl.zeros_like(q[0])
     for part in tl.static_range(PARTS):
         x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
         y = x.to(KIND)
         made += (y,)
-        own, lost = q[part] * low[part][:, None], (x - y.to(tl.float32)) * _up(part, PARTS)
-        lack, off = (own, lost) if part == 0 else (lack + own, off + lost)
+        if not FLOAT:
+            lack += q[part] * low[part][:, None]
+            off += (x - y.to(tl.float32)) * _up(part, PARTS)
     lack += off * (widest * (0.5 / LARGE))
     return made, widest, tl.sum(lack, 0)
 
@@ -494,7 +506,10 @@ def _decode_store(
                 named = tl.load(lists + j, mask=chosen, other=named).to(tl.int32)
             sound = (named != seat) | older
             fresh |= named == seat
-            stored = head * (slots // PAGE) + named
+            stored = named.to(tl.int64)
+            if MOVED:  # of the newest it names any slot, which is not weighed
+                stored = tl.load(LIES + b * list_b + kv * list_h + j)
+            stored += head * (slots // PAGE)
             low = _ends(LOW + stored * D, W, WIDE, PARTS)
             high = _ends(HIGH + stored * D, W, WIDE, PARTS)
             ends = stored * PAGE + lane
@@ -513,7 +528,7 @@ def _decode_store(
                 key += tl.where(key < keeps, 0, tl.where(key > newest, turn - size, turn))
             kept = key[:, None] < limit[None, :]
             if RING:
-                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+                kept &= sound & (tl.where(key < sink, NEVER, key)[:, None] >= start[None, :])
             if SOFTCAP:
                 s = _capped(s, unit, inner)
             p, fade, total, top = _weigh(total, top, s, kept)

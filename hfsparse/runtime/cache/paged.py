@@ -99,7 +99,7 @@ class PagedStore:
     def summarise(self, k: Tensor, v: Tensor, row: int) -> None:
         """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens."""
         tokens, heads = k.shape[2], self.at(self.group.heads, k.device)
-        for pages in at_once(range(-(-tokens // PAGE))) if self.index else ():
+        for pages in at_once(range(-(-tokens // PAGE)), self.k) if self.index else ():
             own = slice(pages.start * PAGE, pages.stop * PAGE)
             parts = [t[:, heads][:, :, own] for t in (k, v)]
             short = len(pages) * PAGE - parts[0].shape[2]

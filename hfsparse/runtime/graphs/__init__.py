@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from hfsparse import kernels
+from hfsparse.errors import Error
 from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import new_tokens
@@ -91,7 +92,7 @@ class Planned:
     mask: Tensor | None = None
 
 
-class NotReady(Exception):
+class NotReady(Error):
     """A step can't run ahead; nothing has changed."""
 
 
@@ -448,7 +449,7 @@ class Graphs:
     def count(self, rows: list[int], Q: int, times: int = 1) -> None:
         for layer_plan in self.layers:
             for n in rows if layer_plan.leads else ():
-                layer_plan.steps[n, Q] += times
+                layer_plan.steps[n, Q, n] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""
