@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 
 FEWEST = 1 << 12  # units that the smallest form of the kernels holds
 MOST = (1 << 18) - 1
-VOTERS, VOTE_WARPS, WRITE_WARPS = 1024, 4, 8  # units of a program of `_vote`
-CHUNK = 1024  # of `_write`, at least
+CHUNK = 1024  # units of a program of `_vote`, and of one of `_write` at least
 WIDEST_KEY = 1024  # dims; latents (MLA) are 576 wide
 
 
@@ -123,12 +122,12 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
     chunk = max(CHUNK, size // CHUNKS.value)
     given = keys, asked.tally, asked.length, asked.made
     more = {"EACH": budget.per_page, **asked.settings(), **chained(str(q.device))}
-    _vote[(triton.cdiv(U, VOTERS), B * Hkv)](
+    _vote[(triton.cdiv(U, CHUNK), B * Hkv)](
         *(asked.scores, asked.totals, *given, *asked.numbers(), asked.tiles),
         SIZE=size,
-        CHUNK=VOTERS,
+        CHUNK=CHUNK,
         **more,
-        num_warps=VOTE_WARPS,
+        num_warps=4,
     )
     _write[(triton.cdiv(U, chunk), B * Hkv)](
         *(*given, chosen, count, count if choice is None else choice.count),
@@ -139,7 +138,7 @@ def _chosen(asked: Asked, read: Tensor | None) -> PageLists:
         MASS=budget.top_p > 0,
         COUNTS=read is not None,
         **more,
-        num_warps=WRITE_WARPS,
+        num_warps=8,
     )
     return PageLists(chosen, count, budget.unit)
 

@@ -7,9 +7,6 @@ in memory. Labels of 16 bits are multiplied as float32. Each label is read once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +23,13 @@ PART, FEW = 512, 128  # of which at once, where bytes are multiplied four at a t
 NUMBERS = 4096  # of a projection, held at once
 MOST_Q = tl.constexpr(127.0 * 256)  # what the largest number of a query is in 16 bits
 NIBBLES = tl.constexpr(-0x0F0F0F10)  # the high half of each of four bytes
+# Four products and their sum: of bytes with the high and the low bytes of numbers, of two such.
+BYTES = tl.constexpr("""{.reg .b32 s;
+mov.b32 s, 0; dp4a.s32.s32 s, $1, $2, s;
+shl.b32 s, s, 8; dp4a.s32.s32 $0, $1, $3, s;}""")
+HALVES = tl.constexpr("""{.reg .b32 s;
+mov.b32 s, 0; dp4a.s32.s32 s, $1, $2, s; dp4a.s32.s32 s, $4, $5, s;
+shl.b32 s, s, 8; dp4a.s32.s32 s, $1, $3, s; dp4a.s32.s32 $0, $4, $6, s;}""")
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # of float16
 
@@ -41,7 +45,6 @@ def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: flo
     sizes = _sizes(selector, projection)
     four = sizes["WIDE"] % 4 == 0 and selector.bits < 16 and is_nvidia(str(label.device))
     rows = max(1, min(triton.next_power_of_2(asked.queries), 64 // sizes["PADDED"], 8))
-    halves = 2 if selector.bits == 4 else 1
     new = {"dtype": torch.float32, "device": label.device}
     numbers = torch.empty(asked.programs, asked.queries, 4, sizes["PADDED"], **new)
     times = torch.empty(asked.programs, asked.queries, **new)
@@ -59,7 +62,6 @@ def score(selector: Labelled, index: dict[str, Tensor], asked: Asked, scale: flo
         *(*label.stride()[:2], *step.stride()[:2]),
         *asked.numbers(),
         **{name: sizes[name] for name in ("WIDE", "PADDED", "BITS")},
-        **_products(min(4, sizes["PADDED"] // 4), halves),
         ROWS=rows,
         TOKENS=PART if four else FEW,
         **more,
@@ -84,23 +86,6 @@ def follow(part: Place, k: Tensor, heads: Tensor, query_pos: Tensor) -> None:
         num_warps=4,
         **chained(str(label.device)),
     )
-
-
-@lru_cache
-def _products(words: int, halves: int) -> dict[str, Any]:
-    """What sums up products of four bytes at a time, of so many words at once, in the first of as
-    many results: of each half words of labels, and the high and low bytes of a query's numbers."""
-    lines, first = ["mov.b32 s, 0;"], words
-    for byte in (1, 2):
-        for half in range(halves):
-            for word in range(words):
-                label = first + 3 * half * words + word
-                lines += [f"dp4a.s32.s32 s, ${label}, ${label + byte * words}, s;"]
-        lines += ["shl.b32 s, s, 8;" if byte == 1 else "mov.b32 $0, s;"]
-    lines += [f"mov.b32 ${word}, 0;" for word in range(1, words)]
-    text = "{.reg .b32 s; " + " ".join(lines) + "}"
-    registers = ",".join(["=r"] * words + ["r"] * 3 * halves * words)
-    return {"ASM": text, "REGISTERS": registers, "PACK": words}
 
 
 def _held(index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -205,7 +190,6 @@ def _score(
     label_b: tl.int64, label_h: tl.int64, step_b: tl.int64, step_h: tl.int64,
     Hkv, Q, queries, U, below: tl.int64, refresh,
     WIDE: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
-    ASM: tl.constexpr, REGISTERS: tl.constexpr, PACK: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, SOME: tl.constexpr, KEEPS: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -265,14 +249,15 @@ def _score(
         if BITS == 16:
             s = now.to(tl.float32) * x
         elif FOUR:
-            now += tl.zeros([TOKENS, ROWS, PADDED // 4], tl.int32)
             none = tl.zeros([TOKENS, ROWS, PADDED // 4], tl.int32)
+            now += none
             if BITS == 4:  # numbers times 16: in the high halves of bytes
                 low, high = (now << 4) & NIBBLES, now & NIBBLES
                 given = [low, x + none, x_low + none, high, z + none, z_low + none]
+                s = tl.inline_asm_elementwise(HALVES, "=r,r,r,r,r,r,r", given, tl.int32, True, 1)
             else:
                 given = [now, x + none, x_low + none]
-            s = tl.inline_asm_elementwise(ASM, REGISTERS, given, tl.int32, True, PACK)
+                s = tl.inline_asm_elementwise(BYTES, "=r,r,r,r", given, tl.int32, True, 1)
         else:
             now = now.to(tl.int32)
             s = (now << 28 >> 28) * x + (now >> 4) * z if BITS == 4 else now * x
