@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode [--lengths 8192,32768,131072] [--batch 1] [--tokens 96]
                                 [--static 32768] [--shape llama-3.1-8b] [--steps] [--layer] [--bits]
+                                [--plans "no plan; quest 6 %, fused"]
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), over caches that are
 filled with random keys of the given length; every arm in one run. ms are medians over the tokens
@@ -12,9 +13,10 @@ quarter of the keys stands for it elsewhere. No engine is an arm, since none can
 machine with the GPU: vLLM's column is what was published of one H100 (`VLLM`), on another host and
 another day. The least ms are what the memory allows: bytes of weights and of keys that are read, at
 the speed of a large copy, measured in the run. An arm that fails, and SIGTERM, leave the table of
-what was measured. --bits compares caches in fewer bits with the whole one, and no other plans.
---layer times one layer's kernels inside a CUDA graph; --steps shows where a step's time goes;
---shape tiny tries the table out on a CPU.
+what was measured. Arms that say so wait for `generate` after each step, all others run a step
+ahead. --bits compares caches in fewer bits with the whole one, and no other plans; --plans names
+the arms of ours that run. --layer times one layer's kernels inside a CUDA graph; --steps shows
+where a step's time goes; --shape tiny tries the table out on a CPU.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from hfsparse.selectors import SELECTORS
 STOCK = "stock, dynamic cache"
 PLANS = ("no plan", "quest 25 %", "quest 6 %", "half ring", "quest 6 % + half ring")
 FUSED = ("no plan, fused", "quest 6 %, fused", "quest 6 % + half ring, fused")
+WAITING = ("no plan, waiting", "quest 6 %, waiting", "quest 6 %, waiting, fused")
 PACKED = ("no plan", *(f"every page, {said(bits)}" for bits in BITS[1:]))
 
 # ms a token: of none, and of each one before it. The fit of served inter-token latencies of 256 to
@@ -149,7 +152,10 @@ def measure(
             rows.setdefault((length, arm), why)  # an earlier round stays
             print(f"  {arm}, {length:,}: {why}", file=sys.stderr, flush=True)
             return
-        graph = str(state_of(model).graphs) if kind == "ours" else ""
+        graph = ""
+        if kind == "ours":
+            state = state_of(model)
+            graph = f"{state.graphs}" + ", ahead" * (f"{state.ahead}" == "yes")
         least = min(ms, before.ms) if before else ms
         rows[length, arm] = Row(least, gib, peak, read, graph)
         print(f"  {arm}, {length:,}: {ms:.2f} ms {graph}", file=sys.stderr, flush=True)
@@ -163,6 +169,7 @@ def measure(
         for name in plans:
             plan = plan_of(model, name)
             with hfsparse.patch(model, plan, fuse=name.endswith("fused")):
+                state_of(model).ahead.never = "it waits" if "waiting" in name else None
                 for length in lengths:
                     share = 0.25 if "25" in name else 0.06 if "6 %" in name else 1.0
                     row(f"ours, {name}", "ours", length, length, share)
@@ -227,11 +234,15 @@ def steps(model, length: int, tokens: int) -> None:
             cache = filled(model, "ours", 1, length, 400)
             clock, _ = generated(model, cache, 1, length, 24)
             graphs = state_of(model).graphs
-            graph = next(iter(graphs.kept.values()), None)
+            recorded = next(iter(graphs.kept.values()), {}).get(1)
+            graph = recorded.graph if recorded else None
             if graph is None:
                 print(f"- {name}: no graph: {graphs}", flush=True)
                 continue
             alone = bench_ms(graph.launch)
+            last = torch.zeros(1, 1, model.config.hidden_size, device=model.device).to(model.dtype)
+            with torch.no_grad():
+                head = bench_ms(partial(model.lm_head, last))
             seen = cache.get_seq_length()
             ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
@@ -251,9 +262,10 @@ def steps(model, length: int, tokens: int) -> None:
                 torch.cuda.synchronize()
                 whole.append(time.perf_counter() - start)
             print(
-                f"- {name}, {seen:,} tokens: graph {alone:.2f} ms, "
+                f"- {name}, {seen:,} tokens: graph {alone:.2f} ms, head {head:.2f} ms, "
                 f"decoder {1e3 * statistics.median(whole):.2f} ms "
-                f"(host {1e3 * statistics.median(issued):.2f}), generate {clock.ms():.2f} ms",
+                f"(host {1e3 * statistics.median(issued):.2f}), generate {clock.ms():.2f} ms, "
+                f"in which the device works {(alone + head) / clock.ms():.0%}",
                 flush=True,
             )
             if name in ("quest 6 %", "quest 6 %, fused"):
@@ -407,6 +419,8 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--bits", action="store_true")
+    named = "arms of ours, with semicolons between"
+    parser.add_argument("--plans", default="; ".join((*PLANS, *FUSED, *WAITING)), help=named)
     parser.add_argument("--no-table", action="store_true")
     args = options.parse(parser)
     if args.steps or args.layer:
@@ -428,7 +442,7 @@ def main() -> None:
         rows: Rows = {}
         copied = copy_speed(model.device)
         asked = args.lengths, args.batch, args.tokens, args.static, args.rounds
-        plans = (*PLANS, *FUSED)
+        plans = [name.strip() for name in args.plans.split(";")]
         if args.bits:
             plans = (*PACKED, *(f"{name}, fused" for name in PACKED))
         try:

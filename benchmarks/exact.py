@@ -1,16 +1,17 @@
 """Claim: exact mode gives the dense model's tokens sooner than dense steps do, on one GPU.
 
     python -m benchmarks.exact [--lengths 32768,131072] [--tokens 192] [--shape llama-3.1-8b]
-                               [--model FOLDER --text FILE]
+                               [--plans "quest 6 %"] [--fuse] [--model FOLDER --text FILE]
 
 A draft is worth what it costs and how often it is right. What steps cost is timed with random
 weights in the shape of Llama-3.1-8B (bf16), over caches that are filled with random keys: a dense
 step, a step that drafts by the plan, and dense steps over 2, 4 and 8 tokens, as verify drafts;
 medians, each with the host waiting for it. From them follows what a token costs at any acceptance a
 of k drafts: k drafts and a step over k + 1 tokens, over 1 + a + ... + a^k tokens. Random weights
-accept little, so that no `generate` of theirs is timed. With --model and --text a real model goes
-on from the text's first tokens, dense and exact: ms a token, and the acceptance that it has. A text
-that repeats itself is one that drafts know how to go on with. --shape tiny tries it on a CPU.
+accept little, so that no `generate` of theirs is timed. --fuse: steps over one token, dense ones
+and drafts, are fused. With --model and --text a real model goes on from the text's first tokens,
+dense and exact: ms a token, and the acceptance that it has. A text that repeats itself is one that
+drafts know how to go on with. --shape tiny tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def token_ms(draft: float, verify: float, count: int, accepted: float) -> float:
     return (count * draft + verify) / sum(accepted**i for i in range(count + 1))
 
 
-def show_steps(model, lengths: list[int]) -> None:
+def show_steps(model, lengths: list[int], plans: list[str], fuse: bool) -> None:
     for length in lengths:
-        for name in PLANS:
+        for name in plans:
             tidy()
-            with hfsparse.patch(model, plan_of(model, name), exact=True):
+            with hfsparse.patch(model, plan_of(model, name), exact=True, fuse=fuse):
                 cache, state = filled_cache(model, 1, length, 64), state_of(model)
                 dense = step_ms(model, cache, 1)
                 draft = step_ms(model, cache, 1, drafts=True)
@@ -105,6 +106,8 @@ def show_text(folder: str, text: Path, lengths: list[int], tokens: int) -> None:
 
 def main() -> None:
     made = options.parser(__doc__, "32768,131072", 192, "llama-3.1-8b")
+    made.add_argument("--plans", default=PLANS, type=lambda text: text.split(","))
+    made.add_argument("--fuse", action="store_true")
     made.add_argument("--model", help="a folder or hub name; with --text")
     made.add_argument("--text", type=Path, help="a file whose first tokens are the prompt")
     args = options.parse(made)
@@ -114,7 +117,7 @@ def main() -> None:
         return show_text(args.model, args.text, args.lengths, args.tokens)
     model = endless(args.shape)
     print(describe(model, args.shape))
-    return show_steps(model, args.lengths)
+    return show_steps(model, args.lengths, args.plans, args.fuse)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
 from hfsparse.patterns.flexprefill import FlexPrefill
+from hfsparse.patterns.hip import HiP
+from hfsparse.patterns.sample import Sample
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.patterns.vertical_slash import VerticalSlash
 
@@ -66,6 +68,8 @@ PATTERNS = (
     Energy(),
     Sparge(),
     FlexPrefill(),
+    Sample(),
+    HiP(),
 )
 TESTS = ("tests/gpu/test_prefill.py", "tests/gpu/test_estimate.py")
 TOLERANCE = 6e-3  # relative, of bfloat16

@@ -21,11 +21,23 @@ if TYPE_CHECKING:
     from hfsparse.plan import Plan
     from hfsparse.profiler import profile
     from hfsparse.profiler.verify import verify
+    from hfsparse.runtime.parts import ContextParallel
 
-__all__ = ["Error", "Plan", "__version__", "explain", "patch", "profile", "unpatch", "verify"]
+__all__ = [
+    "ContextParallel",
+    "Error",
+    "Plan",
+    "__version__",
+    "explain",
+    "patch",
+    "profile",
+    "unpatch",
+    "verify",
+]
 
 # Imported at first use, so that `hfsparse --help` needs neither torch nor transformers.
 _HOME = {
+    "ContextParallel": "runtime.parts",
     "Error": "errors",
     "Plan": "plan",
     "explain": "patcher",

@@ -99,6 +99,10 @@ KINDS = {
         "whole numbers, such as [1024, 2048]",
         lambda value: type(value) is list and all(_is_whole(n) and n > 0 for n in value or [0]),
     ),
+    tuple[int | str, ...] | None: (
+        "bits, such as [16, 8, 4]",
+        lambda value: type(value) is list and all(type(x) in (int, str) for x in value or [0.0]),
+    ),
     int: ("a whole number", _is_whole),
     int | None: ("a whole number", _is_whole),
     float: ("a number", lambda value: type(value) in (int, float)),

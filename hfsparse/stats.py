@@ -30,6 +30,15 @@ class Work:
             [x for each in parts for x in each.done], [x for each in parts for x in each.dense]
         )
 
+    @classmethod
+    def added(cls, parts: Sequence[Work], whole: bool) -> Work:
+        """Of the same heads, in all parts. whole: dense attention is told by each of all parts."""
+        done, dense = (
+            [*map(sum, zip(*each, strict=True))]
+            for each in ([part.done for part in parts], [part.dense for part in parts])
+        )
+        return cls(done, parts[0].dense if whole else dense)
+
     @property
     def shares(self) -> list[float]:
         """nan where dense attention does nothing: nothing ran."""
@@ -64,6 +73,19 @@ class LayerStats:
             elif field.default == ():
                 heads[field.name] = [x for own in found for x in own]
         return replace(parts[0], **heads)
+
+    @classmethod
+    def added(cls, parts: Sequence[LayerStats]) -> LayerStats:
+        """One layer, whose tokens are those of its parts: all tell of each head. Keys that dense
+        attention reads and keeps each part tells of all."""
+        found = {}
+        for field in fields(cls):
+            each = [getattr(part, field.name) for part in parts]
+            if isinstance(field.default, Work):
+                found[field.name] = Work.added(each, field.name in ("reads", "cache"))
+            elif field.default == ():
+                found[field.name] = [*map(sum, zip(*each, strict=True))]
+        return replace(parts[0], **found)
 
     @property
     def pair_density(self) -> list[float]:
@@ -108,13 +130,19 @@ class Stats:
 
     layers: Sequence[LayerStats]
     drafts: Drafts | None = None  # in exact mode, where `decode_share` is of drafting steps
-    whose: str = ""  # heads these are, where it is not all
+    whose: str = ""  # heads or tokens these are, where it is not all
 
     @classmethod
     def joined(cls, parts: Sequence[Stats]) -> Stats:
         """Of one model, whose heads are those of its parts, in their order."""
         layers = zip(*(each.layers for each in parts), strict=True)
         return cls([LayerStats.joined(each) for each in layers])
+
+    @classmethod
+    def added(cls, parts: Sequence[Stats]) -> Stats:
+        """Of one model, whose tokens are those of its parts; what several hold counts for each."""
+        layers = zip(*(each.layers for each in parts), strict=True)
+        return cls([LayerStats.added(each) for each in layers])
 
     @property
     def pair_density(self) -> float:

@@ -24,7 +24,7 @@ from hfsparse.runtime import graphs
 from hfsparse.runtime.cache import host
 from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.decode import Step
-from hfsparse.runtime.graphs import recording
+from hfsparse.runtime.graphs import products, recording
 from tests import latents
 from tests.patcher import families, runs
 from tests.support import models
@@ -158,7 +158,7 @@ def compare(
     for replayed in (False, True):
         with ExitStack() as stack:
             stack.enter_context(plain_prompts())
-            stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
+            stack.enter_context(patch.object(products, "BACKEND", "aot_eager"))
             kind = stack.enter_context(frozen()) if replayed else None
             launched = stack.enter_context(launches())
             stack.enter_context(patch.object(host, "why_not", lambda device: None))

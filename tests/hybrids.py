@@ -25,7 +25,7 @@ from hfsparse.plan import Plan
 from hfsparse.runtime import graphs
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step
-from hfsparse.runtime.graphs import recording
+from hfsparse.runtime.graphs import products, recording
 from hfsparse.runtime.graphs.states import States
 from tests import frozen
 from tests.patcher import families, runs
@@ -192,7 +192,7 @@ def patched(model, plan, kind: type | None, fuse: bool = False):
     """The graphs of a patched model: of a kind, or None where no step is replayed."""
     with ExitStack() as stack:
         stack.enter_context(frozen.plain_prompts())
-        stack.enter_context(patch.object(graphs, "BACKEND", "aot_eager"))
+        stack.enter_context(patch.object(products, "BACKEND", "aot_eager"))
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
         if kind is not None:
             stack.enter_context(frozen.frozen())

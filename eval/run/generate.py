@@ -84,11 +84,16 @@ def answer(model, tokenizer, sample: Sample, cap: int | None = None) -> Answer:
 
 
 @torch.inference_mode()
-def together(model, tokenizer, samples: Sequence[Sample], cap: int | None = None) -> list[Answer]:
-    """What `answer` gives for each; times are the batch's, shared alike among its samples."""
+def together(
+    model, tokenizer, samples: Sequence[Sample], cap: int | None = None, cache=None
+) -> list[Answer]:
+    """What `answer` gives for each; times are the batch's, shared alike among its samples.
+
+    cache: holds the prompts, padded on the left, but for their last tokens.
+    """
     start = time.perf_counter()
     watch = _Watch(tokenizer, [_Wanted(s.answers, s.metric, _limit(s, cap)) for s in samples])
-    rows, _ = _say(model, [sample.ids for sample in samples], watch)
+    rows, _ = _say(model, [sample.ids for sample in samples], watch, cache)
     texts = [decode(tokenizer, ids) for ids in rows]
     each = (time.perf_counter() - start) / len(samples)
     first = (watch.first - start) / len(samples)

@@ -1,5 +1,5 @@
 """The command line: profile, verify, recipes, plans, new, import, export, bits, show, diff, check,
-push, explain, doctor, generate, bench, eval.
+push, explain, doctor, generate, serve, bench, eval.
 
 torch and transformers are imported inside the commands, so that `hfsparse --help` is instant.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from hfsparse.cli import bits, export, plans, profile, run, verify
+from hfsparse.cli import bits, export, plans, profile, run, serve, verify
 from hfsparse.cli.application import Commands, options
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for _name, _command in {  # `hfsparse --help` lists them in this order
     "explain": run.explain,
     "doctor": run.doctor,
     "generate": run.generate,
+    "serve": serve.serve,
     "bench": run.bench,
 }.items():
     app.command(_name)(_command)

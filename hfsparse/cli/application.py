@@ -134,6 +134,12 @@ def parse_counts(words: str, name: str) -> tuple[int, ...]:
     return counts
 
 
+def parse_bits(words: str, name: str = "bits") -> tuple[int | str, ...]:
+    """Bits from `16,fp8,4`, each once; what plans know of them is not asked here."""
+    parts = (word.strip() for word in words.split(","))
+    return tuple(dict.fromkeys(int(word) if word.isdigit() else word for word in parts))
+
+
 def check_window(model, beyond: bool, tokens: int, what: str) -> None:
     """Raise where `what` take more tokens than the model is made for, unless `beyond` is set."""
     from hfsparse.models.window import limit

@@ -183,15 +183,16 @@ def _print_memory(
     config, plan, length: int, gpu: str | None, batch: int, **more
 ) -> tuple[int, int]:
     """Print the memory of dense and of the plan, and with `gpu` how many tokens fit in that, also
-    if the plan's caches were in 4 bits.
+    if the plan's caches were in 4 bits, or in host memory.
 
     Returns the plan's peak in bytes, and the tokens that fit; 0 without `gpu`.
     """
     from hfsparse.patcher import memory
 
     room, arms, found = None if gpu is None else _bytes(gpu), {"dense": None, "plan": plan}, {}
-    if room is not None and (few := memory.in_few_bits(config, plan)) is not None:
-        arms["4 bits"] = few
+    if room is not None:
+        arms |= memory.lighter(config, plan)
+    wide = max(map(len, arms)) + 1
     for name, arm in arms.items():
         need = memory.predict(config, arm, length, batch=batch, **more)
         parts = {"weights": need.weights, "KV cache": need.cache, "work": need.work}
@@ -200,7 +201,7 @@ def _print_memory(
         if arm is None:
             typer.echo(f"{batch} x {length:,} tokens, GiB: {' + '.join(parts)} = peak")
         sizes = (f"{n / 2**30:.2f}" for n in parts.values())
-        line = f"{name:<6}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
+        line = f"{name:<{wide}}{' + '.join(sizes)} = {need.peak / 2**30:.2f}"
         if need.host:
             line += f", and {need.host / 2**30:.2f} in host memory"
         most = 0

@@ -17,6 +17,7 @@ from hfsparse.cli.application import (
     Dtype,
     Model,
     check_writable,
+    parse_bits,
     parse_counts,
     print_styled,
 )
@@ -26,6 +27,7 @@ from hfsparse.profiler.settings import Settings
 # value and name.
 TYPES = {
     tuple[int, ...] | None: (str | None, parse_counts),
+    tuple[int | str, ...] | None: (str | None, parse_bits),
     str | Path | None: (Path | None, lambda value, name: Path(value)),
 }
 

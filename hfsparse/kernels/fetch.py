@@ -30,7 +30,7 @@ def fetch(
     units, slots = lists.pages, hot.owner.shape[2]
     used = torch.arange(units.shape[2], device=units.device) < lists.count[..., None]
     page = units // hot.each
-    newest = page >= (length - 1)[:, None, None] // PAGE - 1
+    newest = page >= hot.newest(length)[:, None, None]
     held = hot.table.gather(2, units).long()
     missing = used & ~newest & (held < 0)
     now = hot.clock.add_(1)[..., None]
@@ -49,7 +49,8 @@ def fetch(
     if read is not None:
         read += torch.stack([missing.sum((0, 2)), used.sum((0, 2))], 1)
     place = hot.lead + torch.where(missing, taken, held)
-    place = torch.where(newest, page % (NEWEST // PAGE) * hot.each + units % hot.each, place)
+    first = page % (NEWEST // PAGE) * hot.each + units % hot.each if hot.lead else 0
+    place = torch.where(newest, first, place)
     return replace(lists, lies=place.masked_fill(~used, 0))
 
 
@@ -65,8 +66,9 @@ def _copy(hot: Hot, units: Tensor, taken: Tensor, missing: Tensor) -> None:
     """Units that are missing, from the host into the slots that they take."""
     b, h, w = missing.nonzero(as_tuple=True)
     unit, slot = units[b, h, w], taken[b, h, w]
-    for held, host in ((hot.k, hot.host_k), (hot.v, hot.host_v)):
-        given = host.unflatten(2, (-1, hot.unit))[
-            b.to(host.device), h.to(host.device), unit.to(host.device)
-        ]
-        held[:, :, NEWEST:].unflatten(2, (-1, hot.unit))[b, h, slot] = given.to(held.device)
+    for held, host in hot.pairs:
+        if hot.pages is None:
+            held, host = held[:, :, NEWEST:], host
+            held, host = (t.unflatten(2, (-1, hot.unit)) for t in (held, host))
+        given = host[b.to(host.device), h.to(host.device), unit.to(host.device)]
+        held[b, h, slot] = given.to(held.device)

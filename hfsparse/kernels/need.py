@@ -30,6 +30,7 @@ class Need(NamedTuple):
     dropped: bool = False  # a ring that has dropped keys is part of the grid
     packed: bool = False  # some keys of the cache lie in fewer bits
     hosted: bool = False  # some keys of the cache lie in host memory
+    pooled: bool = False  # rows lie in the pages of a pool
     slots: int = 0  # of the hot set that keys are fetched into
     chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q

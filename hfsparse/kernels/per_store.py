@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import group_rows, put_rows, q_heads_of, take_rows
-from hfsparse.lists import PageLists
+from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.packed import Packed
 from hfsparse.lists.places import Place, Places
 
@@ -53,13 +53,17 @@ def by_store(one: Callable[..., Tensor], whole: Callable[..., Tensor] | None = N
                 more |= {"softcap": softcap, "s_aux": None if s_aux is None else s_aux[own]}
             for short, _, rows in group_rows([n < part.below for n in new.lengths.rows], q.device):
                 listed = None if short else lists
-                easy = plain and lse is None and listed is None and (short or not part.size)
+                easy = plain and lse is None and listed is None and (short or not part.narrow)
                 run = whole if easy and whole is not None else one
                 if lse is not None:
                     batch = len(q) if rows is None else len(rows)
                     more["lse"] = sums = lse.new_empty(batch, len(heads), q.shape[2])
                 what = run, part, rows, q[:, own], new, more, span
-                made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
+                if part.pool is not None:
+                    kv = places.at(part.heads, q.device)
+                    made = _read_pool(*what[:-1], kv, listed, short)
+                else:
+                    made = _read_ring(*what, short) if part.size else _read_full(*what, listed)
                 if lse is not None:
                     put_rows(lse, rows, own, sums)
                 if rows is None and len(heads) == q.shape[1]:
@@ -89,10 +93,10 @@ def _read_ring(run, part: Place, rows, q, new: NewTokens, more, span, short: boo
 
 def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) -> Tensor:
     """Attention over all keys that are held, or over the pages that are listed."""
-    if part.packed is not None:
-        return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
     if part.hot is not None:
         return _read_hot(run, part, q, new, more, listed)
+    if part.packed is not None:
+        return _read_packed(run, part.packed.of(rows), rows, q, new, more, listed)
     k, v = part.k[:, :, : new.longest], part.v[:, :, : new.longest]
     query_pos, length, dropped = new.query_pos, new.length, part.dropped
     if span is not None:  # it reads as a row that lacks what comes before
@@ -110,6 +114,25 @@ def _read_full(run, part: Place, rows, q, new: NewTokens, more, span, listed) ->
     return run(q, k, v, query_pos, None, listed, length=length, **more)
 
 
+def _read_pool(run, part: Place, rows, q, new: NewTokens, more, kv, listed, short) -> Tensor:
+    """Attention over rows that lie in the pages of a pool, all or some of which are listed, by the
+    kv heads of an index; of a band over what it holds, but in short rows."""
+    if part.narrow and not short:
+        (start,) = take_rows(rows, new.start(part.band))
+        more = {**more, "start": start, "sink": part.band.sink}
+    k, v = (whole_rows(t, part.pool, new.longest)[:, kv] for t in (part.k, part.v))
+    held = part._replace(k=k, v=v, pool=None)
+    return _read_full(run, held, rows, q, new, more, None, listed)
+
+
+def whole_rows(t: Tensor, pool: Tensor, tokens: int | None) -> Tensor:
+    """Keys or values `[B, H, S, D]` of the first so many tokens (None: of every page) of rows whose
+    pages `pool` [B, P] names in t `[1, H, N, D]`."""
+    token = torch.arange(PAGE, device=t.device)
+    at = (pool.long()[..., None] * PAGE + token).flatten(1)[:, :tokens]  # [B, S]
+    return t[0, :, at].transpose(0, 1)
+
+
 def _read_packed(run, packed: Packed, rows, q, new: NewTokens, more, listed) -> Tensor:
     """The same of packed pages: of lists only what they name is unpacked, head by head."""
     q, query_pos, length = take_rows(rows, q, new.query_pos, new.length)
@@ -125,6 +148,13 @@ def _read_packed(run, packed: Packed, rows, q, new: NewTokens, more, listed) -> 
 def _read_hot(run, part: Place, q, new: NewTokens, more, listed: PageLists) -> Tensor:
     """Attention over units that lie in the hot set, or among the newest pages, where listed."""
     row, unit = torch.arange(len(q), device=q.device)[:, None], listed.unit
+    if part.packed is not None:  # units are pages
+        lies = listed.lies.repeat_interleave(unit, 2)
+
+        def unpacked(head: int, *at: Tensor) -> tuple[Tensor, ...]:
+            return part.packed.choose(head, *at, lies[:, head])
+
+        return _read_named(run, unpacked, q, new.query_pos, new.length, more, listed)
     lies = (listed.lies[..., None] * unit + torch.arange(unit, device=q.device)).flatten(2)
 
     def choose(head: int, *at: Tensor) -> tuple[Tensor, ...]:

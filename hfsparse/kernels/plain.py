@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from hfsparse.lists import BlockLists, Grid, PageLists
 from hfsparse.lists.choice import Choice
@@ -39,3 +42,8 @@ def select(
 def count(lists: BlockLists) -> Tensor:
     """`lists.pairs()`."""
     return lists.pairs()
+
+
+def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """`linear` of x `[..., K]` with each of weights `[Ni, K]` and its bias, side by side."""
+    return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)

@@ -1,4 +1,4 @@
-"""Which kernel serves which need: seven tables of capability checks, the first that fits wins.
+"""Which kernel serves which need: eight tables of capability checks, the first that fits wins.
 
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
@@ -22,6 +22,8 @@ FETCH(hot, lists, length, read) -> PageLists
     As `fetch.fetch`: of a store whose keys lie in host memory, before a step reads it.
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
+PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
+    As `plain.products`, of one row: in steps of batch 1 that are fused.
 """
 
 from __future__ import annotations
@@ -132,17 +134,21 @@ def _triton_decode(
 
 
 def _triton_by_store(
-    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **logits
+    q: Tensor, places: Places, new: NewTokens, pages: Sequence[PageLists | None], **more
 ) -> Tensor:
     run = _module("triton.decode_store").decode
     if len(places.parts) == 1:
-        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **logits)
-    sinks = logits.pop("s_aux", None)
+        return run(q, *places.parts, new.query_pos, *pages, length=new.length, **more)
+    sinks, lse = more.pop("s_aux", None), more.pop("lse", None)
     ratio, out = q.shape[1] // len(places.cells), q.new_empty(*q.shape[:3], places.v.shape[3])
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)
-        logits["s_aux"] = None if sinks is None else sinks[own]
-        out[:, own] = run(q[:, own], part, new.query_pos, lists, length=new.length, **logits)
+        more["s_aux"] = None if sinks is None else sinks[own]
+        if lse is not None:
+            more["lse"] = sums = lse.new_empty(len(q), len(part.heads) * ratio, q.shape[2])
+        out[:, own] = run(q[:, own], part, new.query_pos, lists, length=new.length, **more)
+        if lse is not None:
+            lse[:, own] = sums
     return out
 
 
@@ -150,8 +156,9 @@ def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
     _module("triton.append").append(k, v, into, new.query_pos)
     for part in into.parts:
         if part.packed is not None:
-            _module("triton.pack").pack(part, new.query_pos)
-        if part.hot is not None:
+            into_pages = part if part.hot is None else part._replace(packed=part.hot.pages)
+            _module("triton.pack").pack(into_pages, new.query_pos)
+        elif part.hot is not None:
             given = into.at.tensor(part.heads, k.device), new.query_pos
             _module("triton.write_out").write_out(part.hot, k, v, *given)
         if isinstance(part.selector, Labelled) and not part.selector.means:
@@ -204,10 +211,14 @@ COUNT = (
     Kernel("Triton", _lazily("triton.count", "pairs"), _triton("count")),
     Kernel("PyTorch", plain.count, _always),
 )
+PRODUCTS = (
+    Kernel("Triton", _lazily("triton.products", "products"), _triton("products")),
+    Kernel("PyTorch", plain.products, _always),
+)
 
 
 class Tables(NamedTuple):
-    """The seven together: what a call's kernels are picked from."""
+    """The eight together: what a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
@@ -216,6 +227,7 @@ class Tables(NamedTuple):
     append: tuple[Kernel, ...] = APPEND
     fetch: tuple[Kernel, ...] = FETCH
     count: tuple[Kernel, ...] = COUNT
+    products: tuple[Kernel, ...] = PRODUCTS
 
 
 TABLES = Tables()

@@ -96,13 +96,18 @@ class Packed(NamedTuple):
         """Tokens that its pages have room for."""
         return self.k.shape[2] * PAGE
 
+    @property
+    def pages(self) -> tuple[Tensor, ...]:
+        """What it has of each page: all but the newest as they came."""
+        return self[1:-2]
+
     def first(self, tokens: int | None) -> Packed:
         """The pages of the first so many tokens; None: all."""
         return self.some(slice(None if tokens is None else -(-tokens // PAGE)))
 
     def some(self, pages: slice) -> Packed:
         """Those pages, and the newest two as they came."""
-        return self._make([self.bits, *(t[:, :, pages] for t in self[1:-2]), *self[-2:]])
+        return self._make([self.bits, *(t[:, :, pages] for t in self.pages), *self[-2:]])
 
     def of(self, rows: Tensor | None) -> Packed:
         """Of those rows; None: of all."""
@@ -125,13 +130,17 @@ class Packed(NamedTuple):
 
         return whole(k, self.newest_k), whole(v, self.newest_v)
 
-    def choose(self, head: int, at: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, head: int, at: Tensor, length: Tensor, lies: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, 1, n, D]` of one head at positions `at` [B, n] of rows of `length`.
 
-        Positions of pages that there is room for; of a store that keeps every key.
+        Positions of pages that there is room for; of a store that keeps every key. lies: the page
+        where each lies; None: that of its number.
         """
         row, page, slot = torch.arange(len(at), device=at.device)[:, None], at // PAGE, at % PAGE
         new = (page == (length // PAGE)[:, None])[..., None]
+        page = page if lies is None else lies
         k, v = self.k[row, head, page, slot], self.v[row, head, page, slot]
         k = unpack(k, self.low[row, head, page], self.high[row, head, page], self.bits)
         ends = (t[row, head, page, slot, None] for t in (self.least, self.most))

@@ -61,11 +61,19 @@ class Place(NamedTuple):
     # Where keys lie in host memory: lists say where what they name lies in k and v, whose first
     # NEWEST slots are its newest tokens.
     hot: Hot | None = None
+    # [B, P] the page that has each row's page p, where k and v `[1, Hkv, N, D]`, of all the layer's
+    # heads, are a pool that rows share.
+    pool: Tensor | None = None
 
     @property
     def ends(self) -> bool:
         """Whether k and v hold the newest tokens, at position % NEWEST."""
         return self.packed is not None or self.hot is not None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a step reads a band of what is held: of a ring, or of a pool's whole rows."""
+        return self.size > 0 or (self.pool is not None and self.band != FULL)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -90,13 +98,23 @@ class Places(NamedTuple):
         return self.parts[0].v
 
     @property
+    def pool(self) -> Tensor | None:
+        """Where rows' pages lie in a pool, the same of all parts."""
+        return self.parts[0].pool
+
+    @property
+    def key_step(self) -> int:
+        """Elements from one slot's key to the next's: in a pool a token's heads lie together."""
+        return self.k.stride(2)
+
+    @property
     def value_step(self) -> int:
         """Elements from one slot's value to the next's: of latents it is a key wide."""
         return self.v.stride(2)
 
     @property
     def rings(self) -> bool:
-        return any(part.size for part in self.parts)
+        return any(part.narrow for part in self.parts)
 
     @property
     def summaries(self) -> bool:
@@ -118,8 +136,8 @@ class Places(NamedTuple):
 
     @property
     def long(self) -> int:
-        """Heads that may read many pages: those without a ring, if there are any."""
-        full = sum(len(part.heads) for part in self.parts if not part.size)
+        """Heads that may read many pages: those without a band, if there are any."""
+        full = sum(len(part.heads) for part in self.parts if not part.narrow)
         return full or len(self.cells)
 
 
@@ -145,7 +163,8 @@ class Table:
         return Places(parts, self.cells, self.unit, self.at)
 
     def _write(self, parts: Sequence[Place]) -> None:
-        if not all(map(_dense, (t for part in parts for t in part.buffers))):
+        pooled = parts[0].pool is not None
+        if not (pooled or all(map(_dense, (t for part in parts for t in part.buffers)))):
             raise ValueError("the cache's buffers must be contiguous")
         rows = [[0] * WIDTH for part in parts for _ in part.heads]
         first, listed = parts[0], 0
@@ -159,9 +178,9 @@ class Table:
                 spans, span = part.low.shape[2] * each, PAGE // each
             band, H, N = part.band, len(part.heads), part.k.shape[2]
             turn = (0, NEWEST) if part.ends else (band.sink, part.size or NEVER)
-            held = H * N, N, H * spans, spans, *turn
+            held = 0 if pooled else H * N, N, H * spans, spans, *turn
             held = *held, band.recent, band.rate, int(band.chunked), part.below
-            for i, head in enumerate(part.heads):
+            for i, head in zip(part.heads if pooled else range(H), part.heads, strict=True):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
                 line = (*at, *held, listed if part.listed else -1, span, _address(part.dropped))
                 listed += part.listed

@@ -87,6 +87,11 @@ class LayerShape:
         """Whether what a plan changes of it binds no other layer, nor is bound."""
         return self.free and self.producer is None and not self.shared
 
+    def may_be_sparse(self, together: bool) -> bool:
+        """Whether a method may change it that chooses for layers which share keys together, or
+        one that chooses for each by itself."""
+        return self.free if together else self.alone
+
 
 def text_config(model_or_config: Any) -> Any:
     """The config of a model's text decoder; ShapeError for what has none."""

@@ -42,6 +42,14 @@ def cache_name(model: Any) -> str:
     return next(name for name in CACHES if name in parameters(type(model)))
 
 
+def rename_cache(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with the cache by the name that a model's forward has for it: it
+    warns of the older one."""
+    taken = [name for name in CACHES if name in parameters(type(model))]
+    renamed = taken and taken[0] not in named
+    return {taken[0] if renamed and name in CACHES else name: x for name, x in named.items()}
+
+
 def find_cache(named: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, or in its output; None without one."""
     return next((named[name] for name in CACHES if named.get(name) is not None), None)

@@ -6,8 +6,9 @@
 
 `supported` (with `probe`) says which models can be patched, `resolve` what each layer needs of a
 plan. `install` sets and takes away what a patch is: `hooks` around forwards, which `adopt` caches,
-and `generation` in `generate`, where `exact` drafts; all `state` lies on the model, so
-`unpatch(model)` needs no handle.
+and `generation` in `generate`, whose calls are answered (`answering`) by steps that ran `ahead` or
+by drafts (`exact`), both `choosing` as it does. All `state` lies on the model, so `unpatch(model)`
+needs no handle.
 `explain`, `figures` and `memory` tell what a plan does, holds and needs; `saved` keeps caches in
 folders.
 """
@@ -21,11 +22,14 @@ from collections.abc import Collection
 from functools import partial
 
 import torch
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.sharding import check_same, group_of, least, shard_of, together
+from hfsparse.patcher.ahead import Ahead
+from hfsparse.patcher.context import NO_GRAPH, why_not
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.extend import check_turns, find_extensions
@@ -43,6 +47,8 @@ from hfsparse.plan import ModelId, Plan
 from hfsparse.plan.sources import open_plan
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.graphs import Graphs
+from hfsparse.runtime.layer_plan import LayerPlan
+from hfsparse.runtime.parts import ContextParallel
 
 __all__ = ["explain", "patch", "unpatch"]
 
@@ -53,6 +59,7 @@ def patch(
     allow: Collection[str] = (),
     fuse: bool = False,
     exact: bool = False,
+    context_parallel: ContextParallel | ProcessGroup | None = None,
 ) -> Patched:
     """Make `model` follow `plan` until `undo()`; None drops nothing.
 
@@ -63,15 +70,19 @@ def patch(
     small kernels: faster, after half a minute of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape.
     With exact=True the plan only drafts tokens, from a cache that keeps everything, and steps of
-    the whole model verify them: `generate` gives the dense model's tokens (`patcher.exact`). Raises
-    an Error (PlanError, PatchError, UsageError) before anything changes. Warns of a plan that
-    nothing verified.
+    the whole model verify them: `generate` gives the dense model's tokens (`patcher.exact`).
+    context_parallel: a process group (or a ContextParallel of one) whose ranks share the tokens of
+    each prompt and keep the keys of their own; every rank patches its model and makes the same
+    calls (`patcher.context`). Raises an Error (PlanError, PatchError, UsageError) before anything
+    changes. Warns of a plan that nothing verified.
     """
     check_model(model)
-    group = group_of(model)
-    work = partial(_prepare, model, plan, allow, fuse, exact)
+    context = ContextParallel.of(context_parallel)
+    group = group_of(model) if context is None else context.group
+    work = partial(_prepare, model, plan, allow, fuse, exact, context)
     modules, state, extensions = together(group, work)
-    check_same(group, state.plan.hash()[:19] + ", fused" * fuse)
+    settings = ", fused" * fuse + (f", {context.settings}" if context else "")
+    check_same(group, state.plan.hash()[:19] + settings)
     install(model, modules, state)
     handle = Patched(model, state)
     if extensions:
@@ -90,6 +101,7 @@ def _prepare(
     allow: Collection[str],
     fuse: bool,
     exact: bool,
+    context: ContextParallel | None,
 ) -> tuple[list[torch.nn.Module], State, dict[int, Extension]]:
     """Modules that follow a plan, what a patch leaves on the model, and how rows are extended."""
     if is_patched(model):
@@ -99,6 +111,9 @@ def _prepare(
         )
     if plan is not None and not isinstance(plan, (Plan, str, os.PathLike)):
         raise PatchError(f"the plan is a {type(plan).__name__}: give a Plan, its file, or None")
+    for name, value in (("fuse", fuse), ("exact", exact)):
+        if type(value) is not bool:
+            raise PatchError(f"{name} is {value!r}: give True or False")
     modules = attention_modules(model)
     if plan is None:
         plan = Plan.full(ModelId.of(model))
@@ -117,6 +132,11 @@ def _prepare(
     extensions, drafts = find_extensions(model, plan, shapes), None
     shard = shard_of(model, modules, shapes)
     linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
+    if context is not None and (exact or fuse):
+        raise PatchError(
+            f"{'exact' if exact else 'fuse'}=True can't be followed where ranks share a prompt's "
+            "tokens (context_parallel): leave one of both out"
+        )
     if exact:
         layers = resolve_exact(plan, shapes, below)
         if why := why_not_exact(model, plan, shapes, layers, shard):
@@ -125,8 +145,31 @@ def _prepare(
             )
         drafts = Exact(Graphs([layer.draft for layer in layers], fuse=fuse))
     else:
-        layers = resolve_layers(plan, shapes, below, extensions, shard)
+        layers = resolve_layers(plan, shapes, below, extensions, shard, context)
+    if context is not None and (why := why_not(model, plan, shapes, layers)):
+        raise PatchError(
+            f"context_parallel can't be followed: {why}. Leave context_parallel out, or give "
+            "another plan or model"
+        )
     check_host(modules, layers)
     graphs = Graphs(layers, linear, fuse, agree)
-    state = State(layers[0].owner, model, plan, layers, copy_configs(model), graphs, shard, drafts)
+    if context is not None:
+        graphs.never = graphs.why = NO_GRAPH
+    ahead = Ahead(graphs, _why_not_ahead(model, layers, exact))
+    of = layers[0].owner, model, plan, layers, copy_configs(model)
+    state = State(*of, graphs, shard, context, ahead, drafts)
     return modules, state, extensions
+
+
+def _why_not_ahead(model: PreTrainedModel, layers: list[LayerPlan], exact: bool) -> str | None:
+    """Why no step of a patched model ever runs ahead of `generate`."""
+    if exact:
+        return "exact mode verifies drafts"
+    if "forward" in vars(model) or "generate" in vars(model):
+        return "its forward or its generate is not its class's (accelerate's hooks?)"
+    if group_of(model) is not None:
+        return "ranks share its weights"
+    if layers[0].context is not None:
+        return "ranks share its tokens"
+    hosts = any(layer.hosts for layer in layers)
+    return "pages in host memory can't be taken back without waiting" if hosts else None

@@ -15,9 +15,10 @@ from hfsparse.kernels import Kernel, Need, Tables, pick
 from hfsparse.lists import FULL
 from hfsparse.lists.packed import said
 from hfsparse.models.layers import layer_shapes
+from hfsparse.patcher import batching
 from hfsparse.patcher.exact import MOST
 from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
-from hfsparse.patcher.state import state_of
+from hfsparse.patcher.state import State, state_of
 from hfsparse.plan import Plan
 from hfsparse.plan.kept import KEPT
 from hfsparse.plan.words import series
@@ -43,7 +44,13 @@ def explain(model: PreTrainedModel) -> str:
         lines.append(f"not verified on these weights (plan made on {made or 'unnamed weights'})")
     if state.shard.ranks > 1:
         lines.append(f"tensor parallel: {state.shard}, which is what is told here")
+    if (context := state.context) is not None:
+        lines.append(
+            f"context parallel: {context}, which is what is told here; rings are whole on each "
+            "rank, steps are merged by their LSE and choose pages of each rank's own tokens"
+        )
     need, step = _needs(model)
+    step = step._replace(lse=context is not None)
     listed = need._replace(lists=True)
     below = ", ".join(f"{part} {n}" for part, n in asdict(state.layers[0].below).items())
     lines.append(f"rows of fewer tokens are computed, read and kept in full: {below}")
@@ -55,7 +62,7 @@ def explain(model: PreTrainedModel) -> str:
     if any(pattern is not None for layer in state.layers for pattern in layer.prefill):
         lines.append(f"patterned heads, prompt: {_describe(prefill, patterned)}")
     reads = {_kind(group, "ring") for layer in state.layers for group in layer.groups}
-    rings = step._replace(bands=True)
+    rings = step._replace(bands=True, lse=False)
     if "ring" in reads and pick(decode, rings) is pick(decode, step):
         lines.append(f"full and ring heads, new tokens: {_describe(decode, step)}")
     else:
@@ -80,9 +87,14 @@ def explain(model: PreTrainedModel) -> str:
     lines.append(f"kept pairs, prompt: counted by {_describe(tables.count, need)}")
     lines += _by_layer(layers, tables, need, step)
     why = why_in_one_call(model.config, plan)
+    if context is not None:
+        why = "context parallel"
     long = f"in chunks of {CHUNK:,}" if why is None else f"in one call ({why})"
     lines.append(f"prompts of more than {LONG:,} tokens in generate: {long}")
     lines.append(f"new tokens, as a CUDA graph: {state.graphs}")
+    lines.append(f"the next one's, before generate has the token: {state.ahead}")
+    if hasattr(type(model), "init_continuous_batching"):
+        lines.append(f"generate_batch: {_batched(state)}")
     if state.exact is not None:
         lines.append(f"drafts, as a CUDA graph: {state.exact.graphs}")
     windowed = [layer.index for layer in state.layers if layer.sliding_window is not None]
@@ -97,6 +109,15 @@ def explain(model: PreTrainedModel) -> str:
         readers, producers = (series(found) for found in (read, dict.fromkeys(read.values())))
         lines.append(f"layers {readers} read the keys of layers {producers}, and keep none")
     return "\n".join(lines)
+
+
+def _batched(state: State) -> str:
+    """Whether requests can be batched continuously, and what that saves."""
+    if (why := batching.why_not(state)) is not None:
+        return f"no ({why})"
+    rings = any(group.band != FULL for layer in state.layers for group in layer.groups)
+    none = ", so that rings save none of its memory" if rings else ""
+    return f"steps read the same of transformers' paged cache, which keeps every key{none}"
 
 
 def _needs(model: PreTrainedModel) -> tuple[Need, Need]:
@@ -130,10 +151,10 @@ def _by_pattern(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[
         elif name in cache and pattern.kind in EVICTIONS:
             yield f"{told}, cache: keys to keep chosen by PyTorch"
         elif name in cache and pattern.kind in KEPT:
-            where = f"in {said(pattern.bits)}"
+            where = [] if pattern.bits == 16 else [f"in {said(pattern.bits)}"]
             if pattern.host:
-                where = f"in host memory, {pattern.hot:g} of each row on the GPU"
-            yield f"{told}, cache: every key, {where}"
+                where += [f"in host memory, {pattern.hot:g} of each row on the GPU"]
+            yield ", ".join((f"{told}, cache: every key", *where))
         elif name in decode and hasattr(pattern, "pages"):
             by = _describe(tables.select, step._replace(chooser=pattern))
             yield f"{told}, new tokens: pages chosen by {by}"
@@ -151,13 +172,14 @@ def _by_layer(layers: Sequence[LayerPlan], tables: Tables, need: Need, step: Nee
     def describe(layer: LayerPlan) -> str:
         skip, lse = layer.skip is not None, any(getattr(p, "means", False) for p in layer.prefill)
         listed = pick(prefill, need._replace(lists=True, skip=skip, lse=lse)).name
-        new = step._replace(lse=layer.means, packed=layer.packs, hosted=layer.hosts)
+        new = step._replace(packed=layer.packs, hosted=layer.hosts)
+        new = new._replace(lse=layer.means or new.lse)
         asked = need._replace(lists=skip or layer.sliding_window is not None, skip=skip)
         whole = pick(prefill, asked).name
         reads = {
             "selected": pick(decode, new._replace(lists=True)).name,
             "recent": pick(decode, new._replace(lists=True)).name,
-            "ring": (bands := pick(decode, new._replace(bands=True)).name),
+            "ring": (bands := pick(decode, new._replace(bands=True, lse=layer.means)).name),
             "windowed": bands,
             "kept": pick(decode, new).name,
             "full": pick(decode, new).name,
@@ -194,9 +216,8 @@ def _kind(group: Group, ring: str) -> str:
 
 def _kept(group: Group) -> str:
     """How a group's keys are kept, where that is not as they came."""
-    if group.hot:
-        return " in host memory"
-    return "" if group.bits == 16 else f" in {said(group.bits)}"
+    bits = "" if group.bits == 16 else f" in {said(group.bits)}"
+    return bits + (" in host memory" if group.hot else "")
 
 
 def _extended(plan: Plan, tables: Tables, need: Need, step: Need) -> Iterator[str]:

@@ -11,7 +11,7 @@ depends on what is in them: it is known only where a profiler has looked.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from hfsparse.runtime.cache.layer import NOTHING, CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.layout import lay_out, lay_out_chunks
 from hfsparse.stats import LayerStats, Stats, Work
+
+NARROW = LayerShape("full_attention", 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def predict(
 def one_head(
     tokens: int,
     pattern: Any = None,
-    head_dim: int = 1,
+    shape: LayerShape = NARROW,
     data: dict[str, DataFile] | None = None,
     itemsize: int = 2,
     full: Full | None = None,
@@ -77,8 +79,8 @@ def one_head(
 
     pattern: a streaming one, for a ring; an eviction, for what it keeps; a selector, for chosen
     pages; None, for a full head. Of a selector that reads a table it is the first head of the first
-    layer, of `head_dim`. Keys and values take `itemsize` bytes a number; `full` says of those of a
-    full cache if they are in fewer bits.
+    layer. `shape`: the layer's, of which one head is priced. Keys and values take `itemsize` bytes
+    a number; `full` says of those of a full cache if they are in fewer bits.
     """
     decode = "full" if pattern is None else "it"
     words = Layer(("full",), ("full" if full is None else "packed",), (decode,))
@@ -86,9 +88,9 @@ def one_head(
         words = Layer(("it",), ("it",), ("ring",))
     if type(pattern) in EVICTIONS.values():
         words = Layer(("full",), ("it",), ("kept",))
-    this = ModelId("one", 1, 1, 1, head_dim, "head")
+    this = ModelId("one", 1, 1, 1, shape.head_dim, "head")
     plan = Plan(this, {"it": pattern, "packed": full}, (words,), data=data or {})
-    shapes = [LayerShape("full_attention", 1, 1, head_dim, head_dim)]
+    shapes = [replace(shape, q_heads=1, kv_heads=1)]
     stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, 1, itemsize)])
     return stats.cache_share, stats.decode_share
 
@@ -130,17 +132,17 @@ def _fill(
         layer.lazy_initialization(k, v)
         layer.seen = tokens
         for store in layer.stores:
-            heads = len(store.group.heads)
-            given = k[:, :heads], v[:, :heads], Lengths.of(None, 0, tokens, batch)
-            if store.group.eviction is None:
-                store.append(*given)
+            heads, lengths = len(store.group.heads), Lengths.of(None, 0, tokens, batch)
+            if store.group.eviction is None:  # what is written takes no more than the room for it
+                store.room(lengths.past, lengths.rows)
             else:  # how much is kept doesn't depend on queries
+                given = k[:, :heads], v[:, :heads], lengths
                 store.take(*given, given[0][:, :, -1:], scale=1.0)
         yield own, layer
 
 
 def _measure(own: LayerPlan, layer: CacheLayer | None, tokens: int, **works: Work) -> LayerStats:
-    own.steps[tokens, 1] = 1
+    own.steps[tokens, 1, tokens] = 1
     for store in () if layer is None else layer.stores:
         if store.group.eviction is not None:
             read = tokens - max(store.lacks - 1, 0)  # what evicts last has seen no step yet

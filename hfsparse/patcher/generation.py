@@ -10,8 +10,9 @@ from hfsparse.errors import PatchError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import layer_shapes
 from hfsparse.models.names import cache_name, find_cache, text_decoder
-from hfsparse.patcher import exact
+from hfsparse.patcher import batching
 from hfsparse.patcher.adopt import adopt
+from hfsparse.patcher.answering import generate, leave_alone, wants_cache, watch
 from hfsparse.patcher.supported import ROPES
 from hfsparse.plan import Plan
 from hfsparse.runtime.cache.layer import CacheLayer
@@ -22,16 +23,20 @@ from hfsparse.runtime.cache.ring import SLACK
 LONG, CHUNK = 1 << 17, 1 << 15
 # A `generate` without this method numbers the tokens of chunks by columns, padding or not.
 NUMBERED = hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
-SERVING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
     """`_prepare_cache_for_generation`, then our layers, with room for the whole generation."""
+    if generation_config.prefill_chunk_size and text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "prefill_chunk_size: ranks that share a prompt read it in one call (context parallel): "
+            "leave it out"
+        )
     self.__dict__.pop("_cache", None)  # up to 5.0 a new static cache takes the last one's layers
     original = type(self)._prepare_cache_for_generation
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
     cache = find_cache(model_kwargs)
-    if cache is None and exact.wants_cache(self, generation_config):  # 5.0 leaves it to the model
+    if cache is None and wants_cache(self, generation_config):  # 5.0 leaves it to the model
         cache = model_kwargs[cache_name(self)] = DynamicCache()
     if cache is None:
         return result
@@ -85,8 +90,13 @@ def _keeps_positions(model_kwargs: dict) -> bool:
 
 def _candidate_generator(self, *args, **kwargs):
     """`_get_candidate_generator`, whose drafts can be taken back however long they are."""
+    if text_decoder(self)._hfsparse.context is not None:
+        raise PatchError(
+            "drafts are taken back, and keys that lie on several ranks can't be (context "
+            "parallel): generate without an assistant and without prompt lookup"
+        )
     generator = type(self)._get_candidate_generator(self, *args, **kwargs)
-    exact.leave_alone(self, find_cache(kwargs["model_kwargs"]))
+    leave_alone(self, find_cache(kwargs["model_kwargs"]))
     draft = generator.get_candidates
 
     def get_candidates(input_ids, *args, **more):
@@ -105,17 +115,11 @@ def _keep(cache: Any, tokens: int) -> None:
             layer.keep(tokens)
 
 
-def _no_serving(self, *args, **kwargs):
-    raise PatchError(
-        "continuous batching keeps its own paged cache, which hfsparse can't shape: use "
-        "model.generate, or handle.undo() first"
-    )
-
-
 # Methods of a patched model that are ours.
 SHADOWS = {
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
-    "_get_logits_processor": exact.watch,
-    **dict.fromkeys(SERVING, _no_serving),
+    "_get_logits_processor": watch,
+    "generate": generate,
+    "init_continuous_batching": batching.start,
 }

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
-from hfsparse.models.sharding import Shard, group_of
 from hfsparse.models.sharding import gather as gather_from
+from hfsparse.models.sharding import group_of
 from hfsparse.patcher import saved
 from hfsparse.patcher.explain import explain
 from hfsparse.patcher.install import unpatch
@@ -43,15 +43,18 @@ class Patched(Handle):
     def stats(self, gather: bool = False) -> Stats:
         """Densities since the last reset, and KV bytes held after the last call with a cache.
 
-        Where ranks share the heads (tensor parallel) they are those of this rank's; with
-        gather=True those of all, which every rank must ask for: one that asks alone waits.
+        Where ranks share the heads (tensor parallel) or the tokens (context parallel) they are
+        those of this rank's; with gather=True those of all, which every rank must ask for: one that
+        asks alone waits.
         """
         state = self._own_state()
         own = self._own_stats(state)
-        if state.shard == Shard():
+        if not state.whose:
             return own
         if not gather:
-            return replace(own, whose=f"{state.shard}")
+            return replace(own, whose=state.whose)
+        if state.context is not None:
+            return Stats.added(gather_from(state.context.group, own))
         return Stats.joined(gather_from(group_of(self.model), own))
 
     def _own_stats(self, state: State) -> Stats:

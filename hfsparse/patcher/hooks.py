@@ -14,10 +14,11 @@ from transformers.cache_utils import Cache
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
-from hfsparse.patcher import memory
+from hfsparse.patcher import context, memory
 from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
+from hfsparse.runtime.batch import Batch
 from hfsparse.runtime.cache.layer import CacheLayer, Held
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave, running
@@ -33,6 +34,8 @@ def forward(decoder, *args, **kwargs):
     cache = find_cache(kwargs)
     try:
         call = running()
+        if state.context is not None:
+            return context.run(state.context, own, decoder, kwargs, cache)
         drafts = state.exact if call is not None and call.drafts else None
         return (drafts or state).graphs.run(own, decoder, kwargs, cache)
     except torch.cuda.OutOfMemoryError as error:
@@ -57,16 +60,21 @@ def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     )
 
 
+def refuse_replica(module, args) -> None:
+    """Pre-hook on the text decoder and the model: PatchError for a copy of either."""
+    if getattr(module, "_is_replica", False):
+        raise PatchError(
+            "DataParallel runs copies of the model that share one patch: use one process a GPU "
+            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
+        )
+
+
 @torch.compiler.disable
 def before_forward(decoder, args, kwargs):
     """Pre-hook on the text decoder: make its cache ours, and tell that cache who is running."""
     state: State = decoder._hfsparse
     enter(state.owner)
-    if getattr(decoder, "_is_replica", False):
-        raise PatchError(
-            "DataParallel runs copies of the model that share one patch: use one process a GPU "
-            "(DistributedDataParallel), device_map='auto', or handle.undo() first"
-        )
+    refuse_replica(decoder, args)
     if decoder.config._attn_implementation != NAME:
         raise PatchError(
             f"the attention implementation was set to {decoder.config._attn_implementation} under "
@@ -81,6 +89,11 @@ def before_forward(decoder, args, kwargs):
             stacklevel=2,
         )
     cache = find_cache(kwargs)
+    packed = cache is not None and kwargs.get("cu_seq_lens_q") is not None
+    if packed and (pool := state.pools.get(cache)) is not None:
+        running().batch = Batch(pool, kwargs)
+        none = [index[:0] for index in kwargs["read_index"]]  # attention reads keys where they lie
+        return args, {**kwargs, "read_index": none}
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", None) if use_cache is None else use_cache
     if cache is None and use_cache and not decoder.training:  # in training the model decides
@@ -95,6 +108,10 @@ def before_forward(decoder, args, kwargs):
     _check_width(kwargs, cache)
     if cache is not None:
         adopt(cache, decoder)
+        new = new_tokens(kwargs)
+        ours = next((layer for layer in cache.layers if isinstance(layer, CacheLayer)), None)
+        if new is not None and ours is not None:  # ahead of linear layers, which take any
+            ours.check_rows(len(new))
     return args, kwargs
 
 

@@ -15,9 +15,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
-from hfsparse.patcher import exact
+from hfsparse.patcher import answering, batching
 from hfsparse.patcher.generation import SHADOWS
-from hfsparse.patcher.hooks import after_forward, before_attention, before_forward, forward
+from hfsparse.patcher.hooks import (
+    after_forward,
+    before_attention,
+    before_forward,
+    forward,
+    refuse_replica,
+)
 from hfsparse.patcher.state import State, state_of
 from hfsparse.runtime.attend import attention
 from hfsparse.runtime.call import leave
@@ -57,19 +63,21 @@ def _install(model: PreTrainedModel, modules: list[Any], state: State) -> None:
     else:
         decoder.forward = _bind(forward, decoder, like=decoder.forward)
     for name, function in SHADOWS.items():
-        if hasattr(type(model), name):
+        if hasattr(type(model), name) and name not in vars(model):
             setattr(model, name, _bind(function, model, like=getattr(model, name)))
-    if state.exact is not None:
-        state.exact.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
-        model.forward = _bind(exact.forward, model, like=model.forward)
+    if model is not decoder:
+        state.forward = model.__dict__.get("forward")  # accelerate's, where it has hooks
+        model.forward = _bind(answering.forward, model, decoder, like=model.forward)
+        keep(model.register_forward_pre_hook(refuse_replica))
     wrong = [layer_plan_of(m).index for m in modules if m.config._attn_implementation != NAME]
     if wrong:
         raise PatchError(f"layers {wrong} of {type(model).__name__} kept their own attention")
 
 
-def _bind(function: Callable, owner: Any, like: Callable) -> functools.partial:
-    """A method for one object, with another's signature: unlike a bound one, it can be pickled."""
-    method = functools.partial(function, owner)
+def _bind(function: Callable, *owners: Any, like: Callable) -> functools.partial:
+    """A method for one object, or of one and a part of it, with another's signature: unlike a
+    bound one, it can be pickled."""
+    method = functools.partial(function, *owners)
     return functools.update_wrapper(method, like, assigned=("__module__",), updated=())
 
 
@@ -88,6 +96,7 @@ def restore(model: PreTrainedModel, state: State) -> None:
     """Take off `model` what `install` set, however far that came."""
     while leave(state.owner):
         pass  # interrupted forwards may have left this thread inside
+    batching.stop_all(state)
     for graphs in state.all_graphs:
         graphs.kept.clear()
     for hook in state.hooks:
@@ -97,12 +106,15 @@ def restore(model: PreTrainedModel, state: State) -> None:
     decoder = text_decoder(model)
     if getattr(decoder.forward, "func", None) is forward:
         del decoder.forward
-    if getattr(model.__dict__.get("forward"), "func", None) is exact.forward:
+    if getattr(model.__dict__.get("forward"), "func", None) is answering.forward:
         del model.forward
-        if state.exact.forward is not None:
-            model.forward = state.exact.forward
+        if state.forward is not None:
+            model.forward = state.forward
     vars(decoder).pop("_hfsparse", None)
     for module in model.modules():
         drop_layer_plan(module)
-    for name in (*SHADOWS, "_compiled_call", "_cache"):
+    for name, function in SHADOWS.items():
+        if getattr(model.__dict__.get(name), "func", None) is function:
+            delattr(model, name)
+    for name in ("_compiled_call", "_cache"):
         model.__dict__.pop(name, None)

@@ -26,7 +26,7 @@ from hfsparse.patcher.figures import fill_caches, type_of
 from hfsparse.patcher.generation import CHUNK
 from hfsparse.patcher.probe import DummyValues
 from hfsparse.plan import ModelId, Plan
-from hfsparse.plan.bits import find_units, in_bits
+from hfsparse.plan.bits import find_units, in_bits, in_host
 from hfsparse.runtime.cache.stateful import state_bytes
 
 WIDE, NARROW = 3, 4
@@ -159,6 +159,24 @@ def in_few_bits(config: Any, plan: Plan) -> Plan | None:
     return None if layers == plan.layers else replace(plan, layers=layers, patterns=patterns)
 
 
+def in_host_memory(config: Any, plan: Plan) -> Plan | None:
+    """The plan with those keys in host memory of which steps choose; None: there are none."""
+    if plan.extend is not None:
+        return None
+    layers, patterns = in_host(plan.layers, plan.patterns, layer_shapes(config))
+    return None if layers == plan.layers else replace(plan, layers=layers, patterns=patterns)
+
+
+def lighter(config: Any, plan: Plan) -> dict[str, Plan]:
+    """By name, the same plan where its caches take less of a GPU."""
+    few = in_few_bits(config, plan)
+    made = {
+        "4 bits": few,
+        "4 bits and host" if few else "host": in_host_memory(config, few or plan),
+    }
+    return {name: each for name, each in made.items() if each is not None}
+
+
 def describe_shortage(
     decoder: Any, plan: Plan, tokens: int, batch: int, chunk: int, room: int, ranks: int = 1
 ) -> str:
@@ -185,11 +203,14 @@ def describe_shortage(
         return said
     room *= ranks
     more = room - weights, batch, chunk or CHUNK, size
-    fits, few = _longest_beside(config, plan, *more), in_few_bits(config, plan)
-    lighter = f"{_longest_beside(config, few, *more):,} in 4 bits (hfsparse bits), " if few else ""
+    fits, ways = _longest_beside(config, plan, *more), ""
+    how = {"4 bits": "in 4 bits (hfsparse bits)", "host": "with host: true where heads choose"}
+    how["4 bits and host"] = f"{how['4 bits']} {how['host']}"
+    for name, arm in lighter(config, plan).items():
+        ways += f"{_longest_beside(config, arm, *more):,} {how[name]}, "
     device = "the device has" if ranks == 1 else f"the devices of {ranks} ranks together have"
     return (
         f"{said}; {device} {room / gib:.1f}. In chunks of {chunk or CHUNK:,} (generate's "
-        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {lighter}as far as nothing else is "
+        f"prefill_chunk_size) {batch} x {fits:,} tokens fit, {ways}as far as nothing else is "
         "there; else shorten the prompt, lower the batch, or use a plan with a smaller cache_share"
     )

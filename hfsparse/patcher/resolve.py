@@ -25,6 +25,7 @@ from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_plan import LayerPlan, Mode
+from hfsparse.runtime.parts import ContextParallel
 from hfsparse.runtime.routes import Cases, routes_by_case
 from hfsparse.selectors.reuse import Reuse
 
@@ -46,10 +47,11 @@ def resolve_layers(
     below: Below,
     extensions: Mapping[int, Extension] = MappingProxyType({}),
     shard: Shard = WHOLE,
+    context: ContextParallel | None = None,
 ) -> list[LayerPlan]:
     """Of the layers that have attention, for a shard's heads, which are numbered from 0 on.
 
-    shapes: of all layers of the plan's model, with all heads.
+    shapes: of all layers of the plan's model, with all heads. context: how ranks share tokens.
     """
     owner, at, mode = uuid.uuid4().hex, HeadIndex(), Mode()
     steps, steps_of_readers = Counter(), Counter()
@@ -91,6 +93,7 @@ def resolve_layers(
             producer=producer,
             last_reader=max((i for i in indices if shapes[i].producer == index), default=None),
             extension=extensions.get(index),
+            context=context,
             steps=own_steps,
             at=at,
             mode=mode,

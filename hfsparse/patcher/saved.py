@@ -43,7 +43,7 @@ REMEDIES = {  # what must be the same where a cache is loaded; what to do where 
     "fingerprint": "load that model",
     "dtype": "load the model in that dtype",
     "weights": "load the model with those weights",
-    "heads": "load it on that rank of as many",
+    "heads": "load it on that rank of as many, patched alike",
 }
 
 
@@ -162,7 +162,7 @@ def _identity(state: State) -> dict[str, str]:
         "fingerprint": ModelId.of(state.model).fingerprint,
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "weights": weights_mark(decoder),
-        "heads": f"{state.shard}" or "all",
+        "heads": state.whose or "all",
     }
 
 

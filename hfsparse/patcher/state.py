@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from transformers import PreTrainedModel
 
 from hfsparse.errors import PatchError
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard
+from hfsparse.patcher.ahead import Ahead
 from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
+from hfsparse.runtime.batch import Pool
 from hfsparse.runtime.cache.layer import Held
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
+from hfsparse.runtime.parts import ContextParallel
 
 
 @dataclass
@@ -65,12 +70,30 @@ class State:
     configs: list[OwnConfig]
     graphs: Graphs
     shard: Shard  # the heads of these layers that are this rank's
+    context: ContextParallel | None  # how ranks share rows' tokens
+    ahead: Ahead
     exact: Exact | None = None  # `layers` read all keys then, and their `draft` what the plan says
     hooks: list[Any] = field(default_factory=list)
+    forward: Callable | None = None  # the model's, where it was not its class's
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
     held: list[Held] = field(default_factory=list)
     seen: int = 0
     states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
+    # Of continuous batching: its managers, and the pool that each of its caches is.
+    managers: WeakSet[Any] = field(default_factory=WeakSet)
+    pools: WeakKeyDictionary[Any, Pool] = field(default_factory=WeakKeyDictionary)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has: managers serve the original."""
+        return {name: x for name, x in vars(self).items() if name not in ("managers", "pools")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, managers=WeakSet(), pools=WeakKeyDictionary())
+
+    @property
+    def whose(self) -> str:
+        """What of the model is this rank's; empty: all."""
+        return f"{self.shard if self.context is None else self.context}"
 
     @property
     def all_graphs(self) -> list[Graphs]:

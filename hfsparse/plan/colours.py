@@ -84,7 +84,7 @@ def share_kept(pattern: Any, length: int) -> float:
     It only orders words: what a plan keeps of real prompts is in its `expected`.
     """
     if pattern.kind == FULL:
-        return pattern.hot if pattern.host else width_of(pattern.bits) / 16
+        return width_of(pattern.bits) / 16 * (pattern.hot if pattern.host else 1)
     if pattern.kind not in PATTERNS:
         return getattr(pattern, "share", 0.0)
     drawn = torch.Generator().manual_seed(0)

@@ -48,7 +48,7 @@ def is_address(source: str) -> bool:
 def parse(source: str) -> Address:
     """The parts of an address; PlanError where it has not its form."""
     found = ADDRESS.fullmatch(source)
-    if found is None:
+    if found is None or {"", ".", ".."} & {*found["file"].split("/")}:
         raise PlanError(
             f"{source} is no plan on the hub: give hf://ORG/REPO/plan.yaml, perhaps with @REVISION "
             "behind REPO (a / in it as %2F), and #sha256:… (12 digits or more) at the end"

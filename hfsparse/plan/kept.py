@@ -27,11 +27,6 @@ class Full:
 
     def __post_init__(self):
         require(self.bits in BITS, f"bits is {self.bits}: give 16, 8, 4 or fp8")
-        require(
-            self.bits == 16 or not self.host,
-            f"bits is {self.bits}, host true: keys in host memory have 16 bits, give one of the "
-            "two",
-        )
         require(0 < self.hot <= 1, f"hot is {self.hot}: give more than 0 and at most 1")
         require(
             self.host or self.hot == HOT,

@@ -136,7 +136,7 @@ def _bits_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
 def _host_rules(layer: Layer, patterns: dict) -> Iterator[Placed]:
     for head, cache, kept, decode in _kv_heads(layer, patterns):
         if getattr(kept, "host", False):
-            for text in _read_from_host(kept, patterns.get(decode)):
+            for text in why_not_hosted(kept, patterns.get(decode)):
                 given = f"kv head {head} has cache {cache}, in host memory, and decode {decode}"
                 yield ("decode",), f"{given}, {text}"
 
@@ -148,8 +148,9 @@ def _kv_heads(layer: Layer, patterns: dict) -> Iterator[tuple[int, str, Any, str
         yield head, cache, None if cache == "full" else patterns[cache], decode
 
 
-def _read_from_host(kept: Full, selector: Any) -> Iterator[str]:
-    """Of pages in host memory a step reads few, which the GPU has room for."""
+def why_not_hosted(kept: Full, selector: Any) -> Iterator[str]:
+    """What is wrong with steps that read keys in host memory so: of these pages they read few,
+    which the GPU has room for."""
     if selector is BAD:
         return
     if selector is None:
@@ -158,6 +159,11 @@ def _read_from_host(kept: Full, selector: Any) -> Iterator[str]:
     if _reuses(selector):
         yield "which reads what another layer chose: give another selector, or a cache of full"
         return
+    if kept.bits != 16 and selector.budget.unit != PAGE:
+        yield (
+            f"which reads units of {selector.budget.unit} tokens, where pages in fewer bits come "
+            f"whole: give a unit of {PAGE}, or bits: 16"
+        )
     if selector.budget.means:
         yield "with means of whole rows: leave out one of the two"
     if segment_of(selector) > PAGE:

@@ -83,7 +83,10 @@ class Plan:
             text = reading.content(path, MAX_BYTES + 1)
         except (OSError, ValueError) as error:
             why = reading.why(error)
-            raise PlanError(f"{path}: can't read it: {why}. Give a plan file") from error
+            raise PlanError(
+                f"{path}: can't read it: {why}. Give a plan file, or a name that hfsparse plans "
+                "lists"
+            ) from error
         file = reading.local(path)
         folders = dict.fromkeys((file.parent, file.resolve().parent))  # a link lies elsewhere
         return cls(**read(text, str(path), folders))

@@ -41,17 +41,25 @@ class Job:
     progress: Callable[[Iterable[tuple[str, object]]], Iterator]  # of (label, item): each item
     settings: Settings = field(default_factory=Settings)
     held: dict[int, list[Prompt]] = field(default_factory=dict)  # by length; not calibrated on
+    together: bool = False  # whether the method chooses for layers that share keys, together
 
     @property
     def free(self) -> np.ndarray:
-        """Which layers `[layers]` may be sparse: with attention, keys of their own that no other
-        layer reads, and no window of their own."""
-        return np.array([shape.alone for shape in layer_shapes(self.model)])
+        """Which layers `[layers]` may be sparse: with attention, no window of their own and, where
+        the method doesn't choose for these together, keys that are no other layer's, too."""
+        return np.array([shape.may_be_sparse(self.together) for shape in layer_shapes(self.model)])
+
+    @property
+    def producers(self) -> list[int]:
+        """Of each free layer the one among them that keeps what it reads, mostly itself."""
+        shapes, layers = layer_shapes(self.model), np.flatnonzero(self.free).tolist()
+        read = (shapes[at].producer for at in layers)
+        return [layers.index(at if it is None else it) for at, it in zip(layers, read, strict=True)]
 
     @property
     def shape(self) -> LayerShape:
         """That of these layers."""
-        return next(shape for shape in layer_shapes(self.model) if shape.alone)
+        return layer_shapes(self.model)[int(self.free.argmax())]
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Values `[free layers, ...]` as `[layers, ...]`, 0 in the others."""

@@ -15,6 +15,7 @@ from hfsparse.patcher.figures import predict
 from hfsparse.patcher.memory import cache_bytes
 from hfsparse.plan import Plan
 from hfsparse.plan.words import series
+from hfsparse.profiler.methods import METHODS
 from hfsparse.profiler.settings import Settings
 from hfsparse.version import __version__
 
@@ -79,8 +80,10 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
         parts.append(f"cache {told} {'met' if met else 'not met'}")
     line = f"budgets at {longest} tokens: {'; '.join(parts)}"
     why = []
-    shapes = enumerate(layer_shapes(model))
-    if bound := [index for index, shape in shapes if shape.free and not shape.alone]:
+    left = () if METHODS[settings.method].one_pass else enumerate(layer_shapes(model))
+    full = Plan.full(plan.model).layers
+    bound = [at for at, shape in left if shape.free and not shape.alone]
+    if bound := [at for at in bound if plan.layers[at] == full[at]]:
         why.append(f"layers {series(bound)} share keys and stay full, the others keep the budgets")
     if plan.verified.get("given_back") or plan.verified.get("budgets"):
         why.append("more is kept so that the plan loses no more than its limits")

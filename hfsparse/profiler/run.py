@@ -34,7 +34,9 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     """The plan that the settings ask for, saved to `settings.out` if given."""
     supported.check_model(model)  # what no plan can be measured on, since none can be patched in
     lengths = calibration_lengths(model) if settings.lengths is None else settings.lengths
-    check_model(model, lengths, settings.beyond_window)
+    methods = settings.method, settings.prefill_method or settings.method
+    together = all(METHODS[each].one_pass for each in methods)
+    check_model(model, lengths, settings.beyond_window, together)
     cache = find_cache_budget(model, settings, lengths)  # ahead of all work
     start = time.time()
     job = prepare(model, tokenizer, settings, lengths, cache)
@@ -54,8 +56,13 @@ def run(model: PreTrainedModel, tokenizer, settings: Settings) -> Plan:
     return plan
 
 
-def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window: bool) -> None:
-    """Raise UsageError for a model that can't be profiled, or not at these lengths."""
+def check_model(
+    model: PreTrainedModel, lengths: tuple[int, ...], beyond_window: bool, together: bool = True
+) -> None:
+    """Raise UsageError for a model that can't be profiled, or not at these lengths.
+
+    together: whether a method chooses for layers that share keys, too.
+    """
     if group_of(model) is not None:
         raise UsageError(
             f"this {type(model).__name__} is tensor parallel, and a plan is measured and verified "
@@ -79,7 +86,7 @@ def check_model(model: PreTrainedModel, lengths: tuple[int, ...], beyond_window:
     for wrong, sentence in problems:
         if wrong:
             raise UsageError(sentence)
-    if not any(shape.alone for shape in layer_shapes(model)):
+    if not any(shape.may_be_sparse(together) for shape in layer_shapes(model)):
         raise UsageError(
             f"every attention layer of this {type(model).__name__} has a sliding window of its "
             "own, or keys that layers share: there is nothing to make sparse. "
@@ -102,7 +109,8 @@ def find_cache_budget(
             f"at is {at}: below {floor} tokens, half of the shortest of lengths, every head of the "
             "plan is full. Give more, or shorter --lengths"
         )
-    return Room.of(model, at).share(settings.cache_gib)
+    together = METHODS[settings.method].one_pass
+    return Room.of(model, at, together).share(settings.cache_gib)
 
 
 def prepare(

@@ -148,16 +148,16 @@ def _refuse_at(settings: Settings) -> str | None:
     return f"at is {settings.at}, where cache_gib counts, and there is none: give that, too"
 
 
-def _refuse_unknown_bits(name: str, bits: tuple[int, ...]) -> str | None:
-    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {16, 8, 4}:
+def _refuse_unknown_bits(name: str, bits: tuple[int | str, ...]) -> str | None:
+    if 16 in bits and len({*bits}) == len(bits) and {*bits} <= {16, 8, 4, "fp8"}:
         return None
     return (
         f"bits are {show_bits(bits)}: give 16, to which heads return that lose too much, and what "
-        "else they may have of 8 and 4, such as 16,8,4"
+        "else they may have of 8, fp8 and 4, such as 16,8,4"
     )
 
 
-def show_bits(bits: Iterable[int]) -> str:
+def show_bits(bits: Iterable[int | str]) -> str:
     """As the option takes them."""
     return ",".join(map(str, bits))
 
@@ -257,9 +257,9 @@ class Settings:
         identity=True,
         made=True,
     )
-    bits: tuple[int, ...] | None = setting(
+    bits: tuple[int | str, ...] | None = setting(
         None,
-        "balanced: bits that cached numbers may have, of 16, 8 and 4, by commas; else 16 alone.",
+        "balanced: bits of cached numbers, of 16, 8, fp8 and 4, by commas; else 16 alone.",
         check=_refuse_unknown_bits,
         suits=_refuse_bits,
         identity=True,

@@ -15,6 +15,8 @@ from hfsparse.errors import PatchError
 from hfsparse.kernels import Need, pick
 from hfsparse.lists import PAGE
 from hfsparse.precision import casts
+from hfsparse.runtime import context
+from hfsparse.runtime.batch import attend_batch
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.call import call_of, running
 from hfsparse.runtime.decode import decode, is_step, make_step
@@ -70,9 +72,14 @@ def attend(
     if call.drafts and layer_plan.draft is not None:
         layer_plan = layer_plan.draft
     last, attention_mask = call.once(split_mask, attention_mask)
-    refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, kwargs)
+    packed = kwargs.get("cu_seq_lens_q") is not None and call.batch is None
+    refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, packed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype
+    if call.batch is not None:
+        with device_guard(query):
+            out = attend_batch(call, layer_plan, query, key, value, logits)
+        return out.transpose(1, 2).contiguous(), None
     if call.recorded is not None:
         return attend_recorded(call, module, layer_plan, query, key, value, logits), None
     producer, place, latents = layer_plan.producer, query.device, None
@@ -88,9 +95,13 @@ def attend(
     watch = observe and observe(module, query, key, value, logits)
     given = attention_mask, query, key, value, logits, latents
     layer_call = LayerCall(call, layer_plan, layer, *given)
-    few = layer is not None and is_step(layer, key.shape[2], layer.seen)
+    run = prefill
+    if layer_plan.context is not None:
+        run = context.attend
+    elif layer is not None and is_step(layer, key.shape[2], layer.seen):
+        run = decode_step
     with device_guard(query):
-        out = decode_step(layer_call) if few else prefill(layer_call)
+        out = run(layer_call)
     changed = watch and watch(out)
     out = out if changed is None else changed
     if layer_call.pads is not None:
@@ -114,7 +125,7 @@ def decode_step(layer_call: LayerCall) -> Tensor:
         step.chosen = call.once(make_step, layer_call.given, whole).chosen
     step = step.on(q.device)
     if layer_plan.leads:
-        layer_plan.steps.update(zip(lengths.rows, lengths.new, strict=True))
+        layer_plan.steps.update(zip(lengths.rows, lengths.new, lengths.rows, strict=True))
     out = decode(call.tables, layer_plan, layer_call.layer, q, k, v, step, logits)
     return out if latents is None else latents.values(out)
 

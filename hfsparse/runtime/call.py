@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hfsparse.errors import CacheError
 from hfsparse.kernels import TABLES, Tables
 from hfsparse.lists import Grid
+from hfsparse.runtime.parts import Parts
 
 T = TypeVar("T")
 
@@ -29,6 +30,8 @@ class Call:
         self.tables = TABLES if outer is None else outer.tables  # that kernels are picked from
         # Whether steps only draft, in exact mode: there they follow the plan, others read all keys.
         self.drafts = outer is not None and outer.drafts
+        # Whether a step runs ahead: it is replayed, or not run, and the host counts it later.
+        self.ahead = outer is not None and outer.ahead
         self.layer: CacheLayerMixin | None = None  # ours, updated last and not attended to yet
         self.given: tuple[Tensor, Tensor] | None = None  # what it was updated with
         self.updated: list[CacheLayerMixin] = []  # the cache's layers that took its tokens
@@ -36,9 +39,11 @@ class Call:
         # and what a chunk attends to in rings that have dropped it since: keys, values, their grid.
         self.taken: dict[int, CacheLayerMixin] = {}
         self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid | None]]] = {}
+        self.batch: Any = None  # a `batch.Batch`, where requests are read side by side
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
         self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold
+        self.parts: Parts | None = None  # whose the prompt's tokens are, where ranks share them
         self._made: dict[tuple, Any] = {}
 
     def take_layer(self) -> CacheLayerMixin | None:
@@ -120,6 +125,14 @@ def drafting() -> Iterator[None]:
     """This thread's calls draft."""
     with _around() as call:
         call.drafts = True
+        yield
+
+
+@contextmanager
+def running_ahead() -> Iterator[None]:
+    """This thread's calls run ahead."""
+    with _around() as call:
+        call.ahead = True
         yield
 
 

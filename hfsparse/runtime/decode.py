@@ -17,6 +17,7 @@ from hfsparse.lists.places import Places
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.paged import PagedLayer
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.layer_plan import LayerPlan, Logits
 
@@ -93,8 +94,21 @@ def decode(
     if layer_plan.producer is None:
         need = Need.of(k, places.k, places.v, v, packed=places.packed)
         pick(tables.append, need).run(k, v, places, step)
-    extension = layer_plan.extends(step.lengths.longest)
-    lists = _select(tables, layer_plan, layer, q, q.shape[1] // k.shape[1], step, logits.scale)
+    return read_stored(tables, layer_plan, layer, places, q, step, logits)
+
+
+def read_stored(
+    tables: Tables,
+    layer_plan: LayerPlan,
+    layer: CacheLayer | PagedLayer,
+    places: Places,
+    q: Tensor,
+    step: Step,
+    logits: Logits,
+) -> Tensor:
+    """A few new tokens that are stored: selectors choose pages, a kernel reads them."""
+    ratio, extension = q.shape[1] // layer_plan.kv_heads, layer_plan.extends(step.lengths.longest)
+    lists = select_pages(tables, layer_plan, layer, q, ratio, step, logits.scale)
     if places.hosted:
         _fetch(tables, layer_plan, places, lists, step)
     listed = any(part is not None for part in lists)
@@ -106,6 +120,7 @@ def decode(
     ]
     asked["lse"] = bool(corrected) or extension is not None
     asked |= {"latents": layer.rank > 0, "packed": places.packed, "hosted": places.hosted}
+    asked["pooled"] = places.pool is not None
     need = Need.of(q, places.k, places.v, logits.s_aux, block=PAGE, **asked)
     run = pick(tables.decode, need).run
     if extension is not None:
@@ -125,9 +140,7 @@ def decode(
         if store.group.eviction is not None:
             _count_kept(layer_plan, store, step)
             if layer_plan.producer is None and store.group.eviction.adds_up:
-                at = layer_plan.at(
-                    q_heads_of(store.group.heads, q.shape[1] // k.shape[1]), q.device
-                )
+                at = layer_plan.at(q_heads_of(store.group.heads, ratio), q.device)
                 store.observe(q[:, at], step.lengths, **logits.of(at))
     return out
 
@@ -174,7 +187,7 @@ def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:
     return store.group.chosen and any(n >= store.below for n in rows)
 
 
-def _select(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
+def select_pages(tables, layer_plan, layer, q, ratio, step, scale) -> list[PageLists | None]:
     """Each store's pages that a step reads; None: all. Rows under `below` have empty lists."""
     lists: list[PageLists | None] = [None] * len(layer.stores)
     own = []

@@ -17,9 +17,11 @@ from hfsparse.lists.pages import passed_pages
 from hfsparse.plan import Below
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.part import PartLayer
 from hfsparse.runtime.cache.stateful import StatefulCacheLayer
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.extend import Extension
+from hfsparse.runtime.parts import ContextParallel
 from hfsparse.runtime.routes import Cases
 from hfsparse.stats import Work
 
@@ -60,9 +62,10 @@ class LayerPlan:
     last_reader: int | None  # the last layer that reads its keys
     extension: Extension | None  # how rows are read that are too long for the model
     draft: LayerPlan | None = None  # in exact mode, where this one reads all keys: what drafts read
-    # How often a row came to n tokens with m new ones; layers that read others' keys may get fewer
-    # queries, and have their own.
-    steps: Counter[tuple[int, int]]
+    context: ContextParallel | None = None  # how ranks share a row's tokens; None: they don't
+    # How often a row came to n tokens with m new ones, where full stores here hold so many of the
+    # n; layers that read others' keys may get fewer queries, and have their own.
+    steps: Counter[tuple[int, int, int]]
     # One of each for all layers of a patch:
     at: HeadIndex
     mode: Mode
@@ -83,9 +86,14 @@ class LayerPlan:
         return self.counts.q_heads if self.rank else self.kv_heads
 
     @property
+    def free(self) -> bool:
+        """Whether it may be sparse."""
+        return self.window is None
+
+    @property
     def alone(self) -> bool:
         """Whether it may be sparse, and binds no other layer, nor is bound."""
-        return self.window is None and self.producer is None and self.last_reader is None
+        return self.free and self.producer is None and self.last_reader is None
 
     @property
     def packs(self) -> bool:
@@ -117,6 +125,7 @@ class LayerPlan:
         below = self.below.cache if self.window is None else 0
         more = reserve, expected, self.window, self.below.decode, self.index, self.at
         kind = StatefulCacheLayer if self.has_state else CacheLayer
+        kind = kind if self.context is None else PartLayer
         return kind(self.owner, (self.draft or self).groups, below, *more)
 
     def reads(self) -> Work:
@@ -127,7 +136,7 @@ class LayerPlan:
         keys = [0] * self.kv_heads
         if not self.steps:
             return Work(keys, keys)
-        length, new, times = (
+        length, new, held, times = (
             np.array(x) for x in zip(*((*at, t) for at, t in self.steps.items()), strict=True)
         )
         total = np.minimum(length, self.window or FAR)
@@ -135,6 +144,7 @@ class LayerPlan:
             total = (length - 1) % self.window + 1
         for group in self.groups:
             limit = self.below.decode if group.band == FULL else self.below.cache
+            own = held if group.band == FULL else length
             if group.reuses:
                 chosen = self.source.reads().done
                 for head in group.heads:
@@ -145,20 +155,20 @@ class LayerPlan:
                     keys[head] = int(read) or nan
                 continue
             if group.selector is not None and group.selector.budget.counted:
-                whole = (np.where(length < limit, length, 0) * times).sum()
+                whole = (np.where(own < limit, own, 0) * times).sum()
                 for head, read in zip(group.heads, self.counts.keys_read(group.heads), strict=True):
                     keys[head] = int(whole + read) or nan
                 continue
             if group.selector is not None:
-                read = group.selector.budget.reads(length, new)
+                read = group.selector.budget.reads(own, new)
             elif group.reads != FULL:
-                read = length - PAGE * passed_pages(group.reads, length)
+                read = own - PAGE * passed_pages(group.reads, own)
             elif group.band == FULL:
-                read = length
+                read = own
             else:
                 read = np.minimum(length, group.band.sink + group.band.span(length - 1))
             if group.band == FULL or self.window is None:
-                read = np.where(length < limit, length, read)
+                read = np.where(own < limit, own, read)
             for head in group.heads:
                 keys[head] = int((np.minimum(read, total) * times).sum())
         return Work(keys, [int((total * times).sum())] * self.kv_heads)

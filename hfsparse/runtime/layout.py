@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from hfsparse.kernels.rows import group_rows, put_rows, take_rows
 from hfsparse.lists import Grid, default_block
 from hfsparse.lists.lengths import Lengths, on_device
+
+TOGETHER = 1 << 15  # queries of a run: lists of blocks grow with these, times their keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,36 @@ def lay_out_chunks(
             more = None if short else skip, work, tuple(piece)
             groups.append(RowGroup(short, kept, block, at, _grid(own, block, None, device), *more))
     return Layout(grid, groups)
+
+
+def lay_out_runs(
+    runs: Sequence[tuple[int, int]],
+    tokens: int,
+    batch: int,
+    limits: tuple[int, int],
+    skip: float | None,
+    window: int | None,
+    device: torch.device,
+) -> Layout:
+    """As `lay_out`, of some runs of the tokens of rows of so many, over the rows' keys from 0 on.
+
+    Each run is read as a chunk behind its past, a long one as several.
+    """
+    short, kept = tokens < limits[0], tokens < limits[1]
+    block, groups, done = default_block(tokens, device), [], 0
+    for start, end in runs:
+        for low in range(start, end, TOGETHER):
+            new = min(end - low, TOGETHER)
+            own = Lengths([low] * batch, [new] * batch, new)
+            near = window if window is not None and own.longest > window else None
+            work = dense_work(((low, new),) * batch, block, near)
+            piece = slice(done, done + new), slice(0, own.longest)
+            more = None if short else skip, work, piece
+            groups.append(
+                RowGroup(short, kept, block, None, _grid(own, block, near, device), *more)
+            )
+            done += new
+    return Layout(groups[0].grid, groups)
 
 
 def pieces(past: int, new: int, chunk: int) -> Iterator[tuple[int, slice, slice]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import masking_utils
@@ -28,6 +26,9 @@ def mask_start(
     Of a prompt in which the tokens of an image see each other it is `image_blocks.block_mask`. No
     mask of length times length is built; as of one, models may cut off its first queries.
     """
+    call = None if torch.compiler.is_dynamo_compiling() else running()  # a fused step has no mask
+    if call is not None and call.batch is not None:
+        return None  # requests say themselves what each reads
     bidirectional = mask_function is getattr(masking_utils, "bidirectional_mask_function", NAME)
     last = None
     if bidirectional or not allow_is_causal_skip:
@@ -49,7 +50,7 @@ def mask_start(
     if found is None:
         return None
     starts = torch.tensor(found, device=attention_mask.device)[:, None, None, None]
-    if (call := running()) is not None:
+    if call is not None:
         call.starts[starts] = tuple(found)
     return starts
 
@@ -138,7 +139,7 @@ def refuse_other(
     mask: Tensor | None,
     dropout: float,
     window: int | None,
-    more: dict[str, Any],
+    packed: bool,
 ) -> None:
     """PatchError where a layer is asked for another attention than the plan's."""
     if mask is not None and not is_start(mask):
@@ -151,7 +152,7 @@ def refuse_other(
             f"says {heads[0]} and {heads[1]}: hfsparse can't follow this model. Where ranks share "
             "its heads, load it by from_pretrained(tp_plan='auto') and patch the whole of it"
         )
-    if more.get("cu_seq_lens_q") is not None:
+    if packed:
         raise PatchError(
             "this call packs several sequences in a row (cu_seq_lens_q): pass one sequence a row "
             "with an attention_mask, or run it on the unpatched model (handle.undo())"

@@ -19,11 +19,14 @@ from hfsparse.runtime.routes import Cases, Listed, Route, Routes, heads_of
 from hfsparse.runtime.rows import new_output
 
 
-def prefill(layer_call: LayerCall) -> Tensor:
-    """A prompt, or a chunk behind a past: patterns choose the blocks. Returns `[B, Hq, Q, Dv]`."""
+def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
+    """A prompt, or a chunk behind a past: patterns choose the blocks. Returns `[B, Hq, Q, Dv]`.
+
+    later: without a layer of the cache, tokens of the prompt that are still to come.
+    """
     layer_plan, layer, lengths = layer_call.layer_plan, layer_call.layer, layer_call.lengths
     k, v = layer_call.k, layer_call.v
-    later = 0 if layer is None else max(layer.expected - layer.seen, 0)
+    later = later if layer is None else max(layer.expected - layer.seen, 0)
     limits = layer_plan.below.prefill, layer_plan.below.cache
     what = limits, layer_plan.skip, layer_plan.window, k.device
     chunked = layer_plan.chunked and lengths.longest > layer_plan.window

@@ -124,13 +124,15 @@ def some_pages(
     return PageLists(lists, count, unit), keep.repeat_interleave(unit, 2)[..., :slots]
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("everything", BF16), ("pages", BF16), ("everything", HALF), ("everything", SINGLE)],
     ids=str,
 )
 def test_every_head_dim_and_dtype(kind, dim, dtype):
+    if dim == 512 and dtype == SINGLE:
+        pytest.skip("too wide for any GPU")
     step(kind, dim=dim, dtype=dtype).check()
 
 

@@ -17,7 +17,7 @@ from tests.patterns.matrix import SETTINGS
 PATTERNS = [pattern for pattern in SETTINGS.values() if type(pattern) in triton_estimate.FUSED]
 SHORT = dict(past=45, rows="left_padded")
 CASES = {
-    **{f"heads_of_{dim}": dict(length=2000, dim=dim) for dim in (64, 80, 96, 128, 256)},
+    **{f"heads_of_{dim}": dict(length=2000, dim=dim) for dim in (64, 80, 96, 128, 192, 256, 512)},
     "float16": dict(length=1037, dtype=HALF, **SHORT),
     "float32": dict(length=1037, dtype=SINGLE, dim=64, **SHORT),
     "padded_rows": dict(length=1037, **SHORT),

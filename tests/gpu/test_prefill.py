@@ -45,9 +45,9 @@ def check(kernel: str, it: Batch, lists: BlockLists, **logits) -> None:
 
 
 SHAPES = [
-    *(("triton", BF16, dim) for dim in (64, 80, 96, 128, 256)),
+    *(("triton", BF16, dim) for dim in (64, 80, 96, 128, 192, 256, 512)),
     *(("triton", HALF, dim) for dim in (64, 80, 256)),
-    *(("triton", SINGLE, dim) for dim in (64, 96, 256)),
+    *(("triton", SINGLE, dim) for dim in (64, 96, 256, 512)),
     *(("fa4", BF16, dim) for dim in (64, 80, 96, 128)),
     ("fa4", HALF, 128),
 ]

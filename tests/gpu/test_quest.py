@@ -62,7 +62,8 @@ def test_pages_equal_the_selectors(quest, queries, group):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim"), [(BF16, dim) for dim in (64, 80, 96, 128, 256)] + [(HALF, 128), (SINGLE, 128)]
+    ("dtype", "dim"),
+    [(BF16, dim) for dim in (64, 80, 96, 128, 256, 512)] + [(HALF, 128), (SINGLE, 128)],
 )
 def test_every_head_dim_and_dtype(dtype, dim):
     q, index, length = summaries((64 * 40, 64 * 7 + 1), dim=dim, dtype=dtype)

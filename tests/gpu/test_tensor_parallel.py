@@ -7,16 +7,11 @@ import torch
 
 from tests.gpu.common import near
 from tests.patcher.ranks import run
-from tests.patcher.shared_work import answer_replayed, ask_on_gpus, load, save_models
+from tests.patcher.shared_work import answer_replayed, ask_on_gpus, load, saved_models
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("ranks")
-    save_models(made)
-    return made
+folder = saved_models
 
 
 @pytest.fixture(scope="module")

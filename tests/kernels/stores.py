@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from hfsparse import kernels
+from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import FULL, Band, PageLists, places
+from hfsparse.lists.lengths import Lengths
 
 
 def one(k: Tensor, v: Tensor, *args, **more):
@@ -20,15 +22,25 @@ def decode(
 ) -> Tensor:
     """`triton.decode.decode`; more: band, size and below of a ring, and the kernel's own.
 
-    rank: of latents, whose values are the first dims of k.
+    rank: of latents, whose values are the first dims of k. pool: where rows lie in k and v.
     """
     from hfsparse.kernels.triton import decode as triton_decode
 
-    ring = {name: more.pop(name) for name in ("band", "size", "below") if name in more}
-    k, rank = k.contiguous(), more.pop("rank", 0)
-    v = k[..., :rank] if rank else v.contiguous()
+    names = "band", "size", "below", "pool"
+    ring = {name: more.pop(name) for name in names if name in more}
+    rank = more.pop("rank", 0)
+    k = k if "pool" in ring else k.contiguous()
+    v = k[..., :rank] if rank else v if "pool" in ring else v.contiguous()
     ring["listed"] = pages is not None
     return triton_decode.decode(q, one(k, v, **ring), query_pos, pages, **more)
+
+
+def decode_by_store(q, k, v, query_pos, pages, length, band, pool, **more) -> Tensor:
+    """The reference of DECODE over rows that lie in a pool."""
+    held = one(k, v, band=band, pool=pool, listed=pages is not None)
+    rows = length.tolist()
+    new = NewTokens(Lengths([max(n - 1, 0) for n in rows], [1] * len(rows), 1), length, query_pos)
+    return kernels.DECODE[-1].run(q, held, new, [pages], **more)
 
 
 def append(*, k, v, into_k, query_pos, into_v=None, sink=0, size=0, low=None, high=None) -> None:

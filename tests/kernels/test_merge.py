@@ -15,6 +15,9 @@ from hfsparse.kernels.positions import NewTokens, ring_positions
 from hfsparse.lists import PAGE, Band, BlockLists, Grid, PageLists
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place, Table
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.packed import PackedFull
+from hfsparse.selectors.quest import Quest
 from tests.helpers import batch, close
 from tests.kernels.interpreter import interpreter
 from tests.patterns.matrix import heads, mixed
@@ -98,16 +101,22 @@ def test_blocks_of_a_ring_are_split_by_the_positions_that_they_hold(here):
 
 def decode(row: int, q, parts, pages, rows, scale: float, cuts: list[int]):
     """A step's attention and LSE over all stores: by parts, and at once."""
+    run = partial(step(row, q, parts, rows, scale), pages)
+    whole = torch.full(q.shape[:3], torch.nan)
+    out = run(s_aux=BARE, lse=whole)
+    return (out, whole), merge(lambda span, **more: run(span=span, **more), cuts, q.shape[:3])
+
+
+def step(row: int, q, parts, rows, scale: float):
+    """A step of two tokens: what is left to say is the pages, and what becomes of logits."""
     lengths, length = Lengths([n - 2 for n in rows], [2] * len(rows), 2), torch.tensor(rows)
     at = length[:, None] - 2 + torch.arange(2)
     new = NewTokens(lengths, length, at.masked_fill(at < 0, -1), max(rows))
     places = Table().places(parts)
-    need = Need.of(q, places.k, places.v, lists=True, lse=True, bands=True, block=PAGE)
+    asked = {"lists": True, "lse": True, "bands": True, "block": PAGE, "packed": places.packed}
+    need = Need.of(q, places.k, places.v, **asked)
     run = [each for each in kernels.TABLES.decode if not each.why_not(need)][row].run
-    run = partial(run, q, places, new, pages, scale=scale)
-    whole = torch.full(q.shape[:3], torch.nan)
-    out = run(s_aux=BARE, lse=whole)
-    return (out, whole), merge(lambda span, **more: run(span=span, **more), cuts, q.shape[:3])
+    return partial(run, q, places, new, scale=scale)
 
 
 @pytest.mark.parametrize(("unit", "cuts"), [(PAGE, [64, 128, 256]), (16, [192])], ids=str)
@@ -130,6 +139,55 @@ def test_any_split_of_a_step_s_keys_is_the_whole(here, unit, cuts):
     assert lse.isfinite().all()
     assert close(merged, out)
     assert close(merged_lse, lse)
+
+
+def packed(row: int, q, parts, lists, rows, scale: float):
+    """A step's attention and LSE over packed stores: by all pages, the first, and the others."""
+    run, found = step(row, q, parts, rows, scale), []
+    for pages, sinks in zip(lists, (BARE, BARE, None), strict=True):
+        lse = torch.full(q.shape[:3], torch.nan)
+        found.append((run(pages, s_aux=sinks, lse=lse), lse))
+    return found
+
+
+@pytest.mark.parametrize("unit", [PAGE, 16])
+def test_packed_pages_read_by_two_lists_are_those_read_by_one(here, unit):
+    """Two stores; the newest page, which is not packed, is in the second list."""
+    rows, it = [300, 90], batch(300, group=2, kv_heads=3, poison=0.0)
+    parts, past = [], Lengths([0, 0], rows, 300)
+    for own, bits in (((0, 2), 4), ((1,), 8)):
+        k, v = (t[:, list(own)] for t in (it.k, it.v))
+        parts.append(PackedFull(Group(own, bits=bits, selector=Quest(unit=unit)), 0))
+        parts[-1].create(k, v)
+        parts[-1].append(k, v, past)
+    end = PAGE // unit
+
+    def listed(*named: range):
+        """Of the first row all that are named, of the second those of its two pages."""
+        pages = torch.tensor([n for each in named for n in each])
+        count = torch.tensor([len(pages), (pages < 2 * end).sum()])
+        return [
+            PageLists(pages.expand(2, n, -1).clone(), count[:, None].expand(-1, n).clone(), unit)
+            for n in (2, 1)
+        ]
+
+    lists = [
+        listed(range(end), range(end, 5 * end)),
+        listed(range(end)),
+        listed(range(end, 5 * end)),
+    ]
+    given = it.q[:, :, :2].contiguous(), [each.place() for each in parts], lists, rows, it.scale
+    (out, lse), (first, lse_first), second = here("packed", *given)
+    merged = Merged(first, lse_first)
+    merged.add(*second)
+    assert lse.isfinite().all()
+    assert close(merged.out, out)
+    assert close(merged.lse, lse)
+    logits = it.q[:1, :1, :2] @ torch.cat([t.read(rows)[0] for t in parts], 1)[:1, :1, :300].mT
+    kept = torch.arange(300) <= torch.tensor([[298], [299]])
+    logits = (logits * it.scale).masked_fill(~kept, -torch.inf)
+    bare = BARE[0].expand(1, 1, 2, 1)
+    assert close(lse[:1, :1], torch.cat([logits, bare], -1).logsumexp(-1))
 
 
 def test_nothing_beside_something_changes_no_bit_nor_gradient():

@@ -125,6 +125,7 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         SimpleNamespace(
             groups=tuple(store.group for store in each.stores),
             counts=Counts(heads * ratio),
+            kv_heads=heads,
             shared=False,
             producer=None,
             last_reader=None,
@@ -200,7 +201,7 @@ def held(layer: CacheLayer, plan, rows: list[int]) -> list[torch.Tensor]:
         (KEPT, 3, (64, 64), torch.float32, 4, [60, 255, 90], (62, 0), 5.0, True),
         (STEADY, 2, (32, 32), torch.float32, 5, [69, 200, 90], (0, 0), None, False),
         (PACKED, 3, (32, 32), torch.float32, 4, [63, 255], (0, 0), 5.0, True),
-        (PACKED, 4, (20, 12), torch.float16, 5, [70, 200], (150, 72), None, False),
+        (PACKED, 4, (20, 12), torch.float16, 5, [70, 180], (150, 72), None, False),
         (HOSTED, 3, (64, 64), torch.float32, 4, [63, 395], (0, 0), 5.0, True),
         (HOSTED, 4, (64, 48), torch.float16, 5, [330, 70], (0, 200), None, False),
     ],

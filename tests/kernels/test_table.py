@@ -70,7 +70,7 @@ def test_triton_serves_steps_over_latents_wider_than_any_head(latents, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
     asked = Need(torch.device("cuda", 99), torch.bfloat16, 576, 512, lists=True, latents=latents)
     why = next(row for row in kernels.DECODE if row.name == "Triton").why_not(asked)
-    assert why == (None if latents else "head dim 576, value dim 512: at most 256 is supported")
+    assert why == (None if latents else "head dim 576, value dim 512: at most 512 is supported")
 
 
 @pytest.mark.parametrize("row", ["Triton", "reference (PyTorch)"])

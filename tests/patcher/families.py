@@ -275,7 +275,7 @@ def choosing(model, below=(0, 0, 0), **quest) -> Plan:
     return plan_of(model, layer, below, **selectors)
 
 
-def hosted(model, below=0, hot=0.3, beside="ring", **quest) -> Plan:
+def hosted(model, below=0, hot=0.3, beside="ring", bits=16, **quest) -> Plan:
     """Chosen pages of keys in host memory, and beside them rings, full heads or means, where there
     are heads for that; any pattern reads prompts."""
     Hq, Hkv = heads(model)
@@ -290,7 +290,7 @@ def hosted(model, below=0, hot=0.3, beside="ring", **quest) -> Plan:
         (below,) * 3,
         ring5=("streaming", dict(sink=2, recent=70)),
         quest=("quest", dict(share=0.1, min_pages=2) | quest),
-        host=("full", dict(host=True, hot=hot)),
+        host=("full", dict(host=True, hot=hot, bits=bits)),
         mean=("quest", dict(share=0.1, min_pages=2, means=True)),
         **dict(vs=VS, blocks=BLOCKS),
     )

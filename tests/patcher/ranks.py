@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-PRELOADED = ["tests.patcher.shared_work"]
+PRELOADED = ["tests.patcher.context_work", "tests.patcher.shared_work"]
 TIMEOUT = 300  # seconds
 
 

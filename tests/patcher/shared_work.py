@@ -103,6 +103,14 @@ def save_models(folder: Path) -> None:
     LlamaForCausalLM(one).save_pretrained(folder / "one kv head")
 
 
+@pytest.fixture(scope="module")
+def saved_models(tmp_path_factory) -> Path:
+    """Where ranks find the models, and leave their answers."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_models(folder)
+    return folder
+
+
 def answer_padded(model) -> tuple[Any, ...]:
     """A left-padded batch, greedily: tokens and the logits of each step."""
     found = generate(model, *left_padded(LENGTH), new=NEW)

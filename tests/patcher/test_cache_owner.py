@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, QuantoQuantizedLayer
 
 import hfsparse
@@ -201,12 +201,19 @@ def test_a_refused_mask_leaves_the_cache_usable():
         assert torch.equal(got, forward(model, more, longer, cache=spare).logits)
 
 
-def test_another_batch_size_is_refused():
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_another_batch_size_is_refused_before_anything_changes(family):
+    """A linear layer that comes first would take any, or fail by itself."""
+    if family == "lfm2" and not hasattr(cache_utils, "LinearAttentionLayer"):
+        pytest.skip("hybrids are followed from transformers 5.17 on")
+    model = supported(family) if family == "lfm2" else tiny(family)
     with hfsparse.patch(model, streaming(model)):
         cache = filled(model)
+        spare = copy.deepcopy(cache)
         with pytest.raises(CacheError, match="holds 1 rows and the input has 2"):
             forward(model, tokens(2, 1), cache=cache)
+        got, want = (forward(model, tokens(1, 1), cache=each).logits for each in (cache, spare))
+        assert torch.equal(got, want)
 
 
 def test_a_tuple_as_cache_is_refused():

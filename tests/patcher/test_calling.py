@@ -308,10 +308,11 @@ def test_a_plan_that_is_edited_after_patch_changes_nothing():
         assert handle.stats().kv_bytes > 0
 
 
-def test_copies_for_data_parallel_are_refused():
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.model])
+def test_copies_for_data_parallel_are_refused(part):
     model = fresh("llama")
     with hfsparse.patch(model):
-        replica = model.model._replicate_for_data_parallel()
+        replica = part(model)._replicate_for_data_parallel()
         with pytest.raises(PatchError, match=r"DataParallel runs copies.*one process a GPU"):
             replica(tokens(1, 9))
         forward(model, tokens(1, 9))

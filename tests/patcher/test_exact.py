@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import hfsparse
 from hfsparse.errors import CacheError, PatchError
 from hfsparse.lists import FULL
+from hfsparse.patcher.choosing import Choosing
 from hfsparse.runtime.call import drafting
 from tests import hybrids
 from tests.patcher import families
@@ -103,10 +104,9 @@ def test_drafts_that_are_wrong_become_shorter_and_pause():
     model.model.layers[0].register_forward_pre_hook(
         lambda layer, given: calls.append(given[0].shape[1])
     )
-    drafter = hfsparse.patcher.exact.Drafter
     with pytest.MonkeyPatch.context() as patch, hfsparse.patch(model, knowing(model), exact=True):
-        choose = drafter._choose
-        patch.setattr(drafter, "_choose", lambda *given: (choose(*given) + 1) % families.VOCAB)
+        choose = Choosing.choose
+        patch.setattr(Choosing, "choose", lambda *given: (choose(*given) + 1) % families.VOCAB)
         generate(model, ids, new=14)
     assert calls == [150, *[1] * 3, 4, 1, 2, *[1] * 8, 1, 2, 1, 1]
 

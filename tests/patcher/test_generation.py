@@ -11,8 +11,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 import hfsparse
-from hfsparse.errors import PatchError
-from hfsparse.patcher.generation import NUMBERED, SERVING
+from hfsparse.patcher.generation import NUMBERED
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import SLACK
 from tests.patcher.families import (
@@ -109,16 +108,6 @@ def test_threads_share_a_patched_model():
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(lambda ids: generate(model, ids).sequences.tolist(), prompts))
     assert got == want
-
-
-def test_continuous_batching_is_refused():
-    model = tiny("llama")
-    with hfsparse.patch(model):
-        assert "generate_batch" in SERVING
-        for name in SERVING:
-            if hasattr(type(model), name):
-                with pytest.raises(PatchError, match=r"continuous batching.*use model\.generate"):
-                    getattr(model, name)([[1, 2, 3]])
 
 
 def checkpointing(model, on):

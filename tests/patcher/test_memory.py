@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hfsparse
 from hfsparse import bench
 from hfsparse.patcher import memory
-from hfsparse.plan import Plan
+from hfsparse.plan import Layer, Plan
+from hfsparse.plan.kept import Full
+from hfsparse.selectors.quest import Quest
 from tests.patcher.families import FAMILIES, fresh, full, growing, mixed, streaming, tiny, tokens
 from tests.patcher.runs import forward
 from tests.support import models
@@ -75,6 +78,9 @@ def test_the_longest_prompt_fits_and_no_longer_one(batch):
 def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch):
     model = fresh("llama")
     plan = streaming(model)
+    chooses = Layer(("full",) * 4, ("full",) * 2, ("quest",) * 2)
+    layers = (chooses, *plan.layers[1:])
+    plan = replace(plan, patterns=plan.patterns | {"quest": Quest(0.2, 2)}, layers=layers)
 
     def full_card(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -94,8 +100,14 @@ def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch
     again = dict(batch=2, chunk=memory.CHUNK, itemsize=4)
     assert memory.longest(model.config, plan, need.peak, **again) == fits >= 300
     few = memory.longest(model.config, plan.with_bits(4, model), need.peak, **again)
-    assert f"tokens fit, {few:,} in 4 bits (hfsparse bits), as far as" in told
-    assert few > fits
+    four = plan.with_bits(4, model)
+    words = tuple("host4" if word == "full-int4" else word for word in four.layers[0].cache)
+    kinds = four.patterns | {"host4": Full(4, host=True, hot=0.2)}
+    both = replace(four, patterns=kinds, layers=(replace(chooses, cache=words), *four.layers[1:]))
+    most = memory.longest(model.config, both, need.peak, **again)
+    assert f"{few:,} in 4 bits (hfsparse bits), {most:,} in 4 bits (hfsparse bits) with" in told
+    assert "with host: true where heads choose, as far as" in told
+    assert fits < few < most
 
 
 OTHER_NAMES = {  # how wide the MLP is, for a hidden size of 64

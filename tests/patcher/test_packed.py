@@ -21,6 +21,7 @@ from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import ModelId, Plan
 from hfsparse.runtime.cache import packed as stores
+from hfsparse.runtime.cache import store
 from tests import latents
 from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
@@ -103,13 +104,13 @@ def test_a_chunk_finds_a_few_heads_unpacked_at_a_time(monkeypatch, bits):
         same, new = copy.deepcopy(cache), tokens(2, 40, seed=1)
         whole = forward(model, new, cache=cache).logits
         head = 2 * 940 * 16  # a head's keys in both rows
-        monkeypatch.setattr(stores, "TOGETHER", 2 * head)
+        monkeypatch.setattr(store, "TOGETHER", 2 * head)
         monkeypatch.setattr(stores, "UNPACKED", 4 * PAGE * 16)
         read = stores.PackedFull.with_chunk
 
-        def bounded(store, *given):
+        def bounded(part, *given):
             with Largest() as largest:
-                found = read(store, *given)
+                found = read(part, *given)
             assert all(t.shape[:3] == (2, 1, 940) for t in found[:2])
             assert largest.numbers == head
             return found

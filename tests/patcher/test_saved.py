@@ -16,6 +16,7 @@ import hfsparse
 from hfsparse.errors import CacheError, UsageError
 from hfsparse.models.sharding import Shard
 from hfsparse.patcher import saved
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.packed import PackedStore
 from hfsparse.runtime.cache.ring import Ring
@@ -28,6 +29,7 @@ from tests.patcher.families import (
     fresh,
     full,
     growing,
+    hosted,
     left_padded,
     mixed,
     packing,
@@ -59,6 +61,9 @@ CASES = {  # what is kept: model, plan
     "evictions": (partial(tiny, "qwen3"), evicting),
     "4 bits": (partial(tiny, "qwen3"), partial(packing, every=True)),
     "fp8": (partial(tiny, "llama"), partial(packing, bits="fp8", below=(0, 0, 186), every=True)),
+    "host memory": (partial(tiny, "llama"), partial(hosted, unit=16)),
+    "host memory, 8 bits": (partial(tiny, "qwen3"), partial(hosted, bits=8)),
+    "host memory, 4 bits": (partial(tiny, "qwen2"), partial(hosted, bits=4, bound=16)),
     "choices": (partial(tiny, "llama"), choosing),
     "labels": (partial(tiny, "qwen2"), labelled),
     "segments": (partial(tiny, "llama"), segmented),
@@ -77,6 +82,12 @@ THERE = {  # of the cases that not every transformers has
     "states beside keys": lambda: hybrids.known("falcon_h1"),
     "convolutions": lambda: hybrids.known("lfm2"),
 }
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch):
+    """A host without a GPU stands for both memories."""
+    monkeypatch.setattr(host, "why_not", lambda device: None)
 
 
 def case(name: str):
@@ -171,7 +182,7 @@ def test_every_kind_of_store_is_saved_here():
             layers = [each.new_cache() for each in handle._own_state().layers]
         held |= {type(store) for layer in layers for store in layer.stores}
     saying = {kind for kind in kinds() if "state" in vars(kind)}
-    assert held == saying - {Store, PackedStore}
+    assert held == saying - {Store, PackedStore, host.HostStore}
 
 
 def test_a_store_that_does_not_say_what_is_kept_of_it_is_refused(tmp_path):

@@ -14,18 +14,12 @@ from tests.patcher.shared_work import (
     ask_all,
     ask_each_head,
     load,
-    save_models,
+    saved_models,
     uneven,
 )
 
+folder = saved_models
 WORKS = ("pairs", "blocks", "reads", "cache")  # by head
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("ranks")
-    save_models(made)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,9 @@ def test_a_stale_handle_leaves_a_later_patch_alone():
 @pytest.mark.parametrize("plan", [5, {"layers": {}}, b"plan.yaml", True])
 def test_what_is_no_plan_is_refused_in_a_sentence(plan):
     model = tiny("llama")
+    for name in ("fuse", "exact"):
+        with pytest.raises(PatchError, match=f"{name} is 8: give True or False"):
+            hfsparse.patch(model, **{name: 8})
     with pytest.raises(PatchError, match=f"the plan is a {type(plan).__name__}: give a Plan"):
         hfsparse.patch(model, plan)
     assert not is_patched(model)

@@ -182,6 +182,8 @@ def test_a_plan_that_cannot_be_read_is_refused_as_any_other(hub):
         "hf://org/repo/plan.yaml#sha256:12",
         "hf://org/repo/plan.yaml#v1",
         "hf://../repo/plan.yaml",
+        "hf://org/repo/../plan.yaml",
+        "hf://org/repo//plan.yaml",
     ],
 )
 def test_an_address_has_its_form(source):

@@ -53,9 +53,9 @@ def test_a_file_is_a_file_whatever_its_name(mine, tmp_path, monkeypatch):
     assert open_plan(Path("plan.yaml")) == other
 
 
-@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c"])
+@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c", "a:b", "duo:"])
 def test_what_is_no_name_is_looked_for_as_a_file(source):
-    with pytest.raises(PlanError, match="can't read it: No such file"):
+    with pytest.raises(PlanError, match=r"No such file.*, or a name that hfsparse plans li"):
         open_plan(source)
 
 

@@ -1,5 +1,6 @@
 """The allocation against every possible choice, and its budgets on larger ones."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -66,6 +67,8 @@ def price(o: Options, choices: list[Layer]):
                 i = {"cheap": 0, "fair": 1, "full": None}[choice.prefill[h]]
                 effect += 0 if i is None else o.prefill_effect[layer, i, h]
                 pairs.append(1.0 if i is None else o.prefill_cost[layer, i, h])
+    kv = len(choices[0].cache)
+    cache = [share for i, share in enumerate(cache) if i // kv in o.members]
     return effect, np.mean(pairs), np.mean(cache), np.mean(decode)
 
 
@@ -80,13 +83,24 @@ def every_choice():
 BUDGETS = [(1, 1, 1), (0.6, 1, 1), (1, 0.6, 1), (1, 1, 0.5), (0.6, 1, 0.5), (0.4, 0.6, 1)]
 
 
+def every_pair(o: Options):
+    """All that two layers can do; where they share keys, these are kept and read alike, and no
+    eviction ranks them."""
+    for one, other in product(every_choice(), repeat=2):
+        same = (one.cache, one.decode) == (other.cache, other.decode)
+        if len(o.members) == 2 or (same and one.decode != ("kept",)):
+            yield one, other
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
-def test_the_choice_is_the_best_of_all_choices(seed, limits):
+def test_the_choice_is_the_best_of_all_choices(seed, limits, shared):
     o = options(np.random.default_rng(seed), layers=2)
+    o = replace(o, producers=[0, 0] if shared else [])
     best = min(
         effect
-        for both in product(every_choice(), repeat=2)
+        for both in every_pair(o)
         for effect, *costs in [price(o, both)]
         if all(c <= limit + 1e-9 or limit == 1 for c, limit in zip(costs, limits, strict=True))
     )

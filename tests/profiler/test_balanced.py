@@ -127,7 +127,9 @@ def test_bits_that_a_models_keys_cannot_have_are_refused():
     job = Job(odd, None, {512: []}, Budget(0.5, 0.5, 1), Parts(None, ""), silent)
     with pytest.raises(UsageError, match=r"bits are 8,4, and heads have 3 channels: .* Give 16,8"):
         balanced.in_bits(job, balanced.candidates(512), [8, 4])
-    assert {*balanced.in_bits(job, balanced.candidates(512), [8]).packed} == {"full-int8"}
+    few = balanced.in_bits(job, balanced.candidates(512), [8, "fp8"])
+    assert [*few.packed] == ["full-int8", "full-fp8"]
+    assert {ring.bits for name, ring in few.rings.items() if name.endswith("-fp8")} == {"fp8"}
     if latents.exists("deepseek_v3"):
         job = replace(job, model=latents.fresh("deepseek_v3"))
         with pytest.raises(UsageError, match=r"bits are 8, and this model keeps latents \(MLA\)"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,16 +18,17 @@ from hfsparse import bench
 from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.plan import Plan
+from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.profiler.job import Found
 from hfsparse.profiler.measure import influence, proxies
 from hfsparse.profiler.measure.capture import Seen, capture, checkpoint_layers
 from hfsparse.profiler.measure.gates import distil
-from hfsparse.profiler.methods import duo, minference, moa, one_pass
+from hfsparse.profiler.methods import METHODS, duo, minference, moa, one_pass
 from hfsparse.profiler.prompts.calibration import Prompt, make_prompts
 from hfsparse.profiler.prompts.passkeys import Passkeys
 from hfsparse.profiler.report import describe_budgets
 from hfsparse.profiler.settings import Settings
-from hfsparse.profiler.verify import key_tokens, reader, trials
+from hfsparse.profiler.verify import give_back, key_tokens, reader, trials
 from tests import tiny
 from tests.patcher.oracle import oracle, whole_cache
 from tests.profiler.test_verify import believe, far
@@ -46,6 +49,7 @@ DELTA = dict(
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=64)
 LINEAR = ["linear_attention", "full_attention", "full_attention"]
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+SHARED = "gemma4 of shared keys"
 FAMILIES = {  # name: prefix of its classes, and more of its config
     "qwen3_5": ("Qwen3_5", dict(DELTA, layer_types=LINEAR)),
     "granitemoehybrid": (
@@ -85,7 +89,7 @@ FAMILIES = {  # name: prefix of its classes, and more of its config
             hidden_size_per_layer_input=0,
         ),
     ),
-    "gemma4 of shared keys": (  # layer 4 reads the keys of layer 2: both are left alone
+    SHARED: (  # layer 4 reads the keys of layer 2
         "Gemma4",
         dict(
             layer_types=["sliding_attention", *["full_attention"] * 2, "sliding_attention",
@@ -211,14 +215,45 @@ def test_every_method_plans_a_model_whose_layers_share_keys(monkeypatch, method)
     monkeypatch.setattr(duo, "PIECE", 1)
     monkeypatch.setattr(influence, "ANSWER", 4)
     monkeypatch.setattr(moa, "STEPS", 2)
-    model = build("gemma4 of shared keys")
-    plan = hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **WIDE, "method": method})
+    model, together = build(SHARED), METHODS[method].one_pass
+    budgets = dict(prefill_density=0.4, cache_share=0.5, decode_share=0.3) if together else WIDE
+    plan = hfsparse.profile(model, tiny.tokenizer(), **{**SETTINGS, **budgets, "method": method})
     check(model, plan)
     full = Plan.full(plan.model).layers
-    assert [index for index in range(5) if plan.layers[index] != full[index]] == [1]
-    said = describe_budgets(plan, Settings(prefill_density=0.1), model)
+    changed = [index for index in range(5) if plan.layers[index] != full[index]]
+    assert changed == ([1, 2, 4] if together else [1])
+    for name, share in dict(pair_density=0.4, cache_share=0.5, decode_share=0.3).items():
+        assert not together or plan.expected[512][f"{name}_free"] <= share + 1e-3
+    said = describe_budgets(plan, Settings(method=method, prefill_density=0.1), model)
     assert "0.10 not met" in said
-    assert said.endswith(": layers 2 and 4 share keys and stay full, the others keep the budgets")
+    left = ": layers 2 and 4 share keys and stay full, the others keep the budgets"
+    assert said.endswith(left) != together
+
+
+def test_heads_that_share_keys_are_given_back_together():
+    model = build(SHARED)
+    ring, few = (Layer(("r",) * 4, (word,), ("ring",)) for word in ("r", "r4"))
+    words = {"r": Streaming(64, 1024), "r4": Streaming(64, 1024, bits=4)}
+    full, bound = Plan.full(ModelId.of(model)), give_back.find_bound(model)
+    layers = [*full.layers]
+    layers[1], layers[2], layers[4] = ring, few, few
+    plan = replace(full, patterns=words, layers=tuple(layers))
+    plan.check(model)
+    wider = give_back.restore(plan, [(2, 0, 16)], bound)
+    assert wider.layers == (full.layers[0], ring, ring, full.layers[0], ring)
+
+    class WithoutRings:
+        def rejects(self, plan):
+            return any(plan.layers[at] != full.layers[at] for at in (2, 4))
+
+        def wins_back(self, plan):
+            return lambda other, label: not self.rejects(other)
+
+    job = SimpleNamespace(model=model, budget=None)
+    final, given, _ = give_back.keep_within(job, Found(plan), [WithoutRings()])
+    assert given == [(2, 0)]
+    assert final.layers == (full.layers[0], ring, *full.layers[2:])
+    final.check(model)
 
 
 # ---- measurements
@@ -257,6 +292,31 @@ def test_gradients_are_those_of_plain_autograd(model):
         wanted = (outs[at].grad.view(1, 200, 4, 16) * gates[at]).transpose(1, 2)
         assert float(wanted.norm()) > 1e-5
         assert (seen.grad - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_gradients_of_keys_that_are_shared_are_those_of_plain_autograd():
+    model = build(SHARED)
+    ids = torch.randint(2, 400, (1, 90), generator=torch.Generator().manual_seed(1))
+    short = one_pass.short_sighted_plan(model, minference.candidates(90))
+    found = capture(model, ids, short, lambda seen: {"seen": seen})
+    seen = {at: each["seen"] for at, each in zip((1, 2, 4), found, strict=True)}
+    assert [each.layer for each in seen.values()] == [1, 2, 2]
+
+    plain, outs = deepcopy(model).requires_grad_(), {}
+    plain.set_attn_implementation("eager")
+    for at in seen:
+
+        def note(module, args, at=at):
+            args[0].retain_grad()
+            outs[at] = args[0]
+
+        plain.model.layers[at].self_attn.o_proj.register_forward_pre_hook(note)
+    p = plain(ids, use_cache=False).logits[0, :-1].softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    (torch.log(p) - torch.log1p(-p))[seen[1].keys].mean().backward()
+    for at, each in seen.items():
+        wanted = outs[at].grad.view(1, 90, 4, -1).transpose(1, 2)
+        assert float(wanted.norm()) > 1e-5
+        assert (each.grad - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_gates_and_proxies_have_a_row_a_layer_with_attention(model):

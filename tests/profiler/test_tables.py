@@ -8,9 +8,11 @@ import torch
 
 import hfsparse
 from hfsparse.errors import UsageError
+from hfsparse.models.layers import LayerShape
 from hfsparse.patcher import figures
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
+from hfsparse.plan.kept import Full
 from hfsparse.profiler.measure import effects as measure
 from hfsparse.profiler.measure.capture import Seen, capture
 from hfsparse.profiler.methods import balanced
@@ -163,14 +165,29 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_plan(model, tmp_path, monkeyp
     assert resumed.hash() == whole.hash() == Plan.load(out).hash()
 
 
+def wide(head_dim: int, value_dim: int | None = None) -> LayerShape:
+    return LayerShape("full_attention", 4, 2, head_dim, value_dim or head_dim)
+
+
 def test_what_one_head_keeps_is_priced_with_its_index():
     data = {"channels": DataFile.of("x.safetensors", weights(1, 2, 16))}
-    full = 2 * 16 * 2  # bytes of a token's key and value; of each label and its scale below
-    for count in (2, 4):
-        kept, read = figures.one_head(6400, Channels(0.1, 4, bits=8, channels=count), 16, data)
+    for count, value in ((2, 16), (4, 16), (4, 24)):
+        full = (16 + value) * 2  # bytes of a token's key and value; of a label and its scale below
+        shape, channels = wide(16, value), Channels(0.1, 4, bits=8, channels=count)
+        kept, read = figures.one_head(6400, channels, shape, data)
         assert kept == pytest.approx((full + count + 2) / full)
         assert read == pytest.approx(0.1)
-    assert figures.one_head(6400, Quest(0.1, 4), 16) == figures.one_head(6400, Quest(0.1, 4))
+    assert figures.one_head(6400, Quest(0.1, 4), wide(16)) == figures.one_head(6400, Quest(0.1, 4))
+
+
+def test_fewer_bits_are_priced_by_the_bytes_that_are_held():
+    """Of 64 channels and as many values a token: their bits, bounds by page, ends by token; the
+    newest two pages of 100 as they came."""
+    for bits, width in ((8, 8), ("fp8", 8), (4, 4)):
+        kept, _ = figures.one_head(6400, None, wide(64), full=Full(bits))
+        assert kept == pytest.approx((128 * width / 8 + 2 * 128 / 64 + 4) / 256 + 0.02)
+    quest = figures.one_head(6400, Quest(0.1, 4), wide(64), full=Full("fp8"))[0]
+    assert quest == pytest.approx(figures.one_head(6400, None, wide(64), full=Full("fp8"))[0])
 
 
 def test_a_step_reads_its_index_too_and_that_counts_in_the_budget_of_decode():
@@ -180,7 +197,7 @@ def test_a_step_reads_its_index_too_and_that_counts_in_the_budget_of_decode():
     }
     offered = {"pages": Quest(0.1, 4), "labels": LowRank(0.1, 4, rank=8)}
     names = measure.Candidates({}, {}, offered, data)
-    costs = search.price_candidates(names, 6400, 16)
+    costs = search.price_candidates(names, 6400, wide(16))
     bounds, labels = 1 / 64, (8 * 4 / 8 + 2) / 64
     assert costs["page_read"] == pytest.approx([0.1 + bounds, 0.1 + labels])
     assert costs["page_kept"] == pytest.approx([1 + bounds, 1 + labels])

@@ -128,7 +128,7 @@ def test_steps_over_packed_stores_are_plain_attention_over_what_these_hold(
         store.append(k[:, at], v[:, at], Lengths([0] * len(past), past, max(past)))
     own = SimpleNamespace(
         **dict(groups=GROUPS, counts=Counts(heads * ratio), shared=False, producer=None),
-        **dict(last_reader=None, at=HeadIndex(), extends=lambda tokens: None),
+        **dict(last_reader=None, at=HeadIndex(), extends=lambda tokens: None, kv_heads=heads),
     )
     bare = torch.linspace(-2, 3, heads * ratio) if sinks else None
     logits = Logits(dims[0] ** -0.5, softcap, bare)

@@ -30,7 +30,7 @@ from hfsparse.kernels.triton.limits import (
     SPAN_ROW,
     SPANS,
     V_AT,
-    WIDEST,
+    WIDEST_STORED,
     await_previous,
     chained,
     look_up,
@@ -50,9 +50,9 @@ def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
-    if need.packed and max(need.head_dim, need.value_dim) > WIDEST:
+    if need.packed and max(need.head_dim, need.value_dim) > WIDEST_STORED:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
-        return f"{dims}: at most {WIDEST} is supported in fewer bits"
+        return f"{dims}: at most {WIDEST_STORED} is supported in fewer bits"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 

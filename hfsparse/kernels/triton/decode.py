@@ -60,7 +60,7 @@ SINGLE_TILE = (16, 1, 8)  # of float32, for tests: its products take all registe
 WIDEST_LATENT = 1024  # of a key
 SPLITS = 64  # at most so many shares of a head's pages
 LATENT_SPLITS = 128  # of latents, which are one head
-MERGED = 128  # dims of a program that merges shares
+MERGED = 256, 128, 8192  # shares and dims that a program merges at once, and both together
 UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 
@@ -101,7 +101,7 @@ def decode(
     (rows under `below`: in any case) and, of heads that `pages` lists, in a listed page or unit of
     it. pages: those of the listed heads, in the places' order; None: they read every page. span:
     of all these keys those at positions from the first on and before the second, multiples of a
-    page. lse `[B, Hq, Q]` float32: as `reference.decode`.
+    page. lse `[B, Hq, Q]` float32: as `reference.decode`. Rows may lie in the pages of a pool.
     """
     B, Hq, Q, D = q.shape
     Hkv, Dv = len(places.cells), places.v.shape[3]
@@ -110,7 +110,7 @@ def decode(
         return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     group = Hq // Hkv
-    latents = places.value_step > Dv
+    latents = places.pool is None and places.value_step > Dv
     DP, DVP, wide = padded(D, Dv, latents)
     rows, stages, warps = tile_of(group * Q, wide, q.element_size(), str(q.device), latents)
     tiles = triton.cdiv(group * Q, rows)
@@ -127,17 +127,20 @@ def decode(
     if splits > 1:
         part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)
     weight = q.new_empty(B * Hkv, splits, group * Q, dtype=torch.float32)
+    pool = length if places.pool is None else places.pool.contiguous()
     _decode[(B * Hkv, splits, tiles)](
         *(q, places.k, places.v, places.cells, part, weight),
-        *(query_pos.contiguous(), length.contiguous(), listed, count),
+        *(query_pos.contiguous(), length.contiguous(), listed, count, pool),
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *q.stride()[:3],
-        *(*width, Hkv, Q, group * Q, unit, inner, *(span or (0, 0))),
+        *(*width, Hkv, Q, group * Q, pool.stride(0), unit, inner, *(span or (0, 0))),
         D=D,
         DV=Dv,
         DP=DP,
         DVP=DVP,
+        KEY_STEP=places.key_step,
         STEP=places.value_step,
+        POOL=places.pool is not None,
         LATENTS=latents,
         ROWS=rows,
         PAGE=PAGE,
@@ -155,22 +158,21 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        merge_shares(part, weight, out, most, lse)
+        merge_shares(part, weight, out, lse)
     elif lse is not None:
         torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
 
 
-def merge_shares(
-    part: Tensor, weight: Tensor, out: Tensor, most: int = SPLITS, lse: Tensor | None = None
-) -> None:
-    """Write what shares `[B * Hkv, splits, rows, Dv]`, at most so many, come to together."""
+def merge_shares(part: Tensor, weight: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+    """Write what shares `[B * Hkv, splits, rows, Dv]` come to together."""
     heads, splits, rows, Dv = part.shape
+    shares = min(MERGED[0], max(16, triton.next_power_of_2(splits)))
     width = max(16, triton.next_power_of_2(Dv))
-    wide = min(width, MERGED)
+    wide = min(width, MERGED[1], MERGED[2] // shares)
     given = part, weight, out, weight if lse is None else lse, splits, rows
     more = {"LSE": lse is not None, "num_warps": 4, **chained(str(part.device))}
-    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SPLITS=most, **more)
+    _merge[(heads, rows, width // wide)](*given, DV=Dv, WIDE=wide, SHARES=shares, **more)
 
 
 def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
@@ -182,18 +184,9 @@ def padded(D: int, Dv: int, latents: bool) -> tuple[int, int, int]:
 
 @lru_cache
 def tile_of(
-    queries: int,
-    width: int,
-    itemsize: int,
-    device: str,
-    latents: bool = False,
-    packed: bool = False,
-    parts: bool = False,
+    queries: int, width: int, itemsize: int, device: str, latents: bool = False
 ) -> tuple[int, int, int] | None:
-    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any.
-
-    packed: of a store that may be; parts: whose tiles are of parts of pages.
-    """
+    """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     if latents:
         return _latent_tile(most, width, itemsize, room)
@@ -202,12 +195,9 @@ def tile_of(
     for stages in (1,) if wide else (3, 2, 1):
         for rows in sorted((r for r in ROWS if r <= most), reverse=True):
             pages = 1 if stages == 1 and itemsize == 2 else 2 * max(1, stages - 1)
-            if packed:  # codes and what they come to; of parts also ends and the newest tokens
-                pages = 5 * stages - 3 if parts else stages + 2
             shared = width * (rows * (2 * itemsize + 4) + pages * PAGE * itemsize)
             if shared <= room:
-                many = width >= 128 if packed else rows * width > 1 << 13
-                return rows, stages, 8 if wide or many else 4
+                return rows, stages, 8 if wide or rows * width > 1 << 13 else 4
     return None
 
 
@@ -222,22 +212,22 @@ def _latent_tile(most: int, width: int, itemsize: int, room: int) -> tuple[int, 
 
 
 @lru_cache
-def splits_of(programs: int, device: str, most: int = SPLITS) -> int:
-    """Shares of a head's pages, so that `programs` of them fill the device about twice."""
+def splits_of(programs: int, device: str, most: int = SPLITS, fill: int = 2) -> int:
+    """Shares of a head's pages, so that each processor has about `fill` of so many `programs`."""
     units = UNITS
     if torch.device(device).type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(most, 2 * units // programs))
+    return max(1, min(most, fill * units // programs))
 
 
-@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows low high".split())
+@triton.jit(do_not_specialize="list_b list_h count_b count_h Hkv Q rows pool_b low high".split())
 def _decode(
-    Q_, K, V, TABLE, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, SINKS,
+    Q_, K, V, TABLE, PART, WEIGHT, QUERY_POS, LENGTH, PAGES, COUNT, WHERE, SINKS,
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
-    Hkv, Q, rows, unit, inner, low, high,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr,
-    LATENTS: tl.constexpr,
+    Hkv, Q, rows, pool_b, unit, inner, low, high,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    KEY_STEP: tl.constexpr, STEP: tl.constexpr, POOL: tl.constexpr, LATENTS: tl.constexpr,
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
     LISTED: tl.constexpr, RINGS: tl.constexpr, DROPS: tl.constexpr, SPAN: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -294,7 +284,7 @@ def _decode(
         inside = alive[:, None] & (d < DV)[None, :]
         q_latent = tl.load(queries[:, None] + d[None, :], mask=inside, other=0.0)
     begin = b * look_up(TABLE, kv, ROW)
-    keys = K + look_up(TABLE, kv, K_AT) * UNIT + begin * D
+    keys = K + look_up(TABLE, kv, K_AT) * UNIT + begin * KEY_STEP
     values = V + look_up(TABLE, kv, V_AT) * UNIT + begin * STEP
     if RINGS:
         # Beyond the sink a ring's slot holds its place in the newest turn; past the newest key, in
@@ -324,13 +314,18 @@ def _decode(
             base, slot = page * PAGE, lane
             key = page.to(tl.int32) * PAGE + lane
             held = key < live
+            if POOL:
+                base = tl.load(WHERE + b * pool_b + page).to(tl.int64) * PAGE
         else:
             nth = j * EACH + lane // TOGETHER
             named = tl.load(lists + nth, mask=chosen & (nth < units), other=0).to(tl.int32)
             key = tl.where(chosen, named, nth + passed) * TOGETHER + lane % TOGETHER
             base, slot = 0, key.to(tl.int64)
             held = (nth < units) & (key < live)
-        k = load_rows(keys + base * D + FROM, D, slot, held, D - FROM, DP, True)
+            if POOL:
+                home = tl.load(WHERE + b * pool_b + key // PAGE, mask=held, other=0)
+                slot = home.to(tl.int64) * PAGE + key % PAGE
+        k = load_rows(keys + base * KEY_STEP + FROM, KEY_STEP, slot, held, D - FROM, DP, True)
         v = load_rows(values + base * STEP, STEP, slot, held, DV, DVP, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if LATENTS:
@@ -359,21 +354,30 @@ def _decode(
 @triton.jit(do_not_specialize="splits rows".split())
 def _merge(
     PART, WEIGHT, OUT, SUMS, splits, rows,
-    DV: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, LSE: tl.constexpr,
+    DV: tl.constexpr, WIDE: tl.constexpr, SHARES: tl.constexpr, LSE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, d = tl.arange(0, SPLITS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
-    place = (head * splits + split) * rows + row
-    weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
-    top = tl.max(weight, 0)
+    d = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    top, total = float("-inf"), 0.0
+    for begin in range(0, splits, SHARES):
+        split = begin + tl.arange(0, SHARES)
+        at = WEIGHT + (head * splits + split) * rows + row
+        weight = tl.load(at, mask=split < splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(weight, 0))
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that reads nothing
-    share = tl.exp2(weight - top)
-    total = tl.sum(share, 0)
-    inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # of others nothing is written
-    part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
-    out = tl.sum(part * share[:, None], 0) / tl.where(total == 0, 1.0, total)
+    out = tl.zeros([WIDE], tl.float32)
+    for begin in range(0, splits, SHARES):
+        split = begin + tl.arange(0, SHARES)
+        place = (head * splits + split) * rows + row
+        weight = tl.load(WEIGHT + place, mask=split < splits, other=float("-inf"))
+        share = tl.exp2(weight - top)
+        total += tl.sum(share, 0)
+        inside = (weight > float("-inf"))[:, None] & (d < DV)[None, :]  # else nothing is written
+        part = tl.load(PART + place[:, None] * DV + d[None, :], mask=inside, other=0.0)
+        out += tl.sum(part * share[:, None], 0)
+    out /= tl.where(total == 0, 1.0, total)
     out_at = OUT + (head * rows + row) * DV + d
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=d < DV)
     if LSE:

@@ -1,12 +1,21 @@
 """A few new tokens over one store of a layer's cache: keys in fewer bits, or in host memory.
 
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
-stores of a layer at once, a program reads a share of a head's pages, and shares are merged; packed
-numbers are unpacked in registers, which is what takes its time (benchmarks/results/decode.md).
+stores of a layer at once, a program reads a share of a head's pages, and shares are merged.
+
+Bound by memory (of an H200's 4.8 TB/s, 2.9 were measured in 4 bits and 3.1 in 8, at 131,072
+tokens), so that a packed number may cost few instructions: whole pages are not unpacked. Codes are
+read two bytes at a time and become the last bits of float16 numbers, two of them at once.
+A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
+page's queries are scaled, and its codes multiplied as they are. Steps of values, which go by token,
+are worked into the weights of these. Both are rounded to float16, relative to the page's largest
+step; what that takes from a sum of codes is given back for their middle, which is most of it. Units
+that are parts of pages come from many pages, and are unpacked.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.decode import merge_shares, padded, splits_of, tile_of
+from hfsparse.kernels.triton.decode import merge_shares, splits_of
 from hfsparse.kernels.triton.limits import (
     DTYPES,
     LOG2E,
     NEVER,
-    WIDEST,
-    add_logits,
+    WIDEST_STORED,
     await_previous,
     chained,
-    load_rows,
+    is_nvidia,
+    shared_memory,
 )
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.packed import NEWEST, steps, width_of
@@ -32,21 +41,42 @@ from hfsparse.lists.places import Place
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
+SPLITS = 512  # at most so many shares of a head's pages
+FEW = tl.constexpr(16)  # of the newest tokens, which lie as they came, at once
+LARGE, TINY = tl.constexpr(32768.0), tl.constexpr(1e-30)  # what float16 has room for; no step
+# Of two words of 16 bits in a register, one number of both: the lower or the upper of two bytes or
+# fp8 numbers, or the half bytes in order.
+BYTE_0 = tl.constexpr("and.b32 $0, $1, 0x00ff00ff;")
+BYTE_1 = tl.constexpr("prmt.b32 $0, $1, 0, 0x4341;")
+HALF_0 = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
+HALF_1 = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
+HALF_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x000f000f; }")
+HALF_3 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x00f000f0; }")
+_FLOAT = """{
+.reg .b32 sign, rest;
+%s
+and.b32 rest, rest, 0x3f803f80;
+lop3.b32 $0, sign, 0x80008000, rest, 0xea;
+}"""
+FLOAT_0 = tl.constexpr(_FLOAT % "shl.b32 sign, $1, 8; shl.b32 rest, $1, 7;")
+FLOAT_1 = tl.constexpr(_FLOAT % "mov.b32 sign, $1; shr.b32 rest, $1, 1;")
+
 
 def why_not(need: Need) -> str | None:
     """Why this kernel can't serve; None: it can."""
     if need.latents:
         return "no latents"
-    if need.lse:
-        return "gives no LSE"
+    if need.pooled:
+        return "no pages of a pool"
     if need.dtype not in DTYPES:
         return f"{need.dtype}: bfloat16, float16 and float32 are supported"
-    if max(need.head_dim, need.value_dim) > WIDEST:
-        dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
-        return f"{dims}: at most {WIDEST} is supported"
-    *_, width = padded(need.head_dim, need.value_dim, False)
-    more = {"packed": True, "parts": True}
-    if tile_of(1, width, need.dtype.itemsize, str(need.device), **more) is None:
+    dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
+    if max(need.head_dim, need.value_dim) > WIDEST_STORED:
+        return f"{dims}: at most {WIDEST_STORED} is supported"
+    if need.packed and (need.head_dim % 4 or need.value_dim % 4):
+        return f"{dims}: in fewer bits multiples of 4 are supported"
+    width = max(need.head_dim, need.value_dim)
+    if tile_of(16, width, need.dtype.itemsize, str(need.device), 16, False) is None:
         return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
@@ -61,12 +91,14 @@ def decode(
     scale: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, H * ratio, Q, Dv]` of q `[B, H * ratio, Q, D]` over the H heads of a store.
 
     query_pos [B, Q]: positions in the row, -1 where a row has no query. length [B]: tokens in each
     row, the new ones included. pages: those that the store's heads read; None: every one. Of keys
-    in host memory it reads the hot set, where `pages.lies` says.
+    in host memory it reads the hot set, where `pages.lies` says. lse `[B, H * ratio, Q]` float32:
+    as `reference.decode`.
     """
     (B, Hq, Q, D), H, Dv = q.shape, len(part.heads), part.v.shape[3]
     out = q.new_empty(B, Hq, Q, Dv, dtype=part.v.dtype)
@@ -76,13 +108,16 @@ def decode(
         length = length - part.dropped
         query_pos = torch.where(query_pos < 0, -1, query_pos - part.dropped[:, None])
     q = q if q.stride(-1) == 1 else q.contiguous()
-    group, packed, band = Hq // H, part.packed, part.band
-    DP, DVP, wide = padded(D, Dv, False)
+    group, packed, band, device = Hq // H, part.packed, part.band, str(q.device)
     together = PAGE if pages is None else pages.unit
-    device, more = str(q.device), {"packed": True, "parts": together < PAGE}
-    rows, stages, warps = tile_of(group * Q, wide, q.element_size(), device, **more)
+    slots, bits = part.k.shape[2], 16
+    if packed is not None:
+        slots, bits = packed.slots, packed.bits
+    parts, whole = 16 // width_of(bits), packed is not None and together == PAGE
+    given = group * Q, max(D, Dv), q.element_size(), device, width_of(bits), whole
+    rows, stages, warps, fill = tile_of(*given)
     tiles = triton.cdiv(group * Q, rows)
-    splits = splits_of(B * H * tiles, device)
+    splits = splits_of(B * H * tiles, device, SPLITS, fill)
     listed, count, width = length, length, (0, 0, 0, 0)  # stand-ins that are not read
     moved = pages is not None and pages.lies is not None
     if pages is not None:
@@ -96,24 +131,22 @@ def decode(
     if splits > 1:
         shared = q.new_empty(B * H, splits, group * Q, Dv, dtype=torch.float32)
     weight = q.new_empty(B * H, splits, group * Q, dtype=torch.float32)
-    slots, bits = part.k.shape[2], 16
-    if packed is not None:
-        slots, bits = packed.slots, packed.bits
     _decode_store[(B * H, splits, tiles)](
         *(q, *_held(part), shared, weight),
         *(query_pos.contiguous(), length.contiguous(), listed, count),
         pages.lies.contiguous() if moved else listed,
         weight if s_aux is None else s_aux.float().to(q.device).contiguous(),
         *q.stride()[:3],
-        *(*width, H, Q, group * Q, slots, part.below),
-        *(slots - part.size, part.size, band.sink, band.recent, band.rate, unit, inner),
+        *(*width, H, Q, group * Q, slots, part.below, slots - part.size, part.size),
+        *(band.sink, band.recent, band.rate, unit, inner),
         D=D,
         DV=Dv,
-        DP=DP,
-        DVP=DVP,
-        BITS=width_of(bits),
+        WIDE=max(16, triton.next_power_of_2(D // parts)),
+        WIDE_V=max(16, triton.next_power_of_2(Dv // parts)),
+        PARTS=parts,
         FLOAT=bits == "fp8",
         STEPS=steps(bits) if packed is not None else 0.0,
+        TWO=is_nvidia(device),
         ROWS=rows,
         PAGE=PAGE,
         NEWEST=NEWEST,
@@ -130,7 +163,9 @@ def decode(
         num_stages=stages,
     )
     if splits > 1:
-        merge_shares(shared, weight, out)
+        merge_shares(shared, weight, out, lse)
+    elif lse is not None:
+        torch.div(weight.view(B, Hq, Q), LOG2E.value, out=lse)
     return out
 
 
@@ -141,57 +176,242 @@ def _held(part: Place) -> tuple[Any, ...]:
     return part.packed[1:]
 
 
+@lru_cache
+def tile_of(
+    queries: int, width: int, itemsize: int, device: str, bits: int, whole: bool
+) -> tuple[int, int, int, int] | None:
+    """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide: the first
+    that fits, if any. whole: tiles are packed pages, and a warp that needs no other is the best."""
+    room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
+    rows = min(16, triton.next_power_of_2(queries))
+    warps = max(1, rows * width // 1024) if whole and itemsize == 2 else 2 * itemsize
+    for stages in (3, 2, 1) if itemsize == 2 else (1,):
+        if whole and itemsize == 2:
+            page = PAGE * (width * bits // 4 + 16)  # of keys and values, and ends
+            shared = max(1, stages - 1) * page + 4 * rows * width
+        else:
+            shared = width * itemsize * ((stages + 1) * PAGE + 2 * rows)
+        if shared <= room:
+            return rows, stages, warps, max(1, min(8 // warps, room // shared))
+    return None
+
+
 @triton.jit
-def _channels(W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """The channel that each of DP columns of a tile has, and whether it has one: of 4 bits byte c
-    has channel c, and in the tile's second half channel c + W / 2."""
-    PARTS: tl.constexpr = 2 if BITS == 4 else 1
-    d = tl.arange(0, DP)
-    lane = d % (DP // PARTS)
-    return d // (DP // PARTS) * (W // PARTS) + lane, lane < W // PARTS
+def _channels(W: tl.constexpr, WIDE: tl.constexpr, part: tl.constexpr, PARTS: tl.constexpr):
+    """The channels that numbers `part` of WIDE words have: of 4 bits byte c has channel c and, in
+    its upper half, the one that is half of all behind."""
+    channel = tl.arange(0, WIDE)
+    if PARTS > 1:
+        channel = 2 * channel + part // (PARTS // 2) + part % (PARTS // 2) * (2 * W)
+    return channel
+
+
+@triton.jit
+def _load(at, alive, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
+    """Rows that lie `at`, in the parts that words have: each `[rows, WIDE]`, zeros in dead rows."""
+    inside = alive[:, None] & (tl.arange(0, WIDE) < W)[None, :]
+    made = ()
+    for part in tl.static_range(PARTS):
+        channel = _channels(W, WIDE, part, PARTS)[None, :]
+        made += (tl.load(at[:, None] + channel, mask=inside, other=0.0),)
+    return made
+
+
+@triton.jit
+def _up(part: tl.constexpr, PARTS: tl.constexpr):
+    """How many times as large a part's numbers are: upper halves of bytes stay where they lie."""
+    return 16.0 if PARTS == 4 and part % 2 == 1 else 1.0
+
+
+@triton.jit
+def _number(word, part: tl.constexpr, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
+    """One part of words as float16: codes times `_up` times 2^-24, of fp8 numbers times 2^-8.
+
+    TWO: at once, which only a GPU does.
+    """
+    if TWO:
+        if FLOAT:
+            asm: tl.constexpr = FLOAT_0 if part == 0 else FLOAT_1
+        elif PARTS == 2:
+            asm: tl.constexpr = BYTE_0 if part == 0 else BYTE_1
+        elif part < 2:
+            asm: tl.constexpr = HALF_0 if part == 0 else HALF_1
+        else:
+            asm: tl.constexpr = HALF_2 if part == 2 else HALF_3
+        number = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.float16, True, 2)
+    else:
+        mask: tl.constexpr = 15 << (part % 2 * 4) if PARTS == 4 else 255
+        bits = (word >> (part // (PARTS // 2) * 8)) & mask
+        if FLOAT:
+            bits = ((bits & 127) << 7) | ((bits & 128) << 8)
+        number = bits.to(tl.float16, bitcast=True)
+    return number
+
+
+@triton.jit
+def _numbers(word, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
+    """All parts of words."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        made += (_number(word, part, PARTS, FLOAT, TWO),)
+    return made
+
+
+@triton.jit
+def _span(low, high, FLOAT: tl.constexpr):
+    """What all steps between two ends come to; of fp8 the end that is farther from zero."""
+    return tl.maximum(-low, high) if FLOAT else high - low
+
+
+@triton.jit
+def _ends(at, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
+    """The ends of a page's channels, part by part, float32 `[WIDE]`; of 16 bits two at a time."""
+    kind: tl.constexpr = at.dtype.element_ty
+    word = tl.arange(0, WIDE)
+    made = ()
+    if kind == tl.float32:
+        for part in tl.static_range(PARTS):
+            channel = _channels(W, WIDE, part, PARTS)
+            made += (tl.load(at + channel, mask=word < W, other=0.0),)
+    else:
+        at = at.to(tl.pointer_type(tl.uint32))
+        for odd in tl.static_range(2):
+            for half in tl.static_range(PARTS // 2):
+                two = tl.load(at + half * W + word, mask=word < W, other=0)
+                one = (two >> (16 * odd)).to(tl.uint16).to(kind, bitcast=True)
+                made += (one.to(tl.float32),)
+    return made
+
+
+@triton.jit
+def _words(at, W: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr):
+    """A page's codes `[PAGE, WIDE]`."""
+    word = tl.arange(0, WIDE)[None, :]
+    at = at + tl.arange(0, PAGE)[:, None] * W + word
+    return tl.load(at) if W == WIDE else tl.load(at, mask=word < W, other=0)
+
+
+@triton.jit
+def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr):
+    """Parts of queries `[WIDE, ROWS]`, at most 1, as codes of a page's keys meet them.
+
+    Also how large the page's widest channel is, and what `[ROWS]` products of codes lack.
+    """
+    widest = _span(low[0], high[0], FLOAT)
+    for part in tl.static_range(1, PARTS):
+        widest = tl.maximum(widest, _span(low[part], high[part], FLOAT))
+    widest = tl.maximum(tl.max(widest, 0), TINY)
+    fit, made = LARGE / widest, ()
+    lack, off = tl.zeros_like(q[0]), tl.zeros_like(q[0])
+    for part in tl.static_range(PARTS):
+        x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
+        y = x.to(KIND)
+        made += (y,)
+        if not FLOAT:
+            lack += q[part] * low[part][:, None]
+            off += (x - y.to(tl.float32)) * _up(part, PARTS)
+    lack += off * (widest * (0.5 / LARGE))
+    return made, widest, tl.sum(lack, 0)
 
 
 @triton.jit
 def _unpack(
-    PACKED, LOW, HIGH, slot, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-    FLOAT: tl.constexpr, STEPS: tl.constexpr, BY_TOKEN: tl.constexpr, WHOLE: tl.constexpr,
-    PAGE: tl.constexpr,
+    PACKED, LOW, HIGH, slot, held, KIND: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, FLOAT: tl.constexpr, UNIT: tl.constexpr, BY_TOKEN: tl.constexpr,
+    PAGE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values `[PAGE, DP]` of W dims at slots of a head, in float32; WHOLE: of one page."""
-    BYTES: tl.constexpr = W * BITS // 8
-    WIDE: tl.constexpr = DP * BITS // 8
-    c = tl.arange(0, WIDE)
-    inside = held[:, None] & (c < BYTES)[None, :]
-    code = tl.load(PACKED + slot[:, None] * BYTES + c[None, :], mask=inside, other=0).to(tl.int32)
-    if BITS == 4:
-        code = tl.join(code & 15, code >> 4).permute(0, 2, 1).reshape(PAGE, DP)
-    if BY_TOKEN:
-        low = tl.load(LOW + slot, mask=held, other=0.0).to(tl.float32)[:, None]
-        high = tl.load(HIGH + slot, mask=held, other=0.0).to(tl.float32)[:, None]
-    elif WHOLE:
-        channel, real = _channels(W, DP, BITS)
-        at = tl.max(slot, 0) // PAGE * W + channel
-        low = tl.load(LOW + at, mask=real, other=0.0).to(tl.float32)[None, :]
-        high = tl.load(HIGH + at, mask=real, other=0.0).to(tl.float32)[None, :]
-    else:
-        channel, real = _channels(W, DP, BITS)
-        at, real = (slot // PAGE * W)[:, None] + channel[None, :], held[:, None] & real[None, :]
-        low = tl.load(LOW + at, mask=real, other=0.0).to(tl.float32)
-        high = tl.load(HIGH + at, mask=real, other=0.0).to(tl.float32)
-    if FLOAT:  # by its bits, as of a float32 whose exponents count from 120 less
-        size = (((code & 127) << 20) | ((code & 128) << 24)).to(tl.float32, bitcast=True)
-        return size * 1.329227995784916e36 * (tl.maximum(-low, high) * STEPS)
-    return low + code.to(tl.float32) * ((high - low) * STEPS)
+    """Keys or values at slots, part by part `[PAGE, WIDE]`."""
+    word = tl.arange(0, WIDE)[None, :]
+    inside = held[:, None] & (word < W)
+    numbers = tl.load(PACKED + slot[:, None] * W + word, mask=inside, other=0)
+    numbers = _numbers(numbers, PARTS, FLOAT, TWO)
+    made = ()
+    for part in tl.static_range(PARTS):
+        at = slot[:, None]
+        if not BY_TOKEN:
+            at = at // PAGE * (W * PARTS) + _channels(W, WIDE, part, PARTS)[None, :]
+        low = tl.load(LOW + at, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(HIGH + at, mask=inside, other=0.0).to(tl.float32)
+        step = _span(low, high, FLOAT) * (UNIT / _up(part, PARTS))
+        x = numbers[part].to(tl.float32) * step
+        made += ((x if FLOAT else low + x).to(KIND),)
+    return made
 
 
 @triton.jit
-def _newest(
-    NEW, key, held, W: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NEWEST: tl.constexpr,
+def _either(first, a, b, PARTS: tl.constexpr):
+    """Of parts a in those rows that are told, of parts b in others."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        made += (tl.where(first[:, None], a[part], b[part]),)
+    return made
+
+
+@triton.jit
+def _products(k, q, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Of keys `[PAGE, WIDE]` and queries `[WIDE, ROWS]`, over all parts."""
+    s = tl.dot(k[0].to(q[0].dtype), q[0], input_precision=PRECISION)
+    for part in tl.static_range(1, PARTS):
+        s = tl.dot(k[part].to(q[part].dtype), q[part], s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _capped(s, unit, inner):
+    """Products as logits in base 2, under a softcap."""
+    return (2 * tl.sigmoid(2 * inner * s) - 1) * unit  # tanh
+
+
+@triton.jit
+def _weigh(total, top, s, kept):
+    """One step of the online softmax, in base 2: weights of logits s `[keys, ROWS]`, what those
+    before lose, and the new totals and maxima `[ROWS]`."""
+    s = tl.where(kept, s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 0))
+    base = tl.where(new == float("-inf"), 0.0, new)  # queries that have seen nothing yet
+    p, fade = tl.exp2(s - base[None, :]), tl.exp2(top - base)
+    return p, fade, total * fade + tl.sum(p, 0), new
+
+
+@triton.jit
+def _attend(
+    acc, lows, total, top, q, k, v, kept, unit, inner,
+    PARTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values `[PAGE, DP]` that lie as they came, at positions of a head."""
-    channel, real = _channels(W, DP, BITS)
-    at = NEW + (key % NEWEST).to(tl.int64)[:, None] * W + channel[None, :]
-    return tl.load(at, mask=held[:, None] & real[None, :], other=0.0)
+    """Attend to keys and values as they are."""
+    s = _products(k, q, PARTS, PRECISION)
+    s = _capped(s, unit, inner) if SOFTCAP else s * unit
+    p, fade, total, top = _weigh(total, top, s, kept)
+    p = tl.trans(p.to(v[0].dtype))
+    made = ()
+    for part in tl.static_range(PARTS):
+        faded = acc[part] * fade[:, None]
+        made += (tl.dot(p, v[part], faded, input_precision=PRECISION),)
+    return made, lows * fade, total, top
+
+
+@triton.jit
+def _queries(at, alive, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
+    """Queries `[WIDE, ROWS]`, part by part."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        channel = _channels(W, WIDE, part, PARTS)[:, None]
+        inside = (tl.arange(0, WIDE) < W)[:, None] & alive[None, :]
+        made += (tl.load(at[None, :] + channel, mask=inside, other=0.0),)
+    return made
+
+
+@triton.jit
+def _at_most_one(q, PARTS: tl.constexpr):
+    """Parts of queries in float32, divided by the largest of each query `[ROWS]`, and that."""
+    most = tl.max(tl.abs(q[0].to(tl.float32)), 0)
+    for part in tl.static_range(1, PARTS):
+        most = tl.maximum(most, tl.max(tl.abs(q[part].to(tl.float32)), 0))
+    most = tl.where(most == 0, 1.0, most)
+    made = ()
+    for part in tl.static_range(PARTS):
+        made += (q[part].to(tl.float32) / most[None, :],)
+    return made, most
 
 
 @triton.jit(do_not_specialize="list_b list_h count_b count_h H Q rows slots below".split())
@@ -201,15 +421,22 @@ def _decode_store(
     q_b: tl.int64, q_h: tl.int64, q_s,
     list_b: tl.int64, list_h: tl.int64, count_b: tl.int64, count_h: tl.int64,
     H, Q, rows, slots, below, keeps, size, sink, recent: tl.int64, rate: tl.int64, unit, inner,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BITS: tl.constexpr,
-    FLOAT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
-    NEWEST: tl.constexpr, TOGETHER: tl.constexpr, MOVED: tl.constexpr,
-    LISTED: tl.constexpr, RING: tl.constexpr, CHUNKS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
+    PARTS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.constexpr, TWO: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, NEWEST: tl.constexpr, TOGETHER: tl.constexpr,
+    MOVED: tl.constexpr, LISTED: tl.constexpr, RING: tl.constexpr, CHUNKS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     # Rows: q head of the group * Q + new token. Tiles: as of `_decode`. A ring's first `keeps`
     # slots hold the positions of the same number.
+    W: tl.constexpr = D // PARTS  # words of a key
+    WV: tl.constexpr = DV // PARTS
+    # What undoes `_numbers`, in steps; what products are of.
+    UNIT: tl.constexpr = STEPS * (256.0 if FLOAT else 16777216.0)
+    dtype: tl.constexpr = Q_.dtype.element_ty
+    kind: tl.constexpr = dtype if dtype == tl.float32 else tl.float16
     head = tl.program_id(0).to(tl.int64)
     b, kv = head // H, head % H
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -237,13 +464,7 @@ def _decode_store(
     group = rows // Q
     at = tl.load(QUERY_POS + b * Q + row % Q, mask=alive, other=-1)
     queries = Q_ + b * q_b + (kv * group + row // Q) * q_h + (row % Q) * q_s
-    channel, real = _channels(D, DP, BITS)
-    inside = alive[:, None] & real[None, :]
-    q = tl.load(queries[:, None] + channel[None, :], mask=inside, other=0.0)
-    keys, values = K + head * slots * (D * BITS // 8), V + head * slots * (DV * BITS // 8)
-    if BITS == 16:
-        keys, values = K + head * slots * D, V + head * slots * DV
-    pages = head * (slots // PAGE)
+    q = _queries(queries, alive, W, WIDE, PARTS)
     if RING:
         turn, newest = (length - 1 - keeps) // size * size, keeps + (length - 1 - keeps) % size
         span = recent + (at * rate >> 16)  # as Band.span
@@ -251,7 +472,10 @@ def _decode_store(
             span = at % recent + 1
         start = tl.where(whole, 0, tl.maximum(at - span + 1, 0)).to(tl.int32)
     at = at.to(tl.int32)
-    acc = tl.zeros([ROWS, DVP], tl.float32)
+    acc = ()
+    for _ in tl.static_range(PARTS):
+        acc += (tl.zeros([ROWS, WIDE_V], tl.float32),)
+    lows = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:  # one more logit, of a key without a value: the first share has it
@@ -259,74 +483,126 @@ def _decode_store(
         top = tl.where(tl.program_id(1) == 0, bare, top)
         total = tl.where(tl.program_id(1) == 0, 1.0, total)
 
-    # A tile of one page is read packed, and behind all others what of it lies among the newest.
-    WHOLE: tl.constexpr = (BITS < 16) & ((TOGETHER == PAGE) | (not LISTED))
-    lane = tl.arange(0, PAGE)
-    page = length // PAGE
-    fresh = lane < 0
-    for j in range(first, tl.minimum(first + each, count)):
-        nth = j * EACH + lane // TOGETHER
-        if LISTED:
-            named = tl.load(lists + nth, mask=chosen & (nth < units), other=0).to(tl.int32)
-            nth = tl.where(chosen, named, nth)
-        slot = nth * TOGETHER + lane % TOGETHER
-        held = (j * EACH + lane // TOGETHER < units) & (slot < live)
-        key = slot
+    lane, end = tl.arange(0, PAGE), tl.minimum(first + each, count)
+    page = length // PAGE  # the newest, which lies as it came
+    if PARTS > 1:
+        keys, values = K.to(tl.pointer_type(tl.uint16)), V.to(tl.pointer_type(tl.uint16))
+        new_k, new_v = NEW_K + head * NEWEST * D, NEW_V + head * NEWEST * DV
+    if (PARTS > 1) & (TOGETHER == PAGE):
+        # Tiles of one page. Where the newest is to lie once it is full, an older one may lie.
+        q, most = _at_most_one(q, PARTS)
+        if not SOFTCAP:
+            most *= unit
+        begun, seat = page * PAGE, page
+        older = begun < 0
         if RING:
-            key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
-        lies = slot.to(tl.int64)
-        if MOVED:
-            seat = j * EACH + lane // TOGETHER
-            lies = tl.load(LIES + b * list_b + kv * list_h + seat, mask=seat < units, other=0)
-            lies = lies * TOGETHER + lane % TOGETHER
-        if BITS == 16:
-            k = load_rows(keys, D, lies, held, D, DP, True)
-            v = load_rows(values, DV, lies, held, DV, DVP, True)
-        else:
-            new = held & (key // PAGE == page)
-            old = held & (new == 0)
-            k = _unpack(
-                *(keys, LOW + pages * D, HIGH + pages * D, lies, old),
-                *(D, DP, BITS, FLOAT, STEPS, False, WHOLE, PAGE),
-            ).to(NEW_K.dtype.element_ty)
-            v = _unpack(
-                *(values, LEAST + head * slots, MOST + head * slots, lies, old),
-                *(DV, DVP, BITS, FLOAT, STEPS, True, WHOLE, PAGE),
-            ).to(NEW_V.dtype.element_ty)
-            if WHOLE:
-                held, fresh = old, fresh | new
-            else:
-                lies = _newest(NEW_K + head * NEWEST * D, key, new, D, DP, BITS, NEWEST)
-                k = tl.where(new[:, None], lies, k)
-                lies = _newest(NEW_V + head * NEWEST * DV, key, new, DV, DVP, BITS, NEWEST)
-                v = tl.where(new[:, None], lies, v)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        kept = held[None, :] & (key[None, :] <= at[:, None])
-        if RING:
-            kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
-        acc, total, top, _ = add_logits(
-            *(acc, total, top, 0, s, v, kept, alive, unit, inner, 0.0),
-            *(True, SOFTCAP, False, PRECISION),
-        )
+            ahead = begun - keeps
+            seat = tl.where(ahead < 0, page, (keeps + ahead % size) // PAGE)
+            older = ahead >= size
+        limit, fresh = tl.minimum(at + 1, begun), begun < 0
+        for j in range(first, end):
+            named = j
+            if LISTED:
+                named = tl.load(lists + j, mask=chosen, other=named).to(tl.int32)
+            sound = (named != seat) | older
+            fresh |= named == seat
+            stored = named.to(tl.int64)
+            if MOVED:  # of the newest it names any slot, which is not weighed
+                stored = tl.load(LIES + b * list_b + kv * list_h + j)
+            stored += head * (slots // PAGE)
+            low = _ends(LOW + stored * D, W, WIDE, PARTS)
+            high = _ends(HIGH + stored * D, W, WIDE, PARTS)
+            ends = stored * PAGE + lane
+            least = tl.load(LEAST + ends, mask=sound, other=0.0).to(tl.float32)
+            width = _span(least, tl.load(MOST + ends, mask=sound, other=0.0).to(tl.float32), FLOAT)
+            k = _words(keys + stored * (PAGE * W), W, WIDE, PAGE)
+            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
 
-    if WHOLE:
-        some = tl.max(fresh.to(tl.int32), 0)
-        if some > 0:
-            key = page * PAGE + lane
-            k = _newest(NEW_K + head * NEWEST * D, key, fresh, D, DP, BITS, NEWEST)
-            v = _newest(NEW_V + head * NEWEST * DV, key, fresh, DV, DVP, BITS, NEWEST)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            kept = fresh[None, :] & (key[None, :] <= at[:, None])
+            scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
+            s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
+            s *= (most * (widest * (UNIT / LARGE)))[None, :]
+            if not FLOAT:
+                s += (lack * most)[None, :]
+            key = named * PAGE + lane
             if RING:
-                kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
-            acc, total, top, _ = add_logits(
-                *(acc, total, top, 0, s, v, kept, alive, unit, inner, 0.0),
-                *(True, SOFTCAP, False, PRECISION),
+                key += tl.where(key < keeps, 0, tl.where(key > newest, turn - size, turn))
+            kept = key[:, None] < limit[None, :]
+            if RING:
+                kept &= sound & (tl.where(key < sink, NEVER, key)[:, None] >= start[None, :])
+            if SOFTCAP:
+                s = _capped(s, unit, inner)
+            p, fade, total, top = _weigh(total, top, s, kept)
+            widest = tl.maximum(tl.max(width, 0), TINY)
+            x = p * (width * (LARGE / widest))[:, None]
+            y = x.to(kind)
+            if not FLOAT:
+                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
+                lows = lows * fade + tl.sum(lack, 0)
+            v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
+            made = ()
+            for part in tl.static_range(PARTS):
+                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
+                o *= widest * (UNIT / LARGE / _up(part, PARTS))
+                made += (acc[part] * fade[:, None] + o,)
+            acc = made
+        own = _queries(queries, alive, W, WIDE, PARTS)
+        for begin in range(begun, tl.where(fresh, length, begun), FEW):
+            key = begin + tl.arange(0, FEW)
+            new, lies = key < length, (key % NEWEST).to(tl.int64)
+            k = _load(new_k + lies * D, new, W, WIDE, PARTS)
+            v = _load(new_v + lies * DV, new, WV, WIDE_V, PARTS)
+            kept = new[:, None] & (key[:, None] <= at[None, :])
+            if RING:
+                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+            acc, lows, total, top = _attend(
+                *(acc, lows, total, top, own, k, v, kept, unit, inner),
+                *(PARTS, SOFTCAP, PRECISION),
+            )
+    else:
+        for j in range(first, end):
+            seat = j * EACH + lane // TOGETHER
+            named = seat
+            if LISTED:
+                given = tl.load(lists + seat, mask=chosen & (seat < units), other=0)
+                named = tl.where(chosen, given.to(tl.int32), named)
+            slot = named * TOGETHER + lane % TOGETHER
+            held = (seat < units) & (slot < live)
+            key = slot
+            if RING:
+                key += tl.where(slot < keeps, 0, tl.where(slot > newest, turn - size, turn))
+            kept = held[:, None] & (key[:, None] <= at[None, :])
+            if RING:
+                kept &= tl.where(key < sink, NEVER, key)[:, None] >= start[None, :]
+            lies = slot.to(tl.int64)
+            if MOVED:
+                lies = tl.load(LIES + b * list_b + kv * list_h + seat, mask=seat < units, other=0)
+                lies = lies * TOGETHER + lane % TOGETHER
+            lies += head * slots
+            if PARTS == 1:
+                k = _load(K + lies * D, held, W, WIDE, PARTS)
+                v = _load(V + lies * DV, held, WV, WIDE_V, PARTS)
+            else:
+                new = held & (key // PAGE == page)
+                old, at_new = held & (new == 0), (key % NEWEST).to(tl.int64)
+                k = _unpack(
+                    *(keys, LOW, HIGH, lies, old, dtype),
+                    *(W, WIDE, PARTS, FLOAT, UNIT, False, PAGE, TWO),
+                )
+                v = _unpack(
+                    *(values, LEAST, MOST, lies, old, dtype),
+                    *(WV, WIDE_V, PARTS, FLOAT, UNIT, True, PAGE, TWO),
+                )
+                k = _either(new, _load(new_k + at_new * D, new, W, WIDE, PARTS), k, PARTS)
+                v = _either(new, _load(new_v + at_new * DV, new, WV, WIDE_V, PARTS), v, PARTS)
+            acc, lows, total, top = _attend(
+                *(acc, lows, total, top, q, k, v, kept, unit, inner),
+                *(PARTS, SOFTCAP, PRECISION),
             )
 
     some = tl.where(total == 0, 1.0, total)
-    channel, real = _channels(DV, DVP, BITS)
-    inside = alive[:, None] & real[None, :]
-    part = (acc / some[:, None]).to(PART.dtype.element_ty)
-    tl.store(PART + place[:, None] * DV + channel[None, :], part, mask=inside)
+    inside = alive[:, None] & (tl.arange(0, WIDE_V) < WV)[None, :]
+    for part in tl.static_range(PARTS):
+        made = ((acc[part] + lows[:, None]) / some[:, None]).to(PART.dtype.element_ty)
+        channel = _channels(WV, WIDE_V, part, PARTS)[None, :]
+        tl.store(PART + place[:, None] * DV + channel, made, mask=inside)
     tl.store(WEIGHT + place, top + tl.log2(some), mask=alive)

@@ -22,7 +22,7 @@ from hfsparse.kernels.triton import (
     estimate_probes,
     select,
 )
-from hfsparse.kernels.triton.limits import BLOCKS
+from hfsparse.kernels.triton.limits import BLOCKS, WIDEST
 from hfsparse.lists import BlockLists, Grid
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
@@ -67,8 +67,8 @@ def why_not(need: Need) -> str | None:
     kind = type(need.chooser)
     if kind not in FUSED:
         return f"{need.chooser.kind} is not fused"
-    if need.head_dim > 256:
-        return f"head dim {need.head_dim}: at most 256 is supported"
+    if need.head_dim > WIDEST:
+        return f"head dim {need.head_dim}: at most {WIDEST} is supported"
     if kind in (VerticalSlash, FlexPrefill, Sample) and not estimate_probes.stages(
         need.device, need.dtype, need.head_dim
     ):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.triton.limits import DTYPES, NEVER, await_previous, chained, load_rows
+from hfsparse.kernels.triton.limits import DTYPES, NEVER, await_previous, chained
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.hot import Hot
 from hfsparse.lists.packed import NEWEST
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST = 1 << 15  # units in a list, and slots: one program holds as many
 COPIES = 64  # programs that copy what a row's head misses
+WIDE = tl.constexpr(8192)  # elements that a program copies at once
 
 
 def why_not(need: Need) -> str | None:
@@ -48,7 +49,8 @@ def fetch(
     lies, missing = torch.empty_like(units), units.new_empty(B, H, dtype=torch.int32)
     claims = units.new_empty(2, B, H, min(W, S), dtype=torch.int32)
     most = triton.next_power_of_2(max(W, S))
-    more, device = {"UNIT": hot.unit, "PAGE": PAGE, "NEWEST": NEWEST}, str(units.device)
+    more = {"UNIT": hot.unit, "PAGE": PAGE, "NEWEST": NEWEST, "LEAD": hot.lead}
+    device = str(units.device)
     _claim[(B * H,)](
         *(units, lists.count.contiguous(), length, hot.table, hot.owner, hot.stamp, hot.clock),
         *(lies, claims, missing, missing if read is None else read),
@@ -60,16 +62,19 @@ def fetch(
         **more,
         **chained(device),
     )
-    D, DV = hot.k.shape[3], hot.v.shape[3]
+    pairs, packed = hot.pairs, hot.pages is not None
+    sizes = [host[0, 0].numel() // hot.table.shape[2] for _, host in pairs]  # of a unit
+    given = [t for pair in pairs for t in pair]
     _copy[(B * H, min(W, S, COPIES))](
-        *(hot.host_k, hot.host_v, hot.k, hot.v, claims, missing),
-        *(min(W, S), S, hot.host_k.shape[2], B * H * min(W, S)),
-        D=D,
-        DV=DV,
-        DP=triton.next_power_of_2(D),
-        DVP=triton.next_power_of_2(DV),
-        UNIT=hot.unit,
-        NEWEST=NEWEST,
+        *given,
+        *([] if packed else given * 2),  # stand-ins that are not read
+        *(claims, missing),
+        *(min(W, S), S, hot.table.shape[2], B * H * min(W, S)),
+        KEY=sizes[0],
+        VALUE=sizes[1],
+        BOUND=sizes[2] if packed else 0,
+        END=sizes[4] if packed else 0,
+        LEAD=hot.lead,
         num_warps=4,
         **chained(device),
     )
@@ -80,7 +85,7 @@ def fetch(
 def _claim(
     UNITS, COUNT, LENGTH, TABLE, OWNER, STAMP, CLOCK, LIES, CLAIMS, MISSING, READ, H, W, S, U,
     WIDE: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr, UNIT: tl.constexpr,
-    PAGE: tl.constexpr, NEWEST: tl.constexpr, CHAINED: tl.constexpr,
+    PAGE: tl.constexpr, NEWEST: tl.constexpr, LEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     head = tl.program_id(0).to(tl.int64)
@@ -89,9 +94,10 @@ def _claim(
     count = tl.load(COUNT + head).to(tl.int32)
     used = nth < tl.minimum(count, W)
     unit = tl.load(UNITS + head * W + nth, mask=used, other=0).to(tl.int32)
-    last = (tl.load(LENGTH + head // H).to(tl.int32) + PAGE - 1) // PAGE - 1
+    length = tl.load(LENGTH + head // H).to(tl.int32)
     page = unit // EACH
-    newest = page >= last - 1
+    # As `Hot.newest`: of packed pages that one which is not full.
+    newest = page >= (length // PAGE if LEAD == 0 else (length + PAGE - 1) // PAGE - 2)
     table, owner, stamps = TABLE + head * U, OWNER + head * S, STAMP + head * S
     held = tl.load(table + unit, mask=used & (newest == 0), other=0)
     missing = used & (newest == 0) & (held < 0)
@@ -135,28 +141,39 @@ def _claim(
         behind = into + tl.num_programs(0).to(tl.int64) * most
         tl.store(behind + rank, unit, mask=missing)
         taken = tl.where(missing, taken, held)
-    at = NEWEST // UNIT + taken
-    at = tl.where(newest, page % (NEWEST // PAGE) * EACH + unit % EACH, at)
+    at = LEAD + taken
+    if LEAD:
+        at = tl.where(newest, page % (NEWEST // PAGE) * EACH + unit % EACH, at)
+    else:
+        at = tl.where(newest, 0, at)
     tl.store(LIES + head * W + nth, tl.where(used, at, 0).to(tl.int64), mask=nth < W)
 
 
-@triton.jit(do_not_specialize="most S N".split())
+@triton.jit
+def _move(TO, FROM, to, of, SIZE: tl.constexpr, MOST: tl.constexpr):
+    """Copy so many elements that lie together."""
+    for first in tl.static_range(0, SIZE, MOST):
+        at = first + tl.arange(0, MOST)
+        t = tl.load(FROM + of * SIZE + at, mask=at < SIZE, other=0)
+        tl.store(TO + to * SIZE + at, t, mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize="most S U".split())
 def _copy(
-    HOST_K, HOST_V, K, V, CLAIMS, MISSING, most, S, N, behind: tl.int64,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, UNIT: tl.constexpr,
-    NEWEST: tl.constexpr, CHAINED: tl.constexpr,
+    K, HOST_K, V, HOST_V, LOW, HOST_LOW, HIGH, HOST_HIGH, LEAST, HOST_LEAST, MOST_, HOST_MOST,
+    CLAIMS, MISSING, most, S, U, behind: tl.int64,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BOUND: tl.constexpr, END: tl.constexpr,
+    LEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     head = tl.program_id(0).to(tl.int64)
-    token = tl.arange(0, UNIT).to(tl.int64)
-    real = token >= 0
-    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
-    begin = head * (NEWEST + S * UNIT) + NEWEST
     for nth in range(tl.program_id(1), tl.load(MISSING + head), tl.num_programs(1)):
-        slot = tl.load(CLAIMS + head * most + nth).to(tl.int64)
-        unit = tl.load(CLAIMS + behind + head * most + nth).to(tl.int64)
-        of, to = head * N + unit * UNIT + token, begin + slot * UNIT + token
-        k = load_rows(HOST_K, D, of, real, D, DP, False)
-        v = load_rows(HOST_V, DV, of, real, DV, DVP, False)
-        tl.store(K + to[:, None] * D + d[None, :], k, mask=(d < D)[None, :])
-        tl.store(V + to[:, None] * DV + dv[None, :], v, mask=(dv < DV)[None, :])
+        to = head * (LEAD + S) + LEAD + tl.load(CLAIMS + head * most + nth)
+        of = head * U + tl.load(CLAIMS + behind + head * most + nth)
+        _move(K, HOST_K, to, of, KEY, WIDE if KEY > WIDE else triton.next_power_of_2(KEY))
+        _move(V, HOST_V, to, of, VALUE, WIDE if VALUE > WIDE else triton.next_power_of_2(VALUE))
+        if BOUND:
+            _move(LOW, HOST_LOW, to, of, BOUND, triton.next_power_of_2(BOUND))
+            _move(HIGH, HOST_HIGH, to, of, BOUND, triton.next_power_of_2(BOUND))
+            _move(LEAST, HOST_LEAST, to, of, END, triton.next_power_of_2(END))
+            _move(MOST_, HOST_MOST, to, of, END, triton.next_power_of_2(END))

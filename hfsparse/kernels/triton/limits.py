@@ -16,7 +16,8 @@ from hfsparse.lists import Band, places
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
-WIDEST = 256  # head and value dim
+WIDEST = 512  # head and value dim
+WIDEST_STORED = 256  # of stores that are read one by one
 NEVER = tl.constexpr((1 << 31) - 1)  # the position of a key that no query reads
 WIDTH = tl.constexpr(places.WIDTH)
 (

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.errors import UsageError
 from hfsparse.kernels.triton.limits import (
     BLOCKS,
     DTYPES,
@@ -54,6 +53,9 @@ def why_not(need: Need) -> str | None:
         )
     if need.block not in BLOCKS:
         return f"blocks of {need.block} tokens: 16, 32, 64 and 128 are supported"
+    width = max(need.head_dim, need.value_dim)
+    if tile_of(width, need.dtype.itemsize, need.block, str(need.device)) is None:
+        return f"{need.dtype} heads of {width}: too wide for this GPU's shared memory"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
@@ -134,7 +136,7 @@ def prefill(
 
 
 @lru_cache
-def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, int, int]:
+def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, int, int] | None:
     """Queries and keys of a tile, and warps, for heads `width` wide: the first row that fits."""
     room = shared_memory(device)
     width, copies = max(16, triton.next_power_of_2(width)), itemsize // 2  # float32 is kept twice
@@ -143,8 +145,7 @@ def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, in
         registers = copies * queries * (width + keys) / (32 * warps)  # a thread
         if max(queries, keys) <= block and shared <= room and registers <= 160:
             return queries, keys, warps
-    said = f"head dim {width} needs {shared} bytes of shared memory: {device} has {room}"
-    raise UsageError(said)
+    return None
 
 
 def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:

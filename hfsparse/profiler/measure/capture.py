@@ -34,6 +34,7 @@ from hfsparse.patcher import patch
 from hfsparse.plan import Plan
 from hfsparse.profiler.measure.latents import absorb_out, solve_latents
 from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.shared_keys import SharedKeys
 from hfsparse.profiler.measure.slices import slice_tokens, wrap_forwards
 from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of, layer_plans_of, observed
@@ -62,7 +63,7 @@ class Seen(Given):
     grad: Tensor  # [1, Hq, L, Dv], of the objective: here the mean margin of the key tokens
     logits: Logits
     keys: Tensor  # [n] rows that predict the key tokens, ascending
-    layer: int
+    layer: int  # that keeps the keys
     proj: Tensor | None = None  # [Hq, Dv, hidden], the output projection; None: not found
     first: int = 0  # number of the first kv head, where these are a part of the layer's
 
@@ -111,7 +112,7 @@ def forward(
     found: list[dict[str, np.ndarray]] = []
 
     def observe(module, q, k, v, logits):
-        if layer_plan_of(module).alone:
+        if layer_plan_of(module).free:
             latents = solve_latents(module, k, v)
             if latents is not None:
                 q, (k, v) = latents.absorb(q), latents.kept
@@ -154,7 +155,7 @@ def stack_layers(
     model: PreTrainedModel, found: list[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """What layers that may be sparse have answered, as arrays `[layers, ...]`, 0 in the others."""
-    free = [shape.alone for shape in layer_shapes(model)]
+    free = [shape.free for shape in layer_shapes(model)]
     stacked = {}
     for name in found[0]:
         rows = np.stack([each[name] for each in found])
@@ -172,10 +173,12 @@ def _make_observer(
     """What layers call (`Mode.observe`): in the backward pass it puts into `found`, by layer,
     what `measure` answers."""
 
+    shared = SharedKeys()
+
     def observe(module, q, k, v, logits):
-        if not torch.is_grad_enabled():  # the forward pass
-            return None
-        if not layer_plan_of(module).alone:
+        layer = layer_plan_of(module)
+        shared.follow(layer, k, v)
+        if not torch.is_grad_enabled() or not layer.free:  # the forward pass, or a window
             return None
 
         # Detached: a hook that held its own tensor's graph would keep every layer alive.
@@ -191,9 +194,7 @@ def _make_observer(
                     raise _explain_no_gradient(model)
                 with torch.no_grad():
                     at = keys.to(grad.device)
-                    found[layer_plan_of(module).index] = measure(
-                        _look(module, *held, grad, logits, at)
-                    )
+                    found[layer.index] = measure(_look(module, *held, grad, logits, at))
                 held.clear()  # autograd keeps this hook until it is through with the layer
 
             out.register_hook(visit)
@@ -208,7 +209,8 @@ def _look(module, q, k, v, out, grad, logits, keys) -> Seen:
     proj = find_projection(module, out, latents)
     if latents is not None:
         q, (k, v), (out, grad) = latents.absorb(q), latents.kept, absorb_out(latents, out, grad)
-    return Seen(q, k, v, out, grad, logits, keys, layer_plan_of(module).index, proj)
+    layer = layer_plan_of(module)
+    return Seen(q, k, v, out, grad, logits, keys, (layer.producer or layer).index, proj)
 
 
 def check_gradients(model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from hfsparse import kernels
 from hfsparse.errors import UsageError
 from hfsparse.lists import PAGE, Grid, default_block
+from hfsparse.lists.packed import Bits
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.kept import Full
@@ -130,7 +131,7 @@ def _measure_heads(
         return (effect * weight).sum(1), more | {"recall": recall.view(heads, -1).mean(1)}
 
     @cache
-    def read_back(bits: int) -> ReadBack:
+    def read_back(bits: Bits) -> ReadBack:
         return ReadBack.of(seen, bits)
 
     def by_group(each: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from hfsparse.patcher import patch
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.measure.capture import checkpoint_layers
 from hfsparse.profiler.measure.modes import isolate_modes
+from hfsparse.profiler.measure.shared_keys import SharedKeys
 from hfsparse.profiler.measure.slices import slice_tokens
 from hfsparse.runtime.layer_plan import (
     LayerPlan,
@@ -60,8 +61,10 @@ def gate_heads(model: PreTrainedModel, gates: Tensor, stream: Streaming) -> Iter
     """Attention goes by gate in a patched model whose plan is full, without a cache."""
 
     rows = {layer.index: row for row, layer in enumerate(find_sparse_layers(model))}
+    shared = SharedKeys()
 
     def observe(module, q: Tensor, k: Tensor, v: Tensor, logits: Logits):
+        shared.follow(layer_plan_of(module), k, v)
         if (row := rows.get(layer_plan_of(module).index)) is None:
             return None
 

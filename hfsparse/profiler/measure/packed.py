@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE
-from hfsparse.lists.packed import pack, unpack
+from hfsparse.lists.packed import Bits, pack, unpack
 from hfsparse.profiler.measure.capture import Seen
 from hfsparse.profiler.measure.exact import scores_of, weigh
 
@@ -28,7 +28,7 @@ class ReadBack:
     whole: Tensor  # [n, L] bool: the page that is read as it came
 
     @classmethod
-    def of(cls, seen: Seen, bits: int) -> ReadBack:
+    def of(cls, seen: Seen, bits: Bits) -> ReadBack:
         """Of a layer whose full pages are in so many bits."""
         rows, (Hq, Hkv, L) = seen.keys, (seen.q.shape[1], *seen.k.shape[1:3])
         k, v = (come_back(t[0], bits, over) for t, over in ((seen.k, -2), (seen.v, -1)))
@@ -53,7 +53,7 @@ class ReadBack:
         return out / share.clamp(min=1e-9)[..., None]
 
 
-def come_back(t: Tensor, bits: int, over: int) -> Tensor:
+def come_back(t: Tensor, bits: Bits, over: int) -> Tensor:
     """t `[H, L, D]` with its full pages packed and read again; steps are between ends over a page
     (-2) or a token (-1)."""
     full = t.shape[1] // PAGE * PAGE

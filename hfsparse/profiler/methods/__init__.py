@@ -17,7 +17,9 @@ class Entry:
 
     module: str
     function: str = "plan"
-    one_pass: bool = False  # measures candidates on every head: can keep within a loss, and draw
+    # Measures candidates on every head: can keep within a loss, draw, and choose for layers that
+    # share keys.
+    one_pass: bool = False
 
     @property
     def plan(self) -> Any:

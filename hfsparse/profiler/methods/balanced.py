@@ -26,6 +26,7 @@ import numpy as np
 from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS
 from hfsparse.lists import PAGE
+from hfsparse.lists.packed import Bits
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
@@ -114,7 +115,7 @@ def evictions(kind: str, longest: int) -> dict[str, Any]:
     return {f"{kind}{n}": replace(eviction, size=n, window=window) for n in sizes}
 
 
-def in_bits(job: Job, names: Candidates, few: Sequence[int]) -> Candidates:
+def in_bits(job: Job, names: Candidates, few: Sequence[Bits]) -> Candidates:
     """The candidates with full heads and rings that keep numbers in so few bits.
 
     UsageError for a model whose keys can't be in these.
@@ -128,7 +129,7 @@ def in_bits(job: Job, names: Candidates, few: Sequence[int]) -> Candidates:
     if 4 in few and (odd := [d for d in (shape.head_dim, shape.value_dim) if d % 2]):
         raise UsageError(
             f"bits are {show_bits(few)}, and heads have {odd[0]} channels: two numbers of 4 bits "
-            "share a byte. Give 16,8"
+            f"share a byte. Give {show_bits([16, *(bits for bits in few if bits != 4)])}"
         )
     rings, packed = {**names.rings}, {name_in(FULL, bits): Full(bits) for bits in few}
     for bits in few:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
-from hfsparse.models.layers import layer_shapes
-from hfsparse.patcher.figures import Prompts, one_head
+from hfsparse.models.layers import LayerShape, layer_shapes
+from hfsparse.patcher.figures import NARROW, Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.profiler.job import Forecast, Found, Job
@@ -69,6 +69,8 @@ def _visit_prompts(
     job: Job, name: str, visit: Callable[[Prompt], dict[str, np.ndarray]]
 ) -> dict[int, list[dict[str, np.ndarray]]]:
     """What `visit` answers of each prompt, by length; parts called `name` keep it."""
+    if any(shape.free and not shape.alone for shape in layer_shapes(job.model)):
+        name += "-shared"  # earlier ones know nothing of layers that share keys
     found: dict[int, list[dict[str, np.ndarray]]] = {n: [] for n in job.prompts}
     rows = [(n, i, prompt) for n, each in job.prompts.items() for i, prompt in enumerate(each)]
     for n, i, prompt in job.progress((f"{row[2].name}, {row[0]} tokens", row) for row in rows):
@@ -93,7 +95,7 @@ def short_sighted_plan(model: PreTrainedModel, candidates: Candidates) -> Plan:
     kv = this.kv_heads
     short = Layer((name,) * this.q_heads, (name,) * kv, ("ring",) * kv)
     pairs = zip(layer_shapes(model), Plan.full(this).layers, strict=True)
-    return Plan(this, {name: ring}, tuple(short if each.alone else full for each, full in pairs))
+    return Plan(this, {name: ring}, tuple(short if each.free else full for each, full in pairs))
 
 
 def average(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -107,15 +109,17 @@ def choose_plan(
     means: dict[int, dict[str, np.ndarray]],
     options: Callable[..., Options],
 ) -> Found:
-    """Allocate what `options` makes of the measurements, in layers that may be sparse.
+    """Allocate what `options` makes of the measurements, in layers that may be sparse, also where
+    they share keys.
 
     Cache is priced at `job.cache_length`, decode at the longest length.
     """
+    job = replace(job, together=True)
     free = {n: {name: t[job.free] for name, t in found.items()} for n, found in means.items()}
     this = ModelId.of(job.model)
     at, itemsize = job.cache_length, job.model.dtype.itemsize
-    costs = price_candidates(candidates, max(means), this.head_dim, at, itemsize)
-    choices = options(free, candidates, costs)
+    costs = price_candidates(candidates, max(means), job.shape, at, itemsize)
+    choices = options(free, candidates, costs | {"producers": job.producers})
     known = {**candidates.patterns, **candidates.rings, **candidates.selectors}
     known |= candidates.evictions | candidates.packed
 
@@ -143,7 +147,9 @@ def choose_plan(
     except Infeasible as error:
         told = describe_least(job, error.least)
         raise UsageError(f"{error}{told}. Give larger budgets, or longer --lengths") from None
-    suspects = job.spread(sum_losses(choices, taken))
+    lost = sum_losses(choices, taken)
+    lost = np.stack([lost[choices.members.get(at, [])].sum(0) for at in range(len(lost))])
+    suspects = job.spread(lost)
     draw = partial(_draw_curves, job, candidates, free[max(free)], choices)
     return Found(make_plan(taken), expect, choose, suspects, draw)
 
@@ -152,7 +158,7 @@ def describe_least(job: Job, least: dict[str, float]) -> str:
     """The smallest share of cache that there can be, in GiB, where a budget is given in them."""
     if job.settings.cache_gib is None:
         return ""
-    room = Room.of(job.model, job.cache_length)
+    room = Room.of(job.model, job.cache_length, together=True)
     return (
         f", {room.gib(least['cache']):.3g} GiB of the {room.gib(1):.3g} that the whole cache takes "
         f"at {room.tokens} tokens (cache_gib is {job.settings.cache_gib:g})"
@@ -181,22 +187,22 @@ def tables_in_use(data: dict[str, DataFile], patterns: dict[str, Any]) -> dict[s
 def price_candidates(
     candidates: Candidates,
     length: int,
-    head_dim: int = 1,
+    shape: LayerShape = NARROW,
     at: int | None = None,
     itemsize: int = 2,
 ) -> dict[str, Any]:
     """What a step reads of a row of `length` tokens, and what choices keep of one of `at`, for
     Options.
 
-    at: None is `length`. What is kept are bytes, of a model that works in a type of `itemsize`. A
-    step of a selector reads keys and values, and all that is kept beside them: its index; both
-    count as in a type of two bytes.
+    shape: of the layers. at: None is `length`. What is kept are bytes, of a model that works in a
+    type of `itemsize`. A step of a selector reads keys and values, and all that is kept beside
+    them: its index; both count as in a type of two bytes.
     """
     kinds = {"ring": candidates.rings, "evict": candidates.evictions, "page": candidates.selectors}
 
     def price(name: str, tokens: int, *more: Any) -> list[tuple[float, float]]:
         some = kinds[name].values()
-        return [one_head(tokens, each, head_dim, candidates.data, *more) for each in some]
+        return [one_head(tokens, each, shape, candidates.data, *more) for each in some]
 
     at, full = at or length, one_head(length)[0]
     found = {f"{name}_kept": [kept for kept, _ in price(name, at, itemsize)] for name in kinds}
@@ -204,7 +210,7 @@ def price_candidates(
     found["page_read"] = [read + kept - full for kept, read in price("page", length, 2)]
     packed = []
     for few in candidates.packed.values():
-        alone, _ = one_head(at, None, head_dim, None, itemsize, few)
+        alone, _ = one_head(at, None, shape, None, itemsize, few)
         packed.append([alone, *(kept for kept, _ in price("page", at, itemsize, few))])
     return found | {"full_kept": one_head(at)[0], "packed_kept": packed}
 

@@ -4,7 +4,8 @@ A kv head is either a ring, and then its q heads stream with it, or each of its 
 prefill pattern, and the kv head evicts or keeps its cache, perhaps in fewer bits, and takes a page
 selector; all may stay full. The sum of effects is least; mean pair density, cache share and decode
 share stay within their budgets. All heads here do equal work without a plan, so that means over
-them are shares of it.
+them are shares of it. Layers that read another's keys have its choice of cache and decode, whose
+effect is the sum of theirs; each has its own patterns, and none keeps anything.
 """
 
 from __future__ import annotations
@@ -73,6 +74,15 @@ class Options:
     packed: list[str] = field(default_factory=list)  # full caches in fewer bits
     packed_effect: np.ndarray | None = None  # [layers, packed, kv heads], of the whole group
     packed_kept: list[list[float]] = field(default_factory=list)  # read by `full`, and by selectors
+    producers: list[int] = field(default_factory=list)  # the layer whose keys each reads; none: own
+
+    @property
+    def members(self) -> dict[int, list[int]]:
+        """The layers that read the keys of each that makes some, itself first."""
+        found: dict[int, list[int]] = {}
+        for layer, producer in enumerate(self.producers or range(len(self.prefill))):
+            found.setdefault(producer, []).append(layer)
+        return found
 
 
 class Infeasible(Error):
@@ -155,11 +165,11 @@ def allocate(options: Options, budget: Budget) -> list[Layer]:
         problem.least = least
         raise problem from None
     read = dict.fromkeys(options.rings, "ring") | dict.fromkeys(options.evictions, "kept")
-    choices = []
-    for layer in range(layers):
+    choices, keeps = [], options.producers or range(layers)
+    for layer, at in enumerate(keeps):
         prefill = tuple(taken["prefill", layer, h] for h in range(q_heads))
-        cache = tuple(taken["cache", layer, g] for g in range(kv_heads))
-        decode = tuple(read.get(kept) or taken["decode", layer, g] for g, kept in enumerate(cache))
+        cache = tuple(taken["cache", at, g] for g in range(kv_heads))
+        decode = tuple(read.get(kept) or taken["decode", at, g] for g, kept in enumerate(cache))
         choices.append(Layer(prefill, cache, decode))
     return choices
 
@@ -200,49 +210,59 @@ def sum_losses(options: Options, layers: Sequence[Layer]) -> np.ndarray:
 def _build_programme(options: Options, budget: Budget) -> _Programme:
     layers, _, q_heads = options.prefill.shape
     kv_heads = options.ring_effect.shape[2]
-    group, one = q_heads // kv_heads, 1 / (layers * kv_heads)  # one: a kv head's part of a mean
+    group, members = q_heads // kv_heads, options.members
+    # A kv head's part of a mean: over layers, and over those that keep keys.
+    one, held = 1 / (layers * kv_heads), 1 / (len(members) * kv_heads)
     programme = _Programme(budget.limits)
-    for layer in range(layers):
+    for at, readers in members.items():
+        reads = one * len(readers)
         for g in range(kv_heads):
-            cache, decode = ("cache", layer, g), ("decode", layer, g)
-            prefill = [("prefill", layer, h) for h in range(g * group, (g + 1) * group)]
+            cache, decode, heads = ("cache", at, g), ("decode", at, g), range(group)
+            prefill = [("prefill", layer, g * group + h) for layer in readers for h in heads]
+
+            def total(effect: np.ndarray, i: int, readers=readers, g=g) -> float:
+                return effect[readers, i, g].sum()
+
             for i, name in enumerate(options.rings):
                 programme.add(
                     [cache, decode, *prefill],
                     name,
-                    options.ring_effect[layer, i, g],
-                    pairs=one * options.ring_cost[layer, i, g],
-                    cache=one * options.ring_kept[i],
-                    decode=one * options.ring_read[i],
+                    total(options.ring_effect, i),
+                    pairs=one * total(options.ring_cost, i),
+                    cache=held * options.ring_kept[i],
+                    decode=reads * options.ring_read[i],
                 )
-            for i, name in enumerate(options.evictions):
+            # What is kept is ranked by the queries of one layer: losses of others aren't measured.
+            for i, name in enumerate(options.evictions if len(readers) == 1 else ()):
                 programme.add(
                     [cache, decode],
                     name,
-                    options.evict_effect[layer, i, g],
-                    cache=one * options.evict_kept[i],
-                    decode=one * options.evict_read[i],
+                    total(options.evict_effect, i),
+                    cache=held * options.evict_kept[i],
+                    decode=reads * options.evict_read[i],
                 )
             for i, name in enumerate(options.packed):
-                lost = options.packed_effect[layer, i, g]
+                lost = total(options.packed_effect, i)
                 for j, word in enumerate(["full", *options.selectors]):
                     programme.add_named(
                         {cache: name, decode: word},
-                        lost + (options.page_effect[layer, j - 1, g] if j else 0.0),
-                        cache=one * options.packed_kept[i][j],
-                        decode=one * (options.page_read[j - 1] if j else 1.0),
+                        lost + (total(options.page_effect, j - 1) if j else 0.0),
+                        cache=held * options.packed_kept[i][j],
+                        decode=reads * (options.page_read[j - 1] if j else 1.0),
                     )
             programme.add([cache], "full", 0.0)
-            programme.add([decode], "full", 0.0, cache=one * options.full_kept, decode=one)
+            programme.add([decode], "full", 0.0, cache=held * options.full_kept, decode=reads)
             for i, name in enumerate(options.selectors):
-                kept, read = one * options.page_kept[i], one * options.page_read[i]
-                effect = options.page_effect[layer, i, g]
-                programme.add([decode], name, effect, cache=kept, decode=read)
+                kept, read = held * options.page_kept[i], reads * options.page_read[i]
+                programme.add(
+                    [decode], name, total(options.page_effect, i), cache=kept, decode=read
+                )
             for key in prefill:
+                _, layer, h = key
                 programme.add([key], "full", 0.0, pairs=one / group)
-                for i, name in enumerate(options.prefill[layer, :, key[2]]):
-                    cost = options.prefill_cost[layer, i, key[2]]
-                    effect = options.prefill_effect[layer, i, key[2]]
+                for i, name in enumerate(options.prefill[layer, :, h]):
+                    cost = options.prefill_cost[layer, i, h]
+                    effect = options.prefill_effect[layer, i, h]
                     programme.add([key], name, effect, pairs=one / group * cost)
     if budget.loss is not None:
         programme.limit_loss(budget.loss * options.ring_effect.max(1).sum())

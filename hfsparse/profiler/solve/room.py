@@ -23,14 +23,17 @@ class Room:
     rest: int  # of all others, whatever the plan
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokens: int) -> Room:
-        """That of a row of so many tokens."""
+    def of(cls, model: PreTrainedModel, tokens: int, together: bool = False) -> Room:
+        """That of a row of so many tokens, under a method that chooses for layers that share keys
+        together, or for none of them."""
         shapes, full = layer_shapes(model), Plan.full(ModelId.of(model))
         free = rest = 0
         for own, layer in fill_caches(model.config, full, tokens, itemsize=model.dtype.itemsize):
-            if shapes[own.index].alone:
+            if layer is None:
+                continue
+            if shapes[own.index].may_be_sparse(together):
                 free += layer.dense_bytes()
-            elif layer is not None:
+            else:
                 rest += layer.bytes()
         return cls(tokens, free, rest)
 

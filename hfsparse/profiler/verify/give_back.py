@@ -17,7 +17,9 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from hfsparse.models.layers import layer_shapes
 from hfsparse.plan import Layer, Plan
 from hfsparse.plan.bits import in_bits
 from hfsparse.profiler.job import Found, Job
@@ -37,6 +39,7 @@ BUDGET_STEPS = (
 
 # Layer and kv head; and 16, where it is to keep no more keys, but these in 16 bits.
 Unit = tuple[int, int] | tuple[int, int, int]
+Bound = dict[int, list[int]]
 T = TypeVar("T")
 
 
@@ -59,8 +62,9 @@ def keep_within(
     """A plan that no criterion rejects, the heads given back for that, and its budgets."""
     if not _find_rejecting(criteria, found.plan):
         return found.plan, [], job.budget
-    given = _give_back(found, criteria)
-    final = restore(found.plan, given)
+    bound = find_bound(job.model)
+    given = _give_back(found, criteria, bound)
+    final = restore(found.plan, given, bound)
     final.expected = {} if found.expect is None else found.expect(final.layers)
     if found.choose and (wider := _widen_budgets(job.budget, found, criteria, final)):
         budget, final = wider
@@ -72,8 +76,19 @@ def _find_rejecting(criteria: Sequence[Criterion], plan: Plan) -> list[Criterion
     return [criterion for criterion in criteria if criterion.rejects(plan)]
 
 
-def restore(plan: Plan, units: Sequence[Unit]) -> Plan:
-    """The plan with these kv heads full, or with as many keys in 16 bits."""
+def find_bound(model: PreTrainedModel) -> Bound:
+    """The layers that read the keys of a layer, which is the first of them, where others do."""
+    found: Bound = {}
+    for at, shape in enumerate(layer_shapes(model)):
+        if shape.producer is not None:
+            found.setdefault(shape.producer, [shape.producer]).append(at)
+    return found
+
+
+def restore(plan: Plan, units: Sequence[Unit], bound: Bound) -> Plan:
+    """The plan with these kv heads full, or with as many keys in 16 bits, and those of layers that
+    read their keys."""
+    units = [(each, *head) for at, *head in units for each in bound.get(at, [at])]
     in_few = [unit[:2] for unit in units if len(unit) > 2]
     layers, patterns = in_bits(plan.layers, plan.patterns, 16, in_few)
     whole = [unit for unit in units if len(unit) == 2]
@@ -103,20 +118,20 @@ def make_full(plan: Plan, units: Sequence[tuple[int, int]]) -> Plan:
     return replace(plan, layers=tuple(layers), patterns=used, data=tables_in_use(plan.data, used))
 
 
-def _give_back(found: Found, criteria: Sequence[Criterion]) -> list[Unit]:
+def _give_back(found: Found, criteria: Sequence[Criterion], bound: Bound) -> list[Unit]:
     """Few kv heads that, given back, keep the plan within all criteria."""
     given: list[Unit] = []
     searched: list[Criterion] = []
     while True:
-        now = restore(found.plan, given)
-        rejecting, rest = _find_rejecting(criteria, now), _rank_units(now, found.suspects)
+        now = restore(found.plan, given, bound)
+        rejecting, rest = _find_rejecting(criteria, now), _rank_units(now, found.suspects, bound)
         if not rejecting or not rest:
             return sorted(unit for unit in given if len(unit) == 2 or unit[:2] not in given)
         if rejecting[0] in searched:
             given += rest[: max(1, len(given) // 2)]
         else:
             searched.append(rejecting[0])
-            given += _search_units(now, rest, rejecting[0])
+            given += _search_units(now, rest, rejecting[0], bound)
 
 
 def _widen_budgets(
@@ -154,21 +169,24 @@ def _sum_shares(plan: Plan) -> float:
     return sum(expected[name] for name in ("pair_density", "cache_share", "decode_share"))
 
 
-def _rank_units(plan: Plan, suspects: np.ndarray | None) -> list[Unit]:
+def _rank_units(plan: Plan, suspects: np.ndarray | None, bound: Bound) -> list[Unit]:
     """The kv heads that are not full, those first that the method suspects most; ahead of all those
-    that are in fewer bits, to return to 16."""
-    order = [*np.ndindex(len(plan.layers), plan.model.kv_heads)]
+    that are in fewer bits, to return to 16. Layers that read others' keys go with these."""
+    reads = {reader for _, *readers in bound.values() for reader in readers}
+    order = [x for x in np.ndindex(len(plan.layers), plan.model.kv_heads) if x[0] not in reads]
     if suspects is not None:
         order = sorted(order, key=lambda unit: -suspects[unit])
     in_few = [(*unit, 16) for unit in order if _bits_of(plan, *unit) != 16]
-    return [unit for unit in (*in_few, *order) if restore(plan, [unit]) != plan]
+    return [unit for unit in (*in_few, *order) if restore(plan, [unit], bound) != plan]
 
 
 def _bits_of(plan: Plan, layer: int, head: int) -> int:
     return getattr(plan.patterns.get(plan.layers[layer].cache[head]), "bits", 16)
 
 
-def _search_units(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> list[Unit]:
+def _search_units(
+    plan: Plan, order: Sequence[Unit], criterion: Criterion, bound: Bound
+) -> list[Unit]:
     """Few heads, the first of the order likely among them, that win back what is lost too much.
 
     Bits alone, if all of them do.
@@ -176,7 +194,7 @@ def _search_units(plan: Plan, order: Sequence[Unit], criterion: Criterion) -> li
     wins = criterion.wins_back(plan)
 
     def enough(units: Sequence[Unit]) -> bool:
-        return wins(restore(plan, units), f"given back: {len(units)}")
+        return wins(restore(plan, units, bound), f"given back: {len(units)}")
 
     in_few = [unit for unit in order if len(unit) > 2]
     whole = [unit for unit in order if len(unit) == 2]

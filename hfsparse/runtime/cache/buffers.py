@@ -39,10 +39,12 @@ def put(held: Tensor, new: Tensor, rows: slice, first: int, n: int) -> None:
     )
 
 
-def at_once(pages: range) -> Iterator[range]:
-    """A prompt's pages, as many at a time as are worked out in wide numbers."""
-    for i in range(0, len(pages), AT_ONCE):
-        yield pages[i : i + AT_ONCE]
+def at_once(pages: range, held: Tensor) -> Iterator[range]:
+    """A prompt's pages, as many at a time as are worked out in wide numbers: all of what is held
+    without data."""
+    step = max(len(pages), 1) if held.is_meta else AT_ONCE
+    for i in range(0, len(pages), step):
+        yield pages[i : i + step]
 
 
 def join_begun(held: list[Tensor], new: list[Tensor], rows: slice, past: int) -> list[Tensor]:

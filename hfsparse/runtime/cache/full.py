@@ -107,7 +107,12 @@ class Full(Store):
     def room(self, past: list[int], rows: list[int]) -> None:
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
-            self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+            before = {**vars(self)}
+            try:
+                self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
+            except BaseException:  # memory was refused: no buffer may be longer than another
+                vars(self).update(before)
+                raise
         self.settle(past)
 
     def settle(self, rows: Sequence[int]) -> None:
@@ -158,7 +163,7 @@ class Full(Store):
 
     def _summarise_held(self, rows: slice, first: int, length: int) -> None:
         """Renew the index from the page of token `first` on, in rows of so many tokens."""
-        for pages in at_once(range(first // PAGE, -(-length // PAGE))):
+        for pages in at_once(range(first // PAGE, -(-length // PAGE)), self.k):
             own = slice(pages.start * PAGE, pages.stop * PAGE)
             both = (t[rows, :, own] for t in (self.k, self.v))
             self._summarise(rows, pages, *both, length)
@@ -176,7 +181,7 @@ class Full(Store):
 
     def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
         """As `_summarise_held`, of pages whose tokens are these, the last perhaps not whole."""
-        for part in at_once(pages) if self.index else ():
+        for part in at_once(pages, self.k) if self.index else ():
             at = slice((part.start - pages.start) * PAGE, (part.stop - pages.start) * PAGE)
             own = [t[:, :, at] for t in new]
             short = len(part) * PAGE - own[0].shape[2]

@@ -24,7 +24,7 @@ from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
-from hfsparse.runtime.cache.host import HostFull
+from hfsparse.runtime.cache.host import HostFull, HostPacked
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import running
@@ -142,15 +142,19 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        if (rows := key_states.shape[0]) != len(self.rows):
-            raise CacheError(
-                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
-                "pass a batch of the same size, or a new cache"
-            )
+        self.check_rows(key_states.shape[0])
         self.seen += key_states.shape[-2]
         call.layer, call.given = self, (key_states, value_states)
         call.updated.append(self)
         return key_states, value_states
+
+    def check_rows(self, rows: int) -> None:
+        """CacheError unless it can take tokens of so many rows."""
+        if self.is_initialized and rows != len(self.rows):
+            raise CacheError(
+                f"the cache holds {len(self.rows)} rows and the input has {rows}: "
+                "pass a batch of the same size, or a new cache"
+            )
 
     def get_seq_length(self, *args) -> int:
         """Tokens seen, dropped ones included."""
@@ -358,7 +362,7 @@ def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full |
         return Evicting(group, reserve, below)
     packs = group.bits != 16
     if group.hot:
-        return HostFull(group, reserve, read_below)
+        return (HostPacked if packs else HostFull)(group, reserve, read_below)
     if group.band == FULL:
         return (PackedFull if packs else Full)(group, reserve, read_below)
     return (PackedRing if packs else Ring)(group, below)

@@ -9,8 +9,7 @@ begins that page anew, when it goes, with what it unpacks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,14 +27,14 @@ from hfsparse.runtime.cache.buffers import (
     hold_newest,
     join_begun,
     lengthen,
+    put,
     runs_of_rows,
 )
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
 
-TOGETHER = 1 << 27  # numbers of keys and values that a chunk finds unpacked at a time
-UNPACKED = 1 << 22  # numbers of these that are worked out in float32 at a time
+UNPACKED = 1 << 22  # numbers of keys and values that are worked out in float32 at a time
 BOUNDS = "low", "high"  # of keys, by page and channel
 ENDS = "least", "most"  # of values, by token
 
@@ -74,7 +73,15 @@ class PackedStore(Store):
 
     def packed(self) -> Packed:
         """What it holds, as it is read."""
-        return Packed(bits=self.bits, **self.pages, newest_k=self.k, newest_v=self.v)
+        return self._packed(self.pages)
+
+    def _packed(self, pages: dict[str, Tensor]) -> Packed:
+        """These pages beside the newest as they came."""
+        return Packed(bits=self.bits, **pages, newest_k=self.k, newest_v=self.v)
+
+    def brought(self, pages: slice) -> Packed:
+        """These of its pages, where they can be unpacked."""
+        return self.packed().some(pages)
 
     def place(self) -> Place:
         return super().place()._replace(packed=self.packed())
@@ -100,7 +107,8 @@ class PackedStore(Store):
         self.pages, self.exact = state["pages"], state["exact"]
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.packed().read(on_device([*rows], self.k.device), self.positions(rows))
+        held = self.brought(slice(None))
+        return held.read(on_device([*rows], self.k.device), self.positions(rows))
 
     def room(self, past: list[int], rows: list[int]) -> None:
         super().room(past, rows)
@@ -132,7 +140,7 @@ class PackedStore(Store):
 
         self._summarise_new(rows, range(first, last), new, end)
         for kept in self._kept(range(first, end // PAGE)):
-            for pages in at_once(kept):
+            for pages in at_once(kept, self.k):
                 self._pack(rows, pages, *(tokens(t, pages) for t in new))
         hold_newest(self.held(), new, rows, range(first, last))
 
@@ -143,9 +151,13 @@ class PackedStore(Store):
         found = {"low": low, "high": high, "least": least, "most": most}
         found["k"] = pack(k, low[:, :, :, None], high[:, :, :, None], self.bits)
         found["v"] = pack(v, least[..., None], most[..., None], self.bits)
-        at = self.slots(torch.arange(pages.start, pages.stop, device=k.device) * PAGE) // PAGE
+        self._put(rows, pages, found)
+
+    def _put(self, rows: slice, pages: range, found: dict[str, Tensor]) -> None:
+        """Keep these pages of some rows, which are packed."""
+        at = torch.arange(pages.start, pages.stop, device=self.k.device) * PAGE
         for name, t in found.items():
-            self.pages[name][rows, :, at] = t
+            self.pages[name][rows, :, self.slots(at) // PAGE] = t
 
     def forget(self, rows: Sequence[int]) -> None:
         """Rows that went back into a page that is held packed alone unpack it."""
@@ -159,15 +171,17 @@ class PackedStore(Store):
                 continue
             at = page * PAGE % NEWEST
             slot = int(self.slots(torch.tensor(page * PAGE))) // PAGE
-            own = {name: t[b, :, slot] for name, t in self.pages.items()}
-            ends = (own[name][:, None] for name in BOUNDS)
-            self.k[b, :, at : at + PAGE] = unpack(own["k"], *ends, self.bits)
-            ends = (own[name][..., None] for name in ENDS)
-            self.v[b, :, at : at + PAGE] = unpack(own["v"], *ends, self.bits)
+            own = self.brought(slice(slot, slot + 1))
+            code, *ends = (t[b, :, 0] for t in (own.k, own.low, own.high))
+            self.k[b, :, at : at + PAGE] = unpack(code, *(t[:, None] for t in ends), self.bits)
+            code, *ends = (t[b, :, 0] for t in (own.v, own.least, own.most))
+            self.v[b, :, at : at + PAGE] = unpack(code, *(t[..., None] for t in ends), self.bits)
 
 
 class PackedFull(PackedStore, Full):
     """Every key of its heads; `low` and `high` are the index of a selector that keeps the same."""
+
+    remakes = True
 
     def create(self, k: Tensor, v: Tensor) -> None:
         super().create(k, v)
@@ -176,8 +190,13 @@ class PackedFull(PackedStore, Full):
 
     def _share(self) -> None:
         """Keep the bounds of pages once, where the selector reads the same."""
-        if all(name in self.index and self.index[name].ndim == 4 for name in BOUNDS):
+        if self.shares_bounds:
             self.pages |= {name: self.index[name] for name in BOUNDS}
+
+    @property
+    def shares_bounds(self) -> bool:
+        """Whether the selector keeps the same bounds of pages."""
+        return all(name in self.index and self.index[name].ndim == 4 for name in BOUNDS)
 
     def tensors(self) -> list[Tensor]:
         return [*{id(t): t for t in super().tensors()}.values()]
@@ -191,9 +210,12 @@ class PackedFull(PackedStore, Full):
         self._share()
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:
-        own = {name: t for name, t in self.pages.items() if t is not self.index.get(name)}
-        pages = {name: self._filled(t, rows, PAGE) for name, t in own.items()}
+        pages = {name: self._filled(t, rows, PAGE) for name, t in self.lasting().items()}
         return {**super().state(rows), "pages": pages}
+
+    def lasting(self) -> dict[str, Tensor]:
+        """What is kept of pages beside the index."""
+        return {name: t for name, t in self.pages.items() if t is not self.index.get(name)}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
@@ -224,7 +246,7 @@ class PackedFull(PackedStore, Full):
         self, k: Tensor, v: Tensor, lengths: Lengths, grid: Grid
     ) -> tuple[Tensor, Tensor, None]:
         """What a chunk attends to before it is stored: its past, and itself as it comes."""
-        held, past = self.packed(), on_device(lengths.past, k.device)
+        past = on_device(lengths.past, k.device)
         read = [
             buffers.new_buffer(t, *t.shape[:2], lengths.longest, t.shape[3]) for t in self.held()
         ]
@@ -233,26 +255,18 @@ class PackedFull(PackedStore, Full):
         for first in range(0, pages, step):
             own = slice(first, min(first + step, pages))
             at = torch.arange(own.start * PAGE, own.stop * PAGE, device=k.device)[None]
-            for whole, t in zip(read, held.some(own).read(past, at), strict=True):
+            for whole, t in zip(read, self.brought(own).read(past, at), strict=True):
                 into = whole[:, :, own.start * PAGE : own.stop * PAGE]
                 into.copy_(t[:, :, : into.shape[2]])
         for rows, p, n in runs_of_rows(lengths):
             for whole, new in zip(read, (k, v), strict=True):
-                whole[rows, :, p : p + n] = new[rows, :, :n]
+                put(whole, new, rows, p, n)
         return *read, None
 
-    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, PackedFull]]:
-        """As many heads at a time as have `TOGETHER` numbers unpacked; one in any case."""
-        each = len(self.k) * lengths.longest * sum(t.shape[3] for t in self.held())
-        step = max(1, TOGETHER // each)
-        if step >= len(self.group.heads):
-            yield slice(None), self
-            return
-        for first in range(0, len(self.group.heads), step):
-            some, part = slice(first, first + step), copy(self)
-            part.hold(*(t[:, some] for t in self.held()))
-            part.pages = {name: t[:, some] for name, t in self.pages.items()}
-            yield some, part
+    def part(self, heads: slice) -> PackedFull:
+        part = super().part(heads)
+        part.pages = {name: t[:, heads] for name, t in self.pages.items()}
+        return part
 
 
 class PackedRing(PackedStore, Ring):

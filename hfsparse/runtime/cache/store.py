@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 from torch import Tensor
 
 from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.group import Group
+
+TOGETHER = 1 << 27  # numbers of keys and values that a chunk finds in buffers made for it at a time
 
 
 class Store:
@@ -21,6 +24,7 @@ class Store:
     joins = False  # whether it is read, with what a chunk brings, before it stores that
     lacks = 0  # keys that every row lacks, at least
     fixed = 0  # bytes that it takes however many tokens it has room for
+    remakes = False  # whether a chunk finds what came before in buffers that are made for it
 
     def __init__(self, group: Group):
         self.group = group
@@ -63,8 +67,23 @@ class Store:
 
     def parts(self, lengths: Lengths) -> Iterator[tuple[slice, Store]]:
         """Which of its heads are read together with a chunk, and a store of these alone, where it
-        is read before it stores the chunk."""
-        yield slice(None), self
+        is read before it stores the chunk: as many heads as have `TOGETHER` numbers in buffers that
+        are made for that; one in any case."""
+        heads = step = len(self.group.heads)
+        if self.remakes:
+            each = len(self.k) * lengths.longest * sum(t.shape[3] for t in self.held())
+            step = max(1, TOGETHER // each)
+        if step >= heads:
+            yield slice(None), self
+            return
+        for first in range(0, heads, step):
+            yield (some := slice(first, first + step)), self.part(some)
+
+    def part(self, heads: slice) -> Store:
+        """A store of these heads alone, over the same buffers, to be read."""
+        part = copy(self)
+        part.hold(*(t[:, heads] for t in self.held()))
+        return part
 
     def beside(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each buffer and what is to be written into it."""

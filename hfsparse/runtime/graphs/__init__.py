@@ -37,6 +37,7 @@ from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, OWN_HOOKS, NoWait, find_obstacle, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
+from hfsparse.runtime.graphs.products import compile_step
 from hfsparse.runtime.graphs.recording import (
     Graph,
     complete_inputs,
@@ -56,9 +57,10 @@ from hfsparse.runtime.masks import row_starts
 # How a step is run. All ranks that share a model's heads run it alike, as the one that is ready for
 # least: what they sum up together must be summed as often on each, and recorded at once.
 EAGER, LIVE, RECORD, REPLAY = range(4)
+NO_REPLAY = "the step is no replay"
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
-BACKEND, COMPILE = "inductor", {"dynamic": False, "fullgraph": True}  # of fused steps
+COMPILE = {"dynamic": False, "fullgraph": True}  # fused steps
 FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
@@ -87,6 +89,10 @@ class Planned:
     key: tuple | None = None
     graph: Graph | None = None
     mask: Tensor | None = None
+
+
+class NotReady(Exception):
+    """A step can't run ahead; nothing has changed."""
 
 
 class Graphs:
@@ -125,7 +131,13 @@ class Graphs:
         return "yes, fused" if self.fuse else f"yes ({self.loose})" if self.loose else "yes"
 
     def run(self, forward: Callable, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
-        """`forward(**kwargs)` of the text decoder, by a graph where that is possible."""
+        """`forward(**kwargs)` of the text decoder, by a graph where that is possible.
+
+        A step that runs ahead is replayed, or NotReady is raised. The cache counts it no sooner
+        than `count_ahead`.
+        """
+        if (call := running()) is not None and call.ahead:
+            return self._run_ahead(decoder, kwargs, cache)
         layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
         new = new_tokens(kwargs)
         if len(layers) != self.keeping or new is None or not layers[0].is_initialized:
@@ -155,6 +167,44 @@ class Graphs:
         finally:
             if held:
                 self.lock.release()
+
+    def _run_ahead(self, decoder: nn.Module, kwargs: dict, cache: Any) -> Any:
+        """A replay of a step that the cache does not count yet."""
+        layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
+        graph = self.graph_of(layers)
+        if graph is None or graph.stale() or not self.lock.acquire(blocking=False):
+            raise NotReady("another thread runs a step of this model" if graph else NO_REPLAY)
+        try:
+            given = complete_inputs(kwargs, layers[0], type(decoder), 1)
+            asked, rows = describe_call(given), [n + 1 for n in layers[0].rows]
+            if not graph.fits(asked, rows, States(cache)):
+                raise NotReady("the step is recorded anew")
+            return self._launch(Planned(REPLAY, given, rows, graph=graph))
+        finally:
+            self.lock.release()
+
+    def graph_of(self, layers: list[CacheLayer]) -> Graph | None:
+        """The graph of steps of one token over a cache of these layers, if there is one."""
+        steps = self.kept.get(layers[0], {}) if layers else {}
+        return steps[1].graph if 1 in steps else None
+
+    def beside(self, cache: Any, layers: list[CacheLayer]) -> list[Tensor]:
+        """What a replayed step changes, other than keys and what is kept of pages."""
+        stores = (store for layer in layers for store in layer.stores)
+        chosen = [t for s in stores if s.choice is not None for t in s.choice.tensors()]
+        counted = [t for layer_plan in self.layers for t in layer_plan.counts.of_steps()]
+        return [*chosen, *counted, *States(cache).tensors()]
+
+    def count_ahead(self, layers: list[CacheLayer]) -> None:
+        """The cache has one token of each row more, whose step has run ahead."""
+        self._passed(layers, [n + 1 for n in layers[0].rows])
+
+    def take_back_ahead(self, layers: list[CacheLayer]) -> None:
+        """Have the cache be as if a step that has run ahead never had; but what is `beside`."""
+        self.count_ahead(layers)
+        self.count(layers[0].rows, 1, -1)
+        for layer in layers:
+            layer.take_back(1)
 
     def _why_single(self, states: States) -> str | None:
         """Why steps of several tokens are none."""
@@ -287,7 +337,7 @@ class Graphs:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
         states.unguard()
         if self.compiled is None:
-            self.compiled = torch.compile(type(decoder).forward, backend=BACKEND, **COMPILE)
+            self.compiled = torch.compile(type(decoder).forward, backend=compile_step, **COMPILE)
 
         def call(**given):
             mode = self.layers[0].mode
@@ -358,18 +408,12 @@ class Graphs:
 
     def _replay(self, step: Planned, layers) -> Any:
         """A step by its graph; a mask that was not looked at yet is while the device is busy."""
-        graph, given, rows, mask = step.graph, step.given, step.rows, step.mask
+        graph, rows, mask = step.graph, step.rows, step.mask
         first, starts, Q = layers[0], ask_later(mask), rows[0] - layers[0].rows[0]
         if mask is not None and graph.states:
             first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
             mask = None
-        current = torch.cuda.current_stream(graph.device)
-        with lock_devices(graph.devices) as places:
-            for place in places:
-                if place.last is not None and place.last != current:
-                    current.wait_stream(place.last)
-                place.last = current
-            output = graph.replay(given, rows)
+        output = self._launch(step)
         if mask is not None:
             try:
                 first.lengths(starts(), Q)
@@ -377,9 +421,20 @@ class Graphs:
                 for layer in layers:
                     layer.take_back(0)
                 raise
-        graph.replays += 1
         self._passed(layers, rows)
         return output
+
+    def _launch(self, step: Planned) -> Any:
+        """A replay, behind whatever graph was launched last on its devices."""
+        graph = step.graph
+        current = torch.cuda.current_stream(graph.device)
+        with lock_devices(graph.devices) as places:
+            for place in places:
+                if place.last is not None and place.last != current:
+                    current.wait_stream(place.last)
+                place.last = current
+            graph.replays += 1
+            return graph.replay(step.given, step.rows)
 
     def _passed(self, layers, rows) -> None:
         """What an eager step changes on the host."""
@@ -393,7 +448,7 @@ class Graphs:
     def count(self, rows: list[int], Q: int, times: int = 1) -> None:
         for layer_plan in self.layers:
             for n in rows if layer_plan.leads else ():
-                layer_plan.steps[n, Q] += times
+                layer_plan.steps[n, Q, n] += times
 
     def _lasting(self, decoder, first: CacheLayer, states: States) -> str | None:
         """Why no step of this cache can be a graph: asked once, when one is to be recorded."""

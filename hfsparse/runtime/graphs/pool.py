@@ -17,6 +17,7 @@ class Place:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # that they are recorded on
         self.aside = torch.cuda.Stream(device)  # for what is asked while one runs
+        self.ahead = torch.cuda.Stream(device)  # for steps that the host has not asked for yet
         self.last: torch.cuda.Stream | None = None  # of the last replay
         self.lock = threading.Lock()
 

@@ -45,9 +45,12 @@ class States:
     def devices(self) -> set[torch.device]:
         return {state.device for _, _, state in self.held}
 
+    def tensors(self) -> list[Tensor]:
+        return [table[name] for table, name, _ in self.held]
+
     def copies(self) -> list[Tensor]:
         """What the states are now."""
-        return [table[name].clone() for table, name, _ in self.held]
+        return [state.clone() for state in self.tensors()]
 
     def restore(self, were: Sequence[Tensor]) -> None:
         """Have them be what `copies` gave, where they lay."""

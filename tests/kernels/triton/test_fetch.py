@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from hfsparse.kernels import fetch as reference
-from hfsparse.lists import PAGE, PageLists
+from hfsparse.kernels import reference as attention
+from hfsparse.kernels.per_store import by_store
+from hfsparse.kernels.positions import NewTokens
+from hfsparse.lists import PAGE, HeadIndex, PageLists
 from hfsparse.lists.hot import Hot
-from hfsparse.lists.packed import NEWEST
-from hfsparse.lists.places import Place
+from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.packed import NEWEST, Packed, width_of
+from hfsparse.lists.places import Place, Places
+from hfsparse.runtime.cache import host
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostPacked
+from hfsparse.runtime.cache.packed import PackedFull
+from hfsparse.selectors.quest import Quest
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import compiled
 
@@ -20,6 +29,25 @@ def hot_of(B, H, pages, slots, unit, below, dims=(8, 6), dtype=torch.float32):
     table = torch.full((B, H, pages * PAGE // unit), -1).int()
     owner, stamp = torch.full((B, H, slots), -1).int(), torch.zeros(B, H, slots).int()
     return Hot(unit, below, *held, *host, table, owner, stamp, torch.zeros(B, H).int())
+
+
+def packed_of(B, H, pages, slots, bits, dims=(8, 6), dtype=torch.float32):
+    """As `hot_of`, of random pages in fewer bits."""
+    made = hot_of(B, H, pages, slots, PAGE, 0, dims, dtype)
+    drawn, both = torch.Generator().manual_seed(0), []
+    newest = (torch.randn(B, H, NEWEST, d, generator=drawn).to(dtype) for d in dims)
+    newest = [*newest]
+    for n in (slots, pages):
+        codes = (
+            torch.randint(256, (B, H, n, PAGE, d * width_of(bits) // 8), generator=drawn)
+            for d in dims
+        )
+        ends = ((dims[0],), (dims[0],), (PAGE,), (PAGE,))
+        ends = (torch.randn(B, H, n, *size, generator=drawn).to(dtype) for size in ends)
+        both.append(Packed(bits, *(t.to(torch.uint8) for t in codes), *ends, *newest))
+    (k, v, *_), (host_k, host_v, *_) = (each.pages for each in both)
+    more = {"k": k, "v": v, "host_k": host_k, "host_v": host_v}
+    return made._replace(**more, packed=both[0], pages=both[1])
 
 
 def some_lists(drawn, B, H, length, width, unit) -> PageLists:
@@ -35,15 +63,21 @@ def some_lists(drawn, B, H, length, width, unit) -> PageLists:
 
 
 @pytest.mark.parametrize(
-    ("unit", "below", "slots", "width"),
-    [(64, 0, 4, 4), (16, 200, 16, 9), (1, 0, 150, 40)],
-    ids=["pages", "units-below", "tokens"],
+    ("unit", "below", "slots", "width", "bits"),
+    [(64, 0, 4, 4, 16), (16, 200, 16, 9, 16), (1, 0, 150, 40, 16), (64, 0, 4, 4, 4)],
+    ids=["pages", "units-below", "tokens", "packed"],
 )
-def test_the_kernel_fetches_what_pytorch_does(unit, below, slots, width):
+def test_the_kernel_fetches_what_pytorch_does(unit, below, slots, width, bits):
     B, H, pages = 3, 2, 7
+
+    def make():
+        if bits == 16:
+            return hot_of(B, H, pages, slots, unit, below)
+        return packed_of(B, H, pages, slots, bits)
+
     drawn = torch.Generator().manual_seed(1)
     with interpreter(triton__fetch__COPIES=2) as run:  # of more misses
-        found, wanted = (hot_of(B, H, pages, slots, unit, below) for _ in "fw")
+        found, wanted = make(), make()
         reads = [torch.zeros(H, 2).long() for _ in "fw"]
         for step in range(5):
             length = torch.tensor([pages * PAGE - 5 + step, 130 + step, 0])
@@ -56,8 +90,8 @@ def test_the_kernel_fetches_what_pytorch_does(unit, below, slots, width):
             truth = reference.fetch(wanted, read=reads[1], **more)
             for name in ("pages", "count", "lies"):
                 assert torch.equal(getattr(ours, name), getattr(truth, name)), name
-            for a, b, name in zip(found.tensors(), wanted.tensors(), Hot._fields[2:], strict=True):
-                assert torch.equal(a.nan_to_num(9), b.nan_to_num(9)), name
+            for a, b in zip(found.tensors(), wanted.tensors(), strict=True):
+                assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
             assert torch.equal(*reads)
     assert 0 < reads[0][0, 0] < reads[0][0, 1]
 
@@ -88,8 +122,44 @@ def test_what_was_read_least_recently_makes_room_and_every_list_finds_its_keys()
     assert when.amin(2).max() < when.amax(2).min() == 12  # some went, and were fetched again
 
 
-@pytest.mark.parametrize(("unit", "slots", "width"), [(64, 246, 143), (16, 7872, 3950)])
-def test_all_of_a_step_compiles_for_an_h100(monkeypatch, unit, slots, width):
+@pytest.mark.parametrize("bits", [8, 4, "fp8"])
+def test_packed_pages_are_read_out_of_their_slots_as_where_they_all_lie(monkeypatch, bits):
+    """Two rows, one that ends a page; the newest page is named, too."""
+    monkeypatch.setattr(host, "why_not", lambda device: None)
+    drawn, rows = torch.Generator().manual_seed(0), [450, 384]
+    k, q = (torch.randn(2, h, n, 16, generator=drawn) for h, n in ((2, 450), (6, 1)))
+    selector = Quest(0.4, 2)
+    kept = PackedFull(Group((0, 1), selector=selector, bits=bits), 0)
+    hosted = HostPacked(Group((0, 1), selector=selector, bits=bits, hot=0.5), 0)
+    for store in (kept, hosted):
+        store.create(k, k)
+        store.append(k, k, Lengths([0, 0], rows, 450))
+    length, whole = torch.tensor(rows), kept.place()
+    new = NewTokens(Lengths([449, 383], [1, 1], 1), length, length[:, None] - 1, 450)
+    with interpreter() as run:
+        for _ in range(3):
+            lists = some_lists(drawn, 2, 2, length, 4, PAGE)
+            lists.pages[0, 0, lists.count[0, 0] - 1] = 7
+            place = hosted.place()
+            found = reference.fetch(place.hot, lists, length)
+            part = Place(
+                (0, 1), *place.packed[-2:], listed=True, packed=place.packed, hot=place.hot
+            )
+            more = {"length": length, "scale": 0.3}
+            ours = run("triton.decode_store.decode", q, part, new.query_pos, found, **more)
+            places = Places([whole], torch.zeros(2, 1), 1, HeadIndex())
+            truth = by_store(attention.decode)(q, places, new, [lists], scale=0.3)
+            assert (ours - truth).abs().max() < 1e-5
+            places = places._replace(parts=[place])
+            again = by_store(attention.decode)(q, places, new, [found], scale=0.3)
+            assert torch.equal(again, truth)
+
+
+@pytest.mark.parametrize(
+    ("unit", "slots", "width", "bits"),
+    [(64, 246, 143, 16), (16, 7872, 3950, 16), (64, 246, 143, 4)],
+)
+def test_all_of_a_step_compiles_for_an_h100(monkeypatch, unit, slots, width, bits):
     """A hot set of 0.12 of 131,072 tokens, and of a million in parts of pages."""
     pytest.importorskip("triton")
     from hfsparse.kernels.triton import decode_store, fetch, write_out
@@ -97,15 +167,18 @@ def test_all_of_a_step_compiles_for_an_h100(monkeypatch, unit, slots, width):
     kernels = (fetch, "_claim"), (fetch, "_copy"), (write_out, "_write_out")
     made = [compiled(monkeypatch, *each) for each in (*kernels, (decode_store, "_decode_store"))]
     monkeypatch.setattr(decode_store, "merge_shares", lambda *shares: None)
-    hot = hot_of(1, 2, 4, 2, unit, 0, (128, 128), torch.bfloat16)
+    dims, packed = ((128, 128), torch.bfloat16), bits != 16
+    hot = packed_of(1, 2, 4, 2, bits, *dims) if packed else hot_of(1, 2, 4, 2, unit, 0, *dims)
     slot, length = torch.zeros(1, 2, slots).int(), torch.tensor([200])
     hot, q = hot._replace(owner=slot, stamp=slot), torch.zeros(1, 8, 1, 128).bfloat16()
     lists = PageLists(torch.zeros(1, 2, width).long(), torch.ones(1, 2).long(), unit)
     lists = fetch.fetch(hot, lists, length, torch.zeros(2, 2).long())
-    write_out.write_out(hot, q[:, :2], q[:, :2], torch.arange(2), length[:, None] - 1)
-    part = Place((0, 1), hot.k, hot.v, size=NEWEST, listed=True, hot=hot)
+    if not packed:
+        write_out.write_out(hot, q[:, :2], q[:, :2], torch.arange(2), length[:, None] - 1)
+    own = hot.packed[-2:] if packed else (hot.k, hot.v)
+    part = Place((0, 1), *own, size=NEWEST, listed=True, hot=hot, packed=hot.packed)
     decode_store.decode(q, part, length[:, None] - 1, lists, length=length, scale=1.0)
-    claim, *_, decode = (kernel for (kernel,) in made)
+    (claim,), *_, (decode,) = made
     assert "bar.sync" in claim.asm["ptx"]
     assert claim.metadata.shared <= 48 << 10
     assert 0 < decode.metadata.shared <= 227 << 10

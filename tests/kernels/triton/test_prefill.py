@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -82,10 +83,16 @@ def test_what_models_add_matches_plain_attention(prefill, extras, dtype):
 
 @pytest.mark.parametrize(
     ("dim", "dtype"),
-    [(8, HALF), (64, SINGLE), (80, HALF), (96, SINGLE), (128, SINGLE), (128, HALF), (256, HALF)],
+    [
+        *((8, HALF), (64, SINGLE), (80, HALF), (96, SINGLE), (128, SINGLE), (128, HALF)),
+        *((192, HALF), (256, HALF), (512, HALF)),
+    ],
 )
 def test_every_head_dim_matches_plain_attention(prefill, dim, dtype):
-    it = batch(150, past=20, group=2, kv_heads=1, dim=dim, block=128, dtype=dtype)
+    """Of 192 values are narrower, as those that MLA expands."""
+    value_dim = 128 if dim == 192 else dim
+    more = dict(dim=dim, value_dim=value_dim, dtype=dtype)
+    it = batch(150, past=20, group=2, kv_heads=1, block=128, **more)
     lists = mixed(it)
     out = prefill(it.q, it.k, it.v, lists, heads(it), scale=it.scale)
     assert close(out, truth(it.q, it.k, it.v, lists.mask(), it.scale))
@@ -240,25 +247,29 @@ def test_every_head_dim_and_dtype_has_a_tile_on_large_and_small_gpus(monkeypatch
         monkeypatch.setattr(kernel, "shared_memory", lambda device, room=room: room << 10)
         kernel.tile_of.cache_clear()
         for block in kernel.BLOCKS:
-            for width in (64, 80, 96, 128, 256):
-                for itemsize in (2, 4):
-                    queries, keys, _ = kernel.tile_of(width, itemsize, block, "cpu")
-                    assert block % queries == block % keys == 0
+            for width, itemsize in product((64, 80, 96, 128, 192, 256, 512), (2, 4)):
+                tile = kernel.tile_of(width, itemsize, block, "cpu")
+                assert (tile is None) == (width == 512 and itemsize == 4 and room < 227)
+                if tile is not None:
+                    assert block % tile[0] == block % tile[1] == 0
     kernel.tile_of.cache_clear()
 
 
-def test_what_the_kernel_cannot_do_is_said():
+def test_what_the_kernel_cannot_do_is_said(monkeypatch):
     kernel = pytest.importorskip("hfsparse.kernels.triton.prefill", exc_type=ImportError)
     q = torch.empty(1, 2, 8, 64)
     need = Need.of(q, q, q, lists=True)
     assert kernel.why_not(need) is None
     assert "float64" in kernel.why_not(need._replace(dtype=torch.float64))
-    assert "at most 256" in kernel.why_not(need._replace(value_dim=320))
+    assert "at most 512" in kernel.why_not(need._replace(value_dim=640))
     assert "blocks of 48 tokens" in kernel.why_not(need._replace(block=48))
     assert "no gradients" in kernel.why_not(Need.of(q.clone().requires_grad_(), q, q, lists=True))
     on_cpu = kernels.PREFILL[2].why_not(need)
     assert kernels.PREFILL[2].name == "Triton"
     assert "needs a CUDA device, not cpu" in on_cpu
+    monkeypatch.setattr(kernel, "tile_of", lambda *given: None)
+    wide = kernel.why_not(need._replace(head_dim=512))
+    assert "heads of 512: too wide for this GPU" in wide
 
 
 def test_hfsparse_can_be_imported_without_triton():

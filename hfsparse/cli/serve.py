@@ -1,0 +1,111 @@
+"""`hfsparse serve`: transformers' OpenAI-compatible server, with a model that follows a plan."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from hfsparse.cli.application import Device, Dtype, Model
+from hfsparse.cli.run import PlanOption
+from hfsparse.errors import UsageError
+
+PAGE_SIZE = 256  # tokens of a page of transformers' cache, if nothing else is said
+HANDLERS = {  # of routes, by what transformers' `build_server` calls them
+    "chat_handler": ("chat_completion", "ChatCompletionHandler"),
+    "completion_handler": ("completion", "CompletionHandler"),
+    "response_handler": ("response", "ResponseHandler"),
+    "transcription_handler": ("transcription", "TranscriptionHandler"),
+    "systemone_handler": ("systemone", "SystemOneHandler"),
+}
+
+
+def serve(
+    model: Model,
+    plan: PlanOption = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, help="The port to listen at.")] = 8000,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that all requests' cache holds; what memory allows."),
+    ] = None,
+    one_by_one: Annotated[
+        bool, typer.Option(help="Answer requests one after another, by generate.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a model under a plan, at OpenAI-compatible routes, by continuous batching."""
+    _need_packages()
+
+    import uvicorn
+
+    from hfsparse.models.loading import load
+    from hfsparse.patcher import batching, patch
+    from hfsparse.patcher.state import state_of
+    from hfsparse.plan.sources import open_plan
+
+    chosen = open_plan(plan) if plan is not None else None
+    loaded, tokenizer = load(model, device, dtype)
+    with patch(loaded, chosen) as handle:
+        why = "as asked" if one_by_one else batching.why_not(state_of(loaded))
+        how = "continuous batching" if why is None else f"one request after another ({why})"
+        app = server(loaded, tokenizer, model, why is None, cache_tokens)
+        typer.echo(f"{model} at http://{host}:{port}/v1, {how}")
+        uvicorn.run(app, host=host, port=port)
+        typer.echo(str(handle.stats()))
+
+
+def server(
+    model: Any, tokenizer: Any, name: str, batched: bool, cache_tokens: int | None = None
+) -> Any:
+    """transformers' serving app, whose one model is this object, under a name."""
+    from transformers import ContinuousBatchingConfig
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    class Held(ModelManager):
+        """Has the model that it is asked for, and no other."""
+
+        def _load_processor(self, *args, **more):
+            return tokenizer
+
+        def _load_model(self, *args, **more):
+            return model
+
+        def get_gen_models(self, *args):
+            """What `/v1/models` lists, in 5.17; newer versions list this model by themselves."""
+            return [{"id": name, "object": "model", "created": 0, "owned_by": "hfsparse"}]
+
+    config = ContinuousBatchingConfig()
+    if cache_tokens is not None:
+        config.num_blocks = -(-cache_tokens // PAGE_SIZE)
+    state = GenerationState(continuous_batching=batched, cb_config=config)
+    known, asked = Held(force_model=name), inspect.signature(build_server).parameters
+    made = {
+        part: getattr(import_module(f"transformers.cli.serving.{module}"), kind)(known, state)
+        for part, (module, kind) in HANDLERS.items()
+        if part in asked
+    }
+    return build_server(known, generation_state=state, **made)
+
+
+def _need_packages() -> None:
+    """UsageError where transformers has no server, or the packages that it needs are missing."""
+    import transformers
+    from transformers.utils import import_utils
+
+    if not (find_spec("transformers.cli") and find_spec("transformers.cli.serving")):
+        raise UsageError(
+            "hfsparse serve needs transformers 5.17.0 or newer, whose server takes a model object; "
+            f"this is {transformers.__version__}"
+        )
+    if not import_utils.is_serve_available():
+        raise UsageError(
+            "hfsparse serve needs fastapi, uvicorn, pydantic and openai: "
+            "pip install 'hfsparse[serve]'"
+        )

@@ -1,0 +1,83 @@
+"""Products of a row, interpreted, against torch's own; and which a step's graph joins."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from hfsparse import kernels
+from hfsparse.runtime.graphs.products import join_products
+from tests.kernels.interpreter import interpreter
+
+
+@pytest.fixture(scope="module")
+def products():
+    with interpreter(triton__products__COLUMNS=64) as run:
+        yield lambda *given: run("triton.products.products", *given)
+
+
+@pytest.mark.parametrize(("K", "sizes"), [(128, [9]), (100, [8, 3]), (64, [4, 1, 7, 5, 2])])
+def test_products_are_those_of_torch(products, K, sizes):
+    torch.manual_seed(K)
+    dtype = torch.float16
+    x = torch.randn(1, 1, K, dtype=dtype)
+    weights = [torch.randn(n, K, dtype=dtype) for n in sizes]
+    biases = [torch.randn(n, dtype=dtype) if i % 2 else None for i, n in enumerate(sizes)]
+    want = [linear(x.double(), w.double(), None if b is None else b.double())
+            for w, b in zip(weights, biases, strict=True)]  # fmt: skip
+    found = products(x, weights, biases)
+    assert (found.shape, found.dtype) == ((1, 1, sum(sizes)), dtype)
+    torch.testing.assert_close(found.double(), torch.cat(want, -1), rtol=2e-3, atol=2e-3)
+
+
+class Block(nn.Module):
+    """Three products of one row, one of another, and one whose weight is made on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 2, False), nn.Linear(8, 2)
+        self.o = nn.Linear(6, 8)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        y = self.o(q) + torch.cat([k, v], -1).repeat(1, 1, 2)
+        return linear(y, self.o.weight.T * 2), linear(x, self.k.weight)
+
+
+def joined(x, monkeypatch, serves=True):
+    """The operators of a compiled block, and how far it is from the eager one."""
+    names = []
+
+    def backend(module, inputs):
+        join_products(module)
+        names.extend(str(n.target) for n in module.graph.nodes if n.op == "call_function")
+        return module
+
+    torch.manual_seed(0)
+    block, why = Block(), None if serves else "not here"
+    row = kernels.Kernel("any", kernels.PRODUCTS[-1].run, lambda need: why)
+    table = row, kernels.PRODUCTS[-1]
+    monkeypatch.setattr(
+        "hfsparse.runtime.graphs.products.TABLES", kernels.TABLES._replace(products=table)
+    )
+    with torch.inference_mode():
+        found = torch.compile(Block.forward, backend=backend, fullgraph=True)(block, x)
+        torch.testing.assert_close(found, block(x))
+    torch.compiler.reset()
+    return [name for name in names if "products" in name or "linear" in name]
+
+
+def test_a_graph_joins_products_that_share_their_row(monkeypatch):
+    found = joined(torch.randn(1, 1, 8), monkeypatch)
+    assert [n for n in found if "products" in n] == ["hfsparse.products.default"] * 2
+    assert len(found) == 3, found  # and the one whose weight is made in the step
+
+
+def test_nothing_is_joined_where_no_kernel_serves(monkeypatch):
+    found = joined(torch.randn(1, 1, 8), monkeypatch, serves=False)
+    assert len(found) == 6
+    assert not any("products" in name for name in found)
+
+
+def test_several_rows_are_left_to_torch(monkeypatch):
+    assert len(joined(torch.randn(2, 1, 8), monkeypatch)) == 6
