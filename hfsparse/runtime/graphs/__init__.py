@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from hfsparse import kernels
+from hfsparse.errors import Error
 from hfsparse.lists import PAGE
 from hfsparse.lists.lengths import Lengths
 from hfsparse.models.names import new_tokens
@@ -91,7 +92,7 @@ class Planned:
     mask: Tensor | None = None
 
 
-class NotReady(Exception):
+class NotReady(Error):
     """A step can't run ahead; nothing has changed."""
 
 
