@@ -33,8 +33,6 @@ from hfsparse.selectors import SELECTORS
 
 HQ, HKV, D, SCALE = 32, 8, 128, 128**-0.5
 CACHES, CALLS, REPLAYS = 3, 24, 15
-LABELS = [(unit, 32, 4) for unit in (64, 16, 8, 1)]  # units, numbers of a label, their bits
-LABELS += [(16, 16, 8), (16, 16, 4), (1, 16, 4)]
 RANDOM = {"device": "cuda", "dtype": torch.bfloat16}
 
 
@@ -46,7 +44,7 @@ def selectors(share: float) -> dict[str, object]:
         return found
     seen = torch.randn(1, HKV, 4 * D, D)
     table = dict.fromkeys(("keys", "queries"), seen.mT @ seen)
-    for unit, rank, bits in LABELS:
+    for unit, rank, bits in ((64, 32, 4), (16, 32, 4), (8, 32, 4), (1, 32, 4), (16, 16, 8)):
         chosen = lowrank(share=share, unit=unit, rank=rank, bits=bits)
         found[f"lowrank {rank}, {bits} bits / {unit}"] = chosen.bind(0, range(HKV), table)
     return found

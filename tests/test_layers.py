@@ -37,7 +37,7 @@ PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_fl
 PARTS += " estimate_keys estimate"
 HALVES = {tuple(f"{KERNELS}.triton.{n}" for n in (b, a)) for a, b in combinations(PARTS.split(), 2)}
 CHOOSE, SCORES, VOTES, *SCORED, MANY = (
-    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels")
+    f"{KERNELS}.triton.{name}" for name in ("choose", "scores", "votes", "quest", "labels", "many")
 )
 HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
 HALVES |= {(f"{KERNELS}.triton.decode_store", f"{KERNELS}.triton.decode")}

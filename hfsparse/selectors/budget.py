@@ -72,37 +72,37 @@ class Budget:
         scores: `[B, Hq, Q, U]` in nats, whatever they are beyond a row; the q heads of each of
         `heads` kv heads vote together.
         """
-        rank = ranks(scores, length, heads, self.unit)
-        return self.best(rank, length, scores.shape[2])
+        vote = votes(scores, length, heads, self.unit)
+        return self.best(vote, length, scores.shape[2])
 
-    def best(self, rank: Tensor, length: Tensor, queries: int) -> PageLists:
-        """The units of the smallest ranks `[B, H, U]`, of rows of `length` [B], the last `queries`
+    def best(self, vote: Tensor, length: Tensor, queries: int) -> PageLists:
+        """The units of the largest votes `[B, H, U]`, of rows of `length` [B], the last `queries`
         of them new.
 
-        U: units of all pages that there is room for, whatever their ranks are beyond a row.
+        U: units of all pages that there is room for. Votes are parts of 1 in a row's units, 0
+        beyond them.
         """
-        B, H, U = rank.shape
-        unit, each = torch.arange(U, device=rank.device), self.per_page
+        B, H, U = vote.shape
+        unit, weight, each = torch.arange(U, device=vote.device), vote, self.per_page
         total = -(-length // self.unit)  # [B] units in the row
-        past = (unit >= total[:, None])[:, None]
-        vote = torch.exp2(1 - rank).masked_fill(past, 0)
         # Those of pages that hold new queries:
         newest = (length - queries).clamp(min=0)[:, None] // PAGE * each
         forced = (unit < each) | (unit >= newest)
         forced &= unit < total[:, None]
-        rank = rank.masked_fill(forced[:, None], 0).masked_fill(past, torch.inf)
+        vote = vote.masked_fill(forced[:, None], torch.inf)
+        vote = vote.masked_fill((unit >= total[:, None])[:, None], -torch.inf)
         budget = share_of(total, *ratio(self.share)).clamp(min=self.fewest)
-        best = torch.sort(rank, dim=-1, stable=True).indices
+        best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
         budget = budget[:, None].expand(B, H)
         if self.top_p:
-            mass = counted(vote.gather(-1, best))
+            mass = counted(weight.gather(-1, best))
             before = mass.cumsum(-1) - mass
             needed = share_of(mass.sum(-1, keepdim=True), *ratio(self.top_p))
             enough = (before < needed).sum(-1)
             budget = torch.minimum(budget, enough.clamp(min=self.fewest))
         count = torch.maximum(budget, forced.sum(1)[:, None]).clamp(max=total[:, None])
         width = self.width(U // each, queries)
-        used = torch.arange(width, device=rank.device) < count[..., None]
+        used = torch.arange(width, device=vote.device) < count[..., None]
         units = torch.where(used, best[..., :width], U).sort(-1).values
         return PageLists(units.clamp(max=U - 1), count, self.unit)
 
@@ -119,18 +119,16 @@ class Budget:
         return count * self.unit - -length % self.unit
 
 
-def ranks(scores: Tensor, length: Tensor, heads: int, unit: int = PAGE) -> Tensor:
-    """Each kv head's ranks `[B, heads, U]` of units, by scores `[B, Hq, Q, U]` in nats.
+def votes(scores: Tensor, length: Tensor, heads: int, unit: int = PAGE) -> Tensor:
+    """Each kv head's votes `[B, heads, U]` for units, of scores `[B, Hq, Q, U]` in nats.
 
-    A unit's vote is the largest that a query of the group gives: the softmax of its scores over the
-    units of a row of `length` [B]. Its rank is 1 - log2 of it, at most 127, as float16: so few
-    thousand are told apart, which kernels count.
+    A vote is the largest that a query of the group gives: the softmax of its scores over the units
+    of a row of `length` [B]; 0 beyond them, whatever the scores are there.
     """
     B, _, _, U = scores.shape
     past = beyond(length, unit, U)[:, None, None]
     vote = torch.softmax(scores.masked_fill(past, -torch.inf), -1)
-    rank = 1 - vote.view(B, heads, -1, U).amax(2).log2()
-    return rank.clamp(max=127).half().float()
+    return vote.view(B, heads, -1, U).amax(2)
 
 
 def best_of(scores: Tensor, length: Tensor, span: int, unit: int) -> Tensor:

@@ -686,39 +686,36 @@ def table_of(selector, layers: int = 1, heads: int = 2, dim: int = 8):
     return made and made(layers, heads, dim)
 
 
-def ranks(vote) -> np.ndarray:
-    """Of votes as selectors tell them apart: 1 - log2 in float16, from 2^-126 on."""
-    return (1 - np.log2(np.maximum(vote, 2.0**-126))).astype(np.float16).astype(np.float64)
+def told_apart(vote):
+    """Votes as selectors tell them apart: by 1 - log2 in float16, from 2^-126 on."""
+    rank = 1 - np.log2(np.maximum(vote, 2.0**-126))
+    return np.exp2(1 - rank.astype(np.float16).astype(np.float64))
 
 
 def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
     """Units that a step must read and those that it may, of one row and kv head, tensors in.
 
-    They differ where a vote is nearer than `slack` to one of another rank; of equal ranks the lower
-    unit comes first.
+    They differ where votes are nearer to one another than `slack`, of which 0 is for none.
     """
     q, k = (t.to(torch.float64).numpy() for t in (q, k))
-    vote = SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head)
+    vote = told_apart(SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head))
     total, budget, each = len(vote), setting.budget, PAGE // setting.budget.unit
     newest = (len(k) - q.shape[1]) // PAGE * each
     forced = sorted({*range(min(each, total)), *range(newest, total)})
-    free = ~np.isin(np.arange(total), forced)
     fewest = budget.min_pages * each
     most = max(ceil(round(budget.share * total, 6)), fewest)
     counts = [most, most]
     if budget.top_p:
-        told = np.exp2(1 - ranks(vote))
-        others = np.sort(told[free])[::-1]
-        before = told[forced].sum() + np.cumsum([0, *others])[:-1]
-        needed = told.sum() * budget.top_p
+        others = np.sort(np.delete(vote, forced))[::-1]
+        before = vote[forced].sum() + np.cumsum([0, *others])[:-1]
+        needed = vote.sum() * budget.top_p
         for i, more in enumerate((-slack, slack)):  # surely, perhaps
             wanted = len(forced) + (before < needed * (1 + more)).sum()
             counts[i] = min(most, max(wanted, fewest))
-    early, late = (ranks(vote * (1 + s)) + np.arange(total) * 1e-9 for s in (slack, -slack))
-    ahead = np.searchsorted(np.sort(early[free]), late) - (early < late)
-    behind = np.searchsorted(np.sort(late[free]), early)
-    left = [n - len(forced) for n in counts]
-    return ~free | (ahead < left[0]), ~free | (behind < left[1])
+    if not slack:  # equal votes go to the lower page
+        vote = vote.round(12) - np.arange(total) * 1e-15
+    surely, perhaps = (best(vote, max(n, len(forced)), forced, slack) for n in counts)
+    return surely[0], perhaps[1]
 
 
 SETTINGS = {name: p for each in PATTERN_ROWS.values() for name, p in each.settings.items()}

@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.triton.limits import LOG2E, await_previous, chained
-from hfsparse.kernels.triton.scores import Asked, empty, store_scores, tile, units_of
+from hfsparse.kernels.triton.scores import Asked, store_scores, units_of
 from hfsparse.selectors.quest import Quest
-
-__all__ = ["score", "tile"]
 
 
 def score(quest: Quest, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
@@ -37,7 +35,7 @@ def score(quest: Quest, index: dict[str, Tensor], asked: Asked, scale: float) ->
 
 @triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
 def _bounds(
-    Q_, LOW, HIGH, SCORES, TOTALS, TALLY, LENGTH, MADE, HEADS,
+    Q_, LOW, HIGH, SCORES, TOTALS, LENGTH, MADE, HEADS,
     q_b: tl.int64, q_h: tl.int64, q_s, low_b: tl.int64, low_h: tl.int64, low_p,
     high_b: tl.int64, high_h: tl.int64, high_p,
     Hkv, Q, queries, U, below: tl.int64, refresh, times,
@@ -47,7 +45,6 @@ def _bounds(
 ):  # fmt: skip
     await_previous(CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    empty(TALLY, head)
     length, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
     if tile * TILE >= total:
         return

@@ -1,9 +1,9 @@
 """What kernels that score a cache's units share: what they are asked, and how they answer.
 
 Each writes the scores of tiles of units, in base 2, and the logarithm of what a tile's powers of 2
-sum up to, so that `choose.py` can make votes of them, and empties the bins that those are counted
-in. Lengths are read on the device, and nothing depends on the room that there is for more pages. A
-row whose last choice is young (`refresh`), or that is too short for one, is left out.
+sum up to, so that `choose.py` can make votes of them. Lengths are read on the device, and nothing
+depends on the room that there is for more pages. A row whose last choice is young (`refresh`), or
+that is too short for one, is left out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ from hfsparse.selectors.budget import Budget
 
 TILE = 64  # units that one program scores, or
 TOKENS = 512  # as many as have so many tokens
-# A row's tally: how many units have each rank, of which neighbours lie apart so that counting them
-# does not queue; what each chunk of units keeps; and when a choice that is read on was made.
-BINS, NEAR, CHUNKS = tl.constexpr(8192), tl.constexpr(256), tl.constexpr(32)
-YOUNG, WORDS = tl.constexpr(8192 + 32), tl.constexpr(8192 + 64)
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,6 @@ class Asked:
     pages: int  # that there is room for
     below: int
     choice: Choice | None
-    tile: int  # units that are scored together
 
     @property
     def programs(self) -> int:
@@ -56,6 +51,10 @@ class Asked:
         """New queries of a kv head: those of each q head of its group."""
         heads = self.q.shape[1] if self.heads is None else len(self.heads)
         return heads // self.kv_heads * self.q.shape[2]
+
+    @property
+    def tile(self) -> int:
+        return max(TILE, TOKENS // self.budget.unit)
 
     @property
     def tiles(self) -> int:
@@ -73,11 +72,6 @@ class Asked:
         shape = self.programs, self.queries, self.tiles
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
-    @cached_property
-    def tally(self) -> Tensor:
-        """[B * Hkv, WORDS], to be emptied."""
-        return torch.empty(self.programs, WORDS.value, dtype=torch.int32, device=self.q.device)
-
     @property
     def made(self) -> Tensor:
         """When the last choice was made; a stand-in that is not read."""
@@ -85,7 +79,7 @@ class Asked:
 
     def tensors(self) -> tuple[Tensor, ...]:
         heads = self.length if self.heads is None else self.heads
-        return self.scores, self.totals, self.tally, self.length, self.made, heads
+        return self.scores, self.totals, self.length, self.made, heads
 
     def numbers(self) -> tuple[int, ...]:
         Q, refresh = self.q.shape[2], self.budget.refresh
@@ -94,11 +88,6 @@ class Asked:
     def settings(self) -> dict[str, int | bool]:
         more = {"SOME": self.heads is not None, "KEEPS": self.choice is not None}
         return {"TILE": self.tile, "UNIT": self.budget.unit, **more}
-
-
-def tile(unit: int) -> int:
-    """How many units a program scores."""
-    return max(TILE, TOKENS // unit)
 
 
 def score(selector, index: dict[str, Tensor], asked: Asked, scale: float) -> None:
@@ -136,15 +125,6 @@ def units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT: tl.constexpr, KEE
 
 
 @triton.jit
-def empty(TALLY, head):
-    """Empty a row's tally: the first of its programs does."""
-    if tl.program_id(0) + tl.program_id(2) == 0:
-        tally = TALLY + head * WORDS
-        tl.store(tally + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        tl.store(tally + BINS + tl.arange(0, CHUNKS), tl.zeros([CHUNKS], tl.int32))
-
-
-@triton.jit
 def store_scores(SCORES, TOTALS, score, head, queries, row, tile, alive, TILE: tl.constexpr):
     """Of rows `[ROWS, TILE]` of a tile: base 2, -inf beyond the row's end."""
     at = (head * queries + row) * tl.num_programs(0) + tile
@@ -158,14 +138,13 @@ def store_scores(SCORES, TOTALS, score, head, queries, row, tile, alive, TILE: t
 
 @triton.jit(do_not_specialize="Hkv Q queries U below refresh".split())
 def _copy(
-    FOUND, SCORES, TOTALS, TALLY, LENGTH, MADE, HEADS,
+    FOUND, SCORES, TOTALS, LENGTH, MADE, HEADS,
     Hkv, Q, queries, U, below: tl.int64, refresh, times,
     ROWS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
     SOME: tl.constexpr, KEEPS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    empty(TALLY, head)
     _, total = units_of(LENGTH, MADE, head, Hkv, U, below, refresh, UNIT, KEEPS)
     if tile * TILE >= total:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ONE, LEAST = tl.constexpr(0x3C00), tl.constexpr(127.0)  # bits of float16's 1; the rank of the least
+FIRST, LAST = tl.constexpr(0x3F800000), tl.constexpr(0x43160000)  # bits of 1.0 and 150.0
 SUM_ONE = tl.constexpr(float(1 << 32))  # what a weight of 1 is in sums
 
 
@@ -55,13 +55,13 @@ def _totals(a, b, c, d):
 def ranks(
     SCORES, TOTALS, head, unit, total, queries, tiles, SIZE: tl.constexpr, TILE: tl.constexpr
 ):
-    """The bins of some units of a row, by their ranks.
+    """1 and the costs of some units of a row.
 
-    A unit's rank is 1 and how often 1 is halved to give its vote, the largest of its shares of the
-    queries' softmax, as a float16: see `budget.ranks`. The best has bin 0.
+    A unit's cost is how often 1 is halved to give its vote, the largest of its shares of the
+    queries' softmax. Of a vote that float32 has as 0 it is 149.
     """
     tile = tl.arange(0, SIZE // TILE)
-    cost = tl.full(unit.shape, LEAST - 1.0, tl.float32)
+    cost = tl.full(unit.shape, 149.0, tl.float32)
     for first in range(0, queries, 4):
         a = head * queries + first
         b = head * queries + tl.minimum(first + 1, queries - 1)
@@ -79,20 +79,13 @@ def ranks(
         )
         cost = tl.minimum(cost, tl.minimum(whole_a - score_a, whole_b - score_b))
         cost = tl.minimum(cost, tl.minimum(whole_c - score_c, whole_d - score_d))
-    rank = (tl.maximum(cost, 0.0) + 1.0).to(tl.float16)
-    return rank.to(tl.int16, bitcast=True).to(tl.int32) - ONE
+    return tl.maximum(cost, 0.0) + 1.0
 
 
 @triton.jit
-def rank_of(bin):
-    return (bin + ONE).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def forces(unit, length, Q, total, UNIT: tl.constexpr, EACH: tl.constexpr):
-    """Which units are read in any case, and the first one of the pages of the new queries."""
-    newest = tl.maximum(length - Q, 0) // (UNIT * EACH) * EACH
-    return ((unit < EACH) | (unit >= newest)) & (unit < total), newest
+def newest_unit(length, Q, PAGE: tl.constexpr, EACH: tl.constexpr):
+    """The first unit of the pages that hold the row's new queries."""
+    return tl.maximum(length - Q, 0) // PAGE * EACH
 
 
 @triton.jit

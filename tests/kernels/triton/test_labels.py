@@ -20,7 +20,7 @@ CASES = [  # bits, unit, rank, new tokens, q heads of a group
     (4, 8, 6, 1, 4, HALF),
     (16, 1, 5, 3, 2, SINGLE),
     (8, 64, 20, 2, 1, HALF),
-    (4, 32, 16, 4, 4, SINGLE),
+    (4, 32, 16, 16, 8, SINGLE),
 ]
 
 
@@ -79,8 +79,7 @@ def test_new_tokens_get_the_labels_of_a_prompts(run, case):
     part = Place((3, 2), k, k, selector=selector, index=index)
     index = run("tests.kernels.triton.test_labels.followed", part, given, heads, position)
     for name, t in index.items():
-        ulp = 1e-3 if t.is_floating_point() else 0  # sums in another order
-        assert torch.allclose(t, wanted[name], rtol=ulp, atol=0), name
+        assert torch.equal(t, wanted[name]), name
 
 
 def followed(part: Place, *args) -> dict[str, torch.Tensor]:
@@ -105,5 +104,5 @@ def test_a_new_length_launches_and_compiles_the_same(monkeypatch):
                 labels.follow(part, q[:, :2], torch.arange(2), length[:, None] - 1)
                 found.append(list(seen))
                 seen.clear()
-            assert len(found[0]) == 5
+            assert len(found[0]) == 3
             assert found[0] == found[1]
