@@ -1,4 +1,4 @@
-"""Which kernel serves which need: eight tables of capability checks, the first that fits wins.
+"""Which kernel serves which need: tables of capability checks, the first that fits wins.
 
 Kernels know nothing of plans, models or caches. A row's check answers None, or why it can't run;
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
@@ -23,7 +23,7 @@ FETCH(hot, lists, length, read) -> PageLists
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
-    As `plain.products`, of one row: in steps of batch 1 that are fused.
+    As `plain.products`, of one row. Steps that are fused are compiled with it; no call asks it.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ PRODUCTS = (
 
 
 class Tables(NamedTuple):
-    """The eight together: what a call's kernels are picked from."""
+    """Those together: what a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
@@ -227,7 +227,6 @@ class Tables(NamedTuple):
     append: tuple[Kernel, ...] = APPEND
     fetch: tuple[Kernel, ...] = FETCH
     count: tuple[Kernel, ...] = COUNT
-    products: tuple[Kernel, ...] = PRODUCTS
 
 
 TABLES = Tables()

@@ -20,8 +20,7 @@ NEEDS = {"estimate": PATTERNS["block_topk"](), "select": Quest()}  # who is to c
 
 
 def need(name: str, **more) -> Need:
-    dtype = torch.bfloat16 if name == "products" else torch.float32
-    return Need(torch.device("cpu"), dtype, 64, 64, chooser=NEEDS.get(name), **more)
+    return Need(torch.device("cpu"), torch.float32, 64, 64, chooser=NEEDS.get(name), **more)
 
 
 @pytest.mark.parametrize("name", kernels.Tables._fields)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from hfsparse.kernels import TABLES, Kernel, Need, pick
+from hfsparse.kernels import PRODUCTS, Kernel, Need, pick
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
@@ -56,7 +56,7 @@ def _is_served(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> bool:
         return False
     row, *rest = held
     plain = all(t.dtype == row.dtype and t.is_contiguous() for t in rest)
-    return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not TABLES.products[-1]
+    return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
 def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
@@ -76,7 +76,7 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _kernel(x: Tensor, weight: Tensor) -> Kernel:
-    return pick(TABLES.products, Need(x.device, x.dtype, x.shape[-1], len(weight)))
+    return pick(PRODUCTS, Need(x.device, x.dtype, x.shape[-1], len(weight)))
 
 
 def _products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:

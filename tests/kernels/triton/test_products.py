@@ -57,9 +57,7 @@ def joined(x, monkeypatch, serves=True):
     block, why = Block(), None if serves else "not here"
     row = kernels.Kernel("any", kernels.PRODUCTS[-1].run, lambda need: why)
     table = row, kernels.PRODUCTS[-1]
-    monkeypatch.setattr(
-        "hfsparse.runtime.graphs.products.TABLES", kernels.TABLES._replace(products=table)
-    )
+    monkeypatch.setattr("hfsparse.runtime.graphs.products.PRODUCTS", table)
     with torch.inference_mode():
         found = torch.compile(Block.forward, backend=backend, fullgraph=True)(block, x)
         torch.testing.assert_close(found, block(x))
