@@ -218,7 +218,7 @@ PRODUCTS = (
 
 
 class Tables(NamedTuple):
-    """Those together: what a call's kernels are picked from."""
+    """What a call's kernels are picked from."""
 
     prefill: tuple[Kernel, ...] = PREFILL
     decode: tuple[Kernel, ...] = DECODE
