@@ -1,0 +1,93 @@
+"""Claim: a fused step of one row reads its weights faster than the matrix library does.
+
+    python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
+
+Fused steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind
+random keys, with products left to Inductor and with ours: the graph alone, a token in `generate`,
+and the seconds until the first tokens are there, most of which compile. Inductor's caches lie where
+TORCHINDUCTOR_CACHE_DIR says: a second run tells what a second process waits for. --matrices first
+times a product with each matrix of a layer, in CUDA graphs over matrices in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch.nn.functional import linear
+
+import hfsparse
+from benchmarks.common import options
+from benchmarks.common.shapes import describe, endless, tidy
+from benchmarks.decode import bench_ms, filled, generated
+from hfsparse.kernels import PRODUCTS
+from hfsparse.patcher.state import state_of
+from hfsparse.runtime.graphs import products
+
+MATRICES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
+
+
+def step(model, length: int, tokens: int, arm: str) -> None:
+    """One row of the table of steps."""
+    tidy()
+    torch.compiler.reset()
+    with hfsparse.patch(model, fuse=True):
+        begun = time.perf_counter()
+        generated(model, filled(model, "ours", 1, length, 16), 1, length, 11)
+        first = time.perf_counter() - begun
+        cache = filled(model, "ours", 1, length, tokens + 2)
+        clock, _ = generated(model, cache, 1, length, tokens)
+        graphs = state_of(model).graphs
+        graph = next(iter(graphs.kept.values()))[1].graph
+        alone = f"{bench_ms(graph.launch):.2f}" if graph else ""
+    print(f"| {arm} | {alone} | {clock.ms():.2f} | {first:.1f} | {graphs} |", flush=True)
+
+
+def in_turn(call: Callable[[int], object], count: int) -> float:
+    """Microseconds of a call, of which a CUDA graph has some, over so many matrices."""
+    for i in range(count):
+        call(i)
+    torch.cuda.synchronize()
+    graph, calls = torch.cuda.CUDAGraph(), max(20, count)
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i % count)
+    return 1e3 * bench_ms(graph.replay) / calls
+
+
+def matrix(rows: int, columns: int) -> str:
+    """A row of the table of matrices."""
+    size, more = 2 * rows * columns, {"device": "cuda", "dtype": torch.bfloat16}
+    held = [torch.randn(rows, columns, **more) for _ in range(max(1, int(HELD / size)))]
+    x, ours = torch.randn(1, columns, **more), PRODUCTS[0].run
+    library = in_turn(lambda i: linear(x, held[i]), len(held))
+    own = in_turn(lambda i: ours(x, held[i : i + 1], [None]), len(held))
+    cells = " | ".join(f"{us:.1f} | {size / us / 1e6:.2f}" for us in (library, own))
+    return f"| {rows:,} x {columns:,} | {cells} |"
+
+
+def main() -> None:
+    made = options.parser(__doc__, "8192", 64, "llama-3.1-8b")
+    made.add_argument("--matrices", action="store_true")
+    args = options.parse(made)
+    if args.matrices:
+        options.need_cuda()
+        print("| matrix | cuBLAS, us | TB/s | ours, us | TB/s |\n| --- |" + " ---: |" * 4)
+        with torch.inference_mode():
+            for shape in MATRICES:
+                print(matrix(*shape), flush=True)
+    model = endless(args.shape)
+    print(f"\n{describe(model, args.shape)}\n")
+    print("| products | graph alone, ms | a token, ms | first tokens, s | graph |")
+    print("| --- | ---: | ---: | ---: | --- |", flush=True)
+    for length in args.lengths:
+        with patch.object(products, "join_products", lambda module: None):
+            step(model, length, args.tokens, "Inductor's")
+        step(model, length, args.tokens, "ours")
+
+
+if __name__ == "__main__":
+    main()
