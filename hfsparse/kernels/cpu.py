@@ -18,6 +18,7 @@ from hfsparse.kernels.need import Need
 from hfsparse.lists import FULL, RATE_ONE, Band, BlockLists, HeadIndex, at_heads
 from hfsparse.precision import without_autocast
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # queries to a view of a band's window; more read more keys in vain
 TILE = 1 << 20  # numbers in the largest temporary
 NEVER = -1e30  # a masked logit: of rows that hold -inf alone, the kernel tells no LSE
@@ -29,6 +30,8 @@ def why_not(need: Need) -> str | None:
     """Why it can't serve, if it can't."""
     if need.device.type != "cpu":
         return f"serves the CPU, not {need.device.type}"
+    if need.dtype not in DTYPES:
+        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
     if need.logits:
         return "no softcap, no sink logits"
     if need.skip:

@@ -686,19 +686,13 @@ def table_of(selector, layers: int = 1, heads: int = 2, dim: int = 8):
     return made and made(layers, heads, dim)
 
 
-def told_apart(vote):
-    """Votes as selectors tell them apart: by 1 - log2 in float16, from 2^-126 on."""
-    rank = 1 - np.log2(np.maximum(vote, 2.0**-126))
-    return np.exp2(1 - rank.astype(np.float16).astype(np.float64))
-
-
 def oracle_pages(setting, q, k, scale: float, table=None, head: int = 0, slack=1e-5) -> Masks:
     """Units that a step must read and those that it may, of one row and kv head, tensors in.
 
     They differ where votes are nearer to one another than `slack`, of which 0 is for none.
     """
     q, k = (t.to(torch.float64).numpy() for t in (q, k))
-    vote = told_apart(SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head))
+    vote = SELECTOR_ROWS[setting.kind].oracle(setting, q, k, scale, table, head)
     total, budget, each = len(vote), setting.budget, PAGE // setting.budget.unit
     newest = (len(k) - q.shape[1]) // PAGE * each
     forced = sorted({*range(min(each, total)), *range(newest, total)})

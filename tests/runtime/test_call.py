@@ -63,7 +63,7 @@ def test_layers_share_a_grid_lists_and_lengths(monkeypatch):
         _, mask = left_padded(120)
         forward(model, tokens(3, 20), mask, cache=first.past_key_values)
         rings = sum(isinstance(s, Ring) for x in first.past_key_values.layers for s in x.stores)
-        assert (len(lists), len(grids)) == (rings, 1)  # of full heads none, of each ring its own
+        assert (len(lists), len(grids)) == (rings + 1, 1)  # of each ring, and one of full heads
 
 
 def test_layers_share_the_blocks_that_positions_alone_choose(monkeypatch):

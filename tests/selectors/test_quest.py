@@ -12,7 +12,7 @@ from hfsparse.kernels import reference
 from hfsparse.lists import PAGE
 from hfsparse.selectors.quest import Quest, bounds
 from tests.helpers import close, truth
-from tests.patterns.matrix import SELECTOR_ROWS, told_apart
+from tests.patterns.matrix import SELECTOR_ROWS
 
 SETTINGS = {n: s for n, s in SELECTOR_ROWS["quest"].settings.items() if s.span == PAGE}
 
@@ -66,7 +66,6 @@ def test_pages_equal_the_plain_definition(name, group, queries):
                     a, z = (query * m[b, h, :total].double() for m in index.values())
                     weight = torch.softmax(torch.maximum(a, z).sum(1) * scale, 0)
                     vote = torch.maximum(vote, weight)
-            vote = torch.from_numpy(told_apart(vote.numpy()))
             rest = sorted(set(range(total)) - forced, key=lambda page: -vote[page])
             count = min(total, budget)
             if quest.top_p:
