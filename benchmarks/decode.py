@@ -36,7 +36,7 @@ from transformers import DynamicCache, StaticCache
 
 import hfsparse
 from benchmarks.common import options
-from benchmarks.common.clock import Clock, continued
+from benchmarks.common.clock import Clock, bench_ms, continued
 from benchmarks.common.journal import failure
 from benchmarks.common.shapes import cache_bytes, endless, filled_cache, plan_of, random_keys
 from hfsparse import kernels
@@ -293,18 +293,6 @@ def profiled(call: Callable) -> None:
         call()
     looked.disable()
     pstats.Stats(looked).sort_stats("tottime").print_stats(18)
-
-
-def bench_ms(run: Callable, times: int = 20) -> float:
-    for _ in range(3):
-        run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / times
 
 
 def layer(length: int, batch: int) -> None:

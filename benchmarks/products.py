@@ -2,48 +2,46 @@
 
     python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
 
-Fused steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind
-random keys, with products left to Inductor and with ours: the graph alone, a token in `generate`,
-and the seconds until the first tokens are there, most of which compile. Inductor's caches lie where
-TORCHINDUCTOR_CACHE_DIR says: a second run tells what a second process waits for. --matrices first
-times a product with each matrix of a layer, in CUDA graphs over matrices in turn.
+Steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind random
+keys, not fused and fused: the graph alone, a token in `generate`, and the seconds until the first
+tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCTOR_CACHE_DIR says: a
+second run tells what a second process waits for. --matrices first times a product with each matrix
+of a layer, by the matrix library and by ours, in CUDA graphs over matrices in turn.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 from torch.nn.functional import linear
 
 import hfsparse
 from benchmarks.common import options
-from benchmarks.common.shapes import describe, endless, tidy
-from benchmarks.decode import bench_ms, filled, generated
+from benchmarks.common.clock import bench_ms, continued
+from benchmarks.common.shapes import describe, endless, filled_cache, tidy
 from hfsparse.kernels import PRODUCTS
 from hfsparse.patcher.state import state_of
-from hfsparse.runtime.graphs import products
 
 MATRICES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
 
 
-def step(model, length: int, tokens: int, arm: str) -> None:
+def step(model, length: int, tokens: int, fuse: bool) -> None:
     """One row of the table of steps."""
     tidy()
-    torch.compiler.reset()
-    with hfsparse.patch(model, fuse=True):
+    ids = torch.randint(5, model.config.vocab_size, (1, length + 1), device=model.device)
+    with hfsparse.patch(model, fuse=fuse):
         begun = time.perf_counter()
-        generated(model, filled(model, "ours", 1, length, 16), 1, length, 11)
+        continued(model, ids, 11, past_key_values=filled_cache(model, 1, length, 16))
         first = time.perf_counter() - begun
-        cache = filled(model, "ours", 1, length, tokens + 2)
-        clock, _ = generated(model, cache, 1, length, tokens)
+        cache = filled_cache(model, 1, length, tokens + 2)
+        clock, _ = continued(model, ids, tokens, past_key_values=cache)
         graphs = state_of(model).graphs
         graph = next(iter(graphs.kept.values()))[1].graph
         alone = f"{bench_ms(graph.launch):.2f}" if graph else ""
-    print(f"| {arm} | {alone} | {clock.ms():.2f} | {first:.1f} | {graphs} |", flush=True)
+    print(f"| {length:,} | {alone} | {clock.ms():.2f} | {first:.1f} | {graphs} |", flush=True)
 
 
 def in_turn(call: Callable[[int], object], count: int) -> float:
@@ -81,12 +79,11 @@ def main() -> None:
                 print(matrix(*shape), flush=True)
     model = endless(args.shape)
     print(f"\n{describe(model, args.shape)}\n")
-    print("| products | graph alone, ms | a token, ms | first tokens, s | graph |")
-    print("| --- | ---: | ---: | ---: | --- |", flush=True)
+    print("| tokens | graph alone, ms | a token, ms | first tokens, s | graph |")
+    print("| ---: | ---: | ---: | ---: | --- |", flush=True)
     for length in args.lengths:
-        with patch.object(products, "join_products", lambda module: None):
-            step(model, length, args.tokens, "Inductor's")
-        step(model, length, args.tokens, "ours")
+        for fuse in (False, True):
+            step(model, length, args.tokens, fuse)
 
 
 if __name__ == "__main__":

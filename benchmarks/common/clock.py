@@ -1,9 +1,10 @@
-"""Times of the tokens of `model.generate`."""
+"""Times of the tokens of `model.generate`, and of what a GPU is told."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -59,3 +60,16 @@ def prompted(model, tokens: int, new: int, **more) -> tuple[Clock, float, Cache]
     start = time.perf_counter()
     clock, out = continued(model, ids, new, return_dict_in_generate=True, **more)
     return clock, start, out.past_key_values
+
+
+def bench_ms(run: Callable, times: int = 20) -> float:
+    """Of one of so many runs on the GPU, one behind another."""
+    for _ in range(3):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / times
