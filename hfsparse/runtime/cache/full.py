@@ -16,7 +16,6 @@ from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put, runs_
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
-from hfsparse.selectors.means import unit_means
 
 PAIRS = 1 << 26  # tokens, times those of a segment, whose index is made together at a time
 
@@ -59,7 +58,7 @@ class Full(Store):
             H = len(self.group.heads)
             pages = (t.new_empty(0, H, 1, PAGE, t.shape[-1]) for t in (self.k, self.v))
             real = self.k.new_empty(0, H, 1, PAGE, 1, dtype=torch.bool)
-            made = self._index_of(*pages, real).items()
+            made = self.group.index_of(*pages, real).items()
             known[asked] = {name: (t.shape[3:], t.dtype) for name, t in made}
         return known[asked]
 
@@ -176,7 +175,7 @@ class Full(Store):
         keys, values = (t.unflatten(2, (-1, PAGE)) for t in (keys, values))
         at = torch.arange(first * PAGE, last * PAGE, device=keys.device)
         real = (at < length).view(1, 1, -1, PAGE, 1)
-        for name, found in self._index_of(keys, values, real).items():
+        for name, found in self.group.index_of(keys, values, real).items():
             self.index[name][rows, :, first:last] = found
 
     def _summarise_new(self, rows: slice, pages: range, new: list[Tensor], length: int) -> None:
@@ -187,14 +186,6 @@ class Full(Store):
             short = len(part) * PAGE - own[0].shape[2]
             own = (torch.nn.functional.pad(t, (0, 0, 0, short)) for t in own)
             self._summarise(rows, part, *own, length)
-
-    def _index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """What is kept of pages of keys and values `[B, H, n, PAGE, D]`, of which some are real."""
-        selector = self.group.selector
-        found = selector.summarise(keys, real)
-        if selector.budget.means:
-            found = found | unit_means(keys, values, real, selector.budget.unit)
-        return found
 
     def follow(self, position: Tensor) -> None:
         """Renew the index of the pages that hold a step's tokens, which a kernel has stored.
@@ -211,7 +202,7 @@ class Full(Store):
         row, at = torch.arange(B, device=device)[:, None], torch.arange(PAGE, device=device)
         real = (page[..., None] * PAGE + at <= last[..., None])[:, None, ..., None]
         both = (t[row, :, self._where(page)].transpose(1, 2) for t in both)  # [B, H, n, PAGE, D]
-        for name, found in self._index_of(*both, real).items():
+        for name, found in self.group.index_of(*both, real).items():
             held, found = self.index[name], found.transpose(1, 2)  # [B, n, H, ...]
             kept = new.view(B, -1, *[1] * (found.ndim - 2))
             # A page that is named twice gets what it is given twice.

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from hfsparse.evictions import Eviction
 from hfsparse.lists import FULL, Band
 from hfsparse.lists.packed import Bits
 from hfsparse.selectors import Selector
+from hfsparse.selectors.means import unit_means
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,10 @@ class Group:
     def means(self) -> bool:
         """Whether a step reads what these heads leave out by its means."""
         return self.selector is not None and self.selector.budget.means
+
+    def index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """What is kept of pages of keys and values `[B, H, n, PAGE, D]`, of which some are real."""
+        found = self.selector.summarise(keys, real)
+        if self.means:
+            found = found | unit_means(keys, values, real, self.selector.budget.unit)
+        return found

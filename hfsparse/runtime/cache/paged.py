@@ -17,7 +17,6 @@ from hfsparse.lists import FULL, PAGE, HeadIndex
 from hfsparse.lists.places import Place, Places, Table
 from hfsparse.runtime.cache.buffers import at_once
 from hfsparse.runtime.cache.group import Group
-from hfsparse.selectors.means import unit_means
 
 
 class Rows:
@@ -59,7 +58,7 @@ class PagedStore:
         if group.selector is not None:
             shape = 0, len(group.heads), 1, PAGE
             none = (t.new_empty(*shape, t.shape[-1]) for t in (k, v))
-            made = self._index_of(*none, k.new_empty(*shape, 1, dtype=torch.bool))
+            made = self.group.index_of(*none, k.new_empty(*shape, 1, dtype=torch.bool))
             with torch.inference_mode(False):
                 for name, t in made.items():
                     shape = len(group.heads), pages, *t.shape[3:]
@@ -94,7 +93,7 @@ class PagedStore:
         )  # [B, H, 1, PAGE, D]
         token = last * PAGE + torch.arange(PAGE, device=length.device)
         real = (token < length[:, None])[:, None, None, :, None]
-        self._put(self.rows.index.gather(1, last), self._index_of(keys, values, real))
+        self._put(self.rows.index.gather(1, last), self.group.index_of(keys, values, real))
 
     def summarise(self, k: Tensor, v: Tensor, row: int) -> None:
         """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens."""
@@ -108,20 +107,13 @@ class PagedStore:
             token = torch.arange(own.start, own.stop, device=k.device)
             real = (token < tokens).view(1, 1, -1, PAGE, 1)
             at = self.rows.index[row : row + 1, pages.start : pages.stop]
-            self._put(at, self._index_of(*parts, real))
+            self._put(at, self.group.index_of(*parts, real))
 
     def _put(self, at: Tensor, found: dict[str, Tensor]) -> None:
         """What is kept of the pages `at` [B, n]: `[B, H, n, ...]` by name. A page that is named
         twice is nobody's."""
         for name, t in found.items():
             self.index[name][:, at] = t.transpose(0, 1)
-
-    def _index_of(self, keys: Tensor, values: Tensor, real: Tensor) -> dict[str, Tensor]:
-        selector = self.group.selector
-        found = selector.summarise(keys, real)
-        if selector.budget.means:
-            found = found | unit_means(keys, values, real, selector.budget.unit)
-        return found
 
 
 class PagedLayer:
