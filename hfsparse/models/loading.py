@@ -49,6 +49,11 @@ def load(
             loaded[what] = loader.from_pretrained(place, local_files_only=here, **extra)
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
             raise not_loaded(what, model, here, problem) from problem
+        if loader is AutoTokenizer and not loaded[what]("a text").input_ids:
+            raise UsageError(
+                f"the tokenizer of {model} makes no tokens of a text: its files are missing there; "
+                "save the model's tokenizer beside it (tokenizer.save_pretrained)"
+            )
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
 
 

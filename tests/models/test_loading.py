@@ -1,10 +1,12 @@
-"""What a command does before it computes: how many threads torch gets."""
+"""What a command does before it computes: threads that torch gets, a model and its tokenizer."""
 
 import psutil
 import pytest
 import torch
+from transformers import Qwen3Config
 
-from hfsparse.models.loading import leave_busy_cores
+from hfsparse.errors import UsageError
+from hfsparse.models.loading import leave_busy_cores, load
 
 
 @pytest.fixture
@@ -41,3 +43,11 @@ def test_one_thread_is_left_on_a_machine_that_is_full(machine):
 def test_who_sets_a_number_of_threads_gets_it(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert machine(100.0, 100.0, 100.0, 100.0) == []
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty one of the config: texts filled with its tokens would never end."""
+    config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="makes no tokens of a text: its files are missing"):
+        load(str(tmp_path), "cpu")
