@@ -46,7 +46,7 @@ def test_who_sets_a_number_of_threads_gets_it(machine, monkeypatch):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    """transformers makes an empty one of the config: texts filled with its tokens would never end."""
+    """transformers makes an empty one of the config: texts made of its tokens never end."""
     config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     config.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="makes no tokens of a text: its files are missing"):
