@@ -1,6 +1,7 @@
 """A plan's YAML, read with the line of every key.
 
-    plan = Plan(**read(text, "plan.yaml"))
+    parts, lines = read(text, "plan.yaml")
+    plan = Plan(**parts)
 
 Reading goes from text to plain data and lines (`nodes.plain`), then to the parts of a plan
 (`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
@@ -47,21 +48,28 @@ RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 LENGTH = re.compile(r"[1-9]\d{0,18}")
 
 
-def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) -> dict[str, Any]:
+class Lines(dict[tuple, int]):
+    """The line of each key of a text, by its path."""
+
+    def of(self, *path: Any) -> int:
+        """That of a path; where it has none, of what it lies in."""
+        while path and path not in self:
+            path = path[:-1]
+        return self.get(path, 1)
+
+
+def read(
+    text: str | bytes, name: str, folders: Iterable[Path] | None = None
+) -> tuple[dict[str, Any], Lines]:
     """The parts of the plan in `text`; PlanError with `name`, every problem and its line.
 
     folders: where its tables lie; None: they are not read.
     """
     problems: list[tuple[int | None, str]] = []
-    lines: dict[tuple, int] = {}
-
-    def line_of(*path: Any) -> int:
-        while path and path not in lines:
-            path = path[:-1]
-        return lines.get(path, 1)
+    lines = Lines()
 
     def say(where: tuple | int, sentence: str) -> None:
-        problems.append((where if isinstance(where, int) else line_of(*where), sentence))
+        problems.append((where if isinstance(where, int) else lines.of(*where), sentence))
         if len(problems) >= MAX_PROBLEMS:
             raise PlanError.of(name, problems)
 
@@ -76,7 +84,7 @@ def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) ->
     if type(version) is int and version > NEWEST:
         known = f"versions {VERSION} to {NEWEST}"
         newer = f"needs a newer hfsparse than {__version__}; this one reads {known}"
-        line = line_of("hfsparse")
+        line = lines.of("hfsparse")
         raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
     if type(version) is not int or version < VERSION:
         given = "missing" if version is BAD else show(version)
@@ -85,13 +93,13 @@ def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) ->
         newer = " and ".join(key for key in NEWER if raw.get(key))
         say(("hfsparse",), f"{newer} needs plan version {needed}: write hfsparse: {needed}")
     parts = _parts(raw, lines, say)
-    for problem in rules(parts, line_of):
+    for problem in rules(parts, lines.of):
         say(*problem)
     if folders is not None and not problems:
         parts["data"] = _tables(parts["data"], tuple(folders), say)
     if problems:
         raise PlanError.of(name, problems)
-    return parts
+    return parts, lines
 
 
 def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 import time
 
 import pytest
+import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -1085,6 +1086,41 @@ def test_another_class_or_fingerprint_is_a_mismatch_unless_allowed():
         with pytest.raises(PlanMismatch, match=re.escape(says)):
             plan.check(model)
         plan.check(model, allow={"fingerprint"})
+
+
+def test_everything_that_layers_cannot_do_is_told_at_once_with_its_line(tmp_path):
+    kinds = ["sliding_attention"] * 3 + ["full_attention"] * 2 + ["conv", "sliding_attention"]
+    config = transformers.LlamaConfig(
+        num_hidden_layers=7, hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
+        layer_types=kinds, sliding_window=40,
+    )  # fmt: skip
+    ring, full = Layer(*[("s", "s")] * 2, ("ring",) * 2), Layer(*[("full", "full")] * 3)
+    layers = (ring, ring, full, ring, ring, ring, ring)
+    patterns = {"s": Streaming(sink=4, recent=16)}
+    plan = Plan(ModelId.of(config), patterns, layers)
+    plan.save(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text().splitlines()
+    one, two = (
+        next(n for n, row in enumerate(text, 1) if key in row) for key in (" 0-1:", " 3-6:")
+    )
+    window = "has the model's own window of 40 tokens and keeps no more than that: write full for "
+    window += "its cache and decode"
+    found = [
+        (one, f"layer 0-1 {window}"),
+        (two, "layer 5 has no attention: write full for all its heads"),
+        (two, f"layer 6 {window}"),
+    ]
+    with pytest.raises(PlanError) as caught:
+        Plan.load(tmp_path / "plan.yaml").check(config)
+    assert sorted(caught.value.problems) == found
+    assert str(caught.value).startswith(
+        f"{tmp_path}/plan.yaml: 3 problems\n  line {one}: layer 0-1"
+    )
+    changed = Plan.load(tmp_path / "plan.yaml")
+    changed.layers = plan.layers  # the same, and not those of the file
+    with pytest.raises(PlanError) as caught:
+        changed.check(config)
+    assert {line for line, _ in caught.value.problems} == {None}
 
 
 @pytest.mark.parametrize(
