@@ -172,13 +172,16 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
         made, whole = cls(**good), None
     except ValueError as error:
         made, whole = BAD, error
-    alone = []
+    alone = {}
     for name in good if whole else ():
         try:
             cls(**{name: good[name]})
         except ValueError as error:
-            alone.append(name)
-            say((*path, name), f"{dotted(path)}: {error}")
+            alone[name] = error
+    if len(alone) == 1:  # beside its real neighbours, not at defaults
+        alone = dict.fromkeys(alone, whole)
+    for name, error in alone.items():
+        say((*path, name), f"{dotted(path)}: {error}")
     if whole and not alone:
         say(path, f"{dotted(path)}: {whole}")
     return made if len(good) == len(values) else BAD
@@ -186,7 +189,12 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
 
 def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
     """The class that `raw` names; BAD for none."""
-    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
+    if type(raw) is not dict:
+        if raw is not BAD:
+            names = ", ".join(known)
+            say(path, f"{dotted(path)} is {show(raw)}: give a mapping with a kind, one of {names}")
+        return BAD
+    kind = _mapping(raw, path, ("kind",), raw, say)["kind"]
     if kind is not BAD and (type(kind) is not str or kind not in known):
         word = kind if type(kind) is str else ""
         say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(word, known)}")
@@ -196,8 +204,10 @@ def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
 
 def _extend(raw: Any, say: Say) -> Any:
     path = ("extend",)
-    if raw is None or (cls := _kind(raw, path, RULES, say)) is BAD:
-        return raw and BAD
+    if raw is None:
+        return None
+    if (cls := _kind(raw, path, RULES, say)) is BAD:
+        return BAD
     values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
     if any(value is BAD for value in values.values()):
         return BAD

@@ -520,7 +520,8 @@ def test_extend_is_read_as_it_is_written_and_raises_the_version(loader):
             "extend: chunk is 3072, local 100: give two that",
         ),
         ("{kind: dca, trained: 4096, mscale: 2}", "extend: mscale is 2.0: give 0 to 1"),
-        ("[1]", "extend is a list"),
+        ("[1]", "extend is a list: give a mapping with a kind, one of dca"),
+        ("[]", "extend is a list: give a mapping with a kind, one of dca"),
     ],
 )
 def test_an_extend_that_can_t_be_is_one_problem_with_its_line(extend, says, loader):
@@ -528,6 +529,11 @@ def test_an_extend_that_can_t_be_is_one_problem_with_its_line(extend, says, load
     ((line, sentence),) = problems_of(text)
     assert says in sentence
     assert line == len(text.splitlines())
+
+
+def test_a_number_that_is_wrong_beside_another_is_told_with_that_one():
+    text = FULL.dumps() + "patterns: {e: {kind: snapkv, size: 10, window: 20}}\n"
+    assert "size is 10, window 20: give" in problems_of(text)[-1][1]
 
 
 def test_a_tab_is_named(loader):
