@@ -8,7 +8,8 @@
 which the first rank saves to a temporary folder and all load by `DistributedConfig`. Of each arm:
 seconds to the first token, then ms a token, the median after the first eight; the least of the
 rounds. `plan`: every q head reads a prompt by block_topk at the density, every kv head's steps read
-6 % of their pages (quest); `fused`: its steps are compiled. The first rank prints the table. --shape tiny tries it on a CPU.
+6 % of their pages (quest); `fused`: its steps are compiled. The first rank prints the table.
+--shape tiny tries it on a CPU.
 """
 
 from __future__ import annotations
