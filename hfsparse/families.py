@@ -39,7 +39,8 @@ def verdict(model_type: str, class_name: str | None = None) -> str:
     answers, variants = record()["answers"], record()["variants"]
     own = [name for name in answers if variants.get(name, name.partition("/")[0]) == model_type]
     if not own:
-        return f"not among the families of transformers {record()['transformers']}"
+        version = record()["transformers"]
+        return f"not asked: no causal or image-text family of transformers {version}"
     ranked = sorted(own, key=lambda name: [*OUTCOMES].index(answers[name]["outcome"]))
     exact = f"{model_type}/{class_name}"
     chosen = exact if exact in own else ranked[0]

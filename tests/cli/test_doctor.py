@@ -202,7 +202,7 @@ def test_a_model_that_can_be_patched(tmp_path):
     [
         ("Gemma", "accepted and right"),
         ("Bamba", "refused in a sentence: it has no attention layers that hfsparse knows; right"),
-        ("T5", "not among the families of transformers "),
+        ("T5", "not asked: no causal or image-text family of transformers "),
     ],
 )
 def test_what_the_census_says_of_a_family_is_told(family, says, tmp_path):
