@@ -22,7 +22,8 @@ def why_not(need: Need) -> str | None:
         return f"serves the CPU, not {need.device.type}"
     if not hasattr(need.chooser, "scores"):
         return f"{need.chooser.kind} has no scores"
-    return "no refresh, no top_p" if need.chooser.budget.counted else None
+    budget = need.chooser.budget
+    return "no refresh, top_p or means" if budget.counted or budget.means else None
 
 
 def pages(

@@ -187,8 +187,10 @@ def test_explain_prints_what_serves_each_of_the_six():
         assert any(line.startswith("selected pages, new tokens: torch sdpa") for line in lines)
         for name, pattern in plan.patterns.items():
             what = "prompt: blocks" if pattern.kind in PATTERNS else "new tokens: pages"
-            by = f"PyTorch {why}" if pattern.kind in PATTERNS else f"PyTorch, by rows {why}"
-            by = "an earlier layer" if pattern.kind == "reuse" else by
+            by = "an earlier layer" if pattern.kind == "reuse" else f"PyTorch {why}"
+            if pattern.kind == "quest":
+                counted = f"PyTorch {why} (not PyTorch, by rows: no refresh, top_p or means)"
+                by = counted if pattern.budget.counted else f"PyTorch, by rows {why}"
             assert f"{name} ({pattern.kind}), {what} chosen by {by}" in lines
         assert f"new tokens: stored by PyTorch {why}" in lines
         assert f"kept pairs, prompt: counted by PyTorch {why}" in lines
