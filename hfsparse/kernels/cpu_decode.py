@@ -101,12 +101,12 @@ def _read(
             mask = new.once(_ring_mask, part.band.sink, part.size, band, first, n, ratio)
         else:
             mask = new.once(_causal_mask, length, n, ratio)
-    q, k, v = q.reshape(b, H, ratio * n, D), k.to(q.dtype), v.to(q.dtype)
+    q = q.reshape(b, H, ratio * n, D)
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, _ = run(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     if nothing is not None:
         out = out.masked_fill(nothing, 0)
-    return out.reshape(b, heads, n, D).to(part.v.dtype)
+    return out.reshape(b, heads, n, D)
 
 
 def _first(part: Place, rows: slice, slots: int) -> tuple[Tensor, Tensor]:
