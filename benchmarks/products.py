@@ -1,18 +1,22 @@
 """Claim: a fused step of one row reads its weights faster than the matrix library does.
 
     python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
+        [--weights int8,fp8,int4] [--layers 8]
 
 Steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind random
 keys, not fused and fused: the graph alone, a token in `generate`, and the seconds until the first
 tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCTOR_CACHE_DIR says: a
 second run tells what a second process waits for. --matrices first times a product with each matrix
 of a layer, by the matrix library and by ours, in CUDA graphs over matrices in turn.
+--weights: the decoder's matrices quantised by torchao, one format behind another, stock, replayed
+with torchao's own products and with ours, and fused. --layers: of so many alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch.nn.functional import linear
@@ -21,15 +25,35 @@ import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import bench_ms, continued
 from benchmarks.common.shapes import describe, endless, filled_cache, tidy
-from hfsparse.kernels import PRODUCTS
+from hfsparse.kernels import PRODUCTS, QUANTISED
 from hfsparse.patcher.state import state_of
+from hfsparse.runtime.graphs import products
 
 MATRICES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
 
 
-def step(model, length: int, tokens: int, fuse: bool) -> None:
-    """One row of the table of steps."""
+def quantise(model, weights: str) -> None:
+    """As transformers' TorchAoConfig does: not the head."""
+    from torchao import quantization
+
+    configs = {
+        "int8": quantization.Int8WeightOnlyConfig,
+        "fp8": quantization.Float8WeightOnlyConfig,
+        "int4": lambda: quantization.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d"),
+    }
+    quantization.quantize_(model.model, configs[weights]())
+
+
+def stock(model, length: int, tokens: int) -> str:
+    """A row of the table of steps: the model as it is."""
+    tidy()
+    ids = torch.randint(5, model.config.vocab_size, (1, length + 1), device=model.device)
+    return f"| {length:,} |  | {continued(model, ids, tokens)[0].ms():.2f} |  | stock |"
+
+
+def step(model, length: int, tokens: int, fuse: bool) -> str:
+    """A row of the table of steps."""
     tidy()
     ids = torch.randint(5, model.config.vocab_size, (1, length + 1), device=model.device)
     with hfsparse.patch(model, fuse=fuse):
@@ -41,7 +65,7 @@ def step(model, length: int, tokens: int, fuse: bool) -> None:
         graphs = state_of(model).graphs
         graph = next(iter(graphs.kept.values()))[1].graph
         alone = f"{bench_ms(graph.launch):.2f}" if graph else ""
-    print(f"| {length:,} | {alone} | {clock.ms():.2f} | {first:.1f} | {graphs} |", flush=True)
+    return f"| {length:,} | {alone} | {clock.ms():.2f} | {first:.1f} | {graphs} |"
 
 
 def in_turn(call: Callable[[int], object], count: int) -> float:
@@ -70,6 +94,8 @@ def matrix(rows: int, columns: int) -> str:
 def main() -> None:
     made = options.parser(__doc__, "8192", 64, "llama-3.1-8b")
     made.add_argument("--matrices", action="store_true")
+    made.add_argument("--weights", default="")
+    made.add_argument("--layers", type=int)
     args = options.parse(made)
     if args.matrices:
         options.need_cuda()
@@ -77,13 +103,27 @@ def main() -> None:
         with torch.inference_mode():
             for shape in MATRICES:
                 print(matrix(*shape), flush=True)
+    for weights in args.weights.split(",") if args.weights else [""]:
+        steps(args, weights)
+
+
+def steps(args, weights: str) -> None:
+    """A table of steps."""
     model = endless(args.shape)
-    print(f"\n{describe(model, args.shape)}\n")
+    model.model.layers = model.model.layers[: args.layers]
+    model.config.num_hidden_layers = len(model.model.layers)
+    if weights:
+        quantise(model, weights)
+    print(f"\n{describe(model, args.shape)} {args.layers or 'All'} layers. {weights}\n")
     print("| tokens | graph alone, ms | a token, ms | first tokens, s | graph |")
     print("| ---: | ---: | ---: | ---: | --- |", flush=True)
     for length in args.lengths:
+        if weights:
+            print(stock(model, length, args.tokens), flush=True)
+            with patch.object(products, "QUANTISED", QUANTISED[-1:]):
+                print(step(model, length, args.tokens, False), "torchao's products", flush=True)
         for fuse in (False, True):
-            step(model, length, args.tokens, fuse)
+            print(step(model, length, args.tokens, fuse), flush=True)
 
 
 if __name__ == "__main__":
