@@ -1,4 +1,4 @@
-"""Products of a row on the GPU, and a fused step of batch 1 that is made of them."""
+"""Products of a row on the GPU, those of few rows with quantised weights, and steps of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from torch.nn.functional import linear
 
 import hfsparse
-from hfsparse.kernels.triton import products
+from hfsparse.kernels.codes import Quantised
+from hfsparse.kernels.triton import products, quantised
 from tests.gpu.common import DEVICE
 from tests.gpu.test_graphs import graphs, inputs
+from tests.kernels.codes import matrix
 from tests.patcher.families import fresh, mixed
 from tests.patcher.runs import generate
 
@@ -44,3 +46,63 @@ def test_a_fused_step_of_one_row_is_made_of_them(monkeypatch):
     assert sorted(set(launched)) == [1, 2, 3]  # o and down, gate and up, q and k and v
     want, got = (torch.stack(each).float() for each in said)
     assert (got - want)[:, :1].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("kind", "N", "K", "group"),
+    [
+        ("int8", 4096, 4096, 4096),
+        ("int8", 1024, 11008, 128),
+        ("fp8", 4096, 14336, 14336),
+        ("fp8", 77, 2048, 32),
+        ("int4", 4096, 4096, 128),
+        ("int4", 1030, 11008, 64),
+        ("int4 in tiles", 4096, 14336, 128),
+        ("int4 in tiles", 1030, 3072, 256),
+    ],
+)
+def test_a_product_with_codes_is_that_of_their_numbers(kind, N, K, group, rows):
+    made = matrix(kind, N, K, group)
+    parts = {name: getattr(made, name) for name in ("codes", "scale", "zero")}
+    made = made._replace(**{name: t.to(DEVICE) for name, t in parts.items() if t is not None})
+    x = torch.randn(rows, 1, K, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(N, device=DEVICE, dtype=torch.bfloat16)
+    want = linear(x.double(), made.numbers()[:N].double(), bias.double())
+    off = (quantised.product(x, made, bias) - want).abs().max() / want.abs().max()
+    assert off < 2 * torch.finfo(x.dtype).eps
+
+
+def test_tiles_are_those_of_tinygemm():
+    N, K, group = 64, 1024, 128
+    codes = torch.randint(0, 16, (N, K), device=DEVICE, dtype=torch.int32)
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    words = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+    ends = torch.randn(K // group, N, 2, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(3, K, device=DEVICE, dtype=torch.bfloat16)
+    want = torch.ops.aten._weight_int4pack_mm(x, words, group, ends).float()
+    found = quantised.product(
+        x, Quantised(N, words, ends[..., 0].t(), ends[..., 1].t(), True), None
+    )
+    assert (found - want).norm() < 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
+    ao = pytest.importorskip("torchao.quantization")
+    run, launched = quantised.product, []
+    monkeypatch.setattr(quantised, "product", lambda *a: launched.append(a) or run(*a))
+    model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(150)
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+    want = generate(model, ids, mask, new=8).logits
+    torch.compiler.reset()
+    with hfsparse.patch(model, fuse=fuse):
+        got = generate(model, ids, mask, new=8).logits
+        assert graphs(model).why is None
+    assert launched
+    want, got = (torch.stack(each).float() for each in (want, got))
+    assert (got - want)[:1].abs().max() < 0.1
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
