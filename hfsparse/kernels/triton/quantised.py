@@ -19,7 +19,10 @@ from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-ROWS, COLUMNS, WARPS = 4, 2048, 4  # of a tile of the matrix
+# A tile of the matrix: rows, columns, and how many are on their way at once; by rows of x.
+BYTES = {1: (4, 1024, 3), 2: (4, 1024, 3), 4: (4, 512, 4), 8: (4, 512, 4)}
+WORDS = {1: (8, 1024, 3), 2: (8, 1024, 3), 4: (8, 1024, 3), 8: (4, 1024, 4)}
+WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16)
 FP8_FROM = (8, 9)  # compute capability
 
@@ -41,16 +44,18 @@ def product(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
     x, K, columns, group = x.contiguous(), x.shape[-1], matrix.columns, matrix.group
     out, scale, zero = x.new_empty(*x.shape[:-1], matrix.rows), matrix.scale, matrix.zero
     rows, whole = x.numel() // K, group == columns and zero is None
-    tile = min(COLUMNS, triton.next_power_of_2(K))
-    kernel = _product_of_words if matrix.codes.dtype == torch.int32 else _product_of_bytes
-    kernel[(triton.cdiv(matrix.rows, ROWS),)](
+    padded, words = triton.next_power_of_2(rows), matrix.codes.dtype == torch.int32
+    tall, wide, stages = (WORDS if words else BYTES)[padded]
+    wide = min(wide, triton.next_power_of_2(columns)) if whole else max(wide, group)
+    kernel = _product_of_words if words else _product_of_bytes
+    kernel[(triton.cdiv(matrix.rows, tall),)](
         *(x, matrix.codes, scale, scale if zero is None else zero, out if bias is None else bias),
-        *(out, K, matrix.rows, columns, *scale.stride()),
-        R=rows,
-        PADDED=triton.next_power_of_2(rows),
-        ROWS=ROWS,
-        COLUMNS=tile,
-        WHOLE=K % tile == 0,
+        *(out, rows, K, matrix.rows, columns, *scale.stride()),
+        PADDED=padded,
+        ROWS=tall,
+        COLUMNS=wide,
+        STAGES=stages,
+        EVEN=rows == padded and K % wide == 0,
         GROUP=0 if whole else group,
         ZERO=0 if zero is None else 1 if zero.is_floating_point() else -1,
         BIASED=bias is not None,
@@ -61,95 +66,88 @@ def product(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _product_of_bytes(
-    X, W, S, Z, B, OUT, K, N, width, s_row, s_group,
-    R: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
+    X, W, S, Z, B, OUT, R, K, N, width, s_row, s_group,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
     TILED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_previous(CHAINED)
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     w_at = W + row.to(tl.int64)[:, None] * width + column[None, :]
-    inside = (row < N)[:, None]
-    w = tl.load(w_at, mask=inside & (column < K)[None, :], other=0.0)
-    await_previous(CHAINED)
-    acc = tl.zeros([ROWS, PADDED], tl.float32)
-    for first in range(0, K, COLUMNS):
-        ahead = first + COLUMNS + column < K
-        later = tl.load(w_at + first + COLUMNS, mask=inside & ahead[None, :], other=0.0)
-        number = w.to(tl.float32)
+    acc = tl.zeros([PADDED, ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        inside = (row < N)[:, None] if EVEN else (row < N)[:, None] & (first + column < K)[None, :]
+        number = tl.load(w_at + first, mask=inside, other=0.0).to(tl.float32)
         if GROUP:
             number = tl.reshape(number, [ROWS, COLUMNS // GROUP, GROUP])
             s, z = _ends(S, Z, row, first, K, N, s_row, s_group, COLUMNS // GROUP, GROUP, ZERO)
-            number = number * s[:, :, None] + z[:, :, None]
-            number = tl.reshape(number, [ROWS, COLUMNS])
-        for r in tl.static_range(R):
-            x = _row(X + r * K, first, K, COLUMNS, WHOLE)
-            acc = _put(acc, tl.sum(number * x[None, :], 1), r, PADDED)
-        w = later
+            number = tl.reshape(number * s[:, :, None] + z[:, :, None], [ROWS, COLUMNS])
+        x = _rows(X, first, R, K, PADDED, COLUMNS, EVEN)
+        acc += number[None, :, :] * x[:, None, :]
+    out = tl.sum(acc, 2)
     if not GROUP:
-        acc *= tl.load(S + row * s_row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-    _store(OUT, acc, B, row, N, R, PADDED, BIASED)
+        out *= tl.load(S + row * s_row, mask=row < N, other=0.0).to(tl.float32)[None, :]
+    _store(OUT, out, B, row, N, R, PADDED, BIASED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _product_of_words(
-    X, W, S, Z, B, OUT, K, N, width, s_row, s_group,
-    R: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
+    X, W, S, Z, B, OUT, R, K, N, width, s_row, s_group,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
     TILED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Of a word's codes the n-th is 16^n times itself where it lies: x is divided by that."""
+    """The n-th code of a word is, where it lies, 16^n times itself: x is divided by that."""
+    await_previous(CHAINED)
     row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS // 8)
+    GROUPS: tl.constexpr = COLUMNS // GROUP
     if TILED:
         rows = W + (row // 8).to(tl.int64) * width + row % 8 * 16
-        w_at, STEP = rows[:, None] + (word // 16 * 128 + word % 16)[None, :], COLUMNS
+        w_at, STEP = rows[:, None] + (word // 16 * 128 + word % 16)[None, :], 1
     else:
         rows = W + row.to(tl.int64) * (width // 8)
-        w_at, STEP = rows[:, None] + word[None, :], COLUMNS // 8
-    inside = (row < N)[:, None]
-    w = tl.load(w_at, mask=inside & (word * 8 < width)[None, :], other=0)
-    await_previous(CHAINED)
-    acc = tl.zeros([ROWS, PADDED], tl.float32)
-    for first in range(0, width, COLUMNS):
-        w_at += STEP
-        ahead = first + COLUMNS + word * 8 < width
-        later = tl.load(w_at, mask=inside & ahead[None, :], other=0)
-        s, z = _ends(S, Z, row, first, width, N, s_row, s_group, COLUMNS // GROUP, GROUP, ZERO)
-        code = (w if TILED else w ^ -2004318072).to(tl.uint32, bitcast=True)  # 0 to 15
-        n0, n1 = (code & 0xF).to(tl.float32), (code & 0xF0).to(tl.float32)
-        n2, n3 = (code & 0xF00).to(tl.float32), (code & 0xF000).to(tl.float32)
-        n4, n5 = (code & 0xF0000).to(tl.float32), (code & 0xF00000).to(tl.float32)
-        n6, n7 = (code & 0xF000000).to(tl.float32), (code & 0xF0000000).to(tl.float32)
-        for r in tl.static_range(R):
-            x = _row(X + r * K, first, K, COLUMNS, WHOLE)
-            if TILED:  # [tile, w, 16, 8, c, 1] as in `codes.py`
-                x = tl.permute(tl.reshape(x, [COLUMNS // 128, 4, 2, 2, 4, 2]), [0, 4, 1, 5, 2, 3])
-            even, odd = tl.split(tl.reshape(x, [COLUMNS // 8, 2, 2, 2]))
-            (x04, x26), (x15, x37) = tl.split(even), tl.split(odd)
-            (x0, x4), (x2, x6) = tl.split(x04), tl.split(x26)
-            (x1, x5), (x3, x7) = tl.split(x15), tl.split(x37)
-            total = x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
-            part = n0 * x0[None, :] + n1 * (x1 * 2.0**-4)[None, :]
-            part += n2 * (x2 * 2.0**-8)[None, :]
-            part += n3 * (x3 * 2.0**-12)[None, :]
-            part += n4 * (x4 * 2.0**-16)[None, :]
-            part += n5 * (x5 * 2.0**-20)[None, :]
-            part += n6 * (x6 * 2.0**-24)[None, :]
-            part += n7 * (x7 * 2.0**-28)[None, :]
-            part = tl.sum(tl.reshape(part, [ROWS, COLUMNS // GROUP, GROUP // 8]), 2)
-            total = tl.sum(tl.reshape(total, [COLUMNS // GROUP, GROUP // 8]), 1)
-            acc = _put(acc, tl.sum(part * s + (z - 8 * s) * total[None, :], 1), r, PADDED)
-        w = later
-    _store(OUT, acc, B, row, N, R, PADDED, BIASED)
+        w_at, STEP = rows[:, None] + word[None, :], 8
+    acc = tl.zeros([PADDED, ROWS, GROUPS], tl.float32)
+    for first in tl.range(0, width, COLUMNS, num_stages=STAGES):
+        inside = (row < N)[:, None]
+        inside = inside if EVEN else inside & (first + word * 8 < width)[None, :]
+        code = tl.load(w_at + first // STEP, mask=inside, other=0)
+        code = (code if TILED else code ^ -2004318072).to(tl.uint32, bitcast=True)  # 0 to 15
+        s, z = _ends(S, Z, row, first, width, N, s_row, s_group, GROUPS, GROUP, ZERO)
+        x = _rows(X, first, R, K, PADDED, COLUMNS, EVEN)
+        if TILED:  # as in `codes.py`
+            x = tl.reshape(x, [PADDED, COLUMNS // 128, 4, 2, 2, 4, 2])
+            x = tl.permute(x, [0, 1, 5, 2, 6, 3, 4])
+        even, odd = tl.split(tl.reshape(x, [PADDED, COLUMNS // 8, 2, 2, 2]))
+        (x04, x26), (x15, x37) = tl.split(even), tl.split(odd)
+        (x0, x4), (x2, x6) = tl.split(x04), tl.split(x26)
+        (x1, x5), (x3, x7) = tl.split(x15), tl.split(x37)
+        total = x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
+        part = (code & 0xF).to(tl.float32)[None, :, :] * x0[:, None, :]
+        part += (code & 0xF0).to(tl.float32)[None, :, :] * (x1 * 2.0**-4)[:, None, :]
+        part += (code & 0xF00).to(tl.float32)[None, :, :] * (x2 * 2.0**-8)[:, None, :]
+        part += (code & 0xF000).to(tl.float32)[None, :, :] * (x3 * 2.0**-12)[:, None, :]
+        part += (code & 0xF0000).to(tl.float32)[None, :, :] * (x4 * 2.0**-16)[:, None, :]
+        part += (code & 0xF00000).to(tl.float32)[None, :, :] * (x5 * 2.0**-20)[:, None, :]
+        part += (code & 0xF000000).to(tl.float32)[None, :, :] * (x6 * 2.0**-24)[:, None, :]
+        part += (code & 0xF0000000).to(tl.float32)[None, :, :] * (x7 * 2.0**-28)[:, None, :]
+        part = tl.sum(tl.reshape(part, [PADDED, ROWS, GROUPS, GROUP // 8]), 3)
+        total = tl.sum(tl.reshape(total, [PADDED, GROUPS, GROUP // 8]), 2)
+        acc += part * s[None, :, :] + (z - 8 * s)[None, :, :] * total[:, None, :]
+    _store(OUT, tl.sum(acc, 2), B, row, N, R, PADDED, BIASED)
 
 
 @triton.jit
-def _row(X, first, K, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile of a row of x, in float32."""
-    at = first + tl.arange(0, COLUMNS)
-    x = tl.load(X + at) if WHOLE else tl.load(X + at, mask=at < K, other=0.0)
-    return x.to(tl.float32)
+def _rows(
+    X, first, R, K, PADDED: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """A tile of x `[PADDED, COLUMNS]` in float32."""
+    r, at = tl.arange(0, PADDED)[:, None], first + tl.arange(0, COLUMNS)[None, :]
+    if EVEN:
+        return tl.load(X + r * K + at).to(tl.float32)
+    return tl.load(X + r * K + at, mask=(r < R) & (at < K), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -169,17 +167,10 @@ def _ends(
 
 
 @triton.jit
-def _put(acc, found, r: tl.constexpr, PADDED: tl.constexpr):
-    """Add what a tile comes to with row r of x."""
-    return acc + tl.where((tl.arange(0, PADDED) == r)[None, :], found[:, None], 0.0)
-
-
-@triton.jit
-def _store(
-    OUT, acc, B, row, N, R: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr
-):  # fmt: skip
-    r = tl.arange(0, PADDED)
+def _store(OUT, out, B, row, N, R, PADDED: tl.constexpr, BIASED: tl.constexpr):
+    """out `[PADDED, ROWS]`, rounded."""
+    r, live = tl.arange(0, PADDED)[:, None], (row < N)[None, :]
     if BIASED:
-        acc += tl.load(B + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-    at = OUT + r[None, :] * N + row[:, None]
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=(row < N)[:, None] & (r < R)[None, :])
+        out += tl.load(B + row, mask=row < N, other=0.0).to(tl.float32)[None, :]
+    at = OUT + r * N + row[None, :]
+    tl.store(at, out.to(OUT.dtype.element_ty), mask=live & (r < R))
