@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TILE = 128  # columns of a tile of tinygemm's: 16 words of each of 8 rows
+GROUPS = (32, 64, 128, 256)  # columns of a group, where it is no whole row
 CODES = (torch.int8, torch.float8_e4m3fn, torch.int32)
 
 
@@ -62,9 +63,7 @@ def _unpack(words: Tensor, tiled: bool) -> Tensor:
 
 # By the name of torchao's class.
 FORMATS = {
-    "Int8Tensor": lambda w: Quantised(
-        len(w), w.qdata, w.scale, w.zero_point if w.scale.shape[1] > 1 else None
-    ),
+    "Int8Tensor": lambda w: Quantised(len(w), w.qdata, w.scale, getattr(w, "zero_point", None)),
     "Float8Tensor": lambda w: Quantised(len(w), w.qdata, w.scale),
     "Int4Tensor": lambda w: Quantised(
         len(w), w.qdata.view(torch.int32), w.scale.t(), w.zero_point.t()
@@ -88,6 +87,10 @@ def read(weight: Tensor) -> Quantised | None:
     if getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16:
         return None
     matrix = made(weight)
-    if len(matrix.scale) == 1:  # of the whole matrix
-        matrix = matrix._replace(scale=matrix.scale.expand(matrix.rows, -1))
-    return matrix if matrix.codes.is_contiguous() and matrix.codes.dtype in CODES else None
+    if matrix.scale.ndim != 2 or matrix.codes.dtype not in CODES:
+        return None
+    whole = matrix.scale.shape[1] == 1 and matrix.codes.dtype != torch.int32
+    if whole:  # torchao's own product of rows reads no zeros: they are none
+        matrix = matrix._replace(scale=matrix.scale.expand(matrix.rows, 1), zero=None)
+    grouped = matrix.group in GROUPS and (matrix.group >= TILE or not matrix.tiled)
+    return matrix if matrix.codes.is_contiguous() and (whole or grouped) else None
