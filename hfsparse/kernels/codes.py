@@ -90,7 +90,10 @@ def read(weight: Tensor) -> Quantised | None:
     if matrix.scale.ndim != 2 or matrix.codes.dtype not in CODES:
         return None
     whole = matrix.scale.shape[1] == 1 and matrix.codes.dtype != torch.int32
-    if whole:  # torchao's own product of rows reads no zeros: they are none
-        matrix = matrix._replace(scale=matrix.scale.expand(matrix.rows, 1), zero=None)
+    if whole:  # torchao's own product reads no zeros of rows: they are none
+        matrix = matrix._replace(zero=None)
+        if len(matrix.scale) == 1:
+            matrix = matrix._replace(scale=matrix.scale.expand(matrix.rows, 1))
     grouped = matrix.group in GROUPS and (matrix.group >= TILE or not matrix.tiled)
-    return matrix if matrix.codes.is_contiguous() and (whole or grouped) else None
+    by_row = len(matrix.scale) >= matrix.rows and matrix.codes.is_contiguous()
+    return matrix if by_row and (whole or grouped) else None
