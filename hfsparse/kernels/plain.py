@@ -52,5 +52,5 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 
 def quantised(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
     """`linear` of x `[..., K]` with the matrix's numbers, in float32 and rounded to x's type."""
-    weight = matrix.numbers()[: matrix.rows, : x.shape[-1]]
-    return linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    bias = None if bias is None else bias.float()
+    return linear(x.float(), matrix.numbers(), bias).to(x.dtype)

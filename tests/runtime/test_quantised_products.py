@@ -10,7 +10,6 @@ from hfsparse import kernels
 from hfsparse.kernels import plain
 from hfsparse.kernels.codes import read
 from hfsparse.runtime.graphs import products
-from tests.kernels.codes import matrix
 
 ao = pytest.importorskip("torchao.quantization")
 
@@ -22,21 +21,6 @@ def by_config(config):
     return quantise
 
 
-def by_hand(kind: str, name: str, group: int):
-    """In four bits, which torchao packs on GPUs alone."""
-
-    def quantise(layer: nn.Linear) -> None:
-        N, K = layer.weight.shape
-        held = matrix(kind, N, K, group)
-        parts = held.scale.bfloat16(), held.zero.bfloat16()
-        parts = [torch.stack([t.t() for t in parts], -1)] if held.tiled else [t.t() for t in parts]
-        codes = held.codes if held.tiled else held.codes.view(torch.int8)
-        made = getattr(ao, name)(codes, *parts, [1, group], layer.weight.shape)
-        layer.weight = nn.Parameter(made, requires_grad=False)
-
-    return quantise
-
-
 KINDS = {
     "int8": by_config(ao.Int8WeightOnlyConfig()),
     "int8 by groups": by_config(ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(64))),
@@ -44,8 +28,6 @@ KINDS = {
     "fp8": by_config(ao.Float8WeightOnlyConfig()),
     "fp8 by groups": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerGroup(64))),
     "fp8 of a matrix": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerTensor())),
-    "int4": by_hand("int4", "Int4Tensor", 32),
-    "int4 in tiles": by_hand("int4 in tiles", "Int4TilePackedTo4dTensor", 128),
 }
 OTHERS = {
     "plain": lambda layer: None,
@@ -74,7 +56,7 @@ def asked(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "int4" not in kind])
+@pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_those_of_torchao(kind):
     weight = block(KINDS[kind])[0].weight
     assert torch.equal(read(weight).numbers(), weight.dequantize(torch.float32))
@@ -89,11 +71,10 @@ def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
         with products.OwnProducts():
             assert torch.equal(model(x), want)
         assert asked == [2]
-        if kind != "int4":  # torch.compile asks torchao's own product, which is a GPU's alone
-            torch.compiler.reset()
-            compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
-            torch.testing.assert_close(compiled(x), want)
-            assert asked == [2, 2]
+        torch.compiler.reset()
+        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), want)
+        assert asked == [2, 2]
 
 
 def backend(module, inputs):

@@ -1,7 +1,9 @@
 """Products of a few rows with a matrix of codes in Triton: codes become numbers in registers.
 
-What bounds it is reading the codes, once for all rows. A program holds a few rows of the matrix; a
-tile of them is unpacked once and meets each row of x. By definition: `plain.quantised`.
+What bounds it is reading the codes, once for all rows: an H200 takes 1.2 to 2.4 times as long as
+its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). Several rows, and
+codes that are slow to become float32, meet tensor cores: codes are exact in bf16 and fp16, and
+scales come behind. By definition: `plain.quantised`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-# A tile of the matrix: rows, columns, and how many are on their way at once; by rows of x.
-BYTES = {1: (4, 1024, 3), 2: (4, 1024, 3), 4: (4, 512, 4), 8: (4, 512, 4)}
-WORDS = {1: (8, 1024, 3), 2: (8, 1024, 3), 4: (8, 1024, 3), 8: (4, 1024, 4)}
+# Of a tile of the matrix: rows, columns, and how many tiles are on their way at once.
+ROW = (8, 1024, 3)  # for one row of x
+ROWS = (16, 128, 3)  # for more, each of 4 warps a tile
 WARPS = 4
+PADDED = 8  # rows of x that tensor cores take at least
 DTYPES = (torch.bfloat16, torch.float16)
 FP8_FROM = (8, 9)  # compute capability
 
@@ -40,26 +43,28 @@ def why_not(need: Need) -> str | None:
 
 
 def product(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
-    """As `plain.quantised`; sums are float32, and rounded once."""
-    x, K, columns, group = x.contiguous(), x.shape[-1], matrix.columns, matrix.group
-    out, scale, zero = x.new_empty(*x.shape[:-1], matrix.rows), matrix.scale, matrix.zero
-    rows, whole = x.numel() // K, group == columns and zero is None
-    padded, words = triton.next_power_of_2(rows), matrix.codes.dtype == torch.int32
-    tall, wide, stages = (WORDS if words else BYTES)[padded]
-    wide = min(wide, triton.next_power_of_2(columns)) if whole else max(wide, group)
-    kernel = _product_of_words if words else _product_of_bytes
-    kernel[(triton.cdiv(matrix.rows, tall),)](
-        *(x, matrix.codes, scale, scale if zero is None else zero, out if bias is None else bias),
-        *(out, rows, K, matrix.rows, columns, *scale.stride()),
-        PADDED=padded,
+    """As `plain.quantised`, of up to 8 rows; sums are float32, and rounded once."""
+    codes, scale, zero = matrix
+    x, (N, K) = x.contiguous(), codes.shape
+    out, rows = x.new_empty(*x.shape[:-1], N), x.numel() // K
+    one = rows == 1 and codes.dtype != torch.int8
+    tall, wide, stages = ROW if one else ROWS
+    group = 0 if matrix.group == K else matrix.group
+    if group:
+        wide = max(wide, group) if one else min(wide, group)
+    kernel = _product_of_row if one else _product_of_rows
+    kernel[(triton.cdiv(N, tall),)](
+        *(x, codes, scale, scale if zero is None else zero, out if bias is None else bias, out),
+        *(rows, N, K, scale.stride(0)),
         ROWS=tall,
         COLUMNS=wide,
         STAGES=stages,
-        EVEN=rows == padded and K % wide == 0,
-        GROUP=0 if whole else group,
-        ZERO=0 if zero is None else 1 if zero.is_floating_point() else -1,
+        PADDED=PADDED,
+        WARPS=WARPS,
+        WHOLE=K % (wide if one else wide * WARPS) == 0,
+        GROUP=group,
+        ZEROS=zero is not None,
         BIASED=bias is not None,
-        TILED=matrix.tiled,
         num_warps=WARPS,
         **chained(str(x.device)),
     )
@@ -67,110 +72,80 @@ def product(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["R"])
-def _product_of_bytes(
-    X, W, S, Z, B, OUT, R, K, N, width, s_row, s_group,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
-    TILED: tl.constexpr, CHAINED: tl.constexpr,
+def _product_of_row(
+    X, W, S, Z, B, OUT, R, N, K, s_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    BIASED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    w_at = W + row.to(tl.int64)[:, None] * width + column[None, :]
-    acc = tl.zeros([PADDED, ROWS, COLUMNS], tl.float32)
+    inside = row < N
+    w_at = W + row.to(tl.int64)[:, None] * K + column[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
-        inside = (row < N)[:, None] if EVEN else (row < N)[:, None] & (first + column < K)[None, :]
-        number = tl.load(w_at + first, mask=inside, other=0.0).to(tl.float32)
+        live = column < K - first
+        kept = inside[:, None] if WHOLE else inside[:, None] & live[None, :]
+        number = tl.load(w_at + first, mask=kept, other=0.0).to(tl.float32)
+        x = (
+            tl.load(X + first + column)
+            if WHOLE
+            else tl.load(X + first + column, mask=live, other=0.0)
+        )
         if GROUP:
-            number = tl.reshape(number, [ROWS, COLUMNS // GROUP, GROUP])
-            s, z = _ends(S, Z, row, first, K, N, s_row, s_group, COLUMNS // GROUP, GROUP, ZERO)
-            number = tl.reshape(number * s[:, :, None] + z[:, :, None], [ROWS, COLUMNS])
-        x = _rows(X, first, R, K, PADDED, COLUMNS, EVEN)
-        acc += number[None, :, :] * x[:, None, :]
-    out = tl.sum(acc, 2)
+            GROUPS: tl.constexpr = COLUMNS // GROUP
+            group = first // GROUP + tl.arange(0, GROUPS)
+            at = row[:, None] * s_row + group[None, :]
+            held = inside[:, None] & (group < K // GROUP)[None, :]
+            number = tl.reshape(number, [ROWS, GROUPS, GROUP])
+            if ZEROS:
+                number -= tl.load(Z + at, mask=held, other=0).to(tl.float32)[:, :, None]
+            number *= tl.load(S + at, mask=held, other=0.0).to(tl.float32)[:, :, None]
+            number = tl.reshape(number, [ROWS, COLUMNS])
+        acc += number * x.to(tl.float32)[None, :]
+    out = tl.sum(acc, 1)
     if not GROUP:
-        out *= tl.load(S + row * s_row, mask=row < N, other=0.0).to(tl.float32)[None, :]
-    _store(OUT, out, B, row, N, R, PADDED, BIASED)
+        out *= tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        out += tl.load(B + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + row, out.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _product_of_words(
-    X, W, S, Z, B, OUT, R, K, N, width, s_row, s_group,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIASED: tl.constexpr,
-    TILED: tl.constexpr, CHAINED: tl.constexpr,
+def _product_of_rows(
+    X, W, S, Z, B, OUT, R, N, K, s_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    BIASED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The n-th code of a word is, where it lies, 16^n times itself: x is divided by that."""
+    """Each warp sums over tiles of its own, [WARPS, ROWS, PADDED]; a tile lies in one group."""
     await_previous(CHAINED)
-    row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS // 8)
-    GROUPS: tl.constexpr = COLUMNS // GROUP
-    if TILED:
-        rows = W + (row // 8).to(tl.int64) * width + row % 8 * 16
-        w_at, STEP = rows[:, None] + (word // 16 * 128 + word % 16)[None, :], 1
-    else:
-        rows = W + row.to(tl.int64) * (width // 8)
-        w_at, STEP = rows[:, None] + word[None, :], 8
-    acc = tl.zeros([PADDED, ROWS, GROUPS], tl.float32)
-    for first in tl.range(0, width, COLUMNS, num_stages=STAGES):
-        inside = (row < N)[:, None]
-        inside = inside if EVEN else inside & (first + word * 8 < width)[None, :]
-        code = tl.load(w_at + first // STEP, mask=inside, other=0)
-        code = (code if TILED else code ^ -2004318072).to(tl.uint32, bitcast=True)  # 0 to 15
-        s, z = _ends(S, Z, row, first, width, N, s_row, s_group, GROUPS, GROUP, ZERO)
-        x = _rows(X, first, R, K, PADDED, COLUMNS, EVEN)
-        if TILED:  # as in `codes.py`
-            x = tl.reshape(x, [PADDED, COLUMNS // 128, 4, 2, 2, 4, 2])
-            x = tl.permute(x, [0, 1, 5, 2, 6, 3, 4])
-        even, odd = tl.split(tl.reshape(x, [PADDED, COLUMNS // 8, 2, 2, 2]))
-        (x04, x26), (x15, x37) = tl.split(even), tl.split(odd)
-        (x0, x4), (x2, x6) = tl.split(x04), tl.split(x26)
-        (x1, x5), (x3, x7) = tl.split(x15), tl.split(x37)
-        total = x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
-        part = (code & 0xF).to(tl.float32)[None, :, :] * x0[:, None, :]
-        part += (code & 0xF0).to(tl.float32)[None, :, :] * (x1 * 2.0**-4)[:, None, :]
-        part += (code & 0xF00).to(tl.float32)[None, :, :] * (x2 * 2.0**-8)[:, None, :]
-        part += (code & 0xF000).to(tl.float32)[None, :, :] * (x3 * 2.0**-12)[:, None, :]
-        part += (code & 0xF0000).to(tl.float32)[None, :, :] * (x4 * 2.0**-16)[:, None, :]
-        part += (code & 0xF00000).to(tl.float32)[None, :, :] * (x5 * 2.0**-20)[:, None, :]
-        part += (code & 0xF000000).to(tl.float32)[None, :, :] * (x6 * 2.0**-24)[:, None, :]
-        part += (code & 0xF0000000).to(tl.float32)[None, :, :] * (x7 * 2.0**-28)[:, None, :]
-        part = tl.sum(tl.reshape(part, [PADDED, ROWS, GROUPS, GROUP // 8]), 3)
-        total = tl.sum(tl.reshape(total, [PADDED, GROUPS, GROUP // 8]), 2)
-        acc += part * s[None, :, :] + (z - 8 * s)[None, :, :] * total[:, None, :]
-    _store(OUT, tl.sum(acc, 2), B, row, N, R, PADDED, BIASED)
-
-
-@triton.jit
-def _rows(
-    X, first, R, K, PADDED: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """A tile of x `[PADDED, COLUMNS]` in float32."""
-    r, at = tl.arange(0, PADDED)[:, None], first + tl.arange(0, COLUMNS)[None, :]
-    if EVEN:
-        return tl.load(X + r * K + at).to(tl.float32)
-    return tl.load(X + r * K + at, mask=(r < R) & (at < K), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _ends(
-    S, Z, row, first, width, N, s_row, s_group,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-):  # fmt: skip
-    """Scales and zeros of a tile's groups [ROWS, GROUPS]."""
-    group = first // GROUP + tl.arange(0, GROUPS)
-    at = row.to(tl.int64)[:, None] * s_row + group[None, :] * s_group
-    inside = (row < N)[:, None] & (group * GROUP < width)[None, :]
-    s = tl.load(S + at, mask=inside, other=0.0).to(tl.float32)
-    if ZERO == 0:
-        return s, tl.zeros_like(s)
-    z = tl.load(Z + at, mask=inside, other=0.0).to(tl.float32)
-    return s, z if ZERO > 0 else -s * z
-
-
-@triton.jit
-def _store(OUT, out, B, row, N, R, PADDED: tl.constexpr, BIASED: tl.constexpr):
-    """out `[PADDED, ROWS]`, rounded."""
-    r, live = tl.arange(0, PADDED)[:, None], (row < N)[None, :]
+    row, r = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    column = tl.arange(0, WARPS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside, rows = row < N, (r < R)[None, None, :]
+    w_at = W + row.to(tl.int64)[None, :, None] * K + column[:, None, :]
+    x_at = X + r[None, None, :] * K + column[:, :, None]
+    acc = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
+    for first in tl.range(0, K, COLUMNS * WARPS, num_stages=STAGES):
+        live = column < K - first
+        kept = inside[None, :, None] if WHOLE else inside[None, :, None] & live[:, None, :]
+        code = tl.load(w_at + first, mask=kept, other=0.0)
+        x = tl.load(x_at + first, mask=rows if WHOLE else rows & live[:, :, None], other=0.0)
+        if GROUP:
+            group = (first + tl.arange(0, WARPS) * COLUMNS) // GROUP
+            at = row[None, :] * s_row + group[:, None]
+            held = inside[None, :] & (group < K // GROUP)[:, None]
+            if ZEROS:
+                code = code.to(tl.float32)
+                code -= tl.load(Z + at, mask=held, other=0).to(tl.float32)[:, :, None]
+            s = tl.load(S + at, mask=held, other=0.0).to(tl.float32)
+            acc += tl.dot(code.to(x.dtype), x) * s[:, :, None]
+        else:
+            acc = tl.dot(code.to(x.dtype), x, acc)
+    out = tl.sum(acc, 0)
+    if not GROUP:
+        out *= tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if BIASED:
-        out += tl.load(B + row, mask=row < N, other=0.0).to(tl.float32)[None, :]
-    at = OUT + r * N + row[None, :]
-    tl.store(at, out.to(OUT.dtype.element_ty), mask=live & (r < R))
+        out += tl.load(B + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+    at = OUT + r[None, :] * N + row[:, None]
+    tl.store(at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (r < R)[None, :])

@@ -111,7 +111,7 @@ def _is_served_quantised(x: object, weight: object = None) -> bool:
         return False
     if (matrix := read(weight)) is None:
         return False
-    return _kernel_of_codes(x, matrix.codes, matrix.rows) is not QUANTISED[-1]
+    return _kernel_of_codes(x, matrix.codes) is not QUANTISED[-1]
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,36 +135,28 @@ torch.library.custom_op(
 )
 
 
-def _kernel_of_codes(x: Tensor, codes: Tensor, rows: int) -> Kernel:
+def _kernel_of_codes(x: Tensor, codes: Tensor) -> Kernel:
     grad = torch.is_grad_enabled() and x.requires_grad
-    return pick(QUANTISED, Need(x.device, x.dtype, x.shape[-1], rows, grad=grad, codes=codes.dtype))
+    return pick(QUANTISED, Need(x.device, x.dtype, *codes.shape, grad=grad, codes=codes.dtype))
 
 
 def _quantised(
-    x: Tensor,
-    rows: int,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    tiled: bool,
-    bias: Tensor | None,
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    kernel = _kernel_of_codes(x, codes, rows)
-    return kernel.run(x, Quantised(rows, codes, scale, zero, tiled), bias)
+    return _kernel_of_codes(x, codes).run(x, Quantised(codes, scale, zero), bias)
 
 
 torch.library.custom_op(
     "hfsparse::quantised",
     _quantised,
     mutates_args=(),
-    schema="(Tensor x, int rows, Tensor codes, Tensor scale, Tensor? zero, bool tiled, "
-    "Tensor? bias) -> Tensor",
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
 )
 
 
 @torch.library.register_fake("hfsparse::quantised")
-def _(x, rows, *codes):
-    return x.new_empty(*x.shape[:-1], rows)
+def _(x, codes, *rest):
+    return x.new_empty(*x.shape[:-1], len(codes))
 
 
 @torch.library.register_fake("hfsparse::products")
