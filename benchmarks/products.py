@@ -32,7 +32,7 @@ from hfsparse.kernels.codes import read
 from hfsparse.patcher.state import state_of
 from hfsparse.runtime.graphs import products
 
-MATRICES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+MATRICES = ((1024, 4096), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
 
 

@@ -131,6 +131,8 @@ def _product_of_rows(
         kept = inside[None, :, None] if WHOLE else inside[None, :, None] & live[:, None, :]
         code = tl.load(w_at + first, mask=kept, other=0.0)
         x = tl.load(x_at + first, mask=rows if WHOLE else rows & live[:, :, None], other=0.0)
+        if code.dtype != tl.int8:  # on Hopper the way through float32 is shorter
+            code = code.to(tl.float32)
         if GROUP:
             group = (first + tl.arange(0, WARPS) * COLUMNS) // GROUP
             at = row[None, :] * s_row + group[:, None]
