@@ -8,9 +8,8 @@ keys, not fused and fused: the graph alone, a token in `generate`, and the secon
 tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCTOR_CACHE_DIR says: a
 second run tells what a second process waits for. --matrices first times a product with each matrix
 of a layer, by the matrix library and by ours, in CUDA graphs over matrices in turn.
---weights: the decoder's matrices quantised by torchao, one format behind another: stock, replayed
-with torchao's own products, replayed with ours, and fused; with --matrices also the products alone,
-of 1, 4 and 8 rows. --layers: so many alone. --no-fuse leaves out what compiles for a minute.
+--weights: the decoder's matrices quantised by torchao, one format behind another: stock, replayed,
+and fused; with --matrices the products alone by torchao and by ours, of 1, 4 and 8 rows. --layers: so many alone. --no-fuse leaves out what compiles for a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from benchmarks.common.shapes import describe, endless, filled_cache, tidy
 from hfsparse.kernels import PRODUCTS, QUANTISED
 from hfsparse.kernels.codes import read
 from hfsparse.patcher.state import state_of
-from hfsparse.runtime.graphs import products
 
 MATRICES = ((1024, 4096), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
@@ -150,9 +148,6 @@ def steps(args, weights: str) -> None:
     for length in args.lengths:
         if weights:
             print(stock(model, length, args.tokens), flush=True)
-            products.QUANTISED = QUANTISED[-1:]
-            print(step(model, length, args.tokens, False), "torchao's products", flush=True)
-            products.QUANTISED = QUANTISED
         for fuse in (False,) if args.no_fuse else (False, True):
             print(step(model, length, args.tokens, fuse), flush=True)
 
