@@ -9,7 +9,8 @@ tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCT
 second run tells what a second process waits for. --matrices first times a product with each matrix
 of a layer, by the matrix library and by ours, in CUDA graphs over matrices in turn.
 --weights: the decoder's matrices quantised by torchao, one format behind another: stock, replayed,
-and fused; with --matrices the products alone by torchao and by ours, of 1, 4 and 8 rows. --layers: so many alone. --no-fuse leaves out what compiles for a minute.
+and fused; with --matrices the products alone by torchao and by ours, of 1, 4 and 8 rows. --layers:
+so many alone. --no-fuse leaves out what compiles for long.
 """
 
 from __future__ import annotations
