@@ -1,8 +1,8 @@
 """Products of a few rows with a matrix of codes in Triton: codes become numbers in registers.
 
-What bounds it is reading the codes, once for all rows: an H200 takes 1.2 to 2.4 times as long as
+What bounds it is reading the codes, once for all rows: an H200 takes 1.1 to 2.4 times as long as
 its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). Several rows, and
-codes that are slow to become float32, meet tensor cores: codes are exact in bf16 and fp16, and
+int8, which is slow to become float32, meet tensor cores: codes are exact in bf16 and fp16, and
 scales come behind. By definition: `plain.quantised`.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROW = (8, 1024, 3)  # for one row of x
 ROWS = (16, 128, 3)  # for more, each of 4 warps a tile
 WARPS = 4
-PADDED = 8  # rows of x that tensor cores take at least
+PADDED = 8  # rows of x that tensor cores are given
 DTYPES = (torch.bfloat16, torch.float16)
 FP8_FROM = (8, 9)  # compute capability
 
@@ -87,11 +87,10 @@ def _product_of_row(
         live = column < K - first
         kept = inside[:, None] if WHOLE else inside[:, None] & live[None, :]
         number = tl.load(w_at + first, mask=kept, other=0.0).to(tl.float32)
-        x = (
-            tl.load(X + first + column)
-            if WHOLE
-            else tl.load(X + first + column, mask=live, other=0.0)
-        )
+        if WHOLE:
+            x = tl.load(X + first + column)
+        else:
+            x = tl.load(X + first + column, mask=live, other=0.0)
         if GROUP:
             GROUPS: tl.constexpr = COLUMNS // GROUP
             group = first // GROUP + tl.arange(0, GROUPS)

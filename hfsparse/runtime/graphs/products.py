@@ -21,7 +21,7 @@ from hfsparse.kernels.codes import Quantised, read
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
-FEW = 8  # rows that meet quantised weights in our kernel: with more, its sums outweigh its reads
+FEW = 8  # rows of a step that meet quantised weights in our kernel
 
 
 class OwnProducts(TorchFunctionMode):
