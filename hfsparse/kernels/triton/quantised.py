@@ -1,6 +1,6 @@
 """Products of a few rows with a matrix of codes in Triton: codes become numbers in registers.
 
-What bounds it is reading the codes, once for all rows: an H200 takes 1.1 to 2.4 times as long as
+What bounds it is reading the codes, once for all rows: an H200 takes 1.1 to 2.0 times as long as
 its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). Several rows, and
 int8, which is slow to become float32, meet tensor cores: codes are exact in bf16 and fp16, and
 scales come behind. By definition: `plain.quantised`.
