@@ -24,6 +24,8 @@ COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.products`, of one row. Steps that are fused are compiled with it; no call asks it.
+QUANTISED(x, matrix, bias) -> Tensor [..., N]
+    As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 """
 
 from __future__ import annotations
@@ -216,6 +218,10 @@ COUNT = (
 PRODUCTS = (
     Kernel("Triton", _lazily("triton.products", "products"), _triton("products")),
     Kernel("PyTorch", plain.products, _always),
+)
+QUANTISED = (
+    Kernel("Triton", _lazily("triton.quantised", "product"), _triton("quantised")),
+    Kernel("PyTorch", plain.quantised, _always),
 )
 
 
