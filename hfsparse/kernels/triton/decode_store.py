@@ -304,13 +304,13 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
     fit, made = LARGE / widest, ()
     lack, off = tl.zeros_like(q[0]), tl.zeros_like(q[0])
     for part in tl.static_range(PARTS):
-        x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
-        y = x.to(KIND)
+        span = _span(low[part], high[part], FLOAT)
+        y = (q[part] * (span * (fit / _up(part, PARTS)))[:, None]).to(KIND)
         made += (y,)
         if not FLOAT:
-            lack += q[part] * low[part][:, None]
-            off += (x - y.to(tl.float32)) * _up(part, PARTS)
-    lack += off * (widest * (0.5 / LARGE))
+            lack += q[part] * (low[part] + 0.5 * span)[:, None]
+            off += y.to(tl.float32) * _up(part, PARTS)
+    lack -= off * (widest * (0.5 / LARGE))
     return made, widest, tl.sum(lack, 0)
 
 
@@ -499,7 +499,7 @@ def _decode_store(
             ahead = begun - keeps
             seat = tl.where(ahead < 0, page, (keeps + ahead % size) // PAGE)
             older = ahead >= size
-        limit, fresh = tl.minimum(at + 1, begun), begun < 0
+        limit, fresh, largest = tl.minimum(at + 1, begun), begun < 0, TINY + 0.0
         for j in range(first, end):
             named = j
             if LISTED:
@@ -516,7 +516,6 @@ def _decode_store(
             least = tl.load(LEAST + ends, mask=sound, other=0.0).to(tl.float32)
             width = _span(least, tl.load(MOST + ends, mask=sound, other=0.0).to(tl.float32), FLOAT)
             k = _words(keys + stored * (PAGE * W), W, WIDE, PAGE)
-            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
 
             scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
             s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
@@ -532,19 +531,24 @@ def _decode_store(
             if SOFTCAP:
                 s = _capped(s, unit, inner)
             p, fade, total, top = _weigh(total, top, s, kept)
-            widest = tl.maximum(tl.max(width, 0), TINY)
-            x = p * (width * (LARGE / widest))[:, None]
-            y = x.to(kind)
+            widest = tl.maximum(tl.max(width, 0), largest)
+            y = (p * (width * (LARGE / widest))[:, None]).to(kind)
             if not FLOAT:
-                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
+                lack = p * (least + 0.5 * width)[:, None] - y.to(tl.float32) * (0.5 / LARGE * widest)
                 lows = lows * fade + tl.sum(lack, 0)
+            fade *= largest / widest
+            largest = widest
+            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
             v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
             made = ()
             for part in tl.static_range(PARTS):
-                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
-                o *= widest * (UNIT / LARGE / _up(part, PARTS))
-                made += (acc[part] * fade[:, None] + o,)
+                faded = acc[part] * fade[:, None]
+                made += (tl.dot(y, v[part].to(kind), faded, input_precision=PRECISION),)
             acc = made
+        made = ()
+        for part in tl.static_range(PARTS):
+            made += (acc[part] * (largest * (UNIT / LARGE / _up(part, PARTS))),)
+        acc = made
         own = _queries(queries, alive, W, WIDE, PARTS)
         for begin in range(begun, tl.where(fresh, length, begun), FEW):
             key = begin + tl.arange(0, FEW)
