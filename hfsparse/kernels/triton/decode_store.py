@@ -8,9 +8,11 @@ tokens), so that a packed number may cost few instructions: whole pages are not 
 read two bytes at a time and become the last bits of float16 numbers, two of them at once.
 A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
 page's queries are scaled, and its codes multiplied as they are. Steps of values, which go by token,
-are worked into the weights of these. Both are rounded to float16, relative to the page's largest
-step; what that takes from a sum of codes is given back for their middle, which is most of it. Units
-that are parts of pages come from many pages, and are unpacked.
+are worked into the weights of these. Both are rounded to float16, relative to the largest step of
+the page's keys, or of all values so far; what that takes from a sum of codes is given back for
+their middle, which is most of it. Values are summed up about that middle: tensor cores cut sums
+off, and long ones of large numbers drift. Units that are parts of pages come from many pages, and
+are unpacked.
 """
 
 from __future__ import annotations
@@ -181,19 +183,23 @@ def tile_of(
     queries: int, width: int, itemsize: int, device: str, bits: int, whole: bool
 ) -> tuple[int, int, int, int] | None:
     """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide: the first
-    that fits, if any. whole: tiles are packed pages, and a warp that needs no other is the best."""
+    that fits, if any. whole: tiles are packed pages, as few warps work on one as have registers for
+    it, and many programs are better than many stages."""
     room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
-    rows = min(16, triton.next_power_of_2(queries))
-    warps = max(1, rows * width // 1024) if whole and itemsize == 2 else 2 * itemsize
+    rows, packed, fits = min(16, triton.next_power_of_2(queries)), whole and itemsize == 2, []
+    warps = max(1, width // 128, rows * width // 1024) if packed else 2 * itemsize
     for stages in (3, 2, 1) if itemsize == 2 else (1,):
-        if whole and itemsize == 2:
+        if packed:
             page = PAGE * (width * bits // 4 + 16)  # of keys and values, and ends
             shared = max(1, stages - 1) * page + 4 * rows * width
         else:
             shared = width * itemsize * ((stages + 1) * PAGE + 2 * rows)
         if shared <= room:
-            return rows, stages, warps, max(1, min(8 // warps, room // shared))
-    return None
+            fits.append((min(8 // warps, room // shared), stages))
+    if not fits:
+        return None
+    programs, stages = max(fits) if packed else fits[0]
+    return rows, stages, warps, programs
 
 
 @triton.jit
@@ -534,16 +540,18 @@ def _decode_store(
             widest = tl.maximum(tl.max(width, 0), largest)
             y = (p * (width * (LARGE / widest))[:, None]).to(kind)
             if not FLOAT:
-                lack = p * (least + 0.5 * width)[:, None] - y.to(tl.float32) * (0.5 / LARGE * widest)
-                lows = lows * fade + tl.sum(lack, 0)
+                lows = lows * fade + tl.sum(p * (least + 0.5 * width)[:, None], 0)
+                middle = tl.sum(y.to(tl.float32), 0) * (0.5 / UNIT)
             fade *= largest / widest
             largest = widest
             v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
             v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
             made = ()
             for part in tl.static_range(PARTS):
-                faded = acc[part] * fade[:, None]
-                made += (tl.dot(y, v[part].to(kind), faded, input_precision=PRECISION),)
+                o = acc[part] * fade[:, None]
+                if not FLOAT:
+                    o -= (middle * _up(part, PARTS))[:, None]
+                made += (tl.dot(y, v[part].to(kind), o, input_precision=PRECISION),)
             acc = made
         made = ()
         for part in tl.static_range(PARTS):
