@@ -3,7 +3,7 @@
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged.
 
-Bound by memory (of an H200's 4.8 TB/s, 2.9 were measured in 4 bits and 3.1 in 8, at 131,072
+Bound by memory (of an H200's 4.8 TB/s, 3.2 were measured in 4 bits and 3.8 in 8, at 131,072
 tokens), so that a packed number may cost few instructions: whole pages are not unpacked. Codes are
 read two bytes at a time and become the last bits of float16 numbers, two of them at once.
 A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
