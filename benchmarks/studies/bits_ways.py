@@ -7,7 +7,8 @@ A prompt is read once, densely; then its answer over what a cache would hold of 
 ways. Right or wrong tells little of few samples, so each way is judged by margins: how far the
 right token's logit lies above the best other's. What a way moves them by (root mean square) is
 noise that falls on every choice. Beside it stand nats that an answer lost, and answers that were
-not all first choices; samples that are not with every number as it came are left out.
+not all first choices; samples that are not with every number as it came are left out. Of the task
+`prose` the last tokens are the answer, right or not.
 
 `--mixed n`: of the first n samples each kv head alone is coded in 4 bits, which gives its share of
 the noise; of the others the heads with the largest shares have 8 bits and all others 4.
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.common.options import numbers
+from benchmarks.studies.bits import TAILS, prompt_of
 from hfsparse.lists import PAGE
 from hfsparse.models.loading import load
 from hfsparse_eval.run.prompter import Prompter
@@ -35,6 +37,7 @@ from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
 
 Coder = Callable[[Tensor], Tensor]  # of pages [H, P, PAGE, D], as they come back
+PROSE = "prose"
 CHANNEL, TOKEN = -2, -1  # what ends are of: a page's channel, or a token
 FINER = (1, 2, 4, 9, 18, 27)  # kv heads in more bits
 
@@ -72,6 +75,32 @@ def coded(
             best = torch.where(better, error, error if best is None else best)
             found = torch.where(better, back, found)
     return found.reshape(shape)
+
+
+def uneven(t: Tensor, few: int, many: int, by: str, middle: bool = False) -> Tensor:
+    """Keys, half of the channels in more bits than the others.
+
+    rope: those that turn the slowest, of halves (D / 4 to D / 2, and 3 D / 4 to D); span: of two
+    channels, D / 4 apart, that whose ends are farther from one another; most: the half of all
+    whose are.
+    """
+    t, D = t.float(), t.shape[-1]
+    low, high = t.amin(CHANNEL, keepdim=True), t.amax(CHANNEL, keepdim=True)
+    channel = torch.arange(D, device=t.device)
+    slow, span = channel // (D // 4) % 2 == 1, high - low
+    if by == "rope":
+        fine = slow
+    elif by == "span":
+        other = span[..., torch.where(slow, channel - D // 4, channel + D // 4)]
+        fine = (span > other) | ((span == other) & slow)
+    else:
+        fine = span.argsort(-1).argsort(-1) >= D // 2
+    levels = torch.where(fine, 2.0**many, 2.0**few)
+    if middle:
+        step = ((high - low) / levels).clamp(min=1e-30)
+        return low + (torch.minimum(((t - low) / step).floor(), levels - 1) + 0.5) * step
+    step = ((high - low) / (levels - 1)).clamp(min=1e-30)
+    return low + ((t - low) / step).round() * step
 
 
 def hadamard(n: int) -> Tensor:
@@ -115,6 +144,23 @@ WAYS: dict[str, tuple[Coder, Coder]] = {
     "values, middles": (plain, partial(VALUES, middle=True)),
     "keys, first page exact": (partial(exact_first, coder=KEYS), plain),
     "values, first page exact": (plain, partial(exact_first, coder=VALUES)),
+    "keys in 3 or 5 by rope": (partial(uneven, few=3, many=5, by="rope"), plain),
+    "keys in 2 or 6 by rope": (partial(uneven, few=2, many=6, by="rope"), plain),
+    "keys in 3 or 5 by span": (partial(uneven, few=3, many=5, by="span"), plain),
+    "keys in 2 or 6 by span": (partial(uneven, few=2, many=6, by="span"), plain),
+    "keys in 3 or 5, most": (partial(uneven, few=3, many=5, by="most"), plain),
+    "keys in 2 or 6, most": (partial(uneven, few=2, many=6, by="most"), plain),
+    "keys in 3 or 5 by rope, middles": (
+        partial(uneven, few=3, many=5, by="rope", middle=True),
+        plain,
+    ),
+    "keys in 3 or 5 by span, middles": (
+        partial(uneven, few=3, many=5, by="span", middle=True),
+        plain,
+    ),
+    "int4, keys in 3 or 5 by rope": (partial(uneven, few=3, many=5, by="rope"), VALUES),
+    "int4, keys in 3 or 5 by span": (partial(uneven, few=3, many=5, by="span"), VALUES),
+    "int4, keys in 2 or 6 by rope": (partial(uneven, few=2, many=6, by="rope"), VALUES),
     "keys by 32": (partial(KEYS, group=32), plain),
     "keys by 16": (partial(KEYS, group=16), plain),
     "keys by token": (partial(coded, over=TOKEN), plain),
@@ -173,6 +219,15 @@ def margins(model, cache: Cache, last: int, answer: list[int]) -> tuple[Tensor, 
     own = logits.gather(1, right)[:, 0]
     nats = (logits.logsumexp(1) - own).sum().item()
     return own - logits.scatter(1, right, float("-inf")).amax(1), nats
+
+
+def asked(name: str, maker: Maker | None, length: int, i: int, prompter: Prompter):
+    """Ids of a prompt, and those of its answer."""
+    if maker is None:
+        ids = prompt_of(prompter.tokenizer, name, length, i).ids[0].tolist()
+        return ids[: -TAILS[name]], ids[-TAILS[name] :]
+    sample = maker.sample(Case(name, length, None, i))
+    return list(sample.ids), list(prompter.ids(f" {sample.answers[0]}"))
 
 
 class Tally:
@@ -245,16 +300,18 @@ def main() -> None:
     model, tokenizer = load(given.model, "auto", given.dtype)
     prompter, tally, left, shares = Prompter(tokenizer), Tally(), 0, []
     for length in given.lengths:
-        makers = {name: Maker(TASKS[name], length, prompter, 0) for name in given.tasks}
+        makers = {
+            name: None if name == PROSE else Maker(TASKS[name], length, prompter, 0)
+            for name in given.tasks
+        }
         for i in range(given.first, given.first + given.samples):
             for name, maker in makers.items():
                 if time.perf_counter() - begun > given.seconds:
                     break
-                sample = maker.sample(Case(name, length, None, i))
-                answer = prompter.ids(f" {sample.answers[0]}")
-                cache, last = prompt(model, sample.ids), sample.ids[-1]
+                ids, answer = asked(name, maker, length, i, prompter)
+                cache, last = prompt(model, ids), ids[-1]
                 dense = margins(model, cache, last, answer)
-                if not (dense[0] > 0).all():
+                if maker is not None and not (dense[0] > 0).all():
                     left += 1
                     continue
                 tally.add("dense", dense, dense)
