@@ -271,21 +271,29 @@ def _first_is_wide(low, high, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _masked(word, mask, part: tl.constexpr, TWO: tl.constexpr):
+    """Those bits of a byte of words, as float16: as `_number`."""
+    if TWO:
+        asm: tl.constexpr = MASK_0 if part < 2 else MASK_1
+        number = tl.inline_asm_elementwise(asm, "=r,r,r", [word, mask], tl.float16, True, 2)
+    else:
+        number = ((word >> (part // 2 * 8)) & mask).to(tl.float16, bitcast=True)
+    return number
+
+
+@triton.jit
 def _key_numbers(word, wide, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
     """As `_numbers`, of keys: those of 4 bits have 5 or 3, as wide `[.., WIDE]` says."""
-    if PARTS == 2:
-        return _numbers(word, PARTS, FLOAT, TWO)
     made = ()
     for part in tl.static_range(PARTS):
-        mask = tl.where(wide[part // 2], 31, 7)
-        if part % 2 == 1:
-            mask = 255 - mask
-        mask = tl.broadcast_to(mask.to(tl.uint16), word.shape)
-        if TWO:
-            asm: tl.constexpr = MASK_0 if part < 2 else MASK_1
-            made += (tl.inline_asm_elementwise(asm, "=r,r,r", [word, mask], tl.float16, True, 2),)
+        if PARTS == 4:
+            mask = tl.where(wide[part // 2], 31, 7)
+            if part % 2 == 1:
+                mask = 255 - mask
+            mask = tl.broadcast_to(mask.to(tl.uint16), word.shape)
+            made += (_masked(word, mask, part, TWO),)
         else:
-            made += (((word >> (part // 2 * 8)) & mask).to(tl.float16, bitcast=True),)
+            made += (_number(word, part, PARTS, FLOAT, TWO),)
     return made
 
 
@@ -575,7 +583,10 @@ def _decode_store(
             v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
 
             scaled, wide, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
-            k = _key_numbers(k, wide, PARTS, FLOAT, TWO)
+            across = ()
+            for byte in tl.static_range(PARTS // 4 * 2):
+                across += (wide[byte][None, :],)
+            k = _key_numbers(k, across, PARTS, FLOAT, TWO)
             s = _products(k, scaled, PARTS, PRECISION)
             s *= (most * (widest * (KEY_UNIT / LARGE)))[None, :]
             if not FLOAT:
