@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.common.options import numbers
-from benchmarks.studies.bits import TAILS, prompt_of
+from benchmarks.studies.bits import TAILS, prompt_of, stepped
 from hfsparse.lists import PAGE
 from hfsparse.models.loading import load
 from hfsparse_eval.run.prompter import Prompter
@@ -130,6 +130,10 @@ LESS = (1.0, 0.92, 0.84, 0.76, 0.68)
 WAYS: dict[str, tuple[Coder, Coder]] = {
     "int8": (partial(KEYS, bits=8), partial(VALUES, bits=8)),
     "int4": (KEYS, VALUES),
+    "int4, as the stores have it": (
+        partial(stepped, bits=4, over=CHANNEL),
+        partial(stepped, bits=4, over=TOKEN),
+    ),
     "int4, keys alone": (KEYS, plain),
     "int4, values alone": (plain, VALUES),
     "keys in 5 bits": (partial(KEYS, bits=5), plain),
