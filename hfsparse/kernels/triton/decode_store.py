@@ -45,7 +45,7 @@ SPLITS = 512  # at most so many shares of a head's pages
 FEW = tl.constexpr(16)  # of the newest tokens, which lie as they came, at once
 LARGE, TINY = tl.constexpr(32768.0), tl.constexpr(1e-30)  # what float16 has room for; no step
 # Of two words of 16 bits in a register, one number of both: the lower or the upper of two bytes or
-# fp8 numbers, or the half bytes in order.
+# fp8 numbers, or the half bytes in order; of keys in 4 bits those bits of a byte that a mask says.
 BYTE_0 = tl.constexpr("and.b32 $0, $1, 0x00ff00ff;")
 BYTE_1 = tl.constexpr("prmt.b32 $0, $1, 0, 0x4341;")
 MASK_0 = tl.constexpr("and.b32 $0, $1, $2;")
