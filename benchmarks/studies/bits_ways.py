@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.common.options import numbers
-from benchmarks.studies.bits import TAILS, prompt_of, stepped
+from benchmarks.studies.bits import TAILS, outliers, prompt_of, stepped
 from hfsparse.lists import PAGE
 from hfsparse.models.loading import load
 from hfsparse_eval.run.prompter import Prompter
@@ -116,6 +116,13 @@ def turned(t: Tensor, coder: Coder) -> Tensor:
     return coder(t.float() @ axes) @ axes
 
 
+def stretched(t: Tensor, coder: Coder) -> Tensor:
+    """Where pairs of channels are larger, and their queries smaller by as much: `bits.outliers`."""
+    (by,) = outliers((1, t.shape[0], t.shape[-1]))
+    by = by.to(t.device)
+    return coder(t.float() * by) / by
+
+
 def plain(t: Tensor) -> Tensor:
     return t
 
@@ -136,6 +143,16 @@ WAYS: dict[str, tuple[Coder, Coder]] = {
     ),
     "int4, keys alone": (KEYS, plain),
     "int4, values alone": (plain, VALUES),
+    "outliers, keys, in 4": (partial(stretched, coder=KEYS), plain),
+    "outliers, keys, in 3 or 5 by rope": (
+        partial(stretched, coder=partial(uneven, few=3, many=5, by="rope")),
+        plain,
+    ),
+    "outliers, keys, as the stores": (
+        partial(stretched, coder=partial(stepped, bits=4, over=CHANNEL)),
+        plain,
+    ),
+    "outliers, keys, by token": (partial(stretched, coder=VALUES), plain),
     "keys in 5 bits": (partial(KEYS, bits=5), plain),
     "keys in 6 bits": (partial(KEYS, bits=6), plain),
     "values in 5 bits": (plain, partial(VALUES, bits=5)),
