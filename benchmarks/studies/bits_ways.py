@@ -77,7 +77,7 @@ def coded(
     return found.reshape(shape)
 
 
-def uneven(t: Tensor, few: int, many: int, by: str, middle: bool = False) -> Tensor:
+def uneven(t: Tensor, few: int, many: int, by: str) -> Tensor:
     """Keys, half of the channels in more bits than the others.
 
     rope: those that turn the slowest, of halves (D / 4 to D / 2, and 3 D / 4 to D); span: of two
@@ -96,9 +96,6 @@ def uneven(t: Tensor, few: int, many: int, by: str, middle: bool = False) -> Ten
     else:
         fine = span.argsort(-1).argsort(-1) >= D // 2
     levels = torch.where(fine, 2.0**many, 2.0**few)
-    if middle:
-        step = ((high - low) / levels).clamp(min=1e-30)
-        return low + (torch.minimum(((t - low) / step).floor(), levels - 1) + 0.5) * step
     step = ((high - low) / (levels - 1)).clamp(min=1e-30)
     return low + ((t - low) / step).round() * step
 
@@ -134,72 +131,42 @@ def exact_first(t: Tensor, coder: Coder) -> Tensor:
 
 KEYS, VALUES = partial(coded, over=CHANNEL), partial(coded, over=TOKEN)
 LESS = (1.0, 0.92, 0.84, 0.76, 0.68)
+STORES, UNEVEN = partial(stepped, bits=4), partial(uneven, few=3, many=5)
 WAYS: dict[str, tuple[Coder, Coder]] = {
     "int8": (partial(KEYS, bits=8), partial(VALUES, bits=8)),
     "int4": (KEYS, VALUES),
-    "int4, as the stores have it": (
-        partial(stepped, bits=4, over=CHANNEL),
-        partial(stepped, bits=4, over=TOKEN),
-    ),
+    "int4, as the stores have it": (partial(STORES, over=CHANNEL), partial(STORES, over=TOKEN)),
     "int4, keys alone": (KEYS, plain),
     "int4, values alone": (plain, VALUES),
-    "outliers, keys, in 4": (partial(stretched, coder=KEYS), plain),
-    "outliers, keys, in 3 or 5 by rope": (
-        partial(stretched, coder=partial(uneven, few=3, many=5, by="rope")),
-        plain,
-    ),
-    "outliers, keys, as the stores": (
-        partial(stretched, coder=partial(stepped, bits=4, over=CHANNEL)),
-        plain,
-    ),
-    "outliers, keys, by token": (partial(stretched, coder=VALUES), plain),
     "keys in 5 bits": (partial(KEYS, bits=5), plain),
-    "keys in 6 bits": (partial(KEYS, bits=6), plain),
-    "values in 5 bits": (plain, partial(VALUES, bits=5)),
     "keys in 5, values in 3": (partial(KEYS, bits=5), partial(VALUES, bits=3)),
-    "keys in 6, values in 3": (partial(KEYS, bits=6), partial(VALUES, bits=3)),
     "keys in 8, values in 4": (partial(KEYS, bits=8), VALUES),
-    "keys in 4, values in 8": (KEYS, partial(VALUES, bits=8)),
-    "middles": (partial(KEYS, middle=True), partial(VALUES, middle=True)),
-    "keys, middles": (partial(KEYS, middle=True), plain),
-    "values, middles": (plain, partial(VALUES, middle=True)),
-    "keys, first page exact": (partial(exact_first, coder=KEYS), plain),
-    "values, first page exact": (plain, partial(exact_first, coder=VALUES)),
-    "keys in 3 or 5 by rope": (partial(uneven, few=3, many=5, by="rope"), plain),
+    "keys in 3 or 5 by rope": (partial(UNEVEN, by="rope"), plain),
+    "keys in 3 or 5 by span": (partial(UNEVEN, by="span"), plain),
+    "keys in 3 or 5, most": (partial(UNEVEN, by="most"), plain),
     "keys in 2 or 6 by rope": (partial(uneven, few=2, many=6, by="rope"), plain),
-    "keys in 3 or 5 by span": (partial(uneven, few=3, many=5, by="span"), plain),
     "keys in 2 or 6 by span": (partial(uneven, few=2, many=6, by="span"), plain),
-    "keys in 3 or 5, most": (partial(uneven, few=3, many=5, by="most"), plain),
-    "keys in 2 or 6, most": (partial(uneven, few=2, many=6, by="most"), plain),
-    "keys in 3 or 5 by rope, middles": (
-        partial(uneven, few=3, many=5, by="rope", middle=True),
-        plain,
-    ),
-    "keys in 3 or 5 by span, middles": (
-        partial(uneven, few=3, many=5, by="span", middle=True),
-        plain,
-    ),
-    "int4, keys in 3 or 5 by rope": (partial(uneven, few=3, many=5, by="rope"), VALUES),
-    "int4, keys in 3 or 5 by span": (partial(uneven, few=3, many=5, by="span"), VALUES),
-    "int4, keys in 2 or 6 by rope": (partial(uneven, few=2, many=6, by="rope"), VALUES),
     "keys by 32": (partial(KEYS, group=32), plain),
     "keys by 16": (partial(KEYS, group=16), plain),
     "keys by token": (partial(coded, over=TOKEN), plain),
+    "keys, middles": (partial(KEYS, middle=True), plain),
     "keys, clipped": (partial(KEYS, clip=LESS), plain),
-    "keys, clipped middles": (partial(KEYS, clip=(1.06, *LESS), middle=True), plain),
-    "values, clipped, keys, middles": (
-        partial(KEYS, middle=True),
-        partial(VALUES, clip=(1.06, *LESS), middle=True),
-    ),
+    "keys, first page exact": (partial(exact_first, coder=KEYS), plain),
     "keys, turned, by channel": (partial(turned, coder=KEYS), plain),
     "keys, turned, by token": (partial(turned, coder=VALUES), plain),
     "values by 32": (plain, partial(VALUES, group=32)),
     "values by 16": (plain, partial(VALUES, group=16)),
     "values by channel": (plain, KEYS),
+    "values, middles": (plain, partial(VALUES, middle=True)),
     "values, clipped": (plain, partial(VALUES, clip=LESS)),
-    "values, clipped middles": (plain, partial(VALUES, clip=(1.06, *LESS), middle=True)),
+    "values, first page exact": (plain, partial(exact_first, coder=VALUES)),
     "values, turned": (plain, partial(turned, coder=VALUES)),
-    "values, turned, middles": (plain, partial(turned, coder=partial(VALUES, middle=True))),
+    "outliers, keys, in 4": (partial(stretched, coder=KEYS), plain),
+    "outliers, keys, as the stores": (
+        partial(stretched, coder=partial(STORES, over=CHANNEL)),
+        plain,
+    ),
+    "outliers, keys, by token": (partial(stretched, coder=VALUES), plain),
 }
 
 
