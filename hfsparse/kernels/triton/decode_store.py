@@ -8,9 +8,11 @@ tokens), so that a packed number may cost few instructions: whole pages are not 
 read two bytes at a time and become the last bits of float16 numbers, two of them at once.
 A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
 page's queries are scaled, and its codes multiplied as they are. Steps of values, which go by token,
-are worked into the weights of these. Both are rounded to float16, relative to the page's largest
-step; what that takes from a sum of codes is given back for their middle, which is most of it. Units
-that are parts of pages come from many pages, and are unpacked.
+are worked into the weights of these. Both are rounded to float16, relative to the largest step of
+the page's keys, or of all values so far; what that takes from a sum of codes is given back for
+their middle, which is most of it. Values are summed up about that middle: tensor cores cut sums
+off, and long ones of large numbers drift. Units that are parts of pages come from many pages, and
+are unpacked.
 """
 
 from __future__ import annotations
@@ -183,19 +185,23 @@ def tile_of(
     queries: int, width: int, itemsize: int, device: str, bits: int, whole: bool
 ) -> tuple[int, int, int, int] | None:
     """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide: the first
-    that fits, if any. whole: tiles are packed pages, and a warp that needs no other is the best."""
+    that fits, if any. whole: tiles are packed pages, as few warps work on one as have registers for
+    it, and many programs are better than many stages."""
     room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
-    rows = min(16, triton.next_power_of_2(queries))
-    warps = max(1, rows * width // 1024) if whole and itemsize == 2 else 2 * itemsize
+    rows, packed, fits = min(16, triton.next_power_of_2(queries)), whole and itemsize == 2, []
+    warps = max(1, width // 128, rows * width // 1024) if packed else 2 * itemsize
     for stages in (3, 2, 1) if itemsize == 2 else (1,):
-        if whole and itemsize == 2:
+        if packed:
             page = PAGE * (width * bits // 4 + 16)  # of keys and values, and ends
             shared = max(1, stages - 1) * page + 4 * rows * width
         else:
             shared = width * itemsize * ((stages + 1) * PAGE + 2 * rows)
         if shared <= room:
-            return rows, stages, warps, max(1, min(8 // warps, room // shared))
-    return None
+            fits.append((min(8 // warps, room // shared), stages))
+    if not fits:
+        return None
+    programs, stages = max(fits) if packed else fits[0]
+    return rows, stages, warps, programs
 
 
 @triton.jit
@@ -359,15 +365,14 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
     fit, made = LARGE / widest, ()
     lack, off = tl.zeros_like(q[0]), tl.zeros_like(q[0])
     for part in tl.static_range(PARTS):
-        share = _key_share(wide, part, PARTS)
-        x = q[part] * (_span(low[part], high[part], FLOAT) * (fit * share))[:, None]
-        y = x.to(KIND)
+        share, span = _key_share(wide, part, PARTS), _span(low[part], high[part], FLOAT)
+        y = (q[part] * (span * (fit * share))[:, None]).to(KIND)
         made += (y,)
         if not FLOAT:
-            lack += q[part] * low[part][:, None]
-            back = x - y.to(tl.float32)
+            lack += q[part] * (low[part] + 0.5 * span)[:, None]
+            back = y.to(tl.float32)
             off += back / share[:, None] if PARTS == 4 else back
-    lack += off * (widest * (0.5 / LARGE))
+    lack -= off * (widest * (0.5 / LARGE))
     return made, wide, widest, tl.sum(lack, 0)
 
 
@@ -563,7 +568,7 @@ def _decode_store(
             ahead = begun - keeps
             seat = tl.where(ahead < 0, page, (keeps + ahead % size) // PAGE)
             older = ahead >= size
-        limit, fresh = tl.minimum(at + 1, begun), begun < 0
+        limit, fresh, largest = tl.minimum(at + 1, begun), begun < 0, TINY + 0.0
         for j in range(first, end):
             named = j
             if LISTED:
@@ -580,7 +585,6 @@ def _decode_store(
             least = tl.load(LEAST + ends, mask=sound, other=0.0).to(tl.float32)
             width = _span(least, tl.load(MOST + ends, mask=sound, other=0.0).to(tl.float32), FLOAT)
             k = _words(keys + stored * (PAGE * W), W, WIDE, PAGE)
-            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
 
             scaled, wide, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
             across = ()
@@ -600,19 +604,26 @@ def _decode_store(
             if SOFTCAP:
                 s = _capped(s, unit, inner)
             p, fade, total, top = _weigh(total, top, s, kept)
-            widest = tl.maximum(tl.max(width, 0), TINY)
-            x = p * (width * (LARGE / widest))[:, None]
-            y = x.to(kind)
+            widest = tl.maximum(tl.max(width, 0), largest)
+            y = (p * (width * (LARGE / widest))[:, None]).to(kind)
             if not FLOAT:
-                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
-                lows = lows * fade + tl.sum(lack, 0)
+                lows = lows * fade + tl.sum(p * (least + 0.5 * width)[:, None], 0)
+                middle = tl.sum(y.to(tl.float32), 0) * (0.5 / UNIT)
+            fade *= largest / widest
+            largest = widest
+            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
             v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
             made = ()
             for part in tl.static_range(PARTS):
-                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
-                o *= widest * (UNIT / LARGE / _up(part, PARTS))
-                made += (acc[part] * fade[:, None] + o,)
+                o = acc[part] * fade[:, None]
+                if not FLOAT:
+                    o -= (middle * _up(part, PARTS))[:, None]
+                made += (tl.dot(y, v[part].to(kind), o, input_precision=PRECISION),)
             acc = made
+        made = ()
+        for part in tl.static_range(PARTS):
+            made += (acc[part] * (largest * (UNIT / LARGE / _up(part, PARTS))),)
+        acc = made
         own = _queries(queries, alive, W, WIDE, PARTS)
         for begin in range(begun, tl.where(fresh, length, begun), FEW):
             key = begin + tl.arange(0, FEW)
