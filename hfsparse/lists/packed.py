@@ -6,8 +6,8 @@ page and channel, since some channels are far larger than others; of values by t
 arXiv 2209.05433) its largest number, 448, stands for the end that is farther from zero.
 
 Of keys in 4 bits two channels share a byte unevenly: that whose ends are farther apart has 5 bits,
-the other 3. Retrieval heads tell keys apart by a few channels that rope turns slowly, and these span
-much: of 4 bits each, nearly all noise of such a head's logits is theirs.
+the other 3. A head that retrieves tells keys apart by a few channels, which rope turns slowly and
+which span much; of 4 bits each, nearly all noise of its logits is theirs.
 
 A row's newest page is packed once it is full. Until then it lies as it came, and for a while
 longer: the newest two pages do, page n where n is even in the first half.
