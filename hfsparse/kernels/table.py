@@ -83,7 +83,7 @@ def _always(need: Need) -> None:
 
 def _dense_only(need: Need) -> str | None:
     if need.lists:
-        return "reads every key: no block or page lists"
+        return "reads every key, not lists of blocks or pages"
     if need.skip:
         return NO_SKIP
     if need.bands:
@@ -175,7 +175,7 @@ PREFILL = (
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
-    Kernel("torch sdpa, by lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
+    Kernel("torch flash over lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
 )
 DECODE = (

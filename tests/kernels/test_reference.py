@@ -196,7 +196,7 @@ def test_the_first_kernel_that_can_serve_is_chosen():
         assert kernels.pick(table, need()) is own
         for lists in (True, False):
             assert kernels.pick(table, need(lists=lists, logits=True)) is other
-    assert kernels.pick(kernels.PREFILL, need(lists=True)).name == "torch sdpa, by lists"
+    assert kernels.pick(kernels.PREFILL, need(lists=True)).name == "torch flash over lists"
     for refused in ("skip", "grad", "logits"):
         assert kernels.pick(kernels.PREFILL, need(lists=True, **{refused: True})).name == other.name
 

@@ -30,7 +30,7 @@ def test_the_last_row_of_a_table_always_can_and_those_before_say_why_not(name):
     assert {row.name for row in others} >= {"Triton"}
     for row in others:
         why = row.why_not(need(name, lists=True))
-        ours = row.name == "torch sdpa, by lists"
+        ours = row.name == "torch flash over lists"
         assert (why is None) == ours, f"{row.name} on a CPU: {why}"
 
 

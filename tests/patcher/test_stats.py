@@ -160,11 +160,11 @@ def test_explain_names_kernels_reasons_and_windows():
         assert text == hfsparse.explain(model)
     assert mixed(model).hash()[:19] in text
     assert "full heads, prompt: torch sdpa" in text
-    assert "patterned heads, prompt: torch sdpa, by lists (not FA4: " in text
-    assert "(not torch sdpa: reads every key: no block or page lists)" in text
+    assert "patterned heads, prompt: torch flash over lists (not FA4: " in text
+    assert "(not torch sdpa: reads every key, not lists of blocks or pages)" in text
     assert "new tokens: torch sdpa" in text
     assert "layers [0] keep the model's own sliding window" in text
-    plain = "torch sdpa, by lists"
+    plain = "torch flash over lists"
     assert f"layer 0: prompt 2 full by {plain} + 2 patterned by {plain}; new tokens 1 windo" in text
     assert "in full: prefill 0, decode 0, cache 0" in text
     assert f"layer 1: prompt 1 full by torch sdpa + 3 patterned by {plain}; new tokens" in text
@@ -181,7 +181,7 @@ def test_explain_prints_what_serves_each_of_the_six():
         rings = [line for line in lines if line.startswith("ring heads, new tokens: ")]
         patterned = [line for line in lines if line.startswith("patterned heads, prompt: ")]
         assert all("reference (PyTorch)" in line for line in rings)
-        assert all("torch sdpa, by lists" in line for line in patterned)
+        assert all("torch flash over lists" in line for line in patterned)
         assert len(rings) == len(patterned) == (plan.patterns.keys() >= {"s"})
         assert any(line.startswith("selected pages, new tokens: refer") for line in lines)
         for name, pattern in plan.patterns.items():
