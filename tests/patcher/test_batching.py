@@ -105,14 +105,17 @@ def work(handle) -> int:
 
 
 @known
-@pytest.mark.parametrize("plan", PLANS)
-def test_requests_get_what_they_get_alone(plan):
+@pytest.mark.parametrize(
+    ("plan", "tables"), [(plan, i % 2 * 8) for i, plan in enumerate((*PLANS, "mixed"))]
+)
+def test_requests_get_what_they_get_alone(plan, tables):
+    """Steps beside prompts, by the places of all tokens, and by themselves, by tables of blocks."""
     model, asked = tiny("llama"), prompts(*LENGTHS)
     with hfsparse.patch(model, PLANS[plan](model)) as handle:
         want = [alone(model, prompt) for prompt in asked]
         read = handle.stats().decode_share
         handle.reset_stats()
-        assert together(model, asked) == want
+        assert together(model, asked, max_blocks_per_request=tables) == want
         assert handle.stats().decode_share == pytest.approx(read)
 
 
@@ -170,7 +173,7 @@ def test_answers_that_share_a_prompt_are_those_of_the_prompt():
     model, asked = tiny("llama"), prompts(129, 200)
     with hfsparse.patch(model, mixed(model)):
         want = [alone(model, prompt) for prompt in asked]
-        got = together(model, asked, greedy(num_return_sequences=3))
+        got = together(model, asked, greedy(num_return_sequences=3), max_blocks_per_request=8)
         times = len(got) // 2  # before 5.24 the others are dropped from what it returns
         assert got == [answer for answer in want for _ in range(times)]
 
@@ -278,17 +281,9 @@ def test_windows_exact_mode_and_settings_are_refused():
         for more, why in (
             (dict(page_size=32), "multiple of 64"),
             (dict(cpu_offload_space=1.0), "leave it 0"),
-            (dict(max_blocks_per_request=8), "leave max_blocks"),
         ):
             with pytest.raises(PatchError, match=f"can't be followed: .*{why}"):
                 together(model, prompts(9), **more)
-
-
-@known
-def test_graphs_of_its_calls_and_two_at_once_are_refused():
-    assert "use_cuda_graph" in batching.why_not_config(settings(use_cuda_graph=(False, True)))
-    assert "use_async_batching" in batching.why_not_config(settings(use_async_batching=True))
-    assert batching.why_not_config(settings(use_cuda_graph=False)) is None
 
 
 def test_older_versions_are_refused(monkeypatch):
