@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -71,7 +72,9 @@ class Manager(continuous_api.ContinuousBatchingManager):
             extend = type(cache).extend_read_and_write_indices
             cache.extend_read_and_write_indices = partial(_extend, extend, cache, pool)
             runner = processor.model_runner
-            runner.run_one_warmup = partial(_warm_up, type(runner).run_one_warmup, runner)
+            warm_up = partial(type(runner).run_one_warmup, runner)
+            warm = partial(_warm_up, warm_up, weakref.proxy(processor), self._state)
+            runner.run_one_warmup = warm
         return processor
 
     def _generation_step(self) -> None:
@@ -211,10 +214,18 @@ def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tu
     return requests, fast, new, read
 
 
-def _warm_up(warm_up: Callable, runner: Any, *, max_kv_read: int | None, **more) -> float:
-    """`run_one_warmup`, of steps alone: prompts are not recorded, and one that fills the cache
-    takes long."""
-    return 0.0 if max_kv_read is not None else warm_up(runner, max_kv_read=None, **more)
+def _warm_up(warm_up: Callable, processor: Any, state: State, *, max_kv_read, **more) -> float:
+    """`run_one_warmup`, of steps alone, which nobody has asked for and that count nowhere. Prompts
+    are not recorded, and one that fills the cache takes long."""
+    if max_kv_read is not None:
+        return 0.0
+    with ExitStack() as stack:
+        for layer in state.layers:
+            stack.enter_context(layer.counts.paused())
+        took = warm_up(max_kv_read=None, **more)
+        if (stream := processor.inputs_and_outputs.compute_stream) is not None:
+            stream.synchronize()
+    return took
 
 
 def _extend(
