@@ -81,7 +81,21 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
         )
     else:
         told += f"  stopped: {len(done)} of {len(prompts)} done, {read / total:.0%} of tokens"
-    return told + f"  (warm-up {warm:.1f} s)"
+    told += f"  (warm-up {warm:.1f} s)"
+    return told + (agreement(model, done, args.alone) if args.alone and len(done) else "")
+
+
+def agreement(model, done: list, count: int) -> str:
+    """How far the shortest requests were answered as `generate` answers them alone."""
+    alike = first = total = 0
+    for each in sorted(done, key=lambda r: len(r.prompt_ids))[:count]:
+        ids = torch.tensor([each.prompt_ids], device=model.device)
+        new, mask = len(each.generated_tokens), torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        pairs = zip(out[0, ids.shape[1] :].tolist(), each.generated_tokens, strict=True)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), new)
+        alike, first, total = alike + same, first + (same > 0), total + new
+    return f"  as alone: {first} of {count} first tokens, {alike} of {total} before one differs"
 
 
 def main() -> None:
@@ -90,6 +104,7 @@ def main() -> None:
     args.add_argument("--shortest", type=int, default=2000)
     args.add_argument("--longest", type=int, default=32000)
     args.add_argument("--tokens", type=int, default=64)
+    args.add_argument("--alone", type=int, default=0, help="requests that generate answers, too")
     args.add_argument("--batch", type=int, default=8192, help="tokens of a call, at most")
     args.add_argument("--layers", type=int)
     args.add_argument("--seconds", type=float, default=60)
