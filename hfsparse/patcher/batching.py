@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
@@ -67,14 +68,14 @@ class Manager(continuous_api.ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor.cache not in self._state.pools:
             self._state.pools[processor.cache] = pool = _pool(self._state, processor)
-            cache, scheduler = processor.cache, processor.scheduler
+            cache, scheduler, runner = processor.cache, processor.scheduler, processor.model_runner
             scheduler.schedule_batch = partial(_schedule, type(scheduler).schedule_batch, scheduler)
             extend = type(cache).extend_read_and_write_indices
             cache.extend_read_and_write_indices = partial(_extend, extend, cache, pool)
-            runner = processor.model_runner
-            warm_up = partial(type(runner).run_one_warmup, runner)
-            warm = partial(_warm_up, warm_up, weakref.proxy(processor), self._state)
-            runner.run_one_warmup = warm
+            io, kind = processor.inputs_and_outputs, type(runner)
+            runner.compute_batch = partial(_compute, partial(kind.compute_batch, runner), io)
+            warm_up = partial(kind.run_one_warmup, runner)
+            runner.run_one_warmup = partial(_warm_up, warm_up, io, self._state)
         return processor
 
     def _generation_step(self) -> None:
@@ -214,7 +215,15 @@ def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tu
     return requests, fast, new, read
 
 
-def _warm_up(warm_up: Callable, processor: Any, state: State, *, max_kv_read, **more) -> float:
+def _compute(compute: Callable, io: Any, *args, **more) -> None:
+    """`compute_batch`, whose stream waits for the one that the call's inputs are written on: a
+    replayed graph begins so soon that it would read what they were before."""
+    if (stream := io.compute_stream) is not None:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    compute(*args, **more)
+
+
+def _warm_up(warm_up: Callable, io: Any, state: State, *, max_kv_read: int | None, **more) -> float:
     """`run_one_warmup`, of steps alone, which nobody has asked for and that count nowhere. Prompts
     are not recorded, and one that fills the cache takes long."""
     if max_kv_read is not None:
@@ -223,8 +232,8 @@ def _warm_up(warm_up: Callable, processor: Any, state: State, *, max_kv_read, **
         for layer in state.layers:
             stack.enter_context(layer.counts.paused())
         took = warm_up(max_kv_read=None, **more)
-        if (stream := processor.inputs_and_outputs.compute_stream) is not None:
-            stream.synchronize()
+        if io.compute_stream is not None:
+            io.compute_stream.synchronize()
     return took
 
 

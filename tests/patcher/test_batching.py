@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,6 +285,17 @@ def test_windows_exact_mode_and_settings_are_refused():
         ):
             with pytest.raises(PatchError, match=f"can't be followed: .*{why}"):
                 together(model, prompts(9), **more)
+
+
+@known
+def test_a_call_waits_for_its_inputs(monkeypatch):
+    """They are written on another stream than it runs on; tests/gpu has the streams."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "inputs")
+    stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=order.append)
+    for held in (stream, None):  # None: on a CPU
+        batching._compute(lambda: order.append("call"), SimpleNamespace(compute_stream=held))
+    assert order == ["inputs", "call", "call"]
 
 
 def test_older_versions_are_refused(monkeypatch):
