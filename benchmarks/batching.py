@@ -8,10 +8,12 @@ Random prompts of lengths evenly spread, greedy, random weights in the shape of 
 of --layers layers where that is given. `stock` is transformers' manager on the unpatched model with
 `paged|sdpa`, the best that it has without flash-attn; `full` is ours under no plan; `plan`: every
 second kv head is a ring, the others' steps read 6 % of their pages (quest), and their prompts 10 %
-of the blocks (block_topk). Each arm reads two short prompts first, so that kernels are compiled,
-and is stopped after --seconds. Shown: tokens processed (of prompts and answers) and answered, a
-second, and seconds until every request had its first token and ms a call of the model after that.
---shape tiny tries it on a CPU.
+of the blocks (block_topk); `-eager`: steps are no CUDA graphs. Each arm reads two short prompts
+first, so that kernels are compiled, and is stopped after --seconds. Shown: tokens processed (of
+prompts and answers) and answered, a second, seconds until every request had its first token and ms
+a call of the model after that, and, of --alone requests, how far `generate` answers them alike:
+where a prompt is read in several calls its heads choose for each, and bf16 rounds. --shape tiny
+tries it on a CPU.
 """
 
 from __future__ import annotations

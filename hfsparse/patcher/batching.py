@@ -175,6 +175,10 @@ def why_not_config(config: Any) -> str | None:
         return f"a page of its cache has {size} tokens: give a multiple of {PAGE}"
     if config.cpu_offload_space:
         return "cpu_offload_space moves keys away from what selectors know of them: leave it 0"
+    if config.use_async_batching:
+        return (
+            "one call is over before the next is prepared: leave use_async_batching out, or False"
+        )
     if config.varlen_compile_config is not None or config.decode_compile_config is not None:
         return "torch.compile is not supported: leave the compile configs and level out"
     return None

@@ -282,6 +282,7 @@ def test_windows_exact_mode_and_settings_are_refused():
         for more, why in (
             (dict(page_size=32), "multiple of 64"),
             (dict(cpu_offload_space=1.0), "leave it 0"),
+            (dict(use_async_batching=True), "leave use_async_batching out"),
         ):
             with pytest.raises(PatchError, match=f"can't be followed: .*{why}"):
                 together(model, prompts(9), **more)
