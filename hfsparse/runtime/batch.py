@@ -160,7 +160,7 @@ def attend_batch(
             keys = layer.read(row, request.tokens)
         keys, values = keys
         for store in layer.stores:
-            store.summarise(keys, values, row, request.past)
+            store.summarise(keys, values, row)
         alone = LayerCall(call, layer_plan, None, None, q[:, :, own], keys, values, logits)
         out[:, :, own] = prefill(alone, max(request.prompt - request.tokens, 0))
     if batch.columns is not None:

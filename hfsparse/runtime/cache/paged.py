@@ -115,11 +115,11 @@ class PagedStore:
         )
         self._put(last.index, self.group.index_of(keys, values, last.real))
 
-    def summarise(self, k: Tensor, v: Tensor, row: int, past: int) -> None:
-        """Renew the index of a row's pages that hold tokens behind its `past`; k, v
-        `[1, Hkv, S, D]` are all its tokens."""
+    def summarise(self, k: Tensor, v: Tensor, row: int) -> None:
+        """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens: of
+        a fork, whose blocks are copies, none is known."""
         tokens, heads = k.shape[2], self.at(self.group.heads, k.device)
-        for pages in at_once(range(past // PAGE, -(-tokens // PAGE)), self.k) if self.index else ():
+        for pages in at_once(range(-(-tokens // PAGE)), self.k) if self.index else ():
             own = slice(pages.start * PAGE, pages.stop * PAGE)
             parts = [t[:, :, own][:, heads] for t in (k, v)]
             short = len(pages) * PAGE - parts[0].shape[2]
