@@ -40,8 +40,7 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
     total = sum(map(len, prompts)) + args.tokens * len(prompts)
     size = 256 if args.shape != "tiny" else 64
     blocks = total // size + 2 * len(prompts) + args.batch // size
-    more = {"use_async_batching": True} if arm.endswith("-async") else {}
-    more |= {"use_cuda_graph": False} if arm.endswith("-eager") else {}
+    more = {"use_cuda_graph": False} if arm.endswith("-eager") else {}
     settings = ContinuousBatchingConfig(
         block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch, **more
     )

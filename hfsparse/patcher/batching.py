@@ -220,10 +220,10 @@ def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tu
 
 
 def _compute(compute: Callable, io: Any, *args, **more) -> None:
-    """`compute_batch`, whose stream waits for the one that the call's inputs are written on: a
-    replayed graph begins so soon that it would read what they were before."""
+    """`compute_batch`, once the call's inputs are written, which is done on another stream than it
+    runs on: a replayed graph begins so soon that it would read what they were before."""
     if (stream := io.compute_stream) is not None:
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        torch.cuda.current_stream(stream.device).synchronize()
     compute(*args, **more)
 
 

@@ -293,8 +293,9 @@ def test_windows_exact_mode_and_settings_are_refused():
 def test_a_call_waits_for_its_inputs(monkeypatch):
     """They are written on another stream than it runs on; tests/gpu has the streams."""
     order = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "inputs")
-    stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=order.append)
+    inputs = SimpleNamespace(synchronize=lambda: order.append("inputs"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: inputs)
+    stream = SimpleNamespace(device=torch.device("cpu"))
     for held in (stream, None):  # None: on a CPU
         batching._compute(lambda: order.append("call"), SimpleNamespace(compute_stream=held))
     assert order == ["inputs", "call", "call"]
