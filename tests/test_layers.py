@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
 GROUND = """
-errors version precision registry reading writing progress shares interval anytime stats
+errors version precision registry reading writing progress shares interval anytime stats families
 """.split()
 ROOMS = [
     *GROUND,
