@@ -8,10 +8,12 @@ Random prompts of lengths evenly spread, greedy, random weights in the shape of 
 of --layers layers where that is given. `stock` is transformers' manager on the unpatched model with
 `paged|sdpa`, the best that it has without flash-attn; `full` is ours under no plan; `plan`: every
 second kv head is a ring, the others' steps read 6 % of their pages (quest), and their prompts 10 %
-of the blocks (block_topk). Each arm reads two short prompts first, so that kernels are compiled,
-and is stopped after --seconds. Shown: tokens processed (of prompts and answers) and answered, a
-second, and seconds until every request had its first token and ms a call of the model after that.
---shape tiny tries it on a CPU.
+of the blocks (block_topk); `-eager`: steps are no CUDA graphs. Each arm reads two short prompts
+first, so that kernels are compiled, and is stopped after --seconds. Shown: tokens processed (of
+prompts and answers) and answered, a second, seconds until every request had its first token and ms
+a call of the model after that, and, of --alone requests, how far `generate` answers them alike:
+where a prompt is read in several calls its heads choose for each, and bf16 rounds. --shape tiny
+tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
     total = sum(map(len, prompts)) + args.tokens * len(prompts)
     size = 256 if args.shape != "tiny" else 64
     blocks = total // size + 2 * len(prompts) + args.batch // size
+    more = {"use_cuda_graph": False} if arm.endswith("-eager") else {}
     settings = ContinuousBatchingConfig(
-        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch
+        block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch, **more
     )
     hints = WorkloadHints(args.longest, args.tokens, len(prompts))
     warm = time.perf_counter()
@@ -79,7 +82,21 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
         )
     else:
         told += f"  stopped: {len(done)} of {len(prompts)} done, {read / total:.0%} of tokens"
-    return told + f"  (warm-up {warm:.1f} s)"
+    told += f"  (warm-up {warm:.1f} s)"
+    return told + (agreement(model, done, args.alone) if args.alone and len(done) else "")
+
+
+def agreement(model, done: list, count: int) -> str:
+    """How far the shortest requests were answered as `generate` answers them alone."""
+    alike = first = total = 0
+    for each in sorted(done, key=lambda r: len(r.prompt_ids))[:count]:
+        ids = torch.tensor([each.prompt_ids], device=model.device)
+        new, mask = len(each.generated_tokens), torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        pairs = zip(out[0, ids.shape[1] :].tolist(), each.generated_tokens, strict=True)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), new)
+        alike, first, total = alike + same, first + (same > 0), total + new
+    return f"  as alone: {first} of {count} first tokens, {alike} of {total} before one differs"
 
 
 def main() -> None:
@@ -88,6 +105,7 @@ def main() -> None:
     args.add_argument("--shortest", type=int, default=2000)
     args.add_argument("--longest", type=int, default=32000)
     args.add_argument("--tokens", type=int, default=64)
+    args.add_argument("--alone", type=int, default=0, help="requests that generate answers, too")
     args.add_argument("--batch", type=int, default=8192, help="tokens of a call, at most")
     args.add_argument("--layers", type=int)
     args.add_argument("--seconds", type=float, default=60)

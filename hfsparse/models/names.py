@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 CACHES = ("cache", "past_key_values")  # forward takes it by the first name from 5.24 on
 
@@ -44,10 +45,12 @@ def cache_name(model: Any) -> str:
 
 def rename_cache(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call, with the cache by the name that a model's forward has for it: it
-    warns of the older one."""
+    warns of the older one. A paged cache, of which it knows nothing, keeps the name that it has."""
     taken = [name for name in CACHES if name in parameters(type(model))]
-    renamed = taken and taken[0] not in named
-    return {taken[0] if renamed and name in CACHES else name: x for name, x in named.items()}
+    if not taken or taken[0] in named:
+        return {**named}
+    caches = [name for name in CACHES if isinstance(named.get(name), Cache | None)]
+    return {taken[0] if name in caches else name: x for name, x in named.items()}
 
 
 def find_cache(named: Mapping[str, Any]) -> Any:

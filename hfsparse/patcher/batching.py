@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import continuous_api
 
 from hfsparse.errors import PatchError, UsageError
+from hfsparse.kernels import TABLES, Need, pick
 from hfsparse.lists import FULL, PAGE
 from hfsparse.models.loading import check_ids
 from hfsparse.models.names import text_decoder
@@ -31,6 +35,7 @@ from hfsparse.selectors import segment_of
 
 OLDEST = "5.17.0"
 KNOWN = Version(transformers.__version__) >= Version(OLDEST)
+BLOCKS = 32  # of a request's block table, where nothing tells how long requests are
 
 
 class Manager(continuous_api.ContinuousBatchingManager):
@@ -43,14 +48,20 @@ class Manager(continuous_api.ContinuousBatchingManager):
             workload_hints=workload_hints,
             **more,
         )
-        if (why := why_not_config(self.continuous_batching_config)) is not None:
+        config, hints = self.continuous_batching_config, workload_hints
+        if (why := why_not_config(config)) is not None:
             raise PatchError(f"this ContinuousBatchingConfig can't be followed: {why}")
-        if continuous_batching_config.max_blocks_per_request:
-            raise PatchError(
-                "this ContinuousBatchingConfig can't be followed: no call is by tables of blocks: "
-                "leave max_blocks_per_request out"
-            )
-        self.continuous_batching_config.max_blocks_per_request = 0
+        given = continuous_batching_config
+        graphs, blocks = given.use_cuda_graph, given.max_blocks_per_request
+        decodes = graphs[1] if isinstance(graphs, tuple) else graphs is None or graphs
+        on_gpu = self.model.device.type == "cuda"
+        # Prompts are read by what the host knows of them, and can't be recorded.
+        config.use_cuda_graph = False, bool(decodes and on_gpu and reads_lengths(self.model))
+        if blocks is None and hints is not None:
+            tokens = hints.max_prompt_length + hints.max_generated_length
+            blocks = -(-tokens // block_size(config)) + 1 if tokens else None
+        if config.use_cuda_graph[1] or given.max_blocks_per_request:
+            config.max_blocks_per_request = BLOCKS if blocks is None else blocks
         state.managers.add(self)
 
     def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
@@ -60,9 +71,14 @@ class Manager(continuous_api.ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if processor.cache not in self._state.pools:
             self._state.pools[processor.cache] = pool = _pool(self._state, processor)
-            cache = processor.cache
+            cache, scheduler, runner = processor.cache, processor.scheduler, processor.model_runner
+            scheduler.schedule_batch = partial(_schedule, type(scheduler).schedule_batch, scheduler)
             extend = type(cache).extend_read_and_write_indices
             cache.extend_read_and_write_indices = partial(_extend, extend, cache, pool)
+            io, kind = processor.inputs_and_outputs, type(runner)
+            runner.compute_batch = partial(_compute, partial(kind.compute_batch, runner), io)
+            warm_up = partial(kind.run_one_warmup, runner)
+            runner.run_one_warmup = partial(_warm_up, warm_up, io, self._state)
         return processor
 
     def _generation_step(self) -> None:
@@ -177,8 +193,6 @@ def why_not_config(config: Any) -> str | None:
         return f"a page of its cache has {size} tokens: give a multiple of {PAGE}"
     if config.cpu_offload_space:
         return "cpu_offload_space moves keys away from what selectors know of them: leave it 0"
-    if any(config.cuda_graph_booleans):
-        return "its calls are not recorded as CUDA graphs: leave use_cuda_graph out, or False"
     if config.use_async_batching:
         return (
             "one call is over before the next is prepared: leave use_async_batching out, or False"
@@ -193,6 +207,14 @@ def block_size(config: Any) -> int:
     return getattr(config, "page_size", None) or config.block_size
 
 
+def reads_lengths(model: PreTrainedModel) -> bool:
+    """Whether steps can be recorded: their kernel reads rows' lengths on the device."""
+    head = model.config.get_text_config()
+    dim = getattr(head, "head_dim", None) or head.hidden_size // head.num_attention_heads
+    need = Need(model.device, model.dtype, dim, dim, lists=True, block=PAGE, pooled=True)
+    return pick(TABLES.decode, need).device_lengths
+
+
 def asked_of(processor: Any) -> list[Request]:
     """The requests of the call that a batch processor has prepared."""
     io = processor.inputs_and_outputs
@@ -203,6 +225,38 @@ def asked_of(processor: Any) -> list[Request]:
         state, new = future.state, future.query_length
         found.append(Request(state.position_offset - new, new, len(state.initial_tokens)))
     return found
+
+
+def _schedule(schedule: Callable, scheduler: Any, tokens: int, reads: int) -> tuple:
+    """`schedule_batch`, which takes no last token of a prompt for a step: its heads follow the
+    prompt's patterns, unless the call would read more than there are places for."""
+    requests, fast, new, read = schedule(scheduler, tokens, reads)
+    for each in requests or ():
+        state = each.state
+        fast = fast and (state.position_offset >= len(state.initial_tokens) or read > reads)
+    return requests, fast, new, read
+
+
+def _compute(compute: Callable, io: Any, *args, **more) -> None:
+    """`compute_batch`, once the call's inputs are written, which is done on another stream than it
+    runs on: a replayed graph begins so soon that it would read what they were before."""
+    if (stream := io.compute_stream) is not None:
+        torch.cuda.current_stream(stream.device).synchronize()
+    compute(*args, **more)
+
+
+def _warm_up(warm_up: Callable, io: Any, state: State, *, max_kv_read: int | None, **more) -> float:
+    """`run_one_warmup`, of steps alone, which nobody has asked for and that count nowhere. Prompts
+    are not recorded, and one that fills the cache takes long."""
+    if max_kv_read is not None:
+        return 0.0
+    with ExitStack() as stack:
+        for layer in state.layers:
+            stack.enter_context(layer.counts.paused())
+        took = warm_up(max_kv_read=None, **more)
+        if io.compute_stream is not None:
+            io.compute_stream.synchronize()
+    return took
 
 
 def _extend(
@@ -230,9 +284,10 @@ def _pool(state: State, processor: Any) -> Pool:
     if own is not None:  # from 5.24 on, or a little before
         tables = first = next(iter(own.values()))
         size, stride = first.tokens_per_page, first.block_physical_stride
-        keys = first._kv_token_views
+        trash, keys = first.write_trash_index, first._kv_token_views
     else:
         size, tables = cache.block_size, cache.group_cache_managers[0]
+        trash = cache.write_trash_index
         stride, at = size, cache.layer_index_to_group_indices
         keys = {i: (cache.key_cache[j], cache.value_cache[j]) for i, (_, j) in at.items()}
     layers, plans = {}, {}
@@ -245,7 +300,7 @@ def _pool(state: State, processor: Any) -> Pool:
         plans[plan.index] = replace(plan, groups=groups)
         layers[plan.index] = PagedLayer(k, v, groups, below, pages, plan.at)
     asked, tables = partial(asked_of, weakref.proxy(processor)), weakref.proxy(tables)
-    return Pool(layers, plans, size, stride, own is None, asked, partial(_blocks, tables))
+    return Pool(layers, plans, size, stride, trash, own is None, asked, partial(_blocks, tables))
 
 
 def _blocks(tables: Any, request: str) -> list[int]:

@@ -58,7 +58,8 @@ class Pool:
     plans: dict[int, LayerPlan]  # with groups as steps read them
     size: int
     stride: int
-    writes: bool  # whether new tokens are ours to store
+    trash: int  # a place that nobody reads
+    writes: bool  # whether new tokens of any call are ours to store, or of steps by block tables
     asked: Callable[[], list[Request]]
     blocks_of: Callable[[str], list[int]]
 
@@ -74,11 +75,14 @@ class Batch:
     def __init__(self, pool: Pool, given: dict[str, Any]):
         self.pool, self.step = pool, None
         self.prompts: list[tuple[int, int, Request]] = []  # with its row, and its first column
-        self.columns: Tensor | None = None  # of steps
+        self.columns: Tensor | slice | None = None  # of steps
         self.stores: Tensor | None = None  # where new tokens are to be stored
-        self.requests = pool.asked()
+        self.requests, tables = pool.asked(), given.get("block_table")
         self.tokens = sum(request.new for request in self.requests)  # the others fill up a shape
-        self._find_rows(given["read_index"][0], given["write_index"][0])
+        if tables is None:
+            self._find_rows(given["read_index"][0], given["write_index"][0])
+        else:
+            self._find_steps(tables[0], given["cu_seq_lens_k"])
 
     def _find_rows(self, reads: Tensor, writes: Tensor) -> None:
         """Prompts, chunks and steps. reads: where each page of each request begins; of prompts
@@ -105,14 +109,36 @@ class Batch:
             self.stepping = self.pool.rows(pages[at])
             rows = [requests[row].tokens for row in stepping]
             self.length = on_device(rows, device)
-            self.lengths = Lengths([n - 1 for n in rows], [1] * len(rows), 1)
+            self.lengths = _lengths(rows)
+
+    def _find_steps(self, tables: Tensor, sums: Tensor | dict[str, Tensor]) -> None:
+        """Steps alone, by tables `[B, blocks]` of their blocks, as CUDA graphs replay them. Rows
+        that fill up the shape have no token, and pages that are nobody's."""
+        sums = next(iter(sums.values())) if isinstance(sums, dict) else sums
+        self.length = sums.diff().long()
+        each = torch.arange(self.pool.size // PAGE, device=tables.device)
+        pages = tables.long().clamp(min=0)[..., None] * len(each) + each
+        pages = pages.flatten(1).masked_fill(self.length[:, None] == 0, self.pool.trash // PAGE)
+        self.stepping, self.columns = self.pool.rows(pages), slice(None)
+        last = (self.length - 1).clamp(min=0)[:, None]
+        self.stores = (pages.gather(1, last // PAGE) * PAGE + last % PAGE)[:, 0]
+        rows = [request.tokens for request in self.requests]
+        self.lengths = _lengths(rows + [0] * (len(pages) - len(rows)))
 
     def steps(self, whole: bool) -> Step:
         """Of the requests that step; whole: their kernel reads lengths on the device alone."""
         if self.step is None:
-            longest = None if whole else self.lengths.longest
-            self.step = Step(self.lengths, self.length, self.length[:, None] - 1, longest)
+            lengths = self.lengths
+            if whole:  # a graph serves rows of any length that there is room for
+                lengths = _lengths([self.stepping.tokens] * len(self.length))
+            longest = None if whole else lengths.longest
+            self.step = Step(lengths, self.length, self.length[:, None] - 1, longest)
         return self.step
+
+
+def _lengths(rows: list[int]) -> Lengths:
+    """Of rows with one new token."""
+    return Lengths([max(n - 1, 0) for n in rows], [1] * len(rows), 1)
 
 
 def attend_batch(

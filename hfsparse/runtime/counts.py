@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,6 +76,14 @@ class Counts:
         if (heads, device) not in self.fetched:
             self.fetched[heads, device] = _zeros(len(heads), 2, device=device)
         return self.fetched[heads, device]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Steps that run meanwhile are not counted."""
+        before = {id(t): t.clone() for t in self.of_steps()}
+        yield
+        for t in self.of_steps():
+            t.copy_(before.get(id(t), torch.zeros_like(t)))
 
     def of_steps(self) -> list[Tensor]:
         """What decode steps add to, on their devices."""

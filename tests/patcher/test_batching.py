@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,14 +106,17 @@ def work(handle) -> int:
 
 
 @known
-@pytest.mark.parametrize("plan", PLANS)
-def test_requests_get_what_they_get_alone(plan):
+@pytest.mark.parametrize(
+    ("plan", "tables"), [(plan, i % 2 * 8) for i, plan in enumerate((*PLANS, "mixed"))]
+)
+def test_requests_get_what_they_get_alone(plan, tables):
+    """Steps beside prompts, by the places of all tokens, and by themselves, by tables of blocks."""
     model, asked = tiny("llama"), prompts(*LENGTHS)
     with hfsparse.patch(model, PLANS[plan](model)) as handle:
         want = [alone(model, prompt) for prompt in asked]
         read = handle.stats().decode_share
         handle.reset_stats()
-        assert together(model, asked) == want
+        assert together(model, asked, max_blocks_per_request=tables) == want
         assert handle.stats().decode_share == pytest.approx(read)
 
 
@@ -170,7 +174,8 @@ def test_answers_that_share_a_prompt_are_those_of_the_prompt():
     model, asked = tiny("llama"), prompts(129, 200)
     with hfsparse.patch(model, mixed(model)):
         want = [alone(model, prompt) for prompt in asked]
-        got = together(model, asked, greedy(num_return_sequences=3))
+        more = dict(page_size=256, num_blocks=20, max_blocks_per_request=2)
+        got = together(model, asked, greedy(num_return_sequences=3), **more)
         times = len(got) // 2  # before 5.24 the others are dropped from what it returns
         assert got == [answer for answer in want for _ in range(times)]
 
@@ -278,10 +283,22 @@ def test_windows_exact_mode_and_settings_are_refused():
         for more, why in (
             (dict(page_size=32), "multiple of 64"),
             (dict(cpu_offload_space=1.0), "leave it 0"),
-            (dict(max_blocks_per_request=8), "leave max_blocks"),
+            (dict(use_async_batching=True), "leave use_async_batching out"),
         ):
             with pytest.raises(PatchError, match=f"can't be followed: .*{why}"):
                 together(model, prompts(9), **more)
+
+
+@known
+def test_a_call_waits_for_its_inputs(monkeypatch):
+    """They are written on another stream than it runs on; tests/gpu has the streams."""
+    order = []
+    inputs = SimpleNamespace(synchronize=lambda: order.append("inputs"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: inputs)
+    stream = SimpleNamespace(device=torch.device("cpu"))
+    for held in (stream, None):  # None: on a CPU
+        batching._compute(lambda: order.append("call"), SimpleNamespace(compute_stream=held))
+    assert order == ["inputs", "call", "call"]
 
 
 @known
@@ -300,13 +317,6 @@ def test_what_are_no_prompts_is_refused_before_anything_runs(given, told):
     model = tiny("llama")
     with hfsparse.patch(model), pytest.raises(UsageError, match=told):
         model.generate_batch(given)
-
-
-@known
-def test_graphs_of_its_calls_and_two_at_once_are_refused():
-    assert "use_cuda_graph" in batching.why_not_config(settings(use_cuda_graph=(False, True)))
-    assert "use_async_batching" in batching.why_not_config(settings(use_async_batching=True))
-    assert batching.why_not_config(settings(use_cuda_graph=False)) is None
 
 
 def test_older_versions_are_refused(monkeypatch):

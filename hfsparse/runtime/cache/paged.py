@@ -8,6 +8,7 @@ that requests share is known once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Rows:
     def __init__(self, pool: Tensor, index: Tensor):
         self.pool, self.index = pool, index
         self._lanes: dict[tuple[int, int], Tensor] = {}
+        self._last: Last | None = None
 
     @property
     def tokens(self) -> int:
@@ -41,6 +43,25 @@ class Rows:
             head = torch.arange(heads, device=self.index.device)[:, None] * pages
             self._lanes[heads, pages] = self.index[:, None] + head
         return self._lanes[heads, pages]
+
+    def last(self, length: Tensor) -> Last:
+        """The last pages of the rows, which are of `length` [B]."""
+        if self._last is None:
+            page = (length - 1).clamp(min=0)[:, None] // PAGE
+            token = torch.arange(PAGE, device=length.device)
+            places = self.pool.gather(1, page) * PAGE + token
+            real = (page * PAGE + token < length[:, None])[:, None, None, :, None]
+            self._last = Last(places[..., None], real, self.index.gather(1, page))
+        return self._last
+
+
+class Last(NamedTuple):
+    """The last page of each row: where its tokens lie in the pool `[B, PAGE, 1]`, which of them
+    there are `[B, 1, 1, PAGE, 1]`, and which page of what selectors keep it is `[B, 1]`."""
+
+    places: Tensor
+    real: Tensor
+    index: Tensor
 
 
 class PagedStore:
@@ -86,21 +107,21 @@ class PagedStore:
         """Renew the index of the last page of rows of `length` [B], which a step has written."""
         if not self.index:
             return
-        last = (length - 1).clamp(min=0)[:, None] // PAGE
-        at, heads = self.rows.pool.gather(1, last), self.at(self.group.heads, last.device)
+        last, heads = self.rows.last(length), self.at.tensor(self.group.heads, length.device)
+        # Token by token in the pool `[N, Hkv, D]`, of the last page `[B, PAGE, H, D]`.
         keys, values = (
-            whole_rows(t, at, None)[:, heads].unsqueeze(2) for t in (self.k, self.v)
-        )  # [B, H, 1, PAGE, D]
-        token = last * PAGE + torch.arange(PAGE, device=length.device)
-        real = (token < length[:, None])[:, None, None, :, None]
-        self._put(self.rows.index.gather(1, last), self.group.index_of(keys, values, real))
+            t[0].transpose(0, 1)[last.places, heads].transpose(1, 2).unsqueeze(2)
+            for t in (self.k, self.v if self.group.means else self.k)
+        )
+        self._put(last.index, self.group.index_of(keys, values, last.real))
 
     def summarise(self, k: Tensor, v: Tensor, row: int) -> None:
-        """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens."""
+        """Renew the index of a row's pages, of which k, v `[1, Hkv, S, D]` are all the tokens: of
+        a fork, whose blocks are copies, none is known."""
         tokens, heads = k.shape[2], self.at(self.group.heads, k.device)
         for pages in at_once(range(-(-tokens // PAGE)), self.k) if self.index else ():
             own = slice(pages.start * PAGE, pages.stop * PAGE)
-            parts = [t[:, heads][:, :, own] for t in (k, v)]
+            parts = [t[:, :, own][:, heads] for t in (k, v)]
             short = len(pages) * PAGE - parts[0].shape[2]
             parts = [torch.nn.functional.pad(t, (0, 0, 0, short)) for t in parts]
             parts = [t.unflatten(2, (-1, PAGE)) for t in parts]
