@@ -8,7 +8,7 @@ Random prompts of lengths evenly spread, greedy, random weights in the shape of 
 of --layers layers where that is given. `stock` is transformers' manager on the unpatched model with
 `paged|sdpa`, the best that it has without flash-attn; `full` is ours under no plan; `plan`: every
 second kv head is a ring, the others' steps read 6 % of their pages (quest), and their prompts 10 %
-of the blocks (block_topk); `-eager`: steps are no CUDA graphs. Each arm reads two short prompts
+of the blocks (block_topk); `-graphs`: steps are CUDA graphs. Each arm reads two short prompts
 first, so that kernels are compiled, and is stopped after --seconds. Shown: tokens processed (of
 prompts and answers) and answered, a second, seconds until every request had its first token and ms
 a call of the model after that, and, of --alone requests, how far `generate` answers them alike:
@@ -40,7 +40,7 @@ def run(model, prompts: list[list[int]], args: argparse.Namespace, arm: str) -> 
     total = sum(map(len, prompts)) + args.tokens * len(prompts)
     size = 256 if args.shape != "tiny" else 64
     blocks = total // size + 2 * len(prompts) + args.batch // size
-    more = {"use_cuda_graph": False} if arm.endswith("-eager") else {}
+    more = {"use_cuda_graph": True} if arm.endswith("-graphs") else {}
     settings = ContinuousBatchingConfig(
         block_size=size, num_blocks=blocks * 5 // 4, max_batch_tokens=args.batch, **more
     )

@@ -33,6 +33,8 @@ from hfsparse.selectors import SELECTORS
 
 HQ, HKV, D, SCALE = 32, 8, 128, 128**-0.5
 CACHES, CALLS, REPLAYS = 3, 24, 15
+LABELS = [(unit, rank, 4) for rank in (32, 16) for unit in (64, 16, 8, 1)]  # the last: bits
+LABELS += [(16, 16, 8)]
 RANDOM = {"device": "cuda", "dtype": torch.bfloat16}
 
 
@@ -44,7 +46,7 @@ def selectors(share: float) -> dict[str, object]:
         return found
     seen = torch.randn(1, HKV, 4 * D, D)
     table = dict.fromkeys(("keys", "queries"), seen.mT @ seen)
-    for unit, rank, bits in ((64, 32, 4), (16, 32, 4), (8, 32, 4), (1, 32, 4), (16, 16, 8)):
+    for unit, rank, bits in LABELS:
         chosen = lowrank(share=share, unit=unit, rank=rank, bits=bits)
         found[f"lowrank {rank}, {bits} bits / {unit}"] = chosen.bind(0, range(HKV), table)
     return found
