@@ -87,10 +87,10 @@ def attend(
     if producer is not None and layer is not None:  # the producer may lie on another device
         query, key, value = (t.to(layer.device) for t in (query, key, value))
     if layer is not None:  # perhaps it was filled under autocast, or before
-        k, v = layer.tensors()
-        query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
+        kind, kind_of_values = layer.types
+        query, key, value = query.to(kind), key.to(kind), value.to(kind_of_values)
         if layer.rank:
-            latents = Latents(module, *(t.to(k.dtype) for t in call.given))
+            latents = Latents(module, *(t.to(kind) for t in call.given))
     observe = layer_plan.mode.observe
     watch = observe and observe(module, query, key, value, logits)
     given = attention_mask, query, key, value, logits, latents

@@ -37,7 +37,9 @@ def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
     if lengths.behind:  # by the last queries of a prompt alone
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
-    for store in () if layer is None or reads else layer.stores:
+    if layer is None or reads or layer.put_off(*layer_call.kept, lengths):
+        return out
+    for store in layer.stores:
         kept = layer_call.kept
         if len(layer.stores) > 1:
             at = layer_plan.at(store.group.heads, k.device)
