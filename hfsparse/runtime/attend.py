@@ -36,10 +36,10 @@ def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tens
         if layer_plan is not None and layer_plan.mode.fusing:
             more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
             return torch.ops.hfsparse.step(query, key, value, layer_plan.index, *more), None
+        return attend_apart(module, query, key, value, attention_mask, **kwargs)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.compiler.disable  # a graph break a layer; traced, its Python takes longer than it saves
 def attend(
     module,
     query: Tensor,
@@ -71,7 +71,9 @@ def attend(
     call = call_of(layer_plan.owner)
     if call.drafts and layer_plan.draft is not None:
         layer_plan = layer_plan.draft
-    last, attention_mask = call.once(split_mask, attention_mask)
+    last = None
+    if attention_mask is not None:
+        last, attention_mask = call.once(split_mask, attention_mask)
     packed = kwargs.get("cu_seq_lens_q") is not None and call.batch is None
     refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, packed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -88,7 +90,8 @@ def attend(
         query, key, value = (t.to(layer.device) for t in (query, key, value))
     if layer is not None:  # perhaps it was filled under autocast, or before
         kind, kind_of_values = layer.types
-        query, key, value = query.to(kind), key.to(kind), value.to(kind_of_values)
+        if (query.dtype, key.dtype, value.dtype) != (kind, kind, kind_of_values):
+            query, key, value = query.to(kind), key.to(kind), value.to(kind_of_values)
         if layer.rank:
             latents = Latents(module, *(t.to(kind) for t in call.given))
     observe = layer_plan.mode.observe
@@ -108,7 +111,12 @@ def attend(
         out = shift_rows(out, -layer_call.pads)
     if last is not None:
         read_blocks(query, key, value, last, layer_plan.window, logits, out)
-    return out.transpose(1, 2).contiguous().to(place, dtype), None
+    out = out.transpose(1, 2).contiguous()
+    return (out if (out.device, out.dtype) == (place, dtype) else out.to(place, dtype)), None
+
+
+# A graph break a layer: traced, its Python takes longer than it saves.
+attend_apart = torch.compiler.disable(attend)
 
 
 def decode_step(layer_call: LayerCall) -> Tensor:

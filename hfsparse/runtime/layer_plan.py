@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -70,17 +71,17 @@ class LayerPlan:
     at: HeadIndex
     mode: Mode
 
-    @property
+    @cached_property
     def sliding_window(self) -> int | None:
         """What the model's calls say of it: nothing of chunks."""
         return None if self.chunked else self.window
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Of the latents that its cache holds (MLA); 0: it holds keys and values."""
         return self.groups[0].rank
 
-    @property
+    @cached_property
     def key_heads(self) -> int:
         """Heads of the keys that attention is given: latents are expanded for each q head."""
         return self.counts.q_heads if self.rank else self.kv_heads
@@ -105,7 +106,7 @@ class LayerPlan:
         """Whether some kv heads keep their keys in host memory."""
         return any(group.hot for group in self.groups)
 
-    @property
+    @cached_property
     def evicting(self) -> int:
         """How many kv heads of its own keep what an eviction chooses."""
         own = self.groups if self.producer is None else ()
@@ -206,8 +207,7 @@ def observed(model: nn.Module, observe: Callable) -> Iterator[None]:
         mode.observe = None
 
 
-@dataclass(frozen=True)
-class Logits:
+class Logits(NamedTuple):
     """How a model turns q · k into logits."""
 
     scale: float
@@ -223,7 +223,7 @@ class Logits:
 
     def part(self, low: int) -> Logits:
         """Of the keys from position `low` on, a part of a row: sink logits count once."""
-        return replace(self, s_aux=None) if low else self
+        return self._replace(s_aux=None) if low else self
 
     @property
     def special(self) -> bool:

@@ -37,7 +37,9 @@ def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
     if lengths.behind:  # by the last queries of a prompt alone
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
-    if layer is None or reads or layer.put_off(*layer_call.kept, lengths):
+    if layer is None or reads:
+        return out
+    if not layer_plan.evicting and layer.put_off(*layer_call.kept, lengths):
         return out
     for store in layer.stores:
         kept = layer_call.kept
@@ -154,13 +156,9 @@ class Part:
         """Each head by its route; `[B, H, Q, Dv]`."""
         grid, logits, at = self.grid, self.layer_call.logits, self.layer_call.layer_plan.at
         skips = self.group.skip is not None
-        need = Need.of(
-            *(self.q, self.k, self.v, logits.s_aux),
-            block=grid.block,
-            tokens=grid.Sk,
-            plain=not (grid.padded or grid.past),
-            skip=skips,
-        )
+        asked = {"block": grid.block, "tokens": grid.Sk, "skip": skips}
+        plain = not (grid.padded or grid.past)
+        need = Need.of(self.q, self.k, self.v, logits.s_aux, **asked, plain=plain)
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
         # Nor does it count the pairs that are read where keys were dropped.
         easy = grid.window is None and grid.key_first is None and not logits.special

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hfsparse.lists import FAR, PAGE
 from hfsparse.lists.lengths import Lengths
+from hfsparse.runtime.cache.group import Group
 from hfsparse.stats import Work
 
 
@@ -64,20 +65,23 @@ class Held:
 NOTHING = Held([], 0, None)  # of a layer that reads another's, or before any is there
 
 
-@dataclass(frozen=True)
-class Later:
+class Later(NamedTuple):
     """As `Held`, of a layer that has not stored its prompt yet: what it takes once it has."""
 
-    anew: Callable[[], Any]  # makes a new layer like it
-    like: list[tuple[torch.Size, torch.dtype]]  # of keys and values `[B, H, Q, D]`
+    kind: Callable[..., Any]  # of layer, and what it is made with
+    groups: tuple[Group, ...]
+    sizes: tuple[int, int, int]
+    window: int | None
+    shapes: tuple[torch.Size, torch.Size]  # of keys and values
+    types: tuple[torch.dtype, ...]
     lengths: Lengths
 
     def told(self) -> Held:
         """Worked out without data."""
-        layer, lengths = self.anew(), self.lengths
-        layer.lazy_initialization(
-            *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.like)
-        )
+        below, reserve, read_below = self.sizes
+        layer = self.kind("", self.groups, below, reserve, 0, self.window, read_below)
+        like = zip(self.shapes, self.types, strict=True)
+        layer.lazy_initialization(*(torch.empty(n, dtype=t, device="meta") for n, t in like))
         for store in layer.stores:
-            store.room(lengths.past, lengths.rows)
+            store.room(self.lengths.past, self.lengths.rows)
         return layer.held()

@@ -9,7 +9,6 @@ left padding takes no room, and a row's history never depends on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +67,10 @@ class CacheLayer(CacheLayerMixin):
         self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
-        # A new one with the same to keep; prompts that evict can't wait, since queries choose.
-        given = groups, below, reserve, expected, window, read_below, index, at
-        self._anew = partial(type(self), owner, *given)
-        self._may_wait = all(group.eviction is None for group in groups)
-        self._stores = [_store_of(group, reserve, read_below, below) for group in groups]
-        # Keys and values as which these are to be made, and a prompt that none of them has yet.
+        self.groups, self.sizes = groups, (below, reserve, read_below)
+        # Stores are made when they are asked for, of such keys and values; a prompt may wait that
+        # none of them has yet.
+        self._stores: list[Full | Ring] | None = None
         self._like: tuple[Tensor, Tensor] | None = None
         self._prompt: Prompt | None = None
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
@@ -88,6 +85,8 @@ class CacheLayer(CacheLayerMixin):
     @property
     def stores(self) -> list[Full | Ring]:
         """Its stores, which have all that it was given: a prompt that waited is stored now."""
+        if self._stores is None:
+            self._stores = [_store_of(group, *self.sizes) for group in self.groups]
         if self._like is not None:
             for store in self._stores:
                 store.create(*self._like)
@@ -202,7 +201,6 @@ class CacheLayer(CacheLayerMixin):
     def keep(self, tokens: int) -> None:
         """From now on at least so many of the newest tokens can be taken back; CacheError where
         none can: drafts would choose what is kept."""
-        self._may_wait = False  # it is counted as it is made
         for store in self.stores:
             if store.group.eviction is not None:
                 raise CacheError(
@@ -245,9 +243,9 @@ class CacheLayer(CacheLayerMixin):
     # -- what the attention function calls -------------------------------------------------------
 
     def put_off(self, k: Tensor, v: Tensor, lengths: Lengths) -> bool:
-        """Whether a prompt is kept as it came until stores are asked for: a short one, whose time
-        is the host's. Where no call goes on from it, nothing is made of it."""
-        if not self._may_wait or self._like is None or k.requires_grad or v.requires_grad:
+        """Whether a prompt is kept as it came until stores are asked for: a short one of a new
+        cache, whose time is the host's. Where no call goes on from it, nothing is made of it."""
+        if self._stores is not None or k.requires_grad or v.requires_grad:
             return False
         if len(self.rows) * lengths.columns > SHORT or self.expected > self.seen:
             return False
@@ -309,7 +307,8 @@ class CacheLayer(CacheLayerMixin):
         if self._prompt is None:
             return self.held()
         k, v, lengths = self._prompt
-        return Later(self._anew, [(t.shape, t.dtype) for t in (k, v)], lengths)
+        given = type(self), self.groups, self.sizes, self.window
+        return Later(*given, (k.shape, v.shape), self.types, lengths)
 
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
@@ -368,7 +367,7 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     return k, k[..., : latent.shape[-1]]
 
 
-def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
+def _store_of(group: Group, below: int, reserve: int, read_below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
     packs = group.bits != 16
