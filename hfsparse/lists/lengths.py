@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Lengths:
         self.longest = max(self.rows)
         self.behind = any(past)  # some row has a past
         self.padded = min(new) < columns
+        self.prompts: dict[torch.device, Any] = {}  # where they are prompts: as kernels take them
 
     @classmethod
     def of(cls, starts: Sequence[int] | None, before: int, columns: int, batch: int) -> Lengths:

@@ -115,7 +115,7 @@ def same_bits(got, want) -> bool:
 def plain(x) -> dict:
     """What an object has, tensors and other objects by their kind; room that is left is its own."""
     kinds = (bool, int, float, str, list, tuple)
-    held = {name: v for name, v in vars(x).items() if name not in ("reserve", "stores")}
+    held = {name: v for name, v in vars(x).items() if name not in ("reserve", "sizes", "_stores")}
     return {name: v if isinstance(v, kinds) else type(v) for name, v in held.items()}
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hfsparse.errors import CacheError
+from hfsparse.kernels import Need, pick
+from hfsparse.kernels.positions import NewTokens
 from hfsparse.lists import FAR, FULL, HeadIndex
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places, Table
@@ -28,7 +30,7 @@ from hfsparse.runtime.cache.held import Held, Later
 from hfsparse.runtime.cache.host import HostFull, HostPacked
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
-from hfsparse.runtime.call import running
+from hfsparse.runtime.call import running, tables
 from hfsparse.runtime.rows import device_guard
 
 SHORT = 2048  # tokens of a prompt that waits, over all rows: others are the GPU's time
@@ -257,13 +259,14 @@ class CacheLayer(CacheLayerMixin):
     @without_autocast
     def _store(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Have all stores take a prompt."""
+        for store in self._stores:
+            store.room(lengths.past, lengths.rows)
+        into = self.table.places([store.place() for store in self._stores])
+        asked = {"packed": into.packed, "prompt": True, "plain": into.takes(lengths.longest)}
+        append = pick(tables().append, Need.of(k, into.k, into.v, v, **asked))
         with device_guard(k):
+            append.run(k, v, into, NewTokens.of_prompt(lengths, k.device))
             for store in self._stores:
-                own = [k, v]
-                if len(self._stores) > 1:
-                    at = self.table.at(store.group.heads, k.device)
-                    own = [t[:, at] for t in own]
-                store.append(*own, lengths)
                 store.settle(lengths.rows)
 
     def room(self, past: Sequence[int], rows: Sequence[int]) -> Places:
