@@ -379,7 +379,7 @@ def test_each_layer_is_loaded_where_the_models_layer_runs(kept, monkeypatch):
         second = [*model.model.layers[1].modules()]
         meta, cpu = torch.device("meta"), torch.device("cpu")
         monkeypatch.setattr(saved, "device_of", lambda m: meta if m in second else cpu)
-        found = [layer.tensors()[0].device.type for layer in handle.load(kept).layers]
+        found = [layer.stores[0].k.device.type for layer in handle.load(kept).layers]
         assert found == ["cpu", "meta", "cpu"]
 
 
