@@ -107,6 +107,12 @@ class LayerPlan:
         return any(group.hot for group in self.groups)
 
     @cached_property
+    def may_wait(self) -> bool:
+        """Whether prompts may wait before they are stored: not where an eviction ranks keys by
+        their queries, nor where host memory takes them."""
+        return not any(group.eviction or group.hot for group in self.groups)
+
+    @property
     def evicting(self) -> int:
         """How many kv heads of its own keep what an eviction chooses."""
         own = self.groups if self.producer is None else ()

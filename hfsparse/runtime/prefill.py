@@ -39,7 +39,7 @@ def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
     out = read(layer_call, layout, layer_plan.cases, k, v)
     if layer is None or reads:
         return out
-    if not layer_plan.evicting and layer.put_off(*layer_call.kept, lengths):
+    if layer_plan.may_wait and layer.put_off(*layer_call.kept, lengths):
         return out
     for store in layer.stores:
         kept = layer_call.kept
