@@ -132,7 +132,12 @@ def compile_for(card: int, part: Callable[[], Iterator[Shape]]) -> tuple[list, l
     names = [file.stem for file in Path(kernels.__path__[0]).glob("*.py") if file.stem[0] != "_"]
     chain = {"CHAINED": card >= 90} | ({"launch_pdl": True} if card >= 90 else {})
     for module in map(_module, names):
-        for name, value in (("shared_memory", room), ("is_nvidia", True), ("chained", chain)):
+        for name, value in {
+            "shared_memory": room,
+            "is_nvidia": True,
+            "has_tensor_memory": card == 100,
+            "chained": chain,
+        }.items():
             if hasattr(module, name):
                 setattr(module, name, lambda device, value=value: value)
     JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, made, card)

@@ -2,11 +2,13 @@
 
     python -m benchmarks.million --out FOLDER [--tokens 1048576] [--dense 131072,262144]
                                  [--pattern block_topk|antidiagonal] [--shape llama-3.1-8b]
+                                 [--density 0.10] [--bits 4] [--gib 80]
 
 `model.generate`, greedy, random weights, bf16 (float32 on a CPU), one random prompt, in chunks as
 hfsparse reads long prompts by itself. The plan keeps every fourth kv head full: its q heads read a
 tenth of the visible key blocks of a prompt, and new tokens 6 % of its pages (quest); the others are
-rings of 64 + 256. Beside it the stock model (sdpa, in one piece) and the patched one without a plan
+rings of 64 + 256; --bits: of what both keep. --gib: no more of the GPU's memory is taken. Beside
+it the stock model (sdpa, in one piece) and the patched one without a plan
 at the lengths of --dense, as far as `hfsparse check`'s arithmetic says they fit. Each arm reads a
 short prompt first, so that nothing is compiled in the time to the first token (but steps that are
 fused: those compile in the first ones, which no median counts). ms are medians over the tokens but
@@ -45,31 +47,31 @@ from hfsparse.patcher.state import state_of
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import ModelId, Plan
 
-DENSITY = 0.10  # of the blocks that the full heads' queries see
 TTFT, MS = 60.0, 10.0  # targets at 1,048,576 tokens: seconds, milliseconds a token
 WARM = 20_480, 8_192  # tokens of the short prompt, and of its chunks
 SHOWN = "ttft_s ms kv_gib peak_gib predicted_gib block_density".split()
 OURS, FUSED = "quarter full", "quarter full, fused"
 
 
-def plan(model, arm: str, pattern: str) -> Plan | None:
-    """What an arm follows; None: the unpatched model."""
+def plan(model, arm: str, pattern: str, density: float, kept: str) -> Plan | None:
+    """What an arm follows; None: the unpatched model. kept: in how many bits, as plans say it."""
     if arm == STOCK:
         return None
     if arm == NONE:
         return Plan.full(ModelId.of(model))
-    budget = {"block_topk": {"share": DENSITY}, "antidiagonal": {"max_share": DENSITY}}[pattern]
-    return plan_of(model, "quarter full, quest 6 %", PATTERNS[pattern](**budget))
+    budget = {"block_topk": {"share": density}, "antidiagonal": {"max_share": density}}[pattern]
+    return plan_of(model, f"quarter full, quest 6 %{kept}", PATTERNS[pattern](**budget))
 
 
-def run(model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple) -> dict:
+def run(
+    model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple, room: float
+) -> dict:
     """One arm at one length: seconds, milliseconds, GiB."""
     cuda = model.device.type == "cuda"
     config, chunk = model.config, chunk_of(arm, tokens)
     size = model.dtype.itemsize
     known = None if arm == STOCK else follows
     predicted = memory.predict(config, known, tokens + new, 1, chunk, size).peak / 2**30
-    room = room_of(model) / 2**30
     if predicted > room:
         return {"failed": f"needs {predicted:.1f} GiB of {room:.1f}", "predicted_gib": predicted}
     tidy()  # of an arm that failed
@@ -130,15 +132,14 @@ def table(rows: dict[str, dict], target_at: str) -> str:
     return "\n".join(lines)
 
 
-def fits(model, pattern: str) -> str:
-    """The longest prompts that fit, by `hfsparse check`'s arithmetic."""
+def fits(model, room: float, *how) -> str:
+    """The longest prompts that fit in so many GiB, by `hfsparse check`'s arithmetic."""
     told = []
     for arm, chunk in ((STOCK, 0), (NONE, generation.CHUNK), (OURS, generation.CHUNK)):
-        follows = plan(model, arm, pattern)
-        size = model.dtype.itemsize
-        most = memory.longest(model.config, follows, room_of(model), 1, chunk, size)
+        follows, size = plan(model, arm, *how), model.dtype.itemsize
+        most = memory.longest(model.config, follows, int(room * 2**30), 1, chunk, size)
         told.append(f"{arm} {most:,}")
-    return f"Tokens that fit in {room_of(model) / 2**30:.1f} GiB: {', '.join(told)}."
+    return f"Tokens that fit in {room:.1f} GiB: {', '.join(told)}."
 
 
 def main() -> None:
@@ -149,6 +150,9 @@ def main() -> None:
     parser.add_argument("--dense", default="131072,262144", help="lengths of the other arms")
     parser.add_argument("--pattern", default="block_topk", choices=("block_topk", "antidiagonal"))
     parser.add_argument("--shape", default="llama-3.1-8b", choices=tuple(bench.SHAPES))
+    parser.add_argument("--density", type=float, default=0.10, help="of full heads' blocks")
+    parser.add_argument("--bits", default="16", choices=("16", "8", "4", "fp8"))
+    parser.add_argument("--gib", type=float, help="of the GPU's memory")
     parser.add_argument("--no-fused", action="store_true", help="no arm that torch.compile fuses")
     parser.add_argument("--warm", default=",".join(map(str, WARM)), help="short prompt, its chunks")
     args = parser.parse_args()
@@ -158,7 +162,16 @@ def main() -> None:
         )
     end_in_order()
     model = endless(args.shape)
-    made = f"{describe(model, args.shape)} Pattern {args.pattern}, {args.new} new tokens."
+    room = args.gib or room_of(model) / 2**30
+    if args.gib and model.device.type == "cuda":
+        whole = torch.cuda.get_device_properties(model.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.gib * 2**30 / whole)
+    kept = {"16": "", "fp8": ", fp8"}.get(args.bits, f", {args.bits} bits")
+    how = args.pattern, args.density, kept
+    made = (
+        f"{describe(model, args.shape)} Pattern {args.pattern}, density {args.density}{kept}, "
+        f"{args.new} new tokens; {room:.1f} GiB."
+    )
     journal = Journal(args.out / "million.jsonl", made)
     lengths = [int(n) for n in args.dense.split(",") if n]
     arms = [(OURS, args.tokens), *((arm, n) for n in lengths for arm in (STOCK, NONE, OURS))]
@@ -166,13 +179,12 @@ def main() -> None:
     warm = tuple(int(n) for n in args.warm.split(","))
     try:
         for arm, tokens in arms:
-            follows = plan(model, arm, args.pattern)
-            what = (model, arm, follows, tokens, args.new, warm)
+            what = (model, arm, plan(model, arm, *how), tokens, args.new, warm, room)
             journal.row(f"{arm} @ {tokens}", lambda what=what: run(*what))
     finally:
         print(f"{made}\n\n{table(journal.rows, f'{OURS} @ {1 << 20}')}", flush=True)
     if torch.cuda.is_available():
-        print(f"\n{fits(model, args.pattern)}")
+        print(f"\n{fits(model, room, *how)}")
 
 
 if __name__ == "__main__":

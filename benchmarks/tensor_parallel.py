@@ -1,19 +1,21 @@
 """Claim: under a plan, ranks that share a model's heads answer sooner than one card.
 
     python -m benchmarks.tensor_parallel [--lengths 8192,131072] [--tokens 96] [--rounds 2]
-                                         [--shape llama-3.1-8b] [--density 0.10]
+                                         [--shape llama-3.1-8b] [--density 0.10] [--arms REGEX]
     torchrun --nproc-per-node 2 -m benchmarks.tensor_parallel [the same]
 
 `model.generate`, greedy, one random prompt, random weights in the shape of Llama-3.1-8B (bf16),
 which the first rank saves to a temporary folder and all load by `DistributedConfig`. Of each arm:
 seconds to the first token, then ms a token, the median after the first eight; the least of the
 rounds. `plan`: every q head reads a prompt by block_topk at the density, every kv head's steps read
-6 % of their pages (quest). The first rank prints the table. --shape tiny tries it on a CPU.
+6 % of their pages (quest); `fused`: its steps are compiled. The first rank prints the table.
+--shape tiny tries it on a CPU.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Plan
 
 RANKS, RANK = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
-STOCK, NONE, PLAN = ("stock", "no plan", "plan")
+STOCK, NONE, PLAN, FUSED = ("stock", "no plan", "plan", "plan, fused")
 
 
 def load(shape: str) -> PreTrainedModel:
@@ -66,7 +68,7 @@ def load(shape: str) -> PreTrainedModel:
 
 def planned(model: PreTrainedModel, arm: str, density: float) -> Plan | None:
     blocks = PATTERNS["block_topk"](share=density, min_blocks=2)
-    return plan_of(model, "quest 6 %", blocks) if arm == PLAN else None
+    return None if arm == NONE else plan_of(model, "quest 6 %", blocks)
 
 
 def measure(model: PreTrainedModel, length: int, tokens: int) -> tuple[float, float, float]:
@@ -94,7 +96,9 @@ def rows(model: PreTrainedModel, arm: str, args, handle: Patched | None = None) 
         peak = max(each[-1] for each in taken)
         more = "|"
         if handle is not None:
-            more = f"{handle.stats().pair_density:.3f} | {state_of(model).graphs}"
+            state = state_of(model)
+            ahead = ", ahead" if str(state.ahead) == "yes" else ""
+            more = f"{handle.stats().pair_density:.3f} | {state.graphs}{ahead}"
             handle.reset_stats()
         found.append(f"| {arm} | {length:,} | {first:.3f} | {ms:.2f} | {peak:.1f} | {more} |")
         if RANK == 0:
@@ -105,11 +109,15 @@ def rows(model: PreTrainedModel, arm: str, args, handle: Patched | None = None) 
 def main() -> None:
     asked = options.parser(__doc__, "8192,131072", 96, "llama-3.1-8b")
     asked.add_argument("--density", type=float, default=0.10)
+    asked.add_argument("--arms", default=".", help="a regular expression: of these alone")
     args = options.parse(asked)
     model, lines = load(args.shape), []
-    lines += rows(model, STOCK, args)
-    for arm in (NONE, PLAN):
-        with hfsparse.patch(model, planned(model, arm, args.density)) as handle:
+    for arm in (each for each in (STOCK, NONE, PLAN, FUSED) if re.search(args.arms, each)):
+        if arm == STOCK:
+            lines += rows(model, arm, args)
+            continue
+        plan = planned(model, arm, args.density)
+        with hfsparse.patch(model, plan, fuse=arm == FUSED) as handle:
             lines += rows(model, arm, args, handle)
     if RANK == 0:
         print(f"{RANKS} ranks; density {args.density}. {describe(model, args.shape)}\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -126,15 +127,23 @@ def check_same(group: Any, plan: str) -> None:
         raise PatchError(f"ranks follow different plans ({found}): give every rank the same one")
 
 
-def least(group: Any, device: torch.device) -> Callable[[int], int] | None:
-    """A function that tells every rank the least of the numbers that they give, by the device that
-    they compute on; None without other ranks."""
+def least(group: Any) -> Callable[[int], int] | None:
+    """A function that tells every rank the least of the numbers that they give, and waits for no
+    GPU; None without other ranks."""
     if group is None:
         return None
+    hosts = group if distributed.get_backend(group) == "gloo" else _hosts_of(group)
 
     def ask(number: int) -> int:
-        given = torch.tensor(int(number), device=device)
-        distributed.all_reduce(given, distributed.ReduceOp.MIN, group)
+        given = torch.tensor(int(number))
+        distributed.all_reduce(given, distributed.ReduceOp.MIN, hosts)
         return int(given)
 
     return ask
+
+
+@cache
+def _hosts_of(group: Any) -> Any:
+    """A group's ranks, who meet on their hosts."""
+    ranks = distributed.get_process_group_ranks(group)
+    return distributed.new_group(ranks, backend="gloo", use_local_synchronization=True)

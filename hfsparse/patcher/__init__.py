@@ -131,7 +131,7 @@ def _prepare(
     shapes = layer_shapes(model)
     extensions, drafts = find_extensions(model, plan, shapes), None
     shard = shard_of(model, modules, shapes)
-    linear, agree = any(shape.has_state for shape in shapes), least(group_of(model), model.device)
+    linear, agree = any(shape.has_state for shape in shapes), least(group_of(model))
     if context is not None and (exact or fuse):
         raise PatchError(
             f"{'exact' if exact else 'fuse'}=True can't be followed where ranks share a prompt's "
@@ -167,8 +167,6 @@ def _why_not_ahead(model: PreTrainedModel, layers: list[LayerPlan], exact: bool)
         return "exact mode verifies drafts"
     if "forward" in vars(model) or "generate" in vars(model):
         return "its forward or its generate is not its class's (accelerate's hooks?)"
-    if group_of(model) is not None:
-        return "ranks share its weights"
     if layers[0].context is not None:
         return "ranks share its tokens"
     hosts = any(layer.hosts for layer in layers)

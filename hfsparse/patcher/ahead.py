@@ -146,11 +146,12 @@ class Runner(LogitsProcessor):
             return None
         self.lane.join(step.chosen, _tensors(step.given))
         graph = self.graphs.graph_of(layers)
-        if layers[0].rows is not step.rows or graph is None or graph.stale():
-            return self.finish()
-        if not _same(step.given, given):
-            self._wait()
-            self.ahead.why = WRONG
+        known = layers[0].rows is step.rows and graph is not None and not graph.stale()
+        same = known and _same(step.given, given)
+        if not self.graphs.agree(same):  # all ranks take it, or none
+            if known:
+                self._wait()
+                self.ahead.why = WRONG
             return self.finish()
         self.step, self.wrong = None, 0
         self.graphs.count_ahead(layers)

@@ -14,6 +14,7 @@ from hfsparse.models.names import find_cache, rename_cache, text_decoder
 from hfsparse.patcher.ahead import Runner
 from hfsparse.patcher.choosing import ALONE, cache_layers
 from hfsparse.patcher.exact import Drafter
+from hfsparse.runtime.graphs.obstacles import has_hook
 
 # Runners of the `generate` that runs in this thread; None: none does.
 _runners: ContextVar[list[Runner] | None] = ContextVar("hfsparse_runners", default=None)
@@ -89,7 +90,6 @@ def _why_not_ahead(model: PreTrainedModel, generation_config: Any, layers: list)
         return f"generate goes on by {'drafts' if generation_config.is_assistant else mode.value}"
     inside = {*text_decoder(model).modules()}
     for name, module in model.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if name and module not in inside and hooked:
+        if name and module not in inside and has_hook(module):
             return f"a hook on {name}"
     return None

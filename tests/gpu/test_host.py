@@ -112,8 +112,7 @@ def test_a_talk_is_that_of_a_cache_on_the_gpu(family, below, quest):
     assert max(float((a - b).abs().max()) for a, b in zip(*outs, strict=True)) < CLOSE
     assert "pages there: fetched by Triton\n" in told
     assert "layers with keys in host memory, new tokens: Triton, store by store" in told
-    read = "reference (PyTorch)" if quest.get("beside") == "mean" else "Triton, store by store"
-    assert f" in host memory by {read}" in told
+    assert " in host memory by Triton, store by store" in told
     assert 0.3 < stats.hit_rate < 1
 
 
@@ -133,8 +132,8 @@ def test_a_replay_is_the_eager_step_bit_for_bit(pads, kept, fuse):
             found.append((out.sequences.tolist(), torch.stack(out.logits, 1)))
             assert 0.3 < handle.stats().hit_rate < 1
     assert found[0][0] == found[1][0]
-    if fuse:
-        assert near(found[1][1], found[0][1])
+    if fuse:  # what is rounded to bits may be rounded the other way
+        assert near(found[1][1], found[0][1], HALF if "bits" in kept else None)
     else:
         assert torch.equal(found[0][1], found[1][1])
 

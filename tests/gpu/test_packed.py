@@ -18,6 +18,7 @@ from hfsparse.lists.places import Table
 from hfsparse.runtime.cache import packed as stores
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
+from hfsparse.runtime.cache.store import TOGETHER
 from hfsparse.runtime.call import use_tables
 from hfsparse.selectors.quest import Quest
 from tests.gpu.common import BF16, DEVICE, HALF, SINGLE, near
@@ -176,5 +177,5 @@ def test_what_a_chunk_finds_unpacked_is_bounded():
         parts += 1
         del read
     assert parts > 1
-    most = 2 * stores.TOGETHER + 32 * stores.UNPACKED
+    most = 2 * TOGETHER + 32 * stores.UNPACKED
     assert torch.cuda.max_memory_allocated() - before < most

@@ -43,6 +43,7 @@ from tests.patcher.families import (
     tokens,
 )
 from tests.patcher.runs import continue_with, forward, generate
+from tests.patcher.test_ahead import stand_in
 
 Q_HEADS, KV_HEADS, LENGTH, NEW = 8, 4, 300, 5
 
@@ -219,6 +220,18 @@ def answer_replayed(model) -> dict[tuple[str, bool], Any]:
                 logits = torch.stack(out.logits, 1).cpu()
                 found[plan.__name__, replay] = out.sequences.cpu(), logits, graph
     return found
+
+
+def ask_ahead(folder: Path) -> Any:
+    """Steps that run ahead: one rank is not ready for one of them."""
+    model, rank = load_shared(folder / "llama"), distributed.get_rank()
+    with pytest.MonkeyPatch.context() as patching:
+        ran = stand_in(patching)
+        ran.anew = LENGTH + 8 if rank else None
+        with hfsparse.patch(model, uneven(model)) as handle:
+            out = generate(model, tokens(1, LENGTH), new=20)
+            told = handle.explain().split("before generate has the token: ")[1].split("\n")[0]
+    return out.sequences, torch.stack(out.logits, 1), ran.taken, ran.back, told
 
 
 def ask_on_gpus(folder: Path) -> Any:

@@ -31,8 +31,12 @@ WARPED = dict(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.3,
 
 @pytest.fixture
 def ran(monkeypatch):
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch) -> SimpleNamespace:
     """Steps that ran ahead: those that were asked for then, and those that were taken back."""
-    count = SimpleNamespace(taken=0, back=0, stale=False, fails=None)
+    count = SimpleNamespace(taken=0, back=0, stale=False, anew=157, fails=None)
 
     def run(self, call, decoder, kwargs, cache):
         layers, ahead = cache_layers(cache), running().ahead
@@ -40,7 +44,7 @@ def ran(monkeypatch):
             self.why = "a prompt"
             return call(**kwargs)
         self.why, before = None, snapshot_host(layers)
-        if ahead and layers[0].seen == 157:
+        if ahead and not self.agree(layers[0].seen != count.anew):
             raise NotReady("recorded anew")
         output = call(**kwargs)
         if ahead:

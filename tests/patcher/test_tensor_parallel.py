@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hfsparse
+from tests.patcher.families import tokens
 from tests.patcher.ranks import run
+from tests.patcher.runs import generate
 from tests.patcher.shared_work import (
     CASES,
     KV_HEADS,
+    LENGTH,
     MODELS,
     answer,
+    ask_ahead,
     ask_all,
     ask_each_head,
     load,
@@ -50,6 +55,15 @@ def test_a_plan_is_of_the_whole_model(two, folder):
 def test_as_many_ranks_as_kv_heads(whole, folder):
     for rank in run(KV_HEADS, ask_each_head, folder):
         same(rank, whole["llama"]["tables", "padded"])
+
+
+def test_a_step_runs_ahead_on_all_ranks_or_on_none(folder):
+    model = load(folder / "llama")
+    with hfsparse.patch(model, uneven(model)):
+        alone = generate(model, tokens(1, LENGTH), new=20)
+    for sequences, logits, taken, back, told in run(2, ask_ahead, folder):
+        same((sequences, logits), (alone.sequences, torch.stack(alone.logits, 1)))
+        assert (taken, back, told) == (17, 0, "yes"), "all but the first one, the refused one"
 
 
 @pytest.mark.parametrize("model", MODELS)

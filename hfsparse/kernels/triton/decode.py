@@ -40,6 +40,7 @@ from hfsparse.kernels.triton.limits import (
     add_logits,
     await_previous,
     chained,
+    has_tensor_memory,
     load_rows,
     look_up,
     lost_by,
@@ -189,7 +190,7 @@ def tile_of(
     """Rows of a tile, stages and warps, for heads `width` wide: the first that fits, if any."""
     room, most = shared_memory(device), max(16, triton.next_power_of_2(queries))
     if latents:
-        return _latent_tile(most, width, itemsize, room)
+        return _latent_tile(most, width, itemsize, room, has_tensor_memory(device))
     most = 16 if itemsize == 4 else most  # float32 takes many registers
     wide = width * itemsize >= 1024  # float32 heads of 256: registers are what is short
     for stages in (1,) if wide else (3, 2, 1):
@@ -201,10 +202,12 @@ def tile_of(
     return None
 
 
-def _latent_tile(most: int, width: int, itemsize: int, room: int) -> tuple[int, int, int] | None:
-    """As `tile_of`, of at most so many rows."""
+def _latent_tile(
+    most: int, width: int, itemsize: int, room: int, turned: bool
+) -> tuple[int, int, int] | None:
+    """As `tile_of`, of at most so many rows; whether 64 have a page turned round for the values."""
     for rows, stages, warps in LATENT_TILES if itemsize == 2 else [SINGLE_TILE]:
-        pages = stages if rows == 64 else max(1, stages - 1)
+        pages = stages + turned if rows == 64 else max(1, stages - 1)
         shared = itemsize * (width * (rows + pages * PAGE) + rows * PAGE)
         if rows <= most and shared <= room:
             return rows, stages, warps

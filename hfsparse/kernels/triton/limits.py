@@ -58,6 +58,12 @@ def is_nvidia(device: str) -> bool:
 
 
 @lru_cache
+def has_tensor_memory(device: str) -> bool:
+    """Whether products of many rows are summed up in tensor memory, as on a B200."""
+    return is_nvidia(device) and torch.cuda.get_device_capability(device)[0] == 10
+
+
+@lru_cache
 def chained(device: str) -> dict[str, bool]:
     """Settings of a launch that may begin while the one before it ends, where devices can do that:
     programmatic dependent launch. Such a kernel begins with `await_previous`."""

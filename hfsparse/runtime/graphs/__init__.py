@@ -36,7 +36,7 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
-from hfsparse.runtime.graphs.obstacles import FSDP, OWN_HOOKS, NoWait, find_obstacle, is_known
+from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import compile_step
 from hfsparse.runtime.graphs.recording import (
@@ -59,6 +59,7 @@ from hfsparse.runtime.masks import row_starts
 # least: what they sum up together must be summed as often on each, and recorded at once.
 EAGER, LIVE, RECORD, REPLAY = range(4)
 NO_REPLAY = "the step is no replay"
+BUSY = "another thread runs a step of this model"
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
 COMPILE = {"dynamic": False, "fullgraph": True}  # fused steps
@@ -155,7 +156,7 @@ class Graphs:
             self.why = self._why_single(states)
         held = self.why is None and self.lock.acquire(blocking=False)
         if not held:
-            self.why = self.why or "another thread runs a step of this model"
+            self.why = self.why or BUSY
         try:
             step = self._plan(decoder, kwargs, layers, states, Q, steps) if held else None
             level = self.agree(step.level if step else EAGER)
@@ -173,16 +174,20 @@ class Graphs:
         """A replay of a step that the cache does not count yet."""
         layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayer)]
         graph = self.graph_of(layers)
-        if graph is None or graph.stale() or not self.lock.acquire(blocking=False):
-            raise NotReady("another thread runs a step of this model" if graph else NO_REPLAY)
+        given = complete_inputs(kwargs, layers[0], type(decoder), 1)
+        asked, rows = describe_call(given), [n + 1 for n in layers[0].rows]
+        why = NO_REPLAY if graph is None or graph.stale() else None
+        held = why is None and self.lock.acquire(blocking=False)
         try:
-            given = complete_inputs(kwargs, layers[0], type(decoder), 1)
-            asked, rows = describe_call(given), [n + 1 for n in layers[0].rows]
-            if not graph.fits(asked, rows, States(cache)):
-                raise NotReady("the step is recorded anew")
+            if held and not graph.fits(asked, rows, States(cache)):
+                why = "the step is recorded anew"
+            ready = held and why is None
+            if not self.agree(ready):
+                raise NotReady(OTHERS if ready else why or BUSY)
             return self._launch(Planned(REPLAY, given, rows, graph=graph))
         finally:
-            self.lock.release()
+            if held:
+                self.lock.release()
 
     def graph_of(self, layers: list[CacheLayer]) -> Graph | None:
         """The graph of steps of one token over a cache of these layers, if there is one."""
@@ -465,9 +470,7 @@ class Graphs:
         if any(type(m).__module__.startswith(FSDP) for m in decoder.modules()):
             return "its weights are gathered from other ranks (FSDP)"
         for name, module in decoder.named_modules():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            # transformers' own, which collect outputs, stay where they were once asked for
-            if name and not all(h.__module__.startswith(OWN_HOOKS) for h in hooks):
+            if name and has_hook(module):
                 return f"a hook on {name}"
             if name and "forward" in module.__dict__ and not is_known(module):
                 return f"another forward on {name}"

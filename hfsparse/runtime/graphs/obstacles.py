@@ -16,6 +16,13 @@ FSDP = "torch.distributed.fsdp"  # where classes of modules are from whose weigh
 OWN_HOOKS = ("transformers.", "hfsparse.patcher")  # of modules whose steps can be recorded
 
 
+def has_hook(module: nn.Module) -> bool:
+    """Whether a hook watches a module: not those by which transformers collects outputs, which stay
+    where they were once asked for, or has ranks share a projection."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(hook.__module__.startswith(OWN_HOOKS) for hook in hooks)
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether the forward that was put on a module can be recorded: accelerate's, which brings
     inputs to the device of the weights, or transformers' of a tensor parallel projection."""
