@@ -25,6 +25,7 @@ from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
+from hfsparse.runtime.plain import plain_prompt
 from hfsparse.runtime.prefill import prefill
 from hfsparse.runtime.rows import device_guard
 
@@ -57,12 +58,19 @@ def attend(
 
     Returns `[B, Q, Hq, Dv]`.
     """
+    layer_plan = layer_plan_of(module)
+    if (plain := plain_prompt(layer_plan)) is not None:
+        others = attention_mask, sliding_window, softcap, s_aux, kwargs.get("cu_seq_lens_q")
+        if not dropout and all(x is None for x in others):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = plain.attend(running(), layer_plan, query, key, value, scale)
+            if out is not None:
+                return out.transpose(1, 2).contiguous(), None
     if casts(kind := query.device.type):  # nothing inside may change its type
         more = scaling, dropout, sliding_window, softcap, s_aux
         cast = autocast(query, key, value)
         with torch.autocast(kind, enabled=False):
             return attend(module, *cast, attention_mask, *more, **kwargs)
-    layer_plan = layer_plan_of(module)
     if layer_plan is None:
         raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "

@@ -112,6 +112,15 @@ class LayerPlan:
         their queries, nor where host memory takes them."""
         return not any(group.eviction or group.hot for group in self.groups)
 
+    @cached_property
+    def plain_cases(self) -> frozenset[tuple[bool, bool]]:
+        """The cases of `cases` in which all heads read every key, and nothing else is to be done
+        for a prompt."""
+        own = self.window is None and self.producer is None and self.extension is None
+        own = own and self.context is None and not self.rank and self.may_wait
+        cases = self.cases.items() if own else ()
+        return frozenset(case for case, routes in cases if routes.listed is None)
+
     @property
     def evicting(self) -> int:
         """How many kv heads of its own keep what an eviction chooses."""

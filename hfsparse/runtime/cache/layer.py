@@ -259,6 +259,9 @@ class CacheLayer(CacheLayerMixin):
     @without_autocast
     def _store(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """Have all stores take a prompt."""
+        if len(self._stores) == 1 and self.groups[0].selector is None:  # two copies do
+            self._stores[0].append(k, v, lengths)
+            return
         for store in self._stores:
             store.room(lengths.past, lengths.rows)
         into = self.table.places([store.place() for store in self._stores])
