@@ -57,10 +57,8 @@ class NewTokens:
     def of_prompt(cls, lengths: Lengths, device: torch.device) -> NewTokens:
         """Of rows without a past, on a device; made once for all layers."""
         if device not in lengths.prompts:
-            length, at = (
-                on_device(lengths.rows, device),
-                torch.arange(lengths.columns, device=device),
-            )
+            length = on_device(lengths.rows, device)
+            at = torch.arange(lengths.columns, device=device)
             query_pos = torch.where(at < length[:, None], at, -1)
             lengths.prompts[device] = cls(lengths, length, query_pos)
         return lengths.prompts[device]

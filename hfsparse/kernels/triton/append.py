@@ -64,8 +64,8 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor, prompt: bool =
     query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
     where a row has none: it is not stored. Of tokens that share a ring's slot the newest is stored,
     nothing beyond a store's last slot. Minima and maxima of the spans with new tokens are renewed,
-    over what the rows now hold. prompt: the first is at position 0, no two share a
-    slot, and there may be more than 16.
+    over what the rows now hold. prompt: the first is at position 0, no two share a slot, and there
+    may be more than 16.
     """
     B, H, Q, D = k.shape
     Dv = v.shape[3]
