@@ -1,13 +1,15 @@
 """Claim: on a CPU a plan never costs much, and pays at long prompts, of one layer and of a model.
 
     python -m benchmarks.cpu_reference [--lengths 2048,8192] [--runs 7] [--threads 1]
-    python -m benchmarks.cpu_reference --model .cache/smollm2 [--plan PLAN] [--busy]
+    python -m benchmarks.cpu_reference --model .cache/smollm2 [--plan PLAN] [--busy] [--steps]
 
 One layer's prompt of 3 q heads over 1 kv head (head dim 64, float32, random q, k, v), each pattern
 set to a pair density, against dense attention by torch's scaled_dot_product_attention. Sparse times
 include choosing the blocks. With --model: whole prompts of random tokens, the model as it is and
-under a plan (that of a model of its shape will do); --busy keeps every core at other work
-meanwhile. Arms take turns; medians, of layers in CPU time, of models in both.
+under a plan (that of a model of its shape will do), or with --steps each token behind them; --busy
+keeps every core at other work meanwhile. Arms take turns; medians, of layers in CPU time, of models
+in both. Of steps the operations that PyTorch is asked for are counted, too, those that only look at
+a tensor in another way (views) left out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfsparse
 from hfsparse.kernels import cpu, dense
@@ -122,6 +125,45 @@ def prompts(folder: str, plan: str, lengths: list[int], runs: int) -> None:
         )
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that run inside, views left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, run, types, args=(), kwargs=None):
+        self.count += not run.is_view and run is not torch.ops.aten._unsafe_view.default
+        return run(*args, **(kwargs or {}))
+
+
+def steps(folder: str, plan: str, lengths: list[int], runs: int) -> None:
+    """Tokens behind a prompt, one at a time: the model as it is, and under the plan."""
+    model, other = load(folder)[0], load(folder)[0]
+    hfsparse.patch(other, Plan.load(plan), allow={"fingerprint"})
+    print("\n| tokens | dense, ms | plan, ms | of dense | of its CPU time | operations |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for length in lengths:
+        ids = torch.randint(0, model.config.vocab_size, (1, length))
+        arms, counted = {}, []
+        for name, each in (("dense", model), ("plan", other)):
+            cache = each(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+            def step(each=each, cache=cache, ids=ids[:, -1:]):
+                each(ids, past_key_values=cache)
+
+            step()
+            with Operations() as operations:
+                step()
+            arms[name] = step
+            counted.append(operations.count)
+        took = medians(arms, runs)
+        (dense_s, dense_cpu), (plan_s, plan_cpu) = took["dense"], took["plan"]
+        print(
+            f"| {length:,} | {1000 * dense_s:.0f} | {1000 * plan_s:.0f} | {plan_s / dense_s:.2f} "
+            f"| {plan_cpu / dense_cpu:.2f} | {counted[0]:,}, {counted[1]:,} |",
+            flush=True,
+        )
+
+
 def table(S: int, runs: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, 64) for heads in (3, 1, 1))
@@ -157,6 +199,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", help="folder of a model, whose whole prompts are read")
     parser.add_argument("--plan", default="benchmarks/results/demo-plan.yaml")
+    parser.add_argument("--steps", action="store_true", help="the model's steps, not its prompts")
     parser.add_argument("--busy", action="store_true", help="every core has other work, too")
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
@@ -166,7 +209,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
     with torch.inference_mode(), load_on_every_core() if args.busy else nullcontext():
         if args.model:
-            prompts(args.model, args.plan, lengths, args.runs)
+            measure = steps if args.steps else prompts
+            measure(args.model, args.plan, lengths, args.runs)
             return
         for length in lengths:
             table(length, args.runs)

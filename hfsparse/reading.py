@@ -36,6 +36,8 @@ def local(path: str | os.PathLike) -> Path:
     """A path on this machine, `~` read as the home folder; UsageError for what is no path."""
     if not isinstance(path, (str, os.PathLike)):
         raise UsageError(f"a path is text or a Path, not of type {type(path).__name__}")
+    if not os.fspath(path):
+        raise UsageError("the path is empty: give that of a file or a folder")
     return Path(os.path.expanduser(path))
 
 

@@ -108,7 +108,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_addoption(parser):
     parser.addoption("--write-support", action="store_true", help="write docs/support.json anew")
-    parser.addoption("--write-census", action="store_true", help="write docs/families.json anew")
+    parser.addoption("--write-census", action="store_true", help="write docs/families.md anew")
     parser.addoption(
         "--one-in", type=int, default=1, help="a part of tests/support, and of matrices"
     )
@@ -150,4 +150,5 @@ def write_census(version, cells, exitstatus):
     from tests.census.record import write
 
     changed = write(version, {name: Answer(**said) for name, said in cells})
-    print(f"\ndocs/families.json: {len(cells)} asked, {len(changed)} changed", *changed, sep="\n  ")
+    found = f"{len(cells)} asked, {len(changed)} changed"
+    print(f"\nhfsparse/families.json: {found}", *changed, sep="\n  ")

@@ -193,6 +193,8 @@ def patched(model, plan, kind: type | None, fuse: bool = False):
     with ExitStack() as stack:
         stack.enter_context(frozen.plain_prompts())
         stack.enter_context(patch.object(products, "BACKEND", "aot_eager"))
+        if fuse:  # compilations of wrappers that all models share count, whichever made them
+            torch._dynamo.reset()
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
         if kind is not None:
             stack.enter_context(frozen.frozen())

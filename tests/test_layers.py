@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 TREES = {"hfsparse": ROOT / "hfsparse", "hfsparse_eval": ROOT / "eval"}
 # From the ground up; a room may import itself and what stands before it.
 GROUND = """
-errors version precision registry reading writing progress shares interval anytime stats
+errors version precision registry reading writing progress shares interval anytime stats families
 """.split()
 ROOMS = [
     *GROUND,
@@ -30,7 +30,7 @@ CLIMBS = {("hfsparse.cli.run", "hfsparse_eval")}  # `hfsparse eval` is the comma
 FACE = {"hfsparse", "hfsparse.__main__"}  # what users import and run: they may know every room
 KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
-SHARED = {f"{KERNELS}.{name}" for name in ("need", "positions", "rows", "triton.limits")}
+SHARED = {f"{KERNELS}.{name}" for name in ("codes", "need", "positions", "rows", "triton.limits")}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 # Kernels in more than one file, each knowing those before it.
 PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"

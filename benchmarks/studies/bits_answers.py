@@ -1,13 +1,14 @@
 """Answers over caches in fewer bits: RULER's tasks, each prompt read once for all bits of a plan.
 
     python -m benchmarks.studies.bits_answers MODEL --out DIR [--plan QUARTER]
-        [--lengths 4096,8192,16384,32768] [--tasks …] [--samples 50] [--batch 25] [--seconds 200]
+        [--lengths 4096,8192,16384,32768] [--tasks …] [--bits 8,4] [--samples 50] [--batch 25]
+        [--seconds 200]
     python -m benchmarks.studies.bits_answers --out DIR
 
 A plan says how prompts are read, and what is kept; bits change only the latter. So the prompt but
 its last token is read under the plan alone, and its keys and values are put into a cache of each
 arm; greedy answers follow, scored as `hfsparse eval ruler` scores them. Arms are the dense model
-with every key in 16, 8 or 4 bits or fp8, and --plan as it is and in 4 bits. --samples is of each
+with every key in 16 bits and in --bits, and --plan as it is and in 4 bits. --samples is of each
 task at each length. The last lines are the table of all that DIR holds, points that an arm lost on
 the same samples; without a model they are all. When --seconds are over it ends after the batch;
 start it again and it goes on. Several may run at once, each of other lengths.
@@ -35,7 +36,7 @@ from benchmarks.common.options import numbers
 from benchmarks.common.shapes import tidy
 from hfsparse.interval import interval
 from hfsparse.lists.lengths import Lengths
-from hfsparse.lists.packed import BITS, said
+from hfsparse.lists.packed import BITS, Bits, said
 from hfsparse.models.loading import device_name, load
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher.adopt import adopt
@@ -51,11 +52,11 @@ DENSE, QUARTER = "dense", "a quarter full"
 ROOM = 160  # tokens of an answer, at most: RULER asks for 128
 
 
-def arms_of(model, plan: Path | None) -> dict[str, dict[str, Plan]]:
+def arms_of(model, plan: Path | None, among: list[Bits]) -> dict[str, dict[str, Plan]]:
     """By the plan that prompts are read by: arms, and what they keep."""
     whole = Plan.full(ModelId.of(model))
     made = {DENSE: {DENSE: whole}}
-    made[DENSE] |= {said(bits): whole.with_bits(bits, model) for bits in BITS[1:]}
+    made[DENSE] |= {said(bits): whole.with_bits(bits, model) for bits in among}
     if plan is not None:
         given = open_plan(plan)
         made[QUARTER] = {QUARTER: given, f"{QUARTER}, 4 bits": given.with_bits(4, model)}
@@ -211,6 +212,11 @@ def main() -> None:
         type=lambda text: text.split(","),
         default=["niah_multikey_2", "niah_multikey_3", "niah_multiquery", "vt"],
     )
+    parser.add_argument(
+        "--bits",
+        type=lambda text: [each for each in BITS[1:] if str(each) in text.split(",")],
+        default=BITS[1:],
+    )
     parser.add_argument("--samples", type=int, default=50, help="of each task at each length")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
@@ -220,7 +226,7 @@ def main() -> None:
         return print(table(given.out))
     end_in_order()
     model, tokenizer = load(given.model, "auto", "auto")
-    arms = arms_of(model, given.plan)
+    arms = arms_of(model, given.plan, given.bits)
     made = (
         f"{Path(given.model).name}, {model.dtype}, seed {given.seed}; {device_name(model.device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"

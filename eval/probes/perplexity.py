@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.models.loading import input_device
+from hfsparse.models.loading import input_ids
 from hfsparse.models.logits import read_logits
 from hfsparse.models.names import text_decoder
 from hfsparse_eval.arms import Arm
@@ -89,8 +89,7 @@ def run(session: Session, windows: Sequence[Window]) -> None:
 @torch.inference_mode()
 def hidden(model, ids: Sequence[int]) -> Tensor:
     """What the output embedding reads, `[S, hidden]`."""
-    device = input_device(model)
-    return text_decoder(model)(torch.tensor([ids], device=device)).last_hidden_state[0]
+    return text_decoder(model)(input_ids(model, [ids])).last_hidden_state[0]
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hfsparse.errors import UsageError
 from hfsparse.lists import Grid, default_block
-from hfsparse.models.loading import input_device
+from hfsparse.models.loading import input_ids
 from hfsparse.models.names import text_decoder
 from hfsparse.patcher import patch
 from hfsparse.plan import Plan
@@ -69,7 +69,7 @@ def run(session: Session, suite: Suite) -> None:
 def look(model, tokenizer, sample: Sample, plans: Sequence[Plan]) -> list[dict]:
     """For each plan: mass on gold tokens over all heads, what is kept of it, and who lost some."""
     right = tokenizer(f" {', '.join(sample.answers)}", add_special_tokens=False).input_ids
-    ids = torch.tensor([[*sample.ids, *right]], device=input_device(model))
+    ids = input_ids(model, [[*sample.ids, *right]])
     first = len(sample.ids) - 1
     gold = sorted({token for low, high in sample.gold for token in range(low, high)})
     found = [{"mass": 0.0, "kept": 0.0, "lost": []} for _ in plans]

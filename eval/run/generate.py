@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hfsparse.models.greedy import greedy
-from hfsparse.models.loading import input_device
+from hfsparse.models.loading import input_ids
 from hfsparse.models.names import cache_name, find_cache, text_decoder
 from hfsparse_eval.run.prompter import Sample, Turn
 from hfsparse_eval.tasks.scores import METRICS, score
@@ -166,7 +166,7 @@ def _say(model, prompts: Sequence[Sequence[int]], watch: _Watch, cache=None):
     Prompts are padded on the left.
     """
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=input_device(model))
+    ids = input_ids(model, [[0] * (width - len(p)) + [*p] for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with greedy(model, max(wanted.limit for wanted in watch.wanted)) as settings:
         watch.begin(width, settings.eos_token_id)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib import metadata, resources
 from typing import Any
 
+from hfsparse import families
 from hfsparse.errors import Error, first_line
 from hfsparse.models.loading import skeleton
 from hfsparse.version import __version__
@@ -24,17 +25,8 @@ SUPPORTED = "4.57", "6"  # from, and below
 VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
-def _types(name: str) -> tuple[str, ...]:
-    return tuple(resources.files("hfsparse.cli").joinpath(name).read_text().split())
-
-
-# Model types of the tests, which write these files: docs/support.md and docs/families.md.
-FAMILIES, ASKED = _types("families.txt"), _types("census.txt")
-TESTED_HOW = {
-    "every way": " (tested in every way of use: docs/support.md)",
-    "census": " (asked by the census of families: docs/families.md)",
-    "no": " (not a tested family)",
-}
+# Model types of tests/support, which write this file: docs/support.md.
+FAMILIES = tuple(resources.files("hfsparse.cli").joinpath("families.txt").read_text().split())
 NEEDS = {  # what a kernel may be asked for: (block or page lists, softcap or sink logits)
     "whole rows": (False, False),
     "lists": (True, False),
@@ -154,12 +146,14 @@ def verdict(name: str) -> dict[str, Any]:
     """Whether a model can be patched, from its config: it is built without weights."""
     found: dict[str, Any] = {"name": name, "supported": False}
     try:
+        from hfsparse.models.classes import class_of
         from hfsparse.models.loading import load_config
         from hfsparse.patcher import patch
         from hfsparse.plan import ModelId
 
         config = load_config(name)
-        found["type"], found["tested"] = config.model_type, _tested(config.model_type)
+        named = getattr(class_of(config), "__name__", None)
+        found["type"], found["tested"] = config.model_type, _tested(config.model_type, named)
         model = skeleton(config)
         with patch(model):
             shape = ModelId.of(model)
@@ -170,9 +164,11 @@ def verdict(name: str) -> dict[str, Any]:
     return {**found, "supported": True}
 
 
-def _tested(model_type: str) -> str:
-    """A key of TESTED_HOW."""
-    return "every way" if model_type in FAMILIES else "census" if model_type in ASKED else "no"
+def _tested(model_type: str, class_name: str | None) -> str:
+    """How well a family is known, in words with their page."""
+    if model_type in FAMILIES:
+        return "tested in every way of use: docs/support.md"
+    return f"census, {families.PAGE}: {families.verdict(model_type, class_name)}"
 
 
 def text(found: dict[str, Any]) -> str:
@@ -209,7 +205,7 @@ def _devices(found: dict[str, Any]) -> list[str]:
 def _judged(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
-    name = found["name"] + TESTED_HOW.get(found.get("tested"), "")
+    name = found["name"] + (f" ({found['tested']})" if "tested" in found else "")
     if found["supported"]:
         return [f"{name}: can be patched", found["shape"]]
     return [f"{name}: can't be patched", found["why_not"]]

@@ -176,9 +176,9 @@ def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
     from transformers import TextStreamer
 
     from hfsparse.models.greedy import greedy
-    from hfsparse.models.loading import input_device
+    from hfsparse.models.loading import input_ids
 
-    ids = torch.tensor([tokens], device=input_device(model))
+    ids = input_ids(model, [tokens])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, max_new_tokens):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)

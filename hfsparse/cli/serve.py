@@ -27,7 +27,7 @@ def serve(
     model: Model,
     plan: PlanOption = None,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, help="The port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
     cache_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens that all requests' cache holds; what memory allows."),

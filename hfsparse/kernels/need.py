@@ -35,6 +35,7 @@ class Need(NamedTuple):
     slots: int = 0  # of the hot set that keys are fetched into
     chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q
+    codes: torch.dtype | None = None  # of a quantised matrix
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None, **more) -> Need:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hfsparse.kernels.codes import Quantised
 from hfsparse.lists import BlockLists, Grid, PageLists
 from hfsparse.lists.choice import Choice
 
@@ -47,3 +48,9 @@ def count(lists: BlockLists) -> Tensor:
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """`linear` of x `[..., K]` with each of weights `[Ni, K]` and its bias, side by side."""
     return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+
+
+def quantised(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
+    """`linear` of x `[..., K]` with the matrix's numbers, in float32 and rounded to x's type."""
+    bias = None if bias is None else bias.float()
+    return linear(x.float(), matrix.numbers(), bias).to(x.dtype)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from hfsparse.lists import Band
 from hfsparse.lists.lengths import Lengths, on_device
+
+T = TypeVar("T")
 
 
 def positions(key_pos: Tensor | None, length: Tensor, slots: int) -> Tensor:
@@ -45,8 +50,14 @@ class NewTokens:
         self.length = length  # [B] tokens in each row, the new ones included
         self.query_pos = query_pos  # [B, Q] position of each new token, -1 where a row has none
         self.longest = longest  # keys to look at; None: all that there is room for
-        self._rings: dict[tuple[int, int], Tensor] = {}
-        self._starts: dict[Band, Tensor] = {}
+        self._made: dict[tuple, Any] = {}
+
+    def once(self, make: Callable[..., T], *given: Hashable) -> T:
+        """`make(self, *given)`, made for the first layer that asks."""
+        key = make, *given
+        if key not in self._made:
+            self._made[key] = make(self, *given)
+        return self._made[key]
 
     @property
     def prompt(self) -> bool:
@@ -65,13 +76,16 @@ class NewTokens:
 
     def ring(self, sink: int, size: int) -> Tensor:
         """[B, sink + size] position held by each slot of such a ring, -1 for none."""
-        if (sink, size) not in self._rings:
-            low = torch.full_like(self.length, sink)
-            self._rings[sink, size] = ring_positions(self.length, low, sink, size)
-        return self._rings[sink, size]
+        return self.once(_ring, sink, size)
 
     def start(self, band: Band) -> Tensor:
         """[B, Q] first key of the band's recent window, of each new token."""
-        if band not in self._starts:
-            self._starts[band] = band.start(self.query_pos)
-        return self._starts[band]
+        return self.once(_start, band)
+
+
+def _ring(new: NewTokens, sink: int, size: int) -> Tensor:
+    return ring_positions(new.length, torch.full_like(new.length, sink), sink, size)
+
+
+def _start(new: NewTokens, band: Band) -> Tensor:
+    return band.start(new.query_pos)

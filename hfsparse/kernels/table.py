@@ -24,6 +24,8 @@ COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.products`, of one row. Steps that are fused are compiled with it; no call asks it.
+QUANTISED(x, matrix, bias) -> Tensor [..., N]
+    As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.errors import UsageError
-from hfsparse.kernels import cpu, dense, fetch, per_store, plain, reference
+from hfsparse.kernels import cpu, cpu_choose, cpu_decode, dense, fetch, per_store, plain, reference
 from hfsparse.kernels.need import Kernel, Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
@@ -83,7 +85,7 @@ def _always(need: Need) -> None:
 
 def _dense_only(need: Need) -> str | None:
     if need.lists:
-        return "reads every key: no block or page lists"
+        return "reads every key, not lists of blocks or pages"
     if need.skip:
         return NO_SKIP
     if need.bands:
@@ -175,7 +177,7 @@ PREFILL = (
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
-    Kernel("torch sdpa, by lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
+    Kernel("torch flash over lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
 )
 DECODE = (
@@ -183,6 +185,7 @@ DECODE = (
     Kernel(
         "Triton, store by store", _triton_by_store, _triton("decode_store"), device_lengths=True
     ),
+    Kernel("torch flash, store by store", cpu_decode.decode, cpu_decode.why_not),
     Kernel("torch sdpa", per_store.by_store(dense.decode), _dense_only),
     Kernel("reference (PyTorch)", per_store.by_store(reference.decode, dense.decode), _always),
 )
@@ -197,6 +200,7 @@ SELECT = (
         _lazily("triton.choose", "pages"),
         _triton("choose", "why_not_scored"),
     ),
+    Kernel("PyTorch, by rows", cpu_choose.pages, cpu_choose.why_not),
     Kernel("PyTorch", plain.select, _always),
 )
 APPEND = (
@@ -214,6 +218,10 @@ COUNT = (
 PRODUCTS = (
     Kernel("Triton", _lazily("triton.products", "products"), _triton("products")),
     Kernel("PyTorch", plain.products, _always),
+)
+QUANTISED = (
+    Kernel("Triton", _lazily("triton.quantised", "product"), _triton("quantised")),
+    Kernel("PyTorch", plain.quantised, _always),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ class Lengths:
     def between(cls, past: Sequence[int], rows: Sequence[int], columns: int) -> Lengths:
         """Of rows that grow from `past` to `rows` tokens."""
         return cls([*past], [n - p for p, n in zip(past, rows, strict=True)], columns)
+
+    @cached_property
+    def runs(self) -> list[tuple[slice, int, int]]:
+        """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
+        if len(set(self.past)) == len(set(self.new)) == 1:
+            return [(slice(None), self.past[0], self.new[0])]
+        each = enumerate(zip(self.past, self.new, strict=True))
+        return [(slice(b, b + 1), p, n) for b, (p, n) in each]
 
     def pads(self, device: torch.device) -> Tensor:
         """[B] pad columns in front of each row's new tokens."""

@@ -5,6 +5,10 @@ page and channel, since some channels are far larger than others; of values by t
 2402.02750). Both ends are kept, in the model's type, and come back as they were. In fp8 (e4m3,
 arXiv 2209.05433) its largest number, 448, stands for the end that is farther from zero.
 
+Of keys in 4 bits two channels share a byte unevenly: that whose ends are farther apart has 5 bits,
+the other 3. A head that retrieves tells keys apart by a few channels, which rope turns slowly and
+which span much; of 4 bits each, nearly all noise of its logits is theirs.
+
 A row's newest page is packed once it is full. Until then it lies as it came, and for a while
 longer: the newest two pages do, page n where n is even in the first half.
 """
@@ -22,6 +26,7 @@ Bits = Literal[16, 8, 4, "fp8"]  # of a number in the cache; 16: it has the mode
 BITS: tuple[Bits, ...] = get_args(Bits)
 LARGEST = 448.0  # number of fp8
 NEWEST = 2 * PAGE  # tokens that are held as they came
+WIDE, NARROW = 1 / 31, 1 / 7  # a code's worth, of 5 and 3 bits
 TINY = torch.finfo(torch.float32).tiny  # a step at least: of ends that are one no number differs
 
 
@@ -38,17 +43,22 @@ def said(bits: Bits) -> str:
 def pack(t: Tensor, low: Tensor, high: Tensor, bits: Bits) -> Tensor:
     """t `[..., D]` between low and high, which broadcast: uint8 `[..., D * width / 8]`.
 
-    Of 4 bits byte c has channel c in its low half, and channel c + D / 2 in its high half.
+    Of 4 bits a byte has two channels (`of_bytes`), the first in its lower bits. Both have 4, but
+    where ends go by channel that whose ends are farther apart has 5, and the other 3.
     """
     start, step = _steps(low, high, bits)
     code = (t.float() - start) / step.clamp(min=TINY)
     if bits == "fp8":
         return code.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-    code = code.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
-    if bits == 4:
-        first, second = code.chunk(2, -1)
-        code = second << 4 | first
-    return code
+    code = code.round().clamp(min=0)
+    if bits == 8:
+        return code.clamp(max=255).to(torch.uint8)
+    last, lower = 15, 4
+    if _by_channel(low):
+        wide = _is_wide(low, high)
+        last, lower = torch.where(wide, 31, 7), _lower_bits(wide)
+    first, second = of_bytes(code.clamp(max=last).to(torch.uint8))
+    return second << lower | first
 
 
 def unpack(code: Tensor, low: Tensor, high: Tensor, bits: Bits) -> Tensor:
@@ -56,7 +66,8 @@ def unpack(code: Tensor, low: Tensor, high: Tensor, bits: Bits) -> Tensor:
     if bits == "fp8":
         code = code.view(torch.float8_e4m3fn).float()
     elif bits == 4:
-        code = torch.cat([code & 15, code >> 4], -1)
+        lower = _lower_bits(_is_wide(low, high)) if _by_channel(low) else 4
+        code = _of_channels(code & (1 << lower) - 1, code >> lower)
     start, step = _steps(low, high, bits)
     return (start + code * step).to(low.dtype)
 
@@ -66,12 +77,50 @@ def _steps(low: Tensor, high: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     low, high = low.float(), high.float()
     if bits == "fp8":
         return torch.zeros_like(low), torch.maximum(-low, high) * steps(bits)
+    if bits == 4 and _by_channel(low):
+        return low, (high - low) * torch.where(_is_wide(low, high), WIDE, NARROW)
     return low, (high - low) * steps(bits)
 
 
 def steps(bits: Bits) -> float:
     """A code's worth, of what the ends span: a factor, since devices multiply alike."""
     return 1 / LARGEST if bits == "fp8" else 1 / ((1 << bits) - 1)
+
+
+def _by_channel(low: Tensor) -> bool:
+    """Whether ends are those of keys; a token's are the same for all of its channels."""
+    return low.shape[-1] > 1
+
+
+def _is_wide(low: Tensor, high: Tensor) -> Tensor:
+    """By channel whether it has 5 bits: of two in a byte that whose ends are farther apart."""
+    first, second = of_bytes(high.float() - low.float())
+    return _of_channels(first > second, first <= second)
+
+
+def _lower_bits(wide: Tensor) -> Tensor:
+    """Bits that a byte's first channel has."""
+    return torch.where(wide[..., : wide.shape[-1] // 2], 5, 3).to(torch.uint8)
+
+
+def of_bytes(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The two channels of each byte: c, and of the second half the one a quarter further round.
+
+    Whether rope turns channels c and c + D / 2 together, or c and c + 1, one of the two then turns
+    faster than the other. Of keys the fast ones tell where a token is, the slow ones what it is.
+    """
+    first, second = t.chunk(2, -1)
+    return first, second.roll(-_quarter(t.shape[-1]), -1)
+
+
+def _of_channels(first: Tensor, second: Tensor) -> Tensor:
+    """What `of_bytes` took apart."""
+    return torch.cat([first, second.roll(_quarter(2 * second.shape[-1]), -1)], -1)
+
+
+def _quarter(dim: int) -> int:
+    """A quarter of the channels, or a little less, so that it is even."""
+    return dim // 8 * 2
 
 
 class Packed(NamedTuple):

@@ -17,7 +17,12 @@ STATELESS = ("moe", "mlp")  # kinds of layers that keep nothing
 CHUNKED = "chunked_attention"  # the kind whose tokens see no further back than their chunk's first
 BOTH = "hybrid"  # the kind of layers that have attention and keep a state, too
 CHUNK_SIZE = "attention_chunk_size"  # what configs call it
-KINDS = ("full_attention", "sliding_attention", CHUNKED, *LINEAR, *STATELESS, BOTH)
+KINDS = {  # that are known, in words
+    "full_attention": "full attention",
+    "sliding_attention": "sliding windows",
+    CHUNKED: "chunks",
+    **dict.fromkeys((*LINEAR, *STATELESS, BOTH), "linear layers or MLPs beside them (hybrids)"),
+}
 OLD_NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # before 5.24
 UNITS = {
     "layers": "layers",

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hfsparse.errors import UsageError, first_line
@@ -190,6 +192,27 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where tokens go in: to the embeddings, or to where accelerate brings these when called."""
     return device_of(model.get_input_embeddings())
+
+
+def input_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rows of tokens as `[B, S]`, where they go in; UsageError for one without an embedding."""
+    import torch
+
+    check_ids(model, chain.from_iterable(rows))
+    return torch.tensor(rows, device=input_device(model))
+
+
+def check_ids(model: PreTrainedModel, ids: Iterable[int]) -> None:
+    """Raise UsageError for tokens that a model has no embedding for: on a GPU, looking one up ends
+    the process's work there. A tokenizer may have more entries than a text uses."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = max(ids, default=0)
+    if known is not None and largest >= known:
+        raise UsageError(
+            f"the tokenizer makes token {largest} of this text, and {type(model).__name__} has "
+            f"embeddings for 0 to {known - 1}: give the tokenizer that the model was saved with, "
+            "or the model that was trained with the added tokens"
+        )
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -10,17 +10,20 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import transformers
 from packaging.version import Version
 from transformers.generation.continuous_batching import continuous_api
 
-from hfsparse.errors import PatchError
+from hfsparse.errors import PatchError, UsageError
 from hfsparse.lists import FULL, PAGE
+from hfsparse.models.loading import check_ids
 from hfsparse.models.names import text_decoder
 from hfsparse.models.sharding import Shard
 from hfsparse.patcher.state import State
+from hfsparse.plan.words import show
 from hfsparse.runtime.batch import Pool, Request
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.paged import PagedLayer
@@ -68,6 +71,21 @@ class Manager(continuous_api.ContinuousBatchingManager):
         steps = self._state.layers[0].steps
         told = ((request.tokens, 1, request.tokens) for request in requests if request.steps)
         steps.update(told)
+
+
+def generate_batch(self, inputs, *args, **more):
+    """`generate_batch` of prompts that are such: transformers tells what is wrong with a request
+    in that request's answer alone, or in an exception of its code."""
+    prompts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    for prompt in prompts:
+        ids = prompt if isinstance(prompt, (list, tuple)) else ()
+        if not ids or prompts is not inputs or not all(isinstance(each, Integral) for each in ids):
+            raise UsageError(
+                f"prompts hold {show(prompt)}: give a list of prompts, each a list of token ids "
+                "with one or more, such as tokenizer(texts).input_ids"
+            )
+        check_ids(self, ids)
+    return type(self).generate_batch(self, inputs, *args, **more)
 
 
 def start(

@@ -121,5 +121,6 @@ SHADOWS = {
     "_get_candidate_generator": _candidate_generator,
     "_get_logits_processor": watch,
     "generate": generate,
+    "generate_batch": batching.generate_batch,
     "init_continuous_batching": batching.start,
 }

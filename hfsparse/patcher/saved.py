@@ -168,7 +168,10 @@ def _identity(state: State) -> dict[str, str]:
 
 def _digest(tokens: Tensor, rows: list[int], columns: int) -> str:
     """Hash of the tokens `[B, columns or more]` that a cache holds, padding left out."""
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"tokens are of type {type(tokens).__name__}: give ids, [B, S]") from error
     if ids.ndim != 2 or len(ids) != len(rows) or ids.shape[1] < columns or ids.is_floating_point():
         raise UsageError(
             f"tokens are {[*ids.shape]} of {ids.dtype}, and the cache holds {len(rows)} rows of "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
 
+from hfsparse import families
 from hfsparse.errors import HandleError, PatchError, ShapeError
 from hfsparse.models.fingerprint import attention_values
 from hfsparse.models.layers import KINDS, LayerShape, by_layer, layer_shapes, text_config
@@ -48,10 +49,16 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     why = next(_obstacles(model, modules), None)
     if why is not None:
         raise PatchError(
-            f"{type(model).__name__} can't be patched: {why}. Supported: decoders of transformers "
-            "with full or sliding-window attention (Llama, Qwen, Mistral, Gemma 3, …)"
+            f"{type(model).__name__} can't be patched: {why}. Supported: {supported()}: "
+            f"{families.counted()} ({families.PAGE})"
         )
     return [*modules]
+
+
+def supported() -> str:
+    """Which models can be patched, in words."""
+    kinds = ", ".join(dict.fromkeys(KINDS.values()))
+    return f"decoders of transformers with {kinds}, over keys, shared keys or latents (MLA)"
 
 
 def _obstacles(model: PreTrainedModel, modules: dict[torch.nn.Module, int]) -> Iterator[str]:

@@ -13,11 +13,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,27 +25,36 @@ from hfsparse import reading
 from hfsparse.errors import MAX_PROBLEMS, PlanError, PlanMismatch, UsageError
 from hfsparse.lists.packed import Bits, said
 from hfsparse.models.classes import same_decoder
-from hfsparse.models.layers import UNITS, LayerShape, layer_shapes
+from hfsparse.models.layers import UNITS, layer_shapes
 from hfsparse.plan.bits import find_units, in_bits
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
+from hfsparse.plan.model_rules import model_rules
 from hfsparse.plan.parts import (
     MAX_BYTES,
     Below,
     Layer,
     ModelId,
+    Placed,
     parameters,
     version_of,
 )
-from hfsparse.plan.reader import read
+from hfsparse.plan.reader import Lines, read
 from hfsparse.plan.rules import rules
-from hfsparse.plan.shared_keys import check_reader
 from hfsparse.plan.words import nearest, show
 from hfsparse.plan.writer import write
 from hfsparse.writing import write_whole
 
 ALLOWED = ("fingerprint",)  # what `allow` may name
 NONE = "none"  # `made.verified.told` begins with it where verification could say nothing
+
+
+class Origin(NamedTuple):
+    """What a plan was read from, for errors: a copy that is changed has none."""
+
+    name: str
+    lines: Lines
+    layers: tuple[Layer, ...]  # as they were read
 
 
 @dataclass
@@ -69,6 +78,7 @@ class Plan:
     skip: float | None = None  # prompts: a tile's distance (nats) below the running maximum
     data: dict[str, DataFile] = field(default_factory=dict)
     extend: DualChunk | None = None
+    origin: Origin | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def full(cls, model: ModelId) -> Plan:
@@ -89,7 +99,7 @@ class Plan:
             ) from error
         file = reading.local(path)
         folders = dict.fromkeys((file.parent, file.resolve().parent))  # a link lies elsewhere
-        return cls(**read(text, str(path), folders))
+        return cls._read(text, str(path), folders)
 
     @classmethod
     def loads(cls, text: str | bytes) -> Plan:
@@ -97,7 +107,14 @@ class Plan:
 
         PlanError names everything wrong with it.
         """
-        return cls(**read(text, "plan"))
+        return cls._read(text, "plan")
+
+    @classmethod
+    def _read(cls, text: str | bytes, name: str, *folders: Iterable[Path]) -> Plan:
+        parts, lines = read(text, name, *folders)
+        plan = cls(**parts)
+        plan.origin = Origin(name, lines, plan.layers)
+        return plan
 
     def dumps(self) -> str:
         """The plan as YAML, one line a layer or a range of equal layers."""
@@ -224,87 +241,38 @@ class Plan:
         """Raise PlanMismatch for another model; `allow={"fingerprint"}` compares only the shape.
 
         A multimodal model and its text half are one model.
-        PlanError where the plan would drop keys in layers that have a window of their own, or none,
-        where it has words for layers with chunks of their own, where a layer that reads another's
-        keys asks for other ones, and where a selector's table has not one row for each layer and kv
-        head.
+        PlanError names everything else at once, with the line of a plan that was read: layers that
+        would drop keys and have a window of their own, or none; words for layers with chunks of
+        their own; a layer that reads another's keys and asks for other ones; a selector's table
+        that has not one row for each layer and kv head.
         """
-        self._check_tables()
         self._check_identity(model_or_config, allow)
-        shapes = layer_shapes(model_or_config)
-        for index, (words, shape) in enumerate(zip(self.layers, shapes, strict=True)):
-            windowed = shape.window is not None and not shape.chunked
-            if windowed and {*words.cache, *words.decode} != {"full"}:
-                raise PlanError(
-                    f"layer {index} has the model's own window of {shape.window} tokens and keeps "
-                    "no more than that: write full for its cache and decode"
-                )
-            if shape.producer is not None:
-                check_reader(self.layers, self.patterns, index, shape.producer)
-            self._check_bits(index, shape)
-            self._check_host(index, shapes)
-            if {*words.prefill, *words.cache, *words.decode} == {"full"}:
-                continue
-            if shape.chunked:
-                raise PlanError(
-                    f"layer {index} attends in chunks of {shape.window} tokens, as the model has "
-                    "them: write full for all its heads"
-                )
-            if not shape.attends:
-                raise PlanError(f"layer {index} has no attention: write full for all its heads")
-            if shape.heads != self.model.heads:
-                raise PlanError(
-                    f"layer {index} has a window of its own, and {shape.q_heads} q and "
-                    f"{shape.kv_heads} kv heads, which a plan has no words for: write full for all "
-                    "its heads"
-                )
+        shapes, line_of = layer_shapes(model_or_config), self._line_of()
+        of_layers = model_rules(self.layers, self.model, self.patterns, shapes, line_of)
+        found = [*self._table_rules(), *islice(of_layers, MAX_PROBLEMS)]
+        if problems := [(line_of(*path), text) for path, text in found]:
+            raise PlanError.of(self.origin.name if self.origin else "plan", problems)
 
-    def _check_bits(self, index: int, shape: LayerShape) -> None:
-        """Raise PlanError where a layer keeps keys in bits that they can't have."""
-        for word in dict.fromkeys(self.layers[index].cache):
-            if (bits := getattr(self.patterns.get(word), "bits", 16)) == 16:
-                continue
-            if shape.rank:
-                raise PlanError(
-                    f"layer {index} keeps latents (MLA), which serve as keys and as values, and "
-                    f"{word} has {said(bits)}: write a word of 16 bits, such as full, for its cache"
-                )
-            if odd := [d for d in (shape.head_dim, shape.value_dim) if bits == 4 and d % 2]:
-                raise PlanError(
-                    f"layer {index} has heads of {odd[0]} channels, and two numbers of 4 bits "
-                    f"share a byte: give {word} 8 bits"
-                )
+    def _line_of(self) -> Callable[..., int | None]:
+        """The lines of the file that its layers were read from."""
+        if self.origin is None or self.origin.layers is not self.layers:
+            return lambda *path: None
+        return self.origin.lines.of
 
-    def _check_host(self, index: int, shapes: Sequence[LayerShape]) -> None:
-        """Raise PlanError where a layer keeps in host memory what others read, or latents."""
-        for word in dict.fromkeys(self.layers[index].cache):
-            if not getattr(self.patterns.get(word), "host", False):
-                continue
-            if shapes[index].rank:
-                raise PlanError(
-                    f"layer {index} keeps latents (MLA), and {word} is in host memory, where none "
-                    "are read: write another word, such as full, for its cache"
-                )
-            if index in (shape.producer for shape in shapes) or shapes[index].producer is not None:
-                raise PlanError(
-                    f"layer {index} shares its keys with other layers, and {word} is in host "
-                    "memory, of which one layer reads: write another word, such as full, for its "
-                    "cache"
-                )
-
-    def _check_tables(self) -> None:
-        """Raise PlanError for a table that is read and not `[layers, kv heads, ...]`."""
+    def _table_rules(self) -> Iterator[Placed]:
+        """Tables that are read are `[layers, kv heads, ...]`."""
         wanted = self.model.layers, self.model.kv_heads
-        for selector in self.patterns.values():
-            each = self.data.get(name := getattr(selector, "data", None))
+        for name in dict.fromkeys(getattr(each, "data", None) for each in self.patterns.values()):
+            each = self.data.get(name)
             if each is None or each.content is None:
                 continue
-            for part, tensor in self.table_of(selector).items():
+            for part, tensor in each.tensors.items():
                 if tensor.shape[:2] != wanted:
-                    raise PlanError(
+                    yield (
+                        ("data", name),
                         f"data.{name}: {part} has shape {[*tensor.shape]}, the model has "
                         f"{wanted[0]} layers of {wanted[1]} kv heads: give a table whose first "
-                        "dimensions are these"
+                        "dimensions are these",
                     )
 
     def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:

@@ -1,6 +1,7 @@
 """A plan's YAML, read with the line of every key.
 
-    plan = Plan(**read(text, "plan.yaml"))
+    parts, lines = read(text, "plan.yaml")
+    plan = Plan(**parts)
 
 Reading goes from text to plain data and lines (`nodes.plain`), then to the parts of a plan
 (`_parts`); each step reports what it can't use through `say` and goes on with BAD instead.
@@ -47,21 +48,28 @@ RANGE = re.compile(r"(0|[1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 LENGTH = re.compile(r"[1-9]\d{0,18}")
 
 
-def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) -> dict[str, Any]:
+class Lines(dict[tuple, int]):
+    """The line of each key of a text, by its path."""
+
+    def of(self, *path: Any) -> int:
+        """That of a path; where it has none, of what it lies in."""
+        while path and path not in self:
+            path = path[:-1]
+        return self.get(path, 1)
+
+
+def read(
+    text: str | bytes, name: str, folders: Iterable[Path] | None = None
+) -> tuple[dict[str, Any], Lines]:
     """The parts of the plan in `text`; PlanError with `name`, every problem and its line.
 
     folders: where its tables lie; None: they are not read.
     """
     problems: list[tuple[int | None, str]] = []
-    lines: dict[tuple, int] = {}
-
-    def line_of(*path: Any) -> int:
-        while path and path not in lines:
-            path = path[:-1]
-        return lines.get(path, 1)
+    lines = Lines()
 
     def say(where: tuple | int, sentence: str) -> None:
-        problems.append((where if isinstance(where, int) else line_of(*where), sentence))
+        problems.append((where if isinstance(where, int) else lines.of(*where), sentence))
         if len(problems) >= MAX_PROBLEMS:
             raise PlanError.of(name, problems)
 
@@ -76,7 +84,7 @@ def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) ->
     if type(version) is int and version > NEWEST:
         known = f"versions {VERSION} to {NEWEST}"
         newer = f"needs a newer hfsparse than {__version__}; this one reads {known}"
-        line = line_of("hfsparse")
+        line = lines.of("hfsparse")
         raise PlanError.of(name, [(line, f"plan version {show(version)}: {newer}")])
     if type(version) is not int or version < VERSION:
         given = "missing" if version is BAD else show(version)
@@ -85,13 +93,13 @@ def read(text: str | bytes, name: str, folders: Iterable[Path] | None = None) ->
         newer = " and ".join(key for key in NEWER if raw.get(key))
         say(("hfsparse",), f"{newer} needs plan version {needed}: write hfsparse: {needed}")
     parts = _parts(raw, lines, say)
-    for problem in rules(parts, line_of):
+    for problem in rules(parts, lines.of):
         say(*problem)
     if folders is not None and not problems:
         parts["data"] = _tables(parts["data"], tuple(folders), say)
     if problems:
         raise PlanError.of(name, problems)
-    return parts
+    return parts, lines
 
 
 def _parts(raw: dict, lines: dict[tuple, int], say: Say) -> dict[str, Any]:
@@ -164,13 +172,16 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
         made, whole = cls(**good), None
     except ValueError as error:
         made, whole = BAD, error
-    alone = []
+    alone = {}
     for name in good if whole else ():
         try:
             cls(**{name: good[name]})
         except ValueError as error:
-            alone.append(name)
-            say((*path, name), f"{dotted(path)}: {error}")
+            alone[name] = error
+    if len(alone) == 1:  # beside its real neighbours, not at defaults
+        alone = dict.fromkeys(alone, whole)
+    for name, error in alone.items():
+        say((*path, name), f"{dotted(path)}: {error}")
     if whole and not alone:
         say(path, f"{dotted(path)}: {whole}")
     return made if len(good) == len(values) else BAD
@@ -178,7 +189,12 @@ def _pattern(raw: Any, path: tuple, say: Say) -> Any:
 
 def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
     """The class that `raw` names; BAD for none."""
-    kind = _mapping(raw, path, ("kind",), raw if type(raw) is dict else (), say)["kind"]
+    if type(raw) is not dict:
+        if raw is not BAD:
+            names = ", ".join(known)
+            say(path, f"{dotted(path)} is {show(raw)}: give a mapping with a kind, one of {names}")
+        return BAD
+    kind = _mapping(raw, path, ("kind",), raw, say)["kind"]
     if kind is not BAD and (type(kind) is not str or kind not in known):
         word = kind if type(kind) is str else ""
         say((*path, "kind"), f"unknown kind {show(kind)}: {nearest(word, known)}")
@@ -188,8 +204,10 @@ def _kind(raw: Any, path: tuple, known: dict[str, type], say: Say) -> Any:
 
 def _extend(raw: Any, say: Say) -> Any:
     path = ("extend",)
-    if raw is None or (cls := _kind(raw, path, RULES, say)) is BAD:
-        return raw and BAD
+    if raw is None:
+        return None
+    if (cls := _kind(raw, path, RULES, say)) is BAD:
+        return BAD
     values = _values(cls, {key: value for key, value in raw.items() if key != "kind"}, path, say)
     if any(value is BAD for value in values.values()):
         return BAD

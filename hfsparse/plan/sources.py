@@ -17,12 +17,13 @@ from pathlib import Path, PurePosixPath
 from hfsparse.errors import PlanError
 from hfsparse.plan import hub
 from hfsparse.plan.plan import Plan
+from hfsparse.plan.words import show
 from hfsparse.reading import local
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDER = next(each for each in (HERE / "plans", HERE.parent / "plans") if each.is_dir())
 WEB = re.compile(r"(hf|https?):/", re.IGNORECASE)
-NAME = re.compile(r"[a-z]{2,20}:[\w.-]{1,120}", re.ASCII | re.IGNORECASE)  # C:plan.yaml is a file
+NAME = re.compile(r"[a-z]{2,20}:.{0,120}", re.ASCII | re.IGNORECASE)  # C:plan.yaml is a file
 
 
 def shipped() -> dict[str, Path]:
@@ -55,6 +56,10 @@ def _kind(source: str | os.PathLike) -> str:
     """`address`, `name` or `file`; a file that is there goes before a name."""
     if not isinstance(source, str):
         return "file"
+    if not source.strip():
+        raise PlanError(
+            f"the plan is {show(source)}: give its file, or a name that hfsparse plans lists"
+        )
     if hub.is_address(source):
         return "address"
     if WEB.match(source) and not local(source).exists():
@@ -67,7 +72,8 @@ def _named(name: str) -> Path:
     if name.lower() in known:
         return known[name.lower()]
     near = difflib.get_close_matches(name.lower(), known, 3, 0.5)
+    near = near or [each for each in known if each.startswith(f"{name.partition(':')[0].lower()}:")]
     raise PlanError(
-        f"no plan {name} is shipped: {'near it are' if near else 'there are'} "
+        f"no plan {show(name)} is shipped: {'near it are' if near else 'there are'} "
         f"{', '.join(near or known)} (hfsparse plans lists them; or give a file)"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import chain
 
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
 from hfsparse.models.layers import layer_shapes
+from hfsparse.models.loading import check_ids
 from hfsparse.models.rope import forget_lengths
 from hfsparse.models.sharding import group_of
 from hfsparse.models.window import SHORTEST, calibration_lengths, limit
@@ -133,6 +135,8 @@ def prepare(
     if settings.verify:
         prompts, held = key_tokens.hold_out(prompts, settings.samples)
         held = key_tokens.fill_up(tokenizer, held, settings.seed)
+    for each in chain(*prompts.values(), *held.values()):
+        check_ids(model, [int(each.ids.max())])
     budget = Budget(settings.prefill_density, cache, settings.decode_share, settings.loss)
     alone = partial(forget_lengths, model)
     parts = Parts(settings.out, identify_run(model, settings, prompts), alone)

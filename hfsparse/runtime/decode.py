@@ -40,7 +40,6 @@ class Step(NewTokens):
     def __init__(self, *where, **more):
         super().__init__(*where, **more)
         self.chosen: list[PageLists] = []  # the last choice, for layers that read it too
-        self._around: dict[tuple[Band, int, int], PageLists] = {}
         self._elsewhere: dict[torch.device, Step] = {}
 
     @classmethod
@@ -51,10 +50,7 @@ class Step(NewTokens):
 
     def around(self, band: Band, heads: int, tokens: int) -> PageLists:
         """As `PageLists.around`, the same for all layers."""
-        key = band, heads, tokens
-        if key not in self._around:
-            self._around[key] = PageLists.around(band, self.length, heads, tokens)
-        return self._around[key]
+        return self.once(_around, band, heads, tokens)
 
     def on(self, device: torch.device) -> Step:
         """The same on another device, copied there once."""
@@ -65,6 +61,10 @@ class Step(NewTokens):
             self._elsewhere[device] = Step(self.lengths, *there, self.longest)
             self._elsewhere[device].chosen = self.chosen
         return self._elsewhere[device]
+
+
+def _around(step: Step, band: Band, heads: int, tokens: int) -> PageLists:
+    return PageLists.around(band, step.length, heads, tokens)
 
 
 def make_step(lengths: Lengths, whole: bool) -> Step:

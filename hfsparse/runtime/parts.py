@@ -105,11 +105,12 @@ class ContextParallel:
         if distributed.get_rank(self.group) < 0:
             raise PatchError("this rank is not in the group of context_parallel: give it its own")
         require(self.way in WAYS, f"way is {self.way!r}: give {' or '.join(WAYS)}")
-        require(self.question >= 1, f"question is {self.question}: give tokens, 1 or more")
-        require(
-            self.anchor is None or self.anchor >= 0,
-            f"anchor is {self.anchor}: give tokens, 0 or more, or None",
-        )
+        whole = type(self.question) is int and self.question >= 1
+        require(whole, f"question is {self.question!r}: give tokens, 1 or more")
+        whole = self.anchor is None or (type(self.anchor) is int and self.anchor >= 0)
+        require(whole, f"anchor is {self.anchor!r}: give tokens, 0 or more, or None")
+        if self.way != "star":
+            require(self.anchor is None, f"way is {self.way}, which has no anchor: leave it out")
 
     @classmethod
     def of(cls, given: Any) -> ContextParallel | None:

@@ -136,6 +136,8 @@ def best_of(scores: Tensor, length: Tensor, span: int, unit: int) -> Tensor:
 
     Spans that begin beyond a row of `length` [B] count for nothing, whatever their scores are.
     """
+    if span == unit:
+        return scores
     past = beyond(length, span, scores.shape[3])[:, None, None]
     scores = scores.masked_fill(past, -torch.inf)
     return scores.unflatten(3, (-1, unit // span)).amax(4)

@@ -73,9 +73,9 @@ class Quest:
     def summarise(self, keys: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Smallest and largest key value a channel, `low` and `high` `[B, H, n, D]` of a page, or
         `[B, H, n, PAGE / span, D]` of smaller spans."""
-        shape = (-1, self.span) if self.span < PAGE else (PAGE,)
-        low = keys.masked_fill(~real, torch.inf).unflatten(3, shape)
-        high = keys.masked_fill(~real, -torch.inf).unflatten(3, shape)
+        if self.span < PAGE:
+            keys, real = (t.unflatten(3, (-1, self.span)) for t in (keys, real))
+        low, high = (keys.masked_fill(~real, by) for by in (torch.inf, -torch.inf))
         return {"low": low.amin(-2), "high": high.amax(-2)}
 
     def scores(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> Tensor:
@@ -95,7 +95,7 @@ class Quest:
 def bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Upper bounds of q · k over each span: q `[B, Hq, Q, D]` → `[B, Hq, Q, n]`."""
     B, Hq, Q, D = q.shape
-    q = exact(q).view(B, low.shape[1], -1, Q, D)
-    up = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(min=0), exact(high))
-    down = torch.einsum("bkgqd,bkpd->bkgqp", q.clamp(max=0), exact(low))
-    return (up + down).reshape(B, Hq, Q, -1).float()
+    q = exact(q).reshape(B * low.shape[1], -1, D)  # a group's queries are one head's
+    low, high = (exact(t).flatten(0, 1).mT for t in (low, high))
+    up = torch.bmm(q.clamp(min=0), high)
+    return torch.baddbmm(up, q.clamp(max=0), low).view(B, Hq, Q, -1).float()

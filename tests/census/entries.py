@@ -29,6 +29,7 @@ KEPT = "A_log", "dt_bias", ".D", "a_param"
 
 EXPERTS = dict(num_experts=4, top_k_experts=2, moe_intermediate_size=32)
 HYBRID = dict(layers_block_type=[LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR, "hybrid"])
+CONVS = dict(layer_types=["conv", FULL, "conv", FULL])
 MLPS = ["dense", *["sparse"] * 3]
 DECODER = dict(is_decoder=True)
 IMAGE_WORDS = dict(vocabulary_map={"<image>": FIRST_MARK})
@@ -89,7 +90,9 @@ MORE = {  # what the rules of `shrink` can't know, by model type
     "granite4_vision": dict(deepstack_layer_map=[[-1, 0]], downsample_rate="1/2"),
     "hunyuan_vl": dict(text_config=dict(rope_parameters=MROPE)),
     "hy_v4_vl": dict(text_config=dict(rope_parameters=MROPE)),
-    "lfm2_moe": dict(layer_types=["conv", FULL, "conv", FULL]),
+    "lfm2": CONVS,
+    "lfm2_moe": CONVS,
+    "lfm2_vl": dict(text_config=CONVS),
     "mamba2": dict(num_heads=8),
     "molmo2": dict(adapter_config=dict(vision_feature_layer=[1, 0])),
     "muse_spark": dict(audio_config=dict(num_hidden_layers=4, hidden_sizes=(64,) * 4)),

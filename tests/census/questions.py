@@ -37,16 +37,6 @@ LENGTH, PADS, NEW = 70, (0, 9), 12
 PROFILED = 320  # tokens: a calibration prompt has 312 with the tiny tokenizer
 RING = Streaming(sink=4, recent=16)
 CLOSE, MOVED = 1e-4, 1e-3  # of logits: equal up to rounding; something was dropped
-OUTCOMES = {
-    "right": "accepted and right",
-    "wrong": "accepted, tokens, logits or cache wrong",
-    "useless": "accepted, then every call is refused or fails",
-    "uncompared": "accepted; stock takes no bare text, not compared",
-    "refused": "refused in a sentence",
-    "unexplained": "refused in words that name no reason",
-    "crash": "patch ends in another exception",
-    "unbuilt": "not built here",
-}
 SENTENCE = re.compile(r"\w+ can't be patched: (?P<why>[^\n]{8,}?)\. Supported: [^\n]+")
 CODE = re.compile(r"object has no attribute|NoneType|Traceback|<class|Error\b|\w+\(\)")
 
@@ -142,7 +132,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _kind(model: PreTrainedModel) -> str:
     shapes = layer_shapes(model)
-    if not all(shape.attends for shape in shapes):
+    if any(shape.has_state or not shape.attends for shape in shapes):
         return "hybrid"
     return "" if any(shape.free for shape in shapes) else "windowed"
 

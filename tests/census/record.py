@@ -1,5 +1,4 @@
-"""The census's record, docs/families.json, and what is made of it: the page docs/families.md, and
-the model types that `hfsparse doctor` knows.
+"""The census's record, hfsparse/families.json, and the page that is made of it, docs/families.md.
 
 answers = load()["answers"]      # {entry's name: Answer}
 write(version, {name: Answer})   # those that were asked; all else stays as it was
@@ -13,15 +12,16 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from hfsparse import families
+from hfsparse.families import OUTCOMES
 from hfsparse.writing import write_whole
 from tests import turns
 from tests.census.entries import Entry, entries
-from tests.census.questions import OUTCOMES, Answer
+from tests.census.questions import Answer
 
 ROOT = Path(__file__).parents[2]
-RECORD = ROOT / "docs" / "families.json"
+PAGE = ROOT / families.PAGE
 KEPT = ROOT / "build" / "census"  # what a census that was killed had found
-TYPES = ROOT / "hfsparse" / "cli" / "census.txt"  # what `hfsparse doctor` reads
 TURNS = 10
 ACCEPTED = "right", "wrong", "useless", "uncompared"
 KINDS = {"hybrid": "hybrid", "windowed": "every layer windowed"}
@@ -40,15 +40,21 @@ def tenth(number: int) -> tuple[Entry, ...]:
 @cache
 def load() -> tuple[str, dict[str, Answer]]:
     """The version of transformers that was asked about, and what was answered, by entry."""
-    if not RECORD.exists():
+    if not families.RECORD.exists():
         return "", {}
-    found = json.loads(RECORD.read_text())
+    found = families.record()
     return found["transformers"], {name: Answer(**said) for name, said in found["answers"].items()}
 
 
 def kept(version: str, entry: Entry) -> Path:
     """Where the answer lies that was found with these sources."""
     return KEPT / f"{version}-{turns.sources('census')}" / f"{entry.name.replace('/', '.')}.json"
+
+
+def forget() -> None:
+    """Read the record anew when it is next asked for."""
+    load.cache_clear()
+    families.record.cache_clear()
 
 
 def write(version: str, asked: dict[str, Answer]) -> list[str]:
@@ -60,10 +66,14 @@ def write(version: str, asked: dict[str, Answer]) -> list[str]:
         f"  {json.dumps(name)}: {json.dumps({k: v for k, v in asdict(said).items() if v})}"
         for name, said in ordered.items()
     )
-    text = f'{{\n"transformers": {json.dumps(version)},\n"answers": {{\n{rows}\n}}\n}}\n'
-    write_whole(RECORD, text.encode())
-    load.cache_clear()
-    _write_pages()
+    variants = {entry.name: entry.model_type for entry in entries() if entry.variant}
+    text = (
+        f'{{\n"transformers": {json.dumps(version)},\n"answers": {{\n{rows}\n}},\n'
+        f'"variants": {json.dumps(variants)}\n}}\n'
+    )
+    write_whole(families.RECORD, text.encode())
+    forget()
+    write_whole(PAGE, render().encode())
     return [
         f"{name}: {brief(before.get(name))} → {brief(said)}"
         for name, said in asked.items()
@@ -159,18 +169,5 @@ def _otherwise(entry: Entry, answers: dict[str, Answer]) -> str:
     return f"{'refused' if accepted else 'accepted'} as [{', '.join(others)}](#variants)"
 
 
-def accepted_types() -> str:
-    """Model types of which a family or a variant is accepted and right, a line each."""
-    _, answers = load()
-    known = [e for e in entries() if e.name in answers]
-    right = {e.model_type for e in known if answers[e.name].outcome == "right"}
-    return "".join(f"{name}\n" for name in sorted(right))
-
-
-def _write_pages() -> None:
-    write_whole(RECORD.with_suffix(".md"), render().encode())
-    write_whole(TYPES, accepted_types().encode())
-
-
 if __name__ == "__main__":
-    _write_pages()
+    write_whole(PAGE, render().encode())

@@ -10,6 +10,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 import hfsparse
+from hfsparse import families
 from hfsparse.errors import PatchError
 from tests.census import questions, record
 from tests.census.entries import entries
@@ -82,9 +83,10 @@ def test_configs_are_shrunk_with_every_kind_of_layer(kind):
 
 def test_what_is_not_asked_stays_in_the_record(tmp_path, monkeypatch):
     copy = tmp_path / "families.json"
-    copy.write_text(record.RECORD.read_text())
-    monkeypatch.setattr(record, "RECORD", copy)
-    record.load.cache_clear()
+    copy.write_text(families.RECORD.read_text())
+    monkeypatch.setattr(families, "RECORD", copy)
+    monkeypatch.setattr(record, "PAGE", copy.with_suffix(".md"))
+    record.forget()
     try:
         version, before = record.load()
         said = Answer("refused", "because")
@@ -93,4 +95,4 @@ def test_what_is_not_asked_stays_in_the_record(tmp_path, monkeypatch):
         assert "because" in copy.with_suffix(".md").read_text()
         assert [*json.loads(copy.read_text())["answers"]] == [*before]
     finally:
-        record.load.cache_clear()
+        record.forget()

@@ -51,7 +51,8 @@ def run(line: str) -> None:
 
 
 def is_run(line: str) -> bool:
-    return bool(line.strip()) and not re.fullmatch(NOT_RUN, line.split("#")[0].strip())
+    command = line.split("#")[0].strip()
+    return bool(command) and not re.fullmatch(NOT_RUN, command)
 
 
 @pytest.mark.slow

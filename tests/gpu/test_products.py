@@ -1,4 +1,4 @@
-"""Products of a row on the GPU, and a fused step of batch 1 that is made of them."""
+"""Products of a row on the GPU, those of few rows with quantised weights, and steps of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from torch.nn.functional import linear
 
 import hfsparse
-from hfsparse.kernels.triton import products
+from hfsparse.kernels.codes import Quantised
+from hfsparse.kernels.triton import products, quantised
 from tests.gpu.common import DEVICE
 from tests.gpu.test_graphs import graphs, inputs
+from tests.kernels.codes import matrix
 from tests.patcher.families import fresh, mixed
 from tests.patcher.runs import generate
 
@@ -44,3 +46,44 @@ def test_a_fused_step_of_one_row_is_made_of_them(monkeypatch):
     assert sorted(set(launched)) == [1, 2, 3]  # o and down, gate and up, q and k and v
     want, got = (torch.stack(each).float() for each in said)
     assert (got - want)[:, :1].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("kind", "N", "K", "group"),
+    [
+        ("int8", 4096, 4096, 4096),
+        ("int8", 1024, 11008, 128),
+        ("fp8", 4096, 14336, 14336),
+        ("fp8", 77, 2048, 32),
+    ],
+)
+def test_a_product_with_codes_is_that_of_their_numbers(kind, N, K, group, rows):
+    made = matrix(kind, N, K, group)
+    made = Quantised(*(None if t is None else t.to(DEVICE) for t in made))
+    x = torch.randn(rows, 1, K, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(N, device=DEVICE, dtype=torch.bfloat16)
+    want = linear(x.double(), made.numbers().double(), bias.double())
+    off = (quantised.product(x, made, bias) - want).abs().max() / want.abs().max()
+    assert off < 2 * torch.finfo(x.dtype).eps
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
+    ao = pytest.importorskip("torchao.quantization")
+    run, launched = quantised.product, []
+    monkeypatch.setattr(quantised, "product", lambda *a: launched.append(a) or run(*a))
+    model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(150)
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+    want = generate(model, ids, mask, new=8).logits
+    torch.compiler.reset()
+    with hfsparse.patch(model, fuse=fuse):
+        got = generate(model, ids, mask, new=8).logits
+        assert graphs(model).why is None
+    assert launched
+    want, got = (torch.stack(each).float() for each in (want, got))
+    assert (got - want)[:1].abs().max() < 0.1
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)

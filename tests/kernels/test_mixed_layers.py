@@ -70,8 +70,10 @@ HOSTED = [  # in host memory, whole pages and parts of them, beside a ring
 STEADY = [Group((1,), eviction=H2O(70, 30)), Group((0, 2))]  # steps evict, too
 
 
-# Without what Triton does: each table's other rows.
-PLAIN = kernels.Tables(*(tuple(x for x in t if "Triton" not in x.name) for t in kernels.TABLES))
+PLAIN = kernels.Tables(*(table[-1:] for table in kernels.TABLES))  # the reference of each
+ON_CPU = kernels.TABLES._replace(
+    decode=tuple(row for row in kernels.DECODE if row.name == "torch flash, store by store")
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +110,11 @@ def rows_in(store, rows: list[int]) -> list[int]:
     return [n - less for n, less in zip(rows, lost, strict=True)]
 
 
-def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
-    """Steps of `steps[i][b]` new tokens, in Triton and not: live outputs, and what is held then.
+def both_ways(
+    groups, past, steps, ratio, dims, dtype, below, softcap=None, sinks=False, tables=kernels.TABLES
+):
+    """Steps of `steps[i][b]` new tokens, by tables and by the reference: live outputs, and what is
+    held then.
 
     The last step is then done once more, in a cache with more room, where steps evict nothing.
     """
@@ -146,7 +151,7 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         step = Step(lengths, torch.tensor(rows), at)
         before = ends(step.length)
         step.chosen[:] = [before]
-        found = decode(kernels.TABLES, ours, layer, q, k, v, step, logits)
+        found = decode(tables, ours, layer, q, k, v, step, logits)
         step.chosen[:] = [before]
         wanted = decode(PLAIN, theirs, plain, q, k, v, step, logits)
         live = (at >= 0)[:, None, :, None].expand_as(found)
@@ -159,7 +164,7 @@ def both_ways(groups, past, steps, ratio, dims, dtype, below, softcap, sinks):
         if isinstance(store, Full):
             store._grow(1000)
     step.chosen[:] = [before]
-    again = decode(kernels.TABLES, ours, layer, q, k, v, step, logits)
+    again = decode(tables, ours, layer, q, k, v, step, logits)
     outs.append((again[live], found[live]))
     return outs, stored
 
@@ -217,6 +222,35 @@ def test_all_stores_at_once_are_each_store_alone(
     B = len(past)
     steps = [[2] + [0] * (B - 1), [most, 3, 3][:B], [1] * B]
     outs, stored = run(tuple(groups), past, steps, ratio, dims, dtype, below, softcap, sinks)
+    assert all(close(found, wanted) for found, wanted in outs)
+    if len(outs) > len(steps):
+        assert torch.equal(*outs[-1]), "a cache with more room gives other bits"
+    assert all(torch.equal(ours, theirs) for ours, theirs in stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("groups", "ratio", "dim", "most", "past", "below"),
+    [
+        (ALL, 3, 64, 3, [5, 255], (0, 0)),
+        (ALL, 4, 80, 3, [253, 255], (0, 0)),  # rows of one length from the second step on
+        (ALL, 1, 16, 4, [66, 200], (70, 140)),
+        (RINGS, 8, 32, 2, [3, 200], (0, 0)),
+        (RINGS, 3, 64, 5, [90, 150], (100, 0)),
+        (HALF_RING, 8, 32, 16, [200], (0, 0)),
+        (HALF_RING, 1, 48, 1, [700], (0, 0)),
+        (CHOOSING, 3, 64, 4, [395, 509, 130], (150, 400)),
+        (KEPT, 3, 64, 4, [60, 255, 90], (62, 0)),
+        (STEADY, 2, 32, 5, [69, 200, 90], (0, 0)),
+    ],
+)
+def test_on_a_cpu_each_store_is_what_the_reference_makes_of_it(
+    groups, ratio, dim, most, past, below, dtype
+):
+    B = len(past)
+    steps = [[2] + [0] * (B - 1), [most, 3, 3][:B], [1] * B]
+    given = tuple(groups), past, steps, ratio, (dim, dim), dtype, below
+    outs, stored = both_ways(*given, tables=ON_CPU)
     assert all(close(found, wanted) for found, wanted in outs)
     if len(outs) > len(steps):
         assert torch.equal(*outs[-1]), "a cache with more room gives other bits"

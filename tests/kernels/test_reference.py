@@ -189,16 +189,17 @@ def test_dense_prefill_sees_a_past_in_a_grid_as_wide_as_its_queries():
 
 
 def test_the_first_kernel_that_can_serve_is_chosen():
-    for table in (kernels.PREFILL, kernels.DECODE):
-        rows = {kernel.name: kernel for kernel in table}
-        own, other = rows["torch sdpa"], rows["reference (PyTorch)"]
+    own = {"prefill": "torch flash over lists", "decode": "torch flash, store by store"}
+    for name, by_lists in own.items():
+        table = getattr(kernels.TABLES, name)
         need = partial(kernels.Need, torch.device("cpu"), torch.float32, 16, 16)
-        assert kernels.pick(table, need()) is own
-        for lists in (True, False):
-            assert kernels.pick(table, need(lists=lists, logits=True)) is other
-    assert kernels.pick(kernels.PREFILL, need(lists=True)).name == "torch sdpa, by lists"
-    for refused in ("skip", "grad", "logits"):
-        assert kernels.pick(kernels.PREFILL, need(lists=True, **{refused: True})).name == other.name
+        plain = "torch sdpa" if name == "prefill" else by_lists
+        assert kernels.pick(table, need()).name == plain
+        assert kernels.pick(table, need(lists=True)).name == by_lists
+        refused = [{"logits": True}, {"grad": True}, {"logits": True, "lists": True}]
+        for more in [*refused, {"skip": True} if name == "prefill" else {"lse": True}]:
+            chosen = kernels.pick(table, need(**{"lists": True} | more)).name
+            assert chosen == "reference (PyTorch)"
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "s_aux"])

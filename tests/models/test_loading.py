@@ -1,12 +1,19 @@
 """What a command does before it computes: threads that torch gets, a model and its tokenizer."""
 
+import copy
+import re
+
 import psutil
 import pytest
 import torch
 from transformers import Qwen3Config
+from typer.testing import CliRunner
 
+import hfsparse
+from hfsparse.cli import app
 from hfsparse.errors import UsageError
-from hfsparse.models.loading import leave_busy_cores, load
+from hfsparse.models.loading import input_ids, leave_busy_cores, load
+from tests import tiny
 
 
 @pytest.fixture
@@ -51,3 +58,34 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="makes no tokens of a text: its files are missing"):
         load(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("use", ["profile", "eval", "generate"])
+def test_a_token_without_an_embedding_is_refused_where_it_is_used(use, tmp_path):
+    small = dict(vocab_size=60, window=4096)  # of 400 tokens
+    ruler = ["eval", "ruler", "--tasks", "niah_single_1"]
+    model, tokenizer = tiny.llama(**small), tiny.tokenizer()
+    said = "makes token [0-9]+ of this text, and LlamaForCausalLM has embeddings for 0 to 59"
+    if use == "profile":
+        with pytest.raises(UsageError, match=said):
+            hfsparse.profile(model, tokenizer, lengths=(512,), samples=1)
+        return
+    folder, prompt = tiny.save(tmp_path / "model", **small), tmp_path / "prompt.txt"
+    prompt.write_text("a text")
+    words = {
+        "generate": ["generate", folder, "--prompt-file", prompt],
+        "eval": [*ruler, folder, "--lengths", 2048, "--samples", 1, "-o", tmp_path / "out"],
+    }
+    result = CliRunner().invoke(app, [*map(str, words[use])])
+    assert result.exit_code == 1
+    assert re.search(said, re.sub(r"\s+", " ", result.output)), result.output
+
+
+def test_a_tokenizer_with_more_entries_than_its_texts_use_is_no_harm():
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["<later>"])
+    model = tiny.llama()
+    assert len(tokenizer) > model.config.vocab_size
+    assert input_ids(model, [tokenizer("a text").input_ids]).shape[0] == 1
+    with pytest.raises(UsageError, match="makes token 400 of this text"):
+        input_ids(model, [tokenizer("a <later> text").input_ids])

@@ -231,6 +231,10 @@ def ask_refused(folder: Path) -> dict[str, Any]:
         ContextParallel(group, "star", question=0)
     with telling(said, "anchor"):
         ContextParallel(group, "star", anchor=-1)
+    with telling(said, "anchor of another type"):
+        ContextParallel(group, "star", anchor="1")
+    with telling(said, "anchor of exact"):
+        ContextParallel(group, anchor=128)
     with telling(said, "two plans"):
         patch(model, (full, streaming)[rank](model))
     with telling(said, "two ways"):

@@ -201,8 +201,9 @@ def _seen(n, total, window) -> torch.Tensor:
 def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v `[Hkv, total, D]` with the pages that are full before `end` in their words' bits.
 
-    Keys take steps from their page's smallest to its largest by channel, values by token; fp8 is
-    torch's, the end farther from zero its largest number.
+    Keys take steps from their page's smallest to its largest by channel, values by token; of keys
+    in 4 bits the farther-reaching of two channels takes 31, the other 7. fp8 is torch's, the end
+    farther from zero its largest number.
     """
     words, k, v = plan.layers[layer].cache, k.clone(), v.clone()
     for head, word in enumerate(words if len(words) == len(k) else ()):
@@ -216,7 +217,13 @@ def _packed(plan, layer, k, v, end) -> tuple[torch.Tensor, torch.Tensor]:
                     unit = torch.maximum(high, -low).clamp(min=1e-30) / 448
                     t.copy_((t / unit).to(torch.float8_e4m3fn).to(t) * unit)
                     continue
-                step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+                most = torch.full_like(low, 2**bits - 1)
+                half = t.shape[1] // 2
+                for c in range(half if (bits, over) == (4, 0) else 0):
+                    other = half + (c + half // 4 * 2) % half
+                    first = (high - low)[0, c] > (high - low)[0, other]
+                    most[0, c], most[0, other] = (31, 7) if first else (7, 31)
+                step = ((high - low) / most).clamp(min=1e-30)
                 t.copy_(low + ((t - low) / step).round() * step)
     return k, v
 

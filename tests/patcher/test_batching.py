@@ -11,7 +11,7 @@ import transformers
 from transformers import GenerationConfig
 
 import hfsparse
-from hfsparse.errors import PatchError
+from hfsparse.errors import PatchError, UsageError
 from hfsparse.patcher import batching
 from hfsparse.patcher.state import state_of
 from tests.patcher.families import (
@@ -282,6 +282,24 @@ def test_windows_exact_mode_and_settings_are_refused():
         ):
             with pytest.raises(PatchError, match=f"can't be followed: .*{why}"):
                 together(model, prompts(9), **more)
+
+
+@known
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["a text"], "prompts hold 'a text'"),
+        ([1, 2], "prompts hold 1"),
+        (3, "prompts hold 3"),
+        (torch.ones(1, 4, dtype=torch.long), "prompts hold a Tensor"),
+        ([[1], []], "prompts hold a list"),
+        ([[1, 10**6]], "makes token 1000000 of this text"),
+    ],
+)
+def test_what_are_no_prompts_is_refused_before_anything_runs(given, told):
+    model = tiny("llama")
+    with hfsparse.patch(model), pytest.raises(UsageError, match=told):
+        model.generate_batch(given)
 
 
 @known

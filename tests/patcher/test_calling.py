@@ -175,7 +175,15 @@ rings_of = pytest.mark.parametrize(
     ("family", "plan"), [("llama", streaming), ("mistral-window", full)]
 )
 
+FIRST_OF_5 = transformers.__version__ == "5.0.0"
 
+
+@pytest.mark.xfail(
+    FIRST_OF_5,
+    raises=TypeError,
+    strict=True,
+    reason="transformers 5.0.0 itself calls get_candidates without is_first_iteration there",
+)
 @rings_of
 def test_drafts_by_the_models_first_layers(family, plan):
     model, ids = fresh(family), tokens(1, 80)
@@ -208,6 +216,8 @@ def test_a_long_prompt_lookup_takes_back_more_than_a_rings_usual_slack(family, p
 @rings_of
 def test_an_assistant_may_draft_any_number_of_tokens(family, plan, schedule, shift, patched):
     """All of them wrong, and taken back; or all right, and ever more of them."""
+    if FIRST_OF_5 and plan is full and patched == "helper":
+        pytest.skip("transformers 5.0.0 itself takes nothing back of a stock window")
     wrong = shift > 0 or (plan is streaming and patched != "both")
     model, ids = fresh(family), tokens(1, 100)
     helper = copy.deepcopy(model)

@@ -33,6 +33,8 @@ ONE_SENTENCE = {
     "way": "way is 'ring': give exact or star",
     "question": "question is 0: give tokens, 1 or more",
     "anchor": "anchor is -1: give tokens, 0 or more, or None",
+    "anchor of another type": "anchor is '1': give tokens, 0 or more, or None",
+    "anchor of exact": "way is exact, which has no anchor: leave it out",
     "two plans": "ranks follow different plans (sha256:",
     "two ways": "star, anchor a part, question 128 on rank 1): give every rank the same one",
     "exact": "exact=True can't be followed where ranks share a prompt's tokens",

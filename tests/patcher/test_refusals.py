@@ -129,6 +129,9 @@ def test_patch_refuses_in_true_words(name):
         hfsparse.patch(model)
     assert "tensor parallel" not in str(told.value)
     assert str(told.value).startswith(f"{kind} can't be patched: ")
+    known = ("sliding windows", "chunks", "hybrids", "latents", "(docs/families.md)")
+    tail = str(told.value).partition(". Supported: ")[2]
+    assert all(words in tail for words in known), tail
     assert not is_patched(model)
     after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
     assert after == before

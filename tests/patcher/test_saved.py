@@ -259,6 +259,10 @@ def test_tokens_are_compared(kept, tmp_path):
         other[1, 80] += 1
         with pytest.raises(CacheError, match="read from other tokens than these begin with"):
             handle.load(kept, tokens=other)
+        with pytest.raises(UsageError, match="tokens are of type str: give ids"):
+            handle.load(kept, tokens="a text")
+        with pytest.raises(UsageError, match="tokens are of type str: give ids"):
+            handle.load(kept, tokens="a text")
         for wrong in (ids[:, :89], ids[:1], ids[0], ids.float()):
             with pytest.raises(UsageError, match="the cache holds 2 rows of 90 columns: give"):
                 handle.load(kept, tokens=wrong)

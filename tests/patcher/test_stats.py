@@ -160,11 +160,11 @@ def test_explain_names_kernels_reasons_and_windows():
         assert text == hfsparse.explain(model)
     assert mixed(model).hash()[:19] in text
     assert "full heads, prompt: torch sdpa" in text
-    assert "patterned heads, prompt: torch sdpa, by lists (not FA4: " in text
-    assert "(not torch sdpa: reads every key: no block or page lists)" in text
-    assert "new tokens: torch sdpa" in text
+    assert "patterned heads, prompt: torch flash over lists (not FA4: " in text
+    assert "(not torch sdpa: reads every key, not lists of blocks or pages)" in text
+    assert "new tokens: torch flash, store by store" in text
     assert "layers [0] keep the model's own sliding window" in text
-    plain = "torch sdpa, by lists"
+    plain = "torch flash over lists"
     assert f"layer 0: prompt 2 full by {plain} + 2 patterned by {plain}; new tokens 1 windo" in text
     assert "in full: prefill 0, decode 0, cache 0" in text
     assert f"layer 1: prompt 1 full by torch sdpa + 3 patterned by {plain}; new tokens" in text
@@ -178,15 +178,19 @@ def test_explain_prints_what_serves_each_of_the_six():
     for plan in (mixed(model), choosing(model)):
         with hfsparse.patch(model, plan) as handle:
             lines = handle.explain().splitlines()
-        rings = [line for line in lines if line.startswith("ring heads, new tokens: ")]
+        steps = [line for line in lines if " heads, new tokens: " in line]
         patterned = [line for line in lines if line.startswith("patterned heads, prompt: ")]
-        assert all("reference (PyTorch)" in line for line in rings)
-        assert all("torch sdpa, by lists" in line for line in patterned)
-        assert len(rings) == len(patterned) == (plan.patterns.keys() >= {"s"})
-        assert any(line.startswith("selected pages, new tokens: refer") for line in lines)
+        assert all("torch flash, store by store (not Triton: " in line for line in steps)
+        assert all("torch flash over lists" in line for line in patterned)
+        assert len(patterned) == (plan.patterns.keys() >= {"s"})
+        assert steps[0].startswith("full and ring" if patterned else "full heads")
+        assert any(line.startswith("selected pages, new tokens: torch flash") for line in lines)
         for name, pattern in plan.patterns.items():
             what = "prompt: blocks" if pattern.kind in PATTERNS else "new tokens: pages"
             by = "an earlier layer" if pattern.kind == "reuse" else f"PyTorch {why}"
+            if pattern.kind == "quest":
+                counted = f"PyTorch {why} (not PyTorch, by rows: no refresh, top_p or means)"
+                by = counted if pattern.budget.counted else f"PyTorch, by rows {why}"
             assert f"{name} ({pattern.kind}), {what} chosen by {by}" in lines
         assert f"new tokens: stored by PyTorch {why}" in lines
         assert f"kept pairs, prompt: counted by PyTorch {why}" in lines

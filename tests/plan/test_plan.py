@@ -9,6 +9,7 @@ import re
 import time
 
 import pytest
+import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -519,7 +520,8 @@ def test_extend_is_read_as_it_is_written_and_raises_the_version(loader):
             "extend: chunk is 3072, local 100: give two that",
         ),
         ("{kind: dca, trained: 4096, mscale: 2}", "extend: mscale is 2.0: give 0 to 1"),
-        ("[1]", "extend is a list"),
+        ("[1]", "extend is a list: give a mapping with a kind, one of dca"),
+        ("[]", "extend is a list: give a mapping with a kind, one of dca"),
     ],
 )
 def test_an_extend_that_can_t_be_is_one_problem_with_its_line(extend, says, loader):
@@ -527,6 +529,11 @@ def test_an_extend_that_can_t_be_is_one_problem_with_its_line(extend, says, load
     ((line, sentence),) = problems_of(text)
     assert says in sentence
     assert line == len(text.splitlines())
+
+
+def test_a_number_that_is_wrong_beside_another_is_told_with_that_one():
+    text = FULL.dumps() + "patterns: {e: {kind: snapkv, size: 10, window: 20}}\n"
+    assert "size is 10, window 20: give" in problems_of(text)[-1][1]
 
 
 def test_a_tab_is_named(loader):
@@ -1085,6 +1092,41 @@ def test_another_class_or_fingerprint_is_a_mismatch_unless_allowed():
         with pytest.raises(PlanMismatch, match=re.escape(says)):
             plan.check(model)
         plan.check(model, allow={"fingerprint"})
+
+
+def test_everything_that_layers_cannot_do_is_told_at_once_with_its_line(tmp_path):
+    kinds = ["sliding_attention"] * 3 + ["full_attention"] * 2 + ["conv", "sliding_attention"]
+    config = transformers.LlamaConfig(
+        num_hidden_layers=7, hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
+        layer_types=kinds, sliding_window=40,
+    )  # fmt: skip
+    ring, full = Layer(*[("s", "s")] * 2, ("ring",) * 2), Layer(*[("full", "full")] * 3)
+    layers = (ring, ring, full, ring, ring, ring, ring)
+    patterns = {"s": Streaming(sink=4, recent=16)}
+    plan = Plan(ModelId.of(config), patterns, layers)
+    plan.save(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text().splitlines()
+    one, two = (
+        next(n for n, row in enumerate(text, 1) if key in row) for key in (" 0-1:", " 3-6:")
+    )
+    window = "has the model's own window of 40 tokens and keeps no more than that: write full for "
+    window += "its cache and decode"
+    found = [
+        (one, f"layer 0-1 {window}"),
+        (two, "layer 5 has no attention: write full for all its heads"),
+        (two, f"layer 6 {window}"),
+    ]
+    with pytest.raises(PlanError) as caught:
+        Plan.load(tmp_path / "plan.yaml").check(config)
+    assert sorted(caught.value.problems) == found
+    assert str(caught.value).startswith(
+        f"{tmp_path}/plan.yaml: 3 problems\n  line {one}: layer 0-1"
+    )
+    changed = Plan.load(tmp_path / "plan.yaml")
+    changed.layers = plan.layers  # the same, and not those of the file
+    with pytest.raises(PlanError) as caught:
+        changed.check(config)
+    assert {line for line, _ in caught.value.problems} == {None}
 
 
 @pytest.mark.parametrize(

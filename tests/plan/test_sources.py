@@ -53,7 +53,7 @@ def test_a_file_is_a_file_whatever_its_name(mine, tmp_path, monkeypatch):
     assert open_plan(Path("plan.yaml")) == other
 
 
-@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c", "a:b", "duo:"])
+@pytest.mark.parametrize("source", [r"C:\plan.yaml", "C:plan.yaml", "a/b:c", "a:b", ":b"])
 def test_what_is_no_name_is_looked_for_as_a_file(source):
     with pytest.raises(PlanError, match=r"No such file.*, or a name that hfsparse plans li"):
         open_plan(source)
@@ -66,10 +66,22 @@ def test_an_address_of_another_form_is_told_ours(source):
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_near():
-    with pytest.raises(PlanError, match="no plan duo:llama-3-8b is shipped: near it are duo:lla"):
+    with pytest.raises(PlanError, match="no plan 'duo:llama-3-8b' is shipped: near it are duo:lla"):
         open_plan("duo:llama-3-8b")
     with pytest.raises(PlanError, match=r"there are duo:llama-2.*moa:vicuna.*\(hfsparse plans l"):
         open_plan("quest:xyz")
+
+
+@pytest.mark.parametrize("source", ["duo:", "duo: ", "duo:/x", "Duo:../x"])
+def test_a_name_that_is_empty_or_odd_is_refused_with_those_of_its_method(source):
+    with pytest.raises(PlanError, match=f"no plan '{source}' is shipped: near it are duo:llama"):
+        open_plan(source)
+
+
+@pytest.mark.parametrize("source", ["", "  "])
+def test_no_plan_at_all_is_said_so(source):
+    with pytest.raises(PlanError, match=f"the plan is '{source}': give its file, or a name"):
+        open_plan(source)
 
 
 @pytest.mark.parametrize(

@@ -25,17 +25,24 @@ def stepped(t, bits, over):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_number_comes_back_within_half_a_step_and_ends_as_they_were(bits, dtype):
-    t = (torch.randn(3, PAGE, 6, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+@pytest.mark.parametrize("over", [1, 2], ids=["keys", "values"])
+def test_a_number_comes_back_within_half_a_step_and_ends_as_they_were(bits, dtype, over):
+    """Of keys in 4 bits steps are 31 or 7: more of the channel that reaches farther, of a pair."""
+    t = (torch.randn(3, PAGE, 8, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
     t[0, :, 1] = 7  # all alike
-    code = pack(t, t.amin(1, keepdim=True), t.amax(1, keepdim=True), bits)
+    low, high = t.amin(over, keepdim=True), t.amax(over, keepdim=True)
+    code = pack(t, low, high, bits)
     assert code.dtype == torch.uint8
-    assert code.shape == (3, PAGE, 6 * bits // 8)
-    found = stepped(t, bits, 1)
-    half = (t.amax(1, keepdim=True) - t.amin(1, keepdim=True)).double() / (2**bits - 1) / 2
+    assert code.shape == (3, PAGE, 8 * bits // 8)
+    found, span = stepped(t, bits, over), (high - low).double()
+    steps = torch.full_like(span, 2**bits - 1)
+    if (bits, over) == (4, 1):
+        reach = high.float() - low.float()
+        steps = torch.where(reach > reach[..., [6, 7, 4, 5, 2, 3, 0, 1]], 31.0, 7.0)
+        assert steps.sum() == 3 * 4 * (31 + 7)
     rounding = t.double().abs() * torch.finfo(dtype).eps
-    assert ((found.double() - t.double()).abs() <= half * 1.001 + rounding).all()
-    ends = (t == t.amin(1, keepdim=True)) | (t == t.amax(1, keepdim=True))
+    assert ((found.double() - t.double()).abs() <= span / steps / 2 * 1.001 + rounding).all()
+    ends = (t == low) | (t == high)
     assert close(found[ends], t[ends])
 
 

@@ -3,14 +3,16 @@
 Reference: `reference.decode`, as `per_store.by_store` runs it. As `triton.decode`, which serves all
 stores of a layer at once, a program reads a share of a head's pages, and shares are merged.
 
-Bound by memory (of an H200's 4.8 TB/s, 2.9 were measured in 4 bits and 3.1 in 8, at 131,072
+Bound by memory (of an H200's 4.8 TB/s, 3.2 were measured in 4 bits and 3.8 in 8, at 131,072
 tokens), so that a packed number may cost few instructions: whole pages are not unpacked. Codes are
 read two bytes at a time and become the last bits of float16 numbers, two of them at once.
 A page's keys are low + code * step by channel, and so `q . key` is `(q * step) . code + q . low`: a
 page's queries are scaled, and its codes multiplied as they are. Steps of values, which go by token,
-are worked into the weights of these. Both are rounded to float16, relative to the page's largest
-step; what that takes from a sum of codes is given back for their middle, which is most of it. Units
-that are parts of pages come from many pages, and are unpacked.
+are worked into the weights of these. Both are rounded to float16, relative to the largest step of
+the page's keys, or of all values so far; what that takes from a sum of codes is given back for
+their middle, which is most of it. Values are summed up about that middle: tensor cores cut sums
+off, and long ones of large numbers drift. Units that are parts of pages come from many pages, and
+are unpacked.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ SPLITS = 512  # at most so many shares of a head's pages
 FEW = tl.constexpr(16)  # of the newest tokens, which lie as they came, at once
 LARGE, TINY = tl.constexpr(32768.0), tl.constexpr(1e-30)  # what float16 has room for; no step
 # Of two words of 16 bits in a register, one number of both: the lower or the upper of two bytes or
-# fp8 numbers, or the half bytes in order.
+# fp8 numbers, or the half bytes in order; of keys in 4 bits those bits of a byte that a mask says.
 BYTE_0 = tl.constexpr("and.b32 $0, $1, 0x00ff00ff;")
 BYTE_1 = tl.constexpr("prmt.b32 $0, $1, 0, 0x4341;")
+MASK_0 = tl.constexpr("and.b32 $0, $1, $2;")
+MASK_1 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, $2; }")
 HALF_0 = tl.constexpr("and.b32 $0, $1, 0x000f000f;")
 HALF_1 = tl.constexpr("and.b32 $0, $1, 0x00f000f0;")
 HALF_2 = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, 0x000f000f; }")
@@ -181,28 +185,33 @@ def tile_of(
     queries: int, width: int, itemsize: int, device: str, bits: int, whole: bool
 ) -> tuple[int, int, int, int] | None:
     """Rows of a tile, stages, warps, and programs of a processor, for heads `width` wide: the first
-    that fits, if any. whole: tiles are packed pages, and a warp that needs no other is the best."""
+    that fits, if any. whole: tiles are packed pages, as few warps work on one as have registers for
+    it, and many programs are better than many stages."""
     room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
-    rows = min(16, triton.next_power_of_2(queries))
-    warps = max(1, rows * width // 1024) if whole and itemsize == 2 else 2 * itemsize
+    rows, packed, fits = min(16, triton.next_power_of_2(queries)), whole and itemsize == 2, []
+    warps = max(1, width // 128, rows * width // 1024) if packed else 2 * itemsize
     for stages in (3, 2, 1) if itemsize == 2 else (1,):
-        if whole and itemsize == 2:
+        if packed:
             page = PAGE * (width * bits // 4 + 16)  # of keys and values, and ends
             shared = max(1, stages - 1) * page + 4 * rows * width
         else:
             shared = width * itemsize * ((stages + 1) * PAGE + 2 * rows)
         if shared <= room:
-            return rows, stages, warps, max(1, min(8 // warps, room // shared))
-    return None
+            fits.append((min(8 // warps, room // shared), stages))
+    if not fits:
+        return None
+    programs, stages = max(fits) if packed else fits[0]
+    return rows, stages, warps, programs
 
 
 @triton.jit
 def _channels(W: tl.constexpr, WIDE: tl.constexpr, part: tl.constexpr, PARTS: tl.constexpr):
-    """The channels that numbers `part` of WIDE words have: of 4 bits byte c has channel c and, in
-    its upper half, the one that is half of all behind."""
+    """The channels that numbers `part` of WIDE words have; of 4 bits as `packed.of_bytes`."""
     channel = tl.arange(0, WIDE)
     if PARTS > 1:
-        channel = 2 * channel + part // (PARTS // 2) + part % (PARTS // 2) * (2 * W)
+        channel = 2 * channel + part // (PARTS // 2)
+    if PARTS == 4 and part % 2 == 1:
+        channel = 2 * W + (channel + W // 2 * 2) % (2 * W)
     return channel
 
 
@@ -258,6 +267,56 @@ def _numbers(word, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
 
 
 @triton.jit
+def _first_is_wide(low, high, PARTS: tl.constexpr):
+    """Of both bytes of a word of keys, whether the lower channel has 5 bits; nothing of 8 bits."""
+    made = ()
+    for byte in tl.static_range(PARTS // 4 * 2):
+        first = high[2 * byte] - low[2 * byte]
+        made += (first > high[2 * byte + 1] - low[2 * byte + 1],)
+    return made
+
+
+@triton.jit
+def _masked(word, mask, part: tl.constexpr, TWO: tl.constexpr):
+    """Those bits of a byte of words, as float16: as `_number`."""
+    if TWO:
+        asm: tl.constexpr = MASK_0 if part < 2 else MASK_1
+        number = tl.inline_asm_elementwise(asm, "=r,r,r", [word, mask], tl.float16, True, 2)
+    else:
+        number = ((word >> (part // 2 * 8)) & mask).to(tl.float16, bitcast=True)
+    return number
+
+
+@triton.jit
+def _key_numbers(word, wide, PARTS: tl.constexpr, FLOAT: tl.constexpr, TWO: tl.constexpr):
+    """As `_numbers`, of keys: those of 4 bits have 5 or 3, as wide `[.., WIDE]` says."""
+    made = ()
+    for part in tl.static_range(PARTS):
+        if PARTS == 4:
+            mask = tl.where(wide[part // 2], 31, 7)
+            if part % 2 == 1:
+                mask = 255 - mask
+            mask = tl.broadcast_to(mask.to(tl.uint16), word.shape)
+            made += (_masked(word, mask, part, TWO),)
+        else:
+            made += (_number(word, part, PARTS, FLOAT, TWO),)
+    return made
+
+
+@triton.jit
+def _key_share(wide, part: tl.constexpr, PARTS: tl.constexpr):
+    """What a step is of its ends' distance, by steps of 3 bits, once numbers are `_up` as they are:
+    an upper number of 5 bits is 8 times as large, one of 3 bits 32 times."""
+    if PARTS == 2:
+        share = 1.0
+    elif part % 2 == 0:
+        share = tl.where(wide[part // 2], 7 / 31, 1.0)
+    else:
+        share = tl.where(wide[part // 2], 1 / 32, 7 / 248)
+    return share
+
+
+@triton.jit
 def _span(low, high, FLOAT: tl.constexpr):
     """What all steps between two ends come to; of fp8 the end that is farther from zero."""
     return tl.maximum(-low, high) if FLOAT else high - low
@@ -277,7 +336,7 @@ def _ends(at, W: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr):
         at = at.to(tl.pointer_type(tl.uint32))
         for odd in tl.static_range(2):
             for half in tl.static_range(PARTS // 2):
-                two = tl.load(at + half * W + word, mask=word < W, other=0)
+                two = tl.load(at + half * W + (word + half * (W // 2)) % W, mask=word < W, other=0)
                 one = (two >> (16 * odd)).to(tl.uint16).to(kind, bitcast=True)
                 made += (one.to(tl.float32),)
     return made
@@ -295,8 +354,10 @@ def _words(at, W: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr):
 def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr):
     """Parts of queries `[WIDE, ROWS]`, at most 1, as codes of a page's keys meet them.
 
-    Also how large the page's widest channel is, and what `[ROWS]` products of codes lack.
+    Also which channels have more bits, how large the page's widest is, and what `[ROWS]` products
+    of codes lack.
     """
+    wide = _first_is_wide(low, high, PARTS)
     widest = _span(low[0], high[0], FLOAT)
     for part in tl.static_range(1, PARTS):
         widest = tl.maximum(widest, _span(low[part], high[part], FLOAT))
@@ -304,14 +365,15 @@ def _scaled(q, low, high, FLOAT: tl.constexpr, KIND: tl.constexpr, PARTS: tl.con
     fit, made = LARGE / widest, ()
     lack, off = tl.zeros_like(q[0]), tl.zeros_like(q[0])
     for part in tl.static_range(PARTS):
-        x = q[part] * (_span(low[part], high[part], FLOAT) * (fit / _up(part, PARTS)))[:, None]
-        y = x.to(KIND)
+        share, span = _key_share(wide, part, PARTS), _span(low[part], high[part], FLOAT)
+        y = (q[part] * (span * (fit * share))[:, None]).to(KIND)
         made += (y,)
         if not FLOAT:
-            lack += q[part] * low[part][:, None]
-            off += (x - y.to(tl.float32)) * _up(part, PARTS)
-    lack += off * (widest * (0.5 / LARGE))
-    return made, widest, tl.sum(lack, 0)
+            lack += q[part] * (low[part] + 0.5 * span)[:, None]
+            back = y.to(tl.float32)
+            off += back / share[:, None] if PARTS == 4 else back
+    lack -= off * (widest * (0.5 / LARGE))
+    return made, wide, widest, tl.sum(lack, 0)
 
 
 @triton.jit
@@ -324,17 +386,23 @@ def _unpack(
     word = tl.arange(0, WIDE)[None, :]
     inside = held[:, None] & (word < W)
     numbers = tl.load(PACKED + slot[:, None] * W + word, mask=inside, other=0)
-    numbers = _numbers(numbers, PARTS, FLOAT, TWO)
-    made = ()
+    lows, highs = (), ()
     for part in tl.static_range(PARTS):
         at = slot[:, None]
         if not BY_TOKEN:
             at = at // PAGE * (W * PARTS) + _channels(W, WIDE, part, PARTS)[None, :]
-        low = tl.load(LOW + at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(HIGH + at, mask=inside, other=0.0).to(tl.float32)
-        step = _span(low, high, FLOAT) * (UNIT / _up(part, PARTS))
-        x = numbers[part].to(tl.float32) * step
-        made += ((x if FLOAT else low + x).to(KIND),)
+        lows += (tl.load(LOW + at, mask=inside, other=0.0).to(tl.float32),)
+        highs += (tl.load(HIGH + at, mask=inside, other=0.0).to(tl.float32),)
+    wide = _first_is_wide(lows, highs, PARTS)
+    if BY_TOKEN:
+        numbers = _numbers(numbers, PARTS, FLOAT, TWO)
+    else:
+        numbers = _key_numbers(numbers, wide, PARTS, FLOAT, TWO)
+    made = ()
+    for part in tl.static_range(PARTS):
+        share = 1 / _up(part, PARTS) if BY_TOKEN else _key_share(wide, part, PARTS)
+        x = numbers[part].to(tl.float32) * (_span(lows[part], highs[part], FLOAT) * (UNIT * share))
+        made += ((x if FLOAT else lows[part] + x).to(KIND),)
     return made
 
 
@@ -435,6 +503,7 @@ def _decode_store(
     WV: tl.constexpr = DV // PARTS
     # What undoes `_numbers`, in steps; what products are of.
     UNIT: tl.constexpr = STEPS * (256.0 if FLOAT else 16777216.0)
+    KEY_UNIT: tl.constexpr = 16777216.0 / 7 if PARTS == 4 else UNIT  # of keys of 3 bits
     dtype: tl.constexpr = Q_.dtype.element_ty
     kind: tl.constexpr = dtype if dtype == tl.float32 else tl.float16
     head = tl.program_id(0).to(tl.int64)
@@ -499,7 +568,7 @@ def _decode_store(
             ahead = begun - keeps
             seat = tl.where(ahead < 0, page, (keeps + ahead % size) // PAGE)
             older = ahead >= size
-        limit, fresh = tl.minimum(at + 1, begun), begun < 0
+        limit, fresh, largest = tl.minimum(at + 1, begun), begun < 0, TINY + 0.0
         for j in range(first, end):
             named = j
             if LISTED:
@@ -516,11 +585,14 @@ def _decode_store(
             least = tl.load(LEAST + ends, mask=sound, other=0.0).to(tl.float32)
             width = _span(least, tl.load(MOST + ends, mask=sound, other=0.0).to(tl.float32), FLOAT)
             k = _words(keys + stored * (PAGE * W), W, WIDE, PAGE)
-            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
 
-            scaled, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
-            s = _products(_numbers(k, PARTS, FLOAT, TWO), scaled, PARTS, PRECISION)
-            s *= (most * (widest * (UNIT / LARGE)))[None, :]
+            scaled, wide, widest, lack = _scaled(q, low, high, FLOAT, kind, PARTS)
+            across = ()
+            for byte in tl.static_range(PARTS // 4 * 2):
+                across += (wide[byte][None, :],)
+            k = _key_numbers(k, across, PARTS, FLOAT, TWO)
+            s = _products(k, scaled, PARTS, PRECISION)
+            s *= (most * (widest * (KEY_UNIT / LARGE)))[None, :]
             if not FLOAT:
                 s += (lack * most)[None, :]
             key = named * PAGE + lane
@@ -532,19 +604,26 @@ def _decode_store(
             if SOFTCAP:
                 s = _capped(s, unit, inner)
             p, fade, total, top = _weigh(total, top, s, kept)
-            widest = tl.maximum(tl.max(width, 0), TINY)
-            x = p * (width * (LARGE / widest))[:, None]
-            y = x.to(kind)
+            widest = tl.maximum(tl.max(width, 0), largest)
+            y = (p * (width * (LARGE / widest))[:, None]).to(kind)
             if not FLOAT:
-                lack = p * least[:, None] + (x - y.to(tl.float32)) * (0.5 * widest / LARGE)
-                lows = lows * fade + tl.sum(lack, 0)
+                lows = lows * fade + tl.sum(p * (least + 0.5 * width)[:, None], 0)
+                middle = tl.sum(y.to(tl.float32), 0) * (0.5 / UNIT)
+            fade *= largest / widest
+            largest = widest
+            v = _words(values + stored * (PAGE * WV), WV, WIDE_V, PAGE)
             v, y = _numbers(v, PARTS, FLOAT, TWO), tl.trans(y)
             made = ()
             for part in tl.static_range(PARTS):
-                o = tl.dot(y, v[part].to(kind), input_precision=PRECISION)
-                o *= widest * (UNIT / LARGE / _up(part, PARTS))
-                made += (acc[part] * fade[:, None] + o,)
+                o = acc[part] * fade[:, None]
+                if not FLOAT:
+                    o -= (middle * _up(part, PARTS))[:, None]
+                made += (tl.dot(y, v[part].to(kind), o, input_precision=PRECISION),)
             acc = made
+        made = ()
+        for part in tl.static_range(PARTS):
+            made += (acc[part] * (largest * (UNIT / LARGE / _up(part, PARTS))),)
+        acc = made
         own = _queries(queries, alive, W, WIDE, PARTS)
         for begin in range(begun, tl.where(fresh, length, begun), FEW):
             key = begin + tl.arange(0, FEW)
@@ -586,7 +665,7 @@ def _decode_store(
                 old, at_new = held & (new == 0), (key % NEWEST).to(tl.int64)
                 k = _unpack(
                     *(keys, LOW, HIGH, lies, old, dtype),
-                    *(W, WIDE, PARTS, FLOAT, UNIT, False, PAGE, TWO),
+                    *(W, WIDE, PARTS, FLOAT, KEY_UNIT, False, PAGE, TWO),
                 )
                 v = _unpack(
                     *(values, LEAST, MOST, lies, old, dtype),

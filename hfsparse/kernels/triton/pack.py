@@ -14,11 +14,12 @@ from torch import Tensor
 
 from hfsparse.kernels.triton.limits import NEVER, await_previous, chained
 from hfsparse.lists import PAGE
-from hfsparse.lists.packed import LARGEST, NEWEST, TINY, steps, width_of
+from hfsparse.lists.packed import LARGEST, NARROW, NEWEST, TINY, WIDE, steps, width_of
 from hfsparse.lists.places import Place
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 that it is added to have no fraction
 LEAST, MOST = tl.constexpr(TINY), tl.constexpr(LARGEST)
+WIDE_STEP, NARROW_STEP = tl.constexpr(WIDE), tl.constexpr(NARROW)
 
 
 def pack(part: Place, query_pos: Tensor) -> None:
@@ -56,9 +57,44 @@ def _encode(t, low, high, BITS: tl.constexpr, FLOAT: tl.constexpr, STEPS: tl.con
         fine = (size * 512 + ROUND - ROUND).to(tl.int32)  # under 2^-6 all steps are of 2^-9
         code = tl.where(size < 0.015625, fine, code)
         return code | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
-    step = tl.maximum((high - low) * STEPS, LEAST)
-    code = tl.div_rn(t - low, step) + ROUND - ROUND  # halves to even
-    return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    return _code(t, low, (high - low) * STEPS, (1 << BITS) - 1)
+
+
+@triton.jit
+def _code(t, low, step, last):
+    """How many steps above low t is, from 0 to last."""
+    code = tl.div_rn(t - low, tl.maximum(step, LEAST)) + ROUND - ROUND  # halves to even
+    return tl.minimum(tl.maximum(code, 0.0), last * 1.0).to(tl.int32)
+
+
+@triton.jit
+def _channels(d, part: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
+    """The channels of bytes d, as `packed.of_bytes` has them."""
+    return d if part == 0 else BYTES + (d + W // 8 * 2) % BYTES
+
+
+@triton.jit
+def _pack_uneven(NEW, CODE, LOW, HIGH, W: tl.constexpr, PAGE: tl.constexpr):
+    """Pack a page of keys `[PAGE, W]` in 4 bits: 5 and 3 of a byte's two channels."""
+    BYTES: tl.constexpr = W // 2
+    token, d = tl.arange(0, PAGE)[:, None], tl.arange(0, triton.next_power_of_2(BYTES))
+    other = _channels(d, 1, W, BYTES)
+    inside = (d < BYTES)[None, :] & (token >= 0)
+    first = tl.load(NEW + token * W + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(NEW + token * W + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    low, high = tl.min(first, 0), tl.max(first, 0)
+    least, most = tl.min(second, 0), tl.max(second, 0)
+    tl.store(LOW + d, low.to(LOW.dtype.element_ty), mask=d < BYTES)
+    tl.store(LOW + other, least.to(LOW.dtype.element_ty), mask=d < BYTES)
+    tl.store(HIGH + d, high.to(HIGH.dtype.element_ty), mask=d < BYTES)
+    tl.store(HIGH + other, most.to(HIGH.dtype.element_ty), mask=d < BYTES)
+    wide = high - low > most - least
+    step = (high - low) * tl.where(wide, WIDE_STEP, NARROW_STEP)
+    code = _code(first, low[None, :], step[None, :], tl.where(wide, 31, 7)[None, :])
+    step = (most - least) * tl.where(wide, NARROW_STEP, WIDE_STEP)
+    upper = _code(second, least[None, :], step[None, :], tl.where(wide, 7, 31)[None, :])
+    code |= upper << tl.where(wide, 5, 3)[None, :]
+    tl.store(CODE + token * BYTES + d[None, :], code.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -68,29 +104,31 @@ def _pack_page(
     BY_TOKEN: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Pack a page `[PAGE, W]` of keys, whose ends are by channel, or of values, by token."""
-    PARTS: tl.constexpr = 8 // BITS  # channels of a byte, W / PARTS from one another
+    PARTS: tl.constexpr = 8 // BITS  # channels of a byte
     BYTES: tl.constexpr = W * BITS // 8
     WIDE: tl.constexpr = triton.next_power_of_2(BYTES)
     token, d = tl.arange(0, PAGE), tl.arange(0, WIDE)
     inside = (d < BYTES)[None, :] & (token >= 0)[:, None]
-    at = token[:, None] * W + d[None, :]
     least = tl.full([PAGE], float("inf"), tl.float32)
     most = tl.full([PAGE], float("-inf"), tl.float32)
     if BY_TOKEN:
         for part in tl.static_range(PARTS):
-            t = tl.load(NEW + at + part * BYTES, mask=inside, other=0.0).to(tl.float32)
+            at = token[:, None] * W + _channels(d, part, W, BYTES)[None, :]
+            t = tl.load(NEW + at, mask=inside, other=0.0).to(tl.float32)
             least = tl.minimum(least, tl.min(tl.where(inside, t, float("inf")), 1))
             most = tl.maximum(most, tl.max(tl.where(inside, t, float("-inf")), 1))
         tl.store(LOW + token, least.to(LOW.dtype.element_ty))
         tl.store(HIGH + token, most.to(HIGH.dtype.element_ty))
     code = tl.zeros([PAGE, WIDE], tl.int32)
     for part in tl.static_range(PARTS):
-        t = tl.load(NEW + at + part * BYTES, mask=inside, other=0.0).to(tl.float32)
+        place = _channels(d, part, W, BYTES)
+        t = tl.load(NEW + token[:, None] * W + place[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         if BY_TOKEN:
             low, high = least[:, None], most[:, None]
         else:
             low, high = tl.min(t, 0), tl.max(t, 0)
-            place = part * BYTES + d
             tl.store(LOW + place, low.to(LOW.dtype.element_ty), mask=d < BYTES)
             tl.store(HIGH + place, high.to(HIGH.dtype.element_ty), mask=d < BYTES)
             low, high = low[None, :], high[None, :]
@@ -118,10 +156,12 @@ def _pack(
         place = head * pages + lies
         new = head * NEWEST + page * PAGE % NEWEST
         if tl.program_id(1) == 0:
-            _pack_page(
-                *(NEW_K + new * D, K + place * PAGE * (D * BITS // 8)),
-                *(LOW + place * D, HIGH + place * D, D, BITS, FLOAT, STEPS, False, PAGE),
-            )
+            new_k, code = NEW_K + new * D, K + place * PAGE * (D * BITS // 8)
+            low, high = LOW + place * D, HIGH + place * D
+            if BITS == 4:
+                _pack_uneven(new_k, code, low, high, D, PAGE)
+            else:
+                _pack_page(new_k, code, low, high, D, BITS, FLOAT, STEPS, False, PAGE)
         else:
             _pack_page(
                 *(NEW_V + new * DV, V + place * PAGE * (DV * BITS // 8)),

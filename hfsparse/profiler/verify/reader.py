@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hfsparse.models.layers import layer_shapes
-from hfsparse.models.loading import input_device
+from hfsparse.models.loading import input_ids
 from hfsparse.models.names import cache_name, text_decoder
 
 PAST, PIECE = 12, 4  # tokens that a model is tried on
@@ -27,12 +27,12 @@ class Reader:
     """
 
     def __init__(self, model: PreTrainedModel, alone: bool = False):
-        self.decoder, self.device = text_decoder(model), input_device(model)
+        self.model, self.decoder = model, text_decoder(model)
         self.hybrid, self.alone = has_states(model), alone
         self.cache, self.seen = DynamicCache(), 0
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        ids = torch.tensor([tokens], device=self.device)
+        ids = input_ids(self.model, [tokens])
         parts = ids.split(1, 1) if self.alone and self.seen else [ids]
         return torch.cat([self._read(part) for part in parts], 1)
 
@@ -40,7 +40,7 @@ class Reader:
         first, self.seen = self.seen, self.seen + ids.shape[1]
         more = {cache_name(self.decoder): self.cache}
         if self.hybrid:  # Bamba's decoder numbers each call's tokens from 0
-            more["position_ids"] = torch.arange(first, self.seen, device=self.device)[None]
+            more["position_ids"] = torch.arange(first, self.seen, device=ids.device)[None]
         return self.decoder(input_ids=ids, use_cache=True, **more).last_hidden_state
 
 

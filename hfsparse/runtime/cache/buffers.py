@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import PAGE
-from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.packed import NEWEST
 from hfsparse.precision import casts
 
@@ -20,16 +19,6 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the type that autocast gives to attention, where it is on."""
     kind = tensors[0].device.type
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if casts(kind) else tensors
-
-
-def runs_of_rows(lengths: Lengths):
-    """Runs of rows that can be stored in one copy: (slice of rows, past, new)."""
-    past, new = lengths.past, lengths.new
-    if len(set(past)) == len(set(new)) == 1:
-        yield ALL, past[0], new[0]
-        return
-    for b, (p, n) in enumerate(zip(past, new, strict=True)):
-        yield slice(b, b + 1), p, n
 
 
 def put(held: Tensor, new: Tensor, rows: slice, first: int, n: int) -> None:

@@ -12,7 +12,7 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put, runs_of_rows
+from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
@@ -137,7 +137,7 @@ class Full(Store):
 
     def write(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `append`, where there is room."""
-        for rows, p, n in runs_of_rows(lengths):
+        for rows, p, n in lengths.runs:
             for held, new in self.beside(k, v):
                 put(held, new, rows, p, n)
             if self.index and n:
@@ -152,7 +152,7 @@ class Full(Store):
             for end, built in zip(ends, self.built, strict=True)
         ]
         step = max(PAIRS // self.segment**2, 1) * self.segment
-        for rows, first, n in runs_of_rows(Lengths.between(starts, ends, 0)):
+        for rows, first, n in Lengths.between(starts, ends, 0).runs:
             for at in range(first, first + n, step):
                 end = min(at + step, first + n)
                 keys = self.k[rows, :, at:end].unflatten(2, (-1, PAGE))

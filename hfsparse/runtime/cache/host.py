@@ -29,7 +29,6 @@ from hfsparse.runtime.cache.buffers import (
     lengthen,
     new_buffer,
     put,
-    runs_of_rows,
 )
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.packed import BOUNDS, PackedFull
@@ -180,7 +179,7 @@ class HostFull(HostStore):
     ) -> tuple[Tensor, Tensor, None]:
         """What a chunk attends to before it is stored: its past, and itself as it comes."""
         made = self._copied_back(max(lengths.past), lengths.longest)
-        for rows, p, n in runs_of_rows(lengths):
+        for rows, p, n in lengths.runs:
             for held, new in zip(made, (k, v), strict=True):
                 put(held, new, rows, p, n)
         return *made, None
@@ -194,7 +193,7 @@ class HostFull(HostStore):
 
     def write(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.write`: into host memory, and the newest pages."""
-        for rows, past, n in runs_of_rows(lengths):
+        for rows, past, n in lengths.runs:
             if not n:
                 continue
             new, end = [t[rows, :, :n] for t in (k, v)], past + n

@@ -28,7 +28,6 @@ from hfsparse.runtime.cache.buffers import (
     join_begun,
     lengthen,
     put,
-    runs_of_rows,
 )
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
@@ -125,7 +124,7 @@ class PackedStore(Store):
     def append(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
         """As `Full.append`."""
         self.room(lengths.past, lengths.rows)
-        for rows, p, n in runs_of_rows(lengths):
+        for rows, p, n in lengths.runs:
             if n:
                 self._append(rows, p, [t[rows, :, :n] for t in (k, v)])
 
@@ -258,7 +257,7 @@ class PackedFull(PackedStore, Full):
             for whole, t in zip(read, self.brought(own).read(past, at), strict=True):
                 into = whole[:, :, own.start * PAGE : own.stop * PAGE]
                 into.copy_(t[:, :, : into.shape[2]])
-        for rows, p, n in runs_of_rows(lengths):
+        for rows, p, n in lengths.runs:
             for whole, new in zip(read, (k, v), strict=True):
                 put(whole, new, rows, p, n)
         return *read, None

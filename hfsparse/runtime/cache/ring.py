@@ -15,7 +15,7 @@ from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import put, runs_of_rows
+from hfsparse.runtime.cache.buffers import put
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 
@@ -118,10 +118,11 @@ class Ring(Store):
         """As `Full.append`; of more tokens than fit, the newest."""
         self.room(lengths.past, lengths.rows)
         sink = self.sink
-        for rows, p, n in runs_of_rows(lengths):
-            if p + n <= sink + self.size:  # each position lies in the slot of its number
+        for rows, p, n in lengths.runs:
+            first = p if p < sink else sink + (p - sink) % max(self.size, 1)
+            if first + n <= sink + self.size:  # they lie one after another
                 for held, new in self.beside(k, v):
-                    put(held, new, rows, p, n)
+                    put(held, new, rows, first, n)
                 continue
             at_sink = max(p, min(p + n, sink))
             ends = (p, at_sink), (max(at_sink, p + n - self.size), p + n)

@@ -38,7 +38,7 @@ from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
-from hfsparse.runtime.graphs.products import compile_step
+from hfsparse.runtime.graphs.products import compile_step, with_own_products
 from hfsparse.runtime.graphs.recording import (
     Graph,
     complete_inputs,
@@ -294,6 +294,7 @@ class Graphs:
             step = self._looked_at(layers, step.given, step.mask, states, Q)
         given, rows, lengths = step.given, step.rows, step.lengths
         serving, before = self._serving(layers), []
+        forward = with_own_products(forward)
         fuse = self.fuse and Q == 1  # each number of tokens would be compiled for itself
         try:
             before += states.copies()

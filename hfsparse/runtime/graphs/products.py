@@ -1,7 +1,9 @@
-"""Products of a fused step at the memory's speed: which linear layers of its graph they replace.
+"""Products of a recorded step at the memory's speed: which linear layers they replace.
 
-Where one row is multiplied by matrices of plain numbers, products that share the row become one
-operator, `hfsparse::products`; the rest is left to the compiler.
+Where few rows are multiplied by a matrix that torchao has quantised, its codes become numbers in
+our kernel's registers, in fused steps and others. Where a fused step multiplies one row by matrices
+of plain numbers, products that share the row become one operator, `hfsparse::products`. The rest is
+left to PyTorch and the compiler.
 """
 
 from __future__ import annotations
@@ -12,11 +14,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
+from torch.overrides import TorchFunctionMode
 
-from hfsparse.kernels import PRODUCTS, Kernel, Need, pick
+from hfsparse.kernels import PRODUCTS, QUANTISED, Kernel, Need, pick
+from hfsparse.kernels.codes import Quantised, read
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
+FEW = 8  # rows of a step that meet quantised weights in our kernel
+
+
+class OwnProducts(TorchFunctionMode):
+    """Few rows meet quantised weights in our kernel while this is entered."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is LINEAR and _is_served_quantised(*args[:2]):
+            return multiply(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def with_own_products(forward: Callable) -> Callable:
+    """`forward`, within `OwnProducts`."""
+
+    def run(**given):
+        with OwnProducts():
+            return forward(**given)
+
+    return run
 
 
 def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
@@ -28,11 +53,16 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
 
 
 def join_products(module: fx.GraphModule) -> None:
-    """Replace products of a row with matrices by the operator that reads them together."""
+    """Replace products of a row with matrices by the operator that reads them together, and
+    those of few rows with a quantised one by ours."""
     sharing: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
-        if node.target is LINEAR and _is_served(*_arguments(node)):
+        if node.target is not LINEAR:
+            continue
+        if _is_served(*_arguments(node)):
             sharing[node.args[0]].append(node)
+        elif _is_served_quantised(*(part.meta.get("example_value") for part in node.args[:2])):
+            node.target = multiply
     for nodes in sharing.values():
         _join(module.graph, nodes)
     module.graph.lint()
@@ -75,6 +105,20 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
+def _is_served_quantised(x: object, weight: object = None) -> bool:
+    """Whether these are few rows and a matrix of codes that our kernel reads."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or x.numel() > FEW * x.shape[-1]:
+        return False
+    if (matrix := read(weight)) is None:
+        return False
+    return _kernel_of_codes(x, matrix.codes) is not QUANTISED[-1]
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of few rows with a weight that `read` knows."""
+    return torch.ops.hfsparse.quantised(x, *read(weight), bias)
+
+
 def _kernel(x: Tensor, weight: Tensor) -> Kernel:
     return pick(PRODUCTS, Need(x.device, x.dtype, x.shape[-1], len(weight)))
 
@@ -89,6 +133,30 @@ torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor",
 )
+
+
+def _kernel_of_codes(x: Tensor, codes: Tensor) -> Kernel:
+    grad = torch.is_grad_enabled() and x.requires_grad
+    return pick(QUANTISED, Need(x.device, x.dtype, *codes.shape, grad=grad, codes=codes.dtype))
+
+
+def _quantised(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    return _kernel_of_codes(x, codes).run(x, Quantised(codes, scale, zero), bias)
+
+
+torch.library.custom_op(
+    "hfsparse::quantised",
+    _quantised,
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
+)
+
+
+@torch.library.register_fake("hfsparse::quantised")
+def _(x, codes, *rest):
+    return x.new_empty(*x.shape[:-1], len(codes))
 
 
 @torch.library.register_fake("hfsparse::products")

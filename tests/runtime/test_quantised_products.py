@@ -1,0 +1,100 @@
+"""Quantised weights in recorded steps: which formats are read, as what, and when ours is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hfsparse import kernels
+from hfsparse.kernels import plain
+from hfsparse.kernels.codes import read
+from hfsparse.runtime.graphs import products
+
+ao = pytest.importorskip("torchao.quantization")
+
+
+def by_config(config):
+    def quantise(layer: nn.Linear) -> None:
+        ao.quantize_(layer, config)
+
+    return quantise
+
+
+KINDS = {
+    "int8": by_config(ao.Int8WeightOnlyConfig()),
+    "int8 by groups": by_config(ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(64))),
+    "int8 of a matrix": by_config(ao.Int8WeightOnlyConfig(granularity=ao.PerTensor())),
+    "fp8": by_config(ao.Float8WeightOnlyConfig()),
+    "fp8 by groups": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerGroup(64))),
+    "fp8 of a matrix": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerTensor())),
+}
+OTHERS = {
+    "plain": lambda layer: None,
+    "int8 activations": by_config(ao.Int8DynamicActivationInt8WeightConfig()),
+}
+
+
+def block(quantise) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 8)).bfloat16()
+    quantise(made[0])
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Rows of each product that ours was asked for."""
+    asked = []
+
+    def run(x, codes, bias):
+        asked.append(x.numel() // x.shape[-1])
+        return plain.quantised(x, codes, bias)
+
+    row = kernels.Kernel("any", run, lambda need: None)
+    monkeypatch.setattr(products, "QUANTISED", (row, kernels.QUANTISED[-1]))
+    return asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_those_of_torchao(kind):
+    weight = block(KINDS[kind])[0].weight
+    assert torch.equal(read(weight).numbers(), weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
+    model, x = block(KINDS[kind]), torch.randn(2, 1, 128).bfloat16()
+    want = plain.quantised(x, read(model[0].weight), model[0].bias)
+    want = model[1:](want)
+    with torch.no_grad():
+        with products.OwnProducts():
+            assert torch.equal(model(x), want)
+        assert asked == [2]
+        torch.compiler.reset()
+        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), want)
+        assert asked == [2, 2]
+
+
+def backend(module, inputs):
+    products.join_products(module)
+    return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+
+@pytest.mark.parametrize("kind", ["int8", *OTHERS])
+def test_all_else_is_pytorchs(kind, asked):
+    model, rows = block({**KINDS, **OTHERS}[kind]), 9 if kind == "int8" else 1
+    x = torch.randn(rows, 128).bfloat16()
+    with torch.no_grad():
+        want = model(x)
+        with products.OwnProducts():
+            assert torch.equal(model(x), want)
+    assert not asked
+
+
+def test_no_kernel_of_ours_serves_a_cpu():
+    model, x = block(KINDS["int8"]), torch.randn(1, 128).bfloat16()
+    with torch.no_grad(), products.OwnProducts():
+        got = model(x)
+    assert torch.equal(got, model(x))
