@@ -7,15 +7,17 @@ bfloat16 (`torch.set_float32_matmul_precision`, `allow_tf32`). What is chosen de
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
 
+_may_cast = cache(torch.amp.is_autocast_available)
+
 
 def casts(kind: str) -> bool:
     """Whether autocast is on for devices of a kind."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _may_cast(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -223,7 +223,7 @@ def ask_decode(model, names, ids, values, arms, note) -> None:
         cache = DynamicCache()
         for at in range(0, ids.shape[1] - 1, CHUNK):
             read(model, ids[:, at : min(at + CHUNK, ids.shape[1] - 1)], cache)
-        dense = [layer.tensors() for layer in cache.layers]
+        dense = [layer.stores[0].held() for layer in cache.layers]
     for arm, plan in todo.items():
         with hfsparse.patch(model, plan) as handle, torch.inference_mode():
             cache = filled(model, dense, ids.shape[1] - 1)

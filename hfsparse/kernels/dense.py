@@ -66,4 +66,4 @@ def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **kw) -> Tensor:
     out = scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kw)
-    return out.to(v.dtype)  # autocast may give another
+    return out if out.dtype == v.dtype else out.to(v.dtype)  # autocast may give another

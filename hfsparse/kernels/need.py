@@ -31,6 +31,7 @@ class Need(NamedTuple):
     packed: bool = False  # some keys of the cache lie in fewer bits
     hosted: bool = False  # some keys of the cache lie in host memory
     pooled: bool = False  # rows lie in the pages of a pool
+    prompt: bool = False  # append: not a step's tokens, but those of rows without a past
     slots: int = 0  # of the hot set that keys are fetched into
     chooser: Any = None  # the pattern or selector that is to choose
     index_dtype: torch.dtype | None = None  # of what a selector reads of the cache; None: as q

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfsparse.lists import Band
-from hfsparse.lists.lengths import Lengths
+from hfsparse.lists.lengths import Lengths, on_device
 
 T = TypeVar("T")
 
@@ -58,6 +58,21 @@ class NewTokens:
         if key not in self._made:
             self._made[key] = make(self, *given)
         return self._made[key]
+
+    @property
+    def prompt(self) -> bool:
+        """Whether no row has a past."""
+        return not self.lengths.behind
+
+    @classmethod
+    def of_prompt(cls, lengths: Lengths, device: torch.device) -> NewTokens:
+        """Of rows without a past, on a device; made once for all layers."""
+        if device not in lengths.prompts:
+            length = on_device(lengths.rows, device)
+            at = torch.arange(lengths.columns, device=device)
+            query_pos = torch.where(at < length[:, None], at, -1)
+            lengths.prompts[device] = cls(lengths, length, query_pos)
+        return lengths.prompts[device]
 
     def ring(self, sink: int, size: int) -> Tensor:
         """[B, sink + size] position held by each slot of such a ring, -1 for none."""

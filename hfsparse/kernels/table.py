@@ -17,7 +17,7 @@ SELECT(selector, q, index, length, scale, heads, below, choice, read) -> PageLis
     is kept. choice: the rows' last one, which is renewed where it is due. read [Hkv] int64: by how
     many keys the lists hold, it is raised.
 APPEND(k, v, into, new) -> None
-    A step's new tokens into all stores of a layer; there is room for them.
+    New tokens into all stores of a layer, a step's or a prompt's; there is room for them.
 FETCH(hot, lists, length, read) -> PageLists
     As `fetch.fetch`: of a store whose keys lie in host memory, before a step reads it.
 COUNT(lists) -> Tensor [B, H]
@@ -155,7 +155,7 @@ def _triton_by_store(
 
 
 def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
-    _module("triton.append").append(k, v, into, new.query_pos)
+    _module("triton.append").append(k, v, into, new.query_pos, new.prompt)
     for part in into.parts:
         if part.packed is not None:
             into_pages = part if part.hot is None else part._replace(packed=part.hot.pages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Lengths:
         self.longest = max(self.rows)
         self.behind = any(past)  # some row has a past
         self.padded = min(new) < columns
+        self.prompts: dict[torch.device, Any] = {}  # where they are prompts: as kernels take them
 
     @classmethod
     def of(cls, starts: Sequence[int] | None, before: int, columns: int, batch: int) -> Lengths:

@@ -134,6 +134,14 @@ class Places(NamedTuple):
         """Whether some keys lie in host memory."""
         return any(part.hot is not None for part in self.parts)
 
+    def takes(self, tokens: int) -> bool:
+        """Whether a kernel alone can store prompts of so many tokens: each of them has a slot that
+        is its own, and no index but minima and maxima follows."""
+        return not (self.packed or self.hosted or self.drops) and all(
+            part.follow is None and (not part.size or tokens <= part.band.sink + part.size)
+            for part in self.parts
+        )
+
     @property
     def long(self) -> int:
         """Heads that may read many pages: those without a band, if there are any."""

@@ -25,7 +25,8 @@ from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.kept import Full
-from hfsparse.runtime.cache.layer import NOTHING, CacheLayer
+from hfsparse.runtime.cache.held import NOTHING
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.layout import lay_out, lay_out_chunks
 from hfsparse.stats import LayerStats, Stats, Work

@@ -18,7 +18,7 @@ from hfsparse.patcher.explain import explain
 from hfsparse.patcher.install import unpatch
 from hfsparse.patcher.state import State
 from hfsparse.patcher.supported import Handle
-from hfsparse.runtime.cache.layer import NOTHING
+from hfsparse.runtime.cache.held import NOTHING, Held
 from hfsparse.stats import LayerStats, Stats, Work
 
 
@@ -63,7 +63,7 @@ class Patched(Handle):
             LayerStats(state_bytes=n) for _, n in zip(state.plan.layers, states, strict=False)
         ]
         for at, layer in enumerate(state.layers):
-            held = state.held[at] if state.held else NOTHING
+            held = Held.together(state.held[at]) if state.held else NOTHING
             pairs, blocks = layer.counts.work()
             layers[layer.index] = LayerStats(
                 pairs,

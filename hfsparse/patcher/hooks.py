@@ -19,7 +19,8 @@ from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
 from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Batch
-from hfsparse.runtime.cache.layer import CacheLayer, Held
+from hfsparse.runtime.cache.held import Held, Later
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave, running
 from hfsparse.runtime.masks import NAME
@@ -147,10 +148,10 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if state.graphs.why is None and state.graphs.held() is layers[0]:
         return  # a replay, which writes into the same tensors
     state.graphs.held = weakref.ref(layers[0])
-    held: dict[int, list[Held]] = {layer.index: [] for layer in state.layers}
+    held: dict[int, list[Held | Later]] = {layer.index: [] for layer in state.layers}
     for layer in layers:
-        held[layer.index].append(layer.held())
-    state.held = [Held.together(parts) for parts in held.values()]
+        held[layer.index].append(layer.outline())
+    state.held = [*held.values()]
     linear = state.graphs.linear
     state.states = [state_bytes(layer) for layer in cache.layers] if linear else []
 

@@ -18,7 +18,7 @@ from hfsparse.patcher.exact import Exact
 from hfsparse.patcher.supported import check_model
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Pool
-from hfsparse.runtime.cache.layer import Held
+from hfsparse.runtime.cache.held import Held, Later
 from hfsparse.runtime.graphs import Graphs
 from hfsparse.runtime.layer_plan import LayerPlan, layer_plans_of
 from hfsparse.runtime.parts import ContextParallel
@@ -76,7 +76,7 @@ class State:
     hooks: list[Any] = field(default_factory=list)
     forward: Callable | None = None  # the model's, where it was not its class's
     # After the last call that had a cache: what each layer of it holds, and the columns it saw.
-    held: list[Held] = field(default_factory=list)
+    held: list[list[Held | Later]] = field(default_factory=list)
     seen: int = 0
     states: list[int] = field(default_factory=list)  # bytes of each layer's state beside these
     # Of continuous batching: its managers, and the pool that each of its caches is.

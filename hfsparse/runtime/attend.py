@@ -25,6 +25,7 @@ from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
+from hfsparse.runtime.plain import plain_prompt
 from hfsparse.runtime.prefill import prefill
 from hfsparse.runtime.rows import device_guard
 
@@ -36,10 +37,10 @@ def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tens
         if layer_plan is not None and layer_plan.mode.fusing:
             more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
             return torch.ops.hfsparse.step(query, key, value, layer_plan.index, *more), None
+        return attend_apart(module, query, key, value, attention_mask, **kwargs)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.compiler.disable  # a graph break a layer; traced, its Python takes longer than it saves
 def attend(
     module,
     query: Tensor,
@@ -57,12 +58,19 @@ def attend(
 
     Returns `[B, Q, Hq, Dv]`.
     """
+    layer_plan = layer_plan_of(module)
+    if (plain := plain_prompt(layer_plan)) is not None:
+        others = attention_mask, sliding_window, softcap, s_aux, kwargs.get("cu_seq_lens_q")
+        if not dropout and all(x is None for x in others):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = plain.attend(running(), layer_plan, query, key, value, scale)
+            if out is not None:
+                return out.transpose(1, 2).contiguous(), None
     if casts(kind := query.device.type):  # nothing inside may change its type
         more = scaling, dropout, sliding_window, softcap, s_aux
         cast = autocast(query, key, value)
         with torch.autocast(kind, enabled=False):
             return attend(module, *cast, attention_mask, *more, **kwargs)
-    layer_plan = layer_plan_of(module)
     if layer_plan is None:
         raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
@@ -71,7 +79,9 @@ def attend(
     call = call_of(layer_plan.owner)
     if call.drafts and layer_plan.draft is not None:
         layer_plan = layer_plan.draft
-    last, attention_mask = call.once(split_mask, attention_mask)
+    last = None
+    if attention_mask is not None:
+        last, attention_mask = call.once(split_mask, attention_mask)
     packed = kwargs.get("cu_seq_lens_q") is not None and call.batch is None
     refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, packed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -87,10 +97,11 @@ def attend(
     if producer is not None and layer is not None:  # the producer may lie on another device
         query, key, value = (t.to(layer.device) for t in (query, key, value))
     if layer is not None:  # perhaps it was filled under autocast, or before
-        k, v = layer.tensors()
-        query, key, value = query.to(k.dtype), key.to(k.dtype), value.to(v.dtype)
+        kind, kind_of_values = layer.types
+        if (query.dtype, key.dtype, value.dtype) != (kind, kind, kind_of_values):
+            query, key, value = query.to(kind), key.to(kind), value.to(kind_of_values)
         if layer.rank:
-            latents = Latents(module, *(t.to(k.dtype) for t in call.given))
+            latents = Latents(module, *(t.to(kind) for t in call.given))
     observe = layer_plan.mode.observe
     watch = observe and observe(module, query, key, value, logits)
     given = attention_mask, query, key, value, logits, latents
@@ -108,7 +119,12 @@ def attend(
         out = shift_rows(out, -layer_call.pads)
     if last is not None:
         read_blocks(query, key, value, last, layer_plan.window, logits, out)
-    return out.transpose(1, 2).contiguous().to(place, dtype), None
+    out = out.transpose(1, 2).contiguous()
+    return (out if (out.device, out.dtype) == (place, dtype) else out.to(place, dtype)), None
+
+
+# A graph break a layer: traced, its Python takes longer than it saves.
+attend_apart = torch.compiler.disable(attend)
 
 
 def decode_step(layer_call: LayerCall) -> Tensor:

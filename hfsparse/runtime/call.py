@@ -40,6 +40,7 @@ class Call:
         self.taken: dict[int, CacheLayerMixin] = {}
         self.gathered: dict[int, list[tuple[Tensor, Tensor, Grid | None]]] = {}
         self.batch: Any = None  # a `batch.Batch`, where requests are read side by side
+        self.plain: Any = None  # a `plain.PlainPrompt`, where one layer has read one
         # Where a decode step is recorded: attention of a layer, `(index, q, k, v, logits)`.
         self.recorded: Callable[..., Tensor] | None = None
         self.starts: dict[Tensor, tuple[int, ...]] = {}  # masks `[B, 1, 1, 1]`, and what they hold

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -70,17 +71,17 @@ class LayerPlan:
     at: HeadIndex
     mode: Mode
 
-    @property
+    @cached_property
     def sliding_window(self) -> int | None:
         """What the model's calls say of it: nothing of chunks."""
         return None if self.chunked else self.window
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Of the latents that its cache holds (MLA); 0: it holds keys and values."""
         return self.groups[0].rank
 
-    @property
+    @cached_property
     def key_heads(self) -> int:
         """Heads of the keys that attention is given: latents are expanded for each q head."""
         return self.counts.q_heads if self.rank else self.kv_heads
@@ -104,6 +105,21 @@ class LayerPlan:
     def hosts(self) -> bool:
         """Whether some kv heads keep their keys in host memory."""
         return any(group.hot for group in self.groups)
+
+    @cached_property
+    def may_wait(self) -> bool:
+        """Whether prompts may wait before they are stored: not where an eviction ranks keys by
+        their queries, nor where host memory takes them."""
+        return not any(group.eviction or group.hot for group in self.groups)
+
+    @cached_property
+    def plain_cases(self) -> frozenset[tuple[bool, bool]]:
+        """The cases of `cases` in which all heads read every key, and nothing else is to be done
+        for a prompt."""
+        own = self.window is None and self.producer is None and self.extension is None
+        own = own and self.context is None and not self.rank and self.may_wait
+        cases = self.cases.items() if own else ()
+        return frozenset(case for case, routes in cases if routes.listed is None)
 
     @property
     def evicting(self) -> int:
@@ -206,8 +222,7 @@ def observed(model: nn.Module, observe: Callable) -> Iterator[None]:
         mode.observe = None
 
 
-@dataclass(frozen=True)
-class Logits:
+class Logits(NamedTuple):
     """How a model turns q · k into logits."""
 
     scale: float
@@ -223,7 +238,7 @@ class Logits:
 
     def part(self, low: int) -> Logits:
         """Of the keys from position `low` on, a part of a row: sink logits count once."""
-        return replace(self, s_aux=None) if low else self
+        return self._replace(s_aux=None) if low else self
 
     @property
     def special(self) -> bool:

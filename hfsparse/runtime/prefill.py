@@ -15,6 +15,7 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
+from hfsparse.runtime.plain import PlainPrompt, kind_of
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes, heads_of
 from hfsparse.runtime.rows import new_output
 
@@ -37,13 +38,37 @@ def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
     if lengths.behind:  # by the last queries of a prompt alone
         k, v = k[:, :, : lengths.longest], v[:, :, : lengths.longest]
     out = read(layer_call, layout, layer_plan.cases, k, v)
-    for store in () if layer is None or reads else layer.stores:
+    if layer is None or reads:
+        return out
+    if layer_plan.may_wait and layer.put_off(*layer_call.kept, lengths):
+        _note_plain(layer_call, layout)
+        return out
+    for store in layer.stores:
         kept = layer_call.kept
         if len(layer.stores) > 1:
             at = layer_plan.at(store.group.heads, k.device)
             kept = (t[:, at] for t in kept)
         _keep(layer_call, store, *kept)
     return out
+
+
+def _note_plain(layer_call: LayerCall, layout: Layout) -> None:
+    """Have other layers of the call read the prompt as this one has, where that was plain."""
+    call, q, k, v = layer_call.call, layer_call.q, layer_call.k, layer_call.v
+    group, special = layout.groups[0], layer_call.lengths.padded or layer_call.logits.special
+    case = group.short, group.kept
+    if call.plain is not None or special or case not in layer_call.layer_plan.plain_cases:
+        return
+    if group.whole and group.skip is None and not call.drafts:
+        kernel = pick(call.tables.prefill, need_of(q, k, v, None, group.grid, False))
+        what = kind_of(q, k, v), case, layer_call.lengths, group.grid, group.work, kernel
+        call.plain = PlainPrompt(*what)
+
+
+def need_of(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, grid: Grid, skips: bool) -> Need:
+    """What a kernel is asked for that reads queries over the keys of a grid."""
+    asked = {"block": grid.block, "tokens": grid.Sk, "skip": skips}
+    return Need.of(q, k, v, sinks, **asked, plain=not (grid.padded or grid.past))
 
 
 def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> None:
@@ -152,13 +177,7 @@ class Part:
         """Each head by its route; `[B, H, Q, Dv]`."""
         grid, logits, at = self.grid, self.layer_call.logits, self.layer_call.layer_plan.at
         skips = self.group.skip is not None
-        need = Need.of(
-            *(self.q, self.k, self.v, logits.s_aux),
-            block=grid.block,
-            tokens=grid.Sk,
-            plain=not (grid.padded or grid.past),
-            skip=skips,
-        )
+        need = need_of(self.q, self.k, self.v, logits.s_aux, grid, skips)
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
         # Nor does it count the pairs that are read where keys were dropped.
         easy = grid.window is None and grid.key_first is None and not logits.special

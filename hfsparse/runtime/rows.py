@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 
 NO_GUARD = nullcontext()
+_devices = cache(torch.cuda.device_count)
 
 
 def device_guard(t: Tensor) -> AbstractContextManager:
     """Its device as the current one: Triton launches there (a model may lie on several)."""
-    return torch.cuda.device(t.device) if t.is_cuda else NO_GUARD
+    return torch.cuda.device(t.device) if t.is_cuda and _devices() > 1 else NO_GUARD
 
 
 def new_output(q: Tensor, v: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def test_nothing_private_of_the_product_is_used(file):
 CASES = (
     "decode --shape tiny --lengths 600 --tokens 12 --rounds 1",
     "ttft --shape tiny --lengths 600 --repeat 1",
+    "short_prompts --shape tiny --lengths 100 --rounds 1",
     "memory --shape tiny --lengths 600",
     "million --shape tiny --out OUT --tokens 2000 --new 12 --dense 600 --warm 300,200 --no-fused",
     "cpu_reference --lengths 256 --runs 1",

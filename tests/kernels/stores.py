@@ -43,16 +43,18 @@ def decode_by_store(q, k, v, query_pos, pages, length, band, pool, **more) -> Te
     return kernels.DECODE[-1].run(q, held, new, [pages], **more)
 
 
-def append(*, k, v, into_k, query_pos, into_v=None, sink=0, size=0, low=None, high=None) -> None:
+def append(
+    *, k, v, into_k, query_pos, into_v=None, sink=0, size=0, low=None, high=None, prompt=False
+) -> None:
     """`triton.append.append`; without `into_v` values are the first dims of keys."""
     from hfsparse.kernels.triton import append as triton_append
 
     into_v = into_k[..., : v.shape[3]] if into_v is None else into_v
     into = one(into_k, into_v, Band(sink) if size else FULL, size, low=low, high=high)
-    triton_append.append(k, v, into, query_pos)
+    triton_append.append(k, v, into, query_pos, prompt)
 
 
 def append_store(*, store, k: Tensor, v: Tensor, query_pos: Tensor) -> None:
     """A step's tokens into a store of a cache's layer, as the tables have Triton do it."""
     into = places.Table().places([store.place()])
-    kernels.APPEND[0].run(k, v, into, SimpleNamespace(query_pos=query_pos))
+    kernels.APPEND[0].run(k, v, into, SimpleNamespace(query_pos=query_pos, prompt=False))

@@ -88,7 +88,8 @@ def layer_of(groups, past, k, v, below) -> CacheLayer:
     layer = CacheLayer("plan", groups, below[0], read_below=below[1])
     with patch.object(host, "why_not", lambda device: None):  # keys may be held by a CPU, too
         layer.lazy_initialization(k, v)
-    for store in layer.stores:
+        stores = layer.stores
+    for store in stores:
         at = list(store.group.heads)
         given = k[:, at], v[:, at], Lengths([0] * len(past), past, max(past))
         if store.group.eviction is None:

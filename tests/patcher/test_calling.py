@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 import hfsparse
 from hfsparse.errors import PatchError
+from hfsparse.runtime.cache import layer as cache_layer
 from hfsparse.runtime.cache.ring import SLACK, Ring
 from tests.patcher.families import (
-    LAYERS,
     SIZES,
     fresh,
     full,
@@ -29,8 +29,9 @@ from tests.patcher.families import (
     tiny,
     tokens,
 )
-from tests.patcher.runs import close, far, forward, generate, same_generation
+from tests.patcher.runs import close, continue_with, far, forward, generate, same_generation
 from tests.patcher.test_generation import checkpointing
+from tests.patcher.test_saved import same_bits
 from tests.patcher.test_undo import trace
 
 PACKED = torch.cat([torch.arange(25), torch.arange(35)])[None]
@@ -55,13 +56,9 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("plan", "more"),
-    [(full, 2), (partial(streaming, below=(9999,) * 3), 16)],
-    ids=["full", "below"],
-)
-def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan, more):
-    """No lists, grids or counts a layer: the cache's stores alone, where there is one."""
+@pytest.mark.parametrize("plan", [full, partial(streaming, below=(9999,) * 3)])
+def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan):
+    """In no layer more: no lists, grids or counts, and no more copies than the stock cache."""
     model, ids = fresh("llama").eval(), tokens(1, 128)
     model.set_attn_implementation("sdpa")
 
@@ -74,7 +71,37 @@ def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan, mo
     stock = counted(False), counted(True)
     with hfsparse.patch(model, plan(model)):
         assert counted(False) <= stock[0] + 3
-        assert counted(True) <= stock[1] + 3 + more * LAYERS
+        assert counted(True) <= stock[1] + 3
+
+
+LATER = {  # new tokens of the next call, and what is done to the cache before
+    "a step": (1, lambda cache: None),
+    "a chunk": (20, lambda cache: None),
+    "a crop": (1, lambda cache: cache.crop(-3)),
+    "other rows": (1, lambda cache: cache.batch_select_indices(torch.tensor([0, 0]))),
+    "a copy": (1, lambda cache: copy.deepcopy(cache)),
+}
+
+
+@pytest.mark.parametrize("below", [0, 60, 9999])
+@pytest.mark.parametrize("what", LATER)
+def test_a_prompt_that_waits_is_stored_as_one_that_does_not(what, below, monkeypatch):
+    """Bit by bit, however it goes on; rows lie on both sides of `below`, and one passes it."""
+    model, found, (new, change) = fresh("llama"), [], LATER[what]
+    for short in (cache_layer.SHORT, 0):
+        monkeypatch.setattr(cache_layer, "SHORT", short)
+        ids, mask = left_padded(70, pads=(0, 13))
+        with hfsparse.patch(model, mixed(model, below=(below,) * 3)) as handle:
+            cache = forward(model, ids, mask).past_key_values
+            seen = [handle.stats().kv_bytes]
+            cache = change(cache) or cache
+            mask = mask[:, : cache.get_seq_length()]
+            mask = mask[:1].expand(2, -1) if what == "other rows" else mask
+            for n in (new, 1, 1, 1):
+                mask = continue_with(ids, mask, n)
+                seen.append(forward(model, tokens(2, n, seed=n), mask, cache).logits)
+            found.append([*seen, *handle.stats().layers, *(x.state() for x in cache.layers)])
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
 
 
 # -- a cache where the model itself keeps one -----------------------------------------------------

@@ -149,7 +149,7 @@ def test_under_autocast_pages_are_packed_in_its_type():
             out = forward(model, ids)
             found.append(forward(model, ids[:, :3], cache=out.past_key_values).logits)
         layer = out.past_key_values.layers[0]
-        assert layer.tensors()[0].dtype == torch.bfloat16
+        assert layer.stores[0].k.dtype == torch.bfloat16
     assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.02
 
 

@@ -115,7 +115,7 @@ def same_bits(got, want) -> bool:
 def plain(x) -> dict:
     """What an object has, tensors and other objects by their kind; room that is left is its own."""
     kinds = (bool, int, float, str, list, tuple)
-    held = {name: v for name, v in vars(x).items() if name not in ("reserve", "stores")}
+    held = {name: v for name, v in vars(x).items() if name not in ("reserve", "sizes", "_stores")}
     return {name: v if isinstance(v, kinds) else type(v) for name, v in held.items()}
 
 
@@ -383,7 +383,7 @@ def test_each_layer_is_loaded_where_the_models_layer_runs(kept, monkeypatch):
         second = [*model.model.layers[1].modules()]
         meta, cpu = torch.device("meta"), torch.device("cpu")
         monkeypatch.setattr(saved, "device_of", lambda m: meta if m in second else cpu)
-        found = [layer.tensors()[0].device.type for layer in handle.load(kept).layers]
+        found = [layer.stores[0].k.device.type for layer in handle.load(kept).layers]
         assert found == ["cpu", "meta", "cpu"]
 
 

@@ -1,11 +1,11 @@
-"""A decode step's new tokens into all stores of a layer's cache, in one Triton launch.
+"""A step's new tokens, or a prompt's, into all stores of a layer's cache, in one Triton launch.
 
 The fast form of `Full.append` and `Ring.append` where the stores have room already. What changes
 from step to step, the positions, is read on the device: a step can be captured as a CUDA graph,
 and a new length compiles nothing. A program serves one kv head and a part of its channels. Bound
 by latency: of old keys it reads those of a page, or of a smaller span, that new ones join, to renew
-its minima and maxima, and nothing that the same launch writes. At most 16 new tokens a row; no
-gradients.
+its minima and maxima, and nothing that the same launch writes. At most 16 new tokens a row, or a
+prompt of a program a page; no gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hfsparse.lists.places import Places
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-QUERIES = 16  # new tokens of a row, at most
+QUERIES = 16  # new tokens of a step's row, at most
 WIDE = 64  # channels of a program
 
 
@@ -53,23 +53,27 @@ def why_not(need: Need) -> str | None:
     if need.packed and max(need.head_dim, need.value_dim) > WIDEST_STORED:
         dims = f"head dim {need.head_dim}, value dim {need.value_dim}"
         return f"{dims}: at most {WIDEST_STORED} is supported in fewer bits"
+    if need.prompt and not need.plain:
+        return "a prompt that is packed, lies in host memory, passes a ring or has a PyTorch index"
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
-def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
+def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor, prompt: bool = False) -> None:
     """Store new tokens k `[B, Hkv, Q, D]`, v `[B, Hkv, Q, Dv]` where each kv head has its own.
 
     query_pos [B, Q]: each token's position, rising by one along a row; -1, behind the others,
     where a row has none: it is not stored. Of tokens that share a ring's slot the newest is stored,
     nothing beyond a store's last slot. Minima and maxima of the spans with new tokens are renewed,
-    over what the rows now hold.
+    over what the rows now hold. prompt: the first is at position 0, no two share a slot, and there
+    may be more than 16.
     """
     B, H, Q, D = k.shape
     Dv = v.shape[3]
-    if not 0 < Q <= QUERIES:
-        raise ValueError(f"{Q} new tokens: 1 to {QUERIES} are supported")
+    if not 0 < Q <= QUERIES and not prompt:
+        raise ValueError(f"{Q} new tokens: 1 to {QUERIES} are supported behind a past")
+    rows = min(triton.next_power_of_2(Q), PAGE)
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
-    _append[(B * H, triton.cdiv(max(D, Dv), WIDE))](
+    _append[(B * H, triton.cdiv(max(D, Dv), WIDE), triton.cdiv(Q, rows))](
         *(k, v, into.k, into.v, into.cells, query_pos.contiguous()),
         *(s for t in (k, v) for s in t.stride()[:3]),
         *(H, Q),
@@ -77,7 +81,7 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor) -> None:
         DV=Dv,
         STEP=into.value_step,
         WIDE=WIDE,
-        ROWS=triton.next_power_of_2(Q),
+        ROWS=rows,
         PAGE=PAGE,
         UNIT=into.unit,
         SUMMARIES=into.summaries,
@@ -97,7 +101,7 @@ def _append(
 ):  # fmt: skip
     await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
-    row, lane = tl.arange(0, ROWS), tl.arange(0, PAGE)
+    row, lane = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAGE)
     at = tl.load(QUERY_POS + b * Q + row, mask=row < Q, other=-1).to(tl.int32)
     if DROPS:
         at = tl.where(at < 0, at, at - lost_by(TABLE, h, b))

@@ -9,80 +9,42 @@ left padding takes no room, and a row's history never depends on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hfsparse.errors import CacheError
-from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
+from hfsparse.kernels import Need, pick
+from hfsparse.kernels.positions import NewTokens
+from hfsparse.lists import FAR, FULL, HeadIndex
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places, Table
+from hfsparse.precision import without_autocast
 from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.held import Held, Later
 from hfsparse.runtime.cache.host import HostFull, HostPacked
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import Ring
-from hfsparse.runtime.call import running
-from hfsparse.stats import Work
+from hfsparse.runtime.call import running, tables
+from hfsparse.runtime.rows import device_guard
 
+SHORT = 2048  # tokens of a prompt that waits, over all rows: others are the GPU's time
 DEFAULT = (
     "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8"
 )
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a layer's cache takes, to be told later without it: no buffer moves until it is noted
-    again, and rows grow into the room that there is."""
+class Prompt(NamedTuple):
+    """Keys and values `[B, H, Q, D]` of rows without a past."""
 
-    # kv heads, bytes, tokens that there is room for (None: a ring, whose slots serve again), how
-    # many every row lacks, the bytes that are there for any number of them, and those in the host's
-    # memory, which are in no other number
-    stores: list[tuple[tuple[int, ...], int, int | None, int, int, int]]
-    column: int  # bytes of one column of the stock cache, over all rows and heads
-    window: int | None
-
-    @classmethod
-    def together(cls, parts: Sequence[Held]) -> Held:
-        """Of a layer that runs several times a call, each time with a cache of its own."""
-        if len(parts) < 2:
-            return parts[0] if parts else NOTHING
-        stores = [store for part in parts for store in part.stores]
-        return cls(stores, sum(part.column for part in parts), parts[0].window)
-
-    def bytes(self, kv_heads: int) -> list[int]:
-        """By kv head, as allocated."""
-        return self._each(kv_heads, lambda size, *room: size)
-
-    def outside(self, kv_heads: int) -> list[int]:
-        """Bytes in host memory by kv head, as allocated."""
-        return self._each(kv_heads, lambda *of: of[-1])
-
-    def work(self, kv_heads: int, seen: int) -> Work:
-        """By kv head, of `seen` columns: bytes of the pages that hold some, indexes and rings
-        included; and of the stock cache, which keeps all, or as many as the model's window."""
-
-        def part(size: int, room: int | None, lacks: int, fixed: int, outside: int) -> int:
-            pages = -(-max(seen - lacks, 0) // PAGE) * PAGE
-            return fixed + (size - fixed) * min(pages, room) // room if room else size
-
-        used = self._each(kv_heads, part)
-        return Work(used, [self.column * min(seen, self.window or FAR) // kv_heads] * kv_heads)
-
-    def _each(self, kv_heads: int, part: Callable[..., int]) -> list[int]:
-        found = [0] * kv_heads
-        for heads, *held in self.stores:
-            for head in heads:
-                found[head] += part(*held) // len(heads)
-        return found
-
-
-NOTHING = Held([], 0, None)  # of a layer that reads another's, or before any is there
+    k: Tensor
+    v: Tensor
+    lengths: Lengths
 
 
 class CacheLayer(CacheLayerMixin):
@@ -107,21 +69,40 @@ class CacheLayer(CacheLayerMixin):
         self.owner, self.index = owner, index
         self.window = window  # the model's own sliding window
         self.expected = expected  # columns of the whole prompt, when it comes in chunks
-        self.stores = [_store_of(group, reserve, read_below, below) for group in groups]
+        self.groups, self.sizes = groups, (below, reserve, read_below)
+        # Stores are made when they are asked for, of such keys and values; a prompt may wait that
+        # none of them has yet.
+        self._stores: list[Full | Ring] | None = None
+        self._like: tuple[Tensor, Tensor] | None = None
+        self._prompt: Prompt | None = None
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
         self.stored = 0  # of these, how many came in calls that ran to their end
         self.rows: list[int] = []  # tokens in each row
         self.device: torch.device | None = None
+        self.types: tuple[torch.dtype, ...] = ()  # of keys and values
         self.is_initialized = False
+
+    @property
+    def stores(self) -> list[Full | Ring]:
+        """Its stores, which have all that it was given: a prompt that waited is stored now."""
+        if self._stores is None:
+            self._stores = [_store_of(group, *self.sizes) for group in self.groups]
+        if self._like is not None:
+            for store in self._stores:
+                store.create(*self._like)
+            self._like = None
+        if self._prompt is not None:
+            self._store(*self._prompt)
+            self._prompt = None
+        return self._stores
 
     # -- what transformers calls ----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.rows = [0] * key_states.shape[0]
-        for store in self.stores:
-            store.create(key_states, value_states)
+        self.rows, self.types = [0] * key_states.shape[0], (key_states.dtype, value_states.dtype)
+        self._like = key_states, value_states
         self.device, self.is_initialized = key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -233,6 +214,7 @@ class CacheLayer(CacheLayerMixin):
                 store.slack = max(store.slack, tokens)
 
     def reset(self) -> None:
+        self._prompt = None
         self.seen = self.stored = self.expected = 0
         self.rows = [0] * len(self.rows)
         self._forget()
@@ -262,6 +244,34 @@ class CacheLayer(CacheLayerMixin):
 
     # -- what the attention function calls -------------------------------------------------------
 
+    def put_off(self, k: Tensor, v: Tensor, lengths: Lengths) -> bool:
+        """Whether a prompt is kept as it came until stores are asked for: a short one of a new
+        cache, whose time is the host's. Where no call goes on from it, nothing is made of it."""
+        if self._stores is not None or k.requires_grad or v.requires_grad:
+            return False
+        if len(self.rows) * lengths.columns > SHORT or self.expected > self.seen:
+            return False
+        k = k.clone()
+        self._prompt = Prompt(k, k[..., : self.rank] if self.rank else v.clone(), lengths)
+        self._like = self._prompt[:2]
+        return True
+
+    @without_autocast
+    def _store(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
+        """Have all stores take a prompt."""
+        if len(self._stores) == 1 and self.groups[0].selector is None:  # two copies do
+            self._stores[0].append(k, v, lengths)
+            return
+        for store in self._stores:
+            store.room(lengths.past, lengths.rows)
+        into = self.table.places([store.place() for store in self._stores])
+        asked = {"packed": into.packed, "prompt": True, "plain": into.takes(lengths.longest)}
+        append = pick(tables().append, Need.of(k, into.k, into.v, v, **asked))
+        with device_guard(k):
+            append.run(k, v, into, NewTokens.of_prompt(lengths, k.device))
+            for store in self._stores:
+                store.settle(lengths.rows)
+
     def room(self, past: Sequence[int], rows: Sequence[int]) -> Places:
         """Make room for rows that grow from `past` to `rows` tokens; where each head's keys lie."""
         for store in self.stores:
@@ -282,10 +292,6 @@ class CacheLayer(CacheLayerMixin):
         """Whether some of its keys lie in host memory."""
         return any(store.group.hot for store in self.stores)
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first store, as they lie: shape, type and device of all."""
-        return self.stores[0].k, self.stores[0].v
-
     def bytes(self) -> int:
         """Bytes allocated for keys, values, indexes and choices, without those of the host."""
         return sum(t.nbytes for store in self.stores for t in store.tensors())
@@ -301,6 +307,14 @@ class CacheLayer(CacheLayerMixin):
             here, outside = (sum([t.nbytes for t in own]) for own in (s.tensors(), s.outside()))
             own.append((s.group.heads, here, s.capacity, s.lacks, s.fixed, outside))
         return Held(own, self.column_bytes(), self.window)
+
+    def outline(self) -> Held | Later:
+        """As `held`, and a prompt waits on."""
+        if self._prompt is None:
+            return self.held()
+        k, v, lengths = self._prompt
+        given = type(self), self.groups, self.sizes, self.window
+        return Later(*given, (k.shape, v.shape), self.types, lengths)
 
     def column_bytes(self) -> int:
         """Bytes of one column of the stock cache, over all rows and heads."""
@@ -342,7 +356,9 @@ class CacheLayer(CacheLayerMixin):
         self.expected, self.rows = state["expected"], state["rows"]
         for store, held in zip(self.stores, state["stores"], strict=True):
             store.load(held)
-        self.device, self.is_initialized = self.stores[0].k.device, True
+        first = self.stores[0]
+        self.types = first.k.dtype, first.v.dtype
+        self.device, self.is_initialized = first.k.device, True
 
     def _other_past(self, past: list[int]) -> CacheError:
         return CacheError(
@@ -357,7 +373,7 @@ def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
     return k, k[..., : latent.shape[-1]]
 
 
-def _store_of(group: Group, reserve: int, read_below: int, below: int) -> Full | Ring:
+def _store_of(group: Group, below: int, reserve: int, read_below: int) -> Full | Ring:
     if group.eviction is not None:
         return Evicting(group, reserve, below)
     packs = group.bits != 16

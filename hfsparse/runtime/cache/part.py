@@ -9,7 +9,8 @@ from hfsparse.errors import CacheError
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Places, Table
 from hfsparse.runtime.cache.full import Full
-from hfsparse.runtime.cache.layer import CacheLayer, Held
+from hfsparse.runtime.cache.held import Held
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.ring import Ring
 
 

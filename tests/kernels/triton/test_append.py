@@ -164,6 +164,29 @@ def test_a_ring_shorter_than_a_call_keeps_the_newest(append):
         assert torch.equal(into[name], expected)
 
 
+@pytest.mark.parametrize("store", ["all", "pages", "spans", "ring"])
+@pytest.mark.parametrize("rows", [[150, 64, 0], [130, 130, 130], [17, 5, 1]], ids=str)
+def test_a_prompt_is_stored_as_each_store_does(append, rows, store):
+    made, ring = torch.Generator().manual_seed(0), {}
+    held = Full(Group((0, 1), selector=SPANS.get(store)), ROOM)
+    if store == "ring":
+        held = Ring(Group((0, 1), Band(4, 9)), below=1000)
+    k, v = tokens(3, max(rows), (16, 24), SINGLE, made)
+    held.create(k, v)
+    held.room([0] * 3, rows)
+    before = [t.fill_(0).clone() for t in held.tensors()]
+    held.append(k, v, Lengths([0] * 3, rows, max(rows)))
+    if store == "ring":
+        ring = {"sink": 4, "size": held.size}
+    names = ("into_k", "into_v", "low", "high")[: len(before)]
+    given = dict(zip(names, before, strict=True))
+    append(k=k, v=v, query_pos=positions([0] * 3, rows, max(rows)), prompt=True, **given, **ring)
+    for name, ours, theirs in zip(names, before, held.tensors(), strict=True):
+        if ours.ndim == 5:
+            ours, theirs = (of_tokens(t, rows) for t in (ours, theirs))
+        assert same(ours, theirs), name
+
+
 def test_tokens_in_any_layout_give_the_same(append):
     made = torch.Generator().manual_seed(0)
     k, v = tokens(2, 3, (64, 64), SINGLE, made)
