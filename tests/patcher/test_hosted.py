@@ -43,14 +43,15 @@ def on_device(plan):
     return replace(plan, patterns=plan.patterns | {"host": Full(plan.patterns["host"].bits)})
 
 
-def same(model, plan, run, alike=torch.equal):
-    """`run` gives the same bits under both; the stats of the hosted one."""
+def same(model, plan, run):
+    """`run` gives the same under both, which other kernels read; the stats of the hosted one."""
     with hfsparse.patch(model, on_device(plan)):
         wanted = run(model)
     with hfsparse.patch(model, plan) as handle:
         found = run(model)
         stats = handle.stats()
-    assert all(alike(*pair) is not False for pair in zip(found, wanted, strict=True))
+    for pair in zip(found, wanted, strict=True):
+        close(*pair)
     return stats
 
 
@@ -88,8 +89,7 @@ def test_what_lies_in_host_memory_is_read_as_if_it_did_not(anywhere, family, bel
     model = tiny(family)
     plan = hosted(model, below, **quest)
     back = -130 if quest.get("beside") else -30  # rings can't go back further
-    # Another cache reads short rows by another kernel.
-    stats = same(model, plan, lambda m: talk(m, {}, back), close if below else torch.equal)
+    stats = same(model, plan, lambda m: talk(m, {}, back))
     assert 0.3 < stats.hit_rate < 1
     assert stats.layers[0].units.done[0] < stats.layers[0].units.dense[0]
 

@@ -78,7 +78,7 @@ def _split_heads(seen: Seen) -> Iterator[Seen]:
     for first in range(0, Hkv, step):
         kv, q = slice(first, first + step), slice(first * group, (first + step) * group)
         sinks = seen.logits.s_aux
-        logits = seen.logits if sinks is None else replace(seen.logits, s_aux=sinks[q])
+        logits = seen.logits if sinks is None else seen.logits._replace(s_aux=sinks[q])
         by_kv = {name: getattr(seen, name)[:, kv] for name in ("k", "v")}
         more = {"logits": logits, "proj": seen.proj[q], "first": seen.first + first}
         by_q = {name: getattr(seen, name)[:, q] for name in ("q", "out", "grad")}

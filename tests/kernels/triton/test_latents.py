@@ -131,6 +131,7 @@ def test_what_it_cannot_do_is_said():
 def test_the_widest_tile_that_fits_is_taken(monkeypatch):
     module = pytest.importorskip("hfsparse.kernels.triton.decode", exc_type=ImportError)
     found = {}
+    monkeypatch.setattr(module, "has_tensor_memory", lambda device: False)
     for room in (227, 163, 99, 64):
         monkeypatch.setattr(module, "shared_memory", lambda device, room=room: room << 10)
         tile = module.tile_of.__wrapped__
@@ -139,3 +140,6 @@ def test_the_widest_tile_that_fits_is_taken(monkeypatch):
     assert [tile[0] for tile in found[163]] == [16, 32, 32]
     assert [tile[0] for tile in found[99]] == [16, 16, 16]
     assert found[64] == [None] * 3
+    monkeypatch.setattr(module, "shared_memory", lambda device: 227 << 10)
+    monkeypatch.setattr(module, "has_tensor_memory", lambda device: True)
+    assert tile(128, 576, 2, "cuda", True)[0] == 32, "a page turned round has no room"
