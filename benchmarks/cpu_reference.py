@@ -131,7 +131,7 @@ class Operations(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, run, types, args=(), kwargs=None):
-        self.count += not run.is_view and run is not torch.ops.aten._unsafe_view.default
+        self.count += not run.is_view and run.name() != "aten::_unsafe_view"
         return run(*args, **(kwargs or {}))
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks.common.coded import TAILS, outliers, prompt_of, stepped
 from benchmarks.common.options import numbers
-from benchmarks.studies.bits import TAILS, outliers, prompt_of, stepped
 from hfsparse.lists import PAGE
 from hfsparse.models.loading import load
 from hfsparse_eval.run.prompter import Prompter
@@ -114,7 +114,7 @@ def turned(t: Tensor, coder: Coder) -> Tensor:
 
 
 def stretched(t: Tensor, coder: Coder) -> Tensor:
-    """Where pairs of channels are larger, and their queries smaller by as much: `bits.outliers`."""
+    """Where pairs of channels are larger, and their queries smaller by as much: `outliers`."""
     (by,) = outliers((1, t.shape[0], t.shape[-1]))
     by = by.to(t.device)
     return coder(t.float() * by) / by

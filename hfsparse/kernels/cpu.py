@@ -103,7 +103,7 @@ def _padded(t: Tensor, by: tuple[int, ...]) -> Tensor:
 
 
 def _additive(kept: Tensor) -> Tensor:
-    return torch.zeros(kept.shape, dtype=torch.float32).masked_fill_(~kept, NEVER)
+    return torch.zeros(kept.shape, dtype=torch.float32, device="cpu").masked_fill_(~kept, NEVER)
 
 
 # -- bands ---------------------------------------------------------------------------------------
@@ -165,7 +165,8 @@ def _read_window(
     """Attention of q `[H, n, D]`, at positions from `first` on, over each one's recent keys."""
     rows, low = q.shape[1] // blocks, band.start(first)
     wide = first + rows - low
-    query, key = torch.arange(first, first + rows)[:, None], torch.arange(low, low + wide)
+    query = torch.arange(first, first + rows, device="cpu")[:, None]
+    key = torch.arange(low, low + wide, device="cpu")
     mask = _additive((key <= query) & (key >= band.start(query)))
     q = q.unflatten(1, (blocks, rows)).transpose(0, 1)
     k, v = (t[:, low:].unfold(1, wide, rows)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
@@ -209,16 +210,18 @@ class _Reader:
         grid = lists.grid
         B, H, nq, block = len(k), lists.heads, grid.nq, grid.block
         self.lists, self.slots, self.held = lists, grid.nk * block, grid.key_pos
-        self.bands = torch.tensor([(band.sink, band.recent, band.rate) for band in lists.bands])
+        bands = [(band.sink, band.recent, band.rate) for band in lists.bands]
+        self.bands = torch.tensor(bands, device="cpu")
         dead = (self.held < 0)[:, None, : k.shape[2], None]
         if bool(dead.any()):  # a mask would not hold their NaN back
             k, v = k.masked_fill(dead, 0), v.masked_fill(dead, 0)
         k, v = (_padded(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
         self.k, self.v = (t.reshape(-1, t.shape[-1]) for t in (k, v))  # token by token
-        row = torch.arange(B * H * nq)
+        row = torch.arange(B * H * nq, device="cpu")
         self.b, self.h, self.i = row // (H * nq), row // nq % H, row % nq  # of each query block
         self.row = (self.b * k.shape[1] + kv_heads[self.h]) * self.slots  # where its keys begin
-        self.at = grid.query_pos(torch.arange(nq * block)).view(B, nq, block)[self.b, self.i]
+        query = torch.arange(nq * block, device="cpu")
+        self.at = grid.query_pos(query).view(B, nq, block)[self.b, self.i]
         self.whole = self._flat("full_count").long() * block  # keys that need no test of pairs
         if lists.columns is not None:
             self.columns, self.last = lists.columns.expand(B, -1, -1), grid.q_last[self.b, self.i]
@@ -260,8 +263,8 @@ class _Reader:
         block = self.lists.grid.block
         count = self._flat(f"{kind}_count")[rows]
         index = self._flat(f"{kind}_index")[rows, : int(count.max())].long()
-        slots = (index[..., None] * block + torch.arange(block)).flatten(1)
-        return slots, torch.arange(slots.shape[1]) < block * count[:, None]
+        slots = (index[..., None] * block + torch.arange(block, device="cpu")).flatten(1)
+        return slots, torch.arange(slots.shape[1], device="cpu") < block * count[:, None]
 
     def _pairs(self, rows: Tensor, key: Tensor, some: Tensor, banded: bool) -> Tensor:
         """bool [R, block, n]: some keys, by position `[R, n]`, that each query may read."""
