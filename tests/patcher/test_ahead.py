@@ -284,7 +284,7 @@ def test_generations_side_by_side_keep_their_steps(ran):
 
     want, got = two_ways(model, families.streaming, run)
     assert got == want
-    assert ran.taken == 30
+    assert 24 < ran.taken <= 30, "a step waits where another's prompt came between"
 
 
 def test_who_watches_the_head_sees_what_generate_asks_for(ran):
