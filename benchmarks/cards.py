@@ -132,6 +132,8 @@ def compile_for(card: int, part: Callable[[], Iterator[Shape]]) -> tuple[list, l
     names = [file.stem for file in Path(kernels.__path__[0]).glob("*.py") if file.stem[0] != "_"]
     chain = {"CHAINED": card >= 90} | ({"launch_pdl": True} if card >= 90 else {})
     for module in map(_module, names):
+        for kept in (x for x in vars(module).values() if hasattr(x, "cache_clear")):
+            kept.cache_clear()  # of the card before
         for name, value in {
             "shared_memory": room,
             "is_nvidia": True,
