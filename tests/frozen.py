@@ -34,6 +34,7 @@ class Frozen(recording.Graph):
     """Its Python is what is replayed."""
 
     recorded, wrong = 0, ""  # how many, and what is wrong with their replays
+    ended = 0  # rows that were empty in replays
     of_lengths: list[int]  # how many tokens a row each replayed step had
     device = torch.device("cpu")
     devices = (device,)
@@ -44,9 +45,13 @@ class Frozen(recording.Graph):
         self.call, self.key, self.given, self.serving = call, key, given, serving
         self.lengths = lengths
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         Frozen.of_lengths.append(self.lengths.columns)
-        step = Step.recorded(self.lengths, torch.tensor(rows))
+        length = torch.tensor(rows)
+        if ended is not None:
+            length.masked_fill_(ended, 0)
+            Frozen.ended += int(ended.sum())
+        step = Step.recorded(self.lengths, length)
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
         with recording.record_step(step, self.serving), self.wrong_page():
             output = self.call(**recording.hide_cache({**self.given, **tensors}))

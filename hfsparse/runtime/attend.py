@@ -136,9 +136,10 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     asked |= {"packed": layer_call.layer.packed, "hosted": layer_call.layer.hosted}
     need = Need.of(q, k, v, logits.s_aux, **asked)
     whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
-    step = call.once(make_step, lengths, whole)
+    ended = layer_call.layer.ended
+    step = call.once(make_step, lengths, whole, ended)
     if layer_call.given is not lengths:  # pages were chosen for more queries
-        step.chosen = call.once(make_step, layer_call.given, whole).chosen
+        step.chosen = call.once(make_step, layer_call.given, whole, ended).chosen
     step = step.on(q.device)
     if layer_plan.leads:
         layer_plan.steps.update(zip(lengths.rows, lengths.new, lengths.rows, strict=True))

@@ -184,7 +184,7 @@ class Graphs:
             ready = held and why is None
             if not self.agree(ready):
                 raise NotReady(OTHERS if ready else why or BUSY)
-            return self._launch(Planned(REPLAY, given, rows, graph=graph))
+            return self._launch(Planned(REPLAY, given, rows, graph=graph), layers)
         finally:
             if held:
                 self.lock.release()
@@ -420,7 +420,7 @@ class Graphs:
         if mask is not None and graph.states:
             first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
             mask = None
-        output = self._launch(step)
+        output = self._launch(step, layers)
         if mask is not None:
             try:
                 first.lengths(starts(), Q)
@@ -431,7 +431,7 @@ class Graphs:
         self._passed(layers, rows)
         return output
 
-    def _launch(self, step: Planned) -> Any:
+    def _launch(self, step: Planned, layers: list[CacheLayer]) -> Any:
         """A replay, behind whatever graph was launched last on its devices."""
         graph = step.graph
         current = torch.cuda.current_stream(graph.device)
@@ -441,7 +441,7 @@ class Graphs:
                     current.wait_stream(place.last)
                 place.last = current
             graph.replays += 1
-            return graph.replay(step.given, step.rows)
+            return graph.replay(step.given, step.rows, layers[0].ended)
 
     def _passed(self, layers, rows) -> None:
         """What an eager step changes on the host."""

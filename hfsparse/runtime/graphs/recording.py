@@ -124,14 +124,17 @@ class Graph:
         for device in self.others:
             torch.cuda.current_stream(device).wait_stream(stream)
 
-    def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
-        """The step's output for these inputs; keys are stored, no counter on the host is."""
+    def replay(self, given: dict[str, Any], rows: list[int], ended: Tensor | None = None) -> Any:
+        """The step's output for these inputs; keys are stored, no counter on the host is. ended: as
+        `CacheLayer.ended`."""
         for name, held in self.inputs.items():
             held.copy_(given[name])
         if len(set(rows)) == 1:
             self.length.fill_(rows[0])
         else:
             self.length.copy_(torch.tensor(rows, device="cpu"), non_blocking=True)
+        if ended is not None:
+            self.length.masked_fill_(ended.to(self.device), 0)
         stream = torch.cuda.current_stream(self.device)
         self._gather(stream)
         self.launch()
@@ -143,7 +146,11 @@ class Graph:
 def run_live(call: Callable, given: dict[str, Any], lengths: Lengths, serving) -> Any:
     """A step as one would record it, run at once."""
     device = next(x.device for x in given.values() if isinstance(x, Tensor))
-    step = Step.recorded(lengths, torch.tensor(lengths.rows, device=device))
+    length = torch.tensor(lengths.rows, device=device)
+    ended = next(layer.ended for _, layer in serving.values())
+    if ended is not None:
+        length.masked_fill_(ended.to(device), 0)
+    step = Step.recorded(lengths, length)
     with record_step(step, serving):
         return show_cache(call(**hide_cache(given)), given)
 
