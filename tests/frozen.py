@@ -85,7 +85,7 @@ def frozen():
         for name in ("Stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *a: None))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        Frozen.recorded, Frozen.of_lengths = 0, []
+        Frozen.recorded, Frozen.of_lengths, Frozen.ended = 0, [], 0
         yield Frozen
 
 
@@ -180,6 +180,20 @@ def compare(
             outcome["drafts"] = stats.drafts
             found.append(outcome)
     return found
+
+
+def ended(family: str, plan: str, length: int, pads: tuple, new: int) -> tuple:
+    """Tokens of rows that read on, and replayed of rows of which all but the last end early; the
+    tokens that end them, how many graphs were recorded, how many rows were empty in replays."""
+    model, Frozen.wrong = models.fresh(family), ""
+    ids, mask = families.left_padded(length, pads)
+    given = dict(new=new, pad_token_id=0, return_dict_in_generate=False, output_logits=False)
+    with plain_prompts(), hfsparse.patch(model, getattr(families, plan)(model)):
+        want = runs.generate(model, ids, mask, eos_token_id=None, **given)[:, length:].tolist()
+        ends = [row[1 + b] for b, row in enumerate(want[:-1])]
+        with frozen() as kind:
+            got = runs.generate(model, ids, mask, eos_token_id=ends, **given)
+    return want, got[:, length:].tolist(), ends, kind.recorded, kind.ended
 
 
 def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]:

@@ -19,7 +19,7 @@ SAMPLED = dict(do_sample=True, temperature=0.7)
 
 @pytest.fixture
 def empty(monkeypatch):
-    """Which rows were empty, of each layer's steps; what is read for them is checked to be zeros."""
+    """Which rows were empty, of each layer's steps; their attention is checked to be zeros."""
     seen, read = [], decode.read_stored
 
     def spy(tables, layer_plan, layer, places, q, step, logits):
