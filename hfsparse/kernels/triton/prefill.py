@@ -26,6 +26,7 @@ from hfsparse.kernels.triton.limits import (
     bands_on,
     load_rows,
     shared_memory,
+    units_of_logits,
 )
 from hfsparse.lists import BlockLists
 
@@ -97,9 +98,7 @@ def prefill(
     if lists.columns is not None:
         columns = lists.columns.clamp(max=NEVER.value).int().expand(B, -1, -1)
         covered = lists.covered.view(torch.uint8).expand(B, -1, -1, -1)
-    unit, inner = scale * LOG2E.value, 0.0
-    if softcap:
-        unit, inner = softcap * LOG2E.value, scale / softcap
+    unit, inner = units_of_logits(scale, softcap)
     gathered = lists.columns is not None and columns.shape[-1] > 0
     given = max(D, Dv), q.element_size(), grid.block, str(q.device), gathered, skip is not None
     queries, keys, warps = tile_of(*given)
