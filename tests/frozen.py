@@ -48,9 +48,8 @@ class Frozen(recording.Graph):
     def replay(self, given, rows, ended=None):
         Frozen.of_lengths.append(self.lengths.columns)
         length = torch.tensor(rows)
-        if ended is not None:
-            length.masked_fill_(ended, 0)
-            Frozen.ended += int(ended.sum())
+        recording.write_lengths(length, rows, ended)
+        Frozen.ended += int((length == 0).sum())
         step = Step.recorded(self.lengths, length)
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
         with recording.record_step(step, self.serving), self.wrong_page():

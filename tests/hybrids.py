@@ -154,8 +154,8 @@ class Traced(frozen.Frozen):
             finally:
                 SERVED.pop()
 
-    def replay(self, given, rows):
-        self.length.copy_(torch.tensor(rows))
+    def replay(self, given, rows, ended=None):
+        recording.write_lengths(self.length, rows, ended)
         for name, held in self.inputs.items():
             held.copy_(given[name])
         with self.attending():
@@ -166,10 +166,10 @@ class Traced(frozen.Frozen):
 class Forgetful(Traced):
     """A replay that leaves one state as it was, and says the right thing."""
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         state = States(find_cache(given)).held[0][2]
         was = state.clone()
-        output = super().replay(given, rows)
+        output = super().replay(given, rows, ended)
         state.copy_(was)
         return output
 
@@ -181,10 +181,10 @@ class Kept(frozen.Frozen):
         super().__init__(call, given, lengths, key, serving, weights)
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         for name, held in self.inputs.items():
             held.copy_(given[name])
-        return super().replay({**given, **self.inputs}, rows)
+        return super().replay({**given, **self.inputs}, rows, ended)
 
 
 @contextmanager
