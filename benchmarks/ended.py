@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList
 import hfsparse
 from benchmarks.common import options
 from benchmarks.common.clock import SKIP, Clock
+from benchmarks.common.journal import failure
 from benchmarks.common.shapes import STOCK, endless, plan_of, tidy
 from hfsparse.patcher.state import is_patched, state_of
 
@@ -88,13 +89,17 @@ def main() -> None:
     print("\n| arm | batch | tokens | ms, all rows | tokens/s | ms, half of them | graph |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
     plans = [name.strip() for name in args.plans.split(";")]
-    for name in ([STOCK] if args.stock else []) + plans:
+    for name in plans + [STOCK] * args.stock:
         patched = nullcontext()
         if name != STOCK:
             patched = hfsparse.patch(model, plan_of(model, name), fuse=name.endswith("fused"))
         with patched:
             for length in args.lengths:
-                print(line(model, name, args.batch, length, args.tokens), flush=True)
+                try:
+                    said = line(model, name, args.batch, length, args.tokens)
+                except Exception as error:
+                    said = f"| {name} | {args.batch} | {length:,} | {failure(error)} | | | |"
+                print(said, flush=True)
                 tidy()
 
 
