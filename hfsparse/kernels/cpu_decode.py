@@ -73,7 +73,7 @@ def _runs(new: NewTokens) -> list[tuple[slice, int, int]]:
         if not alive[b]:
             continue
         begin = b
-        if found and found[-1] == (slice(found[-1][0].start, b), *of):
+        if found and found[-1][0].stop == b and found[-1][1:] == of:
             begin = found.pop()[0].start
         found.append((slice(begin, b + 1), *of))
     return found

@@ -49,7 +49,7 @@ class Step(NewTokens):
         return cls(lengths, length, length[:, None] + new)
 
     def without(self, ended: Tensor) -> Step:
-        """The same where rows that have ended, bool [B], are empty; on the host nobody knows."""
+        """The same where rows that have ended, bool [B], are empty, but on the host."""
         length = self.length.masked_fill(ended, 0)
         query_pos = self.query_pos.masked_fill(ended[:, None], -1)
         return Step(self.lengths, length, query_pos, self.longest)
