@@ -27,7 +27,8 @@ def shows_nothing(generation_config: Any, cache: Any) -> bool:
 class Ended(LogitsProcessor):
     """Tells the layers of a cache which rows have ended. It changes no scores.
 
-    It writes into one tensor: a step under way may see it or not, since rows that have ended stay so.
+    It writes into one tensor, which a step under way may see before or after: rows that have ended
+    stay so.
     """
 
     def __init__(self, layers: Sequence[CacheLayer], eos: Tensor):
