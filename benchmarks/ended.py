@@ -1,4 +1,4 @@
-"""Claim: rows of a batch that have ended cost a step no keys, and all rows together little.
+"""Claim: rows of a batch that have ended cost a step no keys (not yet measured).
 
     python -m benchmarks.ended [--batch 32] [--lengths 8192] [--tokens 72] [--shape llama-3.1-8b]
                                [--plans "half ring, fused; quest 6 % + half ring, fused"] [--stock]
