@@ -37,8 +37,9 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
+from hfsparse.runtime.graphs.parts import Parts
 from hfsparse.runtime.graphs.pool import lock_devices
-from hfsparse.runtime.graphs.products import compile_step, with_own_products
+from hfsparse.runtime.graphs.products import with_own_products
 from hfsparse.runtime.graphs.recording import (
     Graph,
     complete_inputs,
@@ -62,7 +63,6 @@ NO_REPLAY = "the step is no replay"
 BUSY = "another thread runs a step of this model"
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
-COMPILE = {"dynamic": False, "fullgraph": True}  # fused steps
 FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
@@ -122,7 +122,7 @@ class Graphs:
         )  # the cache that `stats` looked at
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
-        self.compiled = None
+        self.parts: Parts | None = None  # of the decoder, as fused steps run them
 
     def __reduce__(self):
         return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
@@ -302,7 +302,7 @@ class Graphs:
             call = states.settled(self._fused(decoder, states) if fuse else forward)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
-                with contextlib.nullcontext() if fuse else NoWait():
+                with NoWait():
                     output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
@@ -341,16 +341,17 @@ class Graphs:
         return graph
 
     def _fused(self, decoder: nn.Module, states: States) -> Callable:
-        """The decoder's forward, compiled, with one operator in place of each layer's attention."""
+        """The decoder's forward, its parts compiled, with one operator in place of attention."""
         states.unguard()
-        if self.compiled is None:
-            self.compiled = torch.compile(type(decoder).forward, backend=compile_step, **COMPILE)
+        if self.parts is None:
+            self.parts = Parts(decoder)
 
         def call(**given):
             mode = self.layers[0].mode
             mode.fusing = True
             try:
-                return self.compiled(decoder, **given)
+                with self.parts.entered():
+                    return type(decoder).forward(decoder, **given)
             finally:
                 mode.fusing = False
 

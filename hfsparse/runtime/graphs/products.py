@@ -8,6 +8,7 @@ left to PyTorch and the compiler.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -64,7 +65,8 @@ def join_products(module: fx.GraphModule) -> None:
         elif _is_served_quantised(*(part.meta.get("example_value") for part in node.args[:2])):
             node.target = multiply
     for nodes in sharing.values():
-        _join(module.graph, nodes)
+        if len(nodes) > 1 or not _add(module.graph, *nodes):
+            _join(module.graph, nodes)
     module.graph.lint()
     module.recompile()
 
@@ -103,6 +105,29 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             first += size
     for node in nodes:
         graph.erase_node(node)
+
+
+def _add(graph: fx.Graph, node: fx.Node) -> bool:
+    """Have a product add the row that it is added to, as it would add a bias; False: it is not.
+
+    Else the sum would be a kernel by itself where its reader is compiled elsewhere.
+    """
+    x, weight, bias = _arguments(node)
+    (total, *more), made = node.users, node.meta["example_value"]
+    if bias is not None or more or total.target is not operator.add or len(total.args) != 2:
+        return False
+    other = total.args[total.args[0] is node]
+    row = other.meta.get("example_value") if isinstance(other, fx.Node) else None
+    if type(row) is not FakeTensor or (row.shape, row.dtype) != (made.shape, made.dtype):
+        return False
+    with graph.inserting_before(total):
+        flat = graph.call_function(torch.flatten, (other,))
+        added = graph.call_function(torch.ops.hfsparse.products.default, (x, [weight], [flat]))
+    added.meta = dict(total.meta)
+    total.replace_all_uses_with(added)
+    graph.erase_node(total)
+    graph.erase_node(node)
+    return True
 
 
 def _is_served_quantised(x: object, weight: object = None) -> bool:
