@@ -37,7 +37,7 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
-from hfsparse.runtime.graphs.parts import Parts
+from hfsparse.runtime.graphs.parts import fused_parts
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import with_own_products
 from hfsparse.runtime.graphs.recording import (
@@ -122,7 +122,6 @@ class Graphs:
         )  # the cache that `stats` looked at
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
-        self.parts: Parts | None = None  # of the decoder, as fused steps run them
 
     def __reduce__(self):
         return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
@@ -343,14 +342,12 @@ class Graphs:
     def _fused(self, decoder: nn.Module, states: States) -> Callable:
         """The decoder's forward, its parts compiled, with one operator in place of attention."""
         states.unguard()
-        if self.parts is None:
-            self.parts = Parts(decoder)
 
         def call(**given):
             mode = self.layers[0].mode
             mode.fusing = True
             try:
-                with self.parts.entered():
+                with fused_parts(decoder):
                     return type(decoder).forward(decoder, **given)
             finally:
                 mode.fusing = False

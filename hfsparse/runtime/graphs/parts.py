@@ -8,8 +8,9 @@ that differs in nothing else; the others are compiled for themselves.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -18,54 +19,51 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hfsparse.runtime.call import running
 from hfsparse.runtime.graphs.products import compile_step
 
-COMPILE = {"dynamic": False, "fullgraph": True}
-FORMS = 1024  # of one class: dynamo's own limit is 8, and some layers share nothing
+FORMS = 1024  # of one class: dynamo's own limit is 8, and a hybrid's linear layers share nothing
+LIMITS = {"recompile_limit": FORMS, "accumulated_recompile_limit": FORMS}
 
 
-class Parts:
-    """The parts of a decoder, each with what computes it in a fused step."""
+_entered = threading.Lock()  # one at a time: limits are the process's, and drafts share a decoder
 
-    def __init__(self, decoder: nn.Module):
-        self.parts: list[tuple[nn.Module, Callable]] = []
-        compiled: dict[Callable, Callable] = {}
+
+@contextlib.contextmanager
+def fused_parts(decoder: nn.Module) -> Iterator[None]:
+    """The decoder's parts run as compiled, in a step of this thread that is recorded."""
+    compiled = cache(_compiled)
+    with _entered, torch._dynamo.config.patch(LIMITS), contextlib.ExitStack() as stack:
         for part in _parts(decoder):
-            own = part.__dict__.get("forward")
-            forward = type(part).forward if own is None else own
-            if forward not in compiled:
-                compiled[forward] = torch.compile(forward, backend=compile_step, **COMPILE)
-            serve = compiled[forward] if own is not None else partial(compiled[forward], part)
-            self.parts.append((part, partial(_run, serve, part.forward)))
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """The decoder's parts are run as compiled, where a step of this thread is recorded."""
-        limits = {"recompile_limit": FORMS, "accumulated_recompile_limit": FORMS}
-        were = [part.__dict__.get("forward") for part, _ in self.parts]
-        try:
-            for part, serve in self.parts:
-                part.forward = serve
-            with torch._dynamo.config.patch(limits):
-                yield
-        finally:
-            for (part, _), was in zip(self.parts, were, strict=True):
-                if was is None:
-                    del part.forward
-                else:
-                    part.forward = was
+            own = part.__dict__.get("forward")  # accelerate's: each is compiled for itself
+            run = partial(compiled(type(part).forward), part) if own is None else compiled(own)
+            _put(part, partial(_run, run, part.forward))
+            stack.callback(_put, part, own)
+        yield
 
 
 def _parts(decoder: nn.Module) -> Iterator[nn.Module]:
     for child in decoder.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            yield from child.children()
         else:
             yield child
 
 
-def _run(serve: Callable, forward: Callable, *args, **kwargs):
-    """A part's forward: another thread's step of the same model is none that is recorded."""
+def _compiled(forward: Callable) -> Callable:
+    """A forward, compiled; dynamo keeps what it compiled by the forward's code."""
+    return torch.compile(forward, backend=compile_step, dynamic=False, fullgraph=True)
+
+
+def _put(part: nn.Module, forward: Callable | None) -> None:
+    """Have a part a forward of its own; None: its class's."""
+    if forward is None:
+        del part.forward
+    else:
+        part.forward = forward
+
+
+def _run(compiled: Callable, own: Callable, *args, **kwargs):
+    """A part's forward; `own` in a step of another thread, which is not recorded."""
     call = running()
     if call is None or call.recorded is None:
-        return forward(*args, **kwargs)
-    with _disable_current_modes():  # one that looks for waits: compiled code has none
-        return serve(*args, **kwargs)
+        return own(*args, **kwargs)
+    with _disable_current_modes():  # one looks for waits, and compiled code has none
+        return compiled(*args, **kwargs)
