@@ -173,8 +173,8 @@ torch.library.custom_op(
     "hfsparse::step",
     _recorded_step,
     mutates_args=(),  # that compilers know of: the cache is none of theirs
-    schema="(Tensor query, Tensor key, Tensor value, Tensor number, float? scaling, float? softcap, "
-    "Tensor? s_aux) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor number, float? scaling, "
+    "float? softcap, Tensor? s_aux) -> Tensor",
 )
 
 

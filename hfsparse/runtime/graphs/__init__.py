@@ -17,7 +17,6 @@ draws random numbers on the same GPU may fail: torch's generators know one recor
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
