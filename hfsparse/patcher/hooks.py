@@ -122,8 +122,7 @@ def before_attention(decoder, module, args, kwargs) -> None:
     While it is trained, whether it makes one is left to it: without one, as where activations are
     checkpointed, it looks for packed sequences.
     """
-    if not decoder._hfsparse.layers[0].mode.fusing:
-        adopt_own(decoder, (*args, *kwargs.values()))
+    adopt_own(decoder, (*args, *kwargs.values()))
 
 
 @torch.compiler.disable

@@ -181,8 +181,7 @@ def test_a_fused_step_has_one_operator_a_layer_and_layers_share_it(monkeypatch):
             plan.mode.fusing = True
             step()
             assert served == [0, 1, 2]
-            attending = [made for made in compiled if torch.ops.hfsparse.step in made]
-            assert len(attending) <= 2, "the first layer's attention has a hook, no other's has"
+            assert sum(torch.ops.hfsparse.step in made for made in compiled) == 1
             plan.mode.fusing = False
             with pytest.raises(torch._dynamo.exc.Unsupported):
                 step()

@@ -36,15 +36,25 @@ def fused_parts(decoder: nn.Module) -> Iterator[None]:
             run = partial(compiled(type(part).forward), part) if own is None else compiled(own)
             _put(part, partial(_run, run, part.forward))
             stack.callback(_put, part, own)
+            for table, key in [*_own_hooks(part)]:
+                stack.callback(table.__setitem__, key, table.pop(key))
         yield
 
 
 def _parts(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Those with more than one operator."""
     for child in decoder.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child.children()
-        else:
-            yield child
+        each = child.children() if isinstance(child, nn.ModuleList) else [child]
+        yield from (part for part in each if not type(part).__module__.startswith("torch."))
+
+
+def _own_hooks(part: nn.Module) -> Iterator[tuple[dict, int]]:
+    """Where a part holds the patch's hooks: with one it would be compiled for itself."""
+    for module in part.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if hook.__module__.startswith("hfsparse."):
+                yield module._forward_pre_hooks, key
+                yield module._forward_pre_hooks_with_kwargs, key
 
 
 def _compiled(forward: Callable) -> Callable:
