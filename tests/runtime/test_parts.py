@@ -54,7 +54,7 @@ def compiled(monkeypatch):
 
 
 def fused(decoder, x):
-    with parts.fused_parts(decoder):
+    with parts.fused(decoder):
         return decoder(x)
 
 
@@ -91,6 +91,6 @@ def test_modes_are_left_outside_and_watch_the_rest(compiled):
     decoder, x = Decoder(1.0), torch.ones(1, 4)
     with NoWait():
         fused(decoder, x)
-        with pytest.raises(RuntimeError, match="the host waits"), parts.fused_parts(decoder):
+        with pytest.raises(RuntimeError, match="the host waits"), parts.fused(decoder):
             decoder(x).sum().item()
     assert len(compiled) == 2

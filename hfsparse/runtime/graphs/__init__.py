@@ -17,6 +17,7 @@ draws random numbers on the same GPU may fail: torch's generators know one recor
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
-from hfsparse.runtime.graphs.parts import fused_parts
+from hfsparse.runtime.graphs.parts import fused
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import with_own_products
 from hfsparse.runtime.graphs.recording import (
@@ -121,6 +122,7 @@ class Graphs:
         )  # the cache that `stats` looked at
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
+        self.whole = False  # a fused step's decoder is compiled in one, not part by part
 
     def __reduce__(self):
         return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
@@ -300,7 +302,7 @@ class Graphs:
             call = states.settled(self._fused(decoder, states) if fuse else forward)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
-                with NoWait():
+                with contextlib.nullcontext() if fuse and self.whole else NoWait():
                     output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
@@ -317,7 +319,10 @@ class Graphs:
             steps.refused = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if fuse:
+            if fuse and not self.whole:  # what lies between its parts may not be recorded
+                self.whole, steps.warm = True, None
+                self.why = f"fused part by part it can't be recorded, {told}"
+            elif fuse:
                 self.fuse, self.loose = False, f"not fused, {told}"
                 self.why = self.loose
             else:
@@ -339,15 +344,15 @@ class Graphs:
         return graph
 
     def _fused(self, decoder: nn.Module, states: States) -> Callable:
-        """The decoder's forward, its parts compiled, with one operator in place of attention."""
+        """The decoder's forward, compiled, with one operator in place of each layer's attention."""
         states.unguard()
 
         def call(**given):
             mode = self.layers[0].mode
             mode.fusing = True
             try:
-                with fused_parts(decoder):
-                    return type(decoder).forward(decoder, **given)
+                with fused(decoder, self.whole) as forward:
+                    return forward(decoder, **given)
             finally:
                 mode.fusing = False
 

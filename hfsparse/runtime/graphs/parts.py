@@ -27,18 +27,21 @@ _entered = threading.Lock()  # one at a time: limits are the process's, and draf
 
 
 @contextlib.contextmanager
-def fused_parts(decoder: nn.Module) -> Iterator[None]:
-    """The decoder's parts run as compiled, in a step of this thread that is recorded."""
-    compiled = cache(_compiled)
+def fused(decoder: nn.Module, whole: bool = False) -> Iterator[Callable]:
+    """The forward of a decoder's class, whose parts, or which itself, run as compiled.
+
+    Those of a step of this thread that is recorded: another's goes on as it is.
+    """
+    compiled, forward = cache(_compiled), type(decoder).forward
     with _entered, torch._dynamo.config.patch(LIMITS), contextlib.ExitStack() as stack:
-        for part in _parts(decoder):
+        for part in () if whole else _parts(decoder):
             own = part.__dict__.get("forward")  # accelerate's: each is compiled for itself
             run = partial(compiled(type(part).forward), part) if own is None else compiled(own)
             _put(part, partial(_run, run, part.forward))
             stack.callback(_put, part, own)
-            for table, key in [*_own_hooks(part)]:
-                stack.callback(table.__setitem__, key, table.pop(key))
-        yield
+        for table, key in [*_own_hooks(decoder)]:
+            stack.callback(table.__setitem__, key, table.pop(key))
+        yield compiled(forward) if whole else forward
 
 
 def _parts(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -48,10 +51,10 @@ def _parts(decoder: nn.Module) -> Iterator[nn.Module]:
         yield from (part for part in each if not type(part).__module__.startswith("torch."))
 
 
-def _own_hooks(part: nn.Module) -> Iterator[tuple[dict, int]]:
-    """Where a part holds the patch's hooks: with one it would be compiled for itself."""
-    for module in part.modules():
-        for key, hook in module._forward_pre_hooks.items():
+def _own_hooks(decoder: nn.Module) -> Iterator[tuple[dict, int]]:
+    """Where modules inside hold the patch's hooks: one makes a layer another kind."""
+    for module in decoder.modules():
+        for key, hook in module._forward_pre_hooks.items() if module is not decoder else ():
             if hook.__module__.startswith("hfsparse."):
                 yield module._forward_pre_hooks, key
                 yield module._forward_pre_hooks_with_kwargs, key
