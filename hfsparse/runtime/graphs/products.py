@@ -2,8 +2,8 @@
 
 Where few rows are multiplied by a matrix that torchao has quantised, its codes become numbers in
 our kernel's registers, in fused steps and others. Where a fused step multiplies one row by matrices
-of plain numbers, products that share the row become one operator, `hfsparse::products`. The rest is
-left to PyTorch and the compiler.
+of plain numbers, products that share the row become one operator, `hfsparse::products`, and one whose
+result is added to a row adds it itself. The rest is left to PyTorch and the compiler.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _add(graph: fx.Graph, node: fx.Node) -> bool:
-    """Have a product add the row that it is added to, as it would add a bias; False: it is not.
+    """Have a product add the row that it is added to, as it would a bias; False: there is none.
 
-    Else the sum would be a kernel by itself where its reader is compiled elsewhere.
+    The sum would be a kernel by itself, as what reads it is compiled with the next layer.
     """
     x, weight, bias = _arguments(node)
     (total, *more), made = node.users, node.meta["example_value"]
