@@ -2,8 +2,8 @@
 
 Where few rows are multiplied by a matrix that torchao has quantised, its codes become numbers in
 our kernel's registers, in fused steps and others. Where a fused step multiplies one row by matrices
-of plain numbers, products that share the row become one operator, `hfsparse::products`, and one whose
-result is added to a row adds it itself. The rest is left to PyTorch and the compiler.
+of plain numbers, products that share the row become one operator, `hfsparse::products`, and one
+whose result is added to a row adds it itself. The rest is left to PyTorch and the compiler.
 """
 
 from __future__ import annotations
