@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -98,6 +99,19 @@ def noisy(norm) -> type:
     return Noisy
 
 
+def waiting(decoder) -> type:
+    """A kind of decoder that looks for places between its parts: compiled, it doesn't."""
+
+    class Waiting(type(decoder)):
+        @wraps(type(decoder).forward)
+        def forward(self, **kwargs):
+            held = torch.zeros(2)
+            held.index_put_((held == 0,), torch.zeros(()), accumulate=True)
+            return super().forward(**kwargs)
+
+    return Waiting
+
+
 LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.choose.pages")
 FETCHES = ("triton.write_out.write_out", "triton.fetch.fetch", "triton.decode_store.decode")
 
@@ -158,6 +172,8 @@ def compare(
     Frozen.wrong = wrong
     if wrong == "noise":
         model.model.norm.__class__ = noisy(model.model.norm)
+    if wrong == "waits":
+        model.model.__class__ = waiting(model.model)
     found = []
     for replayed in (False, True):
         with ExitStack() as stack:

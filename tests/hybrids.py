@@ -25,7 +25,7 @@ from hfsparse.plan import Plan
 from hfsparse.runtime import graphs
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step
-from hfsparse.runtime.graphs import products, recording
+from hfsparse.runtime.graphs import parts, products, recording
 from hfsparse.runtime.graphs.states import States
 from tests import frozen
 from tests.patcher import families, runs
@@ -195,7 +195,8 @@ def patched(model, plan, kind: type | None, fuse: bool = False):
         stack.enter_context(patch.object(products, "BACKEND", "aot_eager"))
         if fuse:  # compilations of wrappers that all models share count, whichever made them
             torch._dynamo.reset()
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
+        most = {"recompile_limit": model.config.num_hidden_layers}  # each once, for all caches
+        stack.enter_context(patch.dict(parts.LIMITS, most))
         if kind is not None:
             stack.enter_context(frozen.frozen())
             stack.enter_context(patch.object(graphs, "Graph", kind))

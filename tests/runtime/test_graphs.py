@@ -143,8 +143,14 @@ def test_what_is_not_replayed_says_why(interpreted, more, why):
     assert replayed["recorded"] == 0
 
 
-def test_a_fused_step_gives_the_same(interpreted):
-    eager, fused = interpreted("gemma3", "mixed", length=100, pads=(0, 7), fuse=True)
+@pytest.mark.parametrize(
+    ("family", "plan", "length", "wrong"),
+    [("gemma3", "mixed", 100, ""), ("llama", "full", 20, "waits")],
+    ids=["in parts", "whole"],
+)
+def test_a_fused_step_gives_the_same(interpreted, family, plan, length, wrong):
+    more = dict(length=length, pads=(0, 7), fuse=True, wrong=wrong)
+    eager, fused = interpreted(family, plan, **more)
     assert (fused["graphs"], fused["recorded"]) == ("yes, fused", 1)
     assert fused["tokens"] == eager["tokens"]
     torch.testing.assert_close(fused["logits"], eager["logits"])
