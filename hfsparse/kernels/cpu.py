@@ -62,26 +62,30 @@ def prefill(
     # The kernel takes keys and values of one width.
     q, k, v = (_padded(t.to(dtype), (0, wide - t.shape[-1])) for t in (q, k, v))
     out = q.new_empty(B, Sq, H, wide).transpose(1, 2)
-    sums = q.new_full((B, H, Sq), -torch.inf, dtype=torch.float32)
     if grid.padded:
         out.zero_()
+    if lse is not None:
+        lse.fill_(-torch.inf)
     kv, rest = kv_heads.tolist(), set(range(H))
     tokens = grid.offset.tolist(), grid.q_len.tolist()  # of each row: before its queries, and new
     for band, heads in _bands(lists):
         rest -= set(heads)
-        for group in dict.fromkeys(kv[h] for h in heads):
-            own = at_heads([h for h in heads if kv[h] == group], device)
+        for groups, alike in _groups(heads, kv):
+            own, shared = at_heads(alike, device), at_heads(groups, device)
             for b, (past, n) in enumerate(zip(*tokens, strict=True)):
-                keys = k[b, group, : past + n], v[b, group, : past + n]
-                for at, (found, total) in _read_band(q[b, own, :n], *keys, band, past, scale):
-                    out[b, own, at], sums[b, own, at] = found.to(dtype), total
+                queries = q[b, own, :n].unflatten(0, (len(groups), -1))
+                keys = (t[b, shared, : past + n] for t in (k, v))
+                for at, (found, total) in _read_band(queries, *keys, band, past, scale):
+                    out[b, own, at] = found.flatten(0, 1).to(dtype)
+                    if lse is not None:
+                        lse[b, own, at] = total.flatten(0, 1)
     if rest:
         order = sorted(rest)
         own = at_heads(order, device)
         given = q[:, own], k, v, lists.in_order(order, HeadIndex()), kv_heads[own]
-        out[:, own], sums[:, own] = _read_lists(*given, scale)
-    if lse is not None:
-        lse.copy_(sums)
+        out[:, own], total = _read_lists(*given, scale)
+        if lse is not None:
+            lse[:, own] = total
     return out[..., :value_dim].to(asked)
 
 
@@ -123,55 +127,81 @@ def _bands(lists: BlockLists) -> Iterator[tuple[Band, list[int]]]:
             yield Band(0, min(band.recent, window)), heads
 
 
+def _groups(heads: list[int], kv: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """kv heads that equally many of some heads read, and these heads, group by group."""
+    readers: dict[int, list[int]] = {}
+    for h in heads:
+        readers.setdefault(kv[h], []).append(h)
+    for count in dict.fromkeys(map(len, readers.values())):
+        groups = [group for group, own in readers.items() if len(own) == count]
+        yield groups, [h for group in groups for h in readers[group]]
+
+
 def _read_band(
     q: Tensor, k: Tensor, v: Tensor, band: Band, past: int, scale: float
 ) -> Iterator[tuple[slice, Part]]:
-    """Attention of q `[H, n, D]`, at positions from `past` on, over one kv head's k, v `[S, D]`.
+    """Attention of q `[G, R, n, D]`, at positions from `past` on, over k, v `[G, S, D]`: R heads
+    read one kv head.
 
     Some queries at a time: which ones, and theirs.
     """
-    n = q.shape[1]
-    k, v = (t.expand(len(q), -1, -1) for t in (k, v))
-    early = bisect_right(range(past, past + n), band.sink, key=band.start)  # these see every key
-    if early:
-        yield slice(early), _read_all(q[:, :early], k, v, past, scale)
-    done = early
+    n = q.shape[2]
+    done = bisect_right(range(past, past + n), band.sink, key=band.start)  # these see every key
+    if done:
+        yield slice(done), _read_all(q[:, :, :done], k, v, past, scale)
     while done < n:
-        # One window serves the next rows, too, unless it grows.
-        blocks = 1 if band.rate else max(1, (n - done) // ROWS)
-        rows = min(ROWS, n - done)
-        at = slice(done, done + blocks * rows)
-        near = _read_window(q[:, at], k, v, band, past + done, blocks, scale)
-        if band.sink:
-            sinks = (t[None, :, : band.sink] for t in (k, v))
-            far = _flash(q[None, :, at], *sinks, scale)
-            near = _join(near, (far[0][0], far[1][0]))
-        yield at, near
+        # Windows of many queries are alike, unless they grow.
+        few = min(ROWS, n - done) if band.rate else (n - done) % ROWS
+        at, read = slice(done, done + few if few else n), _read_few if few else _read_windows
+        yield at, read(q[:, :, at], k, v, band, past + done, scale)
         done = at.stop
 
 
+def _shared(q: Tensor, *keys: Tensor) -> Iterator[Tensor]:
+    """Keys or values `[G, S, D]` as each of the heads that q `[G, R, n, D]` has reads them."""
+    return (t[:, None].expand(-1, q.shape[1], -1, -1) for t in keys)
+
+
 def _read_all(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Part:
-    """Attention of q `[H, n, D]` over every key up to each."""
-    q, k, v = q[None], k[None, :, : past + q.shape[1]], v[None, :, : past + q.shape[1]]
+    """Attention of q `[G, R, n, D]` over every key up to each."""
+    k, v = _shared(q, *(t[:, : past + q.shape[2]] for t in (k, v)))
     own = _flash(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
-    if past:
-        own = _join(own, _flash(q, k[:, :, :past], v[:, :, :past], scale))
-    return own[0][0], own[1][0]
+    return _join(own, _flash(q, k[:, :, :past], v[:, :, :past], scale)) if past else own
 
 
-def _read_window(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, blocks: int, scale: float
-) -> Part:
-    """Attention of q `[H, n, D]`, at positions from `first` on, over each one's recent keys."""
-    rows, low = q.shape[1] // blocks, band.start(first)
-    wide = first + rows - low
-    query = torch.arange(first, first + rows, device="cpu")[:, None]
-    key = torch.arange(low, low + wide, device="cpu")
-    mask = _additive((key <= query) & (key >= band.start(query)))
-    q = q.unflatten(1, (blocks, rows)).transpose(0, 1)
-    k, v = (t[:, low:].unfold(1, wide, rows)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
-    out, lse = _flash(q, k, v, scale, mask)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
+def _read_few(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
+    """Attention of q `[G, R, n, D]`, at positions from `first` on, over sink and recent keys."""
+    low, end = band.start(first), first + q.shape[2]
+    mask = _band_mask(band, first, end, low)
+    if band.sink:
+        k, v = (torch.cat([t[:, : band.sink], t[:, low:end]], 1) for t in (k, v))
+        mask = pad(mask, (band.sink, 0))
+    else:
+        k, v = (t[:, low:end] for t in (k, v))
+    return _flash(q, *_shared(q, k, v), scale, mask)
+
+
+def _read_windows(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
+    """As `_read_few`, of a multiple of ROWS queries."""
+    (G, R, n, D), low = q.shape, band.start(first)
+    wide, blocks = first + ROWS - low, n // ROWS
+    mask = _band_mask(band, first, first + ROWS, low).repeat(R, 1)
+    rows = q.unflatten(2, (blocks, ROWS)).permute(2, 0, 1, 3, 4).reshape(blocks, G, -1, D)
+    views = (t[:, low:].unfold(1, wide, ROWS)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
+    near = tuple(
+        t.unflatten(2, (R, ROWS)).movedim(0, 2).flatten(2, 3)
+        for t in _flash(rows, *views, scale, mask)
+    )
+    if not band.sink:
+        return near
+    return _join(near, _flash(q, *_shared(q, k[:, : band.sink], v[:, : band.sink]), scale))
+
+
+def _band_mask(band: Band, first: int, end: int, low: int) -> Tensor:
+    """[queries, keys] of queries from `first` on over the recent keys from `low` on."""
+    query = torch.arange(first, end, device="cpu")[:, None]
+    key = torch.arange(low, end, device="cpu")
+    return _additive((key <= query) & (key >= band.start(query)))
 
 
 # -- blocks and columns --------------------------------------------------------------------------

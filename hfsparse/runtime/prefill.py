@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,10 +206,9 @@ class Part:
         logits, counts = self.layer_call.logits, self.layer_call.layer_plan.counts
         at, device = self.layer_call.layer_plan.at, self.q.device
         tables = self.layer_call.call.tables
-        lists = BlockLists.cat([self._choose(route, need) for route in listed.routes])
-        lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
-        pairs = pick(tables.count, need).run(lists)
-        counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
+        lists, kept = self._lists(listed, need)
+        own = at(listed.heads, device)
+        counts.add_lists(listed.heads, own, lists, kept, self.group.work)
         extension, need = self._extension, need._replace(lists=True, logits=logits.special)
         asked = bool(listed.means) or extension is not None
         kernel = pick(tables.prefill, need._replace(lse=asked))
@@ -253,6 +253,15 @@ class Part:
         """Whether a kernel reads lists at no more cost than whole rows."""
         return pick(self.layer_call.call.tables.prefill, need._replace(lists=True)).fused
 
+    def _lists(self, listed: Listed, need: Need) -> tuple[BlockLists, Tensor]:
+        """What heads read, and pairs and blocks of it `[2, heads]`."""
+        call = self.layer_call.call
+        chosen = [self._choose(route, need) for route in listed.routes]
+        made = _counted, listed, pick(call.tables.count, need).run, *chosen
+        if listed.placed and self.grid.key_first is None:  # the same in every layer
+            return call.once(*made)
+        return made[0](*made[1:])
+
     def _choose(self, route: Route, need: Need) -> BlockLists:
         """The blocks that a route's heads read."""
         grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
@@ -267,3 +276,9 @@ class Part:
         if grid.key_first is None:  # the same in every layer
             return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
         return BlockLists.of(grid, len(route.q), band=route.band)
+
+
+def _counted(listed: Listed, count: Callable, *chosen: BlockLists) -> tuple[BlockLists, Tensor]:
+    """The lists of some heads, by head, and pairs and blocks of them `[2, heads]`."""
+    lists = BlockLists.cat([*chosen]).in_order(listed.order, listed.index)
+    return lists, torch.stack([count(lists).sum(0), lists.blocks().sum(0)])
