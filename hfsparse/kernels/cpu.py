@@ -70,15 +70,15 @@ def prefill(
     tokens = grid.offset.tolist(), grid.q_len.tolist()  # of each row: before its queries, and new
     for band, heads in _bands(lists):
         rest -= set(heads)
-        for groups, alike in _groups(heads, kv):
-            own, shared = at_heads(alike, device), at_heads(groups, device)
+        for group in dict.fromkeys(kv[h] for h in heads):
+            own = at_heads([h for h in heads if kv[h] == group], device)
             for b, (past, n) in enumerate(zip(*tokens, strict=True)):
-                queries = q[b, own, :n].unflatten(0, (len(groups), -1))
-                keys = (t[b, shared, : past + n] for t in (k, v))
+                keys = (t[b : b + 1, group : group + 1, : past + n] for t in (k, v))
+                queries = q[b : b + 1, own, :n]
                 for at, (found, total) in _read_band(queries, *keys, band, past, scale):
-                    out[b, own, at] = found.flatten(0, 1).to(dtype)
+                    out[b, own, at] = found[0].to(dtype)
                     if lse is not None:
-                        lse[b, own, at] = total.flatten(0, 1)
+                        lse[b, own, at] = total[0]
     if rest:
         order = sorted(rest)
         own = at_heads(order, device)
@@ -96,10 +96,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask=None, causal: boo
 
 
 def _join(part: Part, other: Part) -> Part:
-    """Attention over the keys of both."""
+    """Attention over the keys of both, in place of the first's."""
     weight = torch.sigmoid(other[1] - part[1])[..., None]
-    out = torch.lerp(part[0].float(), other[0].float(), weight)
-    return out, torch.logaddexp(part[1], other[1])
+    return part[0].float().lerp_(other[0].float(), weight), torch.logaddexp(part[1], other[1])
 
 
 def _padded(t: Tensor, by: tuple[int, ...]) -> Tensor:
@@ -127,80 +126,60 @@ def _bands(lists: BlockLists) -> Iterator[tuple[Band, list[int]]]:
             yield Band(0, min(band.recent, window)), heads
 
 
-def _groups(heads: list[int], kv: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """kv heads that equally many of some heads read, and these heads, group by group."""
-    readers: dict[int, list[int]] = {}
-    for h in heads:
-        readers.setdefault(kv[h], []).append(h)
-    for count in dict.fromkeys(map(len, readers.values())):
-        groups = [group for group, own in readers.items() if len(own) == count]
-        yield groups, [h for group in groups for h in readers[group]]
-
-
 def _read_band(
     q: Tensor, k: Tensor, v: Tensor, band: Band, past: int, scale: float
 ) -> Iterator[tuple[slice, Part]]:
-    """Attention of q `[G, R, n, D]`, at positions from `past` on, over k, v `[G, S, D]`: R heads
-    read one kv head.
+    """Attention of q `[1, H, n, D]`, at positions from `past` on, over one kv head's k, v
+    `[1, 1, S, D]`.
 
     Some queries at a time: which ones, and theirs.
     """
     n = q.shape[2]
+    k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
     done = bisect_right(range(past, past + n), band.sink, key=band.start)  # these see every key
     if done:
         yield slice(done), _read_all(q[:, :, :done], k, v, past, scale)
     while done < n:
-        # Windows of many queries are alike, unless they grow.
+        # The windows of ROWS queries after others are alike, unless they grow.
         few = min(ROWS, n - done) if band.rate else (n - done) % ROWS
         at, read = slice(done, done + few if few else n), _read_few if few else _read_windows
         yield at, read(q[:, :, at], k, v, band, past + done, scale)
         done = at.stop
 
 
-def _shared(q: Tensor, *keys: Tensor) -> Iterator[Tensor]:
-    """Keys or values `[G, S, D]` as each of the heads that q `[G, R, n, D]` has reads them."""
-    return (t[:, None].expand(-1, q.shape[1], -1, -1) for t in keys)
-
-
 def _read_all(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Part:
-    """Attention of q `[G, R, n, D]` over every key up to each."""
-    k, v = _shared(q, *(t[:, : past + q.shape[2]] for t in (k, v)))
-    own = _flash(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
+    """Attention of q `[1, H, n, D]` over every key up to each."""
+    end = past + q.shape[2]
+    own = _flash(q, k[:, :, past:end], v[:, :, past:end], scale, causal=True)
     return _join(own, _flash(q, k[:, :, :past], v[:, :, :past], scale)) if past else own
 
 
 def _read_few(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
-    """Attention of q `[G, R, n, D]`, at positions from `first` on, over sink and recent keys."""
+    """Attention of q `[1, H, n, D]`, at positions from `first` on, over sink and recent keys."""
     low, end = band.start(first), first + q.shape[2]
-    mask = _band_mask(band, first, end, low)
+    near = (t[:, :, low:end] for t in (k, v))
+    mask = pad(_window_mask(band, first, end), (band.sink, 0))
     if band.sink:
-        k, v = (torch.cat([t[:, : band.sink], t[:, low:end]], 1) for t in (k, v))
-        mask = pad(mask, (band.sink, 0))
-    else:
-        k, v = (t[:, low:end] for t in (k, v))
-    return _flash(q, *_shared(q, k, v), scale, mask)
+        near = (torch.cat([t[:, :, : band.sink], t[:, :, low:end]], 2) for t in (k, v))
+    return _flash(q, *near, scale, mask)
 
 
 def _read_windows(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
-    """As `_read_few`, of a multiple of ROWS queries."""
-    (G, R, n, D), low = q.shape, band.start(first)
-    wide, blocks = first + ROWS - low, n // ROWS
-    mask = _band_mask(band, first, first + ROWS, low).repeat(R, 1)
-    rows = q.unflatten(2, (blocks, ROWS)).permute(2, 0, 1, 3, 4).reshape(blocks, G, -1, D)
-    views = (t[:, low:].unfold(1, wide, ROWS)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
-    near = tuple(
-        t.unflatten(2, (R, ROWS)).movedim(0, 2).flatten(2, 3)
-        for t in _flash(rows, *views, scale, mask)
-    )
+    """As `_read_few`, of a multiple of ROWS queries, and no key is copied."""
+    end, low = first + ROWS, band.start(first)
+    views = (t[0, :, low:].unfold(1, end - low, ROWS).mT.transpose(0, 1) for t in (k, v))
+    rows = q[0].unflatten(1, (-1, ROWS)).transpose(0, 1)
+    near = _flash(rows, *(t[: len(rows)] for t in views), scale, _window_mask(band, first, end))
+    near = tuple(t.transpose(0, 1).flatten(1, 2)[None] for t in near)
     if not band.sink:
         return near
-    return _join(near, _flash(q, *_shared(q, k[:, : band.sink], v[:, : band.sink]), scale))
+    return _join(near, _flash(q, k[:, :, : band.sink], v[:, :, : band.sink], scale))
 
 
-def _band_mask(band: Band, first: int, end: int, low: int) -> Tensor:
-    """[queries, keys] of queries from `first` on over the recent keys from `low` on."""
+def _window_mask(band: Band, first: int, end: int) -> Tensor:
+    """[queries, keys] of queries from `first` on over the keys from the first one's window on."""
     query = torch.arange(first, end, device="cpu")[:, None]
-    key = torch.arange(low, end, device="cpu")
+    key = torch.arange(band.start(first), end, device="cpu")
     return _additive((key <= query) & (key >= band.start(query)))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 
-from hfsparse.lists import FULL, Band, HeadIndex
+from hfsparse.lists import FULL, Band
 from hfsparse.patterns import Pattern
 
 
@@ -35,19 +35,6 @@ class Listed:
     kv: tuple[int, ...]  # the kv head of each
     heads: tuple[int, ...]
     order: tuple[int, ...]  # where each stands among the routes' heads, one route after another
-
-    @cached_property
-    def index(self) -> HeadIndex:
-        """Indices of its heads."""
-        return HeadIndex()
-
-    @cached_property
-    def placed(self) -> bool:
-        """Whether positions alone decide what its heads read."""
-        return all(
-            route.band is not None or hasattr(type(route.pattern), "placed")
-            for route in self.routes
-        )
 
     @cached_property
     def means(self) -> tuple[int, ...]:
