@@ -262,17 +262,17 @@ class Part:
         count = pick(call.tables.count, need).run
         if placed := getattr(type(route.pattern), "placed", None):
             lists = call.once(placed, route.pattern, grid, heads)
-        elif route.band is None:
+        elif route.band is not None and grid.key_first is None:  # the same in every layer
+            lists = call.once(BlockLists.of, grid, heads, None, route.band)
+        elif route.band is not None:
+            lists = BlockLists.of(grid, heads, band=route.band)
+            return lists, _count(count, lists)
+        else:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None
             need = need._replace(chooser=route.pattern, dropped=dropped)
             estimate = pick(call.tables.estimate, need).run
             lists = estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
-            return lists, _count(count, lists)
-        elif grid.key_first is None:  # the same in every layer
-            lists = call.once(BlockLists.of, grid, heads, None, route.band)
-        else:
-            lists = BlockLists.of(grid, heads, band=route.band)
             return lists, _count(count, lists)
         return lists, call.once(_count, count, lists)
 
