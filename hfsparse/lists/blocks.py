@@ -14,7 +14,7 @@ from hfsparse.lists.grid import FAR, FULL, Band, Grid, HeadIndex, at_heads
 EDGES = 8  # partial blocks of a query block, at most: its own, and where window and band begin
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class BlockLists:
     """Which key blocks each query block reads; H is a set of q heads, B may be 1 for all rows.
 

@@ -47,15 +47,15 @@ class Counts:
         heads: tuple[int, ...],
         at: slice | Tensor,
         lists: BlockLists,
-        kept: Tensor,
+        pairs: Tensor,
         work: tuple[int, int],
     ) -> None:
-        """Heads that followed lists, an index of them, `[2, heads]` pairs and blocks that the lists
-        keep, and the work of dense attention."""
+        """Heads that followed lists, an index of them, pairs `[B, H]` that the lists keep, and the
+        work of dense attention."""
         self.add(self.listed, heads, work)
-        device = kept.device
+        device = lists.full_count.device
         self.kept = _moved(self.kept, device)
-        self.kept[:, at] += kept
+        self.kept[:, at] += torch.stack([pairs.sum(0), lists.blocks().sum(0)])
         if lists.cut is not None:
             self.cut = _moved(self.cut, device)
             self.cut[at] += lists.cut.sum(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -206,11 +205,10 @@ class Part:
         logits, counts = self.layer_call.logits, self.layer_call.layer_plan.counts
         at, device = self.layer_call.layer_plan.at, self.q.device
         tables = self.layer_call.call.tables
-        chosen = zip(*[self._choose(route, need) for route in listed.routes], strict=True)
-        lists, kept = (tuple(each) for each in chosen)
-        lists, own = BlockLists.cat(lists).in_order(listed.order, at), at(listed.heads, device)
-        kept = torch.cat(kept, 1)[:, at(listed.order, device)]
-        counts.add_lists(listed.heads, own, lists, kept, self.group.work)
+        lists = BlockLists.cat([self._choose(route, need) for route in listed.routes])
+        lists, own = lists.in_order(listed.order, at), at(listed.heads, device)
+        pairs = pick(tables.count, need).run(lists)
+        counts.add_lists(listed.heads, own, lists, pairs, self.group.work)
         extension, need = self._extension, need._replace(lists=True, logits=logits.special)
         asked = bool(listed.means) or extension is not None
         kernel = pick(tables.prefill, need._replace(lse=asked))
@@ -255,28 +253,17 @@ class Part:
         """Whether a kernel reads lists at no more cost than whole rows."""
         return pick(self.layer_call.call.tables.prefill, need._replace(lists=True)).fused
 
-    def _choose(self, route: Route, need: Need) -> tuple[BlockLists, Tensor]:
-        """What a route's heads read, and pairs and blocks of it `[2, heads]`."""
+    def _choose(self, route: Route, need: Need) -> BlockLists:
+        """The blocks that a route's heads read."""
         grid, at, device = self.grid, self.layer_call.layer_plan.at, self.q.device
-        call, heads = self.layer_call.call, len(route.q)
-        count = pick(call.tables.count, need).run
         if placed := getattr(type(route.pattern), "placed", None):
-            lists = call.once(placed, route.pattern, grid, heads)
-        elif route.band is not None and grid.key_first is None:  # the same in every layer
-            lists = call.once(BlockLists.of, grid, heads, None, route.band)
-        elif route.band is not None:
-            lists = BlockLists.of(grid, heads, band=route.band)
-            return lists, _count(count, lists)
-        else:
+            return self.layer_call.call.once(placed, route.pattern, grid, len(route.q))
+        if route.band is None:
             q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None
             need = need._replace(chooser=route.pattern, dropped=dropped)
-            estimate = pick(call.tables.estimate, need).run
-            lists = estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
-            return lists, _count(count, lists)
-        return lists, call.once(_count, count, lists)
-
-
-def _count(pairs: Callable[[BlockLists], Tensor], lists: BlockLists) -> Tensor:
-    """[2, heads] pairs and blocks that lists keep."""
-    return torch.stack([pairs(lists).sum(0), lists.blocks().sum(0)])
+            estimate = pick(self.layer_call.call.tables.estimate, need).run
+            return estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
+        if grid.key_first is None:  # the same in every layer
+            return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
+        return BlockLists.of(grid, len(route.q), band=route.band)
