@@ -47,9 +47,9 @@ def asked(monkeypatch):
     """Rows of each product that ours was asked for."""
     asked = []
 
-    def run(x, codes, bias):
+    def run(x, matrices, biases):
         asked.append(x.numel() // x.shape[-1])
-        return plain.quantised(x, codes, bias)
+        return plain.quantised(x, matrices, biases)
 
     row = kernels.Kernel("any", run, lambda need: None)
     monkeypatch.setattr(products, "QUANTISED", (row, kernels.QUANTISED[-1]))
@@ -65,7 +65,7 @@ def test_numbers_are_those_of_torchao(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
     model, x = block(KINDS[kind]), torch.randn(2, 1, 128).bfloat16()
-    want = plain.quantised(x, read(model[0].weight), model[0].bias)
+    want = plain.quantised(x, [read(model[0].weight)], [model[0].bias])
     want = model[1:](want)
     with torch.no_grad():
         with products.OwnProducts():
