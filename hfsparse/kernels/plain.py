@@ -50,9 +50,7 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
 
-def quantised(
-    x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]
-) -> Tensor:
+def quantised(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:
     """`linear` of x `[..., K]` with the numbers of each matrix `[Ni, K]` and its bias, side by
     side, in float32 and rounded to x's type."""
     biases = [None if bias is None else bias.float() for bias in biases]

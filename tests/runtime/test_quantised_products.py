@@ -44,11 +44,11 @@ def block(quantise) -> nn.Module:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Rows of each product that ours was asked for."""
+    """Rows and matrices of each call that ours was asked for."""
     asked = []
 
     def run(x, matrices, biases):
-        asked.append(x.numel() // x.shape[-1])
+        asked.append((x.numel() // x.shape[-1], len(matrices)))
         return plain.quantised(x, matrices, biases)
 
     row = kernels.Kernel("any", run, lambda need: None)
@@ -70,11 +70,24 @@ def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
     with torch.no_grad():
         with products.OwnProducts():
             assert torch.equal(model(x), want)
-        assert asked == [2]
-        torch.compiler.reset()
-        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(x), want)
-        assert asked == [2, 2]
+        assert asked == [(2, 1)]
+        torch.testing.assert_close(fused(model.forward)(x), want)
+        assert asked == [(2, 1)] * 2
+
+
+def test_products_of_the_same_rows_are_one_call_of_a_fused_step(asked):
+    layers, x = [block(KINDS[k])[0] for k in ("int8", "fp8", "int8")], torch.randn(1, 3, 128)
+    x, int8, fp8 = x.bfloat16(), layers[::2], layers[1:2]
+    with torch.no_grad():
+        got = fused(lambda x: [layer(x) for layer in layers])(x)
+    assert asked == [(3, 2), (3, 1)]
+    for layer, found in zip(int8 + fp8, got[::2] + got[1:2], strict=True):
+        torch.testing.assert_close(found, plain.quantised(x, [read(layer.weight)], [layer.bias]))
+
+
+def fused(forward):
+    torch.compiler.reset()
+    return torch.compile(forward, backend=backend, fullgraph=True)
 
 
 def backend(module, inputs):

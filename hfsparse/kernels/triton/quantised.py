@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from hfsparse.kernels.codes import Quantised
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hfsparse.kernels.codes import Quantised
 from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia
 
 if TYPE_CHECKING:
@@ -47,11 +46,9 @@ def why_not(need: Need) -> str | None:
     return None
 
 
-def products(
-    x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]
-) -> Tensor:
+def products(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:
     """As `plain.quantised`, of up to 8 rows; sums are float32, and rounded once."""
-    x, K = x.contiguous(), x.shape[-1]
+    x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], sum(len(matrix.codes) for matrix in matrices))
     first = 0
     for at in range(0, len(matrices), MOST):
@@ -63,10 +60,10 @@ def products(
 def _launch(x: Tensor, matrices, biases, out: Tensor, first: int) -> None:
     """Products that lie in the output from column `first` on."""
     K, spare = x.shape[-1], MOST - len(matrices)
-    (codes, scale, zero), rows = matrices[0], x.numel() // K
-    one = rows == 1 and codes.dtype in ALONE
+    first_one, rows = matrices[0], x.numel() // K
+    one = rows == 1 and first_one.codes.dtype in ALONE
     tall, wide, stages, warps = ROW if one else ROWS
-    group = 0 if matrices[0].group == K else matrices[0].group
+    group = 0 if first_one.group == K else first_one.group
     if group:
         wide = max(wide, group) if one else min(wide, group)
     sizes = [len(matrix.codes) for matrix in matrices] + [0] * spare
@@ -86,7 +83,7 @@ def _launch(x: Tensor, matrices, biases, out: Tensor, first: int) -> None:
         AHEAD=AHEAD,
         WHOLE=K % (wide if one else wide * warps) == 0,
         GROUP=group,
-        ZEROS=zero is not None,
+        ZEROS=first_one.zero is not None,
         BIASED=tuple(bias is not None for bias in added),
         num_warps=warps,
         **chained(str(x.device)),
@@ -102,15 +99,83 @@ def _products_of_row(
 ):  # fmt: skip
     at, many0, many1 = tl.program_id(0), tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
     if at < many0:
-        _product_of_row(X, W0, S0, Z0, B0, OUT, at, R, n0, N, K, s0, ROWS, COLUMNS, STAGES,
-                        PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS, BIASED[0], CHAINED)
+        _product_of_row(
+            X,
+            W0,
+            S0,
+            Z0,
+            B0,
+            OUT,
+            at,
+            R,
+            n0,
+            N,
+            K,
+            s0,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[0],
+            CHAINED,
+        )
     elif at < many0 + many1:
-        _product_of_row(X, W1, S1, Z1, B1, OUT + n0, at - many0, R, n1, N, K, s1, ROWS, COLUMNS,
-                        STAGES, PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS, BIASED[1], CHAINED)
+        _product_of_row(
+            X,
+            W1,
+            S1,
+            Z1,
+            B1,
+            OUT + n0,
+            at - many0,
+            R,
+            n1,
+            N,
+            K,
+            s1,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[1],
+            CHAINED,
+        )
     else:
-        _product_of_row(X, W2, S2, Z2, B2, OUT + n0 + n1, at - many0 - many1, R, n2, N, K, s2,
-                        ROWS, COLUMNS, STAGES, PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS,
-                        BIASED[2], CHAINED)
+        _product_of_row(
+            X,
+            W2,
+            S2,
+            Z2,
+            B2,
+            OUT + n0 + n1,
+            at - many0 - many1,
+            R,
+            n2,
+            N,
+            K,
+            s2,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[2],
+            CHAINED,
+        )
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 N s0 s1 s2".split())
@@ -122,15 +187,83 @@ def _products_of_rows(
 ):  # fmt: skip
     at, many0, many1 = tl.program_id(0), tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
     if at < many0:
-        _product_of_rows(X, W0, S0, Z0, B0, OUT, at, R, n0, N, K, s0, ROWS, COLUMNS, STAGES,
-                        PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS, BIASED[0], CHAINED)
+        _product_of_rows(
+            X,
+            W0,
+            S0,
+            Z0,
+            B0,
+            OUT,
+            at,
+            R,
+            n0,
+            N,
+            K,
+            s0,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[0],
+            CHAINED,
+        )
     elif at < many0 + many1:
-        _product_of_rows(X, W1, S1, Z1, B1, OUT + n0, at - many0, R, n1, N, K, s1, ROWS, COLUMNS,
-                        STAGES, PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS, BIASED[1], CHAINED)
+        _product_of_rows(
+            X,
+            W1,
+            S1,
+            Z1,
+            B1,
+            OUT + n0,
+            at - many0,
+            R,
+            n1,
+            N,
+            K,
+            s1,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[1],
+            CHAINED,
+        )
     else:
-        _product_of_rows(X, W2, S2, Z2, B2, OUT + n0 + n1, at - many0 - many1, R, n2, N, K, s2,
-                        ROWS, COLUMNS, STAGES, PADDED, WARPS, AHEAD, WHOLE, GROUP, ZEROS,
-                        BIASED[2], CHAINED)
+        _product_of_rows(
+            X,
+            W2,
+            S2,
+            Z2,
+            B2,
+            OUT + n0 + n1,
+            at - many0 - many1,
+            R,
+            n2,
+            N,
+            K,
+            s2,
+            ROWS,
+            COLUMNS,
+            STAGES,
+            PADDED,
+            WARPS,
+            AHEAD,
+            WHOLE,
+            GROUP,
+            ZEROS,
+            BIASED[2],
+            CHAINED,
+        )
 
 
 @triton.jit

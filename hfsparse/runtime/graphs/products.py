@@ -156,7 +156,8 @@ torch.library.custom_op(
     "hfsparse::quantised",
     _quantised,
     mutates_args=(),
-    schema="(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] biases) -> Tensor",
+    schema="(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] biases)"
+    " -> Tensor",
 )
 
 
