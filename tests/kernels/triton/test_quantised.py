@@ -22,7 +22,7 @@ def products():
         given = x, matrices[0].codes.dtype, bits, biases
         return run(f"{__name__}.products_of_bits", *given)
 
-    small = dict(triton__quantised__ROW=(4, 64, 2, 4), triton__quantised__ROWS=(16, 64, 2, 4))
+    small = dict(triton__quantised__ROW=(4, 64, 2), triton__quantised__ROWS=(16, 64, 2))
     with interpreter(**small) as run:
         yield call
 
