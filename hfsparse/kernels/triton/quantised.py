@@ -69,7 +69,7 @@ def _launch(
     sizes = [len(matrix.codes) for matrix in matrices] + [0] * spare
     given = [*matrices, *[one] * spare]
     added = [*biases, *[None] * spare]
-    _products[(sum(triton.cdiv(n, tall) for n in sizes),)](
+    _products_of_codes[(sum(triton.cdiv(n, tall) for n in sizes),)](
         *(x, *(matrix.codes for matrix in given), *(matrix.scale for matrix in given)),
         *(matrix.scale if matrix.zero is None else matrix.zero for matrix in given),
         *(out if bias is None else bias for bias in added),
@@ -91,7 +91,7 @@ def _launch(
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 o_row s0 s1 s2".split())
-def _products(
+def _products_of_codes(
     X, W0, W1, W2, S0, S1, S2, Z0, Z1, Z2, B0, B1, B2, OUT, R, n0, n1, n2, o_row, K, s0, s1, s2,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
     WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
