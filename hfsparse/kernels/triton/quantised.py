@@ -3,7 +3,7 @@ numbers in registers.
 
 What bounds it is reading the codes, once for all rows: an H200 takes 1.2 to 1.8 times as long as
 its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). One row is summed
-up as `products` sums; several meet tensor cores, for which codes are exact in bf16 and fp16.
+up as `products` sums; several, and groups of columns, meet tensor cores, for which codes are exact in bf16 and fp16.
 Scales of whole rows come behind. By definition: `plain.quantised`.
 """
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MOST = 3  # matrices of a launch
 # Of a tile of a matrix: rows, columns, and how many tiles are on their way at once.
-ROW = (8, 1024, 3)  # for one row of x
-ROWS = (16, 128, 3)  # for more, each of WARPS a tile
+ROW = (8, 1024, 3)  # for one row of x, scales of whole rows
+ROWS = (16, 128, 3)  # for others, each of WARPS a tile
 WARPS = 4
 PADDED = 8  # rows of x that tensor cores are given
 DTYPES = (torch.bfloat16, torch.float16)
@@ -62,10 +62,11 @@ def _launch(
 ) -> None:
     K, spare = x.shape[-1], MOST - len(matrices)
     rows, one = x.numel() // K, matrices[0]
-    tall, wide, stages = ROW if rows == 1 else ROWS
     group = 0 if one.group == K else one.group
+    alone = rows == 1 and not group
+    tall, wide, stages = ROW if alone else ROWS
     if group:
-        wide = max(wide, group) if rows == 1 else min(wide, group)
+        wide = min(wide, group)
     sizes = [len(matrix.codes) for matrix in matrices] + [0] * spare
     given = [*matrices, *[one] * spare]
     added = [*biases, *[None] * spare]
@@ -78,9 +79,9 @@ def _launch(
         ROWS=tall,
         COLUMNS=wide,
         STAGES=stages,
-        PADDED=1 if rows == 1 else PADDED,
+        PADDED=1 if alone else PADDED,
         WARPS=WARPS,
-        WHOLE=K % (wide if rows == 1 else wide * WARPS) == 0,
+        WHOLE=K % (wide if alone else wide * WARPS) == 0,
         GROUP=group,
         ZEROS=one.zero is not None,
         BIASED=tuple(bias is not None for bias in added),
@@ -131,7 +132,7 @@ def _product(
         bias = tl.load(B + row, mask=inside, other=0.0).to(tl.float32)
     if PADDED == 1:
         out = _row(
-            X, W, S, Z, row, n, K, s_row, ROWS, COLUMNS, STAGES, WHOLE, GROUP, ZEROS, NVIDIA
+            X, W, row, n, K, ROWS, COLUMNS, STAGES, WHOLE, NVIDIA
         )[:, None]  # fmt: skip
     else:
         out = _rows(
@@ -148,11 +149,11 @@ def _product(
 
 @triton.jit
 def _row(
-    X, W, S, Z, row, n, K, s_row,
+    X, W, row, n, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, NVIDIA: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile's rows with one row of x `[ROWS]`."""
+    """Sums of a tile's rows with one row of x `[ROWS]`, of scales of whole rows."""
     inside, column = row < n, tl.arange(0, COLUMNS)
     w_at = W + row.to(tl.int64)[:, None] * K + column[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -164,16 +165,6 @@ def _row(
             x = tl.load(X + first + column)
         else:
             x = tl.load(X + first + column, mask=live, other=0.0)
-        if GROUP:
-            GROUPS: tl.constexpr = COLUMNS // GROUP
-            group = first // GROUP + tl.arange(0, GROUPS)
-            at = row[:, None] * s_row + group[None, :]
-            held = inside[:, None] & (group < K // GROUP)[None, :]
-            number = tl.reshape(number, [ROWS, GROUPS, GROUP])
-            if ZEROS:
-                number -= tl.load(Z + at, mask=held, other=0).to(tl.float32)[:, :, None]
-            number *= tl.load(S + at, mask=held, other=0.0).to(tl.float32)[:, :, None]
-            number = tl.reshape(number, [ROWS, COLUMNS])
         acc += number * x.to(tl.float32)[None, :]
     return tl.sum(acc, 1)
 
