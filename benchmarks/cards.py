@@ -21,6 +21,7 @@ import triton
 from triton.runtime import JITFunction
 
 from hfsparse.kernels import triton as kernels
+from hfsparse.kernels.codes import CODES, Quantised
 from hfsparse.lists import FULL, PAGE, BlockLists, Grid, PageLists, places
 from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns import PATTERNS
@@ -125,6 +126,22 @@ def choices_of_pages() -> Iterator[Shape]:
             yield f"quest, {pages} pages, head dim {D}", lambda a=given: choose.pages(*a, 1.0)
 
 
+def weights() -> Iterator[Shape]:
+    """Matrices of fused steps and of quantised models; fp8 begins with sm_89."""
+    products, quantised = _module("products"), _module("quantised")
+    yield "bf16, 1 row", lambda: products.products(bf16(1, 4096), [bf16(64, 4096)], [None])
+    for dtype in CODES:
+        for group in (4096, 128):
+            scale = bf16(64, 4096 // group)
+            matrix = Quantised(torch.zeros(64, 4096, dtype=dtype), scale)
+            for rows in (1, 8):
+                given = bf16(rows, 4096), [matrix], [None]
+                yield (
+                    f"{dtype}, {rows} rows, a scale for {group} columns",
+                    lambda a=given: quantised.products(*a),
+                )
+
+
 def _module(name: str) -> ModuleType:
     return import_module(f"{kernels.__name__}.{name}")
 
@@ -162,7 +179,7 @@ def compile_for(card: int, part: Callable[[], Iterator[Shape]]) -> tuple[list, l
     return rows, failed
 
 
-PARTS = (prompts, choices_of_blocks, steps, packed_steps, choices_of_pages)
+PARTS = (prompts, choices_of_blocks, steps, packed_steps, choices_of_pages, weights)
 
 
 def main() -> None:

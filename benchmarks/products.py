@@ -104,7 +104,7 @@ def quantised_matrix(rows: int, columns: int, weights: str) -> str:
     for n in (1, 4, 8):
         x = torch.randn(n, columns, **more)
         theirs = in_turn(lambda i, x=x: linear(x, held[i]), len(held))
-        own = in_turn(lambda i, x=x: ours(x, parts[i], None), len(held))
+        own = in_turn(lambda i, x=x: ours(x, parts[i : i + 1], [None]), len(held))
         cells.append(f"{theirs:.1f} | {own:.1f} | {size / own / 1e6:.2f}")
     return f"| {rows:,} x {columns:,} | {' | '.join(cells)} |"
 

@@ -31,6 +31,11 @@ class Quantised(NamedTuple):
         """Columns of a group."""
         return self.codes.shape[1] // self.scale.shape[1]
 
+    @property
+    def layout(self) -> tuple:
+        """What matrices have in common that one launch reads."""
+        return self.codes.dtype, self.scale.dtype, self.group, self.zero is None
+
     def numbers(self) -> Tensor:
         """The matrix in float32."""
         codes, scale = self.codes.float(), self.scale.float().repeat_interleave(self.group, 1)

@@ -51,7 +51,12 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
 
-def quantised(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
-    """`linear` of x `[..., K]` with the matrix's numbers, in float32 and rounded to x's type."""
-    bias = None if bias is None else bias.float()
-    return linear(x.float(), matrix.numbers(), bias).to(x.dtype)
+def quantised(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:
+    """`linear` of x `[..., K]` with the numbers of each matrix `[Ni, K]` and its bias, side by
+    side, in float32 and rounded to x's type."""
+    biases = [None if bias is None else bias.float() for bias in biases]
+    parts = [
+        linear(x.float(), matrix.numbers(), bias)
+        for matrix, bias in zip(matrices, biases, strict=True)
+    ]
+    return torch.cat(parts, -1).to(x.dtype)

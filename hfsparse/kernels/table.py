@@ -24,7 +24,7 @@ COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.products`, of one row. Steps that are fused are compiled with it; no call asks it.
-QUANTISED(x, matrix, bias) -> Tensor [..., N]
+QUANTISED(x, matrices, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 """
 
@@ -220,7 +220,7 @@ PRODUCTS = (
     Kernel("PyTorch", plain.products, _always),
 )
 QUANTISED = (
-    Kernel("Triton", _lazily("triton.quantised", "product"), _triton("quantised")),
+    Kernel("Triton", _lazily("triton.quantised", "products"), _triton("quantised")),
     Kernel("PyTorch", plain.quantised, _always),
 )
 

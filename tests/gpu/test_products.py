@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 import hfsparse
+from hfsparse.kernels import plain
 from hfsparse.kernels.codes import Quantised
 from hfsparse.kernels.triton import products, quantised
 from tests.gpu.common import DEVICE
@@ -50,29 +51,32 @@ def test_a_fused_step_of_one_row_is_made_of_them(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize(
-    ("kind", "N", "K", "group"),
+    ("kind", "sizes", "K", "group"),
     [
-        ("int8", 4096, 4096, 4096),
-        ("int8", 1024, 11008, 128),
-        ("fp8", 4096, 14336, 14336),
-        ("fp8", 77, 2048, 32),
+        ("int8", [4096, 1024, 1024], 4096, 4096),
+        ("int8", [1024], 11008, 128),
+        ("fp8", [4096], 14336, 14336),
+        ("fp8", [77, 80, 3, 16], 2048, 32),
     ],
 )
-def test_a_product_with_codes_is_that_of_their_numbers(kind, N, K, group, rows):
-    made = matrix(kind, N, K, group)
-    made = Quantised(*(None if t is None else t.to(DEVICE) for t in made))
+def test_products_with_codes_are_those_of_their_numbers(kind, sizes, K, group, rows):
+    made = [matrix(kind, n, K, group) for n in sizes]
+    made = [Quantised(*(None if t is None else t.to(DEVICE) for t in each)) for each in made]
     x = torch.randn(rows, 1, K, device=DEVICE, dtype=torch.bfloat16)
-    bias = torch.randn(N, device=DEVICE, dtype=torch.bfloat16)
-    want = linear(x.double(), made.numbers().double(), bias.double())
-    off = (quantised.product(x, made, bias) - want).abs().max() / want.abs().max()
+    biases = [torch.randn(n, device=DEVICE, dtype=x.dtype) if i else None
+              for i, n in enumerate(sizes)]  # fmt: skip
+    parts = zip(made, biases, strict=True)
+    want = [plain.quantised(x.double(), [m], [b]) for m, b in parts]
+    want = torch.cat(want, -1)
+    off = (quantised.products(x, made, biases) - want).abs().max() / want.abs().max()
     assert off < 2 * torch.finfo(x.dtype).eps
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
     ao = pytest.importorskip("torchao.quantization")
-    run, launched = quantised.product, []
-    monkeypatch.setattr(quantised, "product", lambda *a: launched.append(a) or run(*a))
+    run, launched = quantised.products, []
+    monkeypatch.setattr(quantised, "products", lambda *a: launched.append(len(a[1])) or run(*a))
     model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(150)
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
     with torch.no_grad():
@@ -82,7 +86,7 @@ def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
     with hfsparse.patch(model, fuse=fuse):
         got = generate(model, ids, mask, new=8).logits
         assert graphs(model).why is None
-    assert launched
+    assert sorted(set(launched)) == ([1, 2, 3] if fuse else [1])
     want, got = (torch.stack(each).float() for each in (want, got))
     assert (got - want)[:1].abs().max() < 0.1
     with torch.no_grad():

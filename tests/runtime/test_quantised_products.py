@@ -44,12 +44,12 @@ def block(quantise) -> nn.Module:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Rows of each product that ours was asked for."""
+    """Rows and matrices of each call that ours was asked for."""
     asked = []
 
-    def run(x, codes, bias):
-        asked.append(x.numel() // x.shape[-1])
-        return plain.quantised(x, codes, bias)
+    def run(x, matrices, biases):
+        asked.append((x.numel() // x.shape[-1], len(matrices)))
+        return plain.quantised(x, matrices, biases)
 
     row = kernels.Kernel("any", run, lambda need: None)
     monkeypatch.setattr(products, "QUANTISED", (row, kernels.QUANTISED[-1]))
@@ -65,16 +65,29 @@ def test_numbers_are_those_of_torchao(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
     model, x = block(KINDS[kind]), torch.randn(2, 1, 128).bfloat16()
-    want = plain.quantised(x, read(model[0].weight), model[0].bias)
+    want = plain.quantised(x, [read(model[0].weight)], [model[0].bias])
     want = model[1:](want)
     with torch.no_grad():
         with products.OwnProducts():
             assert torch.equal(model(x), want)
-        assert asked == [2]
-        torch.compiler.reset()
-        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(x), want)
-        assert asked == [2, 2]
+        assert asked == [(2, 1)]
+        torch.testing.assert_close(fused(model.forward)(x), want)
+        assert asked == [(2, 1)] * 2
+
+
+def test_products_of_the_same_rows_are_one_call_of_a_fused_step(asked):
+    layers, x = [block(KINDS[k])[0] for k in ("int8", "fp8", "int8")], torch.randn(1, 3, 128)
+    x, int8, fp8 = x.bfloat16(), layers[::2], layers[1:2]
+    with torch.no_grad():
+        got = fused(lambda x: [layer(x) for layer in layers])(x)
+    assert asked == [(3, 2), (3, 1)]
+    for layer, found in zip(int8 + fp8, got[::2] + got[1:2], strict=True):
+        torch.testing.assert_close(found, plain.quantised(x, [read(layer.weight)], [layer.bias]))
+
+
+def fused(forward):
+    torch.compiler.reset()
+    return torch.compile(forward, backend=backend, fullgraph=True)
 
 
 def backend(module, inputs):

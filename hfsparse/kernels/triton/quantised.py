@@ -1,13 +1,15 @@
-"""Products of a few rows with a matrix of codes in Triton: codes become numbers in registers.
+"""Products of a few rows with up to three matrices of codes in Triton, in one launch: codes become
+numbers in registers.
 
-What bounds it is reading the codes, once for all rows: an H200 takes 1.1 to 2.0 times as long as
-its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). Several rows, and
-int8, which is slow to become float32, meet tensor cores: codes are exact in bf16 and fp16, and
-scales come behind. By definition: `plain.quantised`.
+What bounds it is reading the codes, once for all rows: an H200 takes 1.2 to 1.8 times as long as
+its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). One row is summed
+up as `products` sums; several, and groups of columns, meet tensor cores, for which codes are exact in bf16 and fp16.
+Scales of whole rows come behind. By definition: `plain.quantised`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +23,10 @@ from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
-# Of a tile of the matrix: rows, columns, and how many tiles are on their way at once.
-ROW = (8, 1024, 3)  # for one row of x
-ROWS = (16, 128, 3)  # for more, each of 4 warps a tile
+MOST = 3  # matrices of a launch
+# Of a tile of a matrix: rows, columns, and how many tiles are on their way at once.
+ROW = (8, 1024, 3)  # for one row of x, scales of whole rows
+ROWS = (16, 128, 3)  # for others, each of WARPS a tile
 WARPS = 4
 PADDED = 8  # rows of x that tensor cores are given
 DTYPES = (torch.bfloat16, torch.float16)
@@ -42,86 +45,142 @@ def why_not(need: Need) -> str | None:
     return None
 
 
-def product(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
-    """As `plain.quantised`, of up to 8 rows; sums are float32, and rounded once."""
-    codes, scale, zero = matrix
-    x, (N, K) = x.contiguous(), codes.shape
-    out, rows = x.new_empty(*x.shape[:-1], N), x.numel() // K
-    one = rows == 1 and codes.dtype != torch.int8
-    tall, wide, stages = ROW if one else ROWS
-    group = 0 if matrix.group == K else matrix.group
-    if group:
-        wide = max(wide, group) if one else min(wide, group)
-    kernel = _product_of_row if one else _product_of_rows
-    kernel[(triton.cdiv(N, tall),)](
-        *(x, codes, scale, scale if zero is None else zero, out if bias is None else bias, out),
-        *(rows, N, K, scale.stride(0)),
-        ROWS=tall,
-        COLUMNS=wide,
-        STAGES=stages,
-        PADDED=PADDED,
-        WARPS=WARPS,
-        WHOLE=K % (wide if one else wide * WARPS) == 0,
-        GROUP=group,
-        ZEROS=zero is not None,
-        BIASED=bias is not None,
-        num_warps=WARPS,
-        **chained(str(x.device)),
-    )
+def products(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:
+    """As `plain.quantised`, of up to 8 rows and matrices of one layout; sums are float32, and
+    rounded once."""
+    x, first = x.contiguous(), 0
+    out = x.new_empty(*x.shape[:-1], sum(len(matrix.codes) for matrix in matrices))
+    for at in range(0, len(matrices), MOST):
+        some = matrices[at : at + MOST]
+        _launch(x, some, biases[at : at + MOST], out[..., first:])
+        first += sum(len(matrix.codes) for matrix in some)
     return out
 
 
-@triton.jit(do_not_specialize=["R"])
-def _product_of_row(
-    X, W, S, Z, B, OUT, R, N, K, s_row,
+def _launch(
+    x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None], out: Tensor
+) -> None:
+    K, spare = x.shape[-1], MOST - len(matrices)
+    rows, one = x.numel() // K, matrices[0]
+    group = 0 if one.group == K else one.group
+    alone = rows == 1 and not group
+    tall, wide, stages = ROW if alone else ROWS
+    if group:
+        wide = min(wide, group)
+    sizes = [len(matrix.codes) for matrix in matrices] + [0] * spare
+    given = [*matrices, *[one] * spare]
+    added = [*biases, *[None] * spare]
+    _products_of_codes[(sum(triton.cdiv(n, tall) for n in sizes),)](
+        *(x, *(matrix.codes for matrix in given), *(matrix.scale for matrix in given)),
+        *(matrix.scale if matrix.zero is None else matrix.zero for matrix in given),
+        *(out if bias is None else bias for bias in added),
+        *(out, rows, *sizes, out.stride(-2) if rows > 1 else 0, K),
+        *(matrix.scale.stride(0) for matrix in given),
+        ROWS=tall,
+        COLUMNS=wide,
+        STAGES=stages,
+        PADDED=1 if alone else PADDED,
+        WARPS=WARPS,
+        WHOLE=K % (wide if alone else wide * WARPS) == 0,
+        GROUP=group,
+        ZEROS=one.zero is not None,
+        BIASED=tuple(bias is not None for bias in added),
+        NVIDIA=is_nvidia(str(x.device)),
+        num_warps=WARPS,
+        **chained(str(x.device)),
+    )
+
+
+@triton.jit(do_not_specialize="R n0 n1 n2 o_row s0 s1 s2".split())
+def _products_of_codes(
+    X, W0, W1, W2, S0, S1, S2, Z0, Z1, Z2, B0, B1, B2, OUT, R, n0, n1, n2, o_row, K, s0, s1, s2,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
     WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    BIASED: tl.constexpr, CHAINED: tl.constexpr,
+    BIASED: tl.constexpr, NVIDIA: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = row < N
+    at, many0, many1 = tl.program_id(0), tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
+    if at < many0:
+        _product(
+            X, W0, S0, Z0, B0, OUT, at, R, n0, o_row, K, s0,
+            ROWS, COLUMNS, STAGES, PADDED, WARPS, WHOLE, GROUP, ZEROS, BIASED[0], NVIDIA,
+        )  # fmt: skip
+    elif at < many0 + many1:
+        _product(
+            X, W1, S1, Z1, B1, OUT + n0, at - many0, R, n1, o_row, K, s1,
+            ROWS, COLUMNS, STAGES, PADDED, WARPS, WHOLE, GROUP, ZEROS, BIASED[1], NVIDIA,
+        )  # fmt: skip
+    else:
+        _product(
+            X, W2, S2, Z2, B2, OUT + n0 + n1, at - many0 - many1, R, n2, o_row, K, s2,
+            ROWS, COLUMNS, STAGES, PADDED, WARPS, WHOLE, GROUP, ZEROS, BIASED[2], NVIDIA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _product(
+    X, W, S, Z, B, OUT, at, R, n, o_row, K, s_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    BIASED: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    row, r = at * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    inside = row < n
+    if not GROUP:  # asked for before the codes, as the bias
+        scale = tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        bias = tl.load(B + row, mask=inside, other=0.0).to(tl.float32)
+    if PADDED == 1:
+        out = _row(
+            X, W, row, n, K, ROWS, COLUMNS, STAGES, WHOLE, NVIDIA
+        )[:, None]  # fmt: skip
+    else:
+        out = _rows(
+            X, W, S, Z, row, r, R, n, K, s_row,
+            ROWS, COLUMNS, STAGES, PADDED, WARPS, WHOLE, GROUP, ZEROS,
+        )  # fmt: skip
+    if not GROUP:
+        out *= scale[:, None]
+    if BIASED:
+        out += bias[:, None]
+    at = OUT + r[None, :] * o_row + row[:, None]
+    tl.store(at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _row(
+    X, W, row, n, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile's rows with one row of x `[ROWS]`, of scales of whole rows."""
+    inside, column = row < n, tl.arange(0, COLUMNS)
     w_at = W + row.to(tl.int64)[:, None] * K + column[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
         live = column < K - first
         kept = inside[:, None] if WHOLE else inside[:, None] & live[None, :]
-        number = tl.load(w_at + first, mask=kept, other=0.0).to(tl.float32)
+        number = _to_float(tl.load(w_at + first, mask=kept, other=0.0), NVIDIA)
         if WHOLE:
             x = tl.load(X + first + column)
         else:
             x = tl.load(X + first + column, mask=live, other=0.0)
-        if GROUP:
-            GROUPS: tl.constexpr = COLUMNS // GROUP
-            group = first // GROUP + tl.arange(0, GROUPS)
-            at = row[:, None] * s_row + group[None, :]
-            held = inside[:, None] & (group < K // GROUP)[None, :]
-            number = tl.reshape(number, [ROWS, GROUPS, GROUP])
-            if ZEROS:
-                number -= tl.load(Z + at, mask=held, other=0).to(tl.float32)[:, :, None]
-            number *= tl.load(S + at, mask=held, other=0.0).to(tl.float32)[:, :, None]
-            number = tl.reshape(number, [ROWS, COLUMNS])
         acc += number * x.to(tl.float32)[None, :]
-    out = tl.sum(acc, 1)
-    if not GROUP:
-        out *= tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)
-    if BIASED:
-        out += tl.load(B + row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + row, out.to(OUT.dtype.element_ty), mask=inside)
+    return tl.sum(acc, 1)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _product_of_rows(
-    X, W, S, Z, B, OUT, R, N, K, s_row,
+@triton.jit
+def _rows(
+    X, W, S, Z, row, r, R, n, K, s_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
     WARPS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    BIASED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Each warp sums over tiles of its own, [WARPS, ROWS, PADDED]; a tile lies in one group."""
-    await_previous(CHAINED)
-    row, r = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    """Sums of a tile's rows with R rows of x `[ROWS, PADDED]`.
+
+    Each warp sums over tiles of its own, [WARPS, ROWS, PADDED]; a tile lies in one group.
+    """
     column = tl.arange(0, WARPS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside, rows = row < N, (r < R)[None, None, :]
+    inside, rows = row < n, (r < R)[None, None, :]
     w_at = W + row.to(tl.int64)[None, :, None] * K + column[:, None, :]
     x_at = X + r[None, None, :] * K + column[:, :, None]
     acc = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
@@ -143,10 +202,29 @@ def _product_of_rows(
             acc += tl.dot(code.to(x.dtype), x) * s[:, :, None]
         else:
             acc = tl.dot(code.to(x.dtype), x, acc)
-    out = tl.sum(acc, 0)
-    if not GROUP:
-        out *= tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if BIASED:
-        out += tl.load(B + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    at = OUT + r[None, :] * N + row[:, None]
-    tl.store(at, out.to(OUT.dtype.element_ty), mask=inside[:, None] & (r < R)[None, :])
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def _to_float(code, NVIDIA: tl.constexpr):
+    """Codes as float32: of int8 by four bytes of 2^23 + 128 + code at once, for the GPU's own
+    conversion is slow."""
+    if NVIDIA and code.dtype == tl.int8:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 codes;
+            xor.b32 codes, $4, 0x80808080;
+            prmt.b32 $0, codes, 0x4B000000, 0x7440;
+            prmt.b32 $1, codes, 0x4B000000, 0x7441;
+            prmt.b32 $2, codes, 0x4B000000, 0x7442;
+            prmt.b32 $3, codes, 0x4B000000, 0x7443;
+            sub.f32 $0, $0, 0f4B000080;
+            sub.f32 $1, $1, 0f4B000080;
+            sub.f32 $2, $2, 0f4B000080;
+            sub.f32 $3, $3, 0f4B000080;
+            }
+            """,
+            "=f,=f,=f,=f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    return code.to(tl.float32)

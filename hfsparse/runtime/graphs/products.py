@@ -31,7 +31,7 @@ class OwnProducts(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is LINEAR and _is_served_quantised(*args[:2]):
-            return multiply(*args, **kwargs)
+            return multiply(args[0], [args[1]], [args[2] if len(args) > 2 else kwargs.get("bias")])
         return func(*args, **kwargs)
 
 
@@ -55,18 +55,25 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
 
 def join_products(module: fx.GraphModule) -> None:
     """Replace products of a row with matrices by the operator that reads them together, and
-    those of few rows with a quantised one by ours."""
-    sharing: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    those of few rows with quantised ones likewise."""
+    sharing: dict[tuple, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
         if node.target is not LINEAR:
             continue
-        if _is_served(*_arguments(node)):
-            sharing[node.args[0]].append(node)
-        elif _is_served_quantised(*(part.meta.get("example_value") for part in node.args[:2])):
-            node.target = multiply
-    for nodes in sharing.values():
-        if len(nodes) > 1 or not _add(module.graph, *nodes):
-            _join(module.graph, nodes)
+        x, weight, bias = _arguments(node)
+        if any(part is not None and part.op != "placeholder" for part in (weight, bias)):
+            continue  # made in the step: not there at the first
+        if any(user.op == "call_method" and user.target.endswith("_") for user in x.users):
+            continue  # the rows are written between their products
+        held = [part.meta.get("example_value") for part in (x, weight, bias) if part is not None]
+        if _is_served(*held):
+            sharing[x, torch.ops.hfsparse.products.default].append(node)
+        elif _is_served_quantised(*held):
+            sharing[x, multiply, read(held[1]).layout].append(node)
+    for (_, product, *_), nodes in sharing.items():
+        alone = len(nodes) == 1 and product is torch.ops.hfsparse.products.default
+        if not (alone and _add(module.graph, *nodes)):
+            _join(module.graph, product, nodes)
     module.graph.lint()
     module.recompile()
 
@@ -76,14 +83,8 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     return x, weight, bias[0] if bias else node.kwargs.get("bias")
 
 
-def _is_served(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> bool:
-    """Whether this is a row times a parameter that our kernel reads."""
-    given = [part for part in (weight, bias) if part is not None]
-    if any(part.op != "placeholder" for part in given):  # made in the step: not there at the first
-        return False
-    if any(user.op == "call_method" and user.target.endswith("_") for user in x.users):
-        return False  # the row is written between its products
-    held = [part.meta.get("example_value") for part in (x, *given)]
+def _is_served(*held: Tensor) -> bool:
+    """Whether these are a row, a matrix and perhaps a bias that our kernel reads."""
     if any(type(t) is not FakeTensor for t in held):  # quantised: with products of their own
         return False
     row, *rest = held
@@ -91,12 +92,12 @@ def _is_served(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> bool:
     return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
-def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+def _join(graph: fx.Graph, product: Callable, nodes: list[fx.Node]) -> None:
     parts = [_arguments(node) for node in nodes]
     sizes = [weight.meta["example_value"].shape[0] for _, weight, _ in parts]
     with graph.inserting_before(nodes[0]):
         given = parts[0][0], [weight for _, weight, _ in parts], [bias for *_, bias in parts]
-        joined = graph.call_function(torch.ops.hfsparse.products.default, given)
+        joined = graph.call_function(product, given)
         first = 0
         for node, size in zip(nodes, sizes, strict=True):
             own = graph.call_function(torch.narrow, (joined, -1, first, size))
@@ -130,7 +131,7 @@ def _add(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _is_served_quantised(x: object, weight: object = None) -> bool:
+def _is_served_quantised(x: object, weight: object = None, bias: object = None) -> bool:
     """Whether these are few rows and a matrix of codes that our kernel reads."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or x.numel() > FEW * x.shape[-1]:
         return False
@@ -139,9 +140,10 @@ def _is_served_quantised(x: object, weight: object = None) -> bool:
     return _kernel_of_codes(x, matrix.codes) is not QUANTISED[-1]
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` of few rows with a weight that `read` knows."""
-    return torch.ops.hfsparse.quantised(x, *read(weight), bias)
+def multiply(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """`linear` of few rows with each of weights that `read` knows, of one layout, side by side."""
+    codes, scales, zeros = map(list, zip(*map(read, weights), strict=True))
+    return torch.ops.hfsparse.quantised(x, codes, scales, zeros, biases)
 
 
 def _kernel(x: Tensor, weight: Tensor) -> Kernel:
@@ -166,24 +168,26 @@ def _kernel_of_codes(x: Tensor, codes: Tensor) -> Kernel:
 
 
 def _quantised(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
 ) -> Tensor:
-    return _kernel_of_codes(x, codes).run(x, Quantised(codes, scale, zero), bias)
+    matrices = [Quantised(*parts) for parts in zip(codes, scales, zeros, strict=True)]
+    return _kernel_of_codes(x, codes[0]).run(x, matrices, biases)
 
 
 torch.library.custom_op(
     "hfsparse::quantised",
     _quantised,
     mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
+    schema="(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] biases)"
+    " -> Tensor",
 )
 
 
 @torch.library.register_fake("hfsparse::quantised")
-def _(x, codes, *rest):
-    return x.new_empty(*x.shape[:-1], len(codes))
-
-
 @torch.library.register_fake("hfsparse::products")
-def _(x, weights, biases):
+def _(x, weights, *rest):
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))

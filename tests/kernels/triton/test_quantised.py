@@ -8,45 +8,46 @@ from tests.kernels.codes import matrix
 from tests.kernels.interpreter import interpreter
 
 
-def product_of_bits(x, dtype, codes, bias):
+def products_of_bits(x, dtype, matrices, biases):
     """In the interpreter's process: fp8 is not pickled."""
-    from hfsparse.kernels.triton.quantised import product
+    from hfsparse.kernels.triton.quantised import products
 
-    return product(x, codes._replace(codes=codes.codes.view(dtype)), bias)
+    return products(x, [m._replace(codes=m.codes.view(dtype)) for m in matrices], biases)
 
 
 @pytest.fixture(scope="module")
-def product():
-    def call(x, codes, bias):
-        bits = codes.codes.view(torch.int8)
-        given = x, codes.codes.dtype, codes._replace(codes=bits), bias
-        return run(f"{__name__}.product_of_bits", *given)
+def products():
+    def call(x, matrices, biases):
+        bits = [m._replace(codes=m.codes.view(torch.int8)) for m in matrices]
+        given = x, matrices[0].codes.dtype, bits, biases
+        return run(f"{__name__}.products_of_bits", *given)
 
-    small = dict.fromkeys((1, 2, 4, 8), (4, 256, 2))
     small = dict(triton__quantised__ROW=(4, 64, 2), triton__quantised__ROWS=(16, 64, 2))
     with interpreter(**small) as run:
         yield call
 
 
 @pytest.mark.parametrize(
-    ("kind", "N", "K", "group", "rows"),
+    ("kind", "sizes", "K", "group", "rows"),
     [
-        ("int8", 17, 100, 100, 1),
-        ("int8", 5, 320, 32, 3),
-        ("int8", 16, 512, 512, 8),
-        ("fp8", 9, 264, 264, 1),
-        ("fp8", 4, 256, 32, 1),
-        ("fp8", 6, 384, 128, 1),
-        ("fp8", 20, 264, 264, 8),
-        ("fp8", 3, 384, 128, 2),
+        ("int8", [17], 100, 100, 1),
+        ("int8", [5], 320, 32, 3),
+        ("int8", [16, 7], 512, 512, 8),
+        ("int8", [5, 16, 3, 8], 320, 64, 1),
+        ("fp8", [9, 17, 5], 264, 264, 1),
+        ("fp8", [4], 256, 32, 1),
+        ("fp8", [6], 384, 128, 1),
+        ("fp8", [20], 264, 264, 8),
+        ("fp8", [3, 18], 384, 128, 2),
     ],
 )
-def test_products_are_those_of_the_numbers(product, kind, N, K, group, rows):
-    codes = matrix(kind, N, K, group)
-    x, bias = torch.randn(rows, 1, K).half(), torch.randn(N).half()
-    found, want = (
-        product(x, codes, bias),
-        linear(x.double(), codes.numbers().double(), bias.double()),
-    )
-    assert (found.shape, found.dtype) == ((rows, 1, N), x.dtype)
+def test_products_are_those_of_the_numbers(products, kind, sizes, K, group, rows):
+    matrices = [matrix(kind, n, K, group) for n in sizes]
+    x, biases = torch.randn(rows, 1, K).half(), [torch.randn(n).half() for n in sizes]
+    biases[1:2] = [None] * len(biases[1:2])
+    found, parts = products(x, matrices, biases), zip(matrices, biases, strict=True)
+    want = [linear(x.double(), m.numbers().double(), None if b is None else b.double())
+            for m, b in parts]  # fmt: skip
+    want = torch.cat(want, -1)
+    assert (found.shape, found.dtype) == ((rows, 1, sum(sizes)), x.dtype)
     assert (found - want).abs().max() < 1e-3 * want.abs().max()
