@@ -21,7 +21,7 @@ from hfsparse.kernels.codes import Quantised, read
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
-FEW = 8  # rows of a step that meet quantised weights in our kernel
+FEW = 8  # rows of a step that meet weights in our kernels
 
 
 class OwnProducts(TorchFunctionMode):
@@ -53,8 +53,8 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
 
 
 def join_products(module: fx.GraphModule) -> None:
-    """Replace products of a row with matrices by the operator that reads them together, and
-    those of few rows with a quantised one by ours."""
+    """Replace products of few rows with matrices by the operator that reads them together, and
+    those with a quantised one by ours."""
     sharing: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
         if node.target is not LINEAR:
@@ -75,18 +75,19 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 
 def _is_served(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> bool:
-    """Whether this is a row times a parameter that our kernel reads."""
+    """Whether these are few rows times a parameter that our kernel reads."""
     given = [part for part in (weight, bias) if part is not None]
     if any(part.op != "placeholder" for part in given):  # made in the step: not there at the first
         return False
     if any(user.op == "call_method" and user.target.endswith("_") for user in x.users):
-        return False  # the row is written between its products
+        return False  # the rows are written between their products
     held = [part.meta.get("example_value") for part in (x, *given)]
     if any(type(t) is not FakeTensor for t in held):  # quantised: with products of their own
         return False
-    row, *rest = held
-    plain = all(t.dtype == row.dtype and t.is_contiguous() for t in rest)
-    return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not PRODUCTS[-1]
+    rows, *rest = held
+    plain = all(t.dtype == rows.dtype and t.is_contiguous() for t in rest)
+    few = rows.numel() <= FEW * rows.shape[-1]
+    return plain and few and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
 def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
