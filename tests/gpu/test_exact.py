@@ -84,7 +84,8 @@ def test_steps_that_verify_are_fused_and_compiled_once():
         graphs = state_of(model).graphs
         first = getattr(out, CACHE).layers[0]
         assert any(Q > 1 and steps.graph for Q, steps in graphs.kept[first].items())
-        assert graphs.fuse and not graphs.unfused
+        assert graphs.fuse
+        assert not graphs.unfused
         assert handle.stats().drafts.steps > 2
     assert out.sequences.tolist() == want.sequences.tolist()
     gap = torch.stack(out.logits) - torch.stack(want.logits)
