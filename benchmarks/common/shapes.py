@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -49,10 +50,10 @@ def random_model(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTr
 def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
     """A plan by the words of its name; None for one that begins with "no plan".
 
-    Every second kv head is a ring ("ring"), or all but every fourth ("quarter"); the others read 6
-    or 25 % of their pages in decode ("quest"), and keep them in 8 or 4 bits or fp8, where the name
-    says so. prompt: a pattern by which the heads that are no
-    rings read prompts; None: they read all.
+    Every second kv head is a ring ("ring"), or all but every fourth ("quarter"); the others read
+    a share of their pages in decode ("quest 6 %"), chosen anew every few tokens ("refresh 4"), and
+    keep them in 8 or 4 bits or fp8, where the name says so. prompt: a pattern by which the heads
+    that are no rings read prompts; None: they read all.
     """
     if name.startswith(NONE):
         return None
@@ -60,7 +61,7 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
     group = this.q_heads // this.kv_heads
     every = 4 if "quarter" in name else 2 if "ring" in name else 1
     rings = [g % every != 0 for g in range(this.kv_heads)]
-    share = 0.25 if "25" in name else 0.06
+    share, refresh = (re.search(words, name) for words in (r"(\d+) %", r"refresh (\d+)"))
     read = "quest" if "quest" in name else "full"
     patterns = {} if prompt is None else {"chosen": prompt}
     if any(rings):
@@ -70,7 +71,9 @@ def plan_of(model: PreTrainedModel, name: str, prompt=None) -> Plan | None:
         if said(bits) in name:
             kept, patterns["packed"] = "packed", KEPT["full"](bits)
     if read == "quest":
-        patterns["quest"] = SELECTORS["quest"](share=share, min_pages=16)
+        given = {"share": int(share[1]) / 100 if share else 0.06}
+        given |= {"refresh": int(refresh[1])} if refresh else {}
+        patterns["quest"] = SELECTORS["quest"](**given, min_pages=16)
     whole = "full" if prompt is None else "chosen"
     words = Layer(
         tuple("stream" if ring else whole for ring in rings for _ in range(group)),

@@ -23,7 +23,7 @@ FETCH(hot, lists, length, read) -> PageLists
 COUNT(lists) -> Tensor [B, H]
     As `lists.pairs`.
 PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
-    As `plain.products`, of one row. Steps that are fused are compiled with it; no call asks it.
+    As `plain.products`, of a few rows. Steps that are fused are compiled with it; no call asks it.
 QUANTISED(x, matrices, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 """

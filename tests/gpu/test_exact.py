@@ -75,6 +75,23 @@ def test_drafts_that_are_right_are_taken_in_bfloat16_too():
     assert 8 in replayed[1]
 
 
+def test_steps_that_verify_are_fused_and_compiled_once():
+    model, (ids, mask) = fresh("llama").to(DEVICE), inputs(250)
+    want = generate(model, ids, mask, new=40)
+    torch.compiler.reset()
+    with hfsparse.patch(model, mixed(model), fuse=True, exact=True) as handle:
+        out = generate(model, ids, mask, new=40)
+        graphs = state_of(model).graphs
+        first = getattr(out, CACHE).layers[0]
+        assert any(Q > 1 and steps.graph for Q, steps in graphs.kept[first].items())
+        assert graphs.fuse
+        assert not graphs.unfused
+        assert handle.stats().drafts.steps > 2
+    assert out.sequences.tolist() == want.sequences.tolist()
+    gap = torch.stack(out.logits) - torch.stack(want.logits)
+    assert gap.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3", "qwen3"])
 def test_lookup_is_replayed_by_the_number_of_its_tokens(family):
     model, (ids, mask) = fresh(family).to(DEVICE), inputs(250)

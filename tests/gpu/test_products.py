@@ -1,4 +1,4 @@
-"""Products of a row on the GPU, those of few rows with quantised weights, and steps of them."""
+"""Products of few rows on the GPU, with quantised weights too, and steps of them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from tests.patcher.families import fresh, mixed
 from tests.patcher.runs import generate
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("K", "sizes"), [(4096, [4096, 1024, 1024]), (576, [1536, 1536]), (14336, [4096]), (2050, [7])]
 )
-def test_a_product_is_that_of_float32(K, sizes, dtype):
+def test_a_product_is_that_of_float32(K, sizes, dtype, rows):
     torch.manual_seed(0)
-    x, *weights = (torch.randn(n, K, device=DEVICE, dtype=dtype) for n in (1, *sizes))
+    x, *weights = (torch.randn(n, K, device=DEVICE, dtype=dtype) for n in (rows, *sizes))
     biases = [torch.randn(n, device=DEVICE, dtype=dtype) if i else None
               for i, n in enumerate(sizes)]  # fmt: skip
     parts = zip(weights, biases, strict=True)

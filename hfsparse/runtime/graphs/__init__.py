@@ -49,6 +49,7 @@ from hfsparse.runtime.graphs.recording import (
     restore_host,
     restride,
     run_live,
+    share_lengths,
     snapshot_host,
 )
 from hfsparse.runtime.graphs.states import States
@@ -117,6 +118,7 @@ class Graphs:
         self.single: dict[int, str] = {}  # why none of so many tokens will be
         # Why nothing is fused, though it was asked for.
         self.loose: str | None = "not fused, its cache holds latents" if fuse and latents else None
+        self.unfused: dict[int, str] = {}  # why steps of so many tokens, more than one, are not
         self.held: Callable[[], CacheLayer | None] = lambda: (
             None
         )  # the cache that `stats` looked at
@@ -295,7 +297,7 @@ class Graphs:
         given, rows, lengths = step.given, step.rows, step.lengths
         serving, before = self._serving(layers), []
         forward = with_own_products(forward)
-        fuse = self.fuse and Q == 1  # each number of tokens would be compiled for itself
+        fuse = self.fuse and Q not in self.unfused
         try:
             before += states.copies()
             given = restride(given) if fuse else given
@@ -323,8 +325,7 @@ class Graphs:
                 self.whole, steps.warm = True, None
                 self.why = f"fused part by part it can't be recorded, {told}"
             elif fuse:
-                self.fuse, self.loose = False, f"not fused, {told}"
-                self.why = self.loose
+                self._unfuse(Q, f"not fused, {told}")
             else:
                 self._give_up(Q, f"it can't be recorded, {told}")
         states.restore(before)
@@ -348,6 +349,7 @@ class Graphs:
         states.unguard()
 
         def call(**given):
+            share_lengths(given, new_tokens(given).shape[1])
             mode = self.layers[0].mode
             mode.fusing = True
             try:
@@ -357,6 +359,14 @@ class Graphs:
                 mode.fusing = False
 
         return call
+
+    def _unfuse(self, Q: int, why: str) -> None:
+        """Fuse no more steps of Q tokens; where single tokens can't be, none at all."""
+        self.why = why
+        if Q > 1:
+            self.unfused[Q] = why
+        else:
+            self.fuse, self.loose = False, why
 
     def _serving(self, layers: list[CacheLayer]) -> dict[int, tuple[LayerPlan, CacheLayer]]:
         own = {layer.index: layer for layer in layers}

@@ -22,7 +22,7 @@ from hfsparse.kernels.codes import Quantised, read
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
-FEW = 8  # rows of a step that meet quantised weights in our kernel
+FEW = 8  # rows of a step that meet weights in our kernels
 
 
 class OwnProducts(TorchFunctionMode):
@@ -54,8 +54,8 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
 
 
 def join_products(module: fx.GraphModule) -> None:
-    """Replace products of a row with matrices by the operator that reads them together, and
-    those of few rows with quantised ones likewise."""
+    """Replace products of few rows with matrices by the operator that reads them together, and
+    those with quantised ones likewise."""
     sharing: dict[tuple, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
         if node.target is not LINEAR:
@@ -84,12 +84,13 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 
 def _is_served(*held: Tensor) -> bool:
-    """Whether these are a row, a matrix and perhaps a bias that our kernel reads."""
+    """Whether these are few rows, a matrix and perhaps a bias that our kernel reads."""
     if any(type(t) is not FakeTensor for t in held):  # quantised: with products of their own
         return False
-    row, *rest = held
-    plain = all(t.dtype == row.dtype and t.is_contiguous() for t in rest)
-    return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not PRODUCTS[-1]
+    rows, *rest = held
+    plain = all(t.dtype == rows.dtype and t.is_contiguous() for t in rest)
+    few = rows.numel() <= FEW * rows.shape[-1]
+    return plain and few and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
 def _join(graph: fx.Graph, product: Callable, nodes: list[fx.Node]) -> None:
@@ -121,6 +122,8 @@ def _add(graph: fx.Graph, node: fx.Node) -> bool:
     row = other.meta.get("example_value") if isinstance(other, fx.Node) else None
     if type(row) is not FakeTensor or (row.shape, row.dtype) != (made.shape, made.dtype):
         return False
+    if row.numel() != row.shape[-1]:
+        return False  # a bias is one row
     with graph.inserting_before(total):
         flat = graph.call_function(torch.flatten, (other,))
         added = graph.call_function(torch.ops.hfsparse.products.default, (x, [weight], [flat]))

@@ -1,4 +1,4 @@
-"""Products of a row, interpreted, against torch's own; and which a step's graph joins."""
+"""Products of few rows, interpreted, against torch's own; and which a step's graph joins."""
 
 import pytest
 import torch
@@ -12,21 +12,22 @@ from tests.kernels.interpreter import interpreter
 
 @pytest.fixture(scope="module")
 def products():
-    with interpreter(triton__products__COLUMNS=64) as run:
+    with interpreter(triton__products__COLUMNS=64, triton__products__FEW_COLUMNS=16) as run:
         yield lambda *given: run("triton.products.products", *given)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize(("K", "sizes"), [(128, [9]), (100, [8, 3]), (64, [4, 1, 7, 5, 2])])
-def test_products_are_those_of_torch(products, K, sizes):
+def test_products_are_those_of_torch(products, K, sizes, rows):
     torch.manual_seed(K)
     dtype = torch.float16
-    x = torch.randn(1, 1, K, dtype=dtype)
+    x = torch.randn(1, rows, K, dtype=dtype)
     weights = [torch.randn(n, K, dtype=dtype) for n in sizes]
     biases = [torch.randn(n, dtype=dtype) if i % 2 else None for i, n in enumerate(sizes)]
     want = [linear(x.double(), w.double(), None if b is None else b.double())
             for w, b in zip(weights, biases, strict=True)]  # fmt: skip
     found = products(x, weights, biases)
-    assert (found.shape, found.dtype) == ((1, 1, sum(sizes)), dtype)
+    assert (found.shape, found.dtype) == ((1, rows, sum(sizes)), dtype)
     torch.testing.assert_close(found.double(), torch.cat(want, -1), rtol=2e-3, atol=2e-3)
 
 
@@ -81,8 +82,9 @@ def joined(x, monkeypatch, serves=True, kind=Block):
     return [name for name in names if any(word in name for word in KINDS)]
 
 
-def test_a_graph_joins_products_that_share_their_row(monkeypatch):
-    found = joined(torch.randn(1, 1, 8), monkeypatch)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_graph_joins_products_that_share_their_rows(monkeypatch, rows):
+    found = joined(torch.randn(rows, 1, 8), monkeypatch)
     assert [n for n in found if "products" in n] == ["hfsparse.products.default"] * 2
     assert len(found) == 4, found  # and the one whose weight is made in the step, and a sum
 
@@ -99,5 +101,5 @@ def test_nothing_is_joined_where_no_kernel_serves(monkeypatch):
     assert not any("products" in name for name in found)
 
 
-def test_several_rows_are_left_to_torch(monkeypatch):
-    assert len(joined(torch.randn(2, 1, 8), monkeypatch)) == 7
+def test_many_rows_are_left_to_torch(monkeypatch):
+    assert len(joined(torch.randn(9, 1, 8), monkeypatch)) == 7
