@@ -10,7 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hfsparse.runtime.graphs import COMPILE, recording
 from hfsparse.runtime.graphs.obstacles import NoWait
 from hfsparse.runtime.graphs.weights import Weights
 from tests import frozen, latents
@@ -238,27 +237,6 @@ def test_each_kind_of_weight_is_watched(change):
     else:
         model[1].running_mean = model[1].running_mean.clone()
     assert weights.moved()
-
-
-def test_a_fused_step_of_several_tokens_is_compiled_once_for_all_their_numbers():
-    compiled = []
-
-    def backend(module, inputs):
-        compiled.append(module)
-        return module
-
-    def step(input_ids, position_ids, inputs_embeds):
-        return inputs_embeds * input_ids[..., None] + position_ids[..., None]
-
-    torch.compiler.reset()
-    run = torch.compile(step, backend=backend, **COMPILE)
-    for Q in (1, 4, 2, 8, 4, 1):
-        sizes = {"input_ids": (3, Q), "position_ids": (1, Q), "inputs_embeds": (3, Q, 8)}
-        given = {name: torch.ones(size) for name, size in sizes.items()}
-        recording.share_lengths(given, Q)
-        assert run(**given).shape == (3, Q, 8)
-    assert len(compiled) == 2  # and one token, for itself
-    torch.compiler.reset()
 
 
 def test_weights_made_of_several_tensors_are_watched():

@@ -53,9 +53,9 @@ def compiled(monkeypatch):
     leave("owner")
 
 
-def fused(decoder, x):
-    with parts.fused(decoder):
-        return decoder(x)
+def fused(decoder, x, whole=False):
+    with parts.fused(decoder, x.shape[-2], whole) as forward:
+        return forward(decoder, x)
 
 
 @pytest.mark.parametrize(("scales", "forms"), [([1.0] * 20, 2), ([1.0, 2.0] * 10, 3)])
@@ -71,6 +71,15 @@ def test_layers_of_one_kind_share_what_is_compiled(compiled, scales, forms):
 def test_more_kinds_than_dynamo_would_compile_are(compiled):
     fused(Decoder(*range(12)), torch.ones(1, 4))
     assert len(compiled) == 13
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_several_tokens_are_compiled_once_for_all_their_numbers(compiled, whole):
+    decoder = Decoder(1.0, 1.0)
+    for tokens in (1, 5, 2, 8, 5, 1):
+        x = torch.randn(3, tokens, 4)
+        assert torch.equal(fused(decoder, x, whole), decoder(x))
+    assert len(compiled) == (2 if whole else 4)  # and one token, for itself
 
 
 def test_a_parts_own_forward_is_compiled_and_put_back(compiled):
@@ -91,6 +100,6 @@ def test_modes_are_left_outside_and_watch_the_rest(compiled):
     decoder, x = Decoder(1.0), torch.ones(1, 4)
     with NoWait():
         fused(decoder, x)
-        with pytest.raises(RuntimeError, match="the host waits"), parts.fused(decoder):
+        with pytest.raises(RuntimeError, match="the host waits"), parts.fused(decoder, 1):
             decoder(x).sum().item()
     assert len(compiled) == 2

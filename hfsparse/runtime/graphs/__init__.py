@@ -49,7 +49,6 @@ from hfsparse.runtime.graphs.recording import (
     restore_host,
     restride,
     run_live,
-    share_lengths,
     snapshot_host,
 )
 from hfsparse.runtime.graphs.states import States
@@ -349,11 +348,10 @@ class Graphs:
         states.unguard()
 
         def call(**given):
-            share_lengths(given, new_tokens(given).shape[1])
             mode = self.layers[0].mode
             mode.fusing = True
             try:
-                with fused(decoder, self.whole) as forward:
+                with fused(decoder, new_tokens(given).shape[1], self.whole) as forward:
                     return forward(decoder, **given)
             finally:
                 mode.fusing = False

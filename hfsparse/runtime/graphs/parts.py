@@ -2,7 +2,8 @@
 
 A part is a child of the decoder: a layer, the embedding, the last norm. What dynamo makes of one
 takes its weights, and the number of its layer, as inputs, so that it serves each part of its class
-that differs in nothing else; the others are compiled for themselves.
+that differs in nothing else; the others are compiled for themselves. A step of several tokens is
+compiled once for all their numbers, one of a single token for itself: that has the fewest kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from hfsparse.runtime.call import running
 from hfsparse.runtime.graphs.products import compile_step
@@ -27,8 +29,9 @@ _entered = threading.Lock()  # one at a time: limits are the process's, and draf
 
 
 @contextlib.contextmanager
-def fused(decoder: nn.Module, whole: bool = False) -> Iterator[Callable]:
-    """The forward of a decoder's class, whose parts, or which itself, run as compiled.
+def fused(decoder: nn.Module, tokens: int, whole: bool = False) -> Iterator[Callable]:
+    """The forward of a decoder's class, whose parts, or which itself, run as compiled, for a step
+    of so many tokens a row.
 
     Those of a step of this thread that is recorded: another's goes on as it is.
     """
@@ -37,11 +40,11 @@ def fused(decoder: nn.Module, whole: bool = False) -> Iterator[Callable]:
         for part in () if whole else _parts(decoder):
             own = part.__dict__.get("forward")  # accelerate's: each is compiled for itself
             run = partial(compiled(type(part).forward), part) if own is None else compiled(own)
-            _put(part, partial(_run, run, part.forward))
+            _put(part, partial(_run, run, part.forward, tokens))
             stack.callback(_put, part, own)
         for table, key in [*_own_hooks(decoder)]:
             stack.callback(table.__setitem__, key, table.pop(key))
-        yield compiled(forward) if whole else forward
+        yield partial(_share, compiled(forward), tokens) if whole else forward
 
 
 def _parts(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -73,10 +76,20 @@ def _put(part: nn.Module, forward: Callable | None) -> None:
         part.forward = forward
 
 
-def _run(compiled: Callable, own: Callable, *args, **kwargs):
+def _run(compiled: Callable, own: Callable, tokens: int, *args, **kwargs):
     """A part's forward; `own` in a step of another thread, which is not recorded."""
     call = running()
     if call is None or call.recorded is None:
         return own(*args, **kwargs)
     with _disable_current_modes():  # one looks for waits, and compiled code has none
-        return compiled(*args, **kwargs)
+        return _share(compiled, tokens, *args, **kwargs)
+
+
+def _share(compiled: Callable, tokens: int, *args, **kwargs):
+    """What is compiled, run so that it serves other numbers of tokens, where these are several."""
+    for x in tree_leaves((args, kwargs)) if tokens > 1 else ():
+        if isinstance(x, Tensor):
+            for dim in range(min(1, x.ndim - 1), x.ndim):  # not rows, but of positions alone
+                if x.shape[dim] == tokens:
+                    torch._dynamo.maybe_mark_dynamic(x, dim)
+    return compiled(*args, **kwargs)

@@ -212,16 +212,6 @@ def restride(given: dict[str, Any]) -> dict[str, Any]:
     return {n: x.clone(**fresh) if isinstance(x, Tensor) else x for n, x in given.items()}
 
 
-def share_lengths(given: dict[str, Any], Q: int) -> None:
-    """Have what torch.compile makes of a step of Q tokens serve other numbers, but for one token:
-    that has the fewest kernels by itself."""
-    for name, x in given.items():
-        if Q > 1 and isinstance(x, Tensor):
-            dim = x.ndim - (2 if name == "inputs_embeds" else 1)
-            if x.shape[dim] == Q:
-                torch._dynamo.maybe_mark_dynamic(x, dim)
-
-
 def describe_call(given: dict[str, Any]) -> tuple:
     """What a call asks for: all of its arguments but tensors' contents."""
     return torch.is_inference_mode_enabled(), *(
