@@ -2,12 +2,13 @@
 
 Where few rows are multiplied by a matrix that torchao has quantised, its codes become numbers in
 our kernel's registers, in fused steps and others. Where a fused step multiplies one row by matrices
-of plain numbers, products that share the row become one operator, `hfsparse::products`. The rest is
-left to PyTorch and the compiler.
+of plain numbers, products that share the row become one operator, `hfsparse::products`, and one
+whose result is added to a row adds it itself. The rest is left to PyTorch and the compiler.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -56,6 +57,7 @@ def join_products(module: fx.GraphModule) -> None:
     """Replace products of a row with matrices by the operator that reads them together, and
     those of few rows with quantised ones likewise."""
     sharing: dict[tuple, list[fx.Node]] = defaultdict(list)
+    plain = torch.ops.hfsparse.products.default
     for node in module.graph.nodes:
         if node.target is not LINEAR:
             continue
@@ -66,11 +68,12 @@ def join_products(module: fx.GraphModule) -> None:
             continue  # the rows are written between their products
         held = [part.meta.get("example_value") for part in (x, weight, bias) if part is not None]
         if _is_served(*held):
-            sharing[x, torch.ops.hfsparse.products.default].append(node)
+            sharing[x, plain].append(node)
         elif _is_served_quantised(*held):
             sharing[x, multiply, read(held[1]).layout].append(node)
-    for (_, operator, *_), nodes in sharing.items():
-        _join(module.graph, operator, nodes)
+    for (_, joint, *_), nodes in sharing.items():
+        if len(nodes) > 1 or joint is not plain or not _add(module.graph, *nodes):
+            _join(module.graph, joint, nodes)
     module.graph.lint()
     module.recompile()
 
@@ -89,12 +92,12 @@ def _is_served(*held: Tensor) -> bool:
     return plain and row.numel() == row.shape[-1] and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
-def _join(graph: fx.Graph, operator: Callable, nodes: list[fx.Node]) -> None:
+def _join(graph: fx.Graph, joint: Callable, nodes: list[fx.Node]) -> None:
     parts = [_arguments(node) for node in nodes]
     sizes = [weight.meta["example_value"].shape[0] for _, weight, _ in parts]
     with graph.inserting_before(nodes[0]):
         given = parts[0][0], [weight for _, weight, _ in parts], [bias for *_, bias in parts]
-        joined = graph.call_function(operator, given)
+        joined = graph.call_function(joint, given)
         first = 0
         for node, size in zip(nodes, sizes, strict=True):
             own = graph.call_function(torch.narrow, (joined, -1, first, size))
@@ -103,6 +106,29 @@ def _join(graph: fx.Graph, operator: Callable, nodes: list[fx.Node]) -> None:
             first += size
     for node in nodes:
         graph.erase_node(node)
+
+
+def _add(graph: fx.Graph, node: fx.Node) -> bool:
+    """Have a product add the row that it is added to, as it would a bias; False: there is none.
+
+    The sum would be a kernel by itself, as what reads it is compiled with the next layer.
+    """
+    x, weight, bias = _arguments(node)
+    (total, *more), made = node.users, node.meta["example_value"]
+    if bias is not None or more or total.target is not operator.add or len(total.args) != 2:
+        return False
+    other = total.args[total.args[0] is node]
+    row = other.meta.get("example_value") if isinstance(other, fx.Node) else None
+    if type(row) is not FakeTensor or (row.shape, row.dtype) != (made.shape, made.dtype):
+        return False
+    with graph.inserting_before(total):
+        flat = graph.call_function(torch.flatten, (other,))
+        added = graph.call_function(torch.ops.hfsparse.products.default, (x, [weight], [flat]))
+    added.meta = dict(total.meta)
+    total.replace_all_uses_with(added)
+    graph.erase_node(total)
+    graph.erase_node(node)
+    return True
 
 
 def _is_served_quantised(x: object, weight: object = None, bias: object = None) -> bool:
