@@ -1,7 +1,7 @@
 """Products of a few rows with up to three matrices of codes in Triton, in one launch: codes become
 numbers in registers.
 
-What bounds it is reading the codes, once for all rows: an H200 takes 1.2 to 1.8 times as long as
+What bounds it is reading the codes, once for all rows: an H200 takes 1.1 to 1.9 times as long as
 its memory needs for matrices of 17 MB and more (benchmarks/results/decode.md). One row is summed
 up as `products` sums; several, and groups of columns, meet tensor cores, for which codes are exact
 in bf16 and fp16. Scales of whole rows come behind. By definition: `plain.quantised`.

@@ -57,6 +57,7 @@ def join_products(module: fx.GraphModule) -> None:
     """Replace products of few rows with matrices by the operator that reads them together, and
     those with quantised ones likewise."""
     sharing: dict[tuple, list[fx.Node]] = defaultdict(list)
+    plain = torch.ops.hfsparse.products.default
     for node in module.graph.nodes:
         if node.target is not LINEAR:
             continue
@@ -67,13 +68,12 @@ def join_products(module: fx.GraphModule) -> None:
             continue  # the rows are written between their products
         held = [part.meta.get("example_value") for part in (x, weight, bias) if part is not None]
         if _is_served(*held):
-            sharing[x, torch.ops.hfsparse.products.default].append(node)
+            sharing[x, plain].append(node)
         elif _is_served_quantised(*held):
             sharing[x, multiply, read(held[1]).layout].append(node)
-    for (_, product, *_), nodes in sharing.items():
-        alone = len(nodes) == 1 and product is torch.ops.hfsparse.products.default
-        if not (alone and _add(module.graph, *nodes)):
-            _join(module.graph, product, nodes)
+    for (_, joint, *_), nodes in sharing.items():
+        if len(nodes) > 1 or joint is not plain or not _add(module.graph, *nodes):
+            _join(module.graph, joint, nodes)
     module.graph.lint()
     module.recompile()
 
@@ -93,12 +93,12 @@ def _is_served(*held: Tensor) -> bool:
     return plain and few and _kernel(*held[:2]) is not PRODUCTS[-1]
 
 
-def _join(graph: fx.Graph, product: Callable, nodes: list[fx.Node]) -> None:
+def _join(graph: fx.Graph, joint: Callable, nodes: list[fx.Node]) -> None:
     parts = [_arguments(node) for node in nodes]
     sizes = [weight.meta["example_value"].shape[0] for _, weight, _ in parts]
     with graph.inserting_before(nodes[0]):
         given = parts[0][0], [weight for _, weight, _ in parts], [bias for *_, bias in parts]
-        joined = graph.call_function(product, given)
+        joined = graph.call_function(joint, given)
         first = 0
         for node, size in zip(nodes, sizes, strict=True):
             own = graph.call_function(torch.narrow, (joined, -1, first, size))
