@@ -63,36 +63,48 @@ def _products(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    await_previous(CHAINED)
     at, many0, many1 = tl.program_id(0), tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
     if at < many0:
-        _product(X, W0, B0, OUT, K, n0, at, ROWS, COLUMNS, WHOLE, BIASED[0])
+        _product(X, W0, B0, OUT, K, n0, at, ROWS, COLUMNS, WHOLE, BIASED[0], CHAINED)
     elif at < many0 + many1:
-        _product(X, W1, B1, OUT + n0, K, n1, at - many0, ROWS, COLUMNS, WHOLE, BIASED[1])
+        _product(X, W1, B1, OUT + n0, K, n1, at - many0, ROWS, COLUMNS, WHOLE, BIASED[1], CHAINED)
     else:
         at -= many0 + many1
-        _product(X, W2, B2, OUT + n0 + n1, K, n2, at, ROWS, COLUMNS, WHOLE, BIASED[2])
+        _product(X, W2, B2, OUT + n0 + n1, K, n2, at, ROWS, COLUMNS, WHOLE, BIASED[2], CHAINED)
 
 
 @triton.jit
 def _product(
     X, W, B, OUT, K, n, at,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row, column = at * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = row < n
     w_at = W + row.to(tl.int64)[:, None] * K + column[None, :]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, K, COLUMNS):
-        if WHOLE:
-            x = tl.load(X + first + column)
-            w = tl.load(w_at + first, mask=inside[:, None], other=0.0)
-        else:
-            live = first + column < K
-            x = tl.load(X + first + column, mask=live, other=0.0)
-            w = tl.load(w_at + first, mask=inside[:, None] & live[None, :], other=0.0)
-        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    w = _part(w_at, inside, column < K, WHOLE)  # under way while what makes the row still runs
+    await_previous(CHAINED)
+    acc = w.to(tl.float32) * _row(X, column, K, WHOLE)[None, :]
+    for first in range(COLUMNS, K, COLUMNS):
+        w = _part(w_at + first, inside, first + column < K, WHOLE)
+        acc += w.to(tl.float32) * _row(X, first + column, K, WHOLE)[None, :]
     out = tl.sum(acc, 1)
     if BIASED:
         out += tl.load(B + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUT + row, out.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(at, inside, live, WHOLE: tl.constexpr):
+    """A tile of a matrix, zeros beyond it."""
+    if WHOLE:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    return tl.load(at, mask=inside[:, None] & live[None, :], other=0.0)
+
+
+@triton.jit
+def _row(X, at, K, WHOLE: tl.constexpr):
+    """Numbers of the row, zeros beyond it, as float32."""
+    if WHOLE:
+        return tl.load(X + at).to(tl.float32)
+    return tl.load(X + at, mask=at < K, other=0.0).to(tl.float32)
