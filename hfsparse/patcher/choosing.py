@@ -41,7 +41,9 @@ class Choosing:
 
     def choose(self, ids: Tensor, logits: Tensor) -> Tensor:
         """[B, 1] tokens behind ids `[B, n]`, from a model's logits `[B, Q, V]`."""
-        scores = logits[:, -1].to(ids.device, torch.float32, copy=True)
+        scores = logits[:, -1].to(ids.device)
+        if self.processors or self.samples:  # else the highest is the highest in any type
+            scores = scores.to(torch.float32, copy=True)
         for processor in self.processors:
             scores = processor(ids, scores)
         if self.samples:  # as torch.multinomial, which would also have the host wait for its checks
