@@ -36,6 +36,7 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
+from hfsparse.runtime.graphs.norms import with_own_norms
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import compile_step, with_own_products
@@ -299,7 +300,8 @@ class Graphs:
         try:
             before += states.copies()
             given = restride(given) if fuse else given
-            call = states.settled(self._fused(decoder, states) if fuse else forward)
+            own = self._fused(decoder, states) if fuse else with_own_norms(forward, decoder)
+            call = states.settled(own)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if fuse else NoWait():
