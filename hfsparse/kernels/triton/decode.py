@@ -377,12 +377,13 @@ def _fetch_ahead(
     row = b * tl.load(cells + ROW, cache_modifier=".cg")
     base = T + tl.load(cells + T_AT, cache_modifier=".cg") * UNIT + row * STEP
     LINE: tl.constexpr = 128 * 8 // T.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, PAGE * STEP // LINE) * LINE
     for page in range(first, tl.minimum(first + tl.minimum(each, AHEAD), count)):
-        at = (base + page.to(tl.int64) * PAGE * STEP + lines).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1
-        )
+        key = page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
+        for column in tl.static_range(0, STEP, LINE):
+            at = (base + key * STEP + column).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1
+            )
 
 
 @triton.jit(do_not_specialize="splits rows".split())
