@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from hfsparse.kernels.triton.limits import (
     DTYPES,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 QUERIES = 16  # new tokens of a step's row, at most
-EARLY = True
 WIDE = 64  # channels of a program
 
 
@@ -88,7 +86,6 @@ def append(k: Tensor, v: Tensor, into: Places, query_pos: Tensor, prompt: bool =
         UNIT=into.unit,
         SUMMARIES=into.summaries,
         DROPS=into.drops,
-        EARLY=EARLY,
         num_warps=4,
         **chained(str(k.device)),
     )
@@ -100,10 +97,8 @@ def _append(
     k_b: tl.int64, k_h: tl.int64, k_s, v_b: tl.int64, v_h: tl.int64, v_s, H, Q,
     D: tl.constexpr, DV: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, SUMMARIES: tl.constexpr, DROPS: tl.constexpr,
-    EARLY: tl.constexpr, CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED and EARLY:
-        gdc_launch_dependents()
     await_previous(CHAINED)
     b, h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     row, lane = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAGE)

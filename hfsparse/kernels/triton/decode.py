@@ -37,7 +37,6 @@ from hfsparse.kernels.triton.limits import (
     SLOTS,
     V_AT,
     WIDEST,
-    WIDTH,
     add_logits,
     await_previous,
     chained,
@@ -63,7 +62,6 @@ WIDEST_LATENT = 1024  # of a key
 SPLITS = 64  # at most so many shares of a head's pages
 LATENT_SPLITS = 128  # of latents, which are one head
 MERGED = 256, 128, 8192  # shares and dims that a program merges at once, and both together
-AHEAD = 4  # pages of a share that are fetched while what comes before still runs
 UNITS = 8  # processors of a device that is no GPU (the interpreter)
 
 
@@ -156,7 +154,6 @@ def decode(
         HAS_SINKS=s_aux is not None,
         SOFTCAP=bool(softcap),
         PRECISION="ieee",  # of float32 alone; memory is what bounds
-        AHEAD=AHEAD,
         num_warps=warps,
         **chained(str(q.device)),
         num_stages=stages,
@@ -237,11 +234,8 @@ def _decode(
     ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TOGETHER: tl.constexpr,
     LISTED: tl.constexpr, RINGS: tl.constexpr, DROPS: tl.constexpr, SPAN: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED and AHEAD > 0 and not (LISTED or POOL or SPAN or LATENTS):
-        _fetch_ahead(K, TABLE, K_AT, LENGTH, Hkv, KEY_STEP, UNIT, PAGE, AHEAD)
-        _fetch_ahead(V, TABLE, V_AT, LENGTH, Hkv, STEP, UNIT, PAGE, AHEAD)
     await_previous(CHAINED)
     # Rows: q head of the group * Q + new token. Tiles: this program's share of those of its head,
     # each a page, or PAGE / TOGETHER units of so many tokens that lists name.
@@ -358,32 +352,6 @@ def _decode(
     part = (acc / some[:, None]).to(PART.dtype.element_ty)
     tl.store(PART + place[:, None] * DV + d[None, :], part, mask=inside)
     tl.store(WEIGHT + place, top + tl.log2(some), mask=alive)
-
-
-@triton.jit
-def _fetch_ahead(
-    T, TABLE, T_AT: tl.constexpr, LENGTH, Hkv,
-    STEP: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Have the first pages of a program's share on their way to the second cache. Nothing comes of
-    what is read here, where an earlier launch may still write: it passes the first cache by."""
-    head = tl.program_id(0)
-    b, cells = (head // Hkv).to(tl.int64), TABLE + (head % Hkv) * WIDTH
-    slots = tl.load(cells + SLOTS, cache_modifier=".cg")
-    live = tl.minimum(tl.load(LENGTH + b, cache_modifier=".cg"), slots).to(tl.int32)
-    count = tl.cdiv(live, PAGE)
-    each = tl.cdiv(count, tl.num_programs(1))
-    first = tl.program_id(1) * each
-    row = b * tl.load(cells + ROW, cache_modifier=".cg")
-    base = T + tl.load(cells + T_AT, cache_modifier=".cg") * UNIT + row * STEP
-    LINE: tl.constexpr = 128 * 8 // T.dtype.element_ty.primitive_bitwidth
-    for page in range(first, tl.minimum(first + tl.minimum(each, AHEAD), count)):
-        key = page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
-        for column in tl.static_range(0, STEP, LINE):
-            at = (base + key * STEP + column).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1
-            )
 
 
 @triton.jit(do_not_specialize="splits rows".split())

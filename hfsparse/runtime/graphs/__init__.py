@@ -36,7 +36,7 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
-from hfsparse.runtime.graphs.norms import with_own_norms
+from hfsparse.runtime.graphs.fewer import with_fewer_launches
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import compile_step, with_own_products
@@ -300,7 +300,7 @@ class Graphs:
         try:
             before += states.copies()
             given = restride(given) if fuse else given
-            own = self._fused(decoder, states) if fuse else with_own_norms(forward, decoder)
+            own = self._fused(decoder, states) if fuse else with_fewer_launches(forward, decoder)
             call = states.settled(own)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
