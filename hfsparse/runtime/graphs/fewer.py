@@ -6,16 +6,18 @@ gives their bits, a step is recorded with our kernel in their place. All others 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hfsparse.kernels import NORMS, ROTATIONS, Kernel, Need, pick
 from hfsparse.kernels.plain import NORM_FORMS
+from hfsparse.runtime.rows import device_guard
 
 ASKED = 64  # random rows
 ROTATE = "apply_rotary_pos_emb"  # what attention of transformers' calls
@@ -24,7 +26,8 @@ OLD_NAMES = "utils/deprecation.py"  # where those decorators are from
 
 def with_fewer_launches(forward: Callable, decoder: nn.Module) -> Callable:
     """The decoder's `forward`, while which norms and rotary embeddings are ours."""
-    weight = next((p for p in decoder.parameters() if p.ndim == 1), None)
+    plain = (p for p in decoder.parameters() if not is_traceable_wrapper_subclass(p))
+    weight = next((p for p in plain if p.ndim == 1), None)
     known: dict[Any, Any] = {}
     ours = []
     for module in decoder.modules():
@@ -47,16 +50,17 @@ def with_fewer_launches(forward: Callable, decoder: nn.Module) -> Callable:
 def _norm_of(module: nn.Module, known: dict) -> Callable | None:
     """A norm's forward by our kernel, if it is one whose bits that has."""
     weight, eps = module._parameters.get("weight"), _eps(module)
-    if eps is None or weight is None or weight.ndim != 1:
+    if eps is None or weight is None or weight.ndim != 1 or is_traceable_wrapper_subclass(weight):
         return None
     if (kernel := _kernel(NORMS, weight)) is NORMS[-1]:
         return None
     kind = type(module), weight.dtype, weight.shape, weight.device, eps
     if kind not in known:
-        x = _random(weight, 1, ASKED, len(weight))
-        want = module(x)
-        same = (form for form in NORM_FORMS if torch.equal(kernel.run(x, weight, eps, form), want))
-        known[kind] = next(same, None)
+        x, any_weight = _random(weight, (1, ASKED, len(weight)), (len(weight),))
+        want = torch.func.functional_call(module, {"weight": any_weight}, (x,))
+        with device_guard(x):
+            found = {form: kernel.run(x, any_weight, eps, form) for form in NORM_FORMS}
+        known[kind] = next((form for form in found if torch.equal(found[form], want)), None)
     return partial(_norm, module, kernel, eps, known[kind]) if known[kind] else None
 
 
@@ -70,29 +74,31 @@ def _norm(module: nn.Module, kernel: Kernel, eps: float, form: str, x: Tensor) -
     """A norm of x `[..., N]`."""
     if x.dtype != module.weight.dtype or not x.is_contiguous():
         return type(module).forward(module, x)
-    return kernel.run(x, module.weight, eps, form)
+    with device_guard(x):
+        return kernel.run(x, module.weight, eps, form)
 
 
 def _attention_of(module: nn.Module, weight: Tensor | None, known: dict) -> Callable | None:
     """The forward of attention that rotates queries and keys as our kernel does, with it."""
     dim, forward = getattr(module, "head_dim", None), _plain(type(module).forward)
-    if ROTATE not in forward.__code__.co_names or not isinstance(dim, int) or weight is None:
+    code = getattr(forward, "__code__", None)
+    if code is None or ROTATE not in code.co_names or not isinstance(dim, int) or weight is None:
         return None
     original = forward.__globals__.get(ROTATE)
     if (kernel := _kernel(ROTATIONS, weight)) is ROTATIONS[-1] or original is None:
         return None
     kind = original, dim, weight.dtype, weight.device
     if kind not in known:
-        q, k, *turns = (_random(weight, 2, n, ASKED, dim) for n in (3, 2, 1, 1))
-        given = q, k, *(t[:, 0] for t in turns)
+        given = _random(weight, *((2, n, ASKED, dim) for n in (3, 2)), *[(2, ASKED, dim)] * 2)
         try:
-            known[kind] = all(map(torch.equal, kernel.run(*given), original(*given)))
+            with device_guard(weight):
+                known[kind] = all(map(torch.equal, kernel.run(*given), original(*given)))
         except (RuntimeError, TypeError, ValueError):  # it asks for something else
             known[kind] = False
     if not known[kind]:
         return None
-    more = {**forward.__globals__, ROTATE: partial(_rotate, kernel, original)}
-    made = FunctionType(forward.__code__, more, forward.__name__, None, forward.__closure__)
+    more = {**forward.__globals__, ROTATE: partial(_rotate, kernel, original, weight.dtype)}
+    made = FunctionType(code, more, forward.__name__, None, forward.__closure__)
     made.__defaults__, made.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
     return made.__get__(module)
 
@@ -104,18 +110,20 @@ def _plain(forward: Callable) -> Any:
     return forward
 
 
-def _rotate(kernel: Kernel, original: Callable, q, k, cos, sin, *more, **rest):
+def _rotate(kernel: Kernel, original: Callable, dtype: torch.dtype, q, k, cos, sin, *more, **rest):
     """Queries q `[B, Hq, S, D]` and keys, turned by cos and sin `[B or 1, S, D]`."""
-    types = {t.dtype for t in (q, k, cos, sin)}
-    if more or rest or len(types) > 1 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1]:
+    plain = not (more or rest) and all(t.dtype == dtype for t in (q, k, cos, sin))
+    if not plain or cos.shape[1:] != (q.shape[2], q.shape[3]):
         return original(q, k, cos, sin, *more, **rest)
-    return kernel.run(q, k, cos, sin)
+    with device_guard(q):
+        return kernel.run(q, k, cos, sin)
 
 
 def _kernel(table: tuple[Kernel, ...], weight: Tensor) -> Kernel:
     return pick(table, Need(weight.device, weight.dtype, len(weight), len(weight)))
 
 
-def _random(like: Tensor, *shape: int) -> Tensor:
-    made = torch.Generator(like.device).manual_seed(len(shape))
-    return torch.randn(shape, device=like.device, dtype=like.dtype, generator=made)
+def _random(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
+    seeded = torch.Generator(like.device).manual_seed(0)
+    more = {"device": like.device, "dtype": like.dtype, "generator": seeded}
+    return [torch.randn(shape, **more) for shape in shapes]

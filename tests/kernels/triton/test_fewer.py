@@ -70,6 +70,7 @@ def test_a_step_is_given_norms_that_have_the_bits_of_the_models(monkeypatch):
     monkeypatch.setattr("hfsparse.runtime.graphs.fewer.NORMS", table)
     torch.manual_seed(0)
     known = [kind(form=form) for form in plain.NORM_FORMS]
+    known[1].weight.data.fill_(1)  # by which it has the bits of the first form
     decoder = nn.Sequential(*known, kind(more=1.5), MadeRMSNorm())
     decoder[-1].forward = lambda x: x
     with torch.no_grad():
