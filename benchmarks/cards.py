@@ -53,11 +53,15 @@ def prompts() -> Iterator[Shape]:
         keep = torch.ones(1, 8, 4, 4, dtype=torch.bool)
         columns = torch.arange(9).expand(1, 8, -1)
         kv = torch.arange(8) // 4
-        for name, more in (("blocks", {}), ("columns", {"columns": columns})):
-            lists = BlockLists.of(grid, 8, keep, **more)
+        for name, held, skip in (
+            ("blocks", None, None),
+            ("columns", columns, None),
+            ("columns, skip", columns, 3.0),
+        ):
+            lists = BlockLists.of(grid, 8, keep, columns=held)
             yield (
                 f"head dim {D}, {name}",
-                lambda a=(q, k, k, lists, kv): prefill.prefill(*a, scale=1.0),
+                lambda a=(q, k, k, lists, kv), s=skip: prefill.prefill(*a, scale=1.0, skip=s),
             )
     yield "", lambda: count.pairs(lists)
 

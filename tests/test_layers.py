@@ -30,7 +30,8 @@ CLIMBS = {("hfsparse.cli.run", "hfsparse_eval")}  # `hfsparse eval` is the comma
 FACE = {"hfsparse", "hfsparse.__main__"}  # what users import and run: they may know every room
 KERNELS = "hfsparse.kernels"
 # What kernels may share, and the tables above them: these know them all.
-SHARED = {f"{KERNELS}.{name}" for name in ("codes", "need", "positions", "rows", "triton.limits")}
+SHARED = "codes cpu_flash need positions rows triton.limits"
+SHARED = {f"{KERNELS}.{name}" for name in SHARED.split()}
 TABLES = {f"{KERNELS}{name}" for name in ("", ".table", ".per_store")}
 # Kernels in more than one file, each knowing those before it.
 PARTS = "select estimate_antidiagonal estimate_means estimate_probes estimate_flexprefill"

@@ -14,29 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hfsparse.kernels import cpu_flash
+from hfsparse.kernels.cpu_flash import NEVER, additive, flash
 from hfsparse.kernels.need import Need
 from hfsparse.lists import FULL, RATE_ONE, Band, BlockLists, HeadIndex, at_heads
 from hfsparse.precision import without_autocast
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # queries to a view of a band's window; more read more keys in vain
 TILE = 1 << 20  # numbers in the largest temporary
-NEVER = -1e30  # a masked logit: of rows that hold -inf alone, the kernel tells no LSE
 
 Part = tuple[Tensor, Tensor]  # attention over some keys `[..., Q, D]`, and its LSE `[..., Q]`
 
 
 def why_not(need: Need) -> str | None:
     """Why it can't serve, if it can't."""
-    if need.device.type != "cpu":
-        return f"serves the CPU, not {need.device.type}"
-    if need.dtype not in DTYPES:
-        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
-    if need.logits:
-        return "no softcap, no sink logits"
-    if need.skip:
-        return "no skip threshold"
-    return "no gradients" if need.grad else None
+    return cpu_flash.why_not(need) or ("no skip threshold" if need.skip else None)
 
 
 @without_autocast
@@ -85,12 +77,6 @@ def prefill(
     return out[..., :value_dim].to(asked)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, mask=None, causal: bool = False) -> Part:
-    """q `[N, H, Q, D]` over k, v `[N, H, S, D]`; mask: float32 that is added to `[N, H, Q, S]`."""
-    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return run(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-
-
 def _join(part: Part, other: Part) -> Part:
     """Attention over the keys of both."""
     weight = torch.sigmoid(other[1] - part[1])[..., None]
@@ -100,10 +86,6 @@ def _join(part: Part, other: Part) -> Part:
 
 def _padded(t: Tensor, by: tuple[int, ...]) -> Tensor:
     return pad(t, by) if any(by) else t  # else it would be copied
-
-
-def _additive(kept: Tensor) -> Tensor:
-    return torch.zeros(kept.shape, dtype=torch.float32, device="cpu").masked_fill_(~kept, NEVER)
 
 
 # -- bands ---------------------------------------------------------------------------------------
@@ -144,7 +126,7 @@ def _read_band(
         near = _read_window(q[:, at], k, v, band, past + done, blocks, scale)
         if band.sink:
             sinks = (t[None, :, : band.sink] for t in (k, v))
-            far = _flash(q[None, :, at], *sinks, scale)
+            far = flash(q[None, :, at], *sinks, scale)
             near = _join(near, (far[0][0], far[1][0]))
         yield at, near
         done = at.stop
@@ -153,9 +135,9 @@ def _read_band(
 def _read_all(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Part:
     """Attention of q `[H, n, D]` over every key up to each."""
     q, k, v = q[None], k[None, :, : past + q.shape[1]], v[None, :, : past + q.shape[1]]
-    own = _flash(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
+    own = flash(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
     if past:
-        own = _join(own, _flash(q, k[:, :, :past], v[:, :, :past], scale))
+        own = _join(own, flash(q, k[:, :, :past], v[:, :, :past], scale))
     return own[0][0], own[1][0]
 
 
@@ -167,10 +149,10 @@ def _read_window(
     wide = first + rows - low
     query = torch.arange(first, first + rows, device="cpu")[:, None]
     key = torch.arange(low, low + wide, device="cpu")
-    mask = _additive((key <= query) & (key >= band.start(query)))
+    mask = additive((key <= query) & (key >= band.start(query)))
     q = q.unflatten(1, (blocks, rows)).transpose(0, 1)
     k, v = (t[:, low:].unfold(1, wide, rows)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
-    out, lse = _flash(q, k, v, scale, mask)
+    out, lse = flash(q, k, v, scale, mask)
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
 
 
@@ -192,7 +174,7 @@ def _read_lists(
         most = max(block, int(reader.whole[order[done]]))
         rows = order[done : done + max(1, TILE // (most * max(block, D)))]
         done += len(rows)
-        parts = [_flash(q[rows], *keys, scale, mask) for *keys, mask in reader.read(rows)]
+        parts = [flash(q[rows], *keys, scale, mask) for *keys, mask in reader.read(rows)]
         if parts:
             found = parts[0] if len(parts) == 1 else _join(*parts)
             out[rows], sums[rows] = found[0].to(out.dtype), found[1].float()
@@ -253,10 +235,10 @@ class _Reader:
             tested, pairs = torch.cat([tested, slot[:, at]], 1), torch.cat([pairs, more], 2)
             whole, used = torch.cat([whole, slot], 1), torch.cat([used, free & ~near], 1)
         if whole.shape[1]:
-            mask = None if bool(used.all()) else _additive(used)[:, None, None]
+            mask = None if bool(used.all()) else additive(used)[:, None, None]
             yield *self._gather(rows, whole), mask
         if tested.shape[1]:
-            yield *self._gather(rows, tested), _additive(pairs)[:, None]
+            yield *self._gather(rows, tested), additive(pairs)[:, None]
 
     def _blocks(self, kind: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Slots `[R, n]` of keys in the blocks of the full or the part lists, and which count."""

@@ -7,13 +7,16 @@ length choose together, others one after another.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hfsparse.kernels.need import Need
 from hfsparse.lists import PAGE, PageLists
-from hfsparse.shares import ratio, share_of
+from hfsparse.selectors.budget import Budget
 
 
 def why_not(need: Need) -> str | None:
@@ -59,16 +62,18 @@ def _choose(
     selector, q: Tensor, index: dict[str, Tensor], length: Tensor, n: int, scale: float, H: int
 ) -> Tensor:
     """[b, H, count] the units that the last Q of n tokens read, as `Budget.best` has them."""
-    budget, queries = selector.budget, q.shape[2]
-    total, each = -(-n // budget.unit), budget.per_page
-    newest = max(max(n - queries, 0) // PAGE * each, each)  # of the pages that hold new queries
-    forced = min(each, total) + max(total - newest, 0)
-    count = max(share_of(total, *ratio(budget.share)), budget.fewest, forced)
+    budget = selector.budget
+    total, newest, count = _reading(budget, n, q.shape[2])
     if count >= total:
         return torch.arange(total, device="cpu").expand(len(q), H, -1)
     scores = selector.scores(q, index, length, scale)[..., :total]
     vote = torch.softmax(scores, -1).view(len(q), H, -1, total).amax(2)
-    vote[..., :each].fill_(torch.inf)
+    vote[..., : budget.per_page].fill_(torch.inf)
     vote[..., newest:].fill_(torch.inf)
     best = torch.sort(vote, dim=-1, descending=True, stable=True).indices[..., :count]
     return best.sort(-1).values
+
+
+@lru_cache  # the layers of a step ask alike
+def _reading(budget: Budget, n: int, queries: int) -> tuple[int, ...]:
+    return tuple(int(t) for t in budget.reading(np.int64(n), queries))

@@ -13,31 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hfsparse.kernels import cpu_flash
+from hfsparse.kernels.cpu_flash import additive, flash
 from hfsparse.kernels.need import Need
 from hfsparse.kernels.positions import NewTokens
 from hfsparse.kernels.rows import q_heads_of
 from hfsparse.lists import Band, PageLists
 from hfsparse.lists.places import Place, Places
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NEVER = -1e30  # a masked logit: rows that hold -inf alone would give NaN
-
 
 def why_not(need: Need) -> str | None:
     """Why it can't serve, if it can't."""
-    if need.device.type != "cpu":
-        return f"serves the CPU, not {need.device.type}"
-    if need.dtype not in DTYPES:
-        return f"{need.dtype}: bfloat16, float16 and float32 are supported"
+    if why := cpu_flash.why_not(need):
+        return why
     if need.head_dim != need.value_dim:
         return f"head dim {need.head_dim}, value dim {need.value_dim}: both must be the same"
-    if need.logits:
-        return "no softcap, no sink logits"
     if need.packed or need.hosted or need.pooled:
         return "keys in fewer bits, in host memory and in a pool are read by the reference"
-    if need.lse:
-        return "no LSE, by which parts of a row are merged"
-    return "no gradients" if need.grad else None
+    return "no LSE, by which parts of a row are merged" if need.lse else None
 
 
 def decode(
@@ -101,9 +94,7 @@ def _read(
             mask = new.once(_ring_mask, part.band.sink, part.size, band, first, n, ratio)
         else:
             mask = new.once(_causal_mask, length, n, ratio)
-    q = q.reshape(b, H, ratio * n, D)
-    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, _ = run(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    out, _ = flash(q.reshape(b, H, ratio * n, D), k, v, scale, mask)
     if nothing is not None:
         out = out.masked_fill(nothing, 0)
     return out.reshape(b, heads, n, D)
@@ -115,17 +106,13 @@ def _first(part: Place, rows: slice, slots: int) -> tuple[Tensor, Tensor]:
     return part.k[rows, :, :slots], part.v[rows, :, :slots]
 
 
-def _additive(kept: Tensor) -> Tensor:
-    return torch.zeros_like(kept, dtype=torch.float32).masked_fill_(~kept, NEVER)
-
-
 def _causal_mask(new: NewTokens, length: int, n: int, ratio: int) -> Tensor | None:
     """[ratio * n, length] of the last n queries of a row, of each q head in turn; None: they read
     every key."""
     if n == 1:
         return None
     kept = torch.ones(n, length, dtype=torch.bool, device="cpu").tril_(length - n)
-    return _additive(kept).repeat(ratio, 1)
+    return additive(kept).repeat(ratio, 1)
 
 
 def _ring_mask(
@@ -138,7 +125,7 @@ def _ring_mask(
     kept = (held >= 0) & (held <= query)
     if band is not None:
         kept &= (held < sink) | (held >= new.start(band)[row, :n, None])
-    return _additive(kept).repeat(ratio, 1)
+    return additive(kept).repeat(ratio, 1)
 
 
 # -- listed pages --------------------------------------------------------------------------------
@@ -177,7 +164,7 @@ def _gather(
     at = at.masked_fill(at >= length, 0)  # beyond the row there may be NaN
     at = (at + new.once(_begins, rows.start or 0, b, H, slots)).flatten()
     taken = (t.view(-1, t.shape[3]).index_select(0, at) for t in (part.k, part.v))
-    return *(t.view(b, H, most * unit, -1) for t in taken), _additive(kept), ~kept.any(3, True)
+    return *(t.view(b, H, most * unit, -1) for t in taken), additive(kept), ~kept.any(3, True)
 
 
 def _begins(new: NewTokens, first: int, rows: int, H: int, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfsparse.errors import UsageError, first_line
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Packages that transformers imports where they are installed; they warn of what a user can't mend.
 CHATTY = ("torchao", "torch.utils._pytree")
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -50,13 +52,25 @@ def load(
         try:
             loaded[what] = loader.from_pretrained(place, local_files_only=here, **extra)
         except Exception as problem:  # transformers raises OSError, ValueError, KeyError, and more
+            if loader is AutoTokenizer and here and not _has_tokenizer(place):
+                raise _without_tokenizer(model) from problem
             raise not_loaded(what, model, here, problem) from problem
         if loader is AutoTokenizer and not loaded[what]("a text").input_ids:
-            raise UsageError(
-                f"the tokenizer of {model} makes no tokens of a text: its files are missing there; "
-                "save the model's tokenizer beside it (tokenizer.save_pretrained)"
-            )
+            raise _without_tokenizer(model)
     return loaded["the weights"].to(target).eval(), loaded["the tokenizer"]
+
+
+def _has_tokenizer(folder: str) -> bool:
+    """Whether a folder has a file of any tokenizer: of none, a version of transformers makes an
+    empty one, another asks for a package that would read it."""
+    return any(any(Path(folder).glob(name)) for name in TOKENIZER_FILES)
+
+
+def _without_tokenizer(model: str) -> UsageError:
+    return UsageError(
+        f"the tokenizer of {model} makes no tokens of a text: its files are missing there; save "
+        "the model's tokenizer beside it (tokenizer.save_pretrained)"
+    )
 
 
 def _note_half(config: PretrainedConfig) -> None:

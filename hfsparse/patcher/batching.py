@@ -53,10 +53,9 @@ class Manager(continuous_api.ContinuousBatchingManager):
             raise PatchError(f"this ContinuousBatchingConfig can't be followed: {why}")
         given = continuous_batching_config
         graphs, blocks = given.use_cuda_graph, given.max_blocks_per_request
-        decodes = graphs[1] if isinstance(graphs, tuple) else graphs
+        decodes = graphs[1] if isinstance(graphs, tuple) else graphs is not False
         on_gpu = self.model.device.type == "cuda"
-        # Prompts are read by what the host knows of them, and can't be recorded; steps are where
-        # that is asked for, since no GPU has compared the tokens of such a run yet.
+        # Prompts are read by what the host knows of them, and can't be recorded; steps are.
         config.use_cuda_graph = False, bool(decodes and on_gpu and reads_lengths(self.model))
         if blocks is None and hints is not None:
             tokens = hints.max_prompt_length + hints.max_generated_length

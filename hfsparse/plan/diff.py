@@ -16,7 +16,7 @@ from typing import Any
 from hfsparse.plan.layer_rules import TAKES
 from hfsparse.plan.parts import Layer, every_parameter, key_of
 from hfsparse.plan.plan import Plan
-from hfsparse.plan.words import span
+from hfsparse.plan.words import runs, span
 
 UNITS = {"prefill": "q heads", "cache": "kv heads", "decode": "kv heads"}
 SHAPE = ("layers", "q_heads", "kv_heads")
@@ -45,8 +45,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Ascending numbers in few words: 0, 1, 2 and 5 are `0-2, 5`."""
-    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    return ", ".join(span([number for _, number in run]) for _, run in runs)
+    return ", ".join(map(span, runs(numbers)))
 
 
 def _rename_keys(model: dict[str, Any]) -> dict[str, Any]:

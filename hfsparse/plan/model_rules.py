@@ -9,7 +9,7 @@ from hfsparse.lists.packed import said
 from hfsparse.models.layers import LayerShape
 from hfsparse.plan.parts import Layer, ModelId, Placed
 from hfsparse.plan.shared_keys import reader_rules
-from hfsparse.plan.words import span
+from hfsparse.plan.words import runs, span
 
 
 def model_rules(
@@ -22,15 +22,12 @@ def model_rules(
     """What a plan asks of layers of these shapes that they can't do, said once for layers that
     follow one another on one line of a file. The plan is of this model, and breaks no other rule.
     """
-    runs: dict[tuple, list[list[int]]] = {}
+    wrong: dict[tuple, list[int]] = {}
     for index in range(len(layers)):
         for part, text in _layer_rules(layers, model, patterns, shapes, index):
-            found = runs.setdefault((line_of("layers", index, part), part, text), [[]])
-            if found[-1] and found[-1][-1] != index - 1:
-                found.append([])
-            found[-1].append(index)
-    for (_, part, text), alike in runs.items():
-        for numbers in alike:
+            wrong.setdefault((line_of("layers", index, part), part, text), []).append(index)
+    for (_, part, text), alike in wrong.items():
+        for numbers in runs(alike):
             yield ("layers", numbers[0], part), f"layer {span(numbers)} {text}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 SHORT = reprlib.Repr()
@@ -15,6 +15,12 @@ SHORT.maxstring = SHORT.maxother = 60
 def span(numbers: list[int]) -> str:
     """Layers that follow one another, as a plan writes them: `3` or `3-7`."""
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Ascending numbers, taken apart where one is missing: 0, 1 and 5 are [0, 1] and [5]."""
+    found = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    return [[number for _, number in run] for _, run in found]
 
 
 def series(numbers: Iterable[int]) -> str:

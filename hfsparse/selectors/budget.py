@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from hfsparse.lists import PAGE, UNITS, PageLists
 from hfsparse.precision import exact
 from hfsparse.registry import require, require_shares
 from hfsparse.shares import counted, ratio, share_of
+
+Whole = TypeVar("Whole", np.integer, np.ndarray, Tensor)  # whole numbers, of rows or of one
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ class Budget:
         most += (2 + -(-queries // PAGE)) * each + -(-self.refresh // self.unit)
         return min(pages * each, most)
 
+    def reading(self, length: Whole, new: Whole) -> tuple[Whole, Whole, Whole]:
+        """Of rows of `length` tokens, the last `new` of them new: how many units there are, from
+        which one on pages hold new ones, and how many are read (of top_p: at most).
+
+        Those of the first page and of pages that hold new ones are always among these.
+        """
+        total, each = -(-length // self.unit), self.per_page
+        newest = (length - new).clip(min=0) // PAGE * each
+        forced = total - newest + newest.clip(max=each)
+        count = share_of(total, *ratio(self.share)).clip(min=self.fewest)
+        return total, newest, count.clip(min=forced).clip(max=total)
+
     def choose(self, scores: Tensor, length: Tensor, heads: int) -> PageLists:
         """The units that are worth most to the last Q tokens of rows of `length` [B].
 
@@ -84,23 +99,18 @@ class Budget:
         """
         B, H, U = vote.shape
         unit, weight, each = torch.arange(U, device=vote.device), vote, self.per_page
-        total = -(-length // self.unit)  # [B] units in the row
-        # Those of pages that hold new queries:
-        newest = (length - queries).clamp(min=0)[:, None] // PAGE * each
-        forced = (unit < each) | (unit >= newest)
-        forced &= unit < total[:, None]
+        total, newest, count = (t[:, None] for t in self.reading(length, queries))
+        forced = ((unit < each) | (unit >= newest)) & (unit < total)
         vote = vote.masked_fill(forced[:, None], torch.inf)
-        vote = vote.masked_fill((unit >= total[:, None])[:, None], -torch.inf)
-        budget = share_of(total, *ratio(self.share)).clamp(min=self.fewest)
+        vote = vote.masked_fill((unit >= total)[:, None], -torch.inf)
         best = torch.sort(vote, dim=-1, descending=True, stable=True).indices
-        budget = budget[:, None].expand(B, H)
+        count = count.expand(B, H)
         if self.top_p:
             mass = counted(weight.gather(-1, best))
             before = mass.cumsum(-1) - mass
             needed = share_of(mass.sum(-1, keepdim=True), *ratio(self.top_p))
-            enough = (before < needed).sum(-1)
-            budget = torch.minimum(budget, enough.clamp(min=self.fewest))
-        count = torch.maximum(budget, forced.sum(1)[:, None]).clamp(max=total[:, None])
+            enough = (before < needed).sum(-1).clip(min=self.fewest)
+            count = torch.minimum(count, enough.maximum(forced.sum(1)[:, None]))
         width = self.width(U // each, queries)
         used = torch.arange(width, device=vote.device) < count[..., None]
         units = torch.where(used, best[..., :width], U).sort(-1).values
@@ -111,11 +121,7 @@ class Budget:
 
         Not of a budget that is `counted`.
         """
-        total, each = -(-length // self.unit), self.per_page
-        newest = np.maximum(length - new, 0) // PAGE * each
-        forced = total - newest + np.minimum(newest, each)
-        budget = share_of(total, *ratio(self.share))
-        count = np.minimum(np.maximum(np.maximum(budget, self.fewest), forced), total)
+        _, _, count = self.reading(length, new)
         return count * self.unit - -length % self.unit
 
 

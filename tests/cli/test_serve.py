@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
+from types import ModuleType
 from urllib.request import Request, urlopen
 
 import pytest
@@ -25,6 +27,15 @@ def test_it_says_what_to_install(monkeypatch):
     assert result.exit_code == 1
     wanted = r"pip install 'hfsparse[serve]'" if batching.KNOWN else batching.OLDEST
     assert wanted in result.output
+
+
+@pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
+def test_a_model_that_is_not_there_is_told_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "nowhere")])
+    assert result.exit_code == 1
+    assert result.output == f"error: no such model folder: {tmp_path / 'nowhere'}\n"
 
 
 @pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")

@@ -179,7 +179,7 @@ def test_tiles_below_a_threshold_are_skipped_as_by_the_reference(dtype, dim):
     k = it.k * strength.repeat_interleave(128)[: it.k.shape[2], None].to(DEVICE, dtype)
     lists, kv = BlockLists.of(it.grid, it.q.shape[1]), heads(it).to(DEVICE)
     counts = torch.zeros(2, it.q.shape[1], 2, dtype=torch.int64, device=DEVICE)
-    tile = triton_prefill.tile_of(dim, it.q.element_size(), 128, str(it.q.device))[:2]
+    tile = triton_prefill.tile_of(dim, 2, 128, str(it.q.device), gathered=False)[:2]
     more = {"scale": it.scale, "skip": 3.0}
     out = triton_prefill.prefill(it.q, k, it.v, lists, kv, **more, skipped=counts[0])
     expected = reference.prefill(it.q, k, it.v, lists, kv, **more, skipped=counts[1], tile=tile)

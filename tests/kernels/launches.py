@@ -57,10 +57,10 @@ def used_by(kernel) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def compiled(monkeypatch, module, name: str) -> list:
+def compiled(monkeypatch, module, name: str, card: int = 90) -> list:
     """Put `Compiled` in place of a module's kernel; the list that it will fill."""
     seen = []
-    monkeypatch.setattr(module, name, Compiled(getattr(module, name), seen))
+    monkeypatch.setattr(module, name, Compiled(getattr(module, name), seen, card))
     return seen
 
 

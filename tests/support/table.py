@@ -107,7 +107,7 @@ def render() -> str:
         for v in versions:
             outcome, reason = table[v].get(family, {}).get("patch", ["", ""])
             if outcome == "refused":
-                why = reason.split("patched: ")[-1].split(". Supported")[0]
+                why = reason.split("patched: ")[-1]
                 by_reason.setdefault(why, []).append(v)
         for why, at in by_reason.items():
             lines.append(f"| {family} | {', '.join(at)} | {why} |")

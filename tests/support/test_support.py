@@ -38,7 +38,8 @@ def cell(request):
 
     def note(outcome: str, reason: str = "") -> None:
         at = [request.node.callspec.params.get(name, "patch") for name in ("family", "way")]
-        reason = re.sub(r"\s+", " ", reason)[:160]
+        # Without what is supported, which all refusals name.
+        reason = re.sub(r"\s+", " ", reason).partition(". Supported: ")[0][:160]
         request.node.user_properties.append(("support", (*at, outcome, reason)))
         if not request.config.getoption("--write-support"):
             was = known(transformers.__version__, *at)

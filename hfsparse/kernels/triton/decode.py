@@ -45,6 +45,7 @@ from hfsparse.kernels.triton.limits import (
     look_up,
     lost_by,
     shared_memory,
+    units_of_logits,
 )
 from hfsparse.kernels.triton.limits import LISTED as LISTED_AT
 from hfsparse.lists import PAGE, PageLists
@@ -121,9 +122,7 @@ def decode(
     if pages is not None:
         listed = pages.pages if pages.pages.stride(-1) == 1 else pages.pages.contiguous()
         count, width = pages.count, (*listed.stride()[:2], *pages.count.stride())
-    unit, inner = scale * LOG2E.value, 0.0
-    if softcap:
-        unit, inner = softcap * LOG2E.value, scale / softcap
+    unit, inner = units_of_logits(scale, softcap)
     part = out
     if splits > 1:
         part = q.new_empty(B * Hkv, splits, group * Q, Dv, dtype=torch.float32)

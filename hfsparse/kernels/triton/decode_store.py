@@ -35,6 +35,7 @@ from hfsparse.kernels.triton.limits import (
     chained,
     is_nvidia,
     shared_memory,
+    units_of_logits,
 )
 from hfsparse.lists import PAGE, PageLists
 from hfsparse.lists.packed import NEWEST, steps, width_of
@@ -128,9 +129,7 @@ def decode(
         plain = pages.pages.stride(-1) == 1 and not moved  # where units lie has the same strides
         listed = pages.pages if plain else pages.pages.contiguous()
         count, width = pages.count, (*listed.stride()[:2], *pages.count.stride())
-    unit, inner = scale * LOG2E.value, 0.0
-    if softcap:
-        unit, inner = softcap * LOG2E.value, scale / softcap
+    unit, inner = units_of_logits(scale, softcap)
     shared = out
     if splits > 1:
         shared = q.new_empty(B * H, splits, group * Q, Dv, dtype=torch.float32)

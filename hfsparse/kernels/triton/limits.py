@@ -85,6 +85,14 @@ def bands_on(bands: tuple[Band, ...], device: str) -> Tensor:
     return torch.tensor([(band.sink, band.recent, band.rate) for band in bands], device=device)
 
 
+def units_of_logits(scale: float, softcap: float | None) -> tuple[float, float]:
+    """`unit` and `inner` of `add_keys`: a logit in base 2 is a product of a query and a key times
+    `unit`; under a softcap it is `unit` times the tanh of a product times `inner`."""
+    if softcap:
+        return softcap * LOG2E.value, scale / softcap
+    return scale * LOG2E.value, 0.0
+
+
 @triton.jit
 def load_rows(base, stride, row, live, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """Rows of keys, values or queries `[rows, DP]`; zeros in dead rows and past the head dim."""

@@ -26,6 +26,7 @@ from hfsparse.kernels.triton.limits import (
     bands_on,
     load_rows,
     shared_memory,
+    units_of_logits,
 )
 from hfsparse.lists import BlockLists
 
@@ -97,10 +98,10 @@ def prefill(
     if lists.columns is not None:
         columns = lists.columns.clamp(max=NEVER.value).int().expand(B, -1, -1)
         covered = lists.covered.view(torch.uint8).expand(B, -1, -1, -1)
-    unit, inner = scale * LOG2E.value, 0.0
-    if softcap:
-        unit, inner = softcap * LOG2E.value, scale / softcap
-    queries, keys, warps = tile_of(max(D, Dv), q.element_size(), grid.block, str(q.device))
+    unit, inner = units_of_logits(scale, softcap)
+    gathered = lists.columns is not None and columns.shape[-1] > 0
+    given = max(D, Dv), q.element_size(), grid.block, str(q.device), gathered, skip is not None
+    queries, keys, warps = tile_of(*given)
     _prefill[(B * H * grid.nq * (grid.block // queries),)](
         *(q, k, v, out, kv_heads.to(q.device), grid.q_len, grid.k_len, grid.first, grid.live),
         *(bands_on(lists.bands, str(q.device)), heads, blocks, *full, *part, columns, covered),
@@ -121,7 +122,7 @@ def prefill(
         BLOCK=grid.block,
         QUERIES=queries,
         KEYS=keys,
-        HAS_COLUMNS=lists.columns is not None and columns.shape[-1] > 0,
+        HAS_COLUMNS=gathered,
         HAS_SINKS=s_aux is not None,
         WINDOW=grid.window is not None,
         SOFTCAP=bool(softcap),
@@ -136,16 +137,38 @@ def prefill(
 
 
 @lru_cache
-def tile_of(width: int, itemsize: int, block: int, device: str) -> tuple[int, int, int] | None:
-    """Queries and keys of a tile, and warps, for heads `width` wide: the first row that fits."""
-    room = shared_memory(device)
-    width, copies = max(16, triton.next_power_of_2(width)), itemsize // 2  # float32 is kept twice
+def tile_of(
+    width: int, itemsize: int, block: int, device: str, gathered: bool = True, skips: bool = True
+) -> tuple[int, int, int] | None:
+    """Queries and keys of a tile, and warps, for heads `width` wide: the first row that fits.
+
+    gathered: whether columns are read, too; skips: whether there is a threshold. Both take room.
+    """
+    room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
     for queries, keys, warps in TILES:
-        shared = width * itemsize * (queries * copies + 2 * STAGES * keys)
-        registers = copies * queries * (width + keys) / (32 * warps)  # a thread
+        shared = shared_by(queries, keys, width, itemsize, gathered, skips)
+        registers = itemsize // 2 * queries * (width + keys) / (32 * warps)  # a thread
         if max(queries, keys) <= block and shared <= room and registers <= 160:
             return queries, keys, warps
     return None
+
+
+def shared_by(
+    queries: int, keys: int, width: int, itemsize: int, gathered: bool, skips: bool
+) -> int:
+    """The most bytes of shared memory that a tile takes on any card, as Triton 3.8 lays it out.
+
+    Where products read it (wgmma of sm_90, tcgen05 of sm_100), queries lie there and every stage of
+    keys and values. Where they read registers (all others), one stage less does, and queries a
+    second time for gathered keys, whose layout is another. Their warps hand one another weights,
+    unless each has all channels of its own queries, in one run.
+    """
+    copies = itemsize // 2  # float32 is kept twice
+    read = width * (queries * copies + 2 * STAGES * keys)
+    passed = width * (queries * (copies + gathered) + keys * (2 * (STAGES - 1) + copies - 1))
+    if queries < width or skips:
+        passed += copies * queries * keys
+    return max(itemsize * read + 2048, itemsize * passed + 512)  # and barriers, maxima
 
 
 def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:

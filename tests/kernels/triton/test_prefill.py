@@ -14,9 +14,11 @@ from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.patterns.vertical_slash import VerticalSlash
 from tests.helpers import Batch, batch, causal, close, read_pairs, truth
 from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import compiled
 from tests.patterns.matrix import heads, mixed
 
-SINGLE, HALF = torch.float32, torch.float16
+SINGLE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
+ROOMS = ["4090", "A100", "H100"]  # with 99, 163 and 227 KiB of shared memory
 
 
 @pytest.fixture(scope="module")
@@ -241,18 +243,36 @@ def test_heavy_heads_and_heavy_query_blocks_come_first():
     assert blocks[1, 1].tolist() == [*range(6, -1, -1), 7, 8, 9]  # what is past the row: last
 
 
-def test_every_head_dim_and_dtype_has_a_tile_on_large_and_small_gpus(monkeypatch):
+def for_a_card_with(monkeypatch, room: int):
+    """The kernel's module, choosing tiles for a card with so much shared memory."""
     kernel = pytest.importorskip("hfsparse.kernels.triton.prefill", exc_type=ImportError)
-    for room in (227, 163, 99):  # KiB: H100, A100, RTX 3090
-        monkeypatch.setattr(kernel, "shared_memory", lambda device, room=room: room << 10)
-        kernel.tile_of.cache_clear()
-        for block in kernel.BLOCKS:
-            for width, itemsize in product((64, 80, 96, 128, 192, 256, 512), (2, 4)):
-                tile = kernel.tile_of(width, itemsize, block, "cpu")
-                assert (tile is None) == (width == 512 and itemsize == 4 and room < 227)
-                if tile is not None:
-                    assert block % tile[0] == block % tile[1] == 0
-    kernel.tile_of.cache_clear()
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: room)
+    monkeypatch.setattr(kernel, "tile_of", kernel.tile_of.__wrapped__)
+    return kernel
+
+
+@pytest.mark.parametrize("room", [99 << 10, 163 << 10, 227 << 10], ids=ROOMS)
+def test_every_head_dim_and_dtype_has_a_tile_on_large_and_small_gpus(monkeypatch, room):
+    kernel = for_a_card_with(monkeypatch, room)
+    for block, gathered, skips in product(kernel.BLOCKS, (False, True), (False, True)):
+        for width, itemsize in product((64, 80, 96, 128, 192, 256, 512), (2, 4)):
+            tile = kernel.tile_of(width, itemsize, block, "cpu", gathered, skips)
+            assert (tile is None) == (width == 512 and itemsize == 4 and room < 227 << 10)
+            if tile is not None:
+                assert block % tile[0] == block % tile[1] == 0
+
+
+@pytest.mark.parametrize(("dim", "skip"), [(256, None), (128, 3.0)], ids=str)
+def test_a_tile_that_gathers_columns_fits_in_a_card_with_little_room(monkeypatch, dim, skip):
+    """Compiled for an RTX 3090, without one."""
+    kernel = for_a_card_with(monkeypatch, 99 << 10)
+    made = compiled(monkeypatch, kernel, "_prefill", card=86)
+    q = torch.zeros(1, 2, 130, dim, dtype=BF16)
+    lists = BlockLists.of(Grid.causal(1, 130, 128), 2, columns=torch.arange(3).expand(1, 2, -1))
+    kernel.prefill(q, q, q, lists, torch.arange(2), scale=1.0, skip=skip)
+    queries, keys, _ = kernel.tile_of(dim, 2, 128, "cpu", True, skip is not None)
+    most = kernel.shared_by(queries, keys, dim, 2, True, skip is not None)
+    assert 0 < made[0].metadata.shared <= most <= 99 << 10
 
 
 def test_what_the_kernel_cannot_do_is_said(monkeypatch):
