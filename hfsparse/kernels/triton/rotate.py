@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
-
-from hfsparse.kernels.triton.norm import DTYPES
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def why_not(need: Need) -> str | None:
