@@ -1,7 +1,7 @@
 """RMS norms and rotary embeddings of a recorded step in fewer launches, with the same bits.
 
-What a model's own compute is found by asking them, of random numbers: where a form that we know
-gives their bits, a step is recorded with our kernel in their place. All others stay as they are.
+What a model's own modules compute is found by asking them, of random numbers: where a form that we
+know has their bits, a step is recorded with our kernel. All others stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OLD_NAMES = "utils/deprecation.py"  # where those decorators are from
 
 
 def with_fewer_launches(forward: Callable, decoder: nn.Module) -> Callable:
-    """The decoder's `forward`, while which norms and rotary embeddings are ours."""
+    """The decoder's `forward`, in which norms and rotary embeddings are ours."""
     plain = (p for p in decoder.parameters() if not is_traceable_wrapper_subclass(p))
     weight = next((p for p in plain if p.ndim == 1), None)
     known: dict[Any, Any] = {}

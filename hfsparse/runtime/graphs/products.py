@@ -55,7 +55,7 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
 
 
 def _chained() -> contextlib.AbstractContextManager:
-    """Has Inductor's kernels begin while the one before ends, as ours do, from torch 2.11 on."""
+    """Has Inductor's kernels begin while the one before ends, as ours do, where this torch can."""
     from torch._inductor import config
 
     known = hasattr(config.triton, "enable_pdl")
