@@ -62,14 +62,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     return (wide * (1.0 + weight.float() if form == "one more" else weight)).to(x.dtype)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q `[B, Hq, S, D]` and k `[B, Hkv, S, D]`, turned by cos and sin `[B or 1, S, D]` (RoPE, arXiv
-    2104.09864): channels turn with those half a head away."""
-    cos, sin, D = cos[:, None], sin[:, None], q.shape[-1]
-    q, k = (t * cos + torch.cat([-t[..., D // 2 :], t[..., : D // 2]], -1) * sin for t in (q, k))
-    return q, k
-
-
 def quantised(x: Tensor, matrix: Quantised, bias: Tensor | None) -> Tensor:
     """`linear` of x `[..., K]` with the matrix's numbers, in float32 and rounded to x's type."""
     bias = None if bias is None else bias.float()

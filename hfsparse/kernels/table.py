@@ -28,8 +28,6 @@ QUANTISED(x, matrix, bias) -> Tensor [..., N]
     As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 NORMS(x, weight, eps, form) -> Tensor [..., N]
     As `plain.rms_norm`: steps that are recorded and not fused ask it.
-ROTATIONS(q, k, cos, sin) -> Tensors as q and k
-    As `plain.rotate`, as NORMS.
 """
 
 from __future__ import annotations
@@ -230,10 +228,6 @@ QUANTISED = (
 NORMS = (
     Kernel("Triton", _lazily("triton.norm", "rms_norm"), _triton("norm")),
     Kernel("PyTorch", plain.rms_norm, _always),
-)
-ROTATIONS = (
-    Kernel("Triton", _lazily("triton.rotate", "rotate"), _triton("rotate")),
-    Kernel("PyTorch", plain.rotate, _always),
 )
 
 

@@ -1,4 +1,4 @@
-"""Norms and rotations of transformers' own, of which a recorded step has the bits."""
+"""Norms of transformers' own, of which a recorded step has the bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from hfsparse.kernels import ROTATIONS
 from hfsparse.runtime.graphs import fewer
 from tests.gpu.common import DEVICE
 
@@ -29,17 +28,3 @@ def test_a_norm_has_the_bits_of_the_models(family, shape, dtype, monkeypatch):
             x = (1 + seed) * torch.randn(shape, device=DEVICE, dtype=dtype)
             assert torch.equal(call(x=x), norm(x))
     assert len(ran) == 20
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["Llama", "Gemma3", "Qwen3"])
-@pytest.mark.parametrize(("B", "S", "D"), [(1, 1, 128), (3, 1, 80), (2, 5, 64)])
-def test_a_rotation_has_the_bits_of_the_models(family, B, S, D, dtype):
-    kind = import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
-    more = {"device": DEVICE, "dtype": dtype}
-    for seed in range(10):
-        torch.manual_seed(seed)
-        q, k = (torch.randn(B, S, n, D, **more).transpose(1, 2) for n in (8, 2))
-        cos, sin = torch.randn(2, 1 + seed % 2 * (B - 1), S, D, **more)
-        want = kind.apply_rotary_pos_emb(q, k, cos, sin)
-        assert all(map(torch.equal, ROTATIONS[0].run(q, k, cos, sin), want))

@@ -1,4 +1,4 @@
-"""RMS norms and rotary embeddings, interpreted, and which of a model's a step is given."""
+"""RMS norms, interpreted, and which of a model's a step is given."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from hfsparse import kernels
 from hfsparse.kernels import plain
 from hfsparse.runtime.graphs.fewer import with_fewer_launches
 from tests.kernels.interpreter import interpreter
-from tests.patcher.families import fresh, tokens
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +25,6 @@ def test_a_norm_is_what_models_write(interpreted, shape, form):
     want, got = plain.rms_norm(*given), interpreted("norm.rms_norm", *given)
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=2e-3, atol=0)  # the interpreter's roots are its own
-
-
-@pytest.mark.parametrize(("B", "S", "D", "turns"), [(2, 3, 16, 2), (3, 1, 10, 1)])
-def test_a_rotation_is_what_models_write(interpreted, B, S, D, turns):
-    torch.manual_seed(0)
-    q, k = torch.randn(B, S, 4, D).half().transpose(1, 2), torch.randn(B, 2, S, D).half()
-    cos, sin = torch.randn(2, turns, S, D).half()
-    for got, want in zip(
-        interpreted("rotate.rotate", q, k, cos, sin),
-        plain.rotate(q, k, cos, sin),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
 
 
 class MadeRMSNorm(nn.Module):
@@ -83,22 +69,3 @@ def test_a_step_is_given_norms_that_have_the_bits_of_the_models(monkeypatch):
         call(x=x.float())
         assert len(ran) == 3
     assert all("forward" not in vars(norm) for norm in decoder[:-1])
-
-
-def test_a_step_is_given_rotations_that_have_the_bits_of_the_models(monkeypatch):
-    ran, decoder = [], fresh("llama").half().model
-
-    def run(*given):
-        ran.append(given)
-        return plain.rotate(*given)
-
-    table = kernels.Kernel("any", run, lambda need: None), kernels.ROTATIONS[-1]
-    monkeypatch.setattr("hfsparse.runtime.graphs.fewer.ROTATIONS", table)
-    with torch.no_grad():
-        call = with_fewer_launches(decoder.forward, decoder)
-        ran.clear()
-        given = dict(input_ids=tokens(2, 9), use_cache=False)
-        want = decoder(**given)[0]
-        assert not ran
-        assert torch.equal(call(**given)[0], want)
-    assert len(ran) == len(decoder.layers)
