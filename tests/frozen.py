@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import wraps
 from importlib import import_module
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -34,6 +35,7 @@ class Frozen(recording.Graph):
     """Its Python is what is replayed."""
 
     recorded, wrong = 0, ""  # how many, and what is wrong with their replays
+    ended = 0  # rows that were empty in replays
     of_lengths: list[int]  # how many tokens a row each replayed step had
     device = torch.device("cpu")
     devices = (device,)
@@ -44,9 +46,12 @@ class Frozen(recording.Graph):
         self.call, self.key, self.given, self.serving = call, key, given, serving
         self.lengths = lengths
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         Frozen.of_lengths.append(self.lengths.columns)
-        step = Step.recorded(self.lengths, torch.tensor(rows))
+        length = torch.tensor(rows)
+        recording.write_lengths(length, rows, ended)
+        Frozen.ended += int((length == 0).sum())
+        step = Step.recorded(self.lengths, length)
         tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
         with recording.record_step(step, self.serving), self.wrong_page():
             output = self.call(**recording.hide_cache({**self.given, **tensors}))
@@ -80,7 +85,7 @@ def frozen():
         for name in ("Stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *a: None))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        Frozen.recorded, Frozen.of_lengths = 0, []
+        Frozen.recorded, Frozen.of_lengths, Frozen.ended = 0, [], 0
         yield Frozen
 
 
@@ -92,6 +97,19 @@ def noisy(norm) -> type:
             return super().forward(x) + 1e-5 * torch.randn_like(x)
 
     return Noisy
+
+
+def waiting(decoder) -> type:
+    """A kind of decoder that looks for places between its parts: compiled, it doesn't."""
+
+    class Waiting(type(decoder)):
+        @wraps(type(decoder).forward)
+        def forward(self, **kwargs):
+            held = torch.zeros(2)
+            held.index_put_((held == 0,), torch.zeros(()), accumulate=True)
+            return super().forward(**kwargs)
+
+    return Waiting
 
 
 LAUNCHES = ("triton.append.append", "triton.decode.decode", "triton.choose.pages")
@@ -154,6 +172,8 @@ def compare(
     Frozen.wrong = wrong
     if wrong == "noise":
         model.model.norm.__class__ = noisy(model.model.norm)
+    if wrong == "waits":
+        model.model.__class__ = waiting(model.model)
     found = []
     for replayed in (False, True):
         with ExitStack() as stack:
@@ -175,6 +195,20 @@ def compare(
             outcome["drafts"] = stats.drafts
             found.append(outcome)
     return found
+
+
+def ended(family: str, plan: str, length: int, pads: tuple, new: int) -> tuple:
+    """Tokens of rows that read on, and replayed of rows of which all but the last end early; the
+    tokens that end them, how many graphs were recorded, how many rows were empty in replays."""
+    model, Frozen.wrong = models.fresh(family), ""
+    ids, mask = families.left_padded(length, pads)
+    given = dict(new=new, pad_token_id=0, return_dict_in_generate=False, output_logits=False)
+    with plain_prompts(), hfsparse.patch(model, getattr(families, plan)(model)):
+        want = runs.generate(model, ids, mask, eos_token_id=None, **given)[:, length:].tolist()
+        ends = [row[1 + b] for b, row in enumerate(want[:-1])]
+        with frozen() as kind:
+            got = runs.generate(model, ids, mask, eos_token_id=ends, **given)
+    return want, got[:, length:].tolist(), ends, kind.recorded, kind.ended
 
 
 def refused(plan: str, mend, length: int, pads=(0, 9)) -> tuple[str, bool, bool]:

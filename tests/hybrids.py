@@ -25,7 +25,7 @@ from hfsparse.plan import Plan
 from hfsparse.runtime import graphs
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import Step
-from hfsparse.runtime.graphs import products, recording
+from hfsparse.runtime.graphs import parts, products, recording
 from hfsparse.runtime.graphs.states import States
 from tests import frozen
 from tests.patcher import families, runs
@@ -154,8 +154,8 @@ class Traced(frozen.Frozen):
             finally:
                 SERVED.pop()
 
-    def replay(self, given, rows):
-        self.length.copy_(torch.tensor(rows))
+    def replay(self, given, rows, ended=None):
+        recording.write_lengths(self.length, rows, ended)
         for name, held in self.inputs.items():
             held.copy_(given[name])
         with self.attending():
@@ -166,10 +166,10 @@ class Traced(frozen.Frozen):
 class Forgetful(Traced):
     """A replay that leaves one state as it was, and says the right thing."""
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         state = States(find_cache(given)).held[0][2]
         was = state.clone()
-        output = super().replay(given, rows)
+        output = super().replay(given, rows, ended)
         state.copy_(was)
         return output
 
@@ -181,10 +181,10 @@ class Kept(frozen.Frozen):
         super().__init__(call, given, lengths, key, serving, weights)
         self.inputs = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
 
-    def replay(self, given, rows):
+    def replay(self, given, rows, ended=None):
         for name, held in self.inputs.items():
             held.copy_(given[name])
-        return super().replay({**given, **self.inputs}, rows)
+        return super().replay({**given, **self.inputs}, rows, ended)
 
 
 @contextmanager
@@ -195,7 +195,8 @@ def patched(model, plan, kind: type | None, fuse: bool = False):
         stack.enter_context(patch.object(products, "BACKEND", "aot_eager"))
         if fuse:  # compilations of wrappers that all models share count, whichever made them
             torch._dynamo.reset()
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
+        most = {"recompile_limit": model.config.num_hidden_layers}  # each once, for all caches
+        stack.enter_context(patch.dict(parts.LIMITS, most))
         if kind is not None:
             stack.enter_context(frozen.frozen())
             stack.enter_context(patch.object(graphs, "Graph", kind))

@@ -54,9 +54,10 @@ def prefill(
     # The kernel takes keys and values of one width.
     q, k, v = (_padded(t.to(dtype), (0, wide - t.shape[-1])) for t in (q, k, v))
     out = q.new_empty(B, Sq, H, wide).transpose(1, 2)
-    sums = q.new_full((B, H, Sq), -torch.inf, dtype=torch.float32)
     if grid.padded:
         out.zero_()
+    if lse is not None:
+        lse.fill_(-torch.inf)
     kv, rest = kv_heads.tolist(), set(range(H))
     tokens = grid.offset.tolist(), grid.q_len.tolist()  # of each row: before its queries, and new
     for band, heads in _bands(lists):
@@ -64,24 +65,26 @@ def prefill(
         for group in dict.fromkeys(kv[h] for h in heads):
             own = at_heads([h for h in heads if kv[h] == group], device)
             for b, (past, n) in enumerate(zip(*tokens, strict=True)):
-                keys = k[b, group, : past + n], v[b, group, : past + n]
-                for at, (found, total) in _read_band(q[b, own, :n], *keys, band, past, scale):
-                    out[b, own, at], sums[b, own, at] = found.to(dtype), total
+                keys = (t[b : b + 1, group : group + 1, : past + n] for t in (k, v))
+                queries = q[b : b + 1, own, :n]
+                for at, (found, total) in _read_band(queries, *keys, band, past, scale):
+                    out[b, own, at] = found[0].to(dtype)
+                    if lse is not None:
+                        lse[b, own, at] = total[0]
     if rest:
         order = sorted(rest)
         own = at_heads(order, device)
         given = q[:, own], k, v, lists.in_order(order, HeadIndex()), kv_heads[own]
-        out[:, own], sums[:, own] = _read_lists(*given, scale)
-    if lse is not None:
-        lse.copy_(sums)
+        out[:, own], total = _read_lists(*given, scale)
+        if lse is not None:
+            lse[:, own] = total
     return out[..., :value_dim].to(asked)
 
 
 def _join(part: Part, other: Part) -> Part:
-    """Attention over the keys of both."""
+    """Attention over the keys of both, in place of the first's."""
     weight = torch.sigmoid(other[1] - part[1])[..., None]
-    out = torch.lerp(part[0].float(), other[0].float(), weight)
-    return out, torch.logaddexp(part[1], other[1])
+    return part[0].float().lerp_(other[0].float(), weight), torch.logaddexp(part[1], other[1])
 
 
 def _padded(t: Tensor, by: tuple[int, ...]) -> Tensor:
@@ -108,52 +111,58 @@ def _bands(lists: BlockLists) -> Iterator[tuple[Band, list[int]]]:
 def _read_band(
     q: Tensor, k: Tensor, v: Tensor, band: Band, past: int, scale: float
 ) -> Iterator[tuple[slice, Part]]:
-    """Attention of q `[H, n, D]`, at positions from `past` on, over one kv head's k, v `[S, D]`.
+    """Attention of q `[1, H, n, D]`, at positions from `past` on, over one kv head's k, v
+    `[1, 1, S, D]`.
 
     Some queries at a time: which ones, and theirs.
     """
-    n = q.shape[1]
-    k, v = (t.expand(len(q), -1, -1) for t in (k, v))
-    early = bisect_right(range(past, past + n), band.sink, key=band.start)  # these see every key
-    if early:
-        yield slice(early), _read_all(q[:, :early], k, v, past, scale)
-    done = early
+    n = q.shape[2]
+    k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    done = bisect_right(range(past, past + n), band.sink, key=band.start)  # these see every key
+    if done:
+        yield slice(done), _read_all(q[:, :, :done], k, v, past, scale)
     while done < n:
-        # One window serves the next rows, too, unless it grows.
-        blocks = 1 if band.rate else max(1, (n - done) // ROWS)
-        rows = min(ROWS, n - done)
-        at = slice(done, done + blocks * rows)
-        near = _read_window(q[:, at], k, v, band, past + done, blocks, scale)
-        if band.sink:
-            sinks = (t[None, :, : band.sink] for t in (k, v))
-            far = flash(q[None, :, at], *sinks, scale)
-            near = _join(near, (far[0][0], far[1][0]))
-        yield at, near
+        # The windows of ROWS queries after others are alike, unless they grow.
+        few = min(ROWS, n - done) if band.rate else (n - done) % ROWS
+        at, read = slice(done, done + few if few else n), _read_few if few else _read_windows
+        yield at, read(q[:, :, at], k, v, band, past + done, scale)
         done = at.stop
 
 
 def _read_all(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Part:
-    """Attention of q `[H, n, D]` over every key up to each."""
-    q, k, v = q[None], k[None, :, : past + q.shape[1]], v[None, :, : past + q.shape[1]]
-    own = flash(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
-    if past:
-        own = _join(own, flash(q, k[:, :, :past], v[:, :, :past], scale))
-    return own[0][0], own[1][0]
+    """Attention of q `[1, H, n, D]` over every key up to each."""
+    end = past + q.shape[2]
+    own = flash(q, k[:, :, past:end], v[:, :, past:end], scale, causal=True)
+    return _join(own, flash(q, k[:, :, :past], v[:, :, :past], scale)) if past else own
 
 
-def _read_window(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, blocks: int, scale: float
-) -> Part:
-    """Attention of q `[H, n, D]`, at positions from `first` on, over each one's recent keys."""
-    rows, low = q.shape[1] // blocks, band.start(first)
-    wide = first + rows - low
-    query = torch.arange(first, first + rows, device="cpu")[:, None]
-    key = torch.arange(low, low + wide, device="cpu")
-    mask = additive((key <= query) & (key >= band.start(query)))
-    q = q.unflatten(1, (blocks, rows)).transpose(0, 1)
-    k, v = (t[:, low:].unfold(1, wide, rows)[:, :blocks].mT.transpose(0, 1) for t in (k, v))
-    out, lse = flash(q, k, v, scale, mask)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
+def _read_few(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
+    """Attention of q `[1, H, n, D]`, at positions from `first` on, over sink and recent keys."""
+    low, end = band.start(first), first + q.shape[2]
+    near = (t[:, :, low:end] for t in (k, v))
+    mask = pad(_window_mask(band, first, end), (band.sink, 0))
+    if band.sink:
+        near = (torch.cat([t[:, :, : band.sink], t[:, :, low:end]], 2) for t in (k, v))
+    return flash(q, *near, scale, mask)
+
+
+def _read_windows(q: Tensor, k: Tensor, v: Tensor, band: Band, first: int, scale: float) -> Part:
+    """As `_read_few`, of a multiple of ROWS queries, and no key is copied."""
+    end, low = first + ROWS, band.start(first)
+    views = (t[0, :, low:].unfold(1, end - low, ROWS).mT.transpose(0, 1) for t in (k, v))
+    rows = q[0].unflatten(1, (-1, ROWS)).transpose(0, 1)
+    near = flash(rows, *(t[: len(rows)] for t in views), scale, _window_mask(band, first, end))
+    near = tuple(t.transpose(0, 1).flatten(1, 2)[None] for t in near)
+    if not band.sink:
+        return near
+    return _join(near, flash(q, k[:, :, : band.sink], v[:, :, : band.sink], scale))
+
+
+def _window_mask(band: Band, first: int, end: int) -> Tensor:
+    """[queries, keys] of queries from `first` on over the keys from the first one's window on."""
+    query = torch.arange(first, end, device="cpu")[:, None]
+    key = torch.arange(band.start(first), end, device="cpu")
+    return additive((key <= query) & (key >= band.start(query)))
 
 
 # -- blocks and columns --------------------------------------------------------------------------

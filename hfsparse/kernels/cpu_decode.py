@@ -46,7 +46,7 @@ def decode(
     lse: None = None,
 ) -> Tensor:
     """Attention `[B, Hq, Q, D]`, arguments as `hfsparse.kernels.table` has them of DECODE."""
-    ratio, runs = q.shape[1] // len(places.cells), new.lengths.runs
+    ratio, runs = q.shape[1] // len(places.cells), new.once(_runs)
     out = None
     for part, lists in zip(places.parts, pages, strict=True):
         own = places.at(q_heads_of(part.heads, ratio), q.device)
@@ -63,11 +63,28 @@ def decode(
     return torch.zeros_like(q) if out is None else out
 
 
+def _runs(new: NewTokens) -> list[tuple[slice, int, int]]:
+    """As `Lengths.runs`, of rows that side by side are as long and have queries."""
+    lengths, alive = new.lengths, (new.length > 0).tolist()
+    if all(alive):
+        return lengths.runs
+    found: list[tuple[slice, int, int]] = []
+    for b, of in enumerate(zip(lengths.past, lengths.new, strict=True)):
+        if not alive[b]:
+            continue
+        begin = b
+        if found and found[-1][0].stop == b and found[-1][1:] == of:
+            begin = found.pop()[0].start
+        found.append((slice(begin, b + 1), *of))
+    return found
+
+
 def _shorter(new: NewTokens, dropped: Tensor) -> list[tuple[slice, int, int]]:
-    """As `Lengths.runs`, of rows without the keys that each has lost."""
-    lengths = new.lengths
-    rows = zip(lengths.past, dropped.tolist(), lengths.new, strict=True)
-    return [(slice(b, b + 1), past - lost, n) for b, (past, lost, n) in enumerate(rows)]
+    """As `_runs`, of rows without the keys that each has lost."""
+    lost, apart = dropped.tolist(), []
+    for rows, past, n in new.once(_runs):
+        apart += [(slice(b, b + 1), past - lost[b], n) for b in range(*rows.indices(len(lost)))]
+    return apart
 
 
 def _read(

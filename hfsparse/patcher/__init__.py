@@ -67,7 +67,7 @@ def patch(
     plans` lists them), or an address on the Hugging Face hub, `hf://ORG/REPO/plan.yaml`, with
     `@REVISION` behind REPO, and `#sha256:…` behind all, to have no other than the one of this hash.
     On a GPU, decode steps are replayed as CUDA graphs. With fuse=True torch.compile fuses their
-    small kernels: faster, after half a minute of compiling at the first steps of a batch size.
+    small kernels: faster, after some 13 s of compiling at the first steps of a batch size.
     allow={"fingerprint"} takes a plan made for another configuration of the same shape.
     With exact=True the plan only drafts tokens, from a cache that keeps everything, and steps of
     the whole model verify them: `generate` gives the dense model's tokens (`patcher.exact`).

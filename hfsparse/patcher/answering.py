@@ -1,11 +1,11 @@
 """Who answers the calls that a `generate` makes of a patched model: the model itself, a drafter of
-exact mode, or a runner whose step is under way."""
+exact mode, or a runner whose step is under way; and which rows have ended."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -13,11 +13,20 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from hfsparse.models.names import find_cache, rename_cache, text_decoder
 from hfsparse.patcher.ahead import Runner
 from hfsparse.patcher.choosing import ALONE, cache_layers
+from hfsparse.patcher.ended import Ended, shows_nothing
 from hfsparse.patcher.exact import Drafter
 from hfsparse.runtime.graphs.obstacles import has_hook
 
-# Runners of the `generate` that runs in this thread; None: none does.
-_runners: ContextVar[list[Runner] | None] = ContextVar("hfsparse_runners", default=None)
+
+class _Running(NamedTuple):
+    """A `generate` of a patched model."""
+
+    cache: Any  # that it was given
+    runners: list[Runner]
+
+
+# The one that runs in this thread; None: none does.
+_running: ContextVar[_Running | None] = ContextVar("hfsparse_generate", default=None)
 
 
 def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -> Any:
@@ -34,13 +43,13 @@ def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -
 
 def generate(self, *args, **kwargs) -> Any:
     """`generate`, behind which no step is under way."""
-    before = _runners.set([])
+    before = _running.set(_Running(find_cache(kwargs), []))
     try:
         return type(self).generate(self, *args, **kwargs)
     finally:
-        for runner in _runners.get():
+        for runner in _running.get().runners:
             runner.end()
-        _runners.reset(before)
+        _running.reset(before)
 
 
 def wants_cache(model: PreTrainedModel, generation_config: Any) -> bool:
@@ -71,17 +80,19 @@ def watch(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
         return processors
     if exact is not None:
         serving = exact.serving[layers[0]] = Drafter(exact.drafts, generation_config, processors)
-    elif ahead.never is None and ahead.why is None:
-        serving = Runner(ahead, layers[0], generation_config, processors)
-        _runners.get().append(serving)
-    else:
-        return processors
-    return LogitsProcessorList([serving, *processors])
+        return LogitsProcessorList([serving, *processors])
+    running, first = _running.get(), []
+    if running is not None and shows_nothing(generation_config, running.cache):
+        first.append(Ended(layers, generation_config._eos_token_tensor))
+    if ahead.never is None and ahead.why is None:
+        first.append(Runner(ahead, layers[0], generation_config, processors))
+        running.runners.append(first[-1])
+    return LogitsProcessorList([*first, *processors])
 
 
 def _why_not_ahead(model: PreTrainedModel, generation_config: Any, layers: list) -> str | None:
     """Why no step of a `generate` that is about to begin runs ahead."""
-    if _runners.get() is None:
+    if _running.get() is None:
         return "generate is not the model's own"
     if not layers:
         return "generate makes no cache"

@@ -120,10 +120,9 @@ def before_attention(decoder, module, args, kwargs) -> None:
     """Pre-hook on the first attention module: make ours a cache that the decoder has made itself.
 
     While it is trained, whether it makes one is left to it: without one, as where activations are
-    checkpointed, it looks for packed sequences.
+    checkpointed, it looks for packed sequences. Fused steps go without this hook.
     """
-    if not decoder._hfsparse.layers[0].mode.fusing:
-        adopt_own(decoder, (*args, *kwargs.values()))
+    adopt_own(decoder, (*args, *kwargs.values()))
 
 
 @torch.compiler.disable

@@ -36,7 +36,7 @@ def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tens
         layer_plan = layer_plan_of(module)
         if layer_plan is not None and layer_plan.mode.fusing:
             more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-            return torch.ops.hfsparse.step(query, key, value, layer_plan.index, *more), None
+            return torch.ops.hfsparse.step(query, key, value, layer_plan.number, *more), None
         return attend_apart(module, query, key, value, attention_mask, **kwargs)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -136,9 +136,10 @@ def decode_step(layer_call: LayerCall) -> Tensor:
     asked |= {"packed": layer_call.layer.packed, "hosted": layer_call.layer.hosted}
     need = Need.of(q, k, v, logits.s_aux, **asked)
     whole = pick(call.tables.decode, need).device_lengths  # it skips what is empty
-    step = call.once(make_step, lengths, whole)
+    ended = layer_call.layer.ended
+    step = call.once(make_step, lengths, whole, ended)
     if layer_call.given is not lengths:  # pages were chosen for more queries
-        step.chosen = call.once(make_step, layer_call.given, whole).chosen
+        step.chosen = call.once(make_step, layer_call.given, whole, ended).chosen
     step = step.on(q.device)
     if layer_plan.leads:
         layer_plan.steps.update(zip(lengths.rows, lengths.new, lengths.rows, strict=True))
@@ -159,26 +160,26 @@ def _recorded_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    index: int,
+    number: Tensor,
     scaling: float | None,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
     """As `attend`, in a step that is compiled and recorded."""
     logits = Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    return running().recorded(index, query, key, value, logits)
+    return running().recorded(int(number), query, key, value, logits)
 
 
 torch.library.custom_op(
     "hfsparse::step",
     _recorded_step,
     mutates_args=(),  # that compilers know of: the cache is none of theirs
-    schema="(Tensor query, Tensor key, Tensor value, int index, float? scaling, float? softcap, "
-    "Tensor? s_aux) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor number, float? scaling, "
+    "float? softcap, Tensor? s_aux) -> Tensor",
 )
 
 
 @torch.library.register_fake("hfsparse::step")
-def _(query, key, value, index, scaling, softcap, s_aux):
+def _(query, key, value, number, scaling, softcap, s_aux):
     B, H, Q, _ = query.shape
     return query.new_empty(B, Q, H, value.shape[3])

@@ -48,6 +48,12 @@ class Step(NewTokens):
         new = torch.arange(-lengths.columns, 0, device=length.device)
         return cls(lengths, length, length[:, None] + new)
 
+    def without(self, ended: Tensor) -> Step:
+        """The same where rows that have ended, bool [B], are empty, but on the host."""
+        length = self.length.masked_fill(ended, 0)
+        query_pos = self.query_pos.masked_fill(ended[:, None], -1)
+        return Step(self.lengths, length, query_pos, self.longest)
+
     def around(self, band: Band, heads: int, tokens: int) -> PageLists:
         """As `PageLists.around`, the same for all layers."""
         return self.once(_around, band, heads, tokens)
@@ -67,12 +73,14 @@ def _around(step: Step, band: Band, heads: int, tokens: int) -> PageLists:
     return PageLists.around(band, step.length, heads, tokens)
 
 
-def make_step(lengths: Lengths, whole: bool) -> Step:
-    """The step of a call; whole: its kernel skips what is empty by itself."""
+def make_step(lengths: Lengths, whole: bool, ended: Tensor | None = None) -> Step:
+    """The step of a call; whole: its kernel skips what is empty by itself. ended: as
+    `CacheLayer.ended`."""
     first, length = (torch.tensor(t, device="cpu") for t in (lengths.past, lengths.rows))
     query_pos = first[:, None] + torch.arange(lengths.columns, device="cpu")
     query_pos = torch.where(query_pos < length[:, None], query_pos, -1)
-    return Step(lengths, length, query_pos, None if whole else lengths.longest)
+    step = Step(lengths, length, query_pos, None if whole else lengths.longest)
+    return step if ended is None else step.on(ended.device).without(ended)
 
 
 def decode(
@@ -179,7 +187,7 @@ def _with_means(
 def _count_kept(layer_plan: LayerPlan, store: Evicting, step: Step) -> None:
     """Note how many keys a step read: with what an eviction left, lengths don't tell."""
     read = layer_plan.counts.read_by(store.group.heads, step.length.device)
-    read += (step.length - store.gone).sum()
+    read += (step.length - store.gone).clamp(min=0).sum()
 
 
 def chooses(store: Full | Ring, rows: Sequence[int]) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hfsparse.lists import FAR, FULL, PAGE, HeadIndex
@@ -70,6 +71,11 @@ class LayerPlan:
     # One of each for all layers of a patch:
     at: HeadIndex
     mode: Mode
+    # Its index, as what is compiled for one layer and serves many is given it.
+    number: Tensor = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "number", torch.tensor(self.index, device="cpu"))
 
     @cached_property
     def sliding_window(self) -> int | None:

@@ -75,6 +75,7 @@ CASES = (
     "decode --shape tiny --lengths 600 --tokens 12 --rounds 1",
     "ttft --shape tiny --lengths 600 --repeat 1",
     "short_prompts --shape tiny --lengths 100 --rounds 1",
+    "ended --shape tiny --batch 2 --lengths 100 --tokens 40",
     "memory --shape tiny --lengths 600",
     "million --shape tiny --out OUT --tokens 2000 --new 12 --dense 600 --warm 300,200 --no-fused",
     "cpu_reference --lengths 256 --runs 1",

@@ -9,9 +9,10 @@ import torch
 
 import hfsparse
 from hfsparse.models.names import text_decoder
+from hfsparse.runtime.graphs.recording import Graph
 from tests import hybrids
 from tests.gpu.common import DEVICE
-from tests.patcher.families import choosing, fresh, left_padded, mixed, packing, tokens
+from tests.patcher.families import choosing, fresh, hosted, left_padded, mixed, packing, tokens
 from tests.patcher.runs import forward, generate
 from tests.patcher.test_exact import Watching, of_cache
 
@@ -74,3 +75,33 @@ def test_what_ends_early_leaves_nothing_behind(made):
         return streamer.said, shares, step, turn.sequences.tolist(), torch.stack(turn.logits)
 
     same(*two_ways(model, plan, run))
+
+
+@pytest.mark.parametrize("chosen", [{}, WARPED], ids=["greedy", "warped"])
+@pytest.mark.parametrize(
+    ("plan", "fuse"),
+    [(mixed, False), (mixed, True), (choosing, False), (packing, False), (hosted, False)],
+)
+def test_rows_that_have_ended_are_empty(plan, fuse, chosen, monkeypatch):
+    """Where tokens alone come back; with logits all rows read on."""
+    model, (ids, mask) = fresh("qwen2").to(DEVICE), (t.to(DEVICE) for t in left_padded(250))
+    launch, lengths, found = Graph.launch, [], []
+
+    def watched(graph):
+        lengths.append(graph.length.clone())
+        launch(graph)
+
+    monkeypatch.setattr(Graph, "launch", watched)
+    given = dict(new=60, pad_token_id=0, **chosen)
+    with hfsparse.patch(model, plan(model), fuse=fuse):
+        made = generate(model, ids, mask, eos_token_id=None, **given).sequences[:, 250:]
+        given["eos_token_id"] = [int(made[0, 5]), int(made[1, 17])]
+        for shown in (True, False):
+            lengths.clear()
+            more = {} if shown else dict(return_dict_in_generate=False, output_logits=False)
+            out = generate(model, ids, mask, **given, **more)
+            empty = int((torch.stack(lengths) == 0).sum())
+            found.append(((out.sequences if shown else out).tolist(), empty))
+    (want, none), (got, some) = found
+    assert got == want
+    assert none == 0 < some

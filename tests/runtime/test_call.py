@@ -12,6 +12,7 @@ from hfsparse.lists import Band, BlockLists, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.call import Call, call_of, enter, leave, running
+from hfsparse.runtime.graphs import parts
 from hfsparse.runtime.graphs.obstacles import Through
 from hfsparse.runtime.layer_plan import layer_plan_of, layer_plans_of, observed
 from tests.patcher.families import (
@@ -146,26 +147,32 @@ def test_what_a_call_shares_is_not_the_next_calls():
         assert generate(model, ids, mask, new=2).sequences.shape == (3, 122)
 
 
-def test_a_compiled_step_has_one_operator_a_layer():
+def test_a_fused_step_has_one_operator_a_layer_and_layers_share_it(monkeypatch):
     """As graphs compile it; once they are through, attention is no such operator again."""
-    model, served = fresh("llama"), []
+    model, served, compiled = fresh("llama"), [], []
 
     def serve(index, q, k, v, logits):
         served.append(index)
         return q.transpose(1, 2).clone()
 
-    def step():
-        return compiled(
-            model.get_decoder(),
-            input_ids=tokens(1, 1),
-            attention_mask=None,
-            position_ids=torch.full((1, 1), 5),
-            use_cache=True,
-            **{CACHE: Through()},
-        )
+    def backend(module, inputs):
+        compiled.append([node.target for node in module.graph.nodes])
+        return module
 
-    forward_of = type(model.get_decoder()).forward
-    compiled = torch.compile(forward_of, backend="eager", dynamic=False, fullgraph=True)
+    def step():
+        decoder = model.get_decoder()
+        with parts.fused(decoder) as forward_of:
+            forward_of(
+                decoder,
+                input_ids=tokens(1, 1),
+                attention_mask=None,
+                position_ids=torch.full((1, 1), 5),
+                use_cache=True,
+                **{CACHE: Through()},
+            )
+
+    torch.compiler.reset()
+    monkeypatch.setattr(parts, "compile_step", backend)
     with hfsparse.patch(model, mixed(model)), torch.no_grad():
         plan = layer_plans_of(model)[0]
         enter(plan.owner)
@@ -174,6 +181,7 @@ def test_a_compiled_step_has_one_operator_a_layer():
             plan.mode.fusing = True
             step()
             assert served == [0, 1, 2]
+            assert sum(torch.ops.hfsparse.step in made for made in compiled) == 1
             plan.mode.fusing = False
             with pytest.raises(torch._dynamo.exc.Unsupported):
                 step()

@@ -101,6 +101,17 @@ def test_thresholds_are_passed_by_one_row_before_the_other(interpreted):
     same(eager, replayed)
 
 
+def test_rows_that_have_ended_are_empty_in_replays(interpreted):
+    """One has ended before a step is recorded, one after."""
+    more = dict(length=66, pads=(0, 9, 0), new=6, run=frozen.ended)
+    want, got, ends, recorded, empty = interpreted("llama", "mixed", **more)
+    for row, alone in zip(got, want, strict=True):
+        end = next((i + 1 for i, token in enumerate(alone) if token in ends), len(alone))
+        assert row == alone[:end] + [0] * (len(alone) - end)
+    assert recorded == 1
+    assert empty > 3, "of one row in each replay, of another in some"
+
+
 def test_steps_that_verify_drafts_are_replayed_for_each_number_of_tokens(interpreted):
     """What is rejected is taken back between two replays."""
     more = dict(length=70, new=12, prompt_lookup_num_tokens=3, eos_token_id=3)
@@ -132,8 +143,14 @@ def test_what_is_not_replayed_says_why(interpreted, more, why):
     assert replayed["recorded"] == 0
 
 
-def test_a_fused_step_gives_the_same(interpreted):
-    eager, fused = interpreted("gemma3", "mixed", length=100, pads=(0, 7), fuse=True)
+@pytest.mark.parametrize(
+    ("family", "plan", "length", "wrong"),
+    [("gemma3", "mixed", 100, ""), ("llama", "full", 20, "waits")],
+    ids=["in parts", "whole"],
+)
+def test_a_fused_step_gives_the_same(interpreted, family, plan, length, wrong):
+    more = dict(length=length, pads=(0, 7), fuse=True, wrong=wrong)
+    eager, fused = interpreted(family, plan, **more)
     assert (fused["graphs"], fused["recorded"]) == ("yes, fused", 1)
     assert fused["tokens"] == eager["tokens"]
     torch.testing.assert_close(fused["logits"], eager["logits"])

@@ -83,6 +83,9 @@ class CacheLayer(CacheLayerMixin):
         self.device: torch.device | None = None
         self.types: tuple[torch.dtype, ...] = ()  # of keys and values
         self.is_initialized = False
+        # bool [B], on its device: rows whose steps read nothing, since nobody asks for what comes
+        # of them; it may change between steps.
+        self.ended: Tensor | None = None
 
     @property
     def stores(self) -> list[Full | Ring]:

@@ -38,8 +38,9 @@ from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.fewer import with_fewer_launches
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
+from hfsparse.runtime.graphs.parts import fused
 from hfsparse.runtime.graphs.pool import lock_devices
-from hfsparse.runtime.graphs.products import compile_step, with_own_products
+from hfsparse.runtime.graphs.products import with_own_products
 from hfsparse.runtime.graphs.recording import (
     Graph,
     complete_inputs,
@@ -63,7 +64,6 @@ NO_REPLAY = "the step is no replay"
 BUSY = "another thread runs a step of this model"
 OTHERS = "another rank is not ready for it"
 WARM = 3  # the step of a cache that is recorded: short answers don't pay, and kernels compile
-COMPILE = {"dynamic": False, "fullgraph": True}  # fused steps
 FEW = 8  # replays under which a graph was not worth its recording
 NOISE = 4  # a replay may differ from an eager step so many times as far as two eager steps do
 
@@ -123,7 +123,7 @@ class Graphs:
         )  # the cache that `stats` looked at
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
-        self.compiled = None
+        self.whole = False  # a fused step's decoder is compiled in one, not part by part
 
     def __reduce__(self):
         return Graphs, (self.layers, self.linear, self.fuse)  # a copy of the model has its own
@@ -185,7 +185,7 @@ class Graphs:
             ready = held and why is None
             if not self.agree(ready):
                 raise NotReady(OTHERS if ready else why or BUSY)
-            return self._launch(Planned(REPLAY, given, rows, graph=graph))
+            return self._launch(Planned(REPLAY, given, rows, graph=graph), layers)
         finally:
             if held:
                 self.lock.release()
@@ -304,7 +304,7 @@ class Graphs:
             call = states.settled(own)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
-                with contextlib.nullcontext() if fuse else NoWait():
+                with contextlib.nullcontext() if fuse and self.whole else NoWait():
                     output = run_live(call, given, lengths, serving)
                 self._passed(layers, rows)
                 return output
@@ -321,7 +321,10 @@ class Graphs:
             steps.refused = self.why = "out of memory when it was recorded"
         except Exception as error:  # whatever a model does that can't be compiled or recorded
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if fuse:
+            if fuse and not self.whole:  # what lies between its parts may not be recorded
+                self.whole, steps.warm = True, None
+                self.why = f"fused part by part it can't be recorded, {told}"
+            elif fuse:
                 self.fuse, self.loose = False, f"not fused, {told}"
                 self.why = self.loose
             else:
@@ -345,14 +348,13 @@ class Graphs:
     def _fused(self, decoder: nn.Module, states: States) -> Callable:
         """The decoder's forward, compiled, with one operator in place of each layer's attention."""
         states.unguard()
-        if self.compiled is None:
-            self.compiled = torch.compile(type(decoder).forward, backend=compile_step, **COMPILE)
 
         def call(**given):
             mode = self.layers[0].mode
             mode.fusing = True
             try:
-                return self.compiled(decoder, **given)
+                with fused(decoder, self.whole) as forward:
+                    return forward(decoder, **given)
             finally:
                 mode.fusing = False
 
@@ -422,7 +424,7 @@ class Graphs:
         if mask is not None and graph.states:
             first.lengths(starts(), Q)  # before: what linear layers keep can't be taken back
             mask = None
-        output = self._launch(step)
+        output = self._launch(step, layers)
         if mask is not None:
             try:
                 first.lengths(starts(), Q)
@@ -433,7 +435,7 @@ class Graphs:
         self._passed(layers, rows)
         return output
 
-    def _launch(self, step: Planned) -> Any:
+    def _launch(self, step: Planned, layers: list[CacheLayer]) -> Any:
         """A replay, behind whatever graph was launched last on its devices."""
         graph = step.graph
         current = torch.cuda.current_stream(graph.device)
@@ -443,7 +445,7 @@ class Graphs:
                     current.wait_stream(place.last)
                 place.last = current
             graph.replays += 1
-            return graph.replay(step.given, step.rows)
+            return graph.replay(step.given, step.rows, layers[0].ended)
 
     def _passed(self, layers, rows) -> None:
         """What an eager step changes on the host."""

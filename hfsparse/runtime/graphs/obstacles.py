@@ -35,6 +35,10 @@ def is_known(module: nn.Module) -> bool:
 class NoWait(TorchDispatchMode):
     """Raises where the host would wait for the GPU: a recording that does is broken for good."""
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # torch.compile does its work inside, where it is put off
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in WAITS or (name in ("index", "index_put_") and _by_mask(*args[1:])):

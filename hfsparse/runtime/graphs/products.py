@@ -2,13 +2,14 @@
 
 Where few rows are multiplied by a matrix that torchao has quantised, its codes become numbers in
 our kernel's registers, in fused steps and others. Where a fused step multiplies one row by matrices
-of plain numbers, products that share the row become one operator, `hfsparse::products`. The rest is
-left to PyTorch and the compiler.
+of plain numbers, products that share the row become one operator, `hfsparse::products`, and one
+whose result is added to a row adds it itself. The rest is left to PyTorch and the compiler.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -74,7 +75,8 @@ def join_products(module: fx.GraphModule) -> None:
         elif _is_served_quantised(*(part.meta.get("example_value") for part in node.args[:2])):
             node.target = multiply
     for nodes in sharing.values():
-        _join(module.graph, nodes)
+        if len(nodes) > 1 or not _add(module.graph, *nodes):
+            _join(module.graph, nodes)
     module.graph.lint()
     module.recompile()
 
@@ -113,6 +115,29 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             first += size
     for node in nodes:
         graph.erase_node(node)
+
+
+def _add(graph: fx.Graph, node: fx.Node) -> bool:
+    """Have a product add the row that it is added to, as it would a bias; False: there is none.
+
+    The sum would be a kernel by itself, as what reads it is compiled with the next layer.
+    """
+    x, weight, bias = _arguments(node)
+    (total, *more), made = node.users, node.meta["example_value"]
+    if bias is not None or more or total.target is not operator.add or len(total.args) != 2:
+        return False
+    other = total.args[total.args[0] is node]
+    row = other.meta.get("example_value") if isinstance(other, fx.Node) else None
+    if type(row) is not FakeTensor or (row.shape, row.dtype) != (made.shape, made.dtype):
+        return False
+    with graph.inserting_before(total):
+        flat = graph.call_function(torch.flatten, (other,))
+        added = graph.call_function(torch.ops.hfsparse.products.default, (x, [weight], [flat]))
+    added.meta = dict(total.meta)
+    total.replace_all_uses_with(added)
+    graph.erase_node(total)
+    graph.erase_node(node)
+    return True
 
 
 def _is_served_quantised(x: object, weight: object = None) -> bool:

@@ -124,13 +124,11 @@ class Graph:
         for device in self.others:
             torch.cuda.current_stream(device).wait_stream(stream)
 
-    def replay(self, given: dict[str, Any], rows: list[int]) -> Any:
-        """The step's output for these inputs; keys are stored, no counter on the host is."""
+    def replay(self, given: dict[str, Any], rows: list[int], ended: Tensor | None = None) -> Any:
+        """The step's output for these inputs; keys are stored, no counter on the host is. ended: as
+        `CacheLayer.ended`."""
         torch._foreach_copy_([*self.inputs.values()], [given[name] for name in self.inputs])
-        if len(set(rows)) == 1:
-            self.length.fill_(rows[0])
-        else:
-            self.length.copy_(torch.tensor(rows, device="cpu"), non_blocking=True)
+        write_lengths(self.length, rows, ended)
         stream = torch.cuda.current_stream(self.device)
         self._gather(stream)
         self.launch()
@@ -139,10 +137,22 @@ class Graph:
         return show_cache(self.kind(**made), given)
 
 
+def write_lengths(length: Tensor, rows: list[int], ended: Tensor | None) -> None:
+    """Have the device know how long rows are: those that have ended are empty."""
+    if len(set(rows)) == 1:
+        length.fill_(rows[0])
+    else:
+        length.copy_(torch.tensor(rows, device="cpu"), non_blocking=True)
+    if ended is not None:
+        length.masked_fill_(ended.to(length.device), 0)
+
+
 def run_live(call: Callable, given: dict[str, Any], lengths: Lengths, serving) -> Any:
     """A step as one would record it, run at once."""
     device = next(x.device for x in given.values() if isinstance(x, Tensor))
-    step = Step.recorded(lengths, torch.tensor(lengths.rows, device=device))
+    length = torch.empty(len(lengths.rows), dtype=torch.long, device=device)
+    write_lengths(length, lengths.rows, next(layer.ended for _, layer in serving.values()))
+    step = Step.recorded(lengths, length)
     with record_step(step, serving):
         return show_cache(call(**hide_cache(given)), given)
 

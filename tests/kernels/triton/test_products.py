@@ -30,6 +30,9 @@ def test_products_are_those_of_torch(products, K, sizes):
     torch.testing.assert_close(found.double(), torch.cat(want, -1), rtol=2e-3, atol=2e-3)
 
 
+KINDS = "products", "linear", "function add"
+
+
 class Block(nn.Module):
     """Three products of one row, one of another, and one whose weight is made on the way."""
 
@@ -44,8 +47,21 @@ class Block(nn.Module):
         return linear(y, self.o.weight.T * 2), linear(x, self.k.weight)
 
 
-def joined(x, monkeypatch, serves=True):
-    """The operators of a compiled block, and how far it is from the eager one."""
+class Residual(nn.Module):
+    """Two products that are added to a row, and one whose sum is of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.o, self.down, self.more = (nn.Linear(8, 8, False) for _ in range(3))
+
+    def forward(self, x):
+        y = x + self.o(x * 2)
+        z = self.down(torch.relu(y)) + y
+        return z, self.more(z * 2) + z.new_ones(3, 1, 1)
+
+
+def joined(x, monkeypatch, serves=True, kind=Block):
+    """The products and sums of a compiled block, which gives what the eager one does."""
     names = []
 
     def backend(module, inputs):
@@ -54,28 +70,34 @@ def joined(x, monkeypatch, serves=True):
         return module
 
     torch.manual_seed(0)
-    block, why = Block(), None if serves else "not here"
+    block, why = kind(), None if serves else "not here"
     row = kernels.Kernel("any", kernels.PRODUCTS[-1].run, lambda need: why)
     table = row, kernels.PRODUCTS[-1]
     monkeypatch.setattr("hfsparse.runtime.graphs.products.PRODUCTS", table)
     with torch.inference_mode():
-        found = torch.compile(Block.forward, backend=backend, fullgraph=True)(block, x)
+        found = torch.compile(kind.forward, backend=backend, fullgraph=True)(block, x)
         torch.testing.assert_close(found, block(x))
     torch.compiler.reset()
-    return [name for name in names if "products" in name or "linear" in name]
+    return [name for name in names if any(word in name for word in KINDS)]
 
 
 def test_a_graph_joins_products_that_share_their_row(monkeypatch):
     found = joined(torch.randn(1, 1, 8), monkeypatch)
     assert [n for n in found if "products" in n] == ["hfsparse.products.default"] * 2
-    assert len(found) == 3, found  # and the one whose weight is made in the step
+    assert len(found) == 4, found  # and the one whose weight is made in the step, and a sum
+
+
+def test_a_product_adds_the_row_that_it_is_added_to(monkeypatch):
+    found = joined(torch.randn(1, 1, 8), monkeypatch, kind=Residual)
+    assert [n for n in found if "products" in n] == ["hfsparse.products.default"] * 3
+    assert len(found) == 4, found  # one sum is of more rows
 
 
 def test_nothing_is_joined_where_no_kernel_serves(monkeypatch):
     found = joined(torch.randn(1, 1, 8), monkeypatch, serves=False)
-    assert len(found) == 6
+    assert len(found) == 7
     assert not any("products" in name for name in found)
 
 
 def test_several_rows_are_left_to_torch(monkeypatch):
-    assert len(joined(torch.randn(2, 1, 8), monkeypatch)) == 6
+    assert len(joined(torch.randn(2, 1, 8), monkeypatch)) == 7

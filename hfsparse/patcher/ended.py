@@ -1,0 +1,49 @@
+"""Rows of a batch that have ended read no keys.
+
+`generate` goes on until the last row has ended, and gives the others pad tokens, whatever comes of
+them: from then on steps take these rows as empty. Logits and a cache that it hands out would show
+it: where it returns more than tokens, or goes on with a cache that it was given, all rows read on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from hfsparse.runtime.cache.layer import CacheLayer
+
+
+def shows_nothing(generation_config: Any, cache: Any) -> bool:
+    """Whether a `generate` that goes on with this cache (None: one of its own) shows tokens alone,
+    and those of rows that have ended are pads."""
+    ends = generation_config._eos_token_tensor is not None
+    return cache is None and ends and not generation_config.return_dict_in_generate
+
+
+class Ended(LogitsProcessor):
+    """Tells the layers of a cache which rows have ended. It changes no scores.
+
+    It writes into one tensor, which a step under way may see before or after: rows that have ended
+    stay so.
+    """
+
+    def __init__(self, layers: Sequence[CacheLayer], eos: Tensor):
+        self.layers, self.eos = layers, eos
+        self.rows: Tensor | None = None  # bool [B]; steps read it on the device
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(input_ids) == 1:  # `generate` ends with it
+            return scores
+        if self.rows is None:  # what a prompt ends with ends no row
+            device = self.layers[0].device
+            self.rows = torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+            for layer in self.layers:
+                layer.ended = self.rows
+        else:
+            ended = torch.isin(input_ids[:, -1], self.eos.to(input_ids.device))
+            self.rows.logical_or_(ended.to(self.rows.device))
+        return scores
