@@ -13,6 +13,9 @@ from hfsparse.kernels.codes import Quantised
 from hfsparse.lists import BlockLists, Grid, PageLists
 from hfsparse.lists.choice import Choice
 
+# How models write an RMS norm: they round before they weigh, or behind it, or weigh by one more.
+NORM_FORMS = ("rounded", "whole", "one more")
+
 
 def estimate(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
     """`pattern.lists`."""
@@ -49,6 +52,15 @@ def count(lists: BlockLists) -> Tensor:
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """`linear` of x `[..., K]` with each of weights `[Ni, K]` and its bias, side by side."""
     return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
+    """x `[..., N]` by the root of its mean square, and weight `[N]`; form: of NORM_FORMS."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if form == "rounded":
+        return weight * wide.to(x.dtype)
+    return (wide * (1.0 + weight.float() if form == "one more" else weight)).to(x.dtype)
 
 
 def quantised(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:

@@ -26,6 +26,8 @@ PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.products`, of a few rows. Steps that are fused are compiled with it; no call asks it.
 QUANTISED(x, matrices, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
+NORMS(x, weight, eps, form) -> Tensor [..., N]
+    As `plain.rms_norm`: steps that are recorded and not fused ask it.
 """
 
 from __future__ import annotations
@@ -222,6 +224,10 @@ PRODUCTS = (
 QUANTISED = (
     Kernel("Triton", _lazily("triton.quantised", "products"), _triton("quantised")),
     Kernel("PyTorch", plain.quantised, _always),
+)
+NORMS = (
+    Kernel("Triton", _lazily("triton.norm", "rms_norm"), _triton("norm")),
+    Kernel("PyTorch", plain.rms_norm, _always),
 )
 
 

@@ -131,8 +131,8 @@ class Runner(LogitsProcessor):
             return
         self.lane.join(self.lane.mark(), [])
         self.graphs.take_back_ahead(step.layers)
-        for held, was in zip(self.held, self.were, strict=True):
-            held.copy_(was)
+        if self.held:
+            torch._foreach_copy_(self.held, self.were)
 
     def _wait(self) -> None:
         """Run no step ahead for a while."""
@@ -173,11 +173,12 @@ class Runner(LogitsProcessor):
             return
         self.lane = lane = Lane(graph.device)
         try:
-            with lane.run([ids, output.logits, *_tensors(given)]):
+            made = later_call(given, given["input_ids"], 1)  # all but the tokens, beside a step
+            with lane.run([ids, output.logits, *_tensors(made)]):
                 self._note(self.graphs.beside(find_cache(given), layers))
                 with self.choosing.same_numbers(ids.device):
                     tokens = self.choosing.choose(ids, output.logits)
-                made = later_call(given, tokens.to(given["input_ids"].device), 1)
+                made["input_ids"] = tokens.to(given["input_ids"].device)
                 self.step = Launched(made, layers, layers[0].rows, lane.mark())
                 with running_ahead():
                     self.step.output = forward(**made)
@@ -193,8 +194,8 @@ class Runner(LogitsProcessor):
         """Keep what tensors hold that a step will change."""
         if [*map(id, tensors)] != [*map(id, self.held)]:
             self.held, self.were = tensors, [torch.empty_like(t) for t in tensors]
-        for was, held in zip(self.were, tensors, strict=True):
-            was.copy_(held)
+        if tensors:
+            torch._foreach_copy_(self.were, tensors)  # in one launch, where they are of one type
 
 
 def _is_known(processor: LogitsProcessor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.decode import is_step
 
 ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token of each row at a time
+PARTS = 1024  # of a vocabulary, in which the highest score is looked for at once
 TYPES = ("token_type_ids", "mm_token_type_ids")  # a new token's are the last one's
 
 
@@ -41,18 +43,35 @@ class Choosing:
 
     def choose(self, ids: Tensor, logits: Tensor) -> Tensor:
         """[B, 1] tokens behind ids `[B, n]`, from a model's logits `[B, Q, V]`."""
-        scores = logits[:, -1].to(ids.device, torch.float32, copy=True)
+        scores = logits[:, -1].to(ids.device)
+        if self.processors or self.samples:  # else the highest is the highest in any type
+            scores = scores.to(torch.float32, copy=True)
         for processor in self.processors:
             scores = processor(ids, scores)
         if self.samples:  # as torch.multinomial, which would also have the host wait for its checks
             noise = torch.empty_like(scores).exponential_()
             scores = torch.softmax(scores, -1) / noise
-        chosen = scores.argmax(-1, keepdim=True)
+        chosen = _highest(scores)
         if len(ids) > 1 and self.eos is not None and self.pad is not None:  # rows that have ended
             eos, fill = self.eos.to(ids.device), self.pad.to(ids.device)
             ended = torch.isin(ids[:, -1:], eos) | (ids[:, -1:] == fill)
             chosen = torch.where(ended, fill, chosen)
         return chosen
+
+
+def _highest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1, keepdim=True)` of `[B, V]`, part by part: PyTorch reads a row of many
+    numbers with one of the GPU's processors."""
+    parts = _parts(scores.shape[1])
+    best, at = scores.unflatten(-1, (parts, -1)).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return at.gather(-1, part) + part * (scores.shape[1] // parts)
+
+
+@lru_cache
+def _parts(numbers: int) -> int:
+    """Into how many equal parts so many numbers are cut, at most PARTS."""
+    return next(n for n in range(min(PARTS, numbers), 0, -1) if numbers % n == 0)
 
 
 def is_plain_step(given: dict[str, Any], layers: list[CacheLayer], ids: Tensor) -> bool:

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 import hfsparse
 from hfsparse.models.names import new_tokens, text_decoder
 from hfsparse.patcher import ahead
+from hfsparse.patcher.choosing import _highest as highest
 from hfsparse.patcher.choosing import cache_layers
 from hfsparse.runtime.call import running
 from hfsparse.runtime.graphs import Graphs, NotReady
@@ -81,6 +82,13 @@ def two_ways(model, plan, run):
 
 def told(handle) -> str:
     return handle.explain().split("before generate has the token: ")[1].split("\n")[0]
+
+
+@pytest.mark.parametrize("numbers", [1, 7, 100, 6144])
+def test_the_highest_score_is_the_first_of_the_highest(numbers):
+    torch.manual_seed(numbers)
+    scores = torch.randint(9, (3, numbers)).float()
+    assert torch.equal(highest(scores), scores.argmax(-1, keepdim=True))
 
 
 def everything(handle, out) -> tuple:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
 
 MOST = 3  # matrices of a launch
-ROWS, COLUMNS = 4, 2048  # of a tile of a matrix, for one row
+ROWS = 4  # of a tile of a matrix, at most
+TILE, WIDEST = 8192, 4096  # numbers of a tile of a matrix, for one row, and columns of the widest
+COLUMNS = 2048  # of tiles of which a row takes several
 FEW_ROWS, FEW_COLUMNS, STAGES = 16, 128, 3  # for several: a warp's columns, and tiles on their way
 WARPS = 4
 PADDED = 8  # rows that tensor cores are given
@@ -36,12 +38,20 @@ def why_not(need: Need) -> str | None:
     return "no gradients: call under torch.no_grad()" if need.grad else None
 
 
+def _tile(K: int, several: bool) -> tuple[int, int]:
+    """Rows and columns of a matrix `[N, K]` that a program reads at a time."""
+    columns = triton.next_power_of_2(K)
+    if several:
+        return FEW_ROWS, min(FEW_COLUMNS, max(16, columns))
+    columns = columns if columns <= WIDEST else COLUMNS
+    return min(ROWS, max(1, TILE // columns)), columns
+
+
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """As `plain.products`, of up to PADDED rows x `[..., K]`; sums are float32, rounded once."""
     x, K, total = x.contiguous(), x.shape[-1], sum(len(w) for w in weights)
     out, several, first = x.new_empty(*x.shape[:-1], total), x.numel() > K, 0
-    tall, columns = (FEW_ROWS, FEW_COLUMNS) if several else (ROWS, COLUMNS)
-    columns = min(columns, max(16, triton.next_power_of_2(K)))
+    tall, columns = _tile(K, several)
     for at in range(0, len(weights), MOST):
         some, added = list(weights[at : at + MOST]), list(biases[at : at + MOST])
         sizes, spare = [len(w) for w in some], MOST - len(some)

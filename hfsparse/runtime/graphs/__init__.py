@@ -36,6 +36,7 @@ from hfsparse.models.names import new_tokens
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
+from hfsparse.runtime.graphs.fewer import with_fewer_launches
 from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
 from hfsparse.runtime.graphs.parts import fused
 from hfsparse.runtime.graphs.pool import lock_devices
@@ -300,7 +301,8 @@ class Graphs:
         try:
             before += states.copies()
             given = restride(given) if fuse else given
-            call = states.settled(self._fused(decoder, states) if fuse else forward)
+            own = self._fused(decoder, states) if fuse else with_fewer_launches(forward, decoder)
+            call = states.settled(own)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
                 with contextlib.nullcontext() if fuse and self.whole else NoWait():

@@ -8,6 +8,7 @@ whose result is added to a row adds it itself. The rest is left to PyTorch and t
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -50,7 +51,16 @@ def compile_step(module: fx.GraphModule, inputs: list) -> Callable:
     from torch._dynamo.backends.registry import lookup_backend  # a second, where it is asked for
 
     join_products(module)
-    return lookup_backend(BACKEND)(module, inputs)
+    with _chained():
+        return lookup_backend(BACKEND)(module, inputs)
+
+
+def _chained() -> contextlib.AbstractContextManager:
+    """Has Inductor's kernels begin while the one before ends, as ours do, where this torch can."""
+    from torch._inductor import config
+
+    known = hasattr(config.triton, "enable_pdl")
+    return config.patch({"triton.enable_pdl": True}) if known else contextlib.nullcontext()
 
 
 def join_products(module: fx.GraphModule) -> None:

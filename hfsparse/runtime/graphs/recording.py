@@ -127,8 +127,7 @@ class Graph:
     def replay(self, given: dict[str, Any], rows: list[int], ended: Tensor | None = None) -> Any:
         """The step's output for these inputs; keys are stored, no counter on the host is. ended: as
         `CacheLayer.ended`."""
-        for name, held in self.inputs.items():
-            held.copy_(given[name])
+        torch._foreach_copy_([*self.inputs.values()], [given[name] for name in self.inputs])
         write_lengths(self.length, rows, ended)
         stream = torch.cuda.current_stream(self.device)
         self._gather(stream)

@@ -12,7 +12,9 @@ from tests.kernels.interpreter import interpreter
 
 @pytest.fixture(scope="module")
 def products():
-    with interpreter(triton__products__COLUMNS=64, triton__products__FEW_COLUMNS=16) as run:
+    with interpreter(
+        triton__products__COLUMNS=64, triton__products__WIDEST=64, triton__products__FEW_COLUMNS=16
+    ) as run:
         yield lambda *given: run("triton.products.products", *given)
 
 
