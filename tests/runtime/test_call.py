@@ -159,14 +159,14 @@ def test_a_fused_step_has_one_operator_a_layer_and_layers_share_it(monkeypatch):
         compiled.append([node.target for node in module.graph.nodes])
         return module
 
-    def step():
+    def step(count=1):
         decoder = model.get_decoder()
-        with parts.fused(decoder) as forward_of:
+        with parts.fused(decoder, count) as forward_of:
             forward_of(
                 decoder,
-                input_ids=tokens(1, 1),
+                input_ids=tokens(1, count),
                 attention_mask=None,
-                position_ids=torch.full((1, 1), 5),
+                position_ids=torch.arange(5, 5 + count)[None],
                 use_cache=True,
                 **{CACHE: Through()},
             )
@@ -182,6 +182,9 @@ def test_a_fused_step_has_one_operator_a_layer_and_layers_share_it(monkeypatch):
             step()
             assert served == [0, 1, 2]
             assert sum(torch.ops.hfsparse.step in made for made in compiled) == 1
+            for count in (4, 2, 7, 1):  # several tokens have one of their own
+                step(count)
+            assert sum(torch.ops.hfsparse.step in made for made in compiled) == 2
             plan.mode.fusing = False
             with pytest.raises(torch._dynamo.exc.Unsupported):
                 step()
