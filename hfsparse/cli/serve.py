@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 from hfsparse.cli.application import Device, Dtype, Model
 from hfsparse.cli.run import PlanOption
-from hfsparse.errors import UsageError
+from hfsparse.errors import Error, UsageError
 
 PAGE_SIZE = 256  # tokens of a page of transformers' cache, if nothing else is said
 HANDLERS = {  # of routes, by what transformers' `build_server` calls them
@@ -48,6 +49,7 @@ def serve(
     from hfsparse.patcher.state import state_of
     from hfsparse.plan.sources import open_plan
 
+    _need_address(host, port)
     chosen = open_plan(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     with patch(loaded, chosen) as handle:
@@ -91,7 +93,28 @@ def server(
         for part, (module, kind) in HANDLERS.items()
         if part in asked
     }
-    return build_server(known, generation_state=state, **made)
+    app = build_server(known, generation_state=state, **made)
+    app.add_exception_handler(Error, _refuse)
+    return app
+
+
+async def _refuse(request: Any, error: Exception) -> Any:
+    """The answer to a request that can't be followed: 400, with the sentence that says why."""
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"detail": str(error)}, 400)
+
+
+def _need_address(host: str, port: int) -> None:
+    """UsageError where nothing can listen there: told before weights are read."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UsageError(
+            f"can't listen at {host}, port {port} ({error.strerror}): "
+            "give another --port, or a --host of this machine"
+        ) from None
 
 
 def _need_packages() -> None:

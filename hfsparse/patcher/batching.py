@@ -67,6 +67,12 @@ class Manager(continuous_api.ContinuousBatchingManager):
     def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
         """The model's attention stays as it is: ours."""
 
+    def add_request(self, input_ids, *args, **more):
+        """A request that holds tokens: an empty one would end all that run beside it."""
+        if len(input_ids) == 0:
+            raise UsageError("this request holds no tokens: give a prompt of one or more")
+        return super().add_request(input_ids, *args, **more)
+
     def _create_batch_processor(self):
         processor = super()._create_batch_processor()
         if processor.cache not in self._state.pools:

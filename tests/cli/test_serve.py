@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 import time
 from types import ModuleType
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -33,9 +35,22 @@ def test_it_says_what_to_install(monkeypatch):
 def test_a_model_that_is_not_there_is_told_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
     monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
+    monkeypatch.setattr(sys.modules[server.__module__], "_need_address", lambda *_: None)
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "nowhere")])
     assert result.exit_code == 1
     assert result.output == f"error: no such model folder: {tmp_path / 'nowhere'}\n"
+
+
+@pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
+def test_a_port_that_is_taken_is_told_before_the_model_is_read(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        asked = ["serve", "nowhere", "--host", "127.0.0.1", "--port", str(port)]
+        result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: can't listen at 127.0.0.1, port {port} (")
 
 
 @pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
@@ -61,6 +76,11 @@ def test_its_routes_answer_under_the_plan(batched):
             asked = {"prompt": prompt, "max_tokens": 5, "temperature": 0}
             headers = {"Content-Type": "application/json"}
             url = f"http://127.0.0.1:{port}/v1/completions"
+            if batched:  # and what comes next is answered all the same
+                empty = Request(url, json.dumps(asked | {"prompt": ""}).encode(), headers)
+                with pytest.raises(HTTPError, match="400") as refused:
+                    urlopen(empty, timeout=60)
+                assert "no tokens" in refused.value.read().decode()
             request = Request(url, json.dumps(asked).encode(), headers)
             with urlopen(request, timeout=60) as answer:
                 text = json.loads(answer.read())["choices"][0]["text"]

@@ -210,6 +210,8 @@ def test_requests_join_late_are_cancelled_and_fail_by_themselves():
             manager.add_request(asked[2], "cancelled", max_new_tokens=200)
             manager.add_request(asked[1], "wrong", temperature="warm")
             manager.cancel_request("cancelled")
+            with pytest.raises(UsageError, match="no tokens"):
+                manager.add_request([], "empty")
             while manager.batch_processor is None:
                 pass
             manager.add_request(asked[1], "late")
