@@ -44,7 +44,7 @@ def bits(
     found.save(output)
     words = [word for layer in found.layers for word in layer.cache]
     kept = sum(getattr(found.patterns.get(word), "bits", 16) == wanted for word in words)
-    typer.echo(f"wrote {output}: {kept} of {len(words)} kv heads keep {said(wanted)} a number")
+    typer.echo(f"wrote {output}: {kept} of {len(words)} kv heads keep numbers in {said(wanted)}")
     names = shlex.quote(str(output)), shlex.quote(model)
     typer.echo("nothing verified that. Look at what it takes, and have it verified:")
     typer.echo(f"  hfsparse check {' '.join(names)} --length TOKENS")

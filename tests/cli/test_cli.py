@@ -233,7 +233,7 @@ def test_a_plan_in_fewer_bits_is_one_command_and_expects_what_its_cache_takes(
     file = tmp_path / "plan4.yaml"
     result = run("bits", plan, model, "--bits", 4, "-o", file)
     assert result.exit_code == 0, result.output
-    assert f"wrote {file}: 4 of 4 kv heads keep 4 bits a number" in result.stdout
+    assert f"wrote {file}: 4 of 4 kv heads keep numbers in 4 bits" in result.stdout
     found, loaded = Plan.load(file), tiny.llama().bfloat16()
     assert found.layers == given.with_bits(4, loaded).layers
     with hfsparse.patch(loaded, found) as handle, torch.no_grad():
