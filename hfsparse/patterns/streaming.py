@@ -33,7 +33,7 @@ class Streaming:
             0 <= self.recent_per_token <= 1,
             f"recent_per_token is {self.recent_per_token}: give 0 to 1, or dropped keys come back",
         )
-        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8, 4 or fp8")
+        require(self.bits in BITS, f"bits is {self.bits!r}: give 16, 8, 4 or fp8")
 
     @property
     def band(self) -> Band:

@@ -26,7 +26,7 @@ class Full:
     hot: float = later(HOT)
 
     def __post_init__(self):
-        require(self.bits in BITS, f"bits is {self.bits}: give 16, 8, 4 or fp8")
+        require(self.bits in BITS, f"bits is {self.bits!r}: give 16, 8, 4 or fp8")
         require(0 < self.hot <= 1, f"hot is {self.hot}: give more than 0 and at most 1")
         require(
             self.host or self.hot == HOT,

@@ -221,6 +221,8 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence():
         replace(plan, layers=layers).validate()
     with pytest.raises(UsageError, match="bits is 3: give 16, 8, 4 or fp8"):
         Streaming(bits=3)
+    with pytest.raises(UsageError, match="bits is '4': give 16"):
+        plan.with_bits("4", model)
     odd = llama(head_dim=3)
     with pytest.raises(PlanError, match=r"heads of 3 channels.* give packed 8 bits"):
         packing(odd).check(odd)
