@@ -129,7 +129,7 @@ def loop(model, input_ids, **given):
         dict(logits_processor=LogitsProcessorList([Mean()])),
         dict(custom_generate=loop),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_where_more_than_tokens_may_be_seen_rows_read_on(empty, more):
     model, (ids, mask) = tiny("qwen2"), left_padded(WIDTH, (0, 9, 13))
