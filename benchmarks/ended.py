@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 import transformers
-from transformers import LogitsProcessorList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import hfsparse
 from benchmarks.common import options
-from benchmarks.common.clock import SKIP, Clock
+from benchmarks.common.clock import SKIP
 from benchmarks.common.journal import failure
 from benchmarks.common.shapes import STOCK, endless, plan_of, tidy
 from hfsparse.patcher.state import is_patched, state_of
@@ -32,20 +33,20 @@ CHUNK = 16384  # tokens of all rows that are read at once
 PAUSE = 12  # tokens after the rows' end: it is none that is foreseen, steps wait for a while
 
 
-class Ending(Clock):
-    """Has the first rows of a batch end with token number `last`."""
+class Ending(StoppingCriteria):
+    """Has the first rows of a batch end with token number `last`, and notes when tokens arrive."""
 
     def __init__(self, rows: int, last: int):
-        super().__init__()
         self.rows, self.last = rows, last
+        self.at: list[float] = []
 
-    def __call__(self, input_ids, scores):
-        scores = super().__call__(input_ids, scores)
-        scores[:, END] = -torch.inf
+    def __call__(self, input_ids, scores, **more):
+        self.at.append(time.perf_counter())
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         if len(self.at) == self.last:
-            scores[: self.rows] = -torch.inf
-            scores[: self.rows, END] = 0
-        return scores
+            input_ids[: self.rows, -1] = END
+            done[: self.rows] = True
+        return done
 
 
 def line(model, name: str, batch: int, length: int, tokens: int) -> str:
@@ -61,7 +62,8 @@ def line(model, name: str, batch: int, length: int, tokens: int) -> str:
         eos_token_id=END,
         pad_token_id=PAD,
         prefill_chunk_size=max(1, CHUNK // batch),
-        logits_processor=LogitsProcessorList([clock]),
+        suppress_tokens=[END],
+        stopping_criteria=StoppingCriteriaList([clock]),
     )
     assert int((out[:, -1] == PAD).sum()) >= batch // 2
     spent = [1e3 * (b - a) for a, b in pairwise(clock.at)]

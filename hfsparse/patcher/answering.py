@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from hfsparse.models.names import find_cache, rename_cache, text_decoder
 from hfsparse.patcher.ahead import Runner
 from hfsparse.patcher.choosing import ALONE, cache_layers
-from hfsparse.patcher.ended import Ended, shows_nothing
+from hfsparse.patcher.ended import Ended, is_plain, shows_nothing
 from hfsparse.patcher.exact import Drafter
 from hfsparse.runtime.graphs.obstacles import has_hook
 
@@ -21,7 +21,7 @@ from hfsparse.runtime.graphs.obstacles import has_hook
 class _Running(NamedTuple):
     """A `generate` of a patched model."""
 
-    cache: Any  # that it was given
+    plain: bool  # as `is_plain`
     runners: list[Runner]
 
 
@@ -43,7 +43,7 @@ def forward(model: PreTrainedModel, decoder: PreTrainedModel, *args, **kwargs) -
 
 def generate(self, *args, **kwargs) -> Any:
     """`generate`, behind which no step is under way."""
-    before = _running.set(_Running(find_cache(kwargs), []))
+    before = _running.set(_Running(is_plain(args, kwargs), []))
     try:
         return type(self).generate(self, *args, **kwargs)
     finally:
@@ -82,7 +82,7 @@ def watch(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
         serving = exact.serving[layers[0]] = Drafter(exact.drafts, generation_config, processors)
         return LogitsProcessorList([serving, *processors])
     running, first = _running.get(), []
-    if running is not None and shows_nothing(generation_config, running.cache):
+    if running is not None and running.plain and shows_nothing(generation_config):
         first.append(Ended(layers, generation_config._eos_token_tensor))
     if ahead.never is None and ahead.why is None:
         first.append(Runner(ahead, layers[0], generation_config, processors))

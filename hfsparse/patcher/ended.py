@@ -3,6 +3,8 @@
 `generate` goes on until the last row has ended, and gives the others pad tokens, whatever comes of
 them: from then on steps take these rows as empty. Logits and a cache that it hands out would show
 it: where it returns more than tokens, or goes on with a cache that it was given, all rows read on.
+So they do where a user's own processor may mix the scores of rows, criteria end them with other
+tokens, or a loop goes on behind the ends.
 """
 
 from __future__ import annotations
@@ -14,14 +16,22 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from hfsparse.models.names import find_cache
 from hfsparse.runtime.cache.layer import CacheLayer
 
 
-def shows_nothing(generation_config: Any, cache: Any) -> bool:
-    """Whether a `generate` that goes on with this cache (None: one of its own) shows tokens alone,
-    and those of rows that have ended are pads."""
+def is_plain(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a `generate` that is given this looks at no more than tokens, and ends rows with the
+    tokens that its config says."""
+    parts = kwargs.get("logits_processor") or kwargs.get("custom_generate") or len(args) > 2
+    ends = any(hasattr(x, "eos_token_id") for x in kwargs.get("stopping_criteria") or ())
+    return not parts and not ends and find_cache(kwargs) is None
+
+
+def shows_nothing(generation_config: Any) -> bool:
+    """Whether a plain `generate` shows tokens alone, and those of rows that have ended are pads."""
     ends = generation_config._eos_token_tensor is not None
-    return cache is None and ends and not generation_config.return_dict_in_generate
+    return ends and not generation_config.return_dict_in_generate
 
 
 class Ended(LogitsProcessor):

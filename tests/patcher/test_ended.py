@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+)
 
 import hfsparse
 from hfsparse.runtime import decode
@@ -99,6 +105,17 @@ class Stop(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
+class Mean(LogitsProcessor):
+    """What a row says depends on all rows."""
+
+    def __call__(self, input_ids, scores):
+        return scores + scores.mean(0, keepdim=True)
+
+
+def loop(model, input_ids, **given):
+    return model._sample(input_ids, **given)
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -108,8 +125,11 @@ class Stop(StoppingCriteria):
         dict(cache=True),
         dict(exact=True),
         dict(criterion=True),
+        dict(stopping_criteria=[EosTokenCriteria(0)]),
+        dict(logits_processor=LogitsProcessorList([Mean()])),
+        dict(custom_generate=loop),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_where_more_than_tokens_may_be_seen_rows_read_on(empty, more):
     model, (ids, mask) = tiny("qwen2"), left_padded(WIDTH, (0, 9, 13))
