@@ -1,9 +1,10 @@
 """A fused step's decoder, compiled part by part: layers of one kind share what is compiled.
 
-A part is a child of the decoder: a layer, the embedding, the last norm. What dynamo makes of one
-takes its weights, and the number of its layer, as inputs, so that it serves each part of its class
-that differs in nothing else; the others are compiled for themselves. A step of several tokens is
-compiled once for all their numbers, one of a single token for itself: that has the fewest kernels.
+A part is a child of the decoder, but for torch's own: a layer, the rotary embedding, the last norm.
+What dynamo makes of one takes its weights, and the number of its layer, as inputs, so that it
+serves each part of its class that differs in nothing else; the others are compiled for themselves.
+A step of several tokens is compiled once for all their numbers, one of a single token for itself:
+that has the fewest kernels.
 """
 
 from __future__ import annotations
