@@ -305,12 +305,12 @@ def test_one_wrong_page_of_one_head_is_seen(monkeypatch):
     model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(2000)
     replay = Graph.replay
 
-    def wrong(self, given, rows):
+    def wrong(self, *given):
         store, _ = self.places[-1]
         first, second = (store.k[:1, :1, at : at + PAGE].clone() for at in (0, PAGE))
         store.k[:1, :1, :PAGE] = second
         try:
-            return replay(self, given, rows)
+            return replay(self, *given)
         finally:
             store.k[:1, :1, :PAGE] = first
 

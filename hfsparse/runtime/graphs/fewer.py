@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def _norm_of(module: nn.Module, known: dict) -> Callable | None:
 
 
 def _eps(module: nn.Module) -> float | None:
-    if "RMSNorm" not in type(module).__name__:
+    """None: it is no RMS norm of rows alone; those of hybrids take a gate, too."""
+    kind = type(module)
+    if "RMSNorm" not in kind.__name__ or len(signature(kind.forward).parameters) != 2:
         return None
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 

@@ -69,3 +69,15 @@ def test_a_step_is_given_norms_that_have_the_bits_of_the_models(monkeypatch):
         call(x=x.float())
         assert len(ran) == 3
     assert all("forward" not in vars(norm) for norm in decoder[:-1])
+
+
+def test_a_norm_that_takes_a_gate_too_stays_the_models(monkeypatch):
+    table = kernels.Kernel("any", plain.rms_norm, lambda need: None), kernels.NORMS[-1]
+    monkeypatch.setattr("hfsparse.runtime.graphs.fewer.NORMS", table)
+
+    def forward(self, x, gate=None):
+        return plain.rms_norm(x, self.weight, self.eps, self.form) * (1 if gate is None else gate)
+
+    norm, x = kind(forward=forward), torch.randn(1, 1, 8).half()
+    call = with_fewer_launches(lambda x: norm(x, x), norm)
+    assert torch.equal(call(x=x), norm(x, x))
