@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import socket
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -68,7 +70,7 @@ def server(
     from transformers import ContinuousBatchingConfig
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
 
     class Held(ModelManager):
         """Has the model that it is asked for, and no other."""
@@ -83,10 +85,18 @@ def server(
             """What `/v1/models` lists, in 5.17; newer versions list this model by themselves."""
             return [{"id": name, "object": "model", "created": 0, "owned_by": "hfsparse"}]
 
-    config = ContinuousBatchingConfig()
+    class OneByOne(GenerateManager):
+        generate_streaming = _checked(GenerateManager.generate_streaming)
+        generate_non_streaming = _checked(GenerateManager.generate_non_streaming)
+
+    class State(GenerationState):
+        def get_manager(self, *args, use_cb=False):
+            return super().get_manager(*args, use_cb=True) if use_cb else one_by_one
+
+    one_by_one, config = OneByOne(), ContinuousBatchingConfig()
     if cache_tokens is not None:
         config.num_blocks = -(-cache_tokens // PAGE_SIZE)
-    state = GenerationState(continuous_batching=batched, cb_config=config)
+    state = State(continuous_batching=batched, cb_config=config)
     known, asked = Held(force_model=name), inspect.signature(build_server).parameters
     made = {
         part: getattr(import_module(f"transformers.cli.serving.{module}"), kind)(known, state)
@@ -96,6 +106,21 @@ def server(
     app = build_server(known, generation_state=state, **made)
     app.add_exception_handler(Error, _refuse)
     return app
+
+
+def _checked(answer: Callable) -> Callable:
+    """The same, where `generate` can answer; UsageError before an answer begins, where it can't."""
+    from hfsparse.patcher.batching import check_prompt
+
+    @wraps(answer)
+    def ask(self, model, processor, inputs, config, *args, **more):
+        check_prompt(inputs["input_ids"][0])
+        asked = config.max_new_tokens
+        if asked is not None and asked < 1:
+            raise UsageError(f"this request asks for {asked} new tokens: ask for one or more")
+        return answer(self, model, processor, inputs, config, *args, **more)
+
+    return ask
 
 
 async def _refuse(request: Any, error: Exception) -> Any:

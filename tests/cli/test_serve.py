@@ -76,11 +76,14 @@ def test_its_routes_answer_under_the_plan(batched):
             asked = {"prompt": prompt, "max_tokens": 5, "temperature": 0}
             headers = {"Content-Type": "application/json"}
             url = f"http://127.0.0.1:{port}/v1/completions"
-            if batched:  # and what comes next is answered all the same
-                empty = Request(url, json.dumps(asked | {"prompt": ""}).encode(), headers)
-                with pytest.raises(HTTPError, match="400") as refused:
-                    urlopen(empty, timeout=60)
-                assert "no tokens" in refused.value.read().decode()
+            # What comes behind a request that is refused is answered all the same.
+            wrong = [({"prompt": ""}, "holds no tokens"), ({"max_tokens": 0}, "asks for 0 new")]
+            for part, words in wrong[: 1 if batched else 2]:
+                for stream in (False, True):
+                    bad = json.dumps(asked | part | {"stream": stream}).encode()
+                    with pytest.raises(HTTPError, match="400") as refused:
+                        urlopen(Request(url, bad, headers), timeout=60)
+                    assert words in refused.value.read().decode()
             request = Request(url, json.dumps(asked).encode(), headers)
             with urlopen(request, timeout=60) as answer:
                 text = json.loads(answer.read())["choices"][0]["text"]
