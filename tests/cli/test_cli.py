@@ -305,8 +305,10 @@ def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
 
 
 def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
-    told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
+    asked = "check", plan, model, "--length", "1000", "--batch", "2", "--gpu"
+    told = run(*asked, "1GiB")
     assert told.exit_code == 0
+    assert run(*asked, f"{1 / 1024} tib").stdout == told.stdout.replace("1GiB", f"{1 / 1024} tib")
     assert "2 x 1,000 tokens" in told.stdout
     for arm in ("dense", "plan", "4 bits"):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
@@ -343,7 +345,8 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpu", "1GiB"], "give its --length"),
+        (["--gpu", "1GiB"], "--gpu: of a prompt's memory, so give its --length"),
+        (["--chunk", "64", "--batch", "2"], "--batch, --chunk: of a prompt's memory"),
         (["--length", "5", "--gpu", "lots"], "'lots' is no size"),
         (["--length", "5", "--dtype", "int3"], "unknown dtype int3"),
     ],
