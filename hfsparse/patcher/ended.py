@@ -4,7 +4,7 @@
 them: from then on steps take these rows as empty. Logits and a cache that it hands out would show
 it: where it returns more than tokens, or goes on with a cache that it was given, all rows read on.
 So they do where a user's own processor may mix the scores of rows, criteria end them with other
-tokens, or a loop goes on behind the ends.
+tokens, a loop goes on behind the ends, or hooks look at what modules compute.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers import LogitsProcessor
 
 from hfsparse.models.names import find_cache
 from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.graphs.obstacles import has_hook
 
 
 def is_plain(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -32,6 +34,12 @@ def shows_nothing(generation_config: Any) -> bool:
     """Whether a plain `generate` shows tokens alone, and those of rows that have ended are pads."""
     ends = generation_config._eos_token_tensor is not None
     return ends and not generation_config.return_dict_in_generate
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether a user's hook may look at what rows compute."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere) or any(map(has_hook, model.modules()))
 
 
 class Ended(LogitsProcessor):
