@@ -632,7 +632,7 @@ def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
     assert said is None if warning is None else warning in said
 
 
-def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
+def test_profile_says_that_no_head_has_the_selector_or_eviction_that_was_asked_for():
     from hfsparse.profiler.report import find_unused
     from hfsparse.profiler.settings import Settings
 
@@ -643,6 +643,10 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
     assert "Give a smaller --decode-share, or longer --lengths" in said
     plan.patterns = {"marks": SELECTORS["landmarks"]()}
     assert find_unused(plan, Settings(selector="landmarks")) is None
+    said = find_unused(plan, Settings(selector="landmarks", eviction="snapkv"))
+    assert said.startswith("no head of this plan keeps by snapkv: ")
+    plan.patterns |= {"kept": EVICTIONS["snapkv"]()}
+    assert find_unused(plan, Settings(eviction="snapkv")) is None
 
 
 @pytest.mark.parametrize(
@@ -657,6 +661,7 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--nats", "-1"], "nats is -1.0: give 0 or more"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
+        (["--recipe", "duo", "--drop", "0.1"], "--drop: of the proof, which duo leaves out"),
         (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
         (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),
         (["--dtype", "int3"], "unknown dtype int3"),

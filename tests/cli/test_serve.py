@@ -42,6 +42,14 @@ def test_a_model_that_is_not_there_is_told_in_one_sentence(monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
+def test_a_cache_that_requests_do_not_share_has_no_size(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
+    asked = ["serve", "nowhere", "--one-by-one", "--cache-tokens", "9"]
+    assert "one after another (--one-by-one): leave it out" in CliRunner().invoke(app, asked).output
+
+
+@pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
 def test_a_port_that_is_taken_is_told_before_the_model_is_read(monkeypatch):
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
     monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
