@@ -51,12 +51,13 @@ def serve(
     from hfsparse.patcher.state import state_of
     from hfsparse.plan.sources import open_plan
 
-    _need_batching(cache_tokens, "--one-by-one" if one_by_one else None)
+    asked = "as asked" if one_by_one else None
+    _need_batching(cache_tokens, asked)
     _need_address(host, port)
     chosen = open_plan(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     with patch(loaded, chosen) as handle:
-        why = "as asked" if one_by_one else batching.why_not(state_of(loaded))
+        why = asked or batching.why_not(state_of(loaded))
         _need_batching(cache_tokens, why)
         how = "continuous batching" if why is None else f"one request after another ({why})"
         app = server(loaded, tokenizer, model, why is None, cache_tokens)
@@ -136,7 +137,7 @@ def _need_batching(cache_tokens: int | None, why: str | None) -> None:
     """UsageError where requests share no cache, whose size was given; `why` they share none."""
     if cache_tokens is not None and why is not None:
         raise UsageError(
-            f"--cache-tokens is of the cache that requests share, and they come one after another "
+            "--cache-tokens is of the cache that requests share, and they come one after another "
             f"({why}): leave it out"
         )
 

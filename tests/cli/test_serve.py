@@ -46,7 +46,7 @@ def test_a_cache_that_requests_do_not_share_has_no_size(monkeypatch):
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
     monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
     asked = ["serve", "nowhere", "--one-by-one", "--cache-tokens", "9"]
-    assert "one after another (--one-by-one): leave it out" in CliRunner().invoke(app, asked).output
+    assert "one after another (as asked): leave it out" in CliRunner().invoke(app, asked).output
 
 
 @pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
