@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers import LogitsProcessor
 
 from hfsparse.models.names import find_cache
 from hfsparse.runtime.cache.layer import CacheLayer
-from hfsparse.runtime.graphs.obstacles import has_hook
+from hfsparse.runtime.graphs.obstacles import has_hook, hooks_everywhere
 
 
 def is_plain(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a `generate` that is given this looks at no more than tokens, and ends rows with the
     tokens that its config says."""
-    parts = kwargs.get("logits_processor") or kwargs.get("custom_generate") or len(args) > 2
+    own = kwargs.get("logits_processor") or kwargs.get("custom_generate") or len(args) > 2
     ends = any(hasattr(x, "eos_token_id") for x in kwargs.get("stopping_criteria") or ())
-    return not parts and not ends and find_cache(kwargs) is None
+    return not own and not ends and find_cache(kwargs) is None
 
 
 def shows_nothing(generation_config: Any) -> bool:
@@ -38,8 +37,7 @@ def shows_nothing(generation_config: Any) -> bool:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether a user's hook may look at what rows compute."""
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere) or any(map(has_hook, model.modules()))
+    return hooks_everywhere() or any(map(has_hook, model.modules()))
 
 
 class Ended(LogitsProcessor):
