@@ -90,14 +90,13 @@ def steady(model, times: float) -> None:
     token rope leaves them where they are. Layers, heads and channels draw it once for all sizes.
     """
     dim = model.config.head_dim
-    for layer in text_decoder(model).layers:
+    for n, layer in enumerate(text_decoder(model).layers):
         project = layer.self_attn.q_proj
-        weight, place = project.weight.float(), torch.arange(len(project.weight)) % (dim // 2)
-        drawn = torch.randn(
-            place.shape, generator=torch.Generator().manual_seed(layer.self_attn.layer_idx)
-        )
-        drawn = drawn.masked_fill(place < dim // 4, 0).to(weight.device)
-        held = times * drawn * weight.norm(dim=1)  # as long as a row: what it makes of a norm's 1s
+        weight, generator = project.weight.float(), torch.Generator().manual_seed(n)
+        drawn = torch.randn(len(weight), generator=generator)
+        drawn.view(-1, 2, dim // 2)[..., : dim // 4] = 0
+        # What tokens change is as large as a weight's rows are long, behind a norm.
+        held = times * drawn.to(weight.device) * weight.norm(dim=1)
         if project.bias is None:
             project.bias = nn.Parameter(torch.empty_like(project.weight[:, 0]))
         project.bias.copy_(held)
