@@ -2,7 +2,7 @@
 
     python -m benchmarks.host [--lengths 131072] [--tokens 96] [--share 0.06] [--hot 0.12]
                               [--rings] [--rounds 2] [--shape llama-3.1-8b] [--arms REGEX]
-    python -m benchmarks.host --steady 6,4,0
+    python -m benchmarks.host --lengths 131008 --steady 5.5,4,0
     python -m benchmarks.host --lengths 1047552 --rings --rounds 1
     python -m benchmarks.host --model PATH --lengths 24576 --tokens 256
 
