@@ -357,6 +357,7 @@ class CacheMachine(RuleBasedStateMachine):
                         real = (torch.arange(PAGE) < own.shape[1]).view(1, 1, 1, PAGE, 1)
                         said = store.group.selector.summarise(whole[None, :, None], real)
                         assert all(torch.equal(held[name], t[0, :, 0]) for name, t in said.items())
+                    # Those of parts, of a page that is begun anew, follow with its next token.
                     if {*held} == EXTREMES and held["low"].ndim == 2:
                         assert (held["low"] <= own.amin(1)).all()
                         assert (held["high"] >= own.amax(1)).all()
