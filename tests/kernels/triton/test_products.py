@@ -12,13 +12,13 @@ from tests.kernels.interpreter import interpreter
 
 @pytest.fixture(scope="module")
 def products():
-    with interpreter(
-        triton__products__COLUMNS=64, triton__products__WIDEST=64, triton__products__FEW_COLUMNS=16
-    ) as run:
+    rows = {8: (16, 16, 3), 16: (32, 16, 3), 32: (32, 16, 3)}
+    small = dict(triton__products__ROW=(2, 64, 1), triton__products__LONG_ROW=(4, 64, 1))
+    with interpreter(triton__products__ROWS=rows, **small) as run:
         yield lambda *given: run("triton.products.products", *given)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32])
 @pytest.mark.parametrize(("K", "sizes"), [(128, [9]), (100, [8, 3]), (64, [4, 1, 7, 5, 2])])
 def test_products_are_those_of_torch(products, K, sizes, rows):
     torch.manual_seed(K)
