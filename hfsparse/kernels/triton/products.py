@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST = 3  # matrices of a launch
 WARPS = 4
+HALVINGS = tl.constexpr(WARPS.bit_length() - 1)
 # Of a tile of a matrix: rows, columns, and how many tiles are on their way at once.
 ROW = (2, 4096, 1)  # for one row of x, if no row of the matrix is longer
 LONG_ROW = (4, 2048, 1)
@@ -65,7 +66,9 @@ def _products_of(x: Tensor, *parts: Sequence[Tensor | None]) -> Tensor:
     x, first, sizes = x.contiguous(), 0, [len(weight) for weight in parts[0]]
     out = x.new_empty(*x.shape[:-1], sum(sizes))
     for at in range(0, len(sizes), MOST):
-        _launch(x, out[..., first:], sizes[at : at + MOST], *(part[at : at + MOST] for part in parts))
+        _launch(
+            x, out[..., first:], sizes[at : at + MOST], *(part[at : at + MOST] for part in parts)
+        )
         first += sum(sizes[at : at + MOST])
     return out
 
@@ -211,7 +214,11 @@ def _rows(
             acc += tl.dot(code.to(x.dtype), x) * s[:, :, None]
         else:
             acc = tl.dot(code.to(x.dtype), x, acc)
-    return tl.sum(acc, 0)
+    for _ in tl.static_range(HALVINGS):  # of the warps; tl.sum has more barriers
+        halves = tl.reshape(acc, [2, acc.shape[0] // 2, ROWS, PADDED])
+        one, other = tl.split(tl.permute(halves, (1, 2, 3, 0)))
+        acc = one + other
+    return tl.reshape(acc, [ROWS, PADDED])
 
 
 @triton.jit
