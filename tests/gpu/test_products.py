@@ -76,10 +76,9 @@ def test_products_with_codes_are_those_of_their_numbers(kind, sizes, K, group, r
 @pytest.mark.parametrize("fuse", [False, True])
 def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
     ao = pytest.importorskip("torchao.quantization")
-    run, launched = products.products_of_codes, []
-    monkeypatch.setattr(
-        products, "products_of_codes", lambda *a: launched.append(len(a[1])) or run(*a)
-    )
+    name, launched = "products_of_codes", []
+    run = getattr(products, name)
+    monkeypatch.setattr(products, name, lambda *a: launched.append(len(a[1])) or run(*a))
     model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(150)
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
     with torch.no_grad():

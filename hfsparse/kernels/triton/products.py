@@ -51,7 +51,8 @@ def why_not(need: Need) -> str | None:
 
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """As `plain.products`, of up to 32 rows x `[..., K]`; sums are float32, and rounded once."""
-    return _products_of(x, weights, [None] * len(weights), [None] * len(weights), biases)
+    none = [None] * len(weights)
+    return _products_of(x, weights, none, none, biases)
 
 
 def products_of_codes(
@@ -62,15 +63,47 @@ def products_of_codes(
 
 
 def _products_of(x: Tensor, *parts: Sequence[Tensor | None]) -> Tensor:
-    """Parts: weights, scales, zeros and biases of each matrix."""
+    """Parts: weights, scales, zeros and biases of all matrices."""
     x, first, sizes = x.contiguous(), 0, [len(weight) for weight in parts[0]]
     out = x.new_empty(*x.shape[:-1], sum(sizes))
     for at in range(0, len(sizes), MOST):
-        _launch(
-            x, out[..., first:], sizes[at : at + MOST], *(part[at : at + MOST] for part in parts)
-        )
-        first += sum(sizes[at : at + MOST])
+        some = slice(at, at + MOST)
+        _launch(x, out[..., first:], *(part[some] for part in parts))
+        first += sum(sizes[some])
     return out
+
+
+def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
+    weights, scales, zeros, biases = parts
+    K, spare, scaled = x.shape[-1], [None] * (MOST - len(weights)), scales[0] is not None
+    rows, group = x.numel() // K, K // scales[0].shape[1] if scaled else K
+    group = 0 if group == K else group
+    padded = 1 if rows == 1 and not group else max(min(ROWS), triton.next_power_of_2(rows))
+    tall, wide, stages = _tile(K, padded, group, scaled)
+    given = []
+    for part in parts:
+        stand_in = next((t for t in part if t is not None), x)
+        given += [stand_in if t is None else t for t in (*part, *spare)]
+    sizes, steps, added = (
+        [0 if t is None else value(t) for t in (*part, *spare)]
+        for part, value in ((weights, len), (scales, lambda t: t.stride(0)), (biases, len))
+    )
+    _products[(sum(triton.cdiv(n, tall) for n in sizes),)](
+        *(x, *given, out, rows, *sizes, *steps, *added, out.stride(-2) if rows > 1 else 0, K),
+        ROWS=tall,
+        COLUMNS=wide,
+        STAGES=stages,
+        PADDED=padded,
+        WARPS=WARPS,
+        WHOLE=K % (wide if padded == 1 else wide * WARPS) == 0,
+        SCALED=scaled,
+        GROUP=group,
+        ZEROS=zeros[0] is not None,
+        BIASED=any(added),
+        NVIDIA=is_nvidia(str(x.device)),
+        num_warps=WARPS,
+        **chained(str(x.device)),
+    )
 
 
 def _tile(K: int, padded: int, group: int, codes: bool) -> tuple[int, int, int]:
@@ -79,43 +112,7 @@ def _tile(K: int, padded: int, group: int, codes: bool) -> tuple[int, int, int]:
         return tall, min(wide, group or max(16, triton.next_power_of_2(K))), stages
     if codes:
         return ROW_OF_CODES
-    return ROW if K <= ROW[1] else LONG_ROW
-
-
-def _launch(x: Tensor, out: Tensor, sizes: list[int], weights, scales, zeros, biases) -> None:
-    K, spare = x.shape[-1], MOST - len(sizes)
-    rows, scaled = x.numel() // K, scales[0] is not None
-    group = K // scales[0].shape[1] if scaled else K
-    group = 0 if group == K else group
-    alone = rows == 1 and not group
-    padded = 1 if alone else max(min(ROWS), triton.next_power_of_2(rows))
-    tall, wide, stages = _tile(K, padded, group, scaled)
-    programs = sum(triton.cdiv(n, tall) for n in sizes)
-
-    def given(tensors: Sequence[Tensor | None], other: Tensor) -> list[Tensor]:
-        return [other if t is None else t for t in (*tensors, *[None] * spare)]
-
-    steps = [0 if scale is None else scale.stride(0) for scale in scales]
-    _products[(programs,)](
-        *(x, *given(weights, weights[0]), *given(scales, scales[0] if scaled else x)),
-        *(*given(zeros, x if zeros[0] is None else zeros[0]), *given(biases, out), out),
-        *(rows, *sizes, *[0] * spare, *steps, *[0] * spare),
-        *(*(0 if bias is None else len(bias) for bias in biases), *[0] * spare),
-        *(out.stride(-2) if rows > 1 else 0, K),
-        ROWS=tall,
-        COLUMNS=wide,
-        STAGES=stages,
-        PADDED=padded,
-        WARPS=WARPS,
-        WHOLE=K % (wide if alone else wide * WARPS) == 0,
-        SCALED=scaled,
-        GROUP=group,
-        ZEROS=zeros[0] is not None,
-        BIASED=any(bias is not None for bias in biases),
-        NVIDIA=is_nvidia(str(x.device)),
-        num_warps=WARPS,
-        **chained(str(x.device)),
-    )
+    return LONG_ROW if K > ROW[1] else ROW
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 s0 s1 s2 b0 b1 b2 o_row".split())
