@@ -112,7 +112,8 @@ def _tile(K: int, padded: int, group: int, codes: bool) -> tuple[int, int, int]:
         return tall, min(wide, group or max(16, triton.next_power_of_2(K))), stages
     if codes:
         return ROW_OF_CODES
-    return LONG_ROW if K > ROW[1] else ROW
+    _, widest, _ = ROW
+    return ROW if widest >= K else LONG_ROW
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 s0 s1 s2 b0 b1 b2 o_row".split())
