@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfsparse.kernels.codes import Quantised
-from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia
+from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia, shared_memory
 
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
@@ -30,9 +30,11 @@ HALVINGS = tl.constexpr(WARPS.bit_length() - 1)
 # Of a tile of a matrix: rows, columns, and how many tiles are on their way at once.
 ROW = (2, 4096, 1)  # for one row of x, if no row of the matrix is longer
 LONG_ROW = (4, 2048, 1)
-ROW_OF_CODES = (8, 1024, 3)  # scales of whole rows
+ROW_OF_CODES = (16, 512, 4)  # scales of whole rows
 # By rows of x that tensor cores are given, each of WARPS a tile.
-ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 64, 4)}
+ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 128, 3)}
+# Of plain numbers for the most rows of x, as shared memory has room: all warps a tile, or each one.
+TOGETHER, NARROW = (64, 128, 6), (32, 64, 4)
 DTYPES = (torch.bfloat16, torch.float16)
 FP8_FROM = (8, 9)  # compute capability
 
@@ -79,7 +81,7 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     rows, group = x.numel() // K, K // scales[0].shape[1] if scaled else K
     group = 0 if group == K else group
     padded = 1 if rows == 1 and not group else max(min(ROWS), triton.next_power_of_2(rows))
-    tall, wide, stages = _tile(K, padded, group, scaled)
+    tall, wide, stages, warps = _tile(K, padded, group, scaled, x)
     given = []
     for part in parts:
         stand_in = next((t for t in part if t is not None), x)
@@ -94,8 +96,8 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
         COLUMNS=wide,
         STAGES=stages,
         PADDED=padded,
-        WARPS=WARPS,
-        WHOLE=K % (wide if padded == 1 else wide * WARPS) == 0,
+        WARPS=warps,
+        WHOLE=K % (wide * warps) == 0,
         SCALED=scaled,
         GROUP=group,
         ZEROS=zeros[0] is not None,
@@ -106,14 +108,18 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     )
 
 
-def _tile(K: int, padded: int, group: int, codes: bool) -> tuple[int, int, int]:
-    if padded > 1:
-        tall, wide, stages = ROWS[padded]
-        return tall, min(wide, group or max(16, triton.next_power_of_2(K))), stages
-    if codes:
-        return ROW_OF_CODES
-    _, widest, _ = ROW
-    return ROW if widest >= K else LONG_ROW
+def _tile(K: int, padded: int, group: int, codes: bool, x: Tensor) -> tuple[int, int, int, int]:
+    """A tile, and how many warps have one each."""
+    if padded == 1:
+        _, widest, _ = ROW
+        return *(ROW_OF_CODES if codes else ROW if widest >= K else LONG_ROW), 1
+    tall, wide, stages = ROWS[padded]
+    if padded == max(ROWS) and not codes:
+        tall, wide, stages = TOGETHER
+        if (tall + padded) * wide * stages * x.itemsize <= shared_memory(str(x.device)):
+            return tall, wide, stages, 1
+        tall, wide, stages = NARROW
+    return tall, min(wide, group or max(16, triton.next_power_of_2(K))), stages, WARPS
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 s0 s1 s2 b0 b1 b2 o_row".split())
@@ -141,6 +147,8 @@ def _products(
         bias = tl.load(B + row, mask=row < added, other=0.0).to(tl.float32)
     if PADDED == 1:
         out = _row(X, W, row, n, K, ROWS, COLUMNS, STAGES, WHOLE, NVIDIA)[:, None]
+    elif WARPS == 1:
+        out = _rows_together(X, W, row, r, R, n, K, ROWS, COLUMNS, STAGES, PADDED, WHOLE)
     else:
         out = _rows(
             X, W, S, Z, row, r, R, n, K, s_row,
@@ -177,6 +185,25 @@ def _row(
         product = number * x.to(tl.float32)[None, :]
         acc += tl.sum(tl.reshape(product, [ROWS, COLUMNS // TOGETHER, TOGETHER]), 2)
     return tl.sum(acc, 1)
+
+
+@triton.jit
+def _rows_together(
+    X, W, row, r, R, n, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """As `_rows`, of plain numbers: all warps share a tile, and x is read for more rows at once."""
+    inside, rows, column = (row < n)[:, None], (r < R)[None, :], tl.arange(0, COLUMNS)
+    w_at = W + row.to(tl.int64)[:, None] * K + column[None, :]
+    x_at = X + r[None, :] * K + column[:, None]
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        live = column < K - first
+        w = tl.load(w_at + first, mask=inside if WHOLE else inside & live[None, :], other=0.0)
+        x = tl.load(x_at + first, mask=rows if WHOLE else rows & live[:, None], other=0.0)
+        acc = tl.dot(w, x, acc)
+    return acc
 
 
 @triton.jit
