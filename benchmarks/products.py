@@ -1,4 +1,4 @@
-"""Claim: a fused step of one row reads its weights faster than the matrix library does.
+"""Claim: a fused step of up to 32 rows reads its weights faster than the matrix library does.
 
     python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
         [--weights int8,fp8,int4] [--layers 8] [--no-fuse]

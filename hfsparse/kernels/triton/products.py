@@ -4,7 +4,9 @@ codes, which become numbers in registers.
 A step reads each weight once for its rows: what bounds it is memory, and how soon every processor
 has something to read. For one row a program holds a few rows of a matrix, and sums over what it
 read of them at the end; several rows, and groups of columns, meet tensor cores, for which codes are
-exact in bf16 and fp16. Scales of whole rows come behind. Products that share their input (queries,
+exact in bf16 and fp16. Each warp sums over columns of its own; of plain numbers for more than 16
+rows all share a tile, for else programs would read x as often as weights. Scales of whole rows come
+behind. Products that share their input (queries,
 keys and values; gate and up) are one launch. By definition: `plain.products`, `plain.quantised`.
 """
 
@@ -33,7 +35,7 @@ LONG_ROW = (4, 2048, 1)
 ROW_OF_CODES = (16, 512, 4)  # scales of whole rows
 # By rows of x that tensor cores are given, each of WARPS a tile.
 ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 128, 3)}
-# Of plain numbers for the most rows of x, as shared memory has room: all warps a tile, or each one.
+# Of plain numbers for the most rows of x: one of all warps, or, for want of shared memory, of each.
 TOGETHER, NARROW = (64, 128, 6), (32, 64, 4)
 DTYPES = (torch.bfloat16, torch.float16)
 FP8_FROM = (8, 9)  # compute capability
