@@ -6,8 +6,8 @@ has something to read. For one row a program holds a few rows of a matrix, and s
 read of them at the end; several rows, and groups of columns, meet tensor cores, for which codes are
 exact in bf16 and fp16. Each warp sums over columns of its own; of plain numbers for more than 16
 rows all share a tile, for else programs would read x as often as weights. Scales of whole rows come
-behind. Products that share their input (queries,
-keys and values; gate and up) are one launch. By definition: `plain.products`, `plain.quantised`.
+behind. Products that share their input (queries, keys and values; gate and up) are one launch. By
+definition: `plain.products`, `plain.quantised`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ MOST = 3  # matrices of a launch
 WARPS = 4
 HALVINGS = tl.constexpr(WARPS.bit_length() - 1)
 # Of a tile of a matrix: rows, columns, and how many tiles are on their way at once.
-ROW = (2, 4096, 1)  # for one row of x, if no row of the matrix is longer
-LONG_ROW = (4, 2048, 1)
+ROW = (4, 2048, 1)  # for one row of x
 ROW_OF_CODES = (16, 512, 4)  # scales of whole rows
 # By rows of x that tensor cores are given, each of WARPS a tile.
 ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 128, 3)}
@@ -83,7 +82,7 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     rows, group = x.numel() // K, K // scales[0].shape[1] if scaled else K
     group = 0 if group == K else group
     padded = 1 if rows == 1 and not group else max(min(ROWS), triton.next_power_of_2(rows))
-    tall, wide, stages, warps = _tile(K, padded, group, scaled, x)
+    tall, wide, stages, warps = _tile(x, padded, group, scaled)
     given = []
     for part in parts:
         stand_in = next((t for t in part if t is not None), x)
@@ -110,18 +109,20 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     )
 
 
-def _tile(K: int, padded: int, group: int, codes: bool, x: Tensor) -> tuple[int, int, int, int]:
+def _tile(x: Tensor, padded: int, group: int, codes: bool) -> tuple[int, int, int, int]:
     """A tile, and how many warps have one each."""
+    columns, warps = max(16, triton.next_power_of_2(x.shape[-1])), WARPS
     if padded == 1:
-        _, widest, _ = ROW
-        return *(ROW_OF_CODES if codes else ROW if widest >= K else LONG_ROW), 1
-    tall, wide, stages = ROWS[padded]
-    if padded == max(ROWS) and not codes:
-        tall, wide, stages = TOGETHER
-        if (tall + padded) * wide * stages * x.itemsize <= shared_memory(str(x.device)):
-            return tall, wide, stages, 1
-        tall, wide, stages = NARROW
-    return tall, min(wide, group or max(16, triton.next_power_of_2(K))), stages, WARPS
+        (tall, wide, stages), warps = ROW_OF_CODES if codes else ROW, 1
+        if columns == 2 * wide and not codes:  # rows in one go, half as many
+            tall, wide = tall // 2, columns
+    elif padded < max(ROWS) or codes:
+        tall, wide, stages = ROWS[padded]
+    else:
+        (tall, wide, stages), warps = TOGETHER, 1
+        if (tall + padded) * wide * stages * x.itemsize > shared_memory(str(x.device)):
+            (tall, wide, stages), warps = NARROW, WARPS
+    return tall, min(wide, group or columns), stages, warps
 
 
 @triton.jit(do_not_specialize="R n0 n1 n2 s0 s1 s2 b0 b1 b2 o_row".split())

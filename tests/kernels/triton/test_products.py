@@ -10,11 +10,14 @@ from hfsparse.runtime.graphs.products import join_products
 from tests.kernels.interpreter import interpreter
 
 
-@pytest.fixture(scope="module")
-def products():
+@pytest.fixture(scope="module", params=["wide", "narrow"])
+def products(request):
+    """On a card with room for a tile of all warps, and on one without."""
     rows = {8: (16, 16, 3), 16: (32, 16, 3), 32: (32, 16, 3)}
-    small = dict(triton__products__ROW=(2, 64, 1), triton__products__LONG_ROW=(4, 64, 1))
-    with interpreter(triton__products__ROWS=rows, **small) as run:
+    small = dict(triton__products__ROW=(4, 32, 1), triton__products__ROWS=rows)
+    if request.param == "narrow":
+        small["triton__products__TOGETHER"] = 64, 128, 99
+    with interpreter(**small) as run:
         yield lambda *given: run("triton.products.products", *given)
 
 
