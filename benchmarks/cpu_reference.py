@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +168,8 @@ def steps(folder: str, plan: str, lengths: list[int], runs: int) -> None:
 def table(S: int, runs: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, 64) for heads in (3, 1, 1))
-    grid, kv = Grid.causal(1, S, default_block(S)), torch.zeros(3, dtype=torch.int64)
+    grid = replace(Grid.causal(1, S, default_block(S)), padded=False, past=False)  # as of a prompt
+    kv = torch.zeros(3, dtype=torch.int64)
     arms: dict[str, Callable] = {"dense": lambda: dense.prefill(q, k, v, grid, scale=SCALE)}
     rows = []
     for kind in KNOBS:

@@ -32,7 +32,7 @@ from hfsparse_eval.tasks import TASKS
 
 LENGTH, SAMPLES = 2048, 8
 TASK_NAMES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
-BUDGETS = "--prefill-density 0.37 --cache-share 0.425 --decode-share 0.305"
+BUDGETS = "--prefill-density 0.37 --cache-share 0.425 --decode-share 0.37"
 METHOD = "--method minference --no-verify"
 NEW_TOKENS = 32  # an answer is a number of seven digits
 

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import hfsparse
+from hfsparse.kernels import cpu
 from hfsparse.models.loading import load
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, Plan
@@ -40,7 +41,8 @@ def plan(real) -> Plan:
     def first(*args) -> list[Prompt]:
         return [prompt for prompt in make_prompts(*args) if prompt.answer_span is not None][:1]
 
-    with patch.object(run, "make_prompts", first):
+    every = patch.object(cpu, "GATHERING_PAYS", 0)  # patterns that gather, too
+    with patch.object(run, "make_prompts", first), every:
         return hfsparse.profile(*real, lengths=(LENGTH,), **PROFILE)
 
 

@@ -22,6 +22,9 @@ from hfsparse.precision import without_autocast
 
 ROWS = 64  # queries to a view of a band's window; more read more keys in vain
 TILE = 1 << 20  # numbers in the largest temporary
+# Tokens from which a head that gathers may take less than one that reads every key
+# (benchmarks/results/cpu_reference.md); one that reads a band does at any length.
+GATHERING_PAYS = 4096
 
 Part = tuple[Tensor, Tensor]  # attention over some keys `[..., Q, D]`, and its LSE `[..., Q]`
 

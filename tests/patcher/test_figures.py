@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import hfsparse
 from hfsparse import cli
 from hfsparse.errors import UsageError
+from hfsparse.kernels import cpu
 from hfsparse.patcher import figures, memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import Layer, ModelId, Plan, headmap
@@ -110,7 +111,8 @@ def agree(said: dict[str, float], stats, end: str = "") -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_profile_expects_what_the_patched_model_measures(family, method):
+def test_a_profile_expects_what_the_patched_model_measures(family, method, monkeypatch):
+    monkeypatch.setattr(cpu, "GATHERING_PAYS", 0)  # patterns that gather, too
     model, tokenizer = FAMILIES[family](), tiny.tokenizer()
     if method == "in bits" and family == "plain":
         model = model.bfloat16()  # scales and newest pages are another share of it

@@ -1,16 +1,18 @@
 """balanced: losses over lengths, and which words are offered."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import hfsparse
 from hfsparse.errors import UsageError
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.profiler.job import Job
-from hfsparse.profiler.methods import balanced, one_pass
+from hfsparse.profiler.methods import balanced, minference, one_pass
 from hfsparse.profiler.parts import Parts
 from hfsparse.profiler.progress import silent
 from hfsparse.profiler.prompts.calibration import make_prompts
@@ -36,6 +38,21 @@ def test_the_patterns_it_is_known_for_are_candidates_and_streaming_heads_grow_wi
     streaming = [p for p in names.patterns.values() if isinstance(p, Streaming)]
     assert all(p.recent_per_token for p in streaming)
     assert {bool(ring.recent_per_token) for ring in names.rings.values()} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "kept"), [("cpu", 2048, 1), ("cpu", 4096, 3), ("cuda", 2048, 3)]
+)
+@pytest.mark.parametrize("method", [balanced, minference], ids=["balanced", "minference"])
+def test_short_prompts_on_a_cpu_are_offered_bands_alone(method, device, tokens, kept):
+    model, names = nn.Linear(2, 2, device="meta"), method.candidates(tokens)
+    model._hf_hook = SimpleNamespace(execution_device=device)
+    job = Job(model, None, {512: [], tokens: []}, Budget(1, 1, 1), Parts(None, ""), silent)
+    found = one_pass.drop_slow(job, names)
+    kinds = {pattern.kind for pattern in found.patterns.values()}
+    assert len(kinds & {"streaming", "block_topk", "vertical_slash"}) == kept
+    assert kept > 1 or kinds == {"streaming"}
+    assert (found.rings, found.selectors) == (names.rings, names.selectors)
 
 
 def equal(names):

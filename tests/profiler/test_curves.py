@@ -5,6 +5,7 @@ import pytest
 
 import hfsparse
 from hfsparse.errors import UsageError
+from hfsparse.kernels import cpu
 from hfsparse.profiler import run as profiling
 from hfsparse.profiler.methods import minference
 from tests import tiny
@@ -13,6 +14,7 @@ SETTINGS = dict(lengths=(512,), samples=1, verify=False, decode_share=0.6)
 
 
 def test_curves_show_each_layer_and_kind_and_what_budgets_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "GATHERING_PAYS", 0)  # as on a GPU
     drawn, write = [], profiling.write_png
     monkeypatch.setattr(profiling, "write_png", lambda *given: drawn.append(given) or write(*given))
     model, file = tiny.llama(window=1024), tmp_path / "curves.png"

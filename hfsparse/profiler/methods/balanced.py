@@ -65,7 +65,7 @@ def plan(job: Job) -> Found:
         names = replace(names, evictions=evictions(job.settings.eviction, max(job.prompts)))
     if few := [bits for bits in job.settings.bits or () if bits != 16]:
         names = in_bits(job, names, few)
-    names = one_pass.calibrate_tables(job, names)
+    names = one_pass.calibrate_tables(job, one_pass.drop_slow(job, names))
     return one_pass.choose_plan(job, names, one_pass.measure_prompts(job, names), options)
 
 

@@ -31,7 +31,8 @@ RINGS = (32, 16, 8)  # parts of the longest prompt that a ring's window may be
 
 def plan(job: Job, score: str = "recall") -> Found:
     """Measure, compare at equal cost by recall or by (output) error, and allocate."""
-    names = one_pass.calibrate_tables(job, candidates(max(job.prompts)))
+    names = one_pass.drop_slow(job, candidates(max(job.prompts)))
+    names = one_pass.calibrate_tables(job, names)
     means = one_pass.measure_prompts(job, names)
     return one_pass.choose_plan(job, names, means, partial(options, score=score))
 

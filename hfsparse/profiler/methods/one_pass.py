@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfsparse.errors import UsageError
+from hfsparse.kernels import cpu
 from hfsparse.models.layers import LayerShape, layer_shapes
+from hfsparse.models.loading import device_of
 from hfsparse.patcher.figures import NARROW, Prompts, one_head
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -25,6 +27,15 @@ from hfsparse.profiler.parts import mark
 from hfsparse.profiler.prompts.calibration import Prompt
 from hfsparse.profiler.solve.allocation import Budget, Infeasible, Options, allocate, sum_losses
 from hfsparse.profiler.solve.room import Room
+
+
+def drop_slow(job: Job, candidates: Candidates) -> Candidates:
+    """The candidates without patterns that take longer than reading every key, where the model is:
+    on a CPU those that gather blocks or columns, of prompts that are all short."""
+    if device_of(job.model).type != "cpu" or max(job.prompts) >= cpu.GATHERING_PAYS:
+        return candidates
+    bands = {name: each for name, each in candidates.patterns.items() if hasattr(each, "band")}
+    return replace(candidates, patterns=bands)
 
 
 def calibrate_tables(job: Job, candidates: Candidates) -> Candidates:
