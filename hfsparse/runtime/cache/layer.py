@@ -123,10 +123,11 @@ class CacheLayer(CacheLayerMixin):
                 "was interrupted, or part of the model was switched back. Start again from the "
                 "prompt with a new cache"
             )
-        if not self.is_initialized:
+        if self.is_initialized:
+            self.check_rows(key_states.shape[0])
+        else:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        self.check_rows(key_states.shape[0])
         self.seen += key_states.shape[-2]
         call.layer, call.given = self, (key_states, value_states)
         call.updated.append(self)
