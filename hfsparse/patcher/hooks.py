@@ -20,7 +20,7 @@ from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Batch
 from hfsparse.runtime.cache.held import Held, Later
-from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.layer import CacheLayer, copy_prompts
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave, running
 from hfsparse.runtime.masks import NAME
@@ -133,6 +133,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if output is None:
         return  # an error
     call.finish()
+    copy_prompts(call.updated)
     if call.drafts:
         return  # what it stored is overwritten
     returned = output.values() if isinstance(output, dict) else output

@@ -76,6 +76,8 @@ class Call:
         for layer in self.updated:
             if layer is not self.layer:  # that one no attention of ours has read
                 layer.stored = layer.seen
+        if self.plain is not None:
+            self.plain.count()
 
     def once(self, make: Callable[..., T], *given) -> T:
         """`make(*given)`, made for the first layer that asks."""

@@ -14,6 +14,7 @@ from hfsparse.lists import Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
 from hfsparse.runtime.call import Call
+from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.layer_plan import LayerPlan
 from hfsparse.runtime.rows import device_guard
 
@@ -40,6 +41,7 @@ class PlainPrompt:
         self.run, self.guard = kernel.run, device_guard(q)
         # In what layers that are alike agree, and their caches.
         self.shapes, self.dtype, self.place = (q.shape, k.shape, v.shape), q.dtype, q.device
+        self.readers: list[tuple[Counts, tuple[int, ...]]] = []  # not counted yet
         self.types, self.kind = (k.dtype, v.dtype), q.device.type
 
     def attend(
@@ -64,6 +66,11 @@ class PlainPrompt:
             return None
         call.take_layer()
         layer.advance(self.lengths)
-        layer_plan.counts.add(layer_plan.counts.whole, heads, self.work)
+        self.readers.append((layer_plan.counts, heads))
         with self.guard:
             return self.run(q, k, v, self.grid, scale=scale)
+
+    def count(self) -> None:
+        """What other layers have read; layer by layer, Python would wait for memory."""
+        for counts, heads in self.readers:
+            counts.add(counts.whole, heads, self.work)

@@ -8,8 +8,8 @@ left padding takes no room, and a row's history never depends on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,6 @@ DEFAULT = (
 )
 
 
-class Prompt(NamedTuple):
-    """Keys and values `[B, H, Q, D]` of rows without a past."""
-
-    k: Tensor
-    v: Tensor
-    lengths: Lengths
-
-
 class CacheLayer(CacheLayerMixin):
     """One decoder layer's cache: a store a group of kv heads, and how long each row is."""
 
@@ -74,7 +66,7 @@ class CacheLayer(CacheLayerMixin):
         # none of them has yet.
         self._stores: list[Full | Ring] | None = None
         self._like: tuple[Tensor, Tensor] | None = None
-        self._prompt: Prompt | None = None
+        self._prompt: tuple[Tensor, Tensor, Lengths] | None = None
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
@@ -255,9 +247,7 @@ class CacheLayer(CacheLayerMixin):
             return False
         if len(self.rows) * lengths.columns > SHORT or self.expected > self.seen:
             return False
-        k = k.clone()
-        self._prompt = Prompt(k, k[..., : self.rank] if self.rank else v.clone(), lengths)
-        self._like = self._prompt[:2]
+        self._prompt = k, v, lengths
         return True
 
     @without_autocast
@@ -369,6 +359,27 @@ class CacheLayer(CacheLayerMixin):
             f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
             f"hold {past}: pass the mask of the whole conversation, earlier padding included"
         )
+
+
+def copy_prompts(layers: Sequence[CacheLayer]) -> None:
+    """Copy what waits in layers that a call has updated: it was the model's. All at once, since an
+    operation a layer is the host's time."""
+    waiting = [layer for layer in layers if layer._prompt is not None]
+    copies = _copy_alike([t for layer in waiting for t in layer._prompt[: 1 if layer.rank else 2]])
+    for layer in waiting:
+        k = next(copies)
+        layer._like = k, k[..., : layer.rank] if layer.rank else next(copies)
+        layer._prompt = *layer._like, layer._prompt[2]
+
+
+def _copy_alike(given: list[Tensor]) -> Iterator[Tensor]:
+    """A copy of each, those of one shape, type and device lying in one piece."""
+    kinds = [(t.shape, t.dtype, t.device) for t in given]
+    made = {}
+    for kind in dict.fromkeys(kinds):
+        alike = [t for t, other in zip(given, kinds, strict=True) if other == kind]
+        made[kind] = iter(torch.stack(alike).unbind())
+    return (next(made[kind]) for kind in kinds)
 
 
 def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
