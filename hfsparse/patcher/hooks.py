@@ -141,8 +141,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if cache is None:
         return
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayer)]
-    keeping = sum(layer.producer is None for layer in state.layers)
-    if len(layers) < keeping or not all(layer.is_initialized for layer in layers):
+    if len(layers) < state.graphs.keeping or not all(layer.is_initialized for layer in layers):
         return  # the first layers drafted, or gradient checkpointing dropped the cache
     state.seen = layers[0].seen
     if state.graphs.why is None and state.graphs.held() is layers[0]:

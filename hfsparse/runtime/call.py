@@ -95,11 +95,8 @@ class Call:
 
 
 _running: ContextVar[Call | None] = ContextVar("hfsparse_call", default=None)
-
-
-def running() -> Call | None:
-    """The innermost call that runs in this thread."""
-    return _running.get()
+# The innermost call that runs in this thread: `running()`.
+running: Callable[[], Call | None] = _running.get
 
 
 def call_of(owner: str) -> Call:

@@ -16,7 +16,7 @@ from hfsparse.precision import casts
 from hfsparse.runtime.call import Call
 from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.layer_plan import LayerPlan
-from hfsparse.runtime.rows import device_guard
+from hfsparse.runtime.rows import NO_GUARD, device_guard
 
 
 class PlainPrompt:
@@ -54,6 +54,7 @@ class PlainPrompt:
             or heads is None
             or layer_plan.owner != call.owner
             or layer.seen != self.lengths.columns
+            or layer.rows != self.lengths.past
             or (q.shape, k.shape, v.shape) != self.shapes
             or (k.dtype, v.dtype) != self.types
             or layer.types != self.types
@@ -64,9 +65,11 @@ class PlainPrompt:
             or not layer.put_off(k, v, self.lengths)
         ):
             return None
-        call.take_layer()
-        layer.advance(self.lengths)
+        call.layer, call.taken[layer.index] = None, layer
+        layer.rows = self.lengths.rows
         self.readers.append((layer_plan.counts, heads))
+        if self.guard is NO_GUARD:
+            return self.run(q, k, v, self.grid, scale=scale)
         with self.guard:
             return self.run(q, k, v, self.grid, scale=scale)
 

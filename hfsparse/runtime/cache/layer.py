@@ -8,7 +8,7 @@ left padding takes no room, and a row's history never depends on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -362,24 +362,24 @@ class CacheLayer(CacheLayerMixin):
 
 
 def copy_prompts(layers: Sequence[CacheLayer]) -> None:
-    """Copy what waits in layers that a call has updated: it was the model's. All at once, since an
-    operation a layer is the host's time."""
-    waiting = [layer for layer in layers if layer._prompt is not None]
-    copies = _copy_alike([t for layer in waiting for t in layer._prompt[: 1 if layer.rank else 2]])
-    for layer in waiting:
-        k = next(copies)
-        layer._like = k, k[..., : layer.rank] if layer.rank else next(copies)
-        layer._prompt = *layer._like, layer._prompt[2]
+    """Copy the prompts that wait in layers that a call has updated: so far they are the model's.
 
-
-def _copy_alike(given: list[Tensor]) -> Iterator[Tensor]:
-    """A copy of each, those of one shape, type and device lying in one piece."""
-    kinds = [(t.shape, t.dtype, t.device) for t in given]
-    made = {}
-    for kind in dict.fromkeys(kinds):
-        alike = [t for t, other in zip(given, kinds, strict=True) if other == kind]
-        made[kind] = iter(torch.stack(alike).unbind())
-    return (next(made[kind]) for kind in kinds)
+    Those that are alike are copied in one piece, since an operation a layer is the host's time.
+    """
+    alike: dict[tuple, list[CacheLayer]] = {}
+    for layer in layers:
+        if layer._prompt is not None:
+            k, v, _ = layer._prompt
+            kind = layer.rank, k.shape, v.shape, layer.types, layer.device
+            alike.setdefault(kind, []).append(layer)
+    for (rank, *_), some in alike.items():
+        keys = torch.stack([layer._prompt[0] for layer in some]).unbind()
+        if rank:
+            values = [k[..., :rank] for k in keys]
+        else:
+            values = torch.stack([layer._prompt[1] for layer in some]).unbind()
+        for layer, k, v in zip(some, keys, values, strict=True):
+            layer._like, layer._prompt = (k, v), (k, v, layer._prompt[2])
 
 
 def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
