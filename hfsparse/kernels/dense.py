@@ -64,7 +64,14 @@ def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:
     return _attend(q, k, v, scale, kept)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask=None, causal=False) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     return out if out.dtype == v.dtype else out.to(v.dtype)  # autocast may give another
