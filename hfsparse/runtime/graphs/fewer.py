@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -34,8 +34,7 @@ def with_fewer_launches(forward: Callable, decoder: nn.Module, known: dict) -> C
     ours = [
         (module, made)
         for module in decoder.modules()
-        if "forward" not in vars(module)
-        for made in _made_of(module, known)
+        if "forward" not in vars(module) and (made := _made_of(module, known)) is not None
     ]
 
     def run(**given):
@@ -57,12 +56,10 @@ def _in_thread(thread: int, module: nn.Module, made: Callable, *args, **kwargs):
     return own(*args, **kwargs)
 
 
-def _made_of(module: nn.Module, known: dict) -> Iterator[Callable]:
-    """A forward in place of a module's, if there is one."""
-    for make in (_norm_of, _mlp_of, _attention_of):
-        if (made := make(module, known)) is not None:
-            yield made
-            return
+def _made_of(module: nn.Module, known: dict) -> Callable | None:
+    """A forward in place of a module's."""
+    made = (make(module, known) for make in (_norm_of, _mlp_of, _attention_of))
+    return next(filter(None, made), None)
 
 
 def _norm_of(module: nn.Module, known: dict) -> Callable | None:
