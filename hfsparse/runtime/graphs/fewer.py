@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from hfsparse.kernels.plain import GATE_FORMS, NORM_FORMS
 from hfsparse.runtime.rows import device_guard
 
 ASKED = 64  # random rows
-ROWS = (1, 2, 4, 8, ASKED)  # how PyTorch sums up a row depends on how many there are
+ROWS = (1, 8, ASKED)  # how PyTorch sums up a row depends on how many there are
 ROPE = "apply_rotary_pos_emb"  # as modules of transformers call it
 
 
@@ -72,7 +72,7 @@ def _norm_of(module: nn.Module, known: dict) -> Callable | None:
         asked = [x[:, :rows] for rows in ROWS]
         want = [torch.func.functional_call(module, {"weight": any_weight}, (x,)) for x in asked]
         for form in NORM_FORMS:
-            if _equal([kernel.run(x, any_weight, eps, form) for x in asked], want):
+            if _equal((kernel.run(x, any_weight, eps, form) for x in asked), want):
                 return form
 
     own = weight.shape, eps
@@ -204,7 +204,7 @@ def _kind(module: nn.Module) -> tuple:
     return type(module), type(module).forward
 
 
-def _equal(found: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
+def _equal(found: Iterable[Tensor], want: Sequence[Tensor]) -> bool:
     return all(map(torch.equal, found, want))
 
 

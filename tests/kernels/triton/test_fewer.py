@@ -35,6 +35,7 @@ def close(got, want) -> None:
         ("norm", (2, 3, 32)),
         ("norm_row", (1, 1, 576)),
         ("norm_row", (2, 3, 132)),
+        ("norm_row", (1, 2, 516)),
     ],
 )
 def test_a_norm_is_what_models_write(interpreted, kernel, shape, form):
