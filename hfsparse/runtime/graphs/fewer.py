@@ -31,20 +31,18 @@ def with_fewer_launches(forward: Callable, decoder: nn.Module, known: dict) -> C
 
     known: what modules of the decoder have answered so far.
     """
-    ours = [
-        (module, made)
-        for module in decoder.modules()
-        if "forward" not in vars(module) and (made := _made_of(module, known)) is not None
-    ]
+    own = (module for module in decoder.modules() if "forward" not in vars(module))
+    found = {module: _made_of(module, known) for module in own}
+    ours = {module: made for module, made in found.items() if made is not None}
 
     def run(**given):
         thread = threading.get_ident()
-        for module, made in ours:
+        for module, made in ours.items():
             module.forward = partial(_in_thread, thread, module, made)
         try:
             return forward(**given)
         finally:
-            for module, _ in ours:
+            for module in ours:
                 vars(module).pop("forward", None)  # another thread may have been here
 
     return run
