@@ -61,6 +61,7 @@ def _made_of(module: nn.Module, known: dict) -> Callable | None:
 
 
 def _norm_of(module: nn.Module, known: dict) -> Callable | None:
+    """Of an RMS norm, by the first kernel that has its bits."""
     weight, eps = module._parameters.get("weight"), _eps(module)
     if eps is None or weight is None or weight.ndim != 1 or is_traceable_wrapper_subclass(weight):
         return None
@@ -133,7 +134,7 @@ def _attention_of(module: nn.Module, known: dict) -> Callable | None:
     """Of an attention that calls ROPE: its own, which finds ours under that name."""
     forward, like = type(module).forward, next(module.parameters(), None)
     inner, dim = inspect.unwrap(forward), getattr(module, "head_dim", None)
-    if like is None or not isinstance(dim, int) or type(forward) is not FunctionType:
+    if like is None or not isinstance(dim, int) or {type(forward), type(inner)} != {FunctionType}:
         return None
     if (rope := inner.__globals__.get(ROPE)) is None or ROPE not in inner.__code__.co_names:
         return None
@@ -169,10 +170,10 @@ def _turns(dtype: torch.dtype, q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 def _with_globals(forward: FunctionType, **own) -> FunctionType:
     """A function that finds these under their names; so does what it wraps."""
-    cells = forward.__closure__ or ()
-    if (inner := getattr(forward, "__wrapped__", None)) is not None:
-        made = CellType(_with_globals(inner, **own))
-        cells = tuple(made if cell.cell_contents is inner else cell for cell in cells)
+    cells, inner = forward.__closure__ or (), getattr(forward, "__wrapped__", None)
+    if inner is not None:
+        wrapped = CellType(_with_globals(inner, **own))
+        cells = tuple(wrapped if cell.cell_contents is inner else cell for cell in cells)
     made = FunctionType(forward.__code__, {**forward.__globals__, **own}, closure=cells)
     made.__defaults__, made.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
     return made
