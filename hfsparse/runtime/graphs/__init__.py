@@ -129,6 +129,7 @@ class Graphs:
         self.held: Callable[[], CacheLayer | None] = lambda: None
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
+        self.known: dict = {}  # which of the decoder's modules have forms of ours
         self.whole = False  # a fused step's decoder is compiled in one, not part by part
 
     def __reduce__(self):
@@ -306,7 +307,10 @@ class Graphs:
         try:
             before += states.copies()
             given = restride(given) if fuse else given
-            own = self._fused(decoder, states) if fuse else with_fewer_launches(forward, decoder)
+            if fuse:
+                own = self._fused(decoder, states)
+            else:
+                own = with_fewer_launches(forward, decoder, self.known)
             call = states.settled(own)
             if level == LIVE:  # once as it will be recorded: compiles, and shows what can't be
                 self.why = "the first steps of a cache are not replayed"
