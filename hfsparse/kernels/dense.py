@@ -18,11 +18,11 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, grid: Grid, *, scale: float) -> Ten
     Without a past the kernel's own causal form serves, padded rows too: their pads come last.
     """
     if not (grid.padded or grid.past):
-        return _attend(q, k, v, scale=scale, is_causal=grid.Sq > 1)
+        return _attend(q, k, v, scale, causal=grid.Sq > 1)
     key = grid.key_pos[:, : grid.Sk]
     k, v = _clean(k, v, key)
     if not grid.past and grid.key_first is None:
-        out = _attend(q, k, v, scale=scale, is_causal=grid.Sq > 1)
+        out = _attend(q, k, v, scale, causal=grid.Sq > 1)
     else:
         step = max(1, MASK // (len(q) * grid.Sk))
         pieces = torch.arange(grid.Sq, device=q.device).split(step)
@@ -61,9 +61,17 @@ def _masked(q, k, v, query_pos, key_pos, scale, start=None, sink=0) -> Tensor:
     kept = (key >= 0) & (key <= query)
     if start is not None:
         kept &= (key < sink) | (key >= start[:, None, :, None])
-    return _attend(q, k, v, scale=scale, attn_mask=kept)
+    return _attend(q, k, v, scale, kept)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, **kw) -> Tensor:
-    out = scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kw)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     return out if out.dtype == v.dtype else out.to(v.dtype)  # autocast may give another

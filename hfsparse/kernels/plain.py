@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
 from hfsparse.kernels.codes import Quantised
 from hfsparse.lists import BlockLists, Grid, PageLists
@@ -15,6 +15,8 @@ from hfsparse.lists.choice import Choice
 
 # How models write an RMS norm: they round before they weigh, or behind it, or weigh by one more.
 NORM_FORMS = ("rounded", "whole", "one more")
+# The activations of an MLP's gate.
+GATE_FORMS = ("silu", "gelu, by a tanh")
 
 
 def estimate(pattern, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLists:
@@ -61,6 +63,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     if form == "rounded":
         return weight * wide.to(x.dtype)
     return (wide * (1.0 + weight.float() if form == "one more" else weight)).to(x.dtype)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q `[B, H, S, D]` and k `[B, Hkv, S, D]`, whose halves are turned by angles of which cos and
+    sin `[B or 1, S, D]` are given (RoPE, arXiv 2104.09864)."""
+    made = []
+    for x in (q, k):
+        low, high = x.chunk(2, -1)
+        made.append(x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None])
+    return tuple(made)
+
+
+def gated(gate: Tensor, up: Tensor, form: str) -> Tensor:
+    """The activation of gate `[..., N]`, times up `[..., N]`; form: of GATE_FORMS."""
+    return (silu(gate) if form == "silu" else gelu(gate, approximate="tanh")) * up
 
 
 def quantised(x: Tensor, matrices: Sequence[Quantised], biases: Sequence[Tensor | None]) -> Tensor:

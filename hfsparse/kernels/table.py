@@ -27,7 +27,11 @@ PRODUCTS(x, weights, biases) -> Tensor [..., N0 + N1 + ...]
 QUANTISED(x, matrices, biases) -> Tensor [..., N0 + N1 + ...]
     As `plain.quantised`, of a few rows: steps that are recorded ask it, fused or not.
 NORMS(x, weight, eps, form) -> Tensor [..., N]
-    As `plain.rms_norm`: steps that are recorded and not fused ask it.
+    As `plain.rms_norm`: steps that are recorded and not fused ask it, as the next two.
+ROPES(q, k, cos, sin) -> two Tensors, as q and k
+    As `plain.rotate`.
+GATES(gate, up, form) -> Tensor [..., N]
+    As `plain.gated`.
 """
 
 from __future__ import annotations
@@ -222,12 +226,21 @@ PRODUCTS = (
     Kernel("PyTorch", plain.products, _always),
 )
 QUANTISED = (
-    Kernel("Triton", _lazily("triton.quantised", "products"), _triton("quantised")),
+    Kernel("Triton", _lazily("triton.products", "products_of_codes"), _triton("products")),
     Kernel("PyTorch", plain.quantised, _always),
 )
 NORMS = (
+    Kernel("Triton, one launch", _lazily("triton.norm_row", "rms_norm"), _triton("norm_row")),
     Kernel("Triton", _lazily("triton.norm", "rms_norm"), _triton("norm")),
     Kernel("PyTorch", plain.rms_norm, _always),
+)
+ROPES = (
+    Kernel("Triton", _lazily("triton.rope", "rotate"), _triton("rope")),
+    Kernel("PyTorch", plain.rotate, _always),
+)
+GATES = (
+    Kernel("Triton", _lazily("triton.gated", "gated"), _triton("gated")),
+    Kernel("PyTorch", plain.gated, _always),
 )
 
 

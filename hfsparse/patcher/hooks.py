@@ -20,7 +20,7 @@ from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Batch
 from hfsparse.runtime.cache.held import Held, Later
-from hfsparse.runtime.cache.layer import CacheLayer
+from hfsparse.runtime.cache.layer import CacheLayer, copy_prompts
 from hfsparse.runtime.cache.stateful import state_bytes
 from hfsparse.runtime.call import enter, leave, running
 from hfsparse.runtime.masks import NAME
@@ -133,6 +133,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if output is None:
         return  # an error
     call.finish()
+    copy_prompts(call.updated)
     if call.drafts:
         return  # what it stored is overwritten
     returned = output.values() if isinstance(output, dict) else output
@@ -140,8 +141,7 @@ def after_forward(decoder, args, kwargs, output) -> None:
     if cache is None:
         return
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayer)]
-    keeping = sum(layer.producer is None for layer in state.layers)
-    if len(layers) < keeping or not all(layer.is_initialized for layer in layers):
+    if len(layers) < state.graphs.keeping or not all(layer.is_initialized for layer in layers):
         return  # the first layers drafted, or gradient checkpointing dropped the cache
     state.seen = layers[0].seen
     if state.graphs.why is None and state.graphs.held() is layers[0]:

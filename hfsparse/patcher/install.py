@@ -25,13 +25,13 @@ from hfsparse.patcher.hooks import (
     refuse_replica,
 )
 from hfsparse.patcher.state import State, state_of
-from hfsparse.runtime.attend import attention
+from hfsparse.runtime.attend import attend
 from hfsparse.runtime.call import leave
 from hfsparse.runtime.layer_plan import drop_layer_plan, layer_plan_of, put_layer_plan
 from hfsparse.runtime.masks import NAME, mask_start
 
 # Not in `install`: a pickled model that was patched may be loaded where none has been.
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mask_start)
 
 

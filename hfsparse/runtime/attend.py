@@ -1,9 +1,9 @@
 """The attention that a patched model calls.
 
-`attention` is registered with transformers' AttentionInterface; `attend` does its work. It shifts
-left-padded rows to column 0, appends the new keys to the cache layer (where a layer that reads
-another's finds them), and sends each head's queries to a pattern and a kernel (a prompt or a chunk)
-or to a selector and a kernel (a few new tokens).
+`attend` is registered with transformers' AttentionInterface. It shifts left-padded rows to column
+0, appends the new keys to the cache layer (where a layer that reads another's finds them), and
+sends each head's queries to a pattern and a kernel (a prompt or a chunk) or to a selector and a
+kernel (a few new tokens).
 """
 
 from __future__ import annotations
@@ -25,20 +25,8 @@ from hfsparse.runtime.latent import Latents
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layer_plan import Logits, layer_plan_of
 from hfsparse.runtime.masks import NAME, refuse_other, shift_rows
-from hfsparse.runtime.plain import plain_prompt
 from hfsparse.runtime.prefill import prefill
 from hfsparse.runtime.rows import device_guard
-
-
-def attention(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, None]:
-    """What is registered: `attend`, or one opaque operator where a step is compiled to be fused."""
-    if torch.compiler.is_dynamo_compiling():
-        layer_plan = layer_plan_of(module)
-        if layer_plan is not None and layer_plan.mode.fusing:
-            more = (kwargs.get(name) for name in ("scaling", "softcap", "s_aux"))
-            return torch.ops.hfsparse.step(query, key, value, layer_plan.number, *more), None
-        return attend_apart(module, query, key, value, attention_mask, **kwargs)
-    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def attend(
@@ -52,6 +40,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of query `[B, Hq, Q, D]` over the cache and key, value `[B, Hkv, Q, D]`.
@@ -59,18 +48,24 @@ def attend(
     Returns `[B, Q, Hq, Dv]`.
     """
     layer_plan = layer_plan_of(module)
-    if (plain := plain_prompt(layer_plan)) is not None:
-        others = attention_mask, sliding_window, softcap, s_aux, kwargs.get("cu_seq_lens_q")
-        if not dropout and all(x is None for x in others):
+    more = scaling, dropout, sliding_window, softcap, s_aux, cu_seq_lens_q
+    if torch.compiler.is_dynamo_compiling():
+        if layer_plan is not None and layer_plan.mode.fusing:
+            step = torch.ops.hfsparse.step  # one opaque operator, where a step is to be fused
+            return step(query, key, value, layer_plan.number, scaling, softcap, s_aux), None
+        return attend_apart(module, query, key, value, attention_mask, *more)
+    call = running()
+    if call is not None and call.plain is not None and layer_plan is not None:
+        plain = attention_mask is sliding_window is softcap is s_aux is cu_seq_lens_q is None
+        if plain and not dropout:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out = plain.attend(running(), layer_plan, query, key, value, scale)
+            out = call.plain.attend(call, layer_plan, query, key, value, scale)
             if out is not None:
                 return out.transpose(1, 2).contiguous(), None
     if casts(kind := query.device.type):  # nothing inside may change its type
-        more = scaling, dropout, sliding_window, softcap, s_aux
         cast = autocast(query, key, value)
         with torch.autocast(kind, enabled=False):
-            return attend(module, *cast, attention_mask, *more, **kwargs)
+            return attend(module, *cast, attention_mask, *more)
     if layer_plan is None:
         raise PatchError(
             f"this model's attention was set to {NAME} without a plan: choose another, as in "
@@ -82,7 +77,7 @@ def attend(
     last = None
     if attention_mask is not None:
         last, attention_mask = call.once(split_mask, attention_mask)
-    packed = kwargs.get("cu_seq_lens_q") is not None and call.batch is None
+    packed = cu_seq_lens_q is not None and call.batch is None
     refuse_other(layer_plan, query, key, attention_mask, dropout, sliding_window, packed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits, dtype = Logits(scale, softcap, s_aux), query.dtype

@@ -76,6 +76,8 @@ class Call:
         for layer in self.updated:
             if layer is not self.layer:  # that one no attention of ours has read
                 layer.stored = layer.seen
+        if self.plain is not None:
+            self.plain.count()
 
     def once(self, make: Callable[..., T], *given) -> T:
         """`make(*given)`, made for the first layer that asks."""
@@ -93,11 +95,8 @@ class Call:
 
 
 _running: ContextVar[Call | None] = ContextVar("hfsparse_call", default=None)
-
-
-def running() -> Call | None:
-    """The innermost call that runs in this thread."""
-    return _running.get()
+# The innermost call that runs in this thread: `running()`.
+running: Callable[[], Call | None] = _running.get
 
 
 def call_of(owner: str) -> Call:

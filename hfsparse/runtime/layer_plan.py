@@ -119,13 +119,13 @@ class LayerPlan:
         return not any(group.eviction or group.hot for group in self.groups)
 
     @cached_property
-    def plain_cases(self) -> frozenset[tuple[bool, bool]]:
-        """The cases of `cases` in which all heads read every key, and nothing else is to be done
-        for a prompt."""
+    def plain_heads(self) -> dict[tuple[bool, bool], tuple[int, ...]]:
+        """All q heads, by the cases of `cases` in which they all read every key, and nothing else
+        is to be done for a prompt."""
         own = self.window is None and self.producer is None and self.extension is None
         own = own and self.context is None and not self.rank and self.may_wait
         cases = self.cases.items() if own else ()
-        return frozenset(case for case, routes in cases if routes.listed is None)
+        return {case: routes.heads for case, routes in cases if routes.listed is None}
 
     @property
     def evicting(self) -> int:

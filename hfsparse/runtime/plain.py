@@ -6,8 +6,6 @@ they ask whether they are like it, call the same kernel and let their keys wait.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -15,54 +13,67 @@ from hfsparse.kernels import Kernel
 from hfsparse.lists import Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.precision import casts
-from hfsparse.runtime.call import Call, running
+from hfsparse.runtime.call import Call
+from hfsparse.runtime.counts import Counts
 from hfsparse.runtime.layer_plan import LayerPlan
-from hfsparse.runtime.rows import device_guard
+from hfsparse.runtime.rows import NO_GUARD, device_guard
 
 
-def kind_of(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """In what queries, keys and values of layers that are alike agree."""
-    return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device
-
-
-@dataclass(frozen=True, eq=False)
 class PlainPrompt:
-    """How one layer of a call has read a prompt."""
+    """How one layer of a call has read a prompt, q `[B, Hq, Q, D]` over k and v `[B, Hkv, Q, D]`.
 
-    kind: tuple  # as `kind_of` tells it
-    case: tuple[bool, bool]  # whether rows are under below.prefill, and below.cache
-    lengths: Lengths
-    grid: Grid
-    work: tuple[int, int]  # pairs and blocks of dense attention
-    kernel: Kernel
+    case: whether rows are under below.prefill, and below.cache; work: pairs and blocks of dense
+    attention.
+    """
+
+    def __init__(
+        self,
+        case: tuple[bool, bool],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Lengths,
+        grid: Grid,
+        work: tuple[int, int],
+        kernel: Kernel,
+    ):
+        self.case, self.lengths, self.grid, self.work = case, lengths, grid, work
+        self.run, self.guard = kernel.run, device_guard(q)
+        # In what layers that are alike agree, and their caches.
+        self.shapes, self.dtype, self.place = (q.shape, k.shape, v.shape), q.dtype, q.device
+        self.readers: list[tuple[Counts, tuple[int, ...]]] = []  # not counted yet
+        self.types, self.kind = (k.dtype, v.dtype), q.device.type
 
     def attend(
         self, call: Call, layer_plan: LayerPlan, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Tensor | None:
         """Another layer's attention `[B, Hq, Q, Dv]`; None: it is not alike, nothing is done."""
-        layer, lengths = call.layer, self.lengths
+        layer, heads = call.layer, layer_plan.plain_heads.get(self.case)
         if (
             layer is None
-            or self.case not in layer_plan.plain_cases
-            or kind_of(q, k, v) != self.kind
-            or layer_plan.mode.observe is not None
+            or heads is None
+            or layer_plan.owner != call.owner
+            or layer.seen != self.lengths.columns
+            or layer.rows != self.lengths.past
+            or (q.shape, k.shape, v.shape) != self.shapes
+            or (k.dtype, v.dtype) != self.types
+            or layer.types != self.types
+            or q.dtype != self.dtype
+            or q.device != self.place
             or torch.is_grad_enabled()
-            or casts(q.device.type)
-            or layer.types != (k.dtype, v.dtype)
-            or layer.seen != lengths.columns
-            or not layer.put_off(k, v, lengths)
+            or casts(self.kind)
+            or not layer.put_off(k, v, self.lengths)
         ):
             return None
-        call.take_layer()
-        layer.advance(lengths)
-        counts = layer_plan.counts
-        counts.add(counts.whole, layer_plan.cases[self.case].heads, self.work)
-        with device_guard(q):
-            return self.kernel.run(q, k, v, self.grid, scale=scale)
+        call.layer, call.taken[layer.index] = None, layer
+        layer.rows = self.lengths.rows
+        self.readers.append((layer_plan.counts, heads))
+        if self.guard is NO_GUARD:
+            return self.run(q, k, v, self.grid, scale=scale)
+        with self.guard:
+            return self.run(q, k, v, self.grid, scale=scale)
 
-
-def plain_prompt(layer_plan: LayerPlan | None) -> PlainPrompt | None:
-    """What another layer of the call that runs has found, if it is a call of this layer's patch."""
-    call = running()
-    mine = call is not None and layer_plan is not None and call.owner == layer_plan.owner
-    return call.plain if mine else None
+    def count(self) -> None:
+        """What other layers have read; layer by layer, Python would wait for memory."""
+        for counts, heads in self.readers:
+            counts.add(counts.whole, heads, self.work)

@@ -15,7 +15,7 @@ from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
-from hfsparse.runtime.plain import PlainPrompt, kind_of
+from hfsparse.runtime.plain import PlainPrompt
 from hfsparse.runtime.routes import Cases, Listed, Route, Routes, heads_of
 from hfsparse.runtime.rows import new_output
 
@@ -55,14 +55,15 @@ def prefill(layer_call: LayerCall, later: int = 0) -> Tensor:
 def _note_plain(layer_call: LayerCall, layout: Layout) -> None:
     """Have other layers of the call read the prompt as this one has, where that was plain."""
     call, q, k, v = layer_call.call, layer_call.q, layer_call.k, layer_call.v
-    group, special = layout.groups[0], layer_call.lengths.padded or layer_call.logits.special
-    case = group.short, group.kept
-    if call.plain is not None or special or case not in layer_call.layer_plan.plain_cases:
+    layer_plan, group = layer_call.layer_plan, layout.groups[0]
+    case, special = (group.short, group.kept), layer_call.logits.special
+    if call.plain is not None or special or layer_call.lengths.padded or call.drafts:
         return
-    if group.whole and group.skip is None and not call.drafts:
+    watched = layer_plan.mode.observe is not None
+    if case in layer_plan.plain_heads and group.whole and group.skip is None and not watched:
         kernel = pick(call.tables.prefill, need_of(q, k, v, None, group.grid, False))
-        what = kind_of(q, k, v), case, layer_call.lengths, group.grid, group.work, kernel
-        call.plain = PlainPrompt(*what)
+        what = layer_call.lengths, group.grid, group.work, kernel
+        call.plain = PlainPrompt(case, q, k, v, *what)
 
 
 def need_of(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, grid: Grid, skips: bool) -> Need:

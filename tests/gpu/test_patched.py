@@ -12,7 +12,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import hfsparse
 from hfsparse import bench, kernels
-from hfsparse.runtime.attend import attend, attention
+from hfsparse.runtime.attend import attend
 from hfsparse.runtime.call import use_tables
 from hfsparse.runtime.layer_plan import observed
 from hfsparse.runtime.masks import NAME
@@ -127,7 +127,7 @@ def test_patterned_heads_run_in_triton_and_never_wait_for_the_gpu():
         try:
             got = model(ids).logits
         finally:
-            AttentionInterface.register(NAME, attention)
+            AttentionInterface.register(NAME, attend)
     assert torch.equal(got, want)
     assert len(seen) == 3
 

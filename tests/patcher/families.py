@@ -63,12 +63,12 @@ def tiny(family: str):
     return fresh(family)
 
 
-def fresh(family: str):
-    """A new tiny model with the weights of one seed."""
+def fresh(family: str, **sizes: int):
+    """A new tiny model with the weights of one seed; sizes: other ones than SIZES."""
     model, config, q_heads, kv_heads, more = FAMILIES[family]
     torch.manual_seed(0)
     counts = dict(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
-    built = model(config(**SIZES, **counts, **more)).eval()
+    built = model(config(**{**SIZES, **counts, **more, **sizes})).eval()
     for name, parameter in built.named_parameters():
         if "norm" in name:
             parameter.data.normal_(0 if "gemma" in family else 1, 0.1)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,37 @@ def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan):
     with hfsparse.patch(model, plan(model)):
         assert counted(False) <= stock[0] + 3
         assert counted(True) <= stock[1] + 3
+
+
+def calls_of(run) -> int:
+    """Calls of functions of hfsparse, in what runs; comprehensions are calls in some Pythons."""
+    ours, seen = str(Path(hfsparse.__file__).parent), 0
+
+    def note(frame, event, given):
+        nonlocal seen
+        code = frame.f_code
+        named = code.co_filename.startswith(ours) and not code.co_name.startswith("<")
+        seen += event == "call" and named
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return seen
+
+
+@pytest.mark.parametrize("plan", [full, partial(streaming, below=(9999,) * 3)])
+def test_a_layer_of_a_short_prompt_makes_few_calls_of_python(plan):
+    """Such a prompt's time is the host's."""
+    found, ids = [], tokens(1, 128)
+    for layers in (2, 6):
+        model = fresh("llama", num_hidden_layers=layers)
+        with hfsparse.patch(model, plan(model)), torch.inference_mode():
+            forward(model, ids)
+            found.append(calls_of(partial(forward, model, ids)))
+    assert 0 < found[1] - found[0] <= 4 * 17
 
 
 LATER = {  # new tokens of the next call, and what is done to the cache before

@@ -9,7 +9,7 @@ left padding takes no room, and a row's history never depends on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +35,9 @@ from hfsparse.runtime.rows import device_guard
 
 SHORT = 2048  # tokens of a prompt that waits, over all rows: others are the GPU's time
 DEFAULT = (
-    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8"
+    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8, "
+    "or, where steps choose what they read, host: true"
 )
-
-
-class Prompt(NamedTuple):
-    """Keys and values `[B, H, Q, D]` of rows without a past."""
-
-    k: Tensor
-    v: Tensor
-    lengths: Lengths
 
 
 class CacheLayer(CacheLayerMixin):
@@ -74,7 +67,7 @@ class CacheLayer(CacheLayerMixin):
         # none of them has yet.
         self._stores: list[Full | Ring] | None = None
         self._like: tuple[Tensor, Tensor] | None = None
-        self._prompt: Prompt | None = None
+        self._prompt: tuple[Tensor, Tensor, Lengths] | None = None
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
@@ -123,10 +116,11 @@ class CacheLayer(CacheLayerMixin):
                 "was interrupted, or part of the model was switched back. Start again from the "
                 "prompt with a new cache"
             )
-        if not self.is_initialized:
+        if self.is_initialized:
+            self.check_rows(key_states.shape[0])
+        else:
             given = autocast(key_states, value_states)
             self.lazy_initialization(*(join_latents(*given) if self.rank else given))
-        self.check_rows(key_states.shape[0])
         self.seen += key_states.shape[-2]
         call.layer, call.given = self, (key_states, value_states)
         call.updated.append(self)
@@ -254,9 +248,7 @@ class CacheLayer(CacheLayerMixin):
             return False
         if len(self.rows) * lengths.columns > SHORT or self.expected > self.seen:
             return False
-        k = k.clone()
-        self._prompt = Prompt(k, k[..., : self.rank] if self.rank else v.clone(), lengths)
-        self._like = self._prompt[:2]
+        self._prompt = k, v, lengths
         return True
 
     @without_autocast
@@ -368,6 +360,27 @@ class CacheLayer(CacheLayerMixin):
             f"the cached rows hold {self.rows} tokens, but by this attention_mask they should "
             f"hold {past}: pass the mask of the whole conversation, earlier padding included"
         )
+
+
+def copy_prompts(layers: Sequence[CacheLayer]) -> None:
+    """Copy the prompts that wait in layers that a call has updated: so far they are the model's.
+
+    Those that are alike are copied in one piece, since an operation a layer is the host's time.
+    """
+    alike: dict[tuple, list[CacheLayer]] = {}
+    for layer in layers:
+        if layer._prompt is not None:
+            k, v, _ = layer._prompt
+            kind = layer.rank, k.shape, v.shape, layer.types, layer.device
+            alike.setdefault(kind, []).append(layer)
+    for (rank, *_), some in alike.items():
+        keys = torch.stack([layer._prompt[0] for layer in some]).unbind()
+        if rank:
+            values = [k[..., :rank] for k in keys]
+        else:
+            values = torch.stack([layer._prompt[1] for layer in some]).unbind()
+        for layer, k, v in zip(some, keys, values, strict=True):
+            layer._like, layer._prompt = (k, v), (k, v, layer._prompt[2])
 
 
 def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
