@@ -74,11 +74,12 @@ def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple
 
 
 def cache_bytes(
-    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2, reserve: int = 0
 ) -> tuple[int, int]:
-    """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`."""
+    """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`. reserve: as
+    `fill_caches` takes it."""
     ours = stock = 0
-    for _, layer in fill_caches(config, plan, tokens, batch, itemsize):
+    for _, layer in fill_caches(config, plan, tokens, batch, itemsize, reserve):
         if layer is not None:
             ours += layer.bytes()
             stock += layer.dense_bytes()

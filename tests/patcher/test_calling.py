@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -49,10 +50,11 @@ class Operators(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = 0
+        self.seen = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen += function.overloadpacket.__name__ != "fill_"
+        if (name := function.overloadpacket.__name__) != "fill_":
+            self.seen[name] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -66,12 +68,32 @@ def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan):
         forward(model, ids, use_cache=cached)
         with Operators() as found:
             forward(model, ids, use_cache=cached)
-        return found.seen
+        return found.seen.total()
 
     stock = counted(False), counted(True)
     with hfsparse.patch(model, plan(model)):
         assert counted(False) <= stock[0] + 3
         assert counted(True) <= stock[1] + 3
+
+
+@pytest.mark.parametrize("length", [100, 128])
+@pytest.mark.parametrize("plan", [full, partial(mixed, below=(9999,) * 3)])
+def test_the_step_behind_a_prompt_that_waits_lays_each_store_out_once(plan, length):
+    """Also where the prompt is a whole number of pages."""
+    model = fresh("llama")
+    with hfsparse.patch(model, plan(model)):
+        for _ in range(2):  # the first time makes what all caches share
+            cache = forward(model, tokens(1, length)).past_key_values
+            with Operators() as first:
+                forward(model, tokens(1, 1), None, cache)
+        with Operators() as next_one:
+            forward(model, tokens(1, 1), None, cache)
+    stores = [store for layer in cache.layers for store in layer.stores]
+    more = Counter(first.seen)
+    more.subtract(next_one.seen)
+    assert more["empty"] + more["zeros"] == sum(len(store.tensors()) for store in stores)
+    if plan is full:  # a buffer of keys and one of values, their slots, the copies, and a table
+        assert more.total() <= 7 * len(stores)
 
 
 LATER = {  # new tokens of the next call, and what is done to the cache before
