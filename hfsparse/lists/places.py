@@ -33,7 +33,6 @@ COLUMNS = (
     "dropped",  # where the device has what each row lacks, [B] int64; 0: no row lacks any
 )
 EXTREMES = {"low", "high"}  # the index that kernels write: minima and maxima of pages or spans
-LISTED = COLUMNS.index("listed")
 WIDTH = 32  # cells of a head
 NEVER = (1 << 31) - 1  # the size of no ring
 
@@ -176,7 +175,7 @@ class Table:
         pooled = parts[0].pool is not None
         if not (pooled or all(map(_dense, (t for part in parts for t in part.buffers)))):
             raise ValueError("the cache's buffers must be contiguous")
-        rows = np.zeros((sum(len(part.heads) for part in parts), WIDTH), np.int64)
+        lines: dict[int, list[int]] = {}  # by head
         first, listed = parts[0], 0
         for part in parts:
             starts = [_behind(part.k, first.k), _behind(part.v, first.v), 0, 0]
@@ -189,14 +188,14 @@ class Table:
             band, H, N = part.band, len(part.heads), part.k.shape[2]
             turn = (0, NEWEST) if part.ends else (band.sink, part.size or NEVER)
             held = 0 if pooled else H * N, N, H * spans, spans, *turn
-            held = *held, band.recent, band.rate, band.chunked, part.below
-            line = *starts, *held, listed if part.listed else -1, span, _address(part.dropped)
-            heads = [*part.heads]
-            rows[heads, : len(line)] = line
-            rows[heads, :4] += np.array([heads if pooled else range(H)]).T * steps
-            if part.listed:
-                rows[heads, LISTED] += range(H)
-                listed += H
+            held = *held, band.recent, band.rate, int(band.chunked), part.below
+            ends = span, _address(part.dropped)
+            for i, head in zip(part.heads if pooled else range(H), part.heads, strict=True):
+                at = [start + i * step for start, step in zip(starts, steps, strict=True)]
+                lines[head] = [*at, *held, listed if part.listed else -1, *ends]
+                listed += part.listed
+        rows = np.zeros((len(lines), WIDTH), np.int64)  # torch takes lists many times as slowly
+        rows[:, : len(COLUMNS)] = [lines[head] for head in range(len(lines))]
         self.unit = int(np.gcd.reduce(rows[:, :4], None, initial=16))
         rows[:, :4] //= self.unit
         with torch.inference_mode(False):

@@ -58,7 +58,7 @@ def predict(
     bits, is another share.
     """
     layers = [LayerStats()] * plan.model.layers
-    for own, layer in fill_caches(config, plan, tokens, itemsize=itemsize, reserve=tokens):
+    for own, layer in fill_caches(config, plan, tokens, itemsize=itemsize):
         works = {}
         if prompts is not None:
             pairs, blocks = _dense_work(own, tokens, device or torch.device("cpu"))
@@ -92,21 +92,19 @@ def one_head(
     this = ModelId("one", 1, 1, 1, shape.head_dim, "head")
     plan = Plan(this, {"it": pattern, "packed": full}, (words,), data=data or {})
     shapes = [replace(shape, q_heads=1, kv_heads=1)]
-    filled = _fill(plan, shapes, tokens, 1, itemsize, tokens)
-    stats = Stats([_measure(*each, tokens) for each in filled])
+    stats = Stats([_measure(*each, tokens) for each in _fill(plan, shapes, tokens, 1, itemsize)])
     return stats.cache_share, stats.decode_share
 
 
 def fill_caches(
-    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4, reserve: int = 0
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 4
 ) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
     """Each layer that has attention, and its cache after prompts of `tokens`, without data.
 
     None where it reads another's. Keys and values take `itemsize` bytes a number, and two where
-    weights are smaller. reserve: tokens that rows will have, as `generate` says it; 0: nobody does,
-    and there is room for a step's.
+    weights are smaller.
     """
-    return _fill(plan, layer_shapes(config), tokens, batch, itemsize, reserve)
+    return _fill(plan, layer_shapes(config), tokens, batch, itemsize)
 
 
 def type_of(itemsize: int) -> torch.dtype:
@@ -118,9 +116,8 @@ def _fill(
     plan: Plan,
     shapes: Sequence[LayerShape],
     tokens: int,
-    batch: int,
-    itemsize: int,
-    reserve: int,
+    batch: int = 1,
+    itemsize: int = 4,
 ) -> Iterator[tuple[LayerPlan, CacheLayer | None]]:
     dtype = type_of(itemsize)
     for own in resolve_layers(plan, shapes, plan.below):
@@ -132,7 +129,7 @@ def _fill(
             torch.empty(*rows, dim, dtype=dtype, device="meta")
             for dim in (shape.head_dim, shape.value_dim)
         )
-        layer = own.new_cache(reserve)
+        layer = own.new_cache(tokens)
         layer.lazy_initialization(k, v)
         layer.seen = tokens
         for store in layer.stores:

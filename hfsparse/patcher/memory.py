@@ -74,12 +74,11 @@ def _cache_and_work(config, plan, tokens, batch=1, chunk=0, itemsize=2) -> tuple
 
 
 def cache_bytes(
-    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2, reserve: int = 0
+    config: Any, plan: Plan, tokens: int, batch: int = 1, itemsize: int = 2
 ) -> tuple[int, int]:
-    """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`. reserve: as
-    `fill_caches` takes it."""
+    """Bytes that the plan's cache and the stock cache hold after prompts of `tokens`."""
     ours = stock = 0
-    for _, layer in fill_caches(config, plan, tokens, batch, itemsize, reserve):
+    for _, layer in fill_caches(config, plan, tokens, batch, itemsize):
         if layer is not None:
             ours += layer.bytes()
             stock += layer.dense_bytes()

@@ -73,8 +73,7 @@ def describe_budgets(plan: Plan, settings: Settings, model: PreTrainedModel) -> 
         parts[-1] += tell_halved(plan, longest, model) if name == "cache_share" else ""
     if settings.cache_gib is not None:
         tokens, most = settings.at or longest, settings.cache_gib
-        more = {"itemsize": model.dtype.itemsize, "reserve": tokens}
-        taken, _ = cache_bytes(model.config, plan, tokens, **more)
+        taken, _ = cache_bytes(model.config, plan, tokens, itemsize=model.dtype.itemsize)
         met = taken <= most * 1.001 * 2**30
         missed = missed or not met
         told = f"{taken / 2**30:.3g} of {most:.3g} GiB at {tokens} tokens"

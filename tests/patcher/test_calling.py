@@ -108,11 +108,12 @@ LATER = {  # new tokens of the next call, and what is done to the cache before
 @pytest.mark.parametrize("below", [0, 60, 9999])
 @pytest.mark.parametrize("what", LATER)
 def test_a_prompt_that_waits_is_stored_as_one_that_does_not(what, below, monkeypatch):
-    """Bit by bit, however it goes on; rows lie on both sides of `below`, and one passes it."""
+    """Bit by bit, however it goes on; rows lie on both sides of `below`, and one passes it. The
+    longer one is a whole number of pages."""
     model, found, (new, change) = fresh("llama"), [], LATER[what]
     for short in (cache_layer.SHORT, 0):
         monkeypatch.setattr(cache_layer, "SHORT", short)
-        ids, mask = left_padded(70, pads=(0, 13))
+        ids, mask = left_padded(64, pads=(0, 6))
         with hfsparse.patch(model, mixed(model, below=(below,) * 3)) as handle:
             cache = forward(model, ids, mask).past_key_values
             seen = [handle.stats().kv_bytes]

@@ -23,7 +23,7 @@ from tests.support import models
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", [full, mixed, growing, streaming])
-@pytest.mark.parametrize(("length", "batch"), [(128, 1), (300, 3)])
+@pytest.mark.parametrize(("length", "batch"), [(40, 1), (300, 3)])
 def test_the_cache_takes_what_was_predicted(family, plan, length, batch):
     model = tiny(family)
     plan = plan(model)

@@ -209,21 +209,6 @@ def test_single_tokens_are_stored_without_copying_the_row():
             assert store.k.shape[2] <= 4096 * 17 // 16 + PAGE
 
 
-@pytest.mark.parametrize("below", [0, 9999])
-@pytest.mark.parametrize("tokens", [PAGE + 3, 2 * PAGE])
-def test_a_step_behind_a_prompt_moves_no_buffer(tokens, below):
-    """Beside the prompt's, there is room for its token; no more where a generation is known."""
-    groups = (*GROUPS, Group((5,), Band(PAGE, 500)))
-    it, known = layer(below, groups=groups), layer(below, tokens, groups)
-    for each in it, known:
-        append(each, *torch.zeros(2, 1, 6, tokens, DIM))
-    places = [t.data_ptr() for store in it.stores for t in store.tensors()]
-    append(it, *torch.zeros(2, 1, 6, 1, DIM))
-    assert [t.data_ptr() for store in it.stores for t in store.tensors()] == places
-    assert it.stores[3].capacity == (tokens // PAGE + 1) * PAGE
-    assert known.stores[3].capacity == -(-tokens // PAGE) * PAGE
-
-
 def test_room_for_the_whole_generation_is_reserved_at_once():
     it = layer(reserve=1000)
     append(it, *torch.zeros(2, 1, HEADS, 100, DIM))

@@ -28,8 +28,7 @@ class Room:
         together, or for none of them."""
         shapes, full = layer_shapes(model), Plan.full(ModelId.of(model))
         free = rest = 0
-        more = {"itemsize": model.dtype.itemsize, "reserve": tokens}
-        for own, layer in fill_caches(model.config, full, tokens, **more):
+        for own, layer in fill_caches(model.config, full, tokens, itemsize=model.dtype.itemsize):
             if layer is None:
                 continue
             if shapes[own.index].may_be_sparse(together):

@@ -107,7 +107,6 @@ class Full(Store):
         """Make room for rows that grow from `past` to `rows` tokens, and the index of `past`."""
         if (need := max(rows)) > self.capacity:
             before = {**vars(self)}
-            need += need > self.reserve  # where nobody said how far rows grow, a step finds room
             try:
                 self._grow(max(need, self.reserve, self.capacity + self.capacity // self.spare))
             except BaseException:  # memory was refused: no buffer may be longer than another

@@ -162,8 +162,7 @@ class Ring(Store):
         fits, need, most, short = self._fits(rows)
         if fits:
             return
-        # With room for a step's token, too: behind a prompt of whole pages no buffer moves.
-        size = -(-max(need + 1, self.size * 17 // 16) // PAGE) * PAGE
+        size = -(-max(need, self.size * 17 // 16) // PAGE) * PAGE
         size = size if short else min(size, most)
         held = self.positions(past) if any(past) else None
         self._forget(past)
