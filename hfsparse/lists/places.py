@@ -7,7 +7,7 @@ listed or without, or in rings of several sizes. A kernel looks up its kv head's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,7 +196,7 @@ class Table:
                 listed += part.listed
         rows = np.zeros((len(lines), WIDTH), np.int64)  # torch takes lists many times as slowly
         rows[:, : len(COLUMNS)] = [lines[head] for head in range(len(lines))]
-        self.unit = int(np.gcd.reduce(rows[:, :4], None, initial=16))
+        self.unit = gcd(16, *rows[:, :4].ravel().tolist())
         rows[:, :4] //= self.unit
         with torch.inference_mode(False):
             cells = torch.from_numpy(rows)

@@ -266,8 +266,9 @@ class CacheLayer(CacheLayerMixin):
     @without_autocast
     def _store(self, k: Tensor, v: Tensor, lengths: Lengths, rows: Sequence[int]) -> None:
         """Have all stores take a prompt, with room for rows of so many tokens, if any are told."""
-        for store in self._stores:
-            store.room(lengths.past, rows or lengths.rows)
+        with torch.inference_mode(False):  # each buffer is made so: once for all is quicker
+            for store in self._stores:
+                store.room(lengths.past, rows or lengths.rows)
         if len(self._stores) == 1 and self.groups[0].selector is None:  # two copies do
             self._stores[0].append(k, v, lengths)
             return
