@@ -32,6 +32,7 @@ from hfsparse_eval.options import (
     Squad,
     SuiteOption,
     UntilOption,
+    check_books_asked,
     check_positive,
     names_by_default,
     pick_tasks,
@@ -79,6 +80,7 @@ def ruler(
     """
     books, marks = documents.read_books(squad, hotpotqa)
     chosen = pick_tasks(tasks, with_books(**books))
+    check_books_asked(books, chosen)
     size = read_size(suite, lengths, samples, until=until)
     request = check_request(
         "ruler", model, output, plan, arm, seed, chat.value, max_new_tokens, batch, size.most
@@ -204,6 +206,8 @@ def custom(
     asked = any(question.draft.asks for question in questions)
     if asked and (arm or batch > 1):
         raise UsageError("turns go on over a cache of their own: leave out --arm and --batch")
+    if answers is Feed.gold and not asked:
+        raise UsageError(f"--answers gold is of turns, and {data} has none: leave it out")
     if any(name.endswith(":agnostic") for name in arm or ()):
         raise UsageError("a prompt of your own is pressed as a whole: leave out :agnostic")
     request = check_request(

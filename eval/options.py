@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -175,6 +175,17 @@ def pick_tasks(names: str | None, known: Mapping) -> list:
     if not chosen:
         raise UsageError(f"no task given: give some of {', '.join(known)}")
     return chosen
+
+
+def check_books_asked(books: Iterable[str], chosen: Iterable) -> None:
+    """UsageError for books, by the options that give them, of which no task asks."""
+    names = {task.name for task in chosen}
+    for name, option in WITH_DATA.items():
+        if option in books and name not in names:
+            raise UsageError(
+                f"--{option} is the data of {name}, which --tasks leaves out: name it there, or "
+                "leave the data out"
+            )
 
 
 def _split(words: str) -> list[str]:

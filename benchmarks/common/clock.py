@@ -18,16 +18,20 @@ SKIP = 8  # tokens before a step is what it will be: caches grow, graphs are rec
 class Clock(LogitsProcessor):
     """Notes when each token's scores arrive; `generate` waits for the GPU once a token.
 
-    Of the first one it is when the GPU is done with the prompt.
+    Of the first one it is when the GPU is done with the prompt. settled: called where the tokens
+    that are timed begin.
     """
 
-    def __init__(self):
+    def __init__(self, settled: Callable[[], None] | None = None):
         self.at: list[float] = []
+        self.settled = settled
 
     def __call__(self, input_ids, scores):
         if not self.at and scores.is_cuda:
             torch.cuda.synchronize()
         self.at.append(time.perf_counter())
+        if self.settled is not None and len(self.at) == SKIP + 1:
+            self.settled()
         return scores
 
     def ms(self) -> float:
@@ -36,10 +40,15 @@ class Clock(LogitsProcessor):
 
 
 def continued(
-    model, ids: Tensor, new: int, mask: Tensor | None = None, **more
+    model,
+    ids: Tensor,
+    new: int,
+    mask: Tensor | None = None,
+    settled: Callable[[], None] | None = None,
+    **more,
 ) -> tuple[Clock, Any]:
-    """`new` greedy tokens by `generate`, and the clock that saw them."""
-    clock = Clock()
+    """`new` greedy tokens by `generate`, and the clock that saw them; settled: as of `Clock`."""
+    clock = Clock(settled)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,

@@ -144,8 +144,9 @@ def check(
 ) -> None:
     """Say whether a plan fits a model and a GPU, and why not; reads no weights."""
     room = None if gpu is None else _bytes(gpu)
-    if room is not None and length is None:
-        raise UsageError("--gpu asks what fits beside a prompt: give its --length too")
+    given = {"--batch": batch != 1, "--chunk": chunk, "--dtype": dtype != "auto", "--gpu": gpu}
+    if length is None and (asked := [option for option, value in given.items() if value]):
+        raise UsageError(f"{', '.join(asked)}: of a prompt's memory, so give its --length too")
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
@@ -224,11 +225,11 @@ def _print_shares(config, plan, length: int, itemsize: int) -> None:
 
 
 def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])(i?)B", size.strip(), re.IGNORECASE)
     if match is None:
         raise UsageError(f"{size!r} is no size of memory: give one such as 80GiB or 24GB")
-    units = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
-    return int(float(match[1]) * units[match[2].lower()])
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("MGT".index(unit.upper()) + 2))
 
 
 def push(

@@ -21,6 +21,7 @@ from hfsparse.cli.application import (
     parse_counts,
     print_styled,
 )
+from hfsparse.errors import UsageError
 from hfsparse.profiler.settings import Settings
 
 # How a command takes a setting of these types: the type of its option, and what makes one of its
@@ -30,6 +31,7 @@ TYPES = {
     tuple[int | str, ...] | None: (str | None, parse_bits),
     str | Path | None: (Path | None, lambda value, name: Path(value)),
 }
+PROOF = "drop", "nats", "verify_samples"  # settings that nothing else reads
 
 
 def option(setting: Field) -> Any:
@@ -104,6 +106,11 @@ def profile(
     flags = {name: settings[name] for name in given}
     keywords = {**settings, **page, **flags, "out": output, "progress": True}
     checked = Settings(**keywords)
+    idle = [f"--{name.replace('_', '-')}" for name in PROOF if name in flags]
+    if idle and not checked.verify and "verify" not in flags:
+        raise UsageError(
+            f"{', '.join(idle)}: of the proof, which {recipe} leaves out: give --verify too"
+        )
     if checked.data is not None:
         read_jsonl(checked.data)
 

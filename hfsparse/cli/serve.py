@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import socket
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -49,11 +51,14 @@ def serve(
     from hfsparse.patcher.state import state_of
     from hfsparse.plan.sources import open_plan
 
+    asked = "as asked" if one_by_one else None
+    _need_batching(cache_tokens, asked)
     _need_address(host, port)
     chosen = open_plan(plan) if plan is not None else None
     loaded, tokenizer = load(model, device, dtype)
     with patch(loaded, chosen) as handle:
-        why = "as asked" if one_by_one else batching.why_not(state_of(loaded))
+        why = asked or batching.why_not(state_of(loaded))
+        _need_batching(cache_tokens, why)
         how = "continuous batching" if why is None else f"one request after another ({why})"
         app = server(loaded, tokenizer, model, why is None, cache_tokens)
         typer.echo(f"{model} at http://{host}:{port}/v1, {how}")
@@ -68,7 +73,7 @@ def server(
     from transformers import ContinuousBatchingConfig
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
 
     class Held(ModelManager):
         """Has the model that it is asked for, and no other."""
@@ -83,10 +88,18 @@ def server(
             """What `/v1/models` lists, in 5.17; newer versions list this model by themselves."""
             return [{"id": name, "object": "model", "created": 0, "owned_by": "hfsparse"}]
 
-    config = ContinuousBatchingConfig()
+    class OneByOne(GenerateManager):
+        generate_streaming = _checked(GenerateManager.generate_streaming)
+        generate_non_streaming = _checked(GenerateManager.generate_non_streaming)
+
+    class State(GenerationState):
+        def get_manager(self, *args, use_cb=False):
+            return super().get_manager(*args, use_cb=True) if use_cb else one_by_one
+
+    one_by_one, config = OneByOne(), ContinuousBatchingConfig()
     if cache_tokens is not None:
         config.num_blocks = -(-cache_tokens // PAGE_SIZE)
-    state = GenerationState(continuous_batching=batched, cb_config=config)
+    state = State(continuous_batching=batched, cb_config=config)
     known, asked = Held(force_model=name), inspect.signature(build_server).parameters
     made = {
         part: getattr(import_module(f"transformers.cli.serving.{module}"), kind)(known, state)
@@ -98,11 +111,35 @@ def server(
     return app
 
 
+def _checked(answer: Callable) -> Callable:
+    """The same, where `generate` can answer; UsageError before an answer begins, where it can't."""
+    from hfsparse.patcher.batching import check_prompt
+
+    @wraps(answer)
+    def ask(self, model, processor, inputs, config, *args, **more):
+        check_prompt(inputs["input_ids"][0])
+        asked = config.max_new_tokens
+        if asked is not None and asked < 1:
+            raise UsageError(f"this request asks for {asked} new tokens: ask for one or more")
+        return answer(self, model, processor, inputs, config, *args, **more)
+
+    return ask
+
+
 async def _refuse(request: Any, error: Exception) -> Any:
     """The answer to a request that can't be followed: 400, with the sentence that says why."""
     from fastapi.responses import JSONResponse
 
     return JSONResponse({"detail": str(error)}, 400)
+
+
+def _need_batching(cache_tokens: int | None, why: str | None) -> None:
+    """UsageError where requests share no cache, whose size was given; `why` they share none."""
+    if cache_tokens is not None and why is not None:
+        raise UsageError(
+            "--cache-tokens is of the cache that requests share, and they come one after another "
+            f"({why}): leave it out"
+        )
 
 
 def _need_address(host: str, port: int) -> None:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from hfsparse.models.names import find_cache, rename_cache, text_decoder
 from hfsparse.patcher.ahead import Runner
 from hfsparse.patcher.choosing import ALONE, cache_layers
-from hfsparse.patcher.ended import Ended, is_plain, shows_nothing
+from hfsparse.patcher.ended import Ended, is_plain, is_watched, shows_nothing
 from hfsparse.patcher.exact import Drafter
 from hfsparse.runtime.graphs.obstacles import has_hook
 
@@ -82,7 +82,8 @@ def watch(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
         serving = exact.serving[layers[0]] = Drafter(exact.drafts, generation_config, processors)
         return LogitsProcessorList([serving, *processors])
     running, first = _running.get(), []
-    if running is not None and running.plain and shows_nothing(generation_config):
+    plain = running is not None and running.plain and shows_nothing(generation_config)
+    if plain and not is_watched(self):
         first.append(Ended(layers, generation_config._eos_token_tensor))
     if ahead.never is None and ahead.why is None:
         first.append(Runner(ahead, layers[0], generation_config, processors))

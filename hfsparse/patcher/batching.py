@@ -7,7 +7,7 @@ attention, tells each call's attention what the requests are, and where the cach
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -69,8 +69,7 @@ class Manager(continuous_api.ContinuousBatchingManager):
 
     def add_request(self, input_ids, *args, **more):
         """A request that holds tokens: an empty one would end all that run beside it."""
-        if len(input_ids) == 0:
-            raise UsageError("this request holds no tokens: give a prompt of one or more")
+        check_prompt(input_ids)
         return super().add_request(input_ids, *args, **more)
 
     def _create_batch_processor(self):
@@ -93,6 +92,12 @@ class Manager(continuous_api.ContinuousBatchingManager):
         steps = self._state.layers[0].steps
         told = ((request.tokens, 1, request.tokens) for request in requests if request.steps)
         steps.update(told)
+
+
+def check_prompt(input_ids: Sized) -> None:
+    """Raise UsageError for a request that holds no tokens."""
+    if len(input_ids) == 0:
+        raise UsageError("this request holds no tokens: give a prompt of one or more")
 
 
 def generate_batch(self, inputs, *args, **more):

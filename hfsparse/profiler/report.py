@@ -100,14 +100,19 @@ def tell_halved(plan: Plan, tokens: int, model: PreTrainedModel) -> str:
 
 
 def find_unused(plan: Plan, settings: Settings) -> str | None:
-    """A warning about a plan in which no head reads by the selector that was asked for."""
-    kind = settings.selector
-    if kind is None or any(pattern.kind == kind for pattern in plan.patterns.values()):
-        return None
-    return (
-        f"no head of this plan reads by {kind}: full heads and rings keep the budgets and lose "
-        "less. Give a smaller --decode-share, or longer --lengths, where fewer reads save more"
-    )
+    """A warning about a plan in which no head has the selector or the eviction that was asked
+    for."""
+    longer = "a smaller --decode-share, or longer --lengths, where fewer reads save more"
+    for kind, does, advice in (
+        (settings.selector, "reads by", longer),
+        (settings.eviction, "keeps by", "a smaller --cache-share"),
+    ):
+        if kind is not None and all(pattern.kind != kind for pattern in plan.patterns.values()):
+            return (
+                f"no head of this plan {does} {kind}: full heads and rings keep the budgets and "
+                f"lose less. Give {advice}"
+            )
+    return None
 
 
 def find_doubt(plan: Plan, given: bool = False) -> str | None:

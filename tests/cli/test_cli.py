@@ -305,8 +305,10 @@ def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
 
 
 def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
-    told = run("check", plan, model, "--length", "1000", "--batch", "2", "--gpu", "1GiB")
+    asked = "check", plan, model, "--length", "1000", "--batch", "2", "--gpu"
+    told = run(*asked, "1GiB")
     assert told.exit_code == 0
+    assert run(*asked, f"{1 / 1024} tib").stdout == told.stdout.replace("1GiB", f"{1 / 1024} tib")
     assert "2 x 1,000 tokens" in told.stdout
     for arm in ("dense", "plan", "4 bits"):
         (line,) = [line for line in told.stdout.splitlines() if line.startswith(arm)]
@@ -343,7 +345,8 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpu", "1GiB"], "give its --length"),
+        (["--gpu", "1GiB"], "--gpu: of a prompt's memory, so give its --length"),
+        (["--chunk", "64", "--batch", "2"], "--batch, --chunk: of a prompt's memory"),
         (["--length", "5", "--gpu", "lots"], "'lots' is no size"),
         (["--length", "5", "--dtype", "int3"], "unknown dtype int3"),
     ],
@@ -629,7 +632,7 @@ def test_profile_doubts_a_plan_that_its_proof_does_not_carry(verified, warning):
     assert said is None if warning is None else warning in said
 
 
-def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
+def test_profile_says_that_no_head_has_the_selector_or_eviction_that_was_asked_for():
     from hfsparse.profiler.report import find_unused
     from hfsparse.profiler.settings import Settings
 
@@ -640,6 +643,10 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
     assert "Give a smaller --decode-share, or longer --lengths" in said
     plan.patterns = {"marks": SELECTORS["landmarks"]()}
     assert find_unused(plan, Settings(selector="landmarks")) is None
+    said = find_unused(plan, Settings(selector="landmarks", eviction="snapkv"))
+    assert said.startswith("no head of this plan keeps by snapkv: ")
+    plan.patterns |= {"kept": EVICTIONS["snapkv"]()}
+    assert find_unused(plan, Settings(eviction="snapkv")) is None
 
 
 @pytest.mark.parametrize(
@@ -654,6 +661,7 @@ def test_profile_says_that_no_head_reads_by_the_selector_that_was_asked_for():
         (["--drop", "1.5"], "drop is 1.5: give 0 or more, and less than 1"),
         (["--nats", "-1"], "nats is -1.0: give 0 or more"),
         (["--data", "absent.jsonl"], "there is no calibration file absent.jsonl"),
+        (["--recipe", "duo", "--drop", "0.1"], "--drop: of the proof, which duo leaves out"),
         (["--proxy", "copy"], "proxy copy ranks heads for duo, not for balanced"),
         (["--lengths", "256,2048"], "lengths (256, 2048): the model's window is 512 tokens"),
         (["--dtype", "int3"], "unknown dtype int3"),

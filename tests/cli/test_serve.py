@@ -42,6 +42,14 @@ def test_a_model_that_is_not_there_is_told_in_one_sentence(monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
+def test_a_cache_that_requests_do_not_share_has_no_size(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
+    asked = ["serve", "nowhere", "--one-by-one", "--cache-tokens", "9"]
+    assert "one after another (as asked): leave it out" in CliRunner().invoke(app, asked).output
+
+
+@pytest.mark.skipif(not batching.KNOWN, reason=f"transformers is before {batching.OLDEST}")
 def test_a_port_that_is_taken_is_told_before_the_model_is_read(monkeypatch):
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
     monkeypatch.setitem(sys.modules, "uvicorn", ModuleType("uvicorn"))
@@ -76,11 +84,14 @@ def test_its_routes_answer_under_the_plan(batched):
             asked = {"prompt": prompt, "max_tokens": 5, "temperature": 0}
             headers = {"Content-Type": "application/json"}
             url = f"http://127.0.0.1:{port}/v1/completions"
-            if batched:  # and what comes next is answered all the same
-                empty = Request(url, json.dumps(asked | {"prompt": ""}).encode(), headers)
-                with pytest.raises(HTTPError, match="400") as refused:
-                    urlopen(empty, timeout=60)
-                assert "no tokens" in refused.value.read().decode()
+            # What comes behind a request that is refused is answered all the same.
+            wrong = [({"prompt": ""}, "holds no tokens"), ({"max_tokens": 0}, "asks for 0 new")]
+            for part, words in wrong[: 1 if batched else 2]:
+                for stream in (False, True):
+                    bad = json.dumps(asked | part | {"stream": stream}).encode()
+                    with pytest.raises(HTTPError, match="400") as refused:
+                        urlopen(Request(url, bad, headers), timeout=60)
+                    assert words in refused.value.read().decode()
             request = Request(url, json.dumps(asked).encode(), headers)
             with urlopen(request, timeout=60) as answer:
                 text = json.loads(answer.read())["choices"][0]["text"]

@@ -172,6 +172,12 @@ def test_squads_questions_take_the_place_of_invented_ones(call, tmp_path):
     assert "- questions: qa_1 dev.json, sha256:" in report
 
 
+def test_data_of_a_task_that_is_not_run_is_not_left_unread(call, tmp_path):
+    (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
+    told = sentence(call("ruler", "--squad", tmp_path / "dev.json", "--tasks", "niah_single_1"))
+    assert told.startswith("--squad is the data of qa_1, which --tasks leaves out: name it there")
+
+
 def test_needle_draws_its_grid(call, tmp_path):
     options = ["--lengths", "400,512", "--depths", "0,50,100", "--samples", 1]
     result = call("needle", *options, "--max-new-tokens", 2)

@@ -102,6 +102,11 @@ def test_a_prompt_of_ones_own_has_no_part_before_the_question(file):
     assert "leave out :agnostic" in CliRunner().invoke(app, words).stderr
 
 
+def test_a_question_without_turns_leaves_no_answer_for_the_next(file):
+    words = ["custom", "absent", "--data", str(file(GOOD)), "--answers", "gold"]
+    assert "qa.jsonl has none: leave it out" in CliRunner().invoke(app, words).stderr
+
+
 def test_the_report_lists_each_flipped_id_with_both_answers(
     file, folder, model, tokenizer, tmp_path
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import (
@@ -112,6 +114,10 @@ class Mean(LogitsProcessor):
         return scores + scores.mean(0, keepdim=True)
 
 
+def look(module, args, output):
+    """A hook."""
+
+
 def loop(model, input_ids, **given):
     return model._sample(input_ids, **given)
 
@@ -124,6 +130,7 @@ def loop(model, input_ids, **given):
         dict(output_logits=True, return_dict_in_generate=True),
         dict(cache=True),
         dict(exact=True),
+        dict(hook=True),
         dict(criterion=True),
         dict(stopping_criteria=[EosTokenCriteria(0)]),
         dict(logits_processor=LogitsProcessorList([Mean()])),
@@ -136,7 +143,9 @@ def test_where_more_than_tokens_may_be_seen_rows_read_on(empty, more):
     if "prompt_lookup_num_tokens" in more:
         ids, mask = ids[:1], mask[:1]
     given = {CACHE: DynamicCache()} if more.pop("cache", False) else {}
-    with hfsparse.patch(model, families.growing(model), exact=more.pop("exact", False)):
+    hook = more.pop("hook", False) and model.model.layers[1].mlp.register_forward_hook(look)
+    exact = more.pop("exact", False)
+    with hook or nullcontext(), hfsparse.patch(model, families.growing(model), exact=exact):
         eos = early(model, *left_padded(WIDTH, (0, 9, 13)))
         more |= (
             dict(stopping_criteria=[Stop(eos[0])])

@@ -120,10 +120,9 @@ def _claim(
         slot = tl.arange(0, SLOTS)
         stamp = tl.load(stamps + slot, mask=slot < S, other=NEVER)
         low, high = now * 0 - 1, now  # of `high` and less there are enough, of `low` too few
-        for _ in range(32):
+        while high - low > 1:
             middle = low + (high - low) // 2
             enough = tl.sum((stamp <= middle).to(tl.int32), 0) >= misses
-            enough = enough & (middle > low)
             high = tl.where(enough, middle, high)
             low = tl.where(enough, low, middle)
         older, same = stamp < high, (stamp == high).to(tl.int32)

@@ -26,7 +26,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from hfsparse import kernels
 from hfsparse.errors import Error
@@ -37,7 +36,14 @@ from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.call import running
 from hfsparse.runtime.decode import is_step
 from hfsparse.runtime.graphs.fewer import with_fewer_launches
-from hfsparse.runtime.graphs.obstacles import FSDP, NoWait, find_obstacle, has_hook, is_known
+from hfsparse.runtime.graphs.obstacles import (
+    FSDP,
+    NoWait,
+    find_obstacle,
+    has_hook,
+    hooks_everywhere,
+    is_known,
+)
 from hfsparse.runtime.graphs.parts import fused
 from hfsparse.runtime.graphs.pool import lock_devices
 from hfsparse.runtime.graphs.products import with_own_products
@@ -119,9 +125,8 @@ class Graphs:
         # Why nothing is fused, though it was asked for.
         self.loose: str | None = "not fused, its cache holds latents" if fuse and latents else None
         self.unfused: dict[int, str] = {}  # why steps of so many tokens, more than one, are not
-        self.held: Callable[[], CacheLayer | None] = lambda: (
-            None
-        )  # the cache that `stats` looked at
+        # The first layer of the cache that `stats` looked at.
+        self.held: Callable[[], CacheLayer | None] = lambda: None
         self.lock = threading.Lock()
         self.agree = agree or (lambda level: level)
         self.whole = False  # a fused step's decoder is compiled in one, not part by part
@@ -312,8 +317,8 @@ class Graphs:
             graph.holds(layers, rows, states)
             steps.graph = graph
             step = replace(step, given=given, graph=graph)
-            fused = call if fuse else None
-            output = self._checked(step, fused, forward, kwargs, layers, states)
+            compiled = call if fuse else None
+            output = self._checked(step, compiled, forward, kwargs, layers, states)
             graph.settings = Settings(decoder)  # behind all that an eager step may set
             return output
         except torch.cuda.OutOfMemoryError:
@@ -381,7 +386,7 @@ class Graphs:
         for steps in self.kept.values():
             steps.pop(Q, None)
 
-    def _checked(self, step: Planned, fused, forward, kwargs, layers, states: States) -> Any:
+    def _checked(self, step: Planned, compiled, forward, kwargs, layers, states: States) -> Any:
         """A graph's first replay, beside the same step run live, with the same kernels.
 
         Equal bits are asked for, of the output and of the states that linear layers are left with,
@@ -394,9 +399,9 @@ class Graphs:
         read = [(t, t.clone()) for t in counted]
 
         def run() -> Any:
-            if fused is None:
+            if compiled is None:
                 return forward(**kwargs)
-            output = run_live(fused, given, step.lengths, self._serving(layers))
+            output = run_live(compiled, given, step.lengths, self._serving(layers))
             self._passed(layers, rows)
             return output
 
@@ -476,7 +481,7 @@ class Graphs:
             return f"parts of it lie on {', '.join(apart)}"
         if self.layers[0].mode.observe:
             return "the profiler looks on"
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if hooks_everywhere():
             return "hooks on every module"
         if any(type(m).__module__.startswith(FSDP) for m in decoder.modules()):
             return "its weights are gathered from other ranks (FSDP)"

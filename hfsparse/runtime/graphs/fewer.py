@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +23,31 @@ ASKED = 64  # random rows
 
 def with_fewer_launches(forward: Callable, decoder: nn.Module) -> Callable:
     """The decoder's `forward`, in which norms are ours."""
-    known: dict[Any, Any] = {}
-    ours = []
-    for module in decoder.modules():
-        if "forward" not in vars(module):
-            made = _norm_of(module, known)
-            ours += [(module, made)] if made is not None else []
+    known: dict[tuple, str | None] = {}
+    own = (module for module in decoder.modules() if "forward" not in vars(module))
+    found = {module: _norm_of(module, known) for module in own}
+    ours = {module: norm for module, norm in found.items() if norm is not None}
 
     def run(**given):
-        for module, made in ours:
-            module.forward = made
+        for module, norm in ours.items():
+            module.forward = norm
         try:
             return forward(**given)
         finally:
-            for module, _ in ours:
+            for module in ours:
                 vars(module).pop("forward", None)  # another thread may have been here
 
     return run
 
 
-def _norm_of(module: nn.Module, known: dict) -> Callable | None:
-    """A norm's forward by our kernel, if it is one whose bits that has."""
+def _norm_of(module: nn.Module, known: dict[tuple, str | None]) -> Callable | None:
+    """A norm's forward by our kernel, if it is one whose bits that has; `known`: the forms, or
+    None, of norms that were asked before."""
     weight, eps = module._parameters.get("weight"), _eps(module)
     if eps is None or weight is None or weight.ndim != 1 or is_traceable_wrapper_subclass(weight):
         return None
-    if (kernel := _kernel(NORMS, weight)) is NORMS[-1]:
+    kernel = pick(NORMS, Need(weight.device, weight.dtype, len(weight), len(weight)))
+    if kernel is NORMS[-1]:
         return None
     kind = type(module), weight.dtype, weight.shape, weight.device, eps
     if kind not in known:
@@ -74,10 +73,6 @@ def _norm(module: nn.Module, kernel: Kernel, eps: float, form: str, x: Tensor) -
         return type(module).forward(module, x)
     with device_guard(x):
         return kernel.run(x, module.weight, eps, form)
-
-
-def _kernel(table: tuple[Kernel, ...], weight: Tensor) -> Kernel:
-    return pick(table, Need(weight.device, weight.dtype, len(weight), len(weight)))
 
 
 def _random(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:

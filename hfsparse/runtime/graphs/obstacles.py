@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
@@ -21,6 +22,11 @@ def has_hook(module: nn.Module) -> bool:
     where they were once asked for, or has ranks share a projection."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return not all(hook.__module__.startswith(OWN_HOOKS) for hook in hooks)
+
+
+def hooks_everywhere() -> bool:
+    """Whether hooks watch every module there is."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def is_known(module: nn.Module) -> bool:

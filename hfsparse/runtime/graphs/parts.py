@@ -25,7 +25,6 @@ from hfsparse.runtime.graphs.products import compile_step
 FORMS = 1024  # of one class: dynamo's own limit is 8, and a hybrid's linear layers share nothing
 LIMITS = {"recompile_limit": FORMS, "accumulated_recompile_limit": FORMS}
 
-
 _entered = threading.Lock()  # one at a time: limits are the process's, and drafts share a decoder
 
 
@@ -90,7 +89,8 @@ def _share(compiled: Callable, tokens: int, *args, **kwargs):
     """What is compiled, run so that it serves other numbers of tokens, where these are several."""
     for x in tree_leaves((args, kwargs)) if tokens > 1 else ():
         if isinstance(x, Tensor):
-            for dim in range(min(1, x.ndim - 1), x.ndim):  # not rows, but of positions alone
+            # The first dimension counts rows, unless it is the only one, as of `cache_position`.
+            for dim in range(min(1, x.ndim - 1), x.ndim):
                 if x.shape[dim] == tokens:
                     torch._dynamo.maybe_mark_dynamic(x, dim)
     return compiled(*args, **kwargs)
