@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -128,18 +129,19 @@ def choices_of_pages() -> Iterator[Shape]:
 
 def weights() -> Iterator[Shape]:
     """Matrices of fused steps and of quantised models; fp8 begins with sm_89."""
-    products, quantised = _module("products"), _module("quantised")
-    yield "bf16, 1 row", lambda: products.products(bf16(1, 4096), [bf16(64, 4096)], [None])
-    for dtype in CODES:
-        for group in (4096, 128):
+    products = _module("products")
+    plain = [bf16(64, 4096), bf16(16, 4096)]
+    for rows in (1, 8, 16, 32):
+        given = bf16(rows, 4096), plain, [None, None]
+        yield f"bf16, {rows} rows", lambda a=given: products.products(*a)
+        for dtype, group in product(CODES, (4096, 128)):
             scale = bf16(64, 4096 // group)
             matrix = Quantised(torch.zeros(64, 4096, dtype=dtype), scale)
-            for rows in (1, 8):
-                given = bf16(rows, 4096), [matrix], [None]
-                yield (
-                    f"{dtype}, {rows} rows, a scale for {group} columns",
-                    lambda a=given: quantised.products(*a),
-                )
+            given = bf16(rows, 4096), [matrix], [None]
+            yield (
+                f"{dtype}, {rows} rows, a scale for {group} columns",
+                lambda a=given: products.products_of_codes(*a),
+            )
 
 
 def _module(name: str) -> ModuleType:

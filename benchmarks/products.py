@@ -1,4 +1,4 @@
-"""Claim: a fused step of one row reads its weights faster than the matrix library does.
+"""Claim: a fused step of up to 32 rows reads its weights faster than the matrix library does.
 
     python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
         [--weights int8,fp8,int4] [--layers 8] [--no-fuse]
@@ -6,11 +6,11 @@
 Steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind random
 keys, not fused and fused: the graph alone, a token in `generate`, and the seconds until the first
 tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCTOR_CACHE_DIR says: a
-second run tells what a second process waits for. --matrices first times a product with each matrix
-of a layer, by the matrix library and by ours, in CUDA graphs over matrices in turn.
---weights: the decoder's matrices quantised by torchao, one format behind another: stock, replayed,
-and fused; with --matrices the products alone by torchao and by ours, of 1, 4 and 8 rows. --layers:
-so many alone. --no-fuse leaves out what compiles for long.
+second run tells what a second process waits for. --matrices first times products of 1 to 32 rows
+with each matrix of a layer, by the matrix library and by ours, in CUDA graphs over matrices in
+turn. --weights: the decoder's matrices quantised by torchao, one format behind another: stock,
+replayed, and fused; with --matrices the products alone by torchao and by ours. --layers: so many
+alone. --no-fuse leaves out what compiles for long.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hfsparse.kernels.codes import read
 from hfsparse.patcher.state import state_of
 
 MATRICES = ((1024, 4096), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+ROWS = (1, 4, 8, 16, 32)  # of a step
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
 
 
@@ -81,27 +82,18 @@ def in_turn(call: Callable[[int], object], count: int) -> float:
     return 1e3 * bench_ms(graph.replay) / calls
 
 
-def matrix(rows: int, columns: int) -> str:
+def matrix(rows: int, columns: int, weights: str) -> str:
     """A row of the table of matrices."""
-    size, more = 2 * rows * columns, {"device": "cuda", "dtype": torch.bfloat16}
-    held = [torch.randn(rows, columns, **more) for _ in range(max(1, int(HELD / size)))]
-    x, ours = torch.randn(1, columns, **more), PRODUCTS[0].run
-    library = in_turn(lambda i: linear(x, held[i]), len(held))
-    own = in_turn(lambda i: ours(x, held[i : i + 1], [None]), len(held))
-    cells = " | ".join(f"{us:.1f} | {size / us / 1e6:.2f}" for us in (library, own))
-    return f"| {rows:,} x {columns:,} | {cells} |"
-
-
-def quantised_matrix(rows: int, columns: int, weights: str) -> str:
-    """A row of the table of quantised matrices."""
     size, more = rows * columns, {"device": "cuda", "dtype": torch.bfloat16}
-    held, ours = [], QUANTISED[0].run
+    size, held = size if weights else 2 * size, []
     for _ in range(max(1, int(HELD / size))):
         layer = nn.Linear(columns, rows, bias=False, **more)
-        quantise(layer, weights)
+        if weights:
+            quantise(layer, weights)
         held.append(layer.weight)
-    parts, cells = [read(weight) for weight in held], []
-    for n in (1, 4, 8):
+    parts, cells = [read(weight) for weight in held] if weights else held, []
+    ours = (QUANTISED if weights else PRODUCTS)[0].run
+    for n in ROWS:
         x = torch.randn(n, columns, **more)
         theirs = in_turn(lambda i, x=x: linear(x, held[i]), len(held))
         own = in_turn(lambda i, x=x: ours(x, parts[i : i + 1], [None]), len(held))
@@ -112,13 +104,12 @@ def quantised_matrix(rows: int, columns: int, weights: str) -> str:
 def matrices(weights: list[str]) -> None:
     """The tables of matrices: of bf16, or of each format."""
     for kind in weights:
-        rows = "".join(f" torchao, {n} rows, us | ours, us | TB/s |" for n in (1, 4, 8))
-        head = f"| {kind} |{rows}" if kind else "| matrix | cuBLAS, us | TB/s | ours, us | TB/s |"
-        print(f"{head}\n| --- |" + " ---: |" * (head.count("|") - 2))
+        theirs = "torchao" if kind else "cuBLAS"
+        rows = "".join(f" {theirs}, {n} rows, us | ours, us | TB/s |" for n in ROWS)
+        print(f"| {kind or 'bf16'} |{rows}\n| --- |" + " ---: |" * rows.count("|"))
         with torch.no_grad():
             for shape in MATRICES:
-                made = quantised_matrix(*shape, kind) if kind else matrix(*shape)
-                print(made, flush=True)
+                print(matrix(*shape, kind), flush=True)
                 tidy()
 
 

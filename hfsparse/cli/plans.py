@@ -153,6 +153,7 @@ def check(
     from hfsparse.models.loading import skeleton
     from hfsparse.models.window import context_window
     from hfsparse.patcher import patch
+    from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
     from hfsparse.plan import Plan
     from hfsparse.plan.sources import open_plan
 
@@ -166,11 +167,22 @@ def check(
     more = {"batch": batch, "chunk": chunk, "itemsize": 4 if dtype == "float32" else 2}
     peak, longest = _print_memory(config, loaded, length, gpu, **more)
     _print_shares(config, loaded, length, more["itemsize"])
+    given = _cache_budget(loaded)
+    if given is not None and given[1] != length:
+        typer.echo(
+            f"note: this plan's cache was given {given[0]:g} GiB at {given[1]:,} tokens, and other "
+            "lengths take other amounts: profile with --at for yours"
+        )
     window = None if loaded.extend else context_window(config)
     if window is not None and window < max(length, longest):
         typer.echo(
             f"note: this model's window is {window:,} tokens: commands read no more without "
             "--beyond-window"
+        )
+    if not chunk and length > LONG and why_in_one_call(config, loaded) is None:
+        typer.echo(
+            f"note: generate reads prompts of more than {LONG:,} tokens in chunks of {CHUNK:,} by "
+            f"itself, which takes less work: --chunk {CHUNK}"
         )
     if room is not None and peak > room:
         raise UsageError(
@@ -178,6 +190,13 @@ def check(
             "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share, as "
             "hfsparse bits makes"
         )
+
+
+def _cache_budget(plan) -> tuple[float, int] | None:
+    """GiB that the cache was given when the plan was made, and at how many tokens; None: it was
+    given a share, or the plan doesn't say."""
+    gib, at = plan.made.get("cache_gib"), plan.made.get("at", max(plan.expected, default=None))
+    return (gib, at) if isinstance(gib, float | int) and isinstance(at, int) else None
 
 
 def _print_memory(

@@ -222,7 +222,7 @@ PRODUCTS = (
     Kernel("PyTorch", plain.products, _always),
 )
 QUANTISED = (
-    Kernel("Triton", _lazily("triton.quantised", "products"), _triton("quantised")),
+    Kernel("Triton", _lazily("triton.products", "products_of_codes"), _triton("products")),
     Kernel("PyTorch", plain.quantised, _always),
 )
 NORMS = (

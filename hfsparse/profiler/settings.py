@@ -201,12 +201,14 @@ class Settings:
         "In place of --cache-share: GiB that the whole cache of one row of --at tokens may take.",
         check=within(lambda gib: 0 < gib < inf, "cache_gib is {}: give more than 0, in GiB"),
         suits=_refuse_cache_gib,
+        made=True,
     )
     at: int | None = setting(
         None,
         "Tokens in the row at which --cache-gib counts; else the longest of --lengths.",
         check=within(lambda tokens: tokens >= 1, "at is {}: give tokens in a row, 1 or more"),
         suits=_refuse_at,
+        made=True,
         min=1,
     )
     decode_share: float = setting(

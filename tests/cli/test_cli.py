@@ -337,6 +337,14 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     dense, ours = (line for line in told.splitlines() if line.startswith(("dense", "plan")))
     assert "in host memory" not in dense
     assert re.search(r"= \d\.\d\d, and 0\.\d[1-9] in host memory$", ours)
+    given = tmp_path / "given.yaml"
+    replace(Plan.load(plan), made={"cache_gib": 0.5, "at": 400}).save(given)
+    told = run("check", given, model, "--length", "500").stdout
+    assert "note: this plan's cache was given 0.5 GiB at 400 tokens, and other lengths" in told
+    assert "note" not in run("check", given, model, "--length", "400").stdout
+    long = "check", plan, model, "--length", "200000"
+    assert "in chunks of 32,768 by itself, which takes less work: --chunk" in run(*long).stdout
+    assert "by itself" not in run(*long, "--chunk", "32768").stdout
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 import hfsparse
 from hfsparse.kernels import plain
 from hfsparse.kernels.codes import Quantised
-from hfsparse.kernels.triton import products, quantised
+from hfsparse.kernels.triton import products
 from tests.gpu.common import DEVICE
 from tests.gpu.test_graphs import graphs, inputs
 from tests.kernels.codes import matrix
@@ -17,7 +17,7 @@ from tests.patcher.families import fresh, mixed
 from tests.patcher.runs import generate
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 12, 32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("K", "sizes"), [(4096, [4096, 1024, 1024]), (576, [1536, 1536]), (14336, [4096]), (2050, [7])]
@@ -50,7 +50,7 @@ def test_a_fused_step_of_one_row_is_made_of_them(monkeypatch):
     assert (got - want)[:, :1].abs().max() < 0.1
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 12, 32])
 @pytest.mark.parametrize(
     ("kind", "sizes", "K", "group"),
     [
@@ -69,15 +69,16 @@ def test_products_with_codes_are_those_of_their_numbers(kind, sizes, K, group, r
     parts = zip(made, biases, strict=True)
     want = [plain.quantised(x.double(), [m], [b]) for m, b in parts]
     want = torch.cat(want, -1)
-    off = (quantised.products(x, made, biases) - want).abs().max() / want.abs().max()
+    off = (products.products_of_codes(x, made, biases) - want).abs().max() / want.abs().max()
     assert off < 2 * torch.finfo(x.dtype).eps
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_steps_of_quantised_weights_are_made_of_them(fuse, monkeypatch):
     ao = pytest.importorskip("torchao.quantization")
-    run, launched = quantised.products, []
-    monkeypatch.setattr(quantised, "products", lambda *a: launched.append(len(a[1])) or run(*a))
+    name, launched = "products_of_codes", []
+    run = getattr(products, name)
+    monkeypatch.setattr(products, name, lambda *a: launched.append(len(a[1])) or run(*a))
     model, (ids, mask) = fresh("llama").to(DEVICE, torch.bfloat16), inputs(150)
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
     with torch.no_grad():

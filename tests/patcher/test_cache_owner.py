@@ -241,7 +241,7 @@ def test_quantised_and_offloaded_caches_are_refused():
     with hfsparse.patch(model):
         for cache, name in cases:
             with pytest.raises(
-                CacheError, match=rf"{name} is not supported.*use the default cache"
+                CacheError, match=rf"{name} is not supported.*use the default cache.*host: true"
             ):
                 forward(model, tokens(1, 5), cache=cache)
         with pytest.raises(CacheError, match="an offloaded cache is not supported"):

@@ -291,6 +291,7 @@ def test_a_budget_in_gib_is_of_the_whole_cache_at_its_length(family, method):
     dense = held(model, Plan.full(ModelId.of(model)), at)
     plan = hfsparse.profile(model, tokenizer, **asked, cache_gib=0.7 * dense)
     assert 0.5 * dense < held(model, plan, at) <= 0.7 * dense
+    assert (plan.made["cache_gib"], plan.made["at"]) == (0.7 * dense, at)
     told = describe_budgets(plan, Settings(**asked, cache_gib=0.7 * dense), model)
     assert re.search(rf"cache \S+ of {0.7 * dense:.3g} GiB at 1400 tokens met", told)
     if family == "gemma3":

@@ -1,5 +1,7 @@
 """Random conversations, each held twice: by a patched model and by the dense oracle.
 
+Caches keep all bits or fewer, on the device or in host memory, for which a host without a GPU does.
+
 A third of the seeds are held in a run, another one as the code changes. A failure prints its seed
 and every step. To replay one, from the repository's root:
 `python -c "from tests.patcher.test_soak import hold; hold(17)"`.
@@ -29,6 +31,7 @@ from hfsparse.lists import PAGE
 from hfsparse.models.layers import layer_shapes
 from hfsparse.plan import Below
 from hfsparse.plan.kept import Full
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.ring import SLACK
 from tests.patcher import oracle as oracles
 from tests.patcher.families import fresh, left_padded, plan_of, tiny, tokens
@@ -71,8 +74,9 @@ def random_plan(rng, model):
 
     below = [rng.choice([0, 0, rng.randint(1, 250)]) for _ in range(3)]
     plan = plan_of(model, layer, below, **patterns)
-    free = layer_shapes(model)[0].window is None
-    return pack(plan, rng.choice([8, 4])) if free and rng.random() < 0.3 else plan
+    if layer_shapes(model)[0].window is None and rng.random() < 0.3:
+        plan = pack(plan, rng.choice([8, 4, "fp8"]))
+    return in_host_memory(plan, rng.uniform(0.6, 1)) if rng.random() < 0.3 else plan
 
 
 def pack(plan, bits):
@@ -84,6 +88,21 @@ def pack(plan, bits):
     words = [f"{word}_packed" if word != "full" else "packed" for word in first.cache]
     layers = replace(first, cache=tuple(words)), *plan.layers[1:]
     return replace(plan, patterns={**plan.patterns, **patterns}, layers=layers)
+
+
+def in_host_memory(plan, hot):
+    """Full caches of which steps choose lie in host memory, in the bits that they have."""
+    patterns, layers = {**plan.patterns}, []
+    for own in plan.layers:
+        words = []
+        for word, read in zip(own.cache, own.decode, strict=True):
+            if read == "quest":
+                bits = 16 if word == "full" else plan.patterns[word].bits
+                word = f"{word}_hosted"
+                patterns[word] = Full(bits, host=True, hot=hot)
+            words.append(word)
+        layers.append(replace(own, cache=tuple(words)))
+    return replace(plan, patterns=patterns, layers=tuple(layers))
 
 
 def for_parts(plan, lengths):
@@ -135,6 +154,10 @@ class Conversation:
 
     def patch(self):
         self.plan = random_plan(self.rng, self.patched)
+        words = {word for layer in self.plan.layers for word in layer.cache} - {"full"}
+        kept = [self.plan.patterns[word] for word in words]
+        self.done["fewer bits"] += any(each.bits != 16 for each in kept)
+        self.done["host memory"] += any(getattr(each, "host", False) for each in kept)
         self.handle = hfsparse.patch(self.patched, self.plan)
         self.say("patch", self.plan.dumps())
 
@@ -307,6 +330,7 @@ def hold(seed):
     rng, done, log = random.Random(seed), Counter(), []
     try:
         with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(host, "why_not", return_value=None))
             talks = [
                 patches.enter_context(Conversation(rng, family, done, log))
                 for family in rng.sample(FAMILIES, rng.choice([1, 1, 2]))
@@ -326,5 +350,6 @@ def test_random_conversations_equal_the_oracle(first):
     assert sum(done["keys read"] < 0.9 * done["keys seen"] for done in held) > 0.6 * BATCH
     total = sum(held, Counter())
     wanted = {"prompt", "forward", "greedy", "sample", "branch", "undo", "crop", "refused crop"}
-    wanted |= {"repeat", "select", "reorder"} | ({"chunks"} if VERSION >= CHUNKS else set())
+    wanted |= {"repeat", "select", "reorder", "fewer bits", "host memory"}
+    wanted |= {"chunks"} if VERSION >= CHUNKS else set()
     assert wanted <= {*total}, total

@@ -1,6 +1,8 @@
 """The cache layer against plain lists of each row's tokens, through any sequence of calls."""
 
 from copy import deepcopy
+from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +14,17 @@ from torch.nn.functional import pad
 from hfsparse.errors import CacheError
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
+from hfsparse.kernels.fetch import fetch
 from hfsparse.lists import FULL, PAGE, Band, BlockLists, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.packed import pack, unpack
+from hfsparse.lists.places import EXTREMES
 from hfsparse.patterns.streaming import Streaming
+from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.evicting import Evicting
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.host import HostFull, HostPacked
 from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.runtime.cache.packed import PackedFull, PackedRing
 from hfsparse.runtime.cache.ring import SLACK, Ring
@@ -32,7 +38,10 @@ from tests.helpers import poison_of
 from tests.patterns.matrix import weights
 
 HEADS, DIM = 6, 4
-LABELS = Channels(0.3, 2, channels=2).bind(0, (1, 5), weights(1, HEADS, DIM))
+LABELS, PAGES = (  # of units of 16 tokens, and of pages
+    Channels(0.3, 2, channels=2, unit=unit).bind(0, (1, 5), weights(1, HEADS, DIM))
+    for unit in (16, PAGE)
+)
 CLUSTERS = Centroids(clusters=2, segment=256)
 FULLS = (Group((0, 2, 4), FULL, Quest()), Group((1, 5), FULL, LABELS), Group((3,), FULL, CLUSTERS))
 SINKS = (  # however long their rows, these can go back to their first three tokens
@@ -53,6 +62,20 @@ PACKED = (
     Group((2,), Streaming(5, 6, 0.25).band, bits="fp8"),
     Group((3,), Band(3, 10), bits=4),
 )
+OTHERS = (
+    Group((0, 4), FULL, bits="fp8"),
+    Group((1, 5), FULL, PAGES, bits=4),
+    Group((2,), Streaming(5, 6, 0.25).band, bits=8),
+    Group((3,), Band(3, 10), bits="fp8"),
+)
+HOSTED = (
+    Group((0,), FULL, Quest(0.3, 2), hot=0.4),
+    Group((1, 5), FULL, LABELS, hot=0.3),
+    Group((2,), FULL, Quest(0.3, 2), bits=4, hot=0.3),
+    Group((3,), FULL, Quest(0.3, 2, bound=16), bits=8, hot=0.3),
+    Group((4,), FULL, Quest(0.3, 2, refresh=3), bits="fp8", hot=0.3),
+)
+WHOLE, PACKS = (Full, PackedFull, HostFull, HostPacked), (PackedFull, PackedRing, HostPacked)
 
 
 def window(band: Band, position: int) -> list[int]:
@@ -86,10 +109,21 @@ def packed(t, bits):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value."""
+    """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value.
+
+    A host without a GPU stands for both memories.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.anywhere = mock.patch.object(host, "why_not", return_value=None)
+        self.anywhere.start()
+
+    def teardown(self):
+        self.anywhere.stop()
 
     @initialize(
-        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT, PACKED, PACKED]),
+        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT, PACKED, OTHERS, HOSTED, HOSTED]),
         below=st.sampled_from([0, 60, 150]),
         reserve=st.sampled_from([0, 200]),
         expected=st.sampled_from([0, 100]),
@@ -184,6 +218,8 @@ class CacheMachine(RuleBasedStateMachine):
             if columns <= STEP:
                 self.check_step(ring, past)
             self.check_size(ring)
+        for store in self.stores(HostFull, HostPacked):
+            self.check_hot(store, min(columns, STEP))
         self.check_summaries(past)
 
     def know(self, store, past):
@@ -268,6 +304,24 @@ class CacheMachine(RuleBasedStateMachine):
             for query in range(p, len(row)):
                 assert {*window(ring.band, query)} <= {*at.tolist()}
 
+    def check_hot(self, store, queries):
+        """What is chosen is found in the hot set, or among the newest pages, as the row has it."""
+        q = torch.randn(len(self.rows), len(store.group.heads), queries, DIM, generator=self.random)
+        length, hot = torch.tensor(self.lengths()), store.place().hot
+        lists = store.group.selector.pages(q, store.indexed(None), length, 1.0)
+        found, within = fetch(hot, lists, length), torch.arange(hot.unit)
+        for (b, n), h in product(enumerate(self.lengths()), range(q.shape[1])):
+            units, lies = (t[b, h, : found.count[b, h], None] for t in (found.pages, found.lies))
+            at, lies = (t * hot.unit + within for t in (units, lies))
+            at, lies = at[at < n], lies[at < n]
+            if hot.packed is None:
+                ours = torch.stack([t[b, h, lies] for t in (hot.k, hot.v)])
+            else:
+                own = hot.packed.of(torch.tensor([b]))
+                ours = own.choose(h, at[None], length[b : b + 1], lies[None] // PAGE)
+                ours = torch.cat(ours)[:, 0]
+            assert torch.equal(ours, self.read_of(store, b, n)[:, h, at])
+
     def check_size(self, ring):
         """No more room than sink, window and slack, once no row can go back under `below`."""
         if min(self.lengths()) >= ring.below + SLACK or not ring.below:
@@ -282,7 +336,7 @@ class CacheMachine(RuleBasedStateMachine):
 
         past: behind a call, how long rows were before it.
         """
-        for store in self.stores(Full, PackedFull):
+        for store in self.stores(*WHOLE):
             if not store.group.selector:
                 continue
             for b, n in enumerate(self.lengths()):
@@ -300,10 +354,11 @@ class CacheMachine(RuleBasedStateMachine):
                     held = {name: t[b, :, page] for name, t in store.index.items()}
                     if past or own.shape[1] == PAGE:
                         whole = pad(own, (0, 0, 0, PAGE - own.shape[1]), value=torch.nan)
-                        real = (torch.arange(PAGE) < own.shape[1])[:, None]
+                        real = (torch.arange(PAGE) < own.shape[1]).view(1, 1, 1, PAGE, 1)
                         said = store.group.selector.summarise(whole[None, :, None], real)
                         assert all(torch.equal(held[name], t[0, :, 0]) for name, t in said.items())
-                    if store.group.selector.kind == "quest":
+                    # Those of parts, of a page that is begun anew, follow with its next token.
+                    if {*held} == EXTREMES and held["low"].ndim == 2:
                         assert (held["low"] <= own.amin(1)).all()
                         assert (held["high"] >= own.amax(1)).all()
 
@@ -356,7 +411,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.layer.crop(-drop)
             return
         self.layer.crop(-drop)
-        for store in self.stores(PackedFull, PackedRing):
+        for store in self.stores(*PACKS):
             for b, row in enumerate(self.rows):
                 self.go_back_to(store, b, max(len(row) - drop, 0))
         self.rows = [row[: max(len(row) - drop, 0)] for row in self.rows]
@@ -382,7 +437,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.layer.batch_repeat_interleave(2)
         elif how == "copy":
             old, self.layer = self.layer, deepcopy(self.layer)
-            for tensor in (t for store in old.stores for t in store.tensors()):
+            for tensor in (t for s in old.stores for t in (*s.tensors(), *s.outside())):
                 tensor.fill_(poison_of(tensor.dtype, torch.nan))
         self.rows = [list(self.rows[b]) for b in rows]
         self.left = [[left[b] for b in rows] for left in self.left]
@@ -393,7 +448,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self):
         self.layer.reset()
-        for store in self.stores(PackedFull, PackedRing):
+        for store in self.stores(*PACKS):
             for b in range(len(self.rows)):
                 self.go_back_to(store, b, 0)
         self.rows = [[] for _ in self.rows]
@@ -419,7 +474,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def full_stores_hold_every_token(self):
-        for store in self.stores(Full, PackedFull):
+        for store in self.stores(*WHOLE):
             held = torch.stack(store.read(self.lengths()))
             for b, n in enumerate(self.lengths()):
                 assert torch.equal(held[:, b, :, :n], self.read_of(store, b, n))
@@ -450,9 +505,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def bytes_are_those_of_the_storages(self):
-        tensors = [t for store in self.layer.stores for t in store.tensors()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        assert self.layer.bytes() == sum(s.nbytes() for s in storages.values())
+        for held, said in (("tensors", self.layer.bytes()), ("outside", self.layer.host_bytes())):
+            tensors = [t for store in self.layer.stores for t in getattr(store, held)()]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            assert said == sum(s.nbytes() for s in storages.values())
 
 
 TestCacheEqualsPlainLists = CacheMachine.TestCase

@@ -35,7 +35,8 @@ from hfsparse.runtime.rows import device_guard
 
 SHORT = 2048  # tokens of a prompt that waits, over all rows: others are the GPU's time
 DEFAULT = (
-    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8"
+    "use the default cache, and for less memory a plan whose cache words have bits: 8, 4 or fp8, "
+    "or, where steps choose what they read, host: true"
 )
 
 

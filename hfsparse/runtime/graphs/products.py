@@ -23,7 +23,7 @@ from hfsparse.kernels.codes import Quantised, read
 
 BACKEND = "inductor"
 LINEAR = torch._C._nn.linear  # what nn.Linear and F.linear call
-FEW = 8  # rows of a step that meet weights in our kernels
+FEW = 32  # rows of a step that meet weights in our kernels
 
 
 class OwnProducts(TorchFunctionMode):

@@ -10,15 +10,18 @@ from hfsparse.runtime.graphs.products import join_products
 from tests.kernels.interpreter import interpreter
 
 
-@pytest.fixture(scope="module")
-def products():
-    with interpreter(
-        triton__products__COLUMNS=64, triton__products__WIDEST=64, triton__products__FEW_COLUMNS=16
-    ) as run:
+@pytest.fixture(scope="module", params=["wide", "narrow"])
+def products(request):
+    """On a card with room for a tile of all warps, and on one without."""
+    rows = {8: (16, 16, 3), 16: (32, 16, 3), 32: (32, 16, 3)}
+    small = dict(triton__products__ROW=(4, 32, 1), triton__products__ROWS=rows)
+    if request.param == "narrow":
+        small["triton__products__TOGETHER"] = 64, 128, 99
+    with interpreter(**small) as run:
         yield lambda *given: run("triton.products.products", *given)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 32])
 @pytest.mark.parametrize(("K", "sizes"), [(128, [9]), (100, [8, 3]), (64, [4, 1, 7, 5, 2])])
 def test_products_are_those_of_torch(products, K, sizes, rows):
     torch.manual_seed(K)
@@ -84,7 +87,7 @@ def joined(x, monkeypatch, serves=True, kind=Block):
     return [name for name in names if any(word in name for word in KINDS)]
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 32])
 def test_a_graph_joins_products_that_share_their_rows(monkeypatch, rows):
     found = joined(torch.randn(rows, 1, 8), monkeypatch)
     assert [n for n in found if "products" in n] == ["hfsparse.products.default"] * 2
@@ -104,4 +107,4 @@ def test_nothing_is_joined_where_no_kernel_serves(monkeypatch):
 
 
 def test_many_rows_are_left_to_torch(monkeypatch):
-    assert len(joined(torch.randn(9, 1, 8), monkeypatch)) == 7
+    assert len(joined(torch.randn(33, 1, 8), monkeypatch)) == 7

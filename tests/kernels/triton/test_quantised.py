@@ -10,9 +10,9 @@ from tests.kernels.interpreter import interpreter
 
 def products_of_bits(x, dtype, matrices, biases):
     """In the interpreter's process: fp8 is not pickled."""
-    from hfsparse.kernels.triton.quantised import products
+    from hfsparse.kernels.triton.products import products_of_codes
 
-    return products(x, [m._replace(codes=m.codes.view(dtype)) for m in matrices], biases)
+    return products_of_codes(x, [m._replace(codes=m.codes.view(dtype)) for m in matrices], biases)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def products():
         given = x, matrices[0].codes.dtype, bits, biases
         return run(f"{__name__}.products_of_bits", *given)
 
-    small = dict(triton__quantised__ROW=(4, 64, 2), triton__quantised__ROWS=(16, 64, 2))
+    rows = dict.fromkeys((8, 16, 32), (16, 64, 2))
+    small = dict(triton__products__ROW_OF_CODES=(4, 64, 2), triton__products__ROWS=rows)
     with interpreter(**small) as run:
         yield call
 
@@ -38,6 +39,8 @@ def products():
         ("fp8", [4], 256, 32, 1),
         ("fp8", [6], 384, 128, 1),
         ("fp8", [20], 264, 264, 8),
+        ("fp8", [9, 2], 264, 264, 17),
+        ("int8", [5], 320, 64, 12),
         ("fp8", [3, 18], 384, 128, 2),
     ],
 )
