@@ -7,9 +7,10 @@ listed or without, or in rings of several sizes. A kernel looks up its kv head's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import gcd
+from math import gcd, prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,32 +175,35 @@ class Table:
         pooled = parts[0].pool is not None
         if not (pooled or all(map(_dense, (t for part in parts for t in part.buffers)))):
             raise ValueError("the cache's buffers must be contiguous")
-        rows = [[0] * WIDTH for part in parts for _ in part.heads]
+        lines: dict[int, list[int]] = {}  # by head
         first, listed = parts[0], 0
         for part in parts:
             starts = [_behind(part.k, first.k), _behind(part.v, first.v), 0, 0]
             steps, spans, span = [part.k.stride(1), part.v.stride(1), 0, 0], 0, PAGE
             if part.low is not None:
                 starts[2:] = _behind(part.low, first.k), _behind(part.high, first.k)
-                steps[2:] = [part.low[0, 0].numel()] * 2
+                steps[2:] = [prod(part.low.shape[2:])] * 2
                 each = part.low.shape[3] if part.low.ndim == 5 else 1
                 spans, span = part.low.shape[2] * each, PAGE // each
             band, H, N = part.band, len(part.heads), part.k.shape[2]
             turn = (0, NEWEST) if part.ends else (band.sink, part.size or NEVER)
             held = 0 if pooled else H * N, N, H * spans, spans, *turn
             held = *held, band.recent, band.rate, int(band.chunked), part.below
+            ends = span, _address(part.dropped)
             for i, head in zip(part.heads if pooled else range(H), part.heads, strict=True):
                 at = [start + i * step for start, step in zip(starts, steps, strict=True)]
-                line = (*at, *held, listed if part.listed else -1, span, _address(part.dropped))
+                lines[head] = [*at, *held, listed if part.listed else -1, *ends]
                 listed += part.listed
-                rows[head][: len(line)] = line
-        self.unit = gcd(16, *(n for row in rows for n in row[:4]))
-        rows = [[n // self.unit for n in row[:4]] + row[4:] for row in rows]
+        rows = np.zeros((len(lines), WIDTH), np.int64)  # torch takes lists many times as slowly
+        rows[:, : len(COLUMNS)] = [lines[head] for head in range(len(lines))]
+        self.unit = gcd(16, *rows[:, :4].ravel().tolist())
+        rows[:, :4] //= self.unit
         with torch.inference_mode(False):
-            cells = torch.tensor(rows, device="cpu")
+            cells = torch.from_numpy(rows)
             if self.cells is None or self.cells.device != first.k.device:
-                self.cells = torch.empty_like(cells, device=first.k.device)
-            self.cells.copy_(cells, non_blocking=True)
+                self.cells = cells.to(first.k.device, non_blocking=True)
+            else:
+                self.cells.copy_(cells, non_blocking=True)
 
 
 def _spot(t: Tensor) -> tuple[int, torch.Size]:

@@ -75,7 +75,8 @@ class Quest:
         `[B, H, n, PAGE / span, D]` of smaller spans."""
         if self.span < PAGE:
             keys, real = (t.unflatten(3, (-1, self.span)) for t in (keys, real))
-        low, high = (keys.masked_fill(~real, by) for by in (torch.inf, -torch.inf))
+        none = ~real
+        low, high = (keys.masked_fill(none, by) for by in (torch.inf, -torch.inf))
         return {"low": low.amin(-2), "high": high.amax(-2)}
 
     def scores(self, q: Tensor, index: dict[str, Tensor], length: Tensor, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class Operators(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = 0
+        self.seen = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen += function.overloadpacket.__name__ != "fill_"
+        if (name := function.overloadpacket.__name__) != "fill_":
+            self.seen[name] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -67,7 +69,7 @@ def test_dense_prompts_dispatch_few_operators_more_than_the_stock_model(plan):
         forward(model, ids, use_cache=cached)
         with Operators() as found:
             forward(model, ids, use_cache=cached)
-        return found.seen
+        return found.seen.total()
 
     stock = counted(False), counted(True)
     with hfsparse.patch(model, plan(model)):
@@ -106,6 +108,26 @@ def test_a_layer_of_a_short_prompt_makes_few_calls_of_python(plan):
     assert 0 < found[1] - found[0] <= 4 * 17
 
 
+@pytest.mark.parametrize("length", [100, 128])
+@pytest.mark.parametrize("plan", [full, partial(mixed, below=(9999,) * 3)])
+def test_the_step_behind_a_prompt_that_waits_lays_each_store_out_once(plan, length):
+    """Also where the prompt is a whole number of pages."""
+    model = fresh("llama")
+    with hfsparse.patch(model, plan(model)):
+        for _ in range(2):  # the first time makes what all caches share
+            cache = forward(model, tokens(1, length)).past_key_values
+            with Operators() as first:
+                forward(model, tokens(1, 1), None, cache)
+        with Operators() as next_one:
+            forward(model, tokens(1, 1), None, cache)
+    stores = [store for layer in cache.layers for store in layer.stores]
+    more = Counter(first.seen)
+    more.subtract(next_one.seen)
+    assert more["empty"] + more["zeros"] == sum(len(store.tensors()) for store in stores)
+    if plan is full:  # a buffer of keys and one of values, their slots, the copies, and a table
+        assert more.total() <= 7 * len(stores)
+
+
 LATER = {  # new tokens of the next call, and what is done to the cache before
     "a step": (1, lambda cache: None),
     "a chunk": (20, lambda cache: None),
@@ -118,11 +140,12 @@ LATER = {  # new tokens of the next call, and what is done to the cache before
 @pytest.mark.parametrize("below", [0, 60, 9999])
 @pytest.mark.parametrize("what", LATER)
 def test_a_prompt_that_waits_is_stored_as_one_that_does_not(what, below, monkeypatch):
-    """Bit by bit, however it goes on; rows lie on both sides of `below`, and one passes it."""
+    """Bit by bit, however it goes on; rows lie on both sides of `below`, and one passes it. The
+    longer one is a whole number of pages."""
     model, found, (new, change) = fresh("llama"), [], LATER[what]
     for short in (cache_layer.SHORT, 0):
         monkeypatch.setattr(cache_layer, "SHORT", short)
-        ids, mask = left_padded(70, pads=(0, 13))
+        ids, mask = left_padded(64, pads=(0, 6))
         with hfsparse.patch(model, mixed(model, below=(below,) * 3)) as handle:
             cache = forward(model, ids, mask).past_key_values
             seen = [handle.stats().kv_bytes]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,10 +67,28 @@ def lengthen(t: Tensor, size: int) -> Tensor:
 
 def new_buffer(t: Tensor, *shape: int) -> Tensor:
     """As `t.new_empty`, and writable later also where this call runs under inference_mode."""
+    return _written_later(torch.empty, shape, t.dtype, t.device)
+
+
+def new_zeros(t: Tensor, *shape: int) -> Tensor:
+    """As `new_buffer`, of zeros."""
+    return _written_later(torch.zeros, shape, t.dtype, t.device)
+
+
+@lru_cache
+def no_slots(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    """A buffer that has no slot yet: it holds nothing, so that all stores share it."""
+    return _written_later(torch.empty, shape, dtype, device)
+
+
+def _written_later(
+    make: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What `make` makes, as if no inference_mode were on."""
     if not torch.is_inference_mode_enabled():
-        return t.new_empty(shape)
+        return make(shape, dtype=dtype, device=device)
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=t.dtype, device=t.device)
+        return make(shape, dtype=dtype, device=device)
 
 
 def filled(t: Tensor, rows: Sequence[int], unit: int = 1) -> Tensor:

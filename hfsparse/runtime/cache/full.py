@@ -12,7 +12,7 @@ from hfsparse.lists import PAGE
 from hfsparse.lists.choice import Choice
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import EXTREMES, Place
-from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, put
+from hfsparse.runtime.cache.buffers import at_once, filled, lengthen, no_slots, put
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 from hfsparse.selectors import part_of, segment_of, tokens_built
@@ -38,7 +38,7 @@ class Full(Store):
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (k.shape[0], len(self.group.heads), 0)
-        self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
+        self.hold(*(no_slots(t.dtype, t.device, *shape, t.shape[-1]) for t in (k, v)))
         self._create_index(k, shape)
 
     def _create_index(self, k: Tensor, shape: tuple[int, int, int]) -> None:
@@ -47,7 +47,7 @@ class Full(Store):
         if (selector := self.group.selector) is None:
             return
         for name, (sizes, dtype) in self._index_shapes().items():
-            self.index[name] = k.new_empty(*shape, *sizes, dtype=dtype)
+            self.index[name] = no_slots(dtype, k.device, *shape, *sizes)
         if selector.budget.refresh:
             self.choice = Choice.none(*shape, k.device)
 

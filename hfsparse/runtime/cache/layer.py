@@ -83,6 +83,10 @@ class CacheLayer(CacheLayerMixin):
     @property
     def stores(self) -> list[Full | Ring]:
         """Its stores, which have all that it was given: a prompt that waited is stored now."""
+        return self._all_stored()
+
+    def _all_stored(self, rows: Sequence[int] = ()) -> list[Full | Ring]:
+        """As `stores`; a prompt that waited finds room for rows that have so many tokens next."""
         if self._stores is None:
             self._stores = [_store_of(group, *self.sizes) for group in self.groups]
         if self._like is not None:
@@ -90,7 +94,7 @@ class CacheLayer(CacheLayerMixin):
                 store.create(*self._like)
             self._like = None
         if self._prompt is not None:
-            self._store(*self._prompt)
+            self._store(*self._prompt, rows)
             self._prompt = None
         return self._stores
 
@@ -252,13 +256,14 @@ class CacheLayer(CacheLayerMixin):
         return True
 
     @without_autocast
-    def _store(self, k: Tensor, v: Tensor, lengths: Lengths) -> None:
-        """Have all stores take a prompt."""
+    def _store(self, k: Tensor, v: Tensor, lengths: Lengths, rows: Sequence[int]) -> None:
+        """Have all stores take a prompt, with room for rows of so many tokens, if any are told."""
+        with torch.inference_mode(False):  # each buffer is made so: once for all is quicker
+            for store in self._stores:
+                store.room(lengths.past, rows or lengths.rows)
         if len(self._stores) == 1 and self.groups[0].selector is None:  # two copies do
             self._stores[0].append(k, v, lengths)
             return
-        for store in self._stores:
-            store.room(lengths.past, lengths.rows)
         into = self.table.places([store.place() for store in self._stores])
         asked = {"packed": into.packed, "prompt": True, "plain": into.takes(lengths.longest)}
         append = pick(tables().append, Need.of(k, into.k, into.v, v, **asked))
@@ -269,7 +274,7 @@ class CacheLayer(CacheLayerMixin):
 
     def room(self, past: Sequence[int], rows: Sequence[int]) -> Places:
         """Make room for rows that grow from `past` to `rows` tokens; where each head's keys lie."""
-        for store in self.stores:
+        for store in self._all_stored(rows):
             store.room(past, rows)
         return self.places()
 
@@ -280,12 +285,12 @@ class CacheLayer(CacheLayerMixin):
     @property
     def packed(self) -> bool:
         """Whether some of its keys lie in fewer bits."""
-        return any(store.group.bits != 16 for store in self.stores)
+        return any(group.bits != 16 for group in self.groups)
 
     @property
     def hosted(self) -> bool:
         """Whether some of its keys lie in host memory."""
-        return any(store.group.hot for store in self.stores)
+        return any(group.hot for group in self.groups)
 
     def bytes(self) -> int:
         """Bytes allocated for keys, values, indexes and choices, without those of the host."""

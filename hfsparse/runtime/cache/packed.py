@@ -27,6 +27,7 @@ from hfsparse.runtime.cache.buffers import (
     hold_newest,
     join_begun,
     lengthen,
+    new_zeros,
     put,
 )
 from hfsparse.runtime.cache.full import Full
@@ -283,8 +284,7 @@ class PackedRing(PackedStore, Ring):
     def _renew_pages(self) -> None:
         pages = (self.sink + self.size) // PAGE
         self.pages = {
-            name: buffers.new_buffer(t, *t.shape[:2], pages, *t.shape[3:]).zero_()
-            for name, t in self.pages.items()
+            name: new_zeros(t, *t.shape[:2], pages, *t.shape[3:]) for name, t in self.pages.items()
         }
 
     def state(self, rows: Sequence[int]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Band, Grid
 from hfsparse.lists.lengths import Lengths
 from hfsparse.lists.places import Place
-from hfsparse.runtime.cache import buffers
-from hfsparse.runtime.cache.buffers import put
+from hfsparse.runtime.cache.buffers import new_zeros, no_slots, put
 from hfsparse.runtime.cache.group import Group
 from hfsparse.runtime.cache.store import Store
 
@@ -48,7 +47,7 @@ class Ring(Store):
 
     def create(self, k: Tensor, v: Tensor) -> None:
         shape = (k.shape[0], len(self.group.heads), 0)
-        self.hold(*(t.new_empty(*shape, t.shape[-1]) for t in (k, v)))
+        self.hold(*(no_slots(t.dtype, t.device, *shape, t.shape[-1]) for t in (k, v)))
         self.low = [self.sink] * k.shape[0]
 
     def tensors(self) -> list[Tensor]:
@@ -174,7 +173,7 @@ class Ring(Store):
     def _move(self, past: list[int], held: Tensor | None) -> None:
         """New buffers, with what is still held of the old ones, whose slots `held` tells."""
         old, shape = self.held(), (*self.k.shape[:2], self.sink + self.size)
-        self.change(lambda t: buffers.new_buffer(t, *shape, t.shape[-1]).zero_())
+        self.change(lambda t: new_zeros(t, *shape, t.shape[-1]))
         for b, low in enumerate(self.low):
             if not past[b]:
                 continue

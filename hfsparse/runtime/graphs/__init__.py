@@ -287,9 +287,7 @@ class Graphs:
             return None
         past, rows = lengths.past, lengths.rows
         for layer in layers:
-            for store in layer.stores:
-                store.room(past, rows)
-            layer.places()  # written now: a recorded step can't
+            layer.room(past, rows)  # and its table is written now: a recorded step can't
         self.held = lambda: None  # buffers may have moved: what they take is told anew
         key = (describe_call(given), *describe_buffers(layers, rows, states))
         return Planned(REPLAY, given, rows, lengths, key)
