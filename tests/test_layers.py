@@ -42,6 +42,7 @@ CHOOSE, SCORES, VOTES, *SCORED, MANY = (
 )
 HALVES |= {(CHOOSE, part) for part in (SCORES, VOTES, *SCORED, MANY)} | {(MANY, VOTES)}
 HALVES |= {(f"{KERNELS}.triton.decode_store", f"{KERNELS}.triton.decode")}
+HALVES |= {(f"{KERNELS}.triton.norm_row", f"{KERNELS}.triton.norm")}
 HALVES |= {(part, SCORES) for part in (*SCORED, MANY)}
 
 
