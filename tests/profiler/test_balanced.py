@@ -55,15 +55,6 @@ def test_short_prompts_on_a_cpu_are_offered_bands_alone(method, device, tokens, 
     assert (found.rings, found.selectors) == (names.rings, names.selectors)
 
 
-def test_long_rows_may_keep_few_columns_beside_the_diagonals_that_are_always_kept():
-    def columns(longest):
-        every = balanced.candidates(longest).patterns.values()
-        return [p.columns for p in every if p.kind == "vertical_slash" and p.diagonals == 100]
-
-    assert columns(2048) == []
-    assert columns(24576) == [246, 492, 983]
-
-
 def equal(names):
     """Costs at 2,048 tokens, of rings that all cost the same."""
     rings = dict.fromkeys(("ring_kept", "ring_read"), [0.2] * len(names.rings))

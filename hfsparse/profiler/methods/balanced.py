@@ -30,7 +30,7 @@ from hfsparse.lists.packed import Bits
 from hfsparse.patterns.antidiagonal import Antidiagonal
 from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.streaming import Streaming
-from hfsparse.patterns.vertical_slash import FORCED_DIAGONALS, VerticalSlash
+from hfsparse.patterns.vertical_slash import VerticalSlash
 from hfsparse.plan import ModelId
 from hfsparse.plan.bits import FULL, name_in
 from hfsparse.plan.kept import Full
@@ -48,7 +48,6 @@ MISSED = 0.1
 SINK = 64
 SHARES = (0.1, 0.2, 0.4)  # of the row: streaming windows, blocks, columns and diagonals
 SMALL = 0.05  # another, where the row is long enough to show it
-COLUMNS = (0.01, 0.02, 0.04)  # of a long row: columns beside the diagonals that are always kept
 MASSES = (0.8, 0.9, 0.95)  # of the estimated attention: antidiagonal
 RATES = (1 / 32, 1 / 16, 1 / 8)  # of the row: rings that grow
 SELECTED = ("quest", "lowrank")  # the kinds of selectors
@@ -96,9 +95,6 @@ def candidates(longest: int, selectors: Sequence[Any] = (Quest(),)) -> Candidate
     patterns |= {f"mass{_percent(m)}": Antidiagonal(m, max_share=0.6) for m in MASSES}
     for share in shares:
         columns, diagonals = round(longest * share * 0.8), round(longest * share * 0.15)
-        patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
-    for share in COLUMNS if longest >= 4096 else ():
-        columns, diagonals = round(longest * share), FORCED_DIAGONALS
         patterns[f"vs{columns}x{diagonals}"] = VerticalSlash(columns, diagonals)
     rings = {f"ring{_percent(r)}": Streaming(SINK, near, r) for r in RATES}
     rings |= {f"last{n}": Streaming(SINK, n) for n in minference.windows(longest)}
