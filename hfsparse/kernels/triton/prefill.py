@@ -27,6 +27,7 @@ from hfsparse.kernels.triton.limits import (
     WIDEST,
     add_keys,
     bands_on,
+    is_nvidia,
     load_rows,
     shared_memory,
     units_of_logits,
@@ -48,6 +49,20 @@ TILES = (  # queries, keys, warps
 STAGES = 2  # tiles of keys and values in flight
 FIVE_BITS, THREE_BITS = tl.constexpr(WIDE), tl.constexpr(NARROW)
 PAGE_SIZE = tl.constexpr(PAGE)
+# Four bytes in a register: each in the middle of a float32 number of 2^15, or all as float16 by
+# two, of fp8 numbers times 2^-8.
+BYTES = tl.constexpr(
+    "".join(f"prmt.b32 ${i}, $4, 0x47000000, 0x74{i}4;" for i in range(4)),
+)
+_FLOATS = """
+prmt.b32 two, $2, 0, {0};
+shr.b32 rest, two, 1;
+and.b32 rest, rest, 0x3f803f80;
+lop3.b32 ${1}, two, 0x80008000, rest, 0xea;
+"""
+FLOATS = tl.constexpr(
+    "{ .reg .b32 two, rest;" + _FLOATS.format("0x1404", 0) + _FLOATS.format("0x3424", 1) + "}"
+)
 
 
 def why_not(need: Need) -> str | None:
@@ -144,6 +159,7 @@ def prefill(
         BITS=width_of(bits),
         FLOAT=bits == "fp8",
         STEP=steps(bits) if past is not None else 0.0,
+        FOUR=is_nvidia(str(q.device)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
         num_stages=STAGES,
@@ -242,13 +258,30 @@ def _codes(CODES, row, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
-def _number(code, FLOAT: tl.constexpr):
-    """A byte as float32: a code, or a number of fp8 times 2^-8."""
-    if FLOAT:
+def _spread(code, FOUR: tl.constexpr):
+    """Bytes as bits of float32 numbers, which are 2^15 more than these."""
+    if FOUR:
+        made = tl.inline_asm_elementwise(BYTES, "=r,=r,=r,=r,r", [code], tl.int32, True, 4)
+    else:
+        made = code.to(tl.int32) << 8 | 0x47000000
+    return made
+
+
+@triton.jit
+def _number(bits):
+    """The numbers of such bits, some of which may be masked."""
+    return bits.to(tl.float32, bitcast=True) - 32768.0
+
+
+@triton.jit
+def _fp8(code, FOUR: tl.constexpr):
+    """Numbers of fp8 as float32, times 2^-8."""
+    if FOUR:
+        made = tl.inline_asm_elementwise(FLOATS, "=r,=r,r", [code], tl.float16, True, 4)
+    else:
         code = code.to(tl.uint16)
-        code = ((code & 127) << 7) | ((code & 128) << 8)
-        code = code.to(tl.float16, bitcast=True)
-    return code.to(tl.float32)
+        made = (((code & 127) << 7) | ((code & 128) << 8)).to(tl.float16, bitcast=True)
+    return made.to(tl.float32)
 
 
 @triton.jit
@@ -260,12 +293,12 @@ def _ends(LOW, HIGH, at, live):
 
 
 @triton.jit
-def _scaled(code, low, high, STEP: tl.constexpr, FLOAT: tl.constexpr):
-    """What codes stand for between two ends, float32."""
+def _scaled(code, low, high, STEP: tl.constexpr, FLOAT: tl.constexpr, FOUR: tl.constexpr):
+    """What bytes stand for between two ends, float32."""
     if FLOAT:
-        made = _number(code, True) * (tl.maximum(-low, high) * STEP * 256.0)
+        made = _fp8(code, FOUR) * (tl.maximum(-low, high) * STEP * 256.0)
     else:
-        made = low + _number(code, False) * ((high - low) * STEP)
+        made = low + _number(_spread(code, FOUR)) * ((high - low) * STEP)
     return made
 
 
@@ -290,8 +323,16 @@ def _fetch_keys(
 
 
 @triton.jit
+def _halves(code, lower, low, step, other_low, other_step):
+    """Both numbers of bytes that are spread, side by side: of their lower bits, and of the rest."""
+    first = low + _number(code & (lower | 0x47000000)) * step
+    second = other_low + _number(code & (0x4700FF00 - lower)) * other_step
+    return tl.join(first, second)
+
+
+@triton.jit
 def _unpack_keys(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
-                 STEP: tl.constexpr):  # fmt: skip
+                 STEP: tl.constexpr, FOUR: tl.constexpr):  # fmt: skip
     """Keys `[KEYS, DP]` that were fetched."""
     kind: tl.constexpr = held[1].dtype
     low, high = held[1].to(tl.float32), held[2].to(tl.float32)
@@ -300,14 +341,12 @@ def _unpack_keys(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr
         span, other = high - low, other_high - other_low
         first = span > other  # which of the two has 5 bits
         span *= tl.where(first, FIVE_BITS, THREE_BITS)
-        other *= tl.where(first, THREE_BITS, FIVE_BITS)
-        code = held[0].to(tl.int32)
-        lower = (code & tl.where(first, 31, 7)).to(tl.float32)
-        upper = (code >> tl.where(first, 5, 3)).to(tl.float32)
-        made = tl.join(low + lower * span, other_low + upper * other)
-        made = made.to(kind).reshape(code.shape[0], DP)
+        other *= tl.where(first, THREE_BITS / 32, FIVE_BITS / 8)  # upper bits stay where they lie
+        code, lower = _spread(held[0], FOUR), tl.where(first, 0x1F00, 0x0700)
+        made = _halves(code, lower, low, span, other_low, other).to(kind)
+        made = made.reshape(code.shape[0], DP)
     else:
-        made = _scaled(held[0], low, high, STEP, FLOAT).to(kind)
+        made = _scaled(held[0], low, high, STEP, FLOAT, FOUR).to(kind)
     return made
 
 
@@ -327,17 +366,17 @@ def _fetch_values(
 
 @triton.jit
 def _unpack_values(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
-                   STEP: tl.constexpr):  # fmt: skip
+                   STEP: tl.constexpr, FOUR: tl.constexpr):  # fmt: skip
     """Values `[KEYS, DP]` that were fetched."""
     kind: tl.constexpr = held[1].dtype
     code = held[0]
     least, most = held[1].to(tl.float32)[:, None], held[2].to(tl.float32)[:, None]
     if BITS == 4:
-        lower = _scaled(code & 15, least, most, STEP, FLOAT)
-        upper = _scaled(code >> 4, least, most, STEP, FLOAT)
-        made = tl.join(lower, upper).to(kind).reshape(code.shape[0], DP)
+        step, lower = (most - least) * STEP, tl.full([1, 1], 0x0F00, tl.int32)
+        made = _halves(_spread(code, FOUR), lower, least, step, least, step / 16).to(kind)
+        made = made.reshape(code.shape[0], DP)
     else:
-        made = _scaled(code, least, most, STEP, FLOAT).to(kind)
+        made = _scaled(code, least, most, STEP, FLOAT, FOUR).to(kind)
     return made
 
 
@@ -351,7 +390,7 @@ def _tile_at(index, j, BLOCK: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit(
     do_not_specialize=(
         "first_b live_b blocks_b fc_b fc_h fi_b fi_h fi_i pc_b pc_h pi_b pi_h pi_i "
-        "col_b col_h cov_b cov_h cov_i pk_b pk_h pv_b pv_h low_b low_h least_b least_h H nq Sq n_columns window"
+        "col_b col_h cov_b cov_h cov_i H nq Sq n_columns window"
     ).split()
 )
 def _prefill(
@@ -372,7 +411,7 @@ def _prefill(
     HAS_COLUMNS: tl.constexpr, HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
     LSE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FOUR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Which head and block of queries this is, where its rows stand, its band.
     program = tl.program_id(0) // (BLOCK // QUERIES)
@@ -427,8 +466,8 @@ def _prefill(
             row = token + lane
             old_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
             old_v = _fetch_values(codes_v, least, most, row, lane, DV, DVP, BITS, False)
-            k = _unpack_keys(old_k, DP, BITS, FLOAT, STEP)
-            v = _unpack_values(old_v, DVP, BITS, FLOAT, STEP)
+            k = _unpack_keys(old_k, DP, BITS, FLOAT, STEP, FOUR)
+            v = _unpack_values(old_v, DVP, BITS, FLOAT, STEP, FOUR)
         kept = key[None, :] <= at[:, None]
         kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
         if WINDOW:
@@ -454,8 +493,8 @@ def _prefill(
             next_v = _fetch_values(codes_v, least, most, token + lane, lane, DV, DVP, BITS, False)
             after = _tile_at(index, tl.minimum(1, done - 1), BLOCK, KEYS)
             for j in range(0, done):
-                k = _unpack_keys(next_k, DP, BITS, FLOAT, STEP)
-                v = _unpack_values(next_v, DVP, BITS, FLOAT, STEP)
+                k = _unpack_keys(next_k, DP, BITS, FLOAT, STEP, FOUR)
+                v = _unpack_values(next_v, DVP, BITS, FLOAT, STEP, FOUR)
                 page = tl.full([1, 1], 0, tl.int64) + after // PAGE_SIZE
                 row = after + lane
                 next_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
@@ -499,8 +538,8 @@ def _prefill(
                 row = at_column
                 old_k = _fetch_keys(codes_k, low, high, row, page, old, D, DP, BITS, True)
                 old_v = _fetch_values(codes_v, least, most, row, old, DV, DVP, BITS, True)
-                k = tl.where(old[:, None], _unpack_keys(old_k, DP, BITS, FLOAT, STEP), k)
-                v = tl.where(old[:, None], _unpack_values(old_v, DVP, BITS, FLOAT, STEP), v)
+                k = tl.where(old[:, None], _unpack_keys(old_k, DP, BITS, FLOAT, STEP, FOUR), k)
+                v = tl.where(old[:, None], _unpack_values(old_v, DVP, BITS, FLOAT, STEP, FOUR), v)
             column = tl.where(free, column, NEVER)
             kept = column[None, :] <= at[:, None]
             if WINDOW:
