@@ -190,9 +190,7 @@ PREFILL = (
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
-    Kernel(
-        "torch flash over lists", _by_lists(cpu.prefill), _unpacked(cpu.why_not), fused=True
-    ),
+    Kernel("torch flash over lists", _by_lists(cpu.prefill), _unpacked(cpu.why_not), fused=True),
     Kernel("reference (PyTorch)", _by_lists(reference.prefill), _unpacked(_always)),
 )
 DECODE = (

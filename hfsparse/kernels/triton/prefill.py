@@ -27,7 +27,6 @@ from hfsparse.kernels.triton.limits import (
     WIDEST,
     add_keys,
     bands_on,
-    is_nvidia,
     load_rows,
     shared_memory,
     units_of_logits,
@@ -49,20 +48,6 @@ TILES = (  # queries, keys, warps
 STAGES = 2  # tiles of keys and values in flight
 FIVE_BITS, THREE_BITS = tl.constexpr(WIDE), tl.constexpr(NARROW)
 PAGE_SIZE = tl.constexpr(PAGE)
-# Four bytes in a register: each in the middle of a float32 number of 2^15, or all as float16 by
-# two, of fp8 numbers times 2^-8.
-BYTES = tl.constexpr(
-    "".join(f"prmt.b32 ${i}, $4, 0x47000000, 0x74{i}4;" for i in range(4)),
-)
-_FLOATS = """
-prmt.b32 two, $2, 0, {0};
-shr.b32 rest, two, 1;
-and.b32 rest, rest, 0x3f803f80;
-lop3.b32 ${1}, two, 0x80008000, rest, 0xea;
-"""
-FLOATS = tl.constexpr(
-    "{ .reg .b32 two, rest;" + _FLOATS.format("0x1404", 0) + _FLOATS.format("0x3424", 1) + "}"
-)
 
 
 def why_not(need: Need) -> str | None:
@@ -72,6 +57,11 @@ def why_not(need: Need) -> str | None:
     if max(need.head_dim, need.value_dim) > WIDEST:
         return (
             f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
+        )
+    if need.packed and (need.head_dim % 8 or need.value_dim % 8):
+        return (
+            f"head dim {need.head_dim}, value dim {need.value_dim}: of packed pages multiples of 8 "
+            "are supported"
         )
     if need.block not in BLOCKS:
         return f"blocks of {need.block} tokens: 16, 32, 64 and 128 are supported"
@@ -159,7 +149,6 @@ def prefill(
         BITS=width_of(bits),
         FLOAT=bits == "fp8",
         STEP=steps(bits) if past is not None else 0.0,
-        FOUR=is_nvidia(str(q.device)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
         num_stages=STAGES,
@@ -252,19 +241,24 @@ def _channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _codes(CODES, row, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
            MASKED: tl.constexpr):  # fmt: skip
-    """Bytes of packed keys or values at rows `[KEYS]`."""
-    W: tl.constexpr = D * BITS // 8
-    return load_rows(CODES, W, row, live, W, DP * BITS // 8, MASKED)
+    """Bytes of packed keys or values at rows `[KEYS]`, four in a word."""
+    W: tl.constexpr = D * BITS // 32
+    return load_rows(CODES.to(tl.pointer_type(tl.uint32)), W, row, live, W, DP * BITS // 32, MASKED)
 
 
 @triton.jit
-def _spread(code, FOUR: tl.constexpr):
+def _in_order(a, b, c, d):
+    """What words `[KEYS, W]` have, each four, as `[KEYS, 4 * W]`."""
+    made = tl.join(tl.join(a, c), tl.join(b, d))
+    return made.reshape(a.shape[0], 4 * a.shape[1])
+
+
+@triton.jit
+def _spread(code):
     """Bytes as bits of float32 numbers, which are 2^15 more than these."""
-    if FOUR:
-        made = tl.inline_asm_elementwise(BYTES, "=r,=r,=r,=r,r", [code], tl.int32, True, 4)
-    else:
-        made = code.to(tl.int32) << 8 | 0x47000000
-    return made
+    a, b = (code & 255) << 8 | 0x47000000, code & 0xFF00 | 0x47000000
+    c, d = code >> 8 & 0xFF00 | 0x47000000, code >> 16 & 0xFF00 | 0x47000000
+    return _in_order(a, b, c, d)
 
 
 @triton.jit
@@ -274,14 +268,18 @@ def _number(bits):
 
 
 @triton.jit
-def _fp8(code, FOUR: tl.constexpr):
+def _fp8(code):
     """Numbers of fp8 as float32, times 2^-8."""
-    if FOUR:
-        made = tl.inline_asm_elementwise(FLOATS, "=r,=r,r", [code], tl.float16, True, 4)
-    else:
-        code = code.to(tl.uint16)
-        made = (((code & 127) << 7) | ((code & 128) << 8)).to(tl.float16, bitcast=True)
-    return made.to(tl.float32)
+    upper = code & 0x80008000 | code >> 1 & 0x3F803F80
+    code = code << 8
+    lower = code & 0x80008000 | code >> 1 & 0x3F803F80
+    return _in_order(_half(lower), _half(upper), _half(lower >> 16), _half(upper >> 16))
+
+
+@triton.jit
+def _half(bits):
+    """The lower half of words, which is a float16 number."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -293,12 +291,12 @@ def _ends(LOW, HIGH, at, live):
 
 
 @triton.jit
-def _scaled(code, low, high, STEP: tl.constexpr, FLOAT: tl.constexpr, FOUR: tl.constexpr):
+def _scaled(code, low, high, STEP: tl.constexpr, FLOAT: tl.constexpr):
     """What bytes stand for between two ends, float32."""
     if FLOAT:
-        made = _fp8(code, FOUR) * (tl.maximum(-low, high) * STEP * 256.0)
+        made = _fp8(code) * (tl.maximum(-low, high) * STEP * 256.0)
     else:
-        made = low + _number(_spread(code, FOUR)) * ((high - low) * STEP)
+        made = low + _number(_spread(code)) * ((high - low) * STEP)
     return made
 
 
@@ -332,7 +330,7 @@ def _halves(code, lower, low, step, other_low, other_step):
 
 @triton.jit
 def _unpack_keys(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
-                 STEP: tl.constexpr, FOUR: tl.constexpr):  # fmt: skip
+                 STEP: tl.constexpr):  # fmt: skip
     """Keys `[KEYS, DP]` that were fetched."""
     kind: tl.constexpr = held[1].dtype
     low, high = held[1].to(tl.float32), held[2].to(tl.float32)
@@ -342,11 +340,11 @@ def _unpack_keys(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr
         first = span > other  # which of the two has 5 bits
         span *= tl.where(first, FIVE_BITS, THREE_BITS)
         other *= tl.where(first, THREE_BITS / 32, FIVE_BITS / 8)  # upper bits stay where they lie
-        code, lower = _spread(held[0], FOUR), tl.where(first, 0x1F00, 0x0700)
+        code, lower = _spread(held[0]), tl.where(first, 0x1F00, 0x0700)
         made = _halves(code, lower, low, span, other_low, other).to(kind)
-        made = made.reshape(code.shape[0], DP)
+        made = made.reshape(held[0].shape[0], DP)
     else:
-        made = _scaled(held[0], low, high, STEP, FLOAT, FOUR).to(kind)
+        made = _scaled(held[0], low, high, STEP, FLOAT).to(kind)
     return made
 
 
@@ -366,17 +364,17 @@ def _fetch_values(
 
 @triton.jit
 def _unpack_values(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
-                   STEP: tl.constexpr, FOUR: tl.constexpr):  # fmt: skip
+                   STEP: tl.constexpr):  # fmt: skip
     """Values `[KEYS, DP]` that were fetched."""
     kind: tl.constexpr = held[1].dtype
     code = held[0]
     least, most = held[1].to(tl.float32)[:, None], held[2].to(tl.float32)[:, None]
     if BITS == 4:
-        step, lower = (most - least) * STEP, tl.full([1, 1], 0x0F00, tl.int32)
-        made = _halves(_spread(code, FOUR), lower, least, step, least, step / 16).to(kind)
-        made = made.reshape(code.shape[0], DP)
+        step, lower = (most - least) * STEP, tl.full([1, 1], 0x0F00, tl.uint32)
+        made = _halves(_spread(code), lower, least, step, least, step / 16).to(kind)
+        made = made.reshape(held[0].shape[0], DP)
     else:
-        made = _scaled(code, least, most, STEP, FLOAT, FOUR).to(kind)
+        made = _scaled(code, least, most, STEP, FLOAT).to(kind)
     return made
 
 
@@ -411,7 +409,7 @@ def _prefill(
     HAS_COLUMNS: tl.constexpr, HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
     LSE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, STEP: tl.constexpr,
-    FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Which head and block of queries this is, where its rows stand, its band.
     program = tl.program_id(0) // (BLOCK // QUERIES)
@@ -466,8 +464,8 @@ def _prefill(
             row = token + lane
             old_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
             old_v = _fetch_values(codes_v, least, most, row, lane, DV, DVP, BITS, False)
-            k = _unpack_keys(old_k, DP, BITS, FLOAT, STEP, FOUR)
-            v = _unpack_values(old_v, DVP, BITS, FLOAT, STEP, FOUR)
+            k = _unpack_keys(old_k, DP, BITS, FLOAT, STEP)
+            v = _unpack_values(old_v, DVP, BITS, FLOAT, STEP)
         kept = key[None, :] <= at[:, None]
         kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
         if WINDOW:
@@ -493,8 +491,8 @@ def _prefill(
             next_v = _fetch_values(codes_v, least, most, token + lane, lane, DV, DVP, BITS, False)
             after = _tile_at(index, tl.minimum(1, done - 1), BLOCK, KEYS)
             for j in range(0, done):
-                k = _unpack_keys(next_k, DP, BITS, FLOAT, STEP, FOUR)
-                v = _unpack_values(next_v, DVP, BITS, FLOAT, STEP, FOUR)
+                k = _unpack_keys(next_k, DP, BITS, FLOAT, STEP)
+                v = _unpack_values(next_v, DVP, BITS, FLOAT, STEP)
                 page = tl.full([1, 1], 0, tl.int64) + after // PAGE_SIZE
                 row = after + lane
                 next_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
@@ -538,8 +536,8 @@ def _prefill(
                 row = at_column
                 old_k = _fetch_keys(codes_k, low, high, row, page, old, D, DP, BITS, True)
                 old_v = _fetch_values(codes_v, least, most, row, old, DV, DVP, BITS, True)
-                k = tl.where(old[:, None], _unpack_keys(old_k, DP, BITS, FLOAT, STEP, FOUR), k)
-                v = tl.where(old[:, None], _unpack_values(old_v, DVP, BITS, FLOAT, STEP, FOUR), v)
+                k = tl.where(old[:, None], _unpack_keys(old_k, DP, BITS, FLOAT, STEP), k)
+                v = tl.where(old[:, None], _unpack_values(old_v, DVP, BITS, FLOAT, STEP), v)
             column = tl.where(free, column, NEVER)
             kept = column[None, :] <= at[:, None]
             if WINDOW:

@@ -193,7 +193,7 @@ def behind_pages(it: Batch, bits):
         (8, 150, 16, dict(group=3, rows="left_padded", dtype=HALF, block=128)),
         (4, 150, 16, dict(group=8, kv_heads=1, rows="left_padded")),
         ("fp8", 150, 16, dict(group=4, kv_heads=1, rows="empty_row")),
-        (4, 64, 80, dict(group=4, kv_heads=1, value_dim=20, block=64)),
+        (4, 64, 80, dict(group=4, kv_heads=1, value_dim=24, block=64)),
         ("fp8", 129, 64, dict(group=1, dtype=HALF, window=70)),
         (8, 63, 128, dict(group=1, block=16)),
         (4, 200, 256, dict(group=1, kv_heads=1, dtype=HALF, block=128)),
