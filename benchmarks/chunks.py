@@ -146,7 +146,6 @@ def rows_of(chunk: Chunk, density: float, bits: list[Bits]) -> int:
     wanted = chunk.truth(chunk.q, *whole, chunk.lists, chunk.kv).double()
     least = told(16, "as it came", as_it_came, wanted, None)
     wrong += least is None
-    del whole
     for kind in bits:
         store = chunk.stored(kind)
         wanted = chunk.by_heads(store, chunk.truth).double()
@@ -166,7 +165,7 @@ def main() -> int:
     show(*HEAD)
     show(*["---"] * len(HEAD))
     return int(
-        any([rows_of(Chunk(n, args.chunk, d), d, bits) for n in args.past for d in DENSITIES])
+        sum(rows_of(Chunk(n, args.chunk, d), d, bits) for n in args.past for d in DENSITIES) > 0
     )
 
 

@@ -453,7 +453,7 @@ def _prefill(
         key = tl.load(FIRST + b * first_b + block).to(tl.int32) + within
         key = tl.where(held, key, NEVER)
         token = block * BLOCK + j % (BLOCK // KEYS) * KEYS
-        if BITS == 16:
+        if BITS == 16:  # noqa: SIM114 - else the branch below is compiled, too
             k = load_rows(keys + token * k_s, k_s, lane, held, D, DP, True)
             v = load_rows(values + token * v_s, v_s, lane, held, DV, DVP, True)
         elif token >= base:
