@@ -89,10 +89,10 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
     Stores that drop or pack keys are read before it is stored, full stores behind that. Packed
-    pages are read where they lie by kernels that can; else a few heads are unpacked at a time,
-    which readers of the layer's keys find so. When a
-    kernel fails, every store has the chunk, or none has it; when a store finds no memory to grow,
-    those before it have it.
+    pages are read where they lie by kernels that can, where heads follow lists; else a few heads
+    are unpacked at a time, which readers of the layer's keys find so. When a kernel fails, every
+    store has the chunk, or none has it; when a store finds no memory to grow, those before it have
+    it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
     k, v = layer_call.kept
@@ -125,10 +125,15 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
 
 
 def _reads_pages(layer_call: LayerCall, layout: Layout, store: Store, cases: Cases) -> bool:
-    """Whether a kernel reads a store's packed pages where they lie, for all that heads ask for."""
+    """Whether a kernel reads a store's packed pages where they lie, for all that heads ask for.
+
+    Where every head reads every key, unpacking costs less than dequantising each tile for each
+    block of queries (benchmarks/chunks.py).
+    """
     if not store.tiled or layer_call.layer_plan.last_reader is not None:
         return False
-    if any(routes.every.means for routes in cases.values()):
+    asking = [cases[group.short, group.kept] for group in layout.groups]
+    if any(routes.every.means for routes in asking) or not any(r.listed for r in asking):
         return False
     q, (k, v), sinks = layer_call.q, layer_call.kept, layer_call.logits.s_aux
     asked = {"lists": True, "packed": True, "logits": layer_call.logits.special, "lse": True}
