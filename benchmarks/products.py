@@ -1,16 +1,16 @@
 """Claim: a fused step of up to 32 rows reads its weights faster than the matrix library does.
 
     python -m benchmarks.products [--lengths 8192] [--tokens 64] [--shape llama-3.1-8b] [--matrices]
-        [--weights int8,fp8,int4] [--layers 8] [--no-fuse]
+        [--weights int8,fp8,int4,nf4] [--layers 8] [--no-fuse]
 
 Steps of `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16), behind random
 keys, not fused and fused: the graph alone, a token in `generate`, and the seconds until the first
 tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCTOR_CACHE_DIR says: a
 second run tells what a second process waits for. --matrices first times products of 1 to 32 rows
 with each matrix of a layer, by the matrix library and by ours, in CUDA graphs over matrices in
-turn. --weights: the decoder's matrices quantised by torchao, one format behind another: stock,
-replayed, and fused; with --matrices the products alone by torchao and by ours. --layers: so many
-alone. --no-fuse leaves out what compiles for long.
+turn. --weights: the decoder's matrices quantised by torchao, or by bitsandbytes (nf4), one format
+behind another: stock, replayed, and fused; with --matrices the products of int8 and fp8 alone, by
+torchao and by ours. --layers: so many alone. --no-fuse leaves out what compiles for long.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cach
 
 
 def quantise(module, weights: str) -> None:
-    """All linear layers of a module, by torchao."""
+    """All linear layers of a module, by torchao or bitsandbytes."""
+    if weights == "nf4":
+        return four_bits(module)
     from torchao import quantization
 
     configs = {
@@ -45,6 +47,26 @@ def quantise(module, weights: str) -> None:
         "int4": lambda: quantization.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d"),
     }
     quantization.quantize_(module, configs[weights]())
+
+
+def four_bits(module) -> None:
+    """All linear layers of a module in nf4, by bitsandbytes."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            of = layer.weight
+            made = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                compute_dtype=of.dtype,
+                quant_type="nf4",
+                device="meta",
+            )
+            made.weight = type(made.weight)(of.data, requires_grad=False, quant_type="nf4")
+            made.bias = layer.bias
+            module.set_submodule(name, made.to(of.device))  # the move quantises
 
 
 def stock(model, length: int, tokens: int) -> str:

@@ -19,6 +19,7 @@ from hfsparse.kernels.table import (
     SELECT,
     TABLES,
     Tables,
+    able,
     pick,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "Kernel",
     "Need",
     "Tables",
+    "able",
     "pick",
 ]

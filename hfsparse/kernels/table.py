@@ -4,7 +4,8 @@ Kernels know nothing of plans, models or caches. A row's check answers None, or 
 `explain` prints these. New kernels are one file and one row. All rows of a table take the same:
 
 PREFILL(q, k, v, reads, kv_heads=None, *, scale, softcap, s_aux, skip, skipped, lse) -> Tensor
-    As `reference.prefill`; `reads` is a Grid, without kv_heads, where whole rows are read.
+    As `reference.prefill`; `reads` is a Grid, without kv_heads, where whole rows are read. Where
+    packed pages are needed, past, too: a `Past`, behind whose pages k and v lie.
 DECODE(q, places, new, pages, *, scale, softcap, s_aux, span, lse) -> Tensor [B, Hq, Q, Dv]
     All stores of a layer at once, as `per_store.by_store`; pages: a list for each part of the
     places, None where it reads every page. span: of all these keys those at positions from the
@@ -56,6 +57,7 @@ from hfsparse.lists.places import Places
 from hfsparse.selectors.labels import Labelled
 
 NO_SKIP = "no skip threshold"
+NO_PAGES = "no packed pages: what a chunk finds is unpacked for it"
 NO_LSE = "no LSE, by which parts of a row are merged"
 FA4_PAYS = 8192  # benchmarks/prefill.py: below, its host time counts
 
@@ -87,6 +89,11 @@ def _triton(module: str, check: str = "why_not") -> Callable[[Need], str | None]
 
 def _always(need: Need) -> None:
     """It can."""
+
+
+def _unpacked(check: Callable[[Need], str | None]) -> Callable[[Need], str | None]:
+    """The same check, of a prefill kernel that reads no packed pages."""
+    return lambda need: NO_PAGES if need.packed else check(need)
 
 
 def _dense_only(need: Need) -> str | None:
@@ -178,13 +185,13 @@ def _triton_append(k: Tensor, v: Tensor, into: Places, new: NewTokens) -> None:
 
 
 PREFILL = (
-    Kernel("FA4", _fa4_prefill, _fa4, fused=True),
-    Kernel("torch sdpa", dense.prefill, _dense_only),
+    Kernel("FA4", _fa4_prefill, _unpacked(_fa4), fused=True),
+    Kernel("torch sdpa", dense.prefill, _unpacked(_dense_only)),
     Kernel(
         "Triton", _by_lists(_lazily("triton.prefill", "prefill")), _triton("prefill"), fused=True
     ),
-    Kernel("torch flash over lists", _by_lists(cpu.prefill), cpu.why_not, fused=True),
-    Kernel("reference (PyTorch)", _by_lists(reference.prefill), _always),
+    Kernel("torch flash over lists", _by_lists(cpu.prefill), _unpacked(cpu.why_not), fused=True),
+    Kernel("reference (PyTorch)", _by_lists(reference.prefill), _unpacked(_always)),
 )
 DECODE = (
     Kernel("Triton", _triton_decode, _triton("decode"), device_lengths=True),
@@ -257,6 +264,12 @@ class Tables(NamedTuple):
 
 
 TABLES = Tables()
+
+
+@lru_cache(512)
+def able(table: tuple[Kernel, ...], need: Need) -> bool:
+    """Whether a kernel of a table can serve."""
+    return any(kernel.why_not(need) is None for kernel in table)
 
 
 @lru_cache(512)

@@ -27,6 +27,7 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 LARGEST = 448.0  # number of fp8
 NEWEST = 2 * PAGE  # tokens that are held as they came
 WIDE, NARROW = 1 / 31, 1 / 7  # a code's worth, of 5 and 3 bits
+UNPACKED = 1 << 22  # numbers of keys and values that are worked out in float32 at a time
 TINY = torch.finfo(torch.float32).tiny  # a step at least: of ends that are one no number differs
 
 
@@ -197,3 +198,35 @@ class Packed(NamedTuple):
         k = torch.where(new, self.newest_k[row, head, lies], k)
         v = torch.where(new, self.newest_v[row, head, lies], v)
         return k[:, None], v[:, None]
+
+
+class Past(NamedTuple):
+    """What a chunk finds packed: whole pages of each row, which are the first of its keys.
+
+    What comes behind these, up to the chunk's last token, lies elsewhere, as it came.
+    """
+
+    packed: Packed
+    tokens: Tensor  # [B] int64, that the whole pages of each row have
+
+    def of(self, rows: Tensor | None) -> Past:
+        """Of those rows; None: of all."""
+        return self if rows is None else Past(self.packed.of(rows), self.tokens[rows])
+
+    def keys(self, behind: Tensor, heads: slice | Tensor, tokens: int) -> Tensor:
+        """All keys `[B, n, S, D]` of some heads, unpacked, of rows of at most so many tokens.
+
+        behind `[B, n, T, D]`: theirs that lie behind the pages.
+        """
+        k, low, high = (t[:, heads] for t in (self.packed.k, self.packed.low, self.packed.high))
+        (B, n, P), (T, D) = k.shape[:3], behind.shape[2:]
+        made = behind.new_empty(B, n, P * PAGE + T, D)
+        step = max(1, UNPACKED // (B * n * PAGE * D))
+        for first in range(0, P, step):
+            own = slice(first, min(first + step, P))
+            ends = low[:, :, own, None], high[:, :, own, None]
+            found = unpack(k[:, :, own], *ends, self.packed.bits).flatten(2, 3)
+            made[:, :, own.start * PAGE : own.stop * PAGE] = found
+        at = self.tokens[:, None] + torch.arange(T, device=behind.device)
+        made.scatter_(2, at[:, None, :, None].expand_as(behind), behind)
+        return made[:, :, :tokens]

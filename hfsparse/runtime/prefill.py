@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hfsparse.kernels import Need, means, pick
+from hfsparse.kernels import Need, able, means, pick
 from hfsparse.kernels.merge import join
 from hfsparse.lists import BlockLists, Grid
+from hfsparse.lists.packed import Past
 from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
+from hfsparse.runtime.cache.store import TOGETHER, Store
 from hfsparse.runtime.extend import Extension
 from hfsparse.runtime.layer_call import LayerCall
 from hfsparse.runtime.layout import Layout, RowGroup, lay_out, lay_out_chunks
@@ -86,10 +88,11 @@ def _keep(layer_call: LayerCall, store: Full | Ring, k: Tensor, v: Tensor) -> No
 def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     """A chunk behind a past, store by store; `[B, Hq, Q, Dv]`.
 
-    Stores that drop or pack keys are read before it is stored, full stores behind that; of packed
-    ones a few heads are unpacked at a time, which readers of the layer's keys find so. When a
-    kernel fails, every store has the chunk, or none has it; when a store finds no memory to grow,
-    those before it have it.
+    Stores that drop or pack keys are read before it is stored, full stores behind that. Packed
+    pages are read where they lie by kernels that can, where heads follow lists; else a few heads
+    are unpacked at a time, which readers of the layer's keys find so. When a kernel fails, every
+    store has the chunk, or none has it; when a store finds no memory to grow, those before it have
+    it.
     """
     layer, layer_plan, lengths = layer_call.layer, layer_call.layer_plan, layer_call.lengths
     k, v = layer_call.kept
@@ -98,9 +101,15 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
     stores = [*zip(layer.stores, layer_plan.store_cases, chunks, strict=True)]
     out = None
     for store, cases, chunk in stores:
-        for some, part in store.parts(lengths) if store.joins else ():
-            own = heads_of(cases, some)
-            k, v, lies = part.with_chunk(*(t[:, some] for t in chunk[:2]), lengths, layout.grid)
+        tiled = _reads_pages(layer_call, layout, store, cases)
+        for some, part in store.parts(lengths, tiled) if store.joins else ():
+            own, new = heads_of(cases, some), [t[:, some] for t in chunk[:2]]
+            if tiled:
+                k, v, past = part.with_pages(*new, lengths)
+                out = read(layer_call, layout, own, k, v, None, out, past)
+                del k, v, past
+                continue
+            k, v, lies = part.with_chunk(*new, lengths, layout.grid)
             if layer_plan.last_reader is not None:
                 gathered = layer_call.call.gathered.setdefault(layer_plan.index, [])
                 gathered.append((k, v, lies))
@@ -113,6 +122,29 @@ def read_chunk(layer_call: LayerCall, layout: Layout) -> Tensor:
             held = layer_call.expand(*store.view(lengths.longest))
             out = read(layer_call, layout, cases, *held, None, out)
     return out
+
+
+def _reads_pages(layer_call: LayerCall, layout: Layout, store: Store, cases: Cases) -> bool:
+    """Whether a kernel reads a store's packed pages where they lie, for all that heads ask for.
+
+    Where every head reads every key, unpacking costs less than dequantising each tile for each
+    block of queries (benchmarks/chunks.py).
+    """
+    if not store.tiled or layer_call.layer_plan.last_reader is not None:
+        return False
+    asking = [cases[group.short, group.kept] for group in layout.groups]
+    if any(routes.every.means for routes in asking) or not any(r.listed for r in asking):
+        return False
+    q, (k, v), sinks = layer_call.q, layer_call.kept, layer_call.logits.s_aux
+    asked = {"lists": True, "packed": True, "logits": layer_call.logits.special, "lse": True}
+    return all(
+        group.piece is None
+        and able(
+            layer_call.call.tables.prefill,
+            need_of(q, k, v, sinks, group.grid, group.skip is not None)._replace(**asked),
+        )
+        for group in layout.groups
+    )
 
 
 def read_again(layer_call: LayerCall, layout: Layout) -> Tensor:
@@ -146,18 +178,21 @@ def read(
     v: Tensor,
     ring: Grid | None = None,
     out: Tensor | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """`out` `[B, Hq, Q, Dv]` with the attention of some q heads over k and v.
 
-    ring: where keys lie, of all rows, in a store that drops some; None: as the layout says.
+    ring: where keys lie, of all rows, in a store that drops some; None: as the layout says. past:
+    packed pages, behind which k and v lie.
     """
     q, device = layer_call.q, layer_call.q.device
     for group in layout.groups:
         routes = cases[group.short, group.kept]
         if group.whole and len(routes.heads) == q.shape[1]:
-            return Part(layer_call, group, q, k, v, ring or group.grid).attend_routes(routes)
+            return Part(layer_call, group, q, k, v, ring or group.grid, past).attend_routes(routes)
         at = layer_call.layer_plan.at(routes.heads, device)
-        part = Part(layer_call, group, *group.take(q[:, at], k, v), group.lies(ring))
+        pages = past and past.of(group.rows)
+        part = Part(layer_call, group, *group.take(q[:, at], k, v), group.lies(ring), pages)
         out = new_output(q, layer_call.v) if out is None else out
         group.put(out, at, part.attend_routes(routes))
     return out
@@ -173,12 +208,14 @@ class Part:
     k: Tensor
     v: Tensor
     grid: Grid
+    past: Past | None = None  # packed pages, behind which k and v lie
 
     def attend_routes(self, routes: Routes) -> Tensor:
         """Each head by its route; `[B, H, Q, Dv]`."""
         grid, logits, at = self.grid, self.layer_call.logits, self.layer_call.layer_plan.at
         skips = self.group.skip is not None
         need = need_of(self.q, self.k, self.v, logits.s_aux, grid, skips)
+        need = need._replace(packed=self.past is not None)
         # Behind a past sdpa builds masks, a few queries' at a time: lists of all blocks are faster.
         # Nor does it count the pairs that are read where keys were dropped.
         easy = grid.window is None and grid.key_first is None and not logits.special
@@ -214,9 +251,11 @@ class Part:
         asked = bool(listed.means) or extension is not None
         kernel = pick(tables.prefill, need._replace(lse=asked))
         q, kv, more = self.q[:, at(listed.q, device)], at.tensor(listed.kv, device), {}
+        if self.past is not None:
+            more["past"] = self.past
         if self.group.skip is not None:
             tiles = torch.zeros(len(listed.q), 2, dtype=torch.int64, device=device)
-            more = {"skip": self.group.skip, "skipped": tiles}
+            more |= {"skip": self.group.skip, "skipped": tiles}
         if extension is not None:
 
             def read(q: Tensor, low: int, high: int, lse: Tensor) -> Tensor:
@@ -231,7 +270,7 @@ class Part:
             made = self._with_means(listed, made, lse, q, lists, kv)
         else:
             made = kernel.run(q, self.k, self.v, lists, kv, **logits.of(own), **more)
-        if more:
+        if self.group.skip is not None:
             counts.add_skipped(own, tiles)
         return made
 
@@ -260,11 +299,22 @@ class Part:
         if placed := getattr(type(route.pattern), "placed", None):
             return self.layer_call.call.once(placed, route.pattern, grid, len(route.q))
         if route.band is None:
-            q, k = self.q[:, at(route.q, device)], self.k[:, at(route.kv, device)]
             dropped = grid.key_first is not None
             need = need._replace(chooser=route.pattern, dropped=dropped)
             estimate = pick(self.layer_call.call.tables.estimate, need).run
-            return estimate(route.pattern, q, k, grid, self.layer_call.logits.scale)
+            found, ratio, each = [], len(route.q) // len(route.kv), len(route.kv)
+            if self.past is not None:  # a few heads' keys are unpacked at a time
+                each = max(1, TOGETHER // (len(self.q) * grid.Sk * self.k.shape[3]))
+            for first in range(0, len(route.kv), each):
+                heads, kv = (
+                    at(t[first * n : (first + each) * n], device)
+                    for t, n in ((route.q, ratio), (route.kv, 1))
+                )
+                k = self.k[:, kv]
+                k = k if self.past is None else self.past.keys(k, kv, grid.Sk)
+                given = self.q[:, heads], k, grid, self.layer_call.logits.scale
+                found.append(estimate(route.pattern, *given))
+            return BlockLists.cat(found)
         if grid.key_first is None:  # the same in every layer
             return self.layer_call.call.once(BlockLists.of, grid, len(route.q), None, route.band)
         return BlockLists.of(grid, len(route.q), band=route.band)

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hfsparse
 from hfsparse.errors import PlanError, UsageError
 from hfsparse.lists import PAGE
+from hfsparse.lists.lengths import Lengths
 from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher import memory
 from hfsparse.patterns.streaming import Streaming
 from hfsparse.plan import ModelId, Plan
 from hfsparse.runtime.cache import packed as stores
 from hfsparse.runtime.cache import store
+from hfsparse.runtime.cache.group import Group
 from tests import latents
 from tests.patcher.families import heads, left_padded, packing, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle, whole_cache
@@ -117,6 +119,20 @@ def test_a_chunk_finds_a_few_heads_unpacked_at_a_time(monkeypatch, bits):
 
         monkeypatch.setattr(stores.PackedFull, "with_chunk", bounded)
         close(forward(model, new, cache=same).logits, whole)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_that_read_pages_are_handed_no_unpacked_past(bits):
+    """The newest page and the chunk are copied, and nothing that is as long as the past."""
+    held, k = stores.PackedFull(Group((0, 1), bits=bits), 0), torch.randn(2, 2, 900, 16)
+    held.create(k, k)
+    held.append(k, k, Lengths([0, 0], [900, 900], 900))
+    new = k[:, :, :40]
+    own, _, past = held.with_pages(new, new, Lengths([900, 900], [40, 40], 40))
+    assert own.shape == (2, 2, 900 % PAGE + 40, 16)
+    assert past.tokens.tolist() == [900 // PAGE * PAGE] * 2
+    pages = zip(past.packed.pages, held.packed().pages, strict=True)
+    assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in pages)
 
 
 def test_rows_of_a_batch_and_beams_are_alone():

@@ -3,6 +3,9 @@
 A program serves one block of queries of one q head: its partial blocks (the diagonal among them),
 then its full blocks, then its columns, in one online softmax. Heavy heads and, within a head, heavy
 query blocks start first. Bound by FLOPs; `benchmarks/prefill.py` measures what share is reached.
+Of a past that lies in packed pages each tile is unpacked where it is multiplied, bit for bit as
+`packed.unpack` does: whole pages first, then the newest and the chunk's own keys, which are as they
+came.
 Forward only, with plain pointers, so that the interpreter can run it (TRITON_INTERPRET=1; no bf16).
 """
 
@@ -28,7 +31,8 @@ from hfsparse.kernels.triton.limits import (
     shared_memory,
     units_of_logits,
 )
-from hfsparse.lists import BlockLists
+from hfsparse.lists import PAGE, BlockLists
+from hfsparse.lists.packed import NARROW, WIDE, Past, of_bytes, steps, width_of
 
 if TYPE_CHECKING:
     from hfsparse.kernels.need import Need
@@ -42,6 +46,8 @@ TILES = (  # queries, keys, warps
     (16, 16, 4),
 )
 STAGES = 2  # tiles of keys and values in flight
+FIVE_BITS, THREE_BITS = tl.constexpr(WIDE), tl.constexpr(NARROW)
+PAGE_SIZE = tl.constexpr(PAGE)
 
 
 def why_not(need: Need) -> str | None:
@@ -51,6 +57,11 @@ def why_not(need: Need) -> str | None:
     if max(need.head_dim, need.value_dim) > WIDEST:
         return (
             f"head dim {need.head_dim}, value dim {need.value_dim}: at most {WIDEST} is supported"
+        )
+    if need.packed and (need.head_dim % 8 or need.value_dim % 8):
+        return (
+            f"head dim {need.head_dim}, value dim {need.value_dim}: of packed pages multiples of 8 "
+            "are supported"
         )
     if need.block not in BLOCKS:
         return f"blocks of {need.block} tokens: 16, 32, 64 and 128 are supported"
@@ -73,15 +84,19 @@ def prefill(
     skip: float | None = None,
     skipped: Tensor | None = None,
     lse: Tensor | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """Attention `[B, H, Sq, Dv]` of q `[B, H, Sq, D]` over the kept keys of k, v `[B, Hkv, Sk, D]`.
 
-    Arguments as `reference.prefill` has them. The result lies token by token in memory, heads
-    within tokens, as models want it next.
+    Arguments as `reference.prefill` has them. past: packed pages; k and v hold what comes behind
+    these. The result lies token by token in memory, heads within tokens, as models want it next.
     """
     grid = lists.grid
     B, H, Sq, D = q.shape
     Dv = v.shape[-1]
+    bits = 16 if past is None else past.packed.bits
+    if bits == 4:  # two channels of a byte side by side
+        k, v = (t[..., _side_by_side(t.shape[-1], t.device)] for t in (k, v))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = q.new_empty(B, Sq, H, Dv, dtype=v.dtype).transpose(1, 2)
     if out.numel() == 0:
@@ -101,17 +116,19 @@ def prefill(
     unit, inner = units_of_logits(scale, softcap)
     gathered = lists.columns is not None and columns.shape[-1] > 0
     given = max(D, Dv), q.element_size(), grid.block, str(q.device), gathered, skip is not None
-    queries, keys, warps = tile_of(*given)
+    queries, keys, warps = tile_of(*given, past is not None)
     _prefill[(B * H * grid.nq * (grid.block // queries),)](
         *(q, k, v, out, kv_heads.to(q.device), grid.q_len, grid.k_len, grid.first, grid.live),
         *(bands_on(lists.bands, str(q.device)), heads, blocks, *full, *part, columns, covered),
         full[0] if s_aux is None else s_aux.float().to(q.device).contiguous(),
         full[0] if skipped is None else skipped,
         full[0] if lse is None else lse,
+        *_held(past, full[0]),
         *(s for t in (q, k, v, out) for s in t.stride()[:3]),
         *(grid.first.stride(0), grid.live.stride(0), blocks.stride(0)),
         *(s for t in (*full, *part) for s in t.stride()[:-1]),
         *(columns.stride()[:2] + covered.stride()[:3]),
+        *_strides(past),
         *(H, grid.nq, Sq, columns.shape[-1]),
         grid.window or 0,
         *(unit, inner, 0.0 if skip is None else skip * LOG2E.value),
@@ -129,6 +146,9 @@ def prefill(
         SKIP=skip is not None,
         COUNT=skipped is not None,
         LSE=lse is not None,
+        BITS=width_of(bits),
+        FLOAT=bits == "fp8",
+        STEP=steps(bits) if past is not None else 0.0,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
         num_stages=STAGES,
@@ -136,19 +156,47 @@ def prefill(
     return out
 
 
+def _held(past: Past | None, none: Tensor) -> tuple[Tensor, ...]:
+    """Whole pages, and for how many tokens of each row they are read."""
+    return (none,) * 7 if past is None else (*past.packed.pages, past.tokens)
+
+
+def _strides(past: Past | None) -> tuple[int, ...]:
+    """From row to row and from head to head of pages' codes and ends."""
+    if past is None:
+        return (0,) * 8
+    packed = past.packed
+    return tuple(s for t in (packed.k, packed.v, packed.low, packed.least) for s in t.stride()[:2])
+
+
+@lru_cache
+def _side_by_side(dim: int, device: torch.device) -> Tensor:
+    """[dim] channels in the order in which the kernel unpacks 4 bits, as `_channels`."""
+    first, second = of_bytes(torch.arange(dim))
+    return torch.stack([first, second], 1).flatten().to(device)
+
+
 @lru_cache
 def tile_of(
-    width: int, itemsize: int, block: int, device: str, gathered: bool = True, skips: bool = True
+    width: int,
+    itemsize: int,
+    block: int,
+    device: str,
+    gathered: bool = True,
+    skips: bool = True,
+    packed: bool = False,
 ) -> tuple[int, int, int] | None:
     """Queries and keys of a tile, and warps, for heads `width` wide: the first row that fits.
 
     gathered: whether columns are read, too; skips: whether there is a threshold. Both take room.
+    packed: no tile is longer than a page.
     """
     room, width = shared_memory(device), max(16, triton.next_power_of_2(width))
     for queries, keys, warps in TILES:
         shared = shared_by(queries, keys, width, itemsize, gathered, skips)
         registers = itemsize // 2 * queries * (width + keys) / (32 * warps)  # a thread
-        if max(queries, keys) <= block and shared <= room and registers <= 160:
+        long = packed and keys > PAGE
+        if not long and max(queries, keys) <= block and shared <= room and registers <= 160:
             return queries, keys, warps
     return None
 
@@ -181,6 +229,162 @@ def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:
     return heads, work.argsort(dim=-1, descending=True, stable=True).expand(B, -1, -1)
 
 
+@triton.jit
+def _channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """The channels that a tile has side by side; of 4 bits the two of each byte."""
+    d = tl.arange(0, DP)
+    if BITS == 4:
+        d = tl.where(d % 2 == 0, d // 2, D // 2 + (d // 2 + D // 8 * 2) % (D // 2))
+    return d
+
+
+@triton.jit
+def _codes(CODES, row, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
+    """Bytes of packed keys or values at rows `[KEYS]`, four in a word."""
+    W: tl.constexpr = D * BITS // 32
+    return load_rows(CODES.to(tl.pointer_type(tl.uint32)), W, row, live, W, DP * BITS // 32, MASKED)
+
+
+@triton.jit
+def _in_order(a, b, c, d):
+    """What words `[KEYS, W]` have, each four, as `[KEYS, 4 * W]`."""
+    made = tl.join(tl.join(a, c), tl.join(b, d))
+    return made.reshape(a.shape[0], 4 * a.shape[1])
+
+
+@triton.jit
+def _spread(code):
+    """Bytes as bits of float32 numbers, which are 2^15 more than these."""
+    a, b = (code & 255) << 8 | 0x47000000, code & 0xFF00 | 0x47000000
+    c, d = code >> 8 & 0xFF00 | 0x47000000, code >> 16 & 0xFF00 | 0x47000000
+    return _in_order(a, b, c, d)
+
+
+@triton.jit
+def _number(bits):
+    """The numbers of such bits, some of which may be masked."""
+    return bits.to(tl.float32, bitcast=True) - 32768.0
+
+
+@triton.jit
+def _fp8(code):
+    """Numbers of fp8 as float32, times 2^-8."""
+    upper = code & 0x80008000 | code >> 1 & 0x3F803F80
+    code = code << 8
+    lower = code & 0x80008000 | code >> 1 & 0x3F803F80
+    return _in_order(_half(lower), _half(upper), _half(lower >> 16), _half(upper >> 16))
+
+
+@triton.jit
+def _half(bits):
+    """The lower half of words, which is a float16 number."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _ends(LOW, HIGH, at, live):
+    return (
+        tl.load(LOW + at, mask=live, other=0.0),
+        tl.load(HIGH + at, mask=live, other=0.0),
+    )
+
+
+@triton.jit
+def _scaled(code, low, high, STEP: tl.constexpr, FLOAT: tl.constexpr):
+    """What bytes stand for between two ends, float32."""
+    if FLOAT:
+        made = _fp8(code) * (tl.maximum(-low, high) * STEP * 256.0)
+    else:
+        made = low + _number(_spread(code)) * ((high - low) * STEP)
+    return made
+
+
+@triton.jit
+def _fetch_keys(
+    CODES, LOW, HIGH, row, page, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Codes of packed keys at rows `[KEYS]`, and ends of their pages `[KEYS, 1]`, or of the one
+    that all lie in, `[1, 1]`: of 4 bits those of a byte's first channel, then of its second."""
+    code = _codes(CODES, row, live, D, DP, BITS, MASKED)
+    word = tl.arange(0, DP * BITS // 8)[None, :]
+    at, inside = page * D + word, word < D * BITS // 8
+    if MASKED:
+        inside = inside & live[:, None]
+    made = (code,)
+    made += _ends(LOW, HIGH, at, inside)
+    if BITS == 4:
+        at = page * D + D // 2 + (word + D // 8 * 2) % (D // 2)
+        made += _ends(LOW, HIGH, at, inside)
+    return made
+
+
+@triton.jit
+def _halves(code, lower, low, step, other_low, other_step):
+    """Both numbers of bytes that are spread, side by side: of their lower bits, and of the rest."""
+    first = low + _number(code & (lower | 0x47000000)) * step
+    second = other_low + _number(code & (0x4700FF00 - lower)) * other_step
+    return tl.join(first, second)
+
+
+@triton.jit
+def _unpack_keys(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
+                 STEP: tl.constexpr):  # fmt: skip
+    """Keys `[KEYS, DP]` that were fetched."""
+    kind: tl.constexpr = held[1].dtype
+    low, high = held[1].to(tl.float32), held[2].to(tl.float32)
+    if BITS == 4:
+        other_low, other_high = held[3].to(tl.float32), held[4].to(tl.float32)
+        span, other = high - low, other_high - other_low
+        first = span > other  # which of the two has 5 bits
+        span *= tl.where(first, FIVE_BITS, THREE_BITS)
+        other *= tl.where(first, THREE_BITS / 32, FIVE_BITS / 8)  # upper bits stay where they lie
+        code, lower = _spread(held[0]), tl.where(first, 0x1F00, 0x0700)
+        made = _halves(code, lower, low, span, other_low, other).to(kind)
+        made = made.reshape(held[0].shape[0], DP)
+    else:
+        made = _scaled(held[0], low, high, STEP, FLOAT).to(kind)
+    return made
+
+
+@triton.jit
+def _fetch_values(
+    CODES, LEAST, MOST, row, live, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Codes of packed values at rows `[KEYS]`, and their ends."""
+    made = (_codes(CODES, row, live, D, DP, BITS, MASKED),)
+    if MASKED:
+        made += _ends(LEAST, MOST, row, live)
+    else:
+        made += (tl.load(LEAST + row), tl.load(MOST + row))
+    return made
+
+
+@triton.jit
+def _unpack_values(held, DP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
+                   STEP: tl.constexpr):  # fmt: skip
+    """Values `[KEYS, DP]` that were fetched."""
+    kind: tl.constexpr = held[1].dtype
+    code = held[0]
+    least, most = held[1].to(tl.float32)[:, None], held[2].to(tl.float32)[:, None]
+    if BITS == 4:
+        step, lower = (most - least) * STEP, tl.full([1, 1], 0x0F00, tl.uint32)
+        made = _halves(_spread(code), lower, least, step, least, step / 16).to(kind)
+        made = made.reshape(held[0].shape[0], DP)
+    else:
+        made = _scaled(code, least, most, STEP, FLOAT).to(kind)
+    return made
+
+
+@triton.jit
+def _tile_at(index, j, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """The first token of a list's tile."""
+    block = tl.load(index + j // (BLOCK // KEYS)).to(tl.int64)
+    return block * BLOCK + j % (BLOCK // KEYS) * KEYS
+
+
 @triton.jit(
     do_not_specialize=(
         "first_b live_b blocks_b fc_b fc_h fi_b fi_h fi_i pc_b pc_h pi_b pi_h pi_i "
@@ -190,18 +394,22 @@ def _schedule(lists: BlockLists, B: int) -> tuple[Tensor, Tensor]:
 def _prefill(
     Q, K, V, OUT, KV, Q_LEN, K_LEN, FIRST, LIVE, BANDS, HEADS, BLOCKS,
     FULL_COUNT, FULL_INDEX, PART_COUNT, PART_INDEX, COLUMNS, COVERED, SINKS, SKIPPED, SUMS,
+    PACKED_K, PACKED_V, LOW, HIGH, LEAST, MOST, TOKENS,
     q_b: tl.int64, q_h: tl.int64, q_s, k_b: tl.int64, k_h: tl.int64, k_s,
     v_b: tl.int64, v_h: tl.int64, v_s, out_b: tl.int64, out_h: tl.int64, out_s,
     first_b: tl.int64, live_b: tl.int64, blocks_b: tl.int64,
     fc_b: tl.int64, fc_h: tl.int64, fi_b: tl.int64, fi_h: tl.int64, fi_i: tl.int64,
     pc_b: tl.int64, pc_h: tl.int64, pi_b: tl.int64, pi_h: tl.int64, pi_i: tl.int64,
     col_b: tl.int64, col_h: tl.int64, cov_b: tl.int64, cov_h: tl.int64, cov_i: tl.int64,
+    pk_b: tl.int64, pk_h: tl.int64, pv_b: tl.int64, pv_h: tl.int64,
+    low_b: tl.int64, low_h: tl.int64, least_b: tl.int64, least_h: tl.int64,
     H, nq, Sq, n_columns, window, unit, inner, skip,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr, HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SKIP: tl.constexpr, COUNT: tl.constexpr,
-    LSE: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Which head and block of queries this is, where its rows stand, its band.
     program = tl.program_id(0) // (BLOCK // QUERIES)
@@ -222,7 +430,15 @@ def _prefill(
 
     kv = tl.load(KV + h).to(tl.int64)
     keys, values = K + b * k_b + kv * k_h, V + b * v_b + kv * v_h
-    q = load_rows(Q + b * q_b + h * q_h + first_row * q_s, q_s, lane_q, alive, D, DP, True)
+    if BITS < 16:  # keys before `base` lie in packed pages, and those behind them as they came
+        base = tl.load(TOKENS + b).to(tl.int32)
+        keys, values = keys - base.to(tl.int64) * k_s, values - base.to(tl.int64) * v_s
+        codes_k, codes_v = PACKED_K + b * pk_b + kv * pk_h, PACKED_V + b * pv_b + kv * pv_h
+        low, high = LOW + b * low_b + kv * low_h, HIGH + b * low_b + kv * low_h
+        least, most = LEAST + b * least_b + kv * least_h, MOST + b * least_b + kv * least_h
+    d_q, d_v = _channels(D, DP, BITS), _channels(DV, DVP, BITS)
+    q = Q + b * q_b + h * q_h + first_row * q_s + lane_q[:, None] * q_s + d_q[None, :]
+    q = tl.load(q, mask=alive[:, None] & (tl.arange(0, DP) < D)[None, :], other=0.0)
     acc = tl.zeros([QUERIES, DVP], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -236,8 +452,20 @@ def _prefill(
         held = within < tl.load(LIVE + b * live_b + block).to(tl.int32)
         key = tl.load(FIRST + b * first_b + block).to(tl.int32) + within
         key = tl.where(held, key, NEVER)
-        k = load_rows(keys + block * BLOCK * k_s, k_s, within, held, D, DP, True)
-        v = load_rows(values + block * BLOCK * v_s, v_s, within, held, DV, DVP, True)
+        token = block * BLOCK + j % (BLOCK // KEYS) * KEYS
+        if BITS == 16:  # noqa: SIM114 - else the branch below is compiled, too
+            k = load_rows(keys + token * k_s, k_s, lane, held, D, DP, True)
+            v = load_rows(values + token * v_s, v_s, lane, held, DV, DVP, True)
+        elif token >= base:
+            k = load_rows(keys + token * k_s, k_s, lane, held, D, DP, True)
+            v = load_rows(values + token * v_s, v_s, lane, held, DV, DVP, True)
+        else:
+            page = tl.full([1, 1], 0, tl.int64) + token // PAGE_SIZE
+            row = token + lane
+            old_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
+            old_v = _fetch_values(codes_v, least, most, row, lane, DV, DVP, BITS, False)
+            k = _unpack_keys(old_k, DP, BITS, FLOAT, STEP)
+            v = _unpack_values(old_v, DVP, BITS, FLOAT, STEP)
         kept = key[None, :] <= at[:, None]
         kept &= tl.where(key < sink, NEVER, key)[None, :] >= start[:, None]
         if WINDOW:
@@ -249,7 +477,32 @@ def _prefill(
 
     n_full = tl.load(FULL_COUNT + b * fc_b + h * fc_h + i) * (BLOCK // KEYS)
     index = FULL_INDEX + b * fi_b + h * fi_h + i * fi_i
-    for j in range(0, n_full):
+    done = 0
+    if BITS < 16:
+        for c in range(0, n_full, 1024):
+            tile = c + tl.arange(0, 1024)
+            token = tl.load(index + tile // (BLOCK // KEYS), mask=tile < n_full, other=0) * BLOCK
+            token += tile % (BLOCK // KEYS) * KEYS
+            done += tl.sum(((tile < n_full) & (token < base)).to(tl.int32), 0)
+        if done > 0:  # the next tile is fetched while this one is multiplied
+            token = _tile_at(index, 0, BLOCK, KEYS)
+            page = tl.full([1, 1], 0, tl.int64) + token // PAGE_SIZE
+            next_k = _fetch_keys(codes_k, low, high, token + lane, page, lane, D, DP, BITS, False)
+            next_v = _fetch_values(codes_v, least, most, token + lane, lane, DV, DVP, BITS, False)
+            after = _tile_at(index, tl.minimum(1, done - 1), BLOCK, KEYS)
+            for j in range(0, done):
+                k = _unpack_keys(next_k, DP, BITS, FLOAT, STEP)
+                v = _unpack_values(next_v, DVP, BITS, FLOAT, STEP)
+                page = tl.full([1, 1], 0, tl.int64) + after // PAGE_SIZE
+                row = after + lane
+                next_k = _fetch_keys(codes_k, low, high, row, page, lane, D, DP, BITS, False)
+                next_v = _fetch_values(codes_v, least, most, row, lane, DV, DVP, BITS, False)
+                after = _tile_at(index, tl.minimum(j + 2, done - 1), BLOCK, KEYS)
+                acc, total, top, lost = add_keys(
+                    *(acc, total, top, lost, q, k, v, alive, alive, unit, inner, skip),
+                    *(False, SOFTCAP, SKIP, PRECISION),
+                )
+    for j in range(done, n_full):
         token = tl.load(index + j // (BLOCK // KEYS)) * BLOCK + j % (BLOCK // KEYS) * KEYS
         k = load_rows(keys + token.to(tl.int64) * k_s, k_s, lane, lane, D, DP, False)
         v = load_rows(values + token.to(tl.int64) * v_s, v_s, lane, lane, DV, DVP, False)
@@ -272,8 +525,19 @@ def _prefill(
             slot = c + lane
             column = tl.load(columns + slot, mask=slot < n, other=0)
             free = (slot < n) & (tl.load(covered + slot, mask=slot < n, other=1) == 0)
-            k = load_rows(keys, k_s, column.to(tl.int64), free, D, DP, True)
-            v = load_rows(values, v_s, column.to(tl.int64), free, DV, DVP, True)
+            own, at_column = free, column.to(tl.int64)
+            if BITS < 16:
+                own = free & (column >= base)
+            k = load_rows(keys, k_s, at_column, own, D, DP, True)
+            v = load_rows(values, v_s, at_column, own, DV, DVP, True)
+            if BITS < 16:
+                old = free & (column < base)
+                page = (at_column // PAGE_SIZE)[:, None]
+                row = at_column
+                old_k = _fetch_keys(codes_k, low, high, row, page, old, D, DP, BITS, True)
+                old_v = _fetch_values(codes_v, least, most, row, old, DV, DVP, BITS, True)
+                k = tl.where(old[:, None], _unpack_keys(old_k, DP, BITS, FLOAT, STEP), k)
+                v = tl.where(old[:, None], _unpack_values(old_v, DVP, BITS, FLOAT, STEP), v)
             column = tl.where(free, column, NEVER)
             kept = column[None, :] <= at[:, None]
             if WINDOW:
@@ -294,7 +558,7 @@ def _prefill(
     acc = tl.where(alive[:, None], acc, 0.0)
     d = tl.arange(0, DVP)
     out = OUT + b * out_b + h * out_h + first_row * out_s
-    out += lane_q[:, None] * out_s + d[None, :]
+    out += lane_q[:, None] * out_s + d_v[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(rows < Sq)[:, None] & (d < DV)[None, :])
     if LSE:
         sums = tl.where(alive & (total > 0), (top + tl.log2(total)) / LOG2E, float("-inf"))

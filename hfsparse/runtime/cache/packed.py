@@ -19,7 +19,7 @@ from hfsparse.errors import CacheError
 from hfsparse.kernels.positions import ring_positions
 from hfsparse.lists import PAGE, Grid
 from hfsparse.lists.lengths import Lengths, on_device
-from hfsparse.lists.packed import NEWEST, Packed, pack, unpack, width_of
+from hfsparse.lists.packed import NEWEST, UNPACKED, Packed, Past, pack, unpack, width_of
 from hfsparse.lists.places import Place
 from hfsparse.runtime.cache import buffers
 from hfsparse.runtime.cache.buffers import (
@@ -34,7 +34,6 @@ from hfsparse.runtime.cache.full import Full
 from hfsparse.runtime.cache.ring import Ring
 from hfsparse.runtime.cache.store import Store
 
-UNPACKED = 1 << 22  # numbers of keys and values that are worked out in float32 at a time
 BOUNDS = "low", "high"  # of keys, by page and channel
 ENDS = "least", "most"  # of values, by token
 
@@ -182,6 +181,7 @@ class PackedFull(PackedStore, Full):
     """Every key of its heads; `low` and `high` are the index of a selector that keeps the same."""
 
     remakes = True
+    tiled = True
 
     def create(self, k: Tensor, v: Tensor) -> None:
         super().create(k, v)
@@ -262,6 +262,23 @@ class PackedFull(PackedStore, Full):
             for whole, new in zip(read, (k, v), strict=True):
                 put(whole, new, rows, p, n)
         return *read, None
+
+    def with_pages(self, k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor, Past]:
+        """As `with_chunk`, for kernels that read packed pages: keys and values `[B, H, n, D]` from
+        each row's newest page on, which is not full, and the pages before that."""
+        first = [p // PAGE for p in lengths.past]
+        past = Past(self.brought(slice(max(first))), on_device(first, k.device) * PAGE)
+        behind = [
+            join_begun(self.held(), [t[rows, :, :n] for t in (k, v)], rows, p)
+            for rows, p, n in lengths.runs
+        ]
+        if len(behind) == 1:
+            return *behind[0], past
+        made = [t.new_empty(*t.shape[:2], PAGE + t.shape[2], t.shape[3]) for t in (k, v)]
+        for (rows, _, _), new in zip(lengths.runs, behind, strict=True):
+            for into, t in zip(made, new, strict=True):
+                into[rows, :, : t.shape[2]] = t
+        return *made, past
 
     def part(self, heads: slice) -> PackedFull:
         part = super().part(heads)

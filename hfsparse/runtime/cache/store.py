@@ -25,6 +25,7 @@ class Store:
     lacks = 0  # keys that every row lacks, at least
     fixed = 0  # bytes that it takes however many tokens it has room for
     remakes = False  # whether a chunk finds what came before in buffers that are made for it
+    tiled = False  # whether kernels can read, in their place, the pages that it has (`with_pages`)
 
     def __init__(self, group: Group):
         self.group = group
@@ -65,12 +66,12 @@ class Store:
         """What lies in host memory."""
         return []
 
-    def parts(self, lengths: Lengths) -> Iterator[tuple[slice, Store]]:
+    def parts(self, lengths: Lengths, tiled: bool = False) -> Iterator[tuple[slice, Store]]:
         """Which of its heads are read together with a chunk, and a store of these alone, where it
         is read before it stores the chunk: as many heads as have `TOGETHER` numbers in buffers that
-        are made for that; one in any case."""
+        are made for that; one in any case. tiled: its pages are read where they lie."""
         heads = step = len(self.group.heads)
-        if self.remakes:
+        if self.remakes and not (tiled and not self.outside()):
             each = len(self.k) * lengths.longest * sum(t.shape[3] for t in self.held())
             step = max(1, TOGETHER // each)
         if step >= heads:

@@ -11,7 +11,10 @@ import torch
 from hfsparse import kernels
 from hfsparse.kernels import Need, reference
 from hfsparse.lists import Band, BlockLists, Grid
+from hfsparse.lists.lengths import Lengths
 from hfsparse.patterns.vertical_slash import VerticalSlash
+from hfsparse.runtime.cache.group import Group
+from hfsparse.runtime.cache.packed import PackedFull
 from tests.helpers import Batch, batch, causal, close, read_pairs, truth
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import compiled
@@ -165,6 +168,52 @@ def test_huge_logits_stay_finite(prefill):
     lists = BlockLists.of(it.grid, 2)
     out = prefill(it.q, it.k, it.v, lists, heads(it), scale=1e4)
     assert close(out, truth(it.q, it.k, it.v, lists.mask(), 1e4))
+
+
+# -- behind packed pages -------------------------------------------------------------------------
+
+
+def behind_pages(it: Batch, bits):
+    """What a store finds for a batch's new tokens: their keys and values behind packed pages, those
+    pages, and all keys and values unpacked."""
+    new, total = it.grid.q_len.tolist(), it.grid.k_len.tolist()
+    past, kv = [t - n for t, n in zip(total, new, strict=True)], it.k.shape[1]
+    store = PackedFull(Group(tuple(range(kv)), bits=bits), 0)
+    store.create(it.k, it.v)
+    store.append(it.k, it.v, Lengths([0] * len(past), past, max(past)))
+    at = it.grid.query_pos().clamp(min=0)[:, None, :, None]
+    k, v = (t.gather(2, at.expand(-1, kv, -1, t.shape[3])) for t in (it.k, it.v))
+    lengths = Lengths(past, new, it.grid.Sq)
+    return store.with_pages(k, v, lengths), store.with_chunk(k, v, lengths, it.grid)[:2]
+
+
+@pytest.mark.parametrize(
+    ("bits", "past", "dim", "more"),
+    [
+        (8, 150, 16, dict(group=3, rows="left_padded", dtype=HALF, block=128)),
+        (4, 150, 16, dict(group=8, kv_heads=1, rows="left_padded")),
+        ("fp8", 150, 16, dict(group=4, kv_heads=1, rows="empty_row")),
+        (4, 64, 80, dict(group=4, kv_heads=1, value_dim=24, block=64)),
+        ("fp8", 129, 64, dict(group=1, dtype=HALF, window=70)),
+        (8, 63, 128, dict(group=1, block=16)),
+        (4, 200, 256, dict(group=1, kv_heads=1, dtype=HALF, block=128)),
+    ],
+    ids=str,
+)
+def test_a_past_in_packed_pages_is_read_as_it_is_unpacked(prefill, bits, past, dim, more):
+    """Its keys by full blocks, partial ones and columns; and of it all, by dense heads."""
+    it = batch(70, past=past, dim=dim, **more)
+    (k, v, pages), whole = behind_pages(it, bits)
+    logits = {"s_aux": torch.linspace(-2, 3, it.q.shape[1])} if bits == 8 else {"softcap": 3.0}
+    wide = replace(it, k=whole[0], v=whole[1])
+    for lists in (mixed(wide), BlockLists.of(it.grid, it.q.shape[1])):
+        given = lists, heads(it)
+        out = prefill(it.q, k, v, *given, scale=it.scale, past=pages, **logits)
+        assert close(out, truth(it.q, *whole, lists.mask(), it.scale, **logits))
+        assert not unread(out, it.grid).any()
+    found = pages.keys(k, slice(None), it.grid.Sk)
+    held = (torch.arange(it.grid.Sk) < it.grid.k_len[:, None])[:, None, :, None]
+    assert torch.equal(*(t.masked_fill(~held, 0) for t in (found, whole[0])))
 
 
 # -- skipping ------------------------------------------------------------------------------------
