@@ -2,17 +2,17 @@
 
     python -m benchmarks.million --out FOLDER [--tokens 1048576] [--dense 131072,262144]
                                  [--pattern block_topk|antidiagonal] [--shape llama-3.1-8b]
-                                 [--density 0.10] [--bits 4] [--gib 80]
+                                 [--density 0.10] [--bits 4] [--gib 80] [--chunk 8192]
 
 `model.generate`, greedy, random weights, bf16 (float32 on a CPU), one random prompt, in chunks as
 hfsparse reads long prompts by itself. The plan keeps every fourth kv head full: its q heads read a
 tenth of the visible key blocks of a prompt, and new tokens 6 % of its pages (quest); the others are
-rings of 64 + 256; --bits: of what both keep. --gib: no more of the GPU's memory is taken. Beside
-it the stock model (sdpa, in one piece) and the patched one without a plan
-at the lengths of --dense, as far as `hfsparse check`'s arithmetic says they fit. Each arm reads a
-short prompt first, so that nothing is compiled in the time to the first token (but steps that are
-fused: those compile in the first ones, which no median counts). ms are medians over the tokens but
-the first eight.
+rings of 64 + 256; --bits: of what both keep. --gib: no more of the GPU's memory is taken. --chunk:
+tokens that are read at a time, not as `generate` chooses. Beside it the stock model (sdpa,
+in one piece) and the patched one without a plan at the lengths of --dense, as far as `hfsparse
+check`'s arithmetic says they fit. Each arm reads a short prompt first, so that nothing is compiled
+in the time to the first token (but steps that are fused: those compile in the first ones, which no
+median counts). ms are medians over the tokens but the first eight.
 
 A row is on the disk (FOLDER/million.jsonl) when its arm is done. Started again, the script goes on
 with the next one. A row that failed stays as well: delete its line to have it tried again.
@@ -64,11 +64,18 @@ def plan(model, arm: str, pattern: str, density: float, kept: str) -> Plan | Non
 
 
 def run(
-    model, arm: str, follows: Plan | None, tokens: int, new: int, warm: tuple, room: float
+    model,
+    arm: str,
+    follows: Plan | None,
+    tokens: int,
+    new: int,
+    warm: tuple,
+    room: float,
+    piece: int,
 ) -> dict:
     """One arm at one length: seconds, milliseconds, GiB."""
     cuda = model.device.type == "cuda"
-    config, chunk = model.config, chunk_of(arm, tokens)
+    config, chunk = model.config, (arm != STOCK and piece) or chunk_of(arm, tokens)
     size = model.dtype.itemsize
     known = None if arm == STOCK else follows
     predicted = memory.predict(config, known, tokens + new, 1, chunk, size).peak / 2**30
@@ -79,14 +86,16 @@ def run(
         handle = None
         if follows is not None:
             handle = stack.enter_context(hfsparse.patch(model, follows, fuse=arm == FUSED))
-        at, piece = warm
-        prompted(model, at, SKIP, **({"prefill_chunk_size": piece} if chunk else {}))
+        at, short = warm
+        prompted(model, at, SKIP, **({"prefill_chunk_size": short} if chunk else {}))
         tidy()
         if handle is not None:
             handle.reset_stats()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        clock, start, cache = prompted(model, tokens, new)
+        clock, start, cache = prompted(
+            model, tokens, new, **({"prefill_chunk_size": chunk} if chunk else {})
+        )
         row = {
             "ttft_s": clock.at[0] - start,
             "ms": clock.ms(),
@@ -132,10 +141,10 @@ def table(rows: dict[str, dict], target_at: str) -> str:
     return "\n".join(lines)
 
 
-def fits(model, room: float, *how) -> str:
+def fits(model, room: float, piece: int, *how) -> str:
     """The longest prompts that fit in so many GiB, by `hfsparse check`'s arithmetic."""
     told = []
-    for arm, chunk in ((STOCK, 0), (NONE, generation.CHUNK), (OURS, generation.CHUNK)):
+    for arm, chunk in ((STOCK, 0), (NONE, piece), (OURS, piece)):
         follows, size = plan(model, arm, *how), model.dtype.itemsize
         most = memory.longest(model.config, follows, int(room * 2**30), 1, chunk, size)
         told.append(f"{arm} {most:,}")
@@ -153,6 +162,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.10, help="of full heads' blocks")
     parser.add_argument("--bits", default="16", choices=("16", "8", "4", "fp8"))
     parser.add_argument("--gib", type=float, help="of the GPU's memory")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens at a time")
     parser.add_argument("--no-fused", action="store_true", help="no arm that torch.compile fuses")
     parser.add_argument("--warm", default=",".join(map(str, WARM)), help="short prompt, its chunks")
     args = parser.parse_args()
@@ -179,12 +189,13 @@ def main() -> None:
     warm = tuple(int(n) for n in args.warm.split(","))
     try:
         for arm, tokens in arms:
-            what = (model, arm, plan(model, arm, *how), tokens, args.new, warm, room)
+            follows = plan(model, arm, *how)
+            what = model, arm, follows, tokens, args.new, warm, room, args.chunk
             journal.row(f"{arm} @ {tokens}", lambda what=what: run(*what))
     finally:
         print(f"{made}\n\n{table(journal.rows, f'{OURS} @ {1 << 20}')}", flush=True)
     if torch.cuda.is_available():
-        print(f"\n{fits(model, room, *how)}")
+        print(f"\n{fits(model, room, args.chunk or generation.CHUNK, *how)}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ CASES = (
     "short_prompts --shape tiny --lengths 100 --rounds 1",
     "ended --shape tiny --batch 2 --lengths 100 --tokens 40",
     "memory --shape tiny --lengths 600",
-    "million --shape tiny --out OUT --tokens 2000 --new 12 --dense 600 --warm 300,200 --no-fused",
+    "million --shape tiny --out OUT --tokens 2000 --new 12 --dense 600 --warm 300,200 --no-fused"
+    " --chunk 700",
     "cpu_reference --lengths 256 --runs 1",
     "studies.interval --runs 2",
     "studies.decided benchmarks/results/proof/smollm2.md --replays 1",
