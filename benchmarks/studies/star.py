@@ -1,14 +1,16 @@
 """What does a model lose when ranks read a prompt in the way of Star Attention?
 
-    python -m benchmarks.studies.star MODEL --out FILE [--length 24576] [--texts 48]
+    python -m benchmarks.studies.star MODEL --out DIR [--length 24576] [--first 0] [--texts 48]
         [--blocks 2,4,8] [--anchor part,1024] [--question 128] [--seconds N]
+    python -m benchmarks.studies.star --out DIR
 
 One process reads what so many ranks would: each block of a text behind the anchor, by itself, then
 the question and the answer over the keys of all blocks (`hfsparse.ContextParallel`, way `star`).
 The model is stock, dense in each block: what is lost is the star's. Texts hide facts, one of which
 is asked for at the end (those of `frontier`); an answer counts as said if each of its tokens is the
-model's first choice. The last lines are the table of the rows that FILE holds, by task; a killed
-run goes on. Two blocks behind an anchor of their own size read every key, so lose nothing.
+model's first choice. The last lines are the table of all rows that DIR holds, by task; without a
+model they are all. A killed run goes on; several may run at once, each of other texts (--first).
+Two blocks behind an anchor of their own size read every key, so lose nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import Cache, DynamicCache
 
 from benchmarks.common.facts import judge, make_text, read, tail_of
 from benchmarks.common.journal import Journal, end_in_order
+from benchmarks.common.journal import read as read_journal
 from benchmarks.common.options import numbers
 from hfsparse.interval import interval
 from hfsparse.models.loading import device_name, load
@@ -80,9 +83,14 @@ def answered(model, text, star: Star | None) -> dict:
     return {"said": int(found["said"][0]), "nats": round(float(found["loss"][0]), 4)}
 
 
-def table(rows: dict[str, dict], arms: list[str]) -> str:
+def table(folder: Path) -> str:
     """By task and of all: answers said under each arm, and nats a token lost against exact."""
-    tasks = defaultdict(list)
+    rows, tasks = {}, defaultdict(list)
+    for file in sorted(folder.glob("*.jsonl")):
+        rows |= read_journal(file)[1]
+    if not rows:
+        return "nothing was asked yet"
+    arms = [arm for arm in next(iter(rows.values())) if arm != "task"]
     for row in rows.values():
         tasks[row["task"]].append(row)
         tasks["all"].append(row)
@@ -103,15 +111,18 @@ def table(rows: dict[str, dict], arms: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--length", type=int, default=24576)
+    parser.add_argument("--first", type=int, default=0, help="text that this process begins with")
     parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--blocks", type=numbers, default=[2, 4, 8])
     parser.add_argument("--anchor", default="part,1024")
     parser.add_argument("--question", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no text behind these")
     args = parser.parse_args()
+    if args.model is None:
+        return print(table(args.out))
     end_in_order()
     begun = time.perf_counter()
     model, tokenizer = load(args.model)
@@ -123,8 +134,8 @@ def main() -> None:
         f"{model.dtype}, {device_name(model.device)}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    journal = Journal(args.out, made)
-    for index in range(args.texts):
+    journal = Journal(args.out / f"{args.first}.jsonl", made)
+    for index in range(args.first, args.first + args.texts):
         if time.perf_counter() - begun > args.seconds:
             break
 
@@ -133,7 +144,7 @@ def main() -> None:
             return {"task": text.task} | {arm: answered(model, text, x) for arm, x in arms.items()}
 
         journal.row(f"{index}", run)
-    print(f"{made}.\n\n{table(journal.rows, [*arms])}")
+    print(f"{made}.\n\n{table(args.out)}")
 
 
 if __name__ == "__main__":
