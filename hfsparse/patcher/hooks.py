@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from hfsparse.errors import PatchError
 from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import context, memory
-from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
+from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own, prepare
 from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Batch
@@ -46,6 +46,13 @@ def forward(decoder, *args, **kwargs):
     except BaseException:  # `after_forward` is called for an Exception alone
         leave(state.owner)
         raise
+
+
+def _prepare(decoder, kwargs: dict, cache: Any) -> None:
+    try:
+        prepare(cache, decoder, len(new_tokens(kwargs)))
+    except torch.cuda.OutOfMemoryError as error:
+        raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
 
 
 def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
@@ -113,6 +120,8 @@ def before_forward(decoder, args, kwargs):
         ours = next((layer for layer in cache.layers if isinstance(layer, CacheLayer)), None)
         if new is not None and ours is not None:  # ahead of linear layers, which take any
             ours.check_rows(len(new))
+            if ours.expected and not ours.is_initialized:
+                _prepare(decoder, kwargs, cache)
     return args, kwargs
 
 
