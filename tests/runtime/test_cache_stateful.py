@@ -12,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.nn.functional import pad
 
 from hfsparse.errors import CacheError
+from hfsparse.evictions.adore import Adore
+from hfsparse.evictions.alisa import Alisa
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.kernels.fetch import fetch
@@ -75,6 +77,15 @@ HOSTED = (
     Group((3,), FULL, Quest(0.3, 2, bound=16), bits=8, hot=0.3),
     Group((4,), FULL, Quest(0.3, 2, refresh=3), bits="fp8", hot=0.3),
 )
+TOGETHER = (  # every kind of store
+    Group((0,), eviction=Alisa(30, 7)),
+    Group((1,), FULL, Quest(0.3, 2), bits=4, hot=0.4),
+    Group((2,), eviction=Adore(25, 5)),
+    Group((3,), FULL, Quest(), bits=8),
+    Group((4,), Band(3, 10), bits=4),
+    Group((5,), Streaming(5, 6, 0.25).band),
+)
+LAYERS = FULLS, SINKS, MIXED, KEPT, PACKED, OTHERS, HOSTED, HOSTED, TOGETHER
 WHOLE, PACKS = (Full, PackedFull, HostFull, HostPacked), (PackedFull, PackedRing, HostPacked)
 
 
@@ -123,7 +134,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.anywhere.stop()
 
     @initialize(
-        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT, PACKED, OTHERS, HOSTED, HOSTED]),
+        groups=st.sampled_from(LAYERS),
         below=st.sampled_from([0, 60, 150]),
         reserve=st.sampled_from([0, 200]),
         expected=st.sampled_from([0, 100]),
