@@ -49,6 +49,7 @@ def forward(decoder, *args, **kwargs):
 
 
 def _prepare(decoder, kwargs: dict, cache: Any) -> None:
+    """`prepare`, and what would fit where memory is short."""
     try:
         prepare(cache, decoder, len(new_tokens(kwargs)))
     except torch.cuda.OutOfMemoryError as error:
@@ -61,9 +62,11 @@ def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     plan = state.plan if state.exact is None else Plan.full(state.plan.model)
     new = new_tokens(kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    ours = (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayer))
+    whole = max(past + new.shape[1], *(layer.expected for layer in ours), 0)
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.describe_shortage(
-        *(decoder, plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
+        *(decoder, plan, whole, len(new), new.shape[1] if whole > new.shape[1] else 0, room),
         ranks=state.shard.ranks,
     )
 
