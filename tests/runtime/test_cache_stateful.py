@@ -1,5 +1,6 @@
 """The cache layer against plain lists of each row's tokens, through any sequence of calls."""
 
+from contextlib import ExitStack
 from copy import deepcopy
 from itertools import product
 from unittest import mock
@@ -36,7 +37,7 @@ from hfsparse.selectors import segment_of, tokens_built
 from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
-from tests.helpers import poison_of
+from tests.helpers import poison_of, poisoned
 from tests.patterns.matrix import weights
 
 HEADS, DIM = 6, 4
@@ -122,16 +123,17 @@ def packed(t, bits):
 class CacheMachine(RuleBasedStateMachine):
     """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value.
 
-    A host without a GPU stands for both memories.
+    A host without a GPU stands for both memories. Room that holds nothing yet holds NaN.
     """
 
     def __init__(self):
         super().__init__()
-        self.anywhere = mock.patch.object(host, "why_not", return_value=None)
-        self.anywhere.start()
+        self.around = ExitStack()
+        self.around.enter_context(mock.patch.object(host, "why_not", return_value=None))
+        self.around.enter_context(poisoned())
 
     def teardown(self):
-        self.anywhere.stop()
+        self.around.close()
 
     @initialize(
         groups=st.sampled_from(LAYERS),
