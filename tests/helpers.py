@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,18 @@ def read_pairs(
                             part.fill_(-torch.inf)  # in `logits`
                             lost += 1
     return (logits > -torch.inf)[:, :, : grid.Sq, : grid.Sk], lost, seen
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Buffers that are made without numbers hold NaN, or a type's largest number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def poison_of(dtype: torch.dtype, poison: float) -> float:

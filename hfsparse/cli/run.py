@@ -62,6 +62,9 @@ def generate(
     prompt_file: Annotated[Path, typer.Option(help="A text; the chat template is added to it.")],
     plan: PlanOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 64,
+    chunk: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prompt a call; 0: as generate chooses.")
+    ] = 0,
     exact: Annotated[
         bool, typer.Option(help="The plan only drafts: the answer is the dense model's.")
     ] = False,
@@ -82,7 +85,7 @@ def generate(
     beyond = beyond_window or (chosen is not None and chosen.extend is not None)
     check_window(loaded, beyond, len(tokens) + max_new_tokens, "prompt and answer")
     with patch(loaded, chosen, exact=exact) as handle:
-        _stream(loaded, tokenizer, tokens, max_new_tokens)
+        _stream(loaded, tokenizer, tokens, max_new_tokens, chunk)
         typer.echo(f"\n{handle.stats()}")
 
 
@@ -171,7 +174,7 @@ def prompt_tokens(tokenizer, prompt: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
+def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int, chunk: int) -> None:
     import torch
     from transformers import TextStreamer
 
@@ -180,7 +183,8 @@ def _stream(model, tokenizer, tokens: list[int], max_new_tokens: int) -> None:
 
     ids = input_ids(model, [tokens])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with greedy(model, max_new_tokens):
+    with greedy(model, max_new_tokens) as settings:
+        settings.prefill_chunk_size = chunk or None
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
 
 

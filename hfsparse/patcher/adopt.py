@@ -9,7 +9,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hfsparse.errors import CacheError, PatchError
+from hfsparse.models.layers import layer_shapes
 from hfsparse.patcher.state import State
+from hfsparse.runtime.cache.buffers import autocast
 from hfsparse.runtime.cache.layer import DEFAULT, CacheLayer
 
 VIRTUAL = (
@@ -46,6 +48,22 @@ def adopt(cache: Any, decoder: Any, reserve: int = 0, expected: int = 0) -> None
         layers[layer.index] = layer.new_cache(reserve, expected)
     cache.layers = layers[: decoder.config.num_hidden_layers]  # a draft may run the first alone
     cache.layer_class_to_replicate = None
+
+
+def prepare(cache: Cache, decoder: Any, rows: int) -> None:
+    """Make a new cache's stores for `rows` prompts that come in chunks, before the first is read.
+
+    Made while it is read, layer by layer, buffers would lie in memory that its activations gave
+    back, and leave pieces of that in which the next ones find no room.
+    """
+    if len(places := {p.device for p in decoder.parameters()}) > 1:
+        return  # a layer's are made where its keys come
+    (place,), shapes = places, layer_shapes(decoder.config)
+    for layer in (layer for layer in cache.layers if isinstance(layer, CacheLayer)):
+        sizes = rows, sum(len(group.heads) for group in layer.groups), 0
+        dims = shapes[layer.index].head_dim, shapes[layer.index].value_dim
+        like = (torch.empty(*sizes, dim, dtype=decoder.dtype, device=place) for dim in dims)
+        layer.prepare(*autocast(*like))
 
 
 def check_whole(ours: list[CacheLayer]) -> None:

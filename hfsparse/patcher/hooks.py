@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from hfsparse.errors import PatchError
 from hfsparse.models.names import cache_name, find_cache, new_tokens, parameters
 from hfsparse.patcher import context, memory
-from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own
+from hfsparse.patcher.adopt import VIRTUAL, adopt, adopt_own, prepare
 from hfsparse.patcher.state import State
 from hfsparse.plan import Plan
 from hfsparse.runtime.batch import Batch
@@ -48,15 +48,25 @@ def forward(decoder, *args, **kwargs):
         raise
 
 
+def _prepare(decoder, kwargs: dict, cache: Any) -> None:
+    """`prepare`, and what would fit where memory is short."""
+    try:
+        prepare(cache, decoder, len(new_tokens(kwargs)))
+    except torch.cuda.OutOfMemoryError as error:
+        raise memory.OutOfMemoryError(_describe_shortage(decoder, kwargs, cache)) from error
+
+
 def _describe_shortage(decoder, kwargs: dict, cache: Any) -> str:
     """What a call that is out of memory needs under the plan, what dense does, and what fits."""
     state, weight = decoder._hfsparse, next(decoder.parameters())
     plan = state.plan if state.exact is None else Plan.full(state.plan.model)
     new = new_tokens(kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    ours = (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayer))
+    whole = max(past + new.shape[1], *(layer.expected for layer in ours), 0)
     room = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else 0
     return memory.describe_shortage(
-        *(decoder, plan, past + new.shape[1], len(new), new.shape[1] if past else 0, room),
+        *(decoder, plan, whole, len(new), new.shape[1] if whole > new.shape[1] else 0, room),
         ranks=state.shard.ranks,
     )
 
@@ -113,6 +123,8 @@ def before_forward(decoder, args, kwargs):
         ours = next((layer for layer in cache.layers if isinstance(layer, CacheLayer)), None)
         if new is not None and ours is not None:  # ahead of linear layers, which take any
             ours.check_rows(len(new))
+            if ours.expected and not ours.is_initialized:
+                _prepare(decoder, kwargs, cache)
     return args, kwargs
 
 

@@ -447,6 +447,27 @@ def test_generate_prints_the_answer_and_what_was_kept(plan, model, prompt):
     assert error(*words, "--exact").startswith("exact=True can't be followed: the plan's steps")
 
 
+def test_generate_reads_the_prompt_in_chunks_of_a_given_size(plan, model, prompt, monkeypatch):
+    from transformers import LlamaModel
+
+    prompt.write_text("word " * 90)
+    words = ["generate", model, "--plan", plan, "--prompt-file", prompt, "--max-new-tokens", 5]
+    calls, forward = [], LlamaModel.forward
+
+    def told(self, **given):
+        calls.append(given["input_ids"].shape[1])
+        return forward(self, **given)
+
+    monkeypatch.setattr(LlamaModel, "forward", told)
+    whole = run(*words)
+    assert calls[1:] == [1] * 4
+    total = calls[0]
+    calls.clear()
+    pieces = run(*words, "--chunk", 64)
+    assert calls == [64] * (total // 64) + [total % 64] * bool(total % 64) + [1] * 4
+    assert pieces.stdout.splitlines()[0] == whole.stdout.splitlines()[0]
+
+
 def test_generate_gives_the_prompt_its_chat_template(model, prompt, monkeypatch):
     from transformers import LlamaForCausalLM
 

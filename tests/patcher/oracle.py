@@ -39,7 +39,7 @@ _now: list[Truth] = []
 class Truth:
     """The plan that the oracle follows, and what it lets heads read."""
 
-    def __init__(self, plan, layers, keeps=(), prompt=0):
+    def __init__(self, plan, layers, keeps=(), prompt=0, left=None, least=None):
         self.plan = plan
         self.layers = layers  # of attention modules
         self.keeps = keeps  # whose keys, and so whose part of a table, each layer reads
@@ -52,13 +52,18 @@ class Truth:
         self.total = defaultdict(int)  # (layer, kv head) → keys it could see
         # (layer, row, kv head) → which keys an eviction left, and what they are worth; and which
         # there were for the last call, new ones included
-        self.left: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.left: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {} if left is None else left
+        self.least = plan.below.cache if least is None else least  # shorter rows evict nothing
         self.read: dict[tuple, torch.Tensor] = {}
 
 
 @contextmanager
-def oracle(model, plan, prompt=0):
-    """Run the unpatched `model` under the plan's boolean mask."""
+def oracle(model, plan, prompt=0, left=None, least=None):
+    """Run the unpatched `model` under the plan's boolean mask.
+
+    left: what evictions left in earlier calls, which is kept up. least: tokens from which on rows
+    evict, where the plan's threshold says another thing.
+    """
     assert "_hfsparse" not in text_decoder(model).__dict__
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _keep_mask)
@@ -67,7 +72,7 @@ def oracle(model, plan, prompt=0):
     decoder.set_attn_implementation(NAME)
     shapes = enumerate(layer_shapes(model))
     keeps = [i if shape.producer is None else shape.producer for i, shape in shapes]
-    _now.append(Truth(plan, attention_modules(decoder), keeps, prompt))
+    _now.append(Truth(plan, attention_modules(decoder), keeps, prompt, left, least))
     try:
         yield _now[-1]
         assert _now[-1].calls, "the oracle's attention was never called"
@@ -298,7 +303,7 @@ def _evict(truth, eviction, where, q, k, scale, softcap, s_aux) -> None:
         for i, place in enumerate(places):
             worth[place] = got[places[max(i - near, 0) : i + near + 1]].max()
     truth.left[where] = held, worth
-    if total < truth.plan.below.cache or held.sum() <= eviction.size:
+    if total < truth.least or held.sum() <= eviction.size:
         return
     rank = worth.masked_fill(newest, torch.inf).masked_fill(~held, -torch.inf)
     if eviction.window >= eviction.size:

@@ -15,9 +15,23 @@ from hfsparse import bench
 from hfsparse.patcher import memory
 from hfsparse.plan import Layer, Plan
 from hfsparse.plan.kept import Full
+from hfsparse.runtime.cache.full import Full as FullStore
+from hfsparse.runtime.cache.layer import CacheLayer
 from hfsparse.selectors.quest import Quest
-from tests.patcher.families import FAMILIES, fresh, full, growing, mixed, streaming, tiny, tokens
-from tests.patcher.runs import forward
+from tests.patcher.families import (
+    FAMILIES,
+    fresh,
+    full,
+    growing,
+    hosted,
+    mixed,
+    packing,
+    streaming,
+    tiny,
+    tokens,
+)
+from tests.patcher.oracle import CACHE
+from tests.patcher.runs import forward, generate, same_generation
 from tests.support import models
 
 
@@ -108,6 +122,52 @@ def test_out_of_memory_is_answered_with_what_is_needed_and_what_fits(monkeypatch
     assert f"{few:,} in 4 bits (hfsparse bits), {most:,} in 4 bits (hfsparse bits) with" in told
     assert "with host: true where heads choose, as far as" in told
     assert fits < few < most
+
+
+@pytest.mark.parametrize("plan", [full, streaming, packing, hosted])
+def test_room_for_a_prompt_in_chunks_is_made_before_the_first_is_read(monkeypatch, plan):
+    """Not layer by layer between a chunk's activations; and no buffer moves from then on."""
+    model, where = fresh("qwen2"), []
+    monkeypatch.setattr("hfsparse.runtime.cache.host.why_not", lambda device: None)
+
+    def look(decoder, args, kwargs):
+        stores = [store for layer in kwargs[CACHE].layers for store in layer.stores]
+        stores = [store for store in stores if isinstance(store, FullStore)]
+        assert all(store.capacity >= 150 for store in stores)
+        where.append([t.data_ptr() for s in stores for t in (*s.tensors(), *s.outside())])
+
+    with hfsparse.patch(model, plan(model)):
+        model.model.register_forward_pre_hook(look, with_kwargs=True)
+        generate(model, tokens(2, 150), prefill_chunk_size=60, new=3)
+    assert where[0]
+    assert where == where[:1] * 5
+
+
+def test_room_that_a_prompt_in_chunks_does_not_find_is_told_of_all_of_it(monkeypatch):
+    def full_card(layer, k, v):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny("llama")
+    monkeypatch.setattr(CacheLayer, "prepare", full_card)
+    with (
+        hfsparse.patch(model),
+        pytest.raises(memory.OutOfMemoryError, match="out of memory: 2 x 150 tokens need about"),
+    ):
+        generate(model, tokens(2, 150), prefill_chunk_size=60)
+    monkeypatch.undo()
+    with hfsparse.patch(model):
+        assert generate(model, tokens(2, 150), prefill_chunk_size=60).sequences.shape == (2, 162)
+
+
+def test_keys_of_another_kind_than_the_decoder_find_room_of_theirs(monkeypatch):
+    model, ids = tiny("llama"), tokens(2, 150)
+    with hfsparse.patch(model, streaming(model)):
+        want = generate(model, ids, prefill_chunk_size=60)
+        monkeypatch.setattr(type(model.model), "dtype", torch.float64)
+        got = generate(model, ids, prefill_chunk_size=60)
+    same_generation(got, want)
+    kinds = {s.k.dtype for layer in got.past_key_values.layers for s in layer.stores}
+    assert kinds == {torch.float32}
 
 
 OTHER_NAMES = {  # how wide the MLP is, for a hidden size of 64

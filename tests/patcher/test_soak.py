@@ -1,6 +1,7 @@
 """Random conversations, each held twice: by a patched model and by the dense oracle.
 
-Caches keep all bits or fewer, on the device or in host memory, for which a host without a GPU does.
+Caches keep all bits or fewer, on the device or in host memory, for which a host without a GPU does,
+or what evictions leave. Room that holds nothing yet holds NaN.
 
 A third of the seeds are held in a run, another one as the code changes. A failure prints its seed
 and every step. To replay one, from the repository's root:
@@ -33,6 +34,7 @@ from hfsparse.plan import Below
 from hfsparse.plan.kept import Full
 from hfsparse.runtime.cache import host
 from hfsparse.runtime.cache.ring import SLACK
+from tests.helpers import poisoned
 from tests.patcher import oracle as oracles
 from tests.patcher.families import fresh, left_padded, plan_of, tiny, tokens
 from tests.patcher.oracle import oracle
@@ -40,6 +42,7 @@ from tests.patcher.runs import CLOSE, close, continue_with, forward, generate, s
 from tests.turns import turn
 
 SEEDS, BATCH, STEPS, ROWS = 210, 30, 4, 4
+EVICTING = "snap", "h2o", "alisa", "adore"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "mistral-window", "gemma3")
 VERSION = Version(transformers.__version__)
 CHUNKS, LATER_CHUNKS = Version("5.17"), Version("5.24")  # before, unpatched models fail too
@@ -59,33 +62,42 @@ def random_plan(rng, model):
         vs=("vertical_slash", dict(columns=rng.randint(1, 50), diagonals=rng.randint(1, 120))),
         blocks=("block_topk", dict(share=rng.uniform(0.05, 0.6), min_blocks=rng.randint(1, 3))),
         quest=("quest", dict(share=rng.uniform(0.05, 0.6), min_pages=2)),
+        snap=("snapkv", dict(size=rng.randint(10, 80), window=rng.randint(1, 9), pool=3)),
     )
+    for kind in EVICTING[1:]:
+        patterns[kind] = kind, dict(size=rng.randint(10, 80), window=rng.randint(1, 9))
+    evicts = EVICTING if rng.random() < 0.5 else ["full"]
 
     def layer(index, windowed):
         prefill, kept, decode = [], [], []
         for _ in range(Hkv):
-            word = "full" if windowed else rng.choice(["full", "full", "stream", "grow"])
+            any_word = rng.choice(["full", rng.choice(evicts), "stream", "grow"])
+            word = "full" if windowed else any_word
+            ring = word in ("stream", "grow")
             free = ["full", "stream", "grow", *([] if windowed else ["vs", "blocks"])]
-            prefill += [word if word != "full" else rng.choice(free) for _ in range(Hq // Hkv)]
+            prefill += [word if ring else rng.choice(free) for _ in range(Hq // Hkv)]
             kept.append(word)
             fits = "full" if windowed else rng.choice(["full", "quest"])
-            decode.append("ring" if word != "full" else fits)
+            decode.append("ring" if ring else "kept" if word in EVICTING else fits)
         return prefill, kept, decode
 
     below = [rng.choice([0, 0, rng.randint(1, 250)]) for _ in range(3)]
     plan = plan_of(model, layer, below, **patterns)
-    if layer_shapes(model)[0].window is None and rng.random() < 0.3:
-        plan = pack(plan, rng.choice([8, 4, "fp8"]))
-    return in_host_memory(plan, rng.uniform(0.6, 1)) if rng.random() < 0.3 else plan
+    later = any("kept" in layer.decode for layer in plan.layers[1:])
+    packs = layer_shapes(model)[0].window is None and not later and rng.random() < 0.4
+    plan = pack(plan, rng.choice([8, 4, "fp8"])) if packs else plan
+    hosts = rng.random() < (0.8 if packs else 0.4)
+    return in_host_memory(plan, rng.uniform(0.6, 1)) if hosts else plan
 
 
 def pack(plan, bits):
-    """Layer 0 keeps so many bits; by the oracle's rounding keys of later ones could take another
-    step."""
+    """Layer 0 keeps so many bits, but of what evicts; by the oracle's rounding keys of later ones
+    could take another step, and evictions choose others."""
     first, patterns = plan.layers[0], {"packed": Full(bits)}
     for name in ("stream", "grow"):
         patterns[f"{name}_packed"] = replace(plan.patterns[name], bits=bits)
-    words = [f"{word}_packed" if word != "full" else "packed" for word in first.cache]
+    named = {"full": "packed", **{word: word for word in EVICTING}}
+    words = [named.get(word, f"{word}_packed") for word in first.cache]
     layers = replace(first, cache=tuple(words)), *plan.layers[1:]
     return replace(plan, patterns={**plan.patterns, **patterns}, layers=layers)
 
@@ -128,9 +140,17 @@ class State:
     dense: Any = field(default_factory=DynamicCache)  # the oracle's
     held: int = 0  # columns in both
     furthest: int = 0  # the most there have been
+    left: dict = field(default_factory=dict)  # what evictions left the oracle, as it has it
 
     def pick(self, rows):
-        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        self.ids, self.mask, old = self.ids[rows], self.mask[rows], self.left
+        heads = {(layer, head) for layer, _, head in old}
+        self.left = {
+            (layer, b, head): old[layer, row, head]
+            for layer, head in heads
+            for b, row in enumerate(torch.as_tensor(rows).tolist())
+            if (layer, row, head) in old
+        }
 
 
 class Conversation:
@@ -156,8 +176,11 @@ class Conversation:
         self.plan = random_plan(self.rng, self.patched)
         words = {word for layer in self.plan.layers for word in layer.cache} - {"full"}
         kept = [self.plan.patterns[word] for word in words]
-        self.done["fewer bits"] += any(each.bits != 16 for each in kept)
-        self.done["host memory"] += any(getattr(each, "host", False) for each in kept)
+        self.done["fewer bits"] += any(getattr(each, "bits", 16) != 16 for each in kept)
+        hosted = [each for each in kept if getattr(each, "host", False)]
+        self.done["host memory"] += bool(hosted)
+        self.done["fewer bits there"] += any(each.bits != 16 for each in hosted)
+        self.done["evictions"] += len(words & {*EVICTING})
         self.handle = hfsparse.patch(self.patched, self.plan)
         self.say("patch", self.plan.dumps())
 
@@ -227,7 +250,8 @@ class Conversation:
 
     def both(self, run, plan=None):
         """What run(model, its cache) gives: our answer and the oracle's."""
-        with oracle(self.dense, plan or self.plan) as truth:
+        more = {"left": self.at.left, "least": self.plan.below.cache}
+        with oracle(self.dense, plan or self.plan, **more) as truth:
             want = run(self.dense, self.at.dense)
         for kept, everything in ((truth.pairs, truth.causal), (truth.reads, truth.total)):
             self.done["keys read"] += sum(kept.values())
@@ -236,8 +260,8 @@ class Conversation:
 
     def go_on(self, ids, mask, held, got, want):
         assert got.past_key_values.get_seq_length() == held
-        furthest = max(held, self.at.furthest)
-        self.at = State(ids, mask, got.past_key_values, want.past_key_values, held, furthest)
+        furthest, caches = max(held, self.at.furthest), (got.past_key_values, want.past_key_values)
+        self.at = State(ids, mask, *caches, held, furthest, self.at.left)
 
     def crop(self):
         at, rng = self.at, self.rng
@@ -251,7 +275,7 @@ class Conversation:
             at.ours.crop(-drop)
         except CacheError:
             self.say("refused crop", drop)
-            assert at.furthest - (at.held - drop) > SLACK
+            assert at.furthest - (at.held - drop) > SLACK or at.left
             return self.after_refused_crop()
         self.say("crop", drop)
         at.dense.crop(-drop)
@@ -330,6 +354,7 @@ def hold(seed):
     rng, done, log = random.Random(seed), Counter(), []
     try:
         with ExitStack() as patches:
+            patches.enter_context(poisoned())
             patches.enter_context(mock.patch.object(host, "why_not", return_value=None))
             talks = [
                 patches.enter_context(Conversation(rng, family, done, log))
@@ -350,6 +375,7 @@ def test_random_conversations_equal_the_oracle(first):
     assert sum(done["keys read"] < 0.9 * done["keys seen"] for done in held) > 0.6 * BATCH
     total = sum(held, Counter())
     wanted = {"prompt", "forward", "greedy", "sample", "branch", "undo", "crop", "refused crop"}
-    wanted |= {"repeat", "select", "reorder", "fewer bits", "host memory"}
+    wanted |= {"repeat", "select", "reorder", "evictions"}
+    wanted |= {"fewer bits", "host memory", "fewer bits there"}
     wanted |= {"chunks"} if VERSION >= CHUNKS else set()
     assert wanted <= {*total}, total

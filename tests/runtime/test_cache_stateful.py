@@ -1,5 +1,6 @@
 """The cache layer against plain lists of each row's tokens, through any sequence of calls."""
 
+from contextlib import ExitStack
 from copy import deepcopy
 from itertools import product
 from unittest import mock
@@ -12,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.nn.functional import pad
 
 from hfsparse.errors import CacheError
+from hfsparse.evictions.adore import Adore
+from hfsparse.evictions.alisa import Alisa
 from hfsparse.evictions.h2o import H2O
 from hfsparse.evictions.snapkv import SnapKV
 from hfsparse.kernels.fetch import fetch
@@ -34,7 +37,7 @@ from hfsparse.selectors import segment_of, tokens_built
 from hfsparse.selectors.centroids import Centroids
 from hfsparse.selectors.channels import Channels
 from hfsparse.selectors.quest import Quest
-from tests.helpers import poison_of
+from tests.helpers import poison_of, poisoned
 from tests.patterns.matrix import weights
 
 HEADS, DIM = 6, 4
@@ -75,6 +78,15 @@ HOSTED = (
     Group((3,), FULL, Quest(0.3, 2, bound=16), bits=8, hot=0.3),
     Group((4,), FULL, Quest(0.3, 2, refresh=3), bits="fp8", hot=0.3),
 )
+TOGETHER = (  # every kind of store
+    Group((0,), eviction=Alisa(30, 7)),
+    Group((1,), FULL, Quest(0.3, 2), bits=4, hot=0.4),
+    Group((2,), eviction=Adore(25, 5)),
+    Group((3,), FULL, Quest(), bits=8),
+    Group((4,), Band(3, 10), bits=4),
+    Group((5,), Streaming(5, 6, 0.25).band),
+)
+LAYERS = FULLS, SINKS, MIXED, KEPT, PACKED, OTHERS, HOSTED, HOSTED, TOGETHER
 WHOLE, PACKS = (Full, PackedFull, HostFull, HostPacked), (PackedFull, PackedRing, HostPacked)
 
 
@@ -111,19 +123,20 @@ def packed(t, bits):
 class CacheMachine(RuleBasedStateMachine):
     """`rows[b]` lists all tokens of row b; `made[token]` is a token's key and value.
 
-    A host without a GPU stands for both memories.
+    A host without a GPU stands for both memories. Room that holds nothing yet holds NaN.
     """
 
     def __init__(self):
         super().__init__()
-        self.anywhere = mock.patch.object(host, "why_not", return_value=None)
-        self.anywhere.start()
+        self.around = ExitStack()
+        self.around.enter_context(mock.patch.object(host, "why_not", return_value=None))
+        self.around.enter_context(poisoned())
 
     def teardown(self):
-        self.anywhere.stop()
+        self.around.close()
 
     @initialize(
-        groups=st.sampled_from([FULLS, SINKS, MIXED, KEPT, PACKED, OTHERS, HOSTED, HOSTED]),
+        groups=st.sampled_from(LAYERS),
         below=st.sampled_from([0, 60, 150]),
         reserve=st.sampled_from([0, 200]),
         expected=st.sampled_from([0, 100]),

@@ -62,6 +62,10 @@ class Full(Store):
             known[asked] = {name: (t.shape[3:], t.dtype) for name, t in made}
         return known[asked]
 
+    def prepare(self) -> None:
+        if self.reserve > self.capacity:
+            self._grow(self.reserve)
+
     def tensors(self) -> list[Tensor]:
         last = () if self.choice is None else self.choice.tensors()
         return [*self.held(), *self.index.values(), *last]

@@ -68,6 +68,7 @@ class CacheLayer(CacheLayerMixin):
         self._stores: list[Full | Ring] | None = None
         self._like: tuple[Tensor, Tensor] | None = None
         self._prompt: tuple[Tensor, Tensor, Lengths] | None = None
+        self._made_for: tuple | None = None  # the kind of keys and values that `prepare` was told
         self.rank = groups[0].rank  # of latents; 0: keys and values are as attention takes them
         self.table = Table(at)
         self.seen = 0  # columns, padding included
@@ -102,8 +103,18 @@ class CacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.rows, self.types = [0] * key_states.shape[0], (key_states.dtype, value_states.dtype)
-        self._like = key_states, value_states
+        if self._made_for != _kind(key_states, value_states):
+            self._like = key_states, value_states
         self.device, self.is_initialized = key_states.device, True
+
+    def prepare(self, k: Tensor, v: Tensor) -> None:
+        """Make its stores, with all the room that they reserve, for keys and values like these
+        `[B, H, 0, D]`, before the first of them comes. If those are of another kind, stores are
+        made again."""
+        self.rows, self._like = [0] * len(k), (k, v)
+        for store in self._all_stored():
+            store.prepare()
+        self._made_for = _kind(k, v)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Note the new columns and return them untouched; history stays in the stores."""
@@ -386,6 +397,11 @@ def copy_prompts(layers: Sequence[CacheLayer]) -> None:
             values = torch.stack([layer._prompt[1] for layer in some]).unbind()
         for layer, k, v in zip(some, keys, values, strict=True):
             layer._like, layer._prompt = (k, v), (k, v, layer._prompt[2])
+
+
+def _kind(k: Tensor, v: Tensor) -> tuple:
+    """What buffers for such keys and values depend on."""
+    return k.device, k.dtype, v.dtype, len(k), k.shape[-1], v.shape[-1]
 
 
 def join_latents(latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:

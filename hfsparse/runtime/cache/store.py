@@ -36,6 +36,9 @@ class Store:
     def v(self) -> Tensor | None:
         return self.k[..., : self.group.rank] if self.group.rank else self._v
 
+    def prepare(self) -> None:
+        """Behind `create`: make all the room that is known to be needed."""
+
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots `[B, H, N, D]`, as rows of so many tokens read them."""
         return self.k, self.v
