@@ -45,6 +45,7 @@ from hfsparse.lists.lengths import Lengths
 from hfsparse.models.loading import device_name, load
 from hfsparse.models.logits import read_logits
 from hfsparse.models.names import text_decoder
+from hfsparse.models.window import context_window
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -158,9 +159,10 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
             for part, t in selector.calibrate(seen).items():
                 found[name][part].append(t.float().cpu())
 
-    layers = ModelId.of(model).layers
+    layers, window = ModelId.of(model).layers, context_window(model.config)
+    counts = {n: count for n, count in CALIBRATE.items() if window is None or n <= window}
     with hfsparse.patch(model), observed(model, observe):
-        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in CALIBRATE.items())
+        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in counts.items())
         for prompt in chain.from_iterable(made):
             text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     means = {
