@@ -67,6 +67,7 @@ CHOOSERS = {
     "quest, pages by bounds over 16": ("quest", {"bound": 16}),
     "quest, units of 16": ("quest", {"unit": 16}),
     "quest, units of 8": ("quest", {"unit": 8}),
+    "quest, units of 16, top_p 0.9": ("quest", {"unit": 16, "top_p": 0.9}),
     "quest, pages, means": ("quest", {"means": True}),
     "quest, units of 16, means": ("quest", {"unit": 16, "means": True}),
     "lowrank 32, pages": ("lowrank", {"unit": 64}),
@@ -98,7 +99,7 @@ PATTERN_ARMS = {
     "energy": [{"alpha": a, "max_share": 1.0} for a in (0.3, 0.1, 0.03)],
     "sample": [{"alpha": a, "max_share": 1.0} for a in (0.8, 0.9, 0.95)],
     "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
-    "strided": [{"stride": s} for s in (8, 16)],
+    "strided": [{"stride": s} for s in (8, 16)] + [{"stride": 0, "random": n} for n in (4, 8)],
 }
 for kind in ("block_topk", "antidiagonal", "energy"):
     PATTERN_ARMS[kind] += [{**more, "means": True} for more in PATTERN_ARMS[kind]]
