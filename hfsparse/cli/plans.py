@@ -152,15 +152,18 @@ def check(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
+    from hfsparse.models.layers import layer_shapes
     from hfsparse.models.loading import skeleton
     from hfsparse.models.window import context_window
     from hfsparse.patcher import patch
     from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
+    from hfsparse.patcher.resolve import resolve_layers
     from hfsparse.plan import Plan
     from hfsparse.plan.sources import open_plan
 
     config, loaded = load_config(model), open_plan(plan)
     loaded.check(config)
+    resolve_layers(loaded, layer_shapes(config), loaded.below)  # raises for tables of other keys
     every = replace(Plan.full(loaded.model), extend=loaded.extend)
     patch(skeleton(config), every).undo()  # raises what patch would say of the model
     typer.echo(f"{plan} fits {model}")

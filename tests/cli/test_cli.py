@@ -304,6 +304,20 @@ def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
     assert "3 layers" in error("check", tmp_path / "three.yaml", model)
 
 
+def test_check_refuses_a_table_of_another_model_and_names_what_makes_one(model, tmp_path):
+    words = Layer(("full",) * 4, ("full",) * 2, ("it",) * 2)
+    table = {"weight": torch.ones(2, 2, 32)}  # the model's keys have 16 channels
+    data = {"channels": DataFile.of("it.safetensors", table)}
+    plan = Plan(ModelId.of(tiny.llama()), {"it": SELECTORS["channels"]()}, (words,) * 2, data=data)
+    plan.save(tmp_path / "plan.yaml")
+    asked = "check", tmp_path / "plan.yaml", model
+    told = error(*asked)
+    assert "not of keys of 16 channels: hfsparse profile MODEL --selector channels makes" in told
+    (tmp_path / "it.safetensors").unlink()
+    assert "it.safetensors is not beside the plan" in error(*asked)
+    assert "make plan and table anew: hfsparse profile MODEL -o plan.yaml" in error(*asked)
+
+
 def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     asked = "check", plan, model, "--length", "1000", "--batch", "2", "--gpu"
     told = run(*asked, "1GiB")
