@@ -1,6 +1,7 @@
 """Claim: small units are read nearly as fast as pages, and choosing them costs little, on one GPU.
 
     python -m benchmarks.decode_units [--tokens 131072] [--shares 0.02,0.06] [--kernels]
+        [--selectors REGEX]
 
 One layer of Llama-3.1-8B's shape (32 q and 8 kv heads of 128, bf16, one row). First each kernel is
 held against its reference; then medians of CUDA graphs: decode over random lists of units, the
@@ -11,6 +12,7 @@ turns, so that none lies in the GPU's own cache. --kernels adds each kernel's ow
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -35,21 +37,29 @@ HQ, HKV, D, SCALE = 32, 8, 128, 128**-0.5
 CACHES, CALLS, REPLAYS = 3, 24, 15
 LABELS = [(unit, rank, 4) for rank in (32, 16) for unit in (64, 16, 8, 1)]  # the last: bits
 LABELS += [(16, 16, 8)]
+OTHERS = ("channels", "landmarks", "lsh", "centroids")
 RANDOM = {"device": "cuda", "dtype": torch.bfloat16}
 
 
-def selectors(share: float) -> dict[str, object]:
-    quest, lowrank = SELECTORS["quest"], SELECTORS.get("lowrank")
+def selectors(share: float, names: str) -> dict[str, object]:
+    """Selectors by name, those that a regular expression finds."""
+    quest, lowrank = SELECTORS["quest"], SELECTORS["lowrank"]
     sizes = ((64, 64), (64, 16), (32, 32), (16, 16), (8, 8))
-    found = {f"quest {u} / {b}": quest(share=share, unit=u, bound=b) for u, b in sizes}
-    if lowrank is None:
-        return found
-    seen = torch.randn(1, HKV, 4 * D, D)
-    table = dict.fromkeys(("keys", "queries"), seen.mT @ seen)
+    made = {f"quest {u} / {b}": quest(share=share, unit=u, bound=b) for u, b in sizes}
     for unit, rank, bits in LABELS:
         chosen = lowrank(share=share, unit=unit, rank=rank, bits=bits)
-        found[f"lowrank {rank}, {bits} bits / {unit}"] = chosen.bind(0, range(HKV), table)
-    return found
+        made[f"lowrank {rank}, {bits} bits / {unit}"] = chosen
+    for kind in OTHERS:
+        chosen = SELECTORS[kind](share=share)
+        made[f"{kind} / {chosen.unit}"] = chosen
+    seen = torch.randn(1, HKV, 4 * D, D)
+    table = dict.fromkeys(("keys", "queries"), seen.mT @ seen)
+    table |= {"weight": seen.abs().mean(2), "mean": seen.mean(2)}
+    return {
+        name: selector.bind(0, range(HKV), table)
+        for name, selector in made.items()
+        if re.search(names, name)
+    }
 
 
 class Layer:
@@ -104,7 +114,7 @@ def near(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check(tokens: int) -> None:
+def check(tokens: int, names: str) -> None:
     """Raise SystemExit where a kernel isn't what its reference is."""
     layer = Layer(tokens, SELECTORS["quest"]())
     k, v = layer.store.view(tokens)
@@ -115,7 +125,7 @@ def check(tokens: int) -> None:
         )
         if (off := near(layer.read(lists), wanted)) > 6e-3:
             sys.exit(f"decode over units of {unit}: off by {off:.1e}")
-    for name, selector in selectors(0.05).items():
+    for name, selector in selectors(0.05, names).items():
         layer = Layer(tokens, selector)
         layer.append()
         index = {name: t.clone() for name, t in layer.store.index.items()}
@@ -179,12 +189,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--shares", default="0.02,0.06")
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--selectors", default="", help="a regular expression")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this measures a CUDA device, and torch sees none: `hfsparse doctor` says why")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}")
-    check(8192)
+    check(8192, args.selectors)
     shares = [float(share) for share in args.shares.split(",")]
     caches = [Layer(args.tokens, SELECTORS["quest"]()) for _ in range(CACHES)]
     print("| share | decode over units of | us | GB/s | of pages |\n| ---: |" + " ---: |" * 4)
@@ -200,7 +211,7 @@ def main() -> None:
     del caches
     print("\n| share | selector | scored and chosen by | choice us | a step us |")
     print("| ---: | --- | --- | ---: | ---: |")
-    for name, selector in selectors(shares[0]).items():
+    for name, selector in selectors(shares[0], args.selectors).items():
         layers = [Layer(args.tokens, selector) for _ in range(CACHES)]
         by = layers[0].chooser.name
         for share in shares:

@@ -26,6 +26,12 @@ def share_of(whole, numerator, denominator):
     return (whole * numerator + denominator - 1) // denominator
 
 
+def whole_of(share: float, least: int) -> int:
+    """The smallest whole of which that share is at least `least`, 1 or more."""
+    numerator, denominator = ratio(share)
+    return (least - 1) * denominator // numerator + 1
+
+
 def counted(mass: Tensor) -> Tensor:
     """Parts of a whole of 1 as int64, which sum up to the same in any order."""
     return (mass * (1 << 32)).long()

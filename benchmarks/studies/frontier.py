@@ -45,6 +45,7 @@ from hfsparse.lists.lengths import Lengths
 from hfsparse.models.loading import device_name, load
 from hfsparse.models.logits import read_logits
 from hfsparse.models.names import text_decoder
+from hfsparse.models.window import context_window
 from hfsparse.patterns import PATTERNS
 from hfsparse.plan import Layer, ModelId, Plan
 from hfsparse.plan.files import DataFile
@@ -66,6 +67,7 @@ CHOOSERS = {
     "quest, pages by bounds over 16": ("quest", {"bound": 16}),
     "quest, units of 16": ("quest", {"unit": 16}),
     "quest, units of 8": ("quest", {"unit": 8}),
+    "quest, units of 16, top_p 0.9": ("quest", {"unit": 16, "top_p": 0.9}),
     "quest, pages, means": ("quest", {"means": True}),
     "quest, units of 16, means": ("quest", {"unit": 16, "means": True}),
     "lowrank 32, pages": ("lowrank", {"unit": 64}),
@@ -97,7 +99,7 @@ PATTERN_ARMS = {
     "energy": [{"alpha": a, "max_share": 1.0} for a in (0.3, 0.1, 0.03)],
     "sample": [{"alpha": a, "max_share": 1.0} for a in (0.8, 0.9, 0.95)],
     "hip": [{"share": s, "recent": 256} for s in (0.05, 0.1, 0.2)],
-    "strided": [{"stride": s} for s in (8, 16)],
+    "strided": [{"stride": s} for s in (8, 16)] + [{"stride": 0, "random": n} for n in (4, 8)],
 }
 for kind in ("block_topk", "antidiagonal", "energy"):
     PATTERN_ARMS[kind] += [{**more, "means": True} for more in PATTERN_ARMS[kind]]
@@ -158,9 +160,10 @@ def calibrate(model, tokenizer, words) -> dict[str, DataFile]:
             for part, t in selector.calibrate(seen).items():
                 found[name][part].append(t.float().cpu())
 
-    layers = ModelId.of(model).layers
+    layers, window = ModelId.of(model).layers, context_window(model.config)
+    counts = {n: count for n, count in CALIBRATE.items() if window is None or n <= window}
     with hfsparse.patch(model), observed(model, observe):
-        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in CALIBRATE.items())
+        made = (make_prompts(tokenizer, n, count, SEED, None) for n, count in counts.items())
         for prompt in chain.from_iterable(made):
             text_decoder(model)(input_ids=prompt.ids.to(model.device), use_cache=False)
     means = {

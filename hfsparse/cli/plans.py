@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated
 
@@ -150,15 +152,18 @@ def check(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}: give one of {', '.join(DTYPES)}")
 
+    from hfsparse.models.layers import layer_shapes
     from hfsparse.models.loading import skeleton
     from hfsparse.models.window import context_window
     from hfsparse.patcher import patch
     from hfsparse.patcher.generation import CHUNK, LONG, why_in_one_call
+    from hfsparse.patcher.resolve import resolve_layers
     from hfsparse.plan import Plan
     from hfsparse.plan.sources import open_plan
 
     config, loaded = load_config(model), open_plan(plan)
     loaded.check(config)
+    resolve_layers(loaded, layer_shapes(config), loaded.below)  # raises for tables of other keys
     every = replace(Plan.full(loaded.model), extend=loaded.extend)
     patch(skeleton(config), every).undo()  # raises what patch would say of the model
     typer.echo(f"{plan} fits {model}")
@@ -179,6 +184,8 @@ def check(
             f"note: this model's window is {window:,} tokens: commands read no more without "
             "--beyond-window"
         )
+    for told in _small_shares(loaded, length):
+        typer.echo(f"note: {told}")
     if not chunk and length > LONG and why_in_one_call(config, loaded) is None:
         typer.echo(
             f"note: generate reads prompts of more than {LONG:,} tokens in chunks of {CHUNK:,} by "
@@ -190,6 +197,31 @@ def check(
             "shorter length, a smaller batch, a --chunk, or a plan with a smaller cache_share, as "
             "hfsparse bits makes"
         )
+
+
+def _small_shares(plan, length: int) -> Iterator[str]:
+    """Which patterns and selectors read more of a row of so many tokens than their `share`, since
+    that is below the fewest pages or blocks that they read; blocks are a GPU's."""
+    from torch import device
+
+    from hfsparse.lists import PAGE
+    from hfsparse.lists.grid import default_block
+    from hfsparse.shares import whole_of
+
+    phases = [each for each in ("prefill", "decode") if length >= getattr(plan.below, each)]
+    words = chain.from_iterable(getattr(x, each) for x in plan.layers for each in phases)
+    fewest = {"min_pages": PAGE, "min_blocks": default_block(length, device("cuda"))}
+    for name, (least, size) in product(dict.fromkeys(words), fewest.items()):
+        pattern = plan.patterns.get(name)
+        if not hasattr(pattern, least):
+            continue
+        tokens, unit = getattr(pattern, least) * size, getattr(pattern, "unit", size)
+        enough = (whole_of(pattern.share, tokens // unit) - 1) * unit + 1
+        if length < enough:
+            yield (
+                f"of {length:,} tokens {name} reads {min(tokens, length):,}, its {least}, more "
+                f"than share {pattern.share:g}; the share decides from {enough:,} tokens on"
+            )
 
 
 def _cache_budget(plan) -> tuple[float, int] | None:

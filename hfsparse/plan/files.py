@@ -25,6 +25,7 @@ from hfsparse.errors import PlanError
 from hfsparse.writing import write_whole
 
 FILE = re.compile(r"\w[\w.-]{0,127}\.safetensors", re.ASCII)  # no folders: it lies beside the plan
+ANEW = "or make plan and table anew: hfsparse profile MODEL -o plan.yaml"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_BYTES = 1 << 30  # of a table
 
@@ -72,8 +73,8 @@ class DataFile:
             with contextlib.suppress(FileNotFoundError):
                 return self._filled(folder / self.file)
         raise PlanError(
-            f"{self.file} is not beside the plan: copy it there too, or save the plan "
-            "again from where its files are"
+            f"{self.file} is not beside the plan: copy it there too, save the plan again from "
+            f"where its files are, {ANEW}"
         )
 
     def _filled(self, path: Path) -> DataFile:
@@ -96,7 +97,7 @@ class DataFile:
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise PlanError(
                 f"{self.file} has sha256 {found}, not the plan's: it was changed or belongs to "
-                "another plan. Give the file that the plan was made with"
+                f"another plan. Give the file that the plan was made with, {ANEW}"
             )
         filled = replace(self, content=content)
         _ = filled.tensors  # it is a safetensors file

@@ -262,7 +262,8 @@ class Plan:
     def _table_rules(self) -> Iterator[Placed]:
         """Tables that are read are `[layers, kv heads, ...]`."""
         wanted = self.model.layers, self.model.kv_heads
-        for name in dict.fromkeys(getattr(each, "data", None) for each in self.patterns.values()):
+        readers = (each for each in self.patterns.values() if hasattr(each, "data"))
+        for name, kind in {reader.data: reader.kind for reader in readers}.items():
             each = self.data.get(name)
             if each is None or each.content is None:
                 continue
@@ -272,7 +273,7 @@ class Plan:
                         ("data", name),
                         f"data.{name}: {part} has shape {[*tensor.shape]}, the model has "
                         f"{wanted[0]} layers of {wanted[1]} kv heads: give a table whose first "
-                        "dimensions are these",
+                        f"dimensions are these; hfsparse profile MODEL --selector {kind} makes one",
                     )
 
     def _check_identity(self, model_or_config: Any, allow: Collection[str]) -> None:

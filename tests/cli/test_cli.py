@@ -20,7 +20,7 @@ from hfsparse.errors import UsageError
 from hfsparse.evictions import EVICTIONS
 from hfsparse.models.loading import load_config
 from hfsparse.patterns import PATTERNS
-from hfsparse.plan import Layer, ModelId, Plan
+from hfsparse.plan import Below, Layer, ModelId, Plan
 from hfsparse.plan.extend import DualChunk
 from hfsparse.plan.files import DataFile
 from hfsparse.plan.kept import Full
@@ -304,6 +304,20 @@ def test_check_says_why_a_plan_does_not_fit(model, tmp_path):
     assert "3 layers" in error("check", tmp_path / "three.yaml", model)
 
 
+def test_check_refuses_a_table_of_another_model_and_names_what_makes_one(model, tmp_path):
+    words = Layer(("full",) * 4, ("full",) * 2, ("it",) * 2)
+    table = {"weight": torch.ones(2, 2, 32)}  # the model's keys have 16 channels
+    data = {"channels": DataFile.of("it.safetensors", table)}
+    plan = Plan(ModelId.of(tiny.llama()), {"it": SELECTORS["channels"]()}, (words,) * 2, data=data)
+    plan.save(tmp_path / "plan.yaml")
+    asked = "check", tmp_path / "plan.yaml", model
+    told = error(*asked)
+    assert "not of keys of 16 channels: hfsparse profile MODEL --selector channels makes" in told
+    (tmp_path / "it.safetensors").unlink()
+    assert "it.safetensors is not beside the plan" in error(*asked)
+    assert "make plan and table anew: hfsparse profile MODEL -o plan.yaml" in error(*asked)
+
+
 def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     asked = "check", plan, model, "--length", "1000", "--batch", "2", "--gpu"
     told = run(*asked, "1GiB")
@@ -348,6 +362,37 @@ def test_check_predicts_memory_and_what_fits(plan, model, tmp_path):
     small = run("check", plan, model, "--length", "100000", "--gpu", "1MiB")
     assert small.exit_code == 1
     assert "shorter length" in small.stderr
+
+
+def test_check_notes_shares_below_the_fewest_pages_and_blocks(model, tmp_path):
+    kinds = {
+        "pages": SELECTORS["quest"](share=0.06, min_pages=4),
+        "units": SELECTORS["quest"](share=0.1, min_pages=2, unit=16),
+        "blocks": PATTERNS["block_topk"](share=0.25, min_blocks=4),
+        "unread": SELECTORS["quest"](share=0.01),
+    }
+    words = Layer(("full",) * 3 + ("blocks",), ("full",) * 2, ("pages", "units"))
+    file = tmp_path / "plan.yaml"
+    below = Below(prefill=300)
+    full = Plan.full(ModelId.of(tiny.llama()))
+    replace(full, patterns=kinds, layers=(words,) * 2, below=below).save(file)
+
+    def notes(length):
+        told = run("check", file, model, "--length", length, "--chunk", 4096).stdout
+        return [line for line in told.splitlines() if re.match("note: of", line)]
+
+    assert notes(1000) == [
+        "note: of 1,000 tokens blocks reads 512, its min_blocks, more than share 0.25; the share "
+        "decides from 1,537 tokens on",
+        "note: of 1,000 tokens pages reads 256, its min_pages, more than share 0.06; the share "
+        "decides from 3,201 tokens on",
+        "note: of 1,000 tokens units reads 128, its min_pages, more than share 0.1; the share "
+        "decides from 1,121 tokens on",
+    ]
+    assert [line.split()[4] for line in notes(299)] == ["pages", "units"]  # below.prefill
+    for name, enough in (("blocks", 1537), ("pages", 3201), ("units", 1121)):
+        assert any(f" {name} reads" in line for line in notes(enough - 1))
+        assert not any(f" {name} reads" in line for line in notes(enough))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hfsparse.patterns.block_topk import BlockTopK
 from hfsparse.patterns.energy import Energy
 from hfsparse.patterns.sparge import Sparge
 from hfsparse.selectors.quest import Quest
-from hfsparse.shares import ratio, share_of
+from hfsparse.shares import ratio, share_of, whole_of
 from tests import asserts
 from tests.helpers import close
 from tests.kernels.interpreter import interpreter
@@ -52,6 +52,13 @@ def test_a_share_of_six_decimals_is_meant_as_it_is_written(millionths, whole):
     assert share_of(whole, *share) == expected
     assert share_of(torch.tensor(whole), *share) == expected
     assert share_of(np.array([whole]), *share) == expected
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_the_smallest_whole_of_which_a_share_is_enough(millionths, least):
+    share = float(f"{millionths / 1e6:.6f}")
+    whole = whole_of(share, least)
+    assert share_of(whole - 1, *ratio(share)) < least <= share_of(whole, *ratio(share))
 
 
 @given(st.floats(1e-6, 1), st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 64))

@@ -34,6 +34,7 @@ import transformers
 
 import hfsparse
 from benchmarks.common.journal import Journal, cards, end_in_order, failure
+from benchmarks.common.shapes import random_model
 from benchmarks.studies.methods.tables import tables
 from benchmarks.studies.methods.trials import KINDS, Asker, Kind, counted
 from hfsparse import bench
@@ -352,6 +353,8 @@ def _costed(given, method: str, device: str, left: float) -> dict:
     more = [given.model, "--out", given.out, "--cost-of", method, "--shape", given.shape]
     if given.cost_lengths:
         more += ["--cost-lengths", given.cost_lengths]
+    if given.cost_layers:
+        more += ["--cost-layers", given.cost_layers]
     command = [sys.executable, "-m", "benchmarks.studies.methods", *map(str, more)]
     seen = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
     try:
@@ -371,9 +374,9 @@ def cost_of(given) -> None:
     """One method on random weights, to a file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    model = bench.random_model(given.shape, device, dtype)
+    config = transformers.LlamaConfig(**bench.SHAPES[given.shape])
+    config.num_hidden_layers = given.cost_layers or config.num_hidden_layers
+    model = random_model(transformers.LlamaForCausalLM, config)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     lengths, samples = COST[given.cost_of]
     if given.cost_lengths:
@@ -396,6 +399,7 @@ def cost_of(given) -> None:
     except Exception as error:
         found = {"failed": failure(error)}
     found |= {"weights_gib": round(weights, 2), "lengths": lengths, "samples": samples}
+    found |= {"layers": config.num_hidden_layers}
     found |= {"device": device_name(device), "with_start_s": round(time.time() - start, 1)}
     out.with_suffix(".json").write_text(json.dumps(found), "utf-8")
 
@@ -437,6 +441,7 @@ def main() -> None:
     add("--methods", help="cost: some of them, by commas")
     add("--arm-limit", type=float, default=500, help="cost: seconds of one method")
     add("--cost-lengths", help="cost: other lengths")
+    add("--cost-layers", type=int, help="cost: so many layers in place of the shape's")
     add("--cost-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.start = time.time()
