@@ -1,17 +1,19 @@
 """Answers over caches in fewer bits: RULER's tasks, each prompt read once for all bits of a plan.
 
     python -m benchmarks.studies.bits_answers MODEL --out DIR [--plan QUARTER]
-        [--lengths 4096,8192,16384,32768] [--tasks …] [--bits 8,4] [--samples 50] [--batch 25]
-        [--seconds 200]
+        [--lengths 4096,8192,16384,32768] [--tasks …] [--bits 8,4] [--arms dense quarter]
+        [--beside PLAN …] [--outliers] [--samples 50] [--batch 25] [--seed 0] [--seconds 200]
     python -m benchmarks.studies.bits_answers --out DIR
 
 A plan says how prompts are read, and what is kept; bits change only the latter. So the prompt but
 its last token is read under the plan alone, and its keys and values are put into a cache of each
 arm; greedy answers follow, scored as `hfsparse eval ruler` scores them. Arms are the dense model
-with every key in 16 bits and in --bits, and --plan as it is and in 4 bits. --samples is of each
-task at each length. The last lines are the table of all that DIR holds, points that an arm lost on
-the same samples; without a model they are all. When --seconds are over it ends after the batch;
-start it again and it goes on. Several may run at once, each of other lengths.
+with every key in 16 bits and in --bits, and --plan as it is, in 4 bits, and as --beside keeps it;
+--arms names one of the two groups. With --outliers the model is the same function with channels of
+keys up to 30 times as large. --samples is of each task at each length. The last lines are the table
+of all that DIR holds, points that an arm lost on the same samples; without a model they are all.
+When --seconds are over it ends after the batch; start it again and it goes on. Several may run at
+once, each of other lengths.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import hfsparse
+from benchmarks.common.coded import outliers
 from benchmarks.common.journal import Journal, end_in_order
 from benchmarks.common.journal import read as read_journal
 from benchmarks.common.options import numbers
@@ -49,10 +52,11 @@ from hfsparse_eval.run.samples import Case, Maker
 from hfsparse_eval.tasks import TASKS
 
 DENSE, QUARTER = "dense", "a quarter full"
+GROUPS = {"dense": DENSE, "quarter": QUARTER}  # by --arms: the arm whose plan prompts are read by
 ROOM = 160  # tokens of an answer, at most: RULER asks for 128
 
 
-def arms_of(model, plan: Path | None, among: list[Bits]) -> dict[str, dict[str, Plan]]:
+def arms_of(model, among: list[Bits], plan: str | None, beside: list[str]) -> dict:
     """By the plan that prompts are read by: arms, and what they keep."""
     whole = Plan.full(ModelId.of(model))
     made = {DENSE: {DENSE: whole}}
@@ -60,7 +64,25 @@ def arms_of(model, plan: Path | None, among: list[Bits]) -> dict[str, dict[str, 
     if plan is not None:
         given = open_plan(plan)
         made[QUARTER] = {QUARTER: given, f"{QUARTER}, 4 bits": given.with_bits(4, model)}
+        made[QUARTER] |= {f"{QUARTER}, {Path(each).stem}": open_plan(each) for each in beside}
     return made
+
+
+@torch.no_grad()
+def stretch(model) -> None:
+    """Times keys' channels and divides queries' by as much (`outliers`): weights have neither a
+    bias nor a norm behind them. In 16 bits they are rounded anew."""
+    this = ModelId.of(model)
+    times = outliers((this.layers, this.kv_heads, this.head_dim))
+    for layer, by in zip(text_decoder(model).layers, times, strict=True):
+        for weight, scale in (
+            (layer.self_attn.k_proj.weight, by),
+            (layer.self_attn.q_proj.weight, 1 / by),
+        ):
+            scale = scale.flatten(1).to(weight.device)  # [Hkv, D]
+            group = weight.shape[0] // scale.numel()
+            rows = scale.repeat_interleave(group, 0).reshape(-1, 1)
+            weight.copy_(weight.float() * rows)
 
 
 @torch.inference_mode()
@@ -183,18 +205,23 @@ def table(folder: Path) -> str:
     lines = [f"| arm | bytes at {int(lengths[-1]):,} | {' | '.join(heads)} | all: lost, n |"]
     lines.append("| --- |" + " ---: |" * (2 * len(lengths) + 2))
     for arm, batches in found.items():
-        beside = found[QUARTER if arm.startswith(QUARTER) and arm != QUARTER else DENSE]
+        beside = found.get(QUARTER if arm.startswith(f"{QUARTER}, ") else DENSE, {})
         cells = [f"{np.mean(shares[arm, lengths[-1]] or [np.nan]):.3f}"]
         for length in (*lengths, ""):
             own = [each for each in batches if length in (each.split("/")[1], "")]
             if not own:
                 cells += ["", ""]
                 continue
-            mine, other = (np.concatenate([t[each] for each in own]) for t in (batches, beside))
+            score = f"{100 * np.concatenate([batches[each] for each in own]).mean():.1f}"
+            both = [each for each in own if each in beside]
+            if not both:
+                cells += [score, ""] if length else [""]
+                continue
+            mine, other = (np.concatenate([t[each] for each in both]) for t in (batches, beside))
             lost = 100 * (other - mine)
             low, high = interval(lost, worst=100.0)
             told = f"{lost.mean():.2f} [{low:.2f}, {high:.2f}]"
-            cells += [f"{100 * mine.mean():.1f}", told] if length else [f"{told}, {len(lost)}"]
+            cells += [score, told] if length else [f"{told}, {len(lost)}"]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -217,6 +244,11 @@ def main() -> None:
         type=lambda text: [each for each in BITS[1:] if str(each) in text.split(",")],
         default=BITS[1:],
     )
+    parser.add_argument("--arms", nargs="+", choices=GROUPS, default=[*GROUPS])
+    parser.add_argument(
+        "--beside", nargs="+", default=[], help="plans that keep otherwise what --plan reads"
+    )
+    parser.add_argument("--outliers", action="store_true", help="channels up to 30 times as large")
     parser.add_argument("--samples", type=int, default=50, help="of each task at each length")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
@@ -226,9 +258,15 @@ def main() -> None:
         return print(table(given.out))
     end_in_order()
     model, tokenizer = load(given.model, "auto", "auto")
-    arms = arms_of(model, given.plan, given.bits)
+    if given.outliers:
+        stretch(model)
+    arms = arms_of(model, given.bits, given.plan, given.beside)
+    arms = {name: arms[name] for name in map(GROUPS.get, given.arms) if name in arms}
+    if not arms:
+        parser.error("--arms quarter alone was given; it is of a --plan: give that, too")
     made = (
-        f"{Path(given.model).name}, {model.dtype}, seed {given.seed}; {device_name(model.device)}, "
+        f"{Path(given.model).name}{', outliers' * given.outliers}, {model.dtype}, "
+        f"seed {given.seed}; {device_name(model.device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     journals = {f"{n}": Journal(given.out / f"{n}.jsonl", made) for n in given.lengths}
