@@ -144,9 +144,7 @@ def _measure_heads(
     for pattern in candidates.patterns.values():
         lists = pattern.lists(q, k, grid, scale)
         effect, more = kept(lists.mask(rows)[0], weight, q.shape[1])
-        net, gross = _whole_effect(seen, lists)
         note("pattern", effect=effect.abs(), **more, **densities(lists))
-        note("pattern", whole=net.abs(), gross=gross)
     near = mass[:, at_keys]
     plain: dict[Streaming, tuple[Tensor, dict[str, Tensor]]] = {}  # rings of 16 bits, measured
     for ring in candidates.rings.values():
@@ -155,9 +153,8 @@ def _measure_heads(
             mask = lists.mask(rows)[0]
             _, more = kept(mask, weight, Hkv)
             costs = {name: by_group(each) / group for name, each in densities(lists).items()}
-            net, gross = map(by_group, _whole_effect(seen, lists))
-            found_here = {"effect": net.abs(), "whole": net.abs(), "gross": gross}
-            plain[whole] = mask[:, at_keys], {**found_here, **more, **costs}
+            effect = by_group(_whole_effect(seen, lists)).abs()
+            plain[whole] = mask[:, at_keys], {"effect": effect, **more, **costs}
         held, told = plain[whole]
         if ring.bits != 16:
             some = near * held
@@ -197,15 +194,14 @@ def _replace_projection(seen: Seen) -> Tensor:
     )
 
 
-def _whole_effect(seen: Seen, lists: Any) -> tuple[Tensor, Tensor]:
+def _whole_effect(seen: Seen, lists: Any) -> Tensor:
     """Effect [Hq] of following the lists in every row."""
     heads = seen.q.shape[1]
     kv = torch.arange(heads, device=seen.q.device) // (heads // seen.k.shape[1])
     asked = {"lists": True, "logits": seen.logits.special, "block": lists.grid.block}
     kernel = kernels.pick(kernels.PREFILL, kernels.Need.of(seen.q, seen.k, seen.v, **asked))
     out = kernel.run(seen.q, seen.k, seen.v, lists, kv, **seen.logits.of())
-    rows = (seen.grad * (out - seen.out)).float().sum((0, 3))
-    return rows.sum(1), rows.abs().sum(1)
+    return (seen.grad * (out - seen.out)).float().sum((0, 2, 3))
 
 
 def bind_selector(
