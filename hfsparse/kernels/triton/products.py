@@ -325,7 +325,8 @@ def _codes_of_four(words, dtype: tl.constexpr, NVIDIA: tl.constexpr):
             lop3.b32 $3, word, 0x000f000f, 0x43004300, 0xea;
             }
             """,
-            "=r,=r,=r,=r,r", [words], dtype=(dtype, dtype, dtype, dtype), is_pure=True, pack=2,
+            "=r,=r,=r,=r,r", [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
     return (
