@@ -295,12 +295,12 @@ def _tiles(
         pair = tl.load(s_at, mask=inside[None, :], other=0)
         scale = (pair << 16).to(tl.float32, bitcast=True)
         added = (pair & -65536).to(tl.float32, bitcast=True)
-        codes = _codes_of_four(words, X.dtype.element_ty, NVIDIA)
         product = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
         total = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
         for i in tl.static_range(4):
             x = tl.load(x_at + first + 8 * i, mask=rows, other=0.0)
-            product = tl.dot(codes[i], x, product)
+            code = _code_of_four(words, i, X.dtype.element_ty, NVIDIA)
+            product = tl.dot(code, x, product)
             total = tl.dot(ones, x, total)
         added -= scale * ((128 if X.dtype.element_ty == tl.bfloat16 else 1024) + 8)
         acc += product * scale[:, :, None] + total * added[:, :, None]
@@ -308,33 +308,22 @@ def _tiles(
 
 
 @triton.jit
-def _codes_of_four(words, dtype: tl.constexpr, NVIDIA: tl.constexpr):
-    """The four codes of each word of 16 bits, each plus 128 in bf16, or 1024 in fp16: bits of a
+def _code_of_four(words, i: tl.constexpr, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """Code i of the four of each word of 16 bits, plus 128 in bf16, or 1024 in fp16: bits of a
     mantissa, of two words at once."""
     if NVIDIA and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 word;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 word, $4, 4;
-            lop3.b32 $1, word, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 word, $4, 8;
-            lop3.b32 $2, word, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 word, $4, 12;
-            lop3.b32 $3, word, 0x000f000f, 0x43004300, 0xea;
-            }
+            f"""
+            {{
+            .reg .b32 codes;
+            shr.b32 codes, $1, {4 * i};
+            lop3.b32 $0, codes, 0x000f000f, 0x43004300, 0xea;
+            }}
             """,
-            "=r,=r,=r,=r,r", [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    return (
-        (words & 15 | power).to(tl.int16).to(dtype, bitcast=True),
-        (words >> 4 & 15 | power).to(tl.int16).to(dtype, bitcast=True),
-        (words >> 8 & 15 | power).to(tl.int16).to(dtype, bitcast=True),
-        (words >> 12 & 15 | power).to(tl.int16).to(dtype, bitcast=True),
-    )
+    return (words >> 4 * i & 15 | power).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
