@@ -89,10 +89,7 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
         scales = [scale.view(torch.int32) for scale in scales]
         parts = weights, scales, zeros, biases
     padded = 1 if rows == 1 and not group else max(min(ROWS), triton.next_power_of_2(rows))
-    if tiled:
-        (tall, stages), wide, warps = TILES[padded], TILE[1], WARPS
-    else:
-        tall, wide, stages, warps = _tile(x, padded, group, scaled)
+    tall, wide, stages, warps = _tile(x, padded, group, weights[0].dtype)
     given = []
     for part in parts:
         stand_in = next((t for t in part if t is not None), x)
@@ -120,8 +117,12 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     )
 
 
-def _tile(x: Tensor, padded: int, group: int, codes: bool) -> tuple[int, int, int, int]:
-    """A tile, and how many warps have one each."""
+def _tile(x: Tensor, padded: int, group: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """A tile of a matrix that is read in this type, and how many warps have one each."""
+    if dtype == torch.int16:
+        tall, stages = TILES[padded]
+        return tall, TILE[1], stages, WARPS
+    codes = dtype not in DTYPES
     columns, warps = max(16, triton.next_power_of_2(x.shape[-1])), WARPS
     if padded == 1:
         (tall, wide, stages), warps = ROW_OF_CODES if codes else ROW, 1
@@ -283,9 +284,8 @@ def _tiles(
     half = tl.arange(0, COLUMNS // 4)  # each of four codes, of columns 8 apart
     column = half // 2 % 4 * 32 + half // 8 * 2 + half % 2
     tile, inside, rows = tl.arange(0, WARPS), row < n, (r < R)[None, None, :]
-    at = (row // 8).to(tl.int64) * (K // COLUMNS * 8) + row % 8
-    w_at = W + at[None, :, None] * (COLUMNS // 4) + (tile[:, None] * 8)[:, :, None] * (COLUMNS // 4)
-    w_at += half[None, None, :]
+    run = (row // 8).to(tl.int64) * (K // COLUMNS * 8) + row % 8  # of a row, in its tile
+    w_at = W + (run[None, :] + tile[:, None] * 8)[:, :, None] * (COLUMNS // 4) + half[None, None, :]
     x_at = X + r[None, None, :] * K + (tile[:, None] * COLUMNS + column[None, :])[:, :, None]
     acc = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
     ones = tl.full([WARPS, ROWS, COLUMNS // 4], 1.0, X.dtype.element_ty)
