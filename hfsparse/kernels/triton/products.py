@@ -35,7 +35,7 @@ ROW_OF_CODES = (16, 512, 4)  # scales of whole rows
 # By rows of x that tensor cores are given, each of WARPS a tile.
 ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 128, 3)}
 # Of four bits: rows, and how many tiles are on their way at once.
-TILES = {8: (32, 4), 16: (32, 4), 32: (32, 4)}
+TILES = {8: (32, 4), 16: (32, 4), 32: (32, 3)}
 # Of plain numbers for the most rows of x: one of all warps, or, for want of shared memory, of each.
 TOGETHER, NARROW = (64, 128, 6), (32, 64, 4)
 DTYPES = (torch.bfloat16, torch.float16)
