@@ -86,6 +86,12 @@ def test_numbers_in_tiles_are_those_that_a_product_of_tensor_cores_reads():
     torch.testing.assert_close(read(weight).numbers(), want)
 
 
+@pytest.mark.parametrize(("columns", "group"), [(100, 128), (128, 32)])
+def test_tiles_that_were_padded_and_smaller_groups_are_torchaos(columns, group):
+    words, scale = torch.zeros(8, 1, 32, 4).int(), torch.ones(128 // group, 64, 2).bfloat16()
+    assert read(ao.Int4TilePackedTo4dTensor(words, scale, [1, group], (64, columns))) is None
+
+
 @pytest.mark.parametrize("kind", READ)
 def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
     model, x = block(READ[kind]), torch.randn(2, 1, 128).bfloat16()
