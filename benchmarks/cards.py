@@ -142,6 +142,9 @@ def weights() -> Iterator[Shape]:
                 f"{dtype}, {rows} rows, a scale for {group} columns",
                 lambda a=given: products.products_of_codes(*a),
             )
+        tiles = torch.zeros(64, 512, dtype=torch.int32), bf16(32, 64, 2)
+        given = bf16(rows, 4096), [Quantised(*tiles)], [None]
+        yield f"4 bits, {rows} rows", lambda a=given: products.products_of_codes(*a)
 
 
 def _module(name: str) -> ModuleType:

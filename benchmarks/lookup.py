@@ -1,6 +1,7 @@
 """Claim: prompt lookup gains under a patch, whose steps of several tokens are CUDA graphs, too.
 
     python -m benchmarks.lookup [--lengths 16384] [--drafts 8] [--tokens 300] [--shape llama-3.1-8b]
+                                [--plans "no plan,quest 6 %"]
 
 `model.generate`, greedy, random weights in the shape of Llama-3.1-8B (bf16). What attention and
 MLPs add is set to zero, so that a token alone says which comes next, and the prompt goes round in a
@@ -78,30 +79,31 @@ def lookup(model, circle: list[int], length: int, tokens: int, drafts: int | Non
     return rounds.figures()
 
 
-def measure(model, circle: list[int], length: int, tokens: int, drafts: int, rounds: int) -> None:
+def measure(model, circle: list[int], length: int, args) -> None:
     """Rows of the table, as they come."""
 
     def show(arm: str, asked: int | None, eager: float = 0.0, graphs: object = "") -> float:
-        ms, new = min(lookup(model, circle, length, tokens, asked) for _ in range(rounds))
+        ms, new = min(lookup(model, circle, length, args.tokens, asked) for _ in range(args.rounds))
         row = f"{length:,} | {arm} | {asked or 0} | {ms:.2f} | {new:.1f}"
         print(f"| {row} | {f'{eager / ms:.2f}' if eager else ''} | {graphs} |", flush=True)
         return ms
 
     show("stock", None)
-    show("stock", drafts)
-    for name in PLANS:
+    show("stock", args.drafts)
+    for name in args.plans:
         with hfsparse.patch(model, plan_of(model, name)):
             state_of(model).graphs.never = "told to be eager"
-            eager = show(f"{name}, eager", drafts)
+            eager = show(f"{name}, eager", args.drafts)
         with hfsparse.patch(model, plan_of(model, name)):
             graphs = state_of(model).graphs
             show(name, None, graphs=graphs)
-            show(name, drafts, eager, graphs)
+            show(name, args.drafts, eager, graphs)
 
 
 def main() -> None:
     made = options.parser(__doc__, "16384", 300, "llama-3.1-8b")
     made.add_argument("--drafts", type=int, default=8)
+    made.add_argument("--plans", default=PLANS, type=lambda text: text.split(","))
     args = options.parse(made)
     model = endless(args.shape)
     circle = make_circle(model)
@@ -110,7 +112,7 @@ def main() -> None:
     print("| tokens | arm | drafts | ms a token | tokens a round | x eager | graphs |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | --- |", flush=True)
     for length in args.lengths:
-        measure(model, circle, length, args.tokens, args.drafts, args.rounds)
+        measure(model, circle, length, args)
 
 
 if __name__ == "__main__":

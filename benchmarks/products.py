@@ -9,8 +9,8 @@ tokens are there, most of which compile. Inductor's caches lie where TORCHINDUCT
 second run tells what a second process waits for. --matrices first times products of 1 to 32 rows
 with each matrix of a layer, by the matrix library and by ours, in CUDA graphs over matrices in
 turn. --weights: the decoder's matrices quantised by torchao, or by bitsandbytes (nf4), one format
-behind another: stock, replayed, and fused; with --matrices the products of int8 and fp8 alone, by
-torchao and by ours. --layers: so many alone. --no-fuse leaves out what compiles for long.
+behind another: stock, replayed, and fused; with --matrices the products of int8, fp8 and int4
+alone, by torchao and by ours. --layers: so many alone. --no-fuse leaves out what compiles for long.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hfsparse.patcher.state import state_of
 
 MATRICES = ((1024, 4096), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 ROWS = (1, 4, 8, 16, 32)  # of a step
+BITS = {"": 16, "int4": 4}  # of a number, where it isn't 8
 HELD = 600e6  # bytes of matrices that take turns: none stays in the card's cache
 
 
@@ -106,8 +107,8 @@ def in_turn(call: Callable[[int], object], count: int) -> float:
 
 def matrix(rows: int, columns: int, weights: str) -> str:
     """A row of the table of matrices."""
-    size, more = rows * columns, {"device": "cuda", "dtype": torch.bfloat16}
-    size, held = size if weights else 2 * size, []
+    bits, more = BITS.get(weights, 8), {"device": "cuda", "dtype": torch.bfloat16}
+    size, held = rows * columns * bits // 8, []
     for _ in range(max(1, int(HELD / size))):
         layer = nn.Linear(columns, rows, bias=False, **more)
         if weights:

@@ -58,6 +58,8 @@ def test_a_fused_step_of_one_row_is_made_of_them(monkeypatch):
         ("int8", [1024], 11008, 128),
         ("fp8", [4096], 14336, 14336),
         ("fp8", [77, 80, 3, 16], 2048, 32),
+        ("int4", [72, 1000, 16, 8], 2048, 128),
+        ("int4", [40], 14336, 256),
     ],
 )
 def test_products_with_codes_are_those_of_their_numbers(kind, sizes, K, group, rows):

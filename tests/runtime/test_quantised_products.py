@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,14 @@ def by_config(config):
     return quantise
 
 
+def int4_in_tiles(layer: nn.Linear) -> None:
+    """Random codes: torchao packs its own on a GPU alone."""
+    N, K = layer.weight.shape
+    words, scale = torch.randint(-(2**31), 2**31, (N // 8, K // 128, 32, 4)), torch.rand(1, N, 2)
+    made = ao.Int4TilePackedTo4dTensor(words.int(), scale.bfloat16(), [1, 128], (N, K))
+    layer.weight = nn.Parameter(made, requires_grad=False)
+
+
 KINDS = {
     "int8": by_config(ao.Int8WeightOnlyConfig()),
     "int8 by groups": by_config(ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(64))),
@@ -29,6 +39,7 @@ KINDS = {
     "fp8 by groups": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerGroup(64))),
     "fp8 of a matrix": by_config(ao.Float8WeightOnlyConfig(granularity=ao.PerTensor())),
 }
+READ = {**KINDS, "int4": int4_in_tiles}
 OTHERS = {
     "plain": lambda layer: None,
     "int8 activations": by_config(ao.Int8DynamicActivationInt8WeightConfig()),
@@ -62,9 +73,28 @@ def test_numbers_are_those_of_torchao(kind):
     assert torch.equal(read(weight).numbers(), weight.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_in_tiles_are_those_that_a_product_of_tensor_cores_reads():
+    """Lanes of PyTorch's `matrix_to_m16n8k16_Bint4_layout`, one by one."""
+    weight = block(int4_in_tiles)[0].weight
+    want, words = torch.empty(64, 128), weight.qdata
+    for n, lane, j in itertools.product(range(8), range(32), range(4)):
+        word, row = int(words[n, 0, lane, j]), 8 * n + lane // 4
+        scale, added = weight.scale_and_zero[0, row].tolist()
+        for bit, offset in enumerate((0, 8, 16, 24, 1, 9, 17, 25)):
+            code = word >> 4 * bit & 15
+            want[row, 32 * j + lane % 4 * 2 + offset] = (code - 8) * scale + added
+    torch.testing.assert_close(read(weight).numbers(), want)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(100, 128), (128, 32)])
+def test_tiles_that_were_padded_and_smaller_groups_are_torchaos(columns, group):
+    words, scale = torch.zeros(8, 1, 32, 4).int(), torch.ones(128 // group, 64, 2).bfloat16()
+    assert read(ao.Int4TilePackedTo4dTensor(words, scale, [1, group], (64, columns))) is None
+
+
+@pytest.mark.parametrize("kind", READ)
 def test_few_rows_are_ours_in_a_step_fused_or_not(kind, asked):
-    model, x = block(KINDS[kind]), torch.randn(2, 1, 128).bfloat16()
+    model, x = block(READ[kind]), torch.randn(2, 1, 128).bfloat16()
     want = plain.quantised(x, [read(model[0].weight)], [model[0].bias])
     want = model[1:](want)
     with torch.no_grad():

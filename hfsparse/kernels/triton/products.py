@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfsparse.kernels.codes import Quantised
+from hfsparse.kernels.codes import TILE, Quantised
 from hfsparse.kernels.triton.limits import await_previous, chained, is_nvidia, shared_memory
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ ROW = (4, 2048, 1)  # for one row of x
 ROW_OF_CODES = (16, 512, 4)  # scales of whole rows
 # By rows of x that tensor cores are given, each of WARPS a tile.
 ROWS = {8: (16, 128, 3), 16: (32, 128, 3), 32: (32, 128, 3)}
+# Of four bits: rows, and how many tiles are on their way at once.
+TILES = {8: (32, 4), 16: (32, 4), 32: (32, 3)}
 # Of plain numbers for the most rows of x: one of all warps, or, for want of shared memory, of each.
 TOGETHER, NARROW = (64, 128, 6), (32, 64, 4)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -79,10 +81,15 @@ def _products_of(x: Tensor, *parts: Sequence[Tensor | None]) -> Tensor:
 def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     weights, scales, zeros, biases = parts
     K, spare, scaled = x.shape[-1], [None] * (MOST - len(weights)), scales[0] is not None
-    rows, group = x.numel() // K, K // scales[0].shape[1] if scaled else K
+    tiled = weights[0].dtype == torch.int32
+    rows, group = x.numel() // K, Quantised(weights[0], scales[0]).group if scaled else K
     group = 0 if group == K else group
+    if tiled:  # read are half a word's codes at once, and both numbers of a group's scale
+        weights = [codes.view(torch.int16) for codes in weights]
+        scales = [scale.view(torch.int32) for scale in scales]
+        parts = weights, scales, zeros, biases
     padded = 1 if rows == 1 and not group else max(min(ROWS), triton.next_power_of_2(rows))
-    tall, wide, stages, warps = _tile(x, padded, group, scaled)
+    tall, wide, stages, warps = _tile(x, padded, group, weights[0].dtype)
     given = []
     for part in parts:
         stand_in = next((t for t in part if t is not None), x)
@@ -100,6 +107,7 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
         WARPS=warps,
         WHOLE=K % (wide * warps) == 0,
         SCALED=scaled,
+        TILED=tiled,
         GROUP=group,
         ZEROS=zeros[0] is not None,
         BIASED=any(added),
@@ -109,8 +117,12 @@ def _launch(x: Tensor, out: Tensor, *parts: Sequence[Tensor | None]) -> None:
     )
 
 
-def _tile(x: Tensor, padded: int, group: int, codes: bool) -> tuple[int, int, int, int]:
-    """A tile, and how many warps have one each."""
+def _tile(x: Tensor, padded: int, group: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """A tile of a matrix that is read in this type, and how many warps have one each."""
+    if dtype == torch.int16:
+        tall, stages = TILES[padded]
+        return tall, TILE[1], stages, WARPS
+    codes = dtype not in DTYPES
     columns, warps = max(16, triton.next_power_of_2(x.shape[-1])), WARPS
     if padded == 1:
         (tall, wide, stages), warps = ROW_OF_CODES if codes else ROW, 1
@@ -130,8 +142,9 @@ def _products(
     X, W0, W1, W2, S0, S1, S2, Z0, Z1, Z2, B0, B1, B2, OUT,
     R, n0, n1, n2, s0, s1, s2, b0, b1, b2, o_row, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
-    WARPS: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
-    ZEROS: tl.constexpr, BIASED: tl.constexpr, NVIDIA: tl.constexpr, CHAINED: tl.constexpr,
+    WARPS: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr, TILED: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, BIASED: tl.constexpr, NVIDIA: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     await_previous(CHAINED)
     at, many0, many1 = tl.program_id(0), tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
@@ -148,7 +161,9 @@ def _products(
         scale = tl.load(S + row * s_row, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
         bias = tl.load(B + row, mask=row < added, other=0.0).to(tl.float32)
-    if PADDED == 1:
+    if TILED:
+        out = _tiles(X, W, S, row, r, R, n, K, ROWS, COLUMNS, STAGES, PADDED, WARPS, GROUP, NVIDIA)
+    elif PADDED == 1:
         out = _row(X, W, row, n, K, ROWS, COLUMNS, STAGES, WHOLE, NVIDIA)[:, None]
     elif WARPS == 1:
         out = _rows_together(X, W, row, r, R, n, K, ROWS, COLUMNS, STAGES, PADDED, WHOLE)
@@ -242,11 +257,73 @@ def _rows(
             acc += tl.dot(code.to(x.dtype), x) * s[:, :, None]
         else:
             acc = tl.dot(code.to(x.dtype), x, acc)
-    for _ in tl.static_range(HALVINGS):  # of the warps; tl.sum has more barriers
+    return _sum_of_warps(acc, ROWS, PADDED)
+
+
+@triton.jit
+def _sum_of_warps(acc, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Sums `[ROWS, PADDED]` of those of each warp, by halves: tl.sum has more barriers."""
+    for _ in tl.static_range(HALVINGS):
         halves = tl.reshape(acc, [2, acc.shape[0] // 2, ROWS, PADDED])
         one, other = tl.split(tl.permute(halves, (1, 2, 3, 0)))
         acc = one + other
     return tl.reshape(acc, [ROWS, PADDED])
+
+
+@triton.jit
+def _tiles(
+    X, W, S, row, r, R, n, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    WARPS: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """As `_rows`, of codes of four bits in tiles (`Quantised`), which each warp reads for itself.
+
+    Codes meet tensor cores as what their bits are on top of a power of two, without which, and
+    with the zeros, sums of x by group come behind.
+    """
+    half = tl.arange(0, COLUMNS // 4)  # each of four codes, of columns 8 apart
+    column = half // 2 % 4 * 32 + half // 8 * 2 + half % 2
+    tile, inside, rows = tl.arange(0, WARPS), row < n, (r < R)[None, None, :]
+    run = (row // 8).to(tl.int64) * (K // COLUMNS * 8) + row % 8  # of a row, in its tile
+    w_at = W + (run[None, :] + tile[:, None] * 8)[:, :, None] * (COLUMNS // 4) + half[None, None, :]
+    x_at = X + r[None, None, :] * K + (tile[:, None] * COLUMNS + column[None, :])[:, :, None]
+    acc = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
+    ones = tl.full([WARPS, ROWS, COLUMNS // 4], 1.0, X.dtype.element_ty)
+    for first in tl.range(0, K, COLUMNS * WARPS, num_stages=STAGES):
+        words = tl.load(w_at + first * 2, mask=inside[None, :, None], other=0)
+        s_at = S + row[None, :] + ((first + tile * COLUMNS) // GROUP * n)[:, None]
+        pair = tl.load(s_at, mask=inside[None, :], other=0)
+        scale = (pair << 16).to(tl.float32, bitcast=True)
+        added = (pair & -65536).to(tl.float32, bitcast=True)
+        product = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
+        total = tl.zeros([WARPS, ROWS, PADDED], tl.float32)
+        for i in tl.static_range(4):
+            x = tl.load(x_at + first + 8 * i, mask=rows, other=0.0)
+            code = _code_of_four(words, i, X.dtype.element_ty, NVIDIA)
+            product = tl.dot(code, x, product)
+            total = tl.dot(ones, x, total)
+        added -= scale * ((128 if X.dtype.element_ty == tl.bfloat16 else 1024) + 8)
+        acc += product * scale[:, :, None] + total * added[:, :, None]
+    return _sum_of_warps(acc, ROWS, PADDED)
+
+
+@triton.jit
+def _code_of_four(words, i: tl.constexpr, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """Code i of the four of each word of 16 bits, plus 128 in bf16, or 1024 in fp16: bits of a
+    mantissa, of two words at once."""
+    if NVIDIA and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            f"""
+            {{
+            .reg .b32 codes;
+            shr.b32 codes, $1, {4 * i};
+            lop3.b32 $0, codes, 0x000f000f, 0x43004300, 0xea;
+            }}
+            """,
+            "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+    return (words >> 4 * i & 15 | power).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit

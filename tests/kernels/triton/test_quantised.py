@@ -42,6 +42,9 @@ def products():
         ("fp8", [9, 2], 264, 264, 17),
         ("int8", [5], 320, 64, 12),
         ("fp8", [3, 18], 384, 128, 2),
+        ("int4", [8], 1024, 128, 1),
+        ("int4", [24, 16, 8, 40], 1024, 256, 3),
+        ("int4", [40, 8], 2048, 128, 17),
     ],
 )
 def test_products_are_those_of_the_numbers(products, kind, sizes, K, group, rows):
