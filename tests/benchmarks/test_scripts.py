@@ -87,7 +87,7 @@ if latents.exists("deepseek_v2"):  # cached as latents: 4.57 expands them before
     CASES += ("latent --shape tiny --lengths 600 --tokens 12 --rounds 1",)
 OTHERS = "prefill cards host devices recall demo studies.extend studies.methods.study studies.proof"
 OTHERS += " studies.proof_plans studies.evictions studies.shared_attention studies.star"
-OTHERS += " studies.bits_answers studies.bits_ways context_parallel wire products lookup"
+OTHERS += " studies.bits_answers studies.bits_ways context_parallel wire products lookup studies.fp8_prefill"
 RUN = """
 import importlib, runpy, shlex, sys
 for line in sys.stdin.read().splitlines():
