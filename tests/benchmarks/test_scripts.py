@@ -88,7 +88,7 @@ if latents.exists("deepseek_v2"):  # cached as latents: 4.57 expands them before
 OTHERS = "prefill cards host devices recall demo studies.extend studies.methods.study studies.proof"
 OTHERS += " studies.proof_plans studies.evictions studies.shared_attention studies.star"
 OTHERS += " studies.bits_answers studies.bits_ways context_parallel wire products lookup"
-OTHERS += " studies.window_prices"
+OTHERS += " studies.window_prices studies.fp8_prefill"
 RUN = """
 import importlib, runpy, shlex, sys
 for line in sys.stdin.read().splitlines():
