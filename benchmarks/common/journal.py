@@ -79,6 +79,14 @@ def read(file: Path) -> tuple[str | None, dict[str, dict]]:
     return made, rows
 
 
+def rows_of(folder: Path) -> dict[str, dict]:
+    """The rows of all files of a folder, by name."""
+    rows = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        rows |= read(file)[1]
+    return rows
+
+
 def _write(out: IO[str], *rows: dict) -> None:
     out.write("".join(json.dumps(row) + "\n" for row in rows))
     out.flush()

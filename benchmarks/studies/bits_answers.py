@@ -33,8 +33,7 @@ from transformers import DynamicCache
 
 import hfsparse
 from benchmarks.common.coded import outliers
-from benchmarks.common.journal import Journal, end_in_order
-from benchmarks.common.journal import read as read_journal
+from benchmarks.common.journal import Journal, end_in_order, rows_of
 from benchmarks.common.options import numbers
 from benchmarks.common.shapes import tidy
 from hfsparse.interval import interval
@@ -189,9 +188,7 @@ def ask(model, tokenizer, journals: dict[str, Journal], arms, given) -> None:
 
 def table(folder: Path) -> str:
     """Markdown: by arm and length, points lost on the same samples."""
-    rows = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        rows |= read_journal(file)[1]
+    rows = rows_of(folder)
     if not rows:
         return "nothing was asked yet"
     found: dict[str, dict[str, list[float]]] = defaultdict(dict)

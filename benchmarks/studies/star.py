@@ -27,8 +27,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from benchmarks.common.facts import judge, make_text, read, tail_of
-from benchmarks.common.journal import Journal, end_in_order
-from benchmarks.common.journal import read as read_journal
+from benchmarks.common.journal import Journal, end_in_order, rows_of
 from benchmarks.common.options import numbers
 from hfsparse.interval import interval
 from hfsparse.models.loading import device_name, load
@@ -85,9 +84,7 @@ def answered(model, text, star: Star | None) -> dict:
 
 def table(folder: Path) -> str:
     """By task and of all: answers said under each arm, and nats a token lost against exact."""
-    rows, tasks = {}, defaultdict(list)
-    for file in sorted(folder.glob("*.jsonl")):
-        rows |= read_journal(file)[1]
+    rows, tasks = rows_of(folder), defaultdict(list)
     if not rows:
         return "nothing was asked yet"
     arms = [arm for arm in next(iter(rows.values())) if arm != "task"]
